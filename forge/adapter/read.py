@@ -1,0 +1,188 @@
+"""A LoRA adapter on disk, whoever made it: its layers, their true scale, what may be done with it.
+
+Reads `adapter_config.json` and the header of `adapter_model.safetensors`; no torch. Sources: peft's
+`tuners/lora` (scale alpha / r, or alpha / sqrt(r) with rsLoRA; `rank_pattern` and `alpha_pattern`
+matched as peft's `get_pattern_key` does) and `utils/save_and_load` (tensor names).
+
+Not covered: other kinds of adapter (prefix, IA3, prompt tuning ...), which have no GGUF form, and
+biases trained along (`bias` other than none).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge.errors import DataError
+from forge.model.safetensors_header import TensorSpec, read_header
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LORA_PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One adapted module: delta of its weight = scale x B A.
+
+    `a` has shape (rank, in), `b` (out, rank); of an embedding A is (rank, vocabulary) and B
+    (hidden, rank).
+    """
+
+    module: str
+    a: TensorSpec
+    b: TensorSpec
+    scale: float
+    is_embedding: bool
+    magnitude: TensorSpec | None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`layers` by module name; `replaced` holds whole tensors (modules_to_save) by tensor name."""
+
+    directory: Path
+    configuration: Mapping[str, Any]
+    layers: Mapping[str, LoraLayer]
+    replaced: Mapping[str, TensorSpec]
+
+    @property
+    def base_name(self) -> str:
+        return str(self.configuration.get("base_model_name_or_path") or "")
+
+    @property
+    def impurities(self) -> tuple[str, ...]:
+        """Why it has no adapter-only GGUF form; empty when it is pure (D13, pitfall 52)."""
+        reasons = []
+        if self.replaced:
+            reasons.append("it carries whole tensors: " + ", ".join(sorted(self.replaced)))
+        if any(layer.magnitude for layer in self.layers.values()):
+            reasons.append("DoRA magnitudes have no place in a GGUF adapter")
+        if self.configuration.get("fan_in_fan_out"):
+            reasons.append("its layers are Conv1D, whose factors are transposed")
+        if any(layer.is_embedding for layer in self.layers.values()):
+            reasons.append("it adapts the embedding")
+        return tuple(reasons)
+
+
+def read_adapter(directory: Path) -> Adapter:
+    """Read and check an adapter's directory.
+
+    Raises `DataError` when it is not a LoRA adapter that forge can use, with every reason.
+    """
+    configuration = _configuration(directory)
+    weights = directory / WEIGHTS_FILE
+    if not weights.is_file():
+        other = directory / "adapter_model.bin"
+        raise DataError(
+            f"{directory} has no {WEIGHTS_FILE}" + (": only a pickled .bin" if other.exists() else ""),
+            hint="load it with peft and save it again: model.save_pretrained(...) writes safetensors",
+        )
+    tensors = read_header(weights)
+    layers, replaced = _sort_tensors(tensors, configuration)
+    if not layers and not replaced:
+        raise DataError(f"{weights} holds no tensor of a LoRA adapter", hint="is it the right directory?")
+    return Adapter(directory, configuration, layers, replaced)
+
+
+def _configuration(directory: Path) -> Mapping[str, Any]:
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{directory} is not an adapter: it has no {CONFIG_FILE}",
+            hint="name the directory that peft's save_pretrained wrote",
+        )
+    try:
+        configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    kind = configuration.get("peft_type")
+    if kind != "LORA":
+        raise DataError(
+            f"{directory} is a {kind} adapter; only LoRA can be merged and converted to GGUF",
+            hint="serve it with peft and transformers instead, or train a LoRA",
+        )
+    if configuration.get("bias", "none") != "none":
+        raise DataError(
+            f"{directory} trained biases too (bias: {configuration['bias']}), which forge does not merge yet",
+            hint="merge it with peft's merge_and_unload and ship the result with train: none",
+        )
+    return configuration
+
+
+def _sort_tensors(
+    tensors: Mapping[str, TensorSpec], configuration: Mapping[str, Any]
+) -> tuple[dict[str, LoraLayer], dict[str, TensorSpec]]:
+    parts: dict[str, dict[str, TensorSpec]] = {}
+    replaced: dict[str, TensorSpec] = {}
+    embeddings: set[str] = set()
+    for name, spec in tensors.items():
+        bare = name.removeprefix(_PREFIX)
+        for suffix, part in _LORA_PARTS.items():
+            if bare.endswith(suffix):
+                module = bare.removesuffix(suffix)
+                parts.setdefault(module, {})[part] = spec
+                if "embedding" in suffix:
+                    embeddings.add(module)
+                break
+        else:
+            replaced[bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = spec
+    incomplete = sorted(module for module, found in parts.items() if not {"A", "B"} <= found.keys())
+    if incomplete:
+        raise DataError(f"the adapter has only one LoRA factor for {', '.join(incomplete)}")
+    layers = {
+        module: LoraLayer(
+            module,
+            found["A"],
+            found["B"],
+            scale_of(module, found["A"].shape[0], configuration),
+            module in embeddings,
+            found.get("magnitude"),
+        )
+        for module, found in parts.items()
+    }
+    return layers, replaced
+
+
+def scale_of(module: str, rank: int, configuration: Mapping[str, Any]) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rsLoRA; alpha from the pattern that fits the module.
+
+    `rank` is what the file holds. Raises `DataError` when the configuration says otherwise.
+    """
+    said = _by_pattern(module, configuration.get("rank_pattern") or {}, configuration.get("r"))
+    if said != rank:
+        raise DataError(f"{module}: the configuration says rank {said}, the file holds rank {rank}")
+    alpha = _by_pattern(module, configuration.get("alpha_pattern") or {}, configuration.get("lora_alpha"))
+    return float(alpha) / (math.sqrt(rank) if configuration.get("use_rslora") else rank)
+
+
+def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def find_base_tensor(name: str, base: Mapping[str, Any]) -> str | None:
+    """The checkpoint's name for a module's tensor; checkpoints may lack the outer prefix (GPT-2)."""
+    for candidate in (name, name.partition(".")[2], f"model.{name}"):
+        if candidate in base:
+            return candidate
+    return None

@@ -1,0 +1,202 @@
+"""A model's chat template, rendered exactly as transformers renders it, with its variables pinned.
+
+The environment below is that of transformers' `utils/chat_template_utils.py`: the immutable
+sandbox, `trim_blocks` and `lstrip_blocks`, the loop-control extension, the `generation` tag, and
+the same filters and globals. One thing differs on purpose: `strftime_now` gives the pinned day,
+not today's, since a prompt that changes overnight can be neither trained nor proved.
+
+Not covered: tools and documents are passed as None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.meta
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from forge.errors import DataError
+
+Message = Mapping[str, str]
+
+# The day that Llama's own templates fall back to; any fixed day would do.
+DEFAULT_DAY = "2024-07-26"
+DAY_VARIABLE = "today"
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# What a template is given anyway; everything else it reads is a variable of the prompt contract.
+_GIVEN = {
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token",
+    "pad_token", "raise_exception", "strftime_now", "dict", "namespace", "range", "lipsum", "cycler", "joiner",
+}  # fmt: skip
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's text for trl; it renders its body unchanged."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class _PlainDict:
+    """`dict(...)` without the attributes that a template could climb."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _environment(day: str) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    pinned = date.fromisoformat(day)
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = pinned.strftime
+    environment.globals["dict"] = _PlainDict()
+    return environment
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja chat template with the special tokens and the variables that it is given.
+
+    `variables` are fixed for the model's whole life: the same at training, export and serving.
+    `today` (ISO date) is what `strftime_now` tells.
+    """
+
+    source: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_compiled", self._compile())
+
+    @property
+    def day(self) -> str:
+        return str(self.variables.get(DAY_VARIABLE, DEFAULT_DAY))
+
+    def _compile(self) -> jinja2.Template:
+        try:
+            return _environment(self.day).from_string(self.source)
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
+                hint="mend chat_template.jinja in the base's directory",
+            ) from error
+        except ValueError as error:
+            raise DataError(
+                f"template variable {DAY_VARIABLE}: {self.day!r} is not a date",
+                hint="write it as 2026-01-31",
+            ) from error
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The prompt text; raises `DataError` with the template's own words when it refuses."""
+        compiled: jinja2.Template = self._compiled  # type: ignore[attr-defined]
+        given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
+        try:
+            return compiled.render(
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **{**self.special_tokens, **given},
+            )
+        except (
+            jinja2.exceptions.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+        ) as error:
+            raise DataError(f"the chat template refuses the conversation: {error}") from error
+
+    def variables_read(self) -> tuple[str, ...]:
+        """Names that the template reads beyond what every template is given."""
+        environment = _environment(self.day)
+        syntax = environment.parse(self.source)
+        return tuple(sorted(jinja2.meta.find_undeclared_variables(syntax) - _GIVEN))
+
+    def pinned_source(self) -> str:
+        """The template with its variables written in front, for servers that would set their own.
+
+        A server that renders this text (llama-server, Ollama, transformers) gives the prompt of
+        training whatever thinking mode or date it would have chosen.
+        """
+        pins = [
+            f"{{%- set {name} = {_literal(value)} -%}}"
+            for name, value in sorted(self.variables.items())
+            if name != DAY_VARIABLE
+        ]
+        if "strftime_now" in self.source:
+            pins.append(self._pinned_clock())
+        return "".join(pins) + self.source
+
+    def _pinned_clock(self) -> str:
+        formats = sorted(_literal_arguments(_environment(self.day).parse(self.source), "strftime_now"))
+        pinned = date.fromisoformat(self.day)
+        branches = "".join(
+            f"{{%- if format == {_literal(form)} -%}}{pinned.strftime(form)}{{%- endif -%}}"
+            for form in formats
+        )
+        return f"{{%- macro strftime_now(format) -%}}{branches}{{%- endmacro -%}}"
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _literal_arguments(syntax: jinja2.nodes.Template, function: str) -> set[str]:
+    """The constant first arguments with which `function` is called; others cannot be pinned."""
+    found: set[str] = set()
+    for call in syntax.find_all(jinja2.nodes.Call):
+        if isinstance(call.node, jinja2.nodes.Name) and call.node.name == function:
+            if not (call.args and isinstance(call.args[0], jinja2.nodes.Const)):
+                raise DataError(
+                    f"the chat template calls {function} with a computed format, which cannot be pinned",
+                    hint="replace the call in chat_template.jinja by the text you want",
+                )
+            found.add(str(call.args[0].value))
+    return found

@@ -1,0 +1,97 @@
+"""The `forge` command: finds a command's file when it is called, and is the one place that shows errors."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from forge import process, report
+from forge.errors import ForgeError, InterruptedByUserError, RecipeError
+
+# name -> one line of help. Each lives in forge/cli/<name>.py as a click command called `command`;
+# only the one that is called is imported.
+COMMANDS = {
+    "init": "Write a commented recipe to start from.",
+    "plan": "Say what a ship would run and why; runs nothing.",
+    "ship": "Run the whole pipeline of a recipe.",
+    "train": "Run a recipe up to its adapter.",
+    "validate": "Check an adapter: a recipe's, or any on disk.",
+    "evaluate": "Measure what was learned on held-out rows.",
+    "export": "Make the GGUF: a recipe's, or of any base and adapter.",
+    "modelfile": "Write the Modelfiles of a recipe.",
+    "deploy": "Start the server of a recipe and compare its prompts.",
+    "smoke": "Ask a run's smoke queries again.",
+    "chat": "Talk to a run, a GGUF file or a URL.",
+    "serve": "Serve a run or a GGUF file over REST.",
+    "generate": "Answer a file of prompts through an endpoint.",
+    "show": "Show what a run holds.",
+    "runs": "List the runs.",
+    "gc": "Show, and with --delete remove, what no run uses.",
+    "setup": "Fetch what an install does not bring.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module only when that command is called."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"forge.cli.{name}")
+        found: click.Command = module.command
+        return found
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        click.echo(f"forge {version('forge-ship')}")
+        context.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version)
+def forge() -> None:
+    """Fine-tune a chat model, ship it as GGUF, and prove that the model served is the model trained."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The process's entry point; exits with the contract's code."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; the CLI's edge, where every error is shown."""
+    report.configure(as_json="--json" in arguments, verbose="-v" in arguments)
+    try:
+        with process.signals_as_interrupt():
+            forge.main(args=list(arguments), prog_name="forge", standalone_mode=False)
+        return 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as usage:
+        failure: ForgeError = RecipeError(usage.format_message(), hint="see: forge --help")
+    except (KeyboardInterrupt, click.Abort):
+        failure = InterruptedByUserError("interrupted", hint="run the same command again to go on")
+    except ForgeError as known:
+        failure = known
+    except Exception as bug:  # noqa: BLE001 - the edge
+        report.detail(traceback.format_exc())
+        failure = ForgeError(
+            f"a bug in forge: {type(bug).__name__}: {bug}",
+            hint="run it again with -v for the traceback, and please report it",
+        )
+    report.error(failure)
+    return failure.code

@@ -1,0 +1,39 @@
+"""Options that every command takes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import click
+
+Parameters = ParamSpec("Parameters")
+Value = TypeVar("Value")
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+overrides_option = click.option(
+    "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a field of the recipe for this call."
+)
+
+
+def common(function: Callable[Parameters, Value]) -> Callable[Parameters, Value]:
+    """`-v`, `--offline` and `--json`; `cli.main` reads the first and last before parsing."""
+
+    @click.option("-v", "verbose", is_flag=True, help="Say more.")
+    @click.option("--offline", is_flag=True, help="Never ask a hub.")
+    @click.option(
+        "--json", "as_json", is_flag=True, help="The last line of standard output is one JSON object."
+    )
+    @functools.wraps(function)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Value:
+        kwargs.pop("verbose")
+        kwargs.pop("as_json")
+        if kwargs.pop("offline"):
+            # huggingface_hub's own switch, which workers inherit too.
+            os.environ["HF_HUB_OFFLINE"] = "1"
+        return function(*args, **kwargs)
+
+    return wrapped

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from forge import report
+from forge.cli.options import common, overrides_option, recipe_argument
+
+
+@click.command()
+@recipe_argument
+@overrides_option
+@click.option("--fetch", is_flag=True, help="Fetch a hub base that is not here yet.")
+@common
+def command(recipe: Path, overrides: tuple[str, ...], fetch: bool) -> None:
+    """Say what a ship of RECIPE would run and why, and what it needs.
+
+    Writes nothing and asks no hub, unless `--fetch` is given. With `-v` every value of the recipe is
+    shown with its source.
+    """
+    from forge.stages.describe import describe_plan
+    from forge.stages.drive import plan
+
+    ship, planned = plan(recipe, overrides, fetch=fetch)
+    report.result(describe_plan(ship, planned))

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from forge import report
+from forge.cli.options import common, overrides_option, recipe_argument
+
+
+@click.command()
+@recipe_argument
+@overrides_option
+@click.option("--from", "from_stage", metavar="STAGE", help="Run again from this stage on.")
+@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@click.option("--retrain", is_flag=True, help="Train again even though the adapter is there.")
+@common
+def command(
+    recipe: Path, overrides: tuple[str, ...], from_stage: str | None, until: str | None, retrain: bool
+) -> None:
+    """Run the whole pipeline of RECIPE: train, check, export, serve, ask.
+
+    What is already made is found again; what was stopped goes on. Exit codes: 2 recipe or data,
+    3 a missing tool, 4 a stage, 5 a check or a smoke query, 130 interrupted.
+    """
+    from forge.stages.drive import ship
+
+    report.result(ship(recipe, overrides, from_stage=from_stage, until=until, retrain=retrain))

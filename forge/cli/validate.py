@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from forge import report
+from forge.cli.options import common, overrides_option
+from forge.errors import RecipeError
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@overrides_option
+@click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="The adapter's directory.")
+@common
+def command(recipe: Path | None, overrides: tuple[str, ...], base: str | None, adapter: Path | None) -> None:
+    """Check the adapter of RECIPE, or that of --adapter against --base.
+
+    peft's own status on a base without weights, and the numbers in the file: irregular, inactive,
+    not finite, zero or not fitting is exit 5 or 2, with the layers' names.
+    """
+    if recipe is not None:
+        from forge.cli.stage_of import run_stage
+
+        report.result(run_stage(recipe, overrides, "validate"))
+        return
+    if not (base and adapter):
+        raise RecipeError("give a RECIPE, or both --base and --adapter", hint="see: forge validate --help")
+    from forge.stages.alone import validate
+
+    report.result(validate(base, adapter))

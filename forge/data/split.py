@@ -1,0 +1,64 @@
+"""Training rows and held-out rows: disjoint, and the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+from forge.data.conversations import Conversation
+from forge.data.sources import refuse
+from forge.errors import DataError
+
+
+def fingerprint(conversation: Conversation) -> str:
+    """Equal for rows that say the same."""
+    text = json.dumps([dict(message) for message in conversation.messages], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def split(
+    conversations: Sequence[Conversation], share: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held-out). `share` under 1 is a fraction of the rows, else their number.
+
+    Rows that say the same stay on one side (pitfall 63). Which side depends on the text and the
+    seed alone, so adding a row to the data moves no other row by chance of order.
+    """
+    wanted = round(share * len(conversations)) if share < 1 else int(share)
+    if wanted >= len(conversations):
+        raise DataError(
+            f"data.eval: {wanted} held-out rows of {len(conversations)} leaves none to train on",
+            hint="give a fraction such as 0.1",
+        )
+    order = {
+        mark: hashlib.sha256(f"{seed}:{mark}".encode()).hexdigest()
+        for mark in {fingerprint(conversation) for conversation in conversations}
+    }
+    held: set[str] = set()
+    count = 0
+    sizes: dict[str, int] = {}
+    for conversation in conversations:
+        mark = fingerprint(conversation)
+        sizes[mark] = sizes.get(mark, 0) + 1
+    for mark in sorted(sizes, key=order.__getitem__):
+        if count >= wanted:
+            break
+        held.add(mark)
+        count += sizes[mark]
+    training = [row for row in conversations if fingerprint(row) not in held]
+    heldout = [row for row in conversations if fingerprint(row) in held]
+    return training, heldout
+
+
+def refuse_overlap(training: Sequence[Conversation], heldout: Sequence[Conversation]) -> None:
+    """A held-out row that is also trained on proves nothing (pitfall 63)."""
+    known = {fingerprint(conversation) for conversation in training}
+    problems = [
+        conversation.row.problem("this held-out row is also a training row")
+        for conversation in heldout
+        if fingerprint(conversation) in known
+    ]
+    refuse(
+        problems, f"data.eval: {len(problems)} held-out rows are training rows too", "remove them from one"
+    )

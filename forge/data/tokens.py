@@ -1,0 +1,152 @@
+"""Conversations to token ids and loss mask, before and apart from any training library.
+
+A row is rendered whole and encoded once; each assistant turn is supervised from the first token
+after its prompt to its end-of-turn token, both found by rendering the conversation up to there.
+What must hold for that is checked, not assumed: the prompt is a prefix of the row, in text and in
+ids (pitfall 50); the end of turn is in the loss (pitfall 27, 28); the mask is not empty (pitfall 16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from forge.chat.template import ChatTemplate, Message
+from forge.data.conversations import Conversation
+from forge.data.sources import refuse
+from forge.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+_SENTINEL = "Lorem ipsum"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row: ids, and labels of the same length with `IGNORED` where there is no loss."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    conversation: Conversation
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORED for label in self.labels)
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What encoding needs: the template, the tokenizer, and the token that ends a turn."""
+
+    template: ChatTemplate
+    tokenizer: Tokenizer
+    end_of_turn: str
+    end_of_turn_id: int
+
+    def ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
+    """Find the end-of-turn token by rendering a sentinel answer.
+
+    Raises `DataError` when the template closes an answer with no special token: a model trained
+    so would never stop (pitfall 28).
+    """
+    question: Message = {"role": "user", "content": "dolor sit amet"}
+    text = template.render([question, {"role": "assistant", "content": _SENTINEL}])
+    _, found, after = text.partition(_SENTINEL)
+    if not found:
+        raise DataError(
+            "the chat template does not show the assistant's answer",
+            hint="look at chat_template.jinja in the base's directory",
+        )
+    special = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
+    at_start = after.lstrip()
+    matching = [token for token in special if at_start.startswith(token)]
+    if not matching:
+        raise DataError(
+            f"the chat template ends an answer with {after[:40]!r}, which is not a special token: "
+            "a model trained on it would not learn to stop",
+            hint="use the template of the base's instruct version, or end the turn with the EOS token",
+        )
+    end = max(matching, key=len)
+    return PromptFormat(template, tokenizer, end, special[end])
+
+
+def encode_all(
+    conversations: Sequence[Conversation], form: PromptFormat, *, supervise: str = "all"
+) -> list[Encoded]:
+    """Encode every row, or raise one `DataError` that names every row which cannot be."""
+    problems: list[Problem] = []
+    encoded: list[Encoded] = []
+    for conversation in conversations:
+        try:
+            encoded.append(_encode(conversation, form, supervise))
+        except DataError as error:
+            problems.append(conversation.row.problem(error.message))
+    refuse(
+        problems,
+        f"{len(problems)} of {len(conversations)} rows cannot be encoded with this base's template",
+        "data.supervise: last trains on the last answer alone"
+        if any("prefix" in problem.message for problem in problems)
+        else "mend these rows, or leave them out",
+    )
+    return encoded
+
+
+def _encode(conversation: Conversation, form: PromptFormat, supervise: str) -> Encoded:
+    messages = conversation.messages
+    whole = form.template.render(messages)
+    _check_content(messages, whole, form)
+    ids = form.ids(whole)
+    labels = [IGNORED] * len(ids)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for index in answers if supervise == "all" else answers[-1:]:
+        start, end = _answer_span(messages, index, whole, ids, form)
+        labels[start:end] = ids[start:end]
+    # What follows the last end of turn (a newline, say) is never generated: the server has stopped.
+    last = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
+    return Encoded(tuple(ids[:last]), tuple(labels[:last]), conversation)
+
+
+def _answer_span(
+    messages: Sequence[Message], index: int, whole: str, ids: list[int], form: PromptFormat
+) -> tuple[int, int]:
+    """Token positions [start, end) of the answer at `index`, its end of turn included."""
+    prompt = form.template.render(messages[:index], add_generation_prompt=True)
+    if not whole.startswith(prompt):
+        raise DataError("the prompt is not a prefix of the conversation: the template rewrites earlier turns")
+    start = _prefix_length(prompt, ids, form)
+    content_at = whole.find(messages[index]["content"].strip(), len(prompt))
+    closing_at = whole.find(form.end_of_turn, content_at + len(messages[index]["content"].strip()))
+    if content_at < 0 or closing_at < 0:
+        raise DataError(f"the answer does not end with {form.end_of_turn}")
+    end = _prefix_length(whole[: closing_at + len(form.end_of_turn)], ids, form)
+    if end <= start + 1:
+        raise DataError("the answer has no token of its own")
+    if ids[end - 1] != form.end_of_turn_id:
+        raise DataError(f"the end of turn {form.end_of_turn} is not one token at the end of the answer")
+    return start, end
+
+
+def _prefix_length(prefix: str, ids: list[int], form: PromptFormat) -> int:
+    alone = form.ids(prefix)
+    if ids[: len(alone)] != alone:
+        raise DataError(
+            "the prompt's token ids are not a prefix of the row's: "
+            "its last characters merge with the answer's first"
+        )
+    return len(alone)
+
+
+def _check_content(messages: Sequence[Message], whole: str, form: PromptFormat) -> None:
+    for number, message in enumerate(messages):
+        if message["content"].strip() not in whole:
+            raise DataError(f"message {number} ({message['role']}) is dropped or changed by the template")
+        if message["role"] == "assistant" and form.end_of_turn in message["content"]:
+            raise DataError(f"the answer contains {form.end_of_turn}, which ends a turn")

@@ -1,0 +1,127 @@
+"""Which Hugging Face architectures can become a GGUF that chats, known before anything is trained.
+
+`architectures.txt` lists what the pinned llama.cpp's converters register, with the module that does
+it; `python -m forge.model.architectures TREE` writes it anew from that source tree. Converting is
+not enough for a chat model: encoders, encoder-decoders, draft heads and audio models convert too
+and are refused here with what can be done instead.
+
+Not covered: tensors or tokenizers that a converter refuses within a family it knows.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from forge import report
+from forge.errors import DataError
+from forge.model.config import Configuration
+
+LIST = Path(__file__).with_name("architectures.txt")
+
+_ALTERNATIVE_BASES = (
+    "a base such as Qwen/Qwen2.5-0.5B-Instruct, HuggingFaceTB/SmolLM2-360M-Instruct or "
+    "microsoft/Phi-3-mini-4k-instruct"
+)
+_HINT = f"train and serve it with transformers or vLLM instead; or choose {_ALTERNATIVE_BASES}"
+
+_ENCODER_ENDINGS = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+_DRAFT_MARKS = ("Draft", "DSpark", "Eagle3", "Speculator", "Assistant")
+_AUDIO_MODULES = {"wavtokenizer", "pockettts", "qwen3tts"}
+_DIFFUSION = {"dream", "llada"}
+# Converted as embedding models: llama.cpp gives vectors, not text.
+_HEADLESS = {
+    "Gemma3TextModel", "Lfm2BidirectionalModel", "Lfm2Model", "LlamaBidirectionalModel", "LlamaModel",
+    "Qwen2Model", "Qwen3Model",
+}  # fmt: skip
+
+
+@cache
+def convertible() -> dict[str, str]:
+    """Architecture -> the converter's module, for all that the pinned converters take as text models."""
+    lines = LIST.read_text(encoding="utf-8").splitlines()
+    return dict(line.split() for line in lines if line and not line.startswith("#"))
+
+
+def check_exportable(configuration: Configuration) -> None:
+    """Raise `DataError` if this base can never be shipped as a GGUF chat model, and say what to do."""
+    reason = reason_against(configuration)
+    if reason:
+        raise DataError(f"{configuration.architecture}: {reason}", hint=_HINT)
+
+
+def reason_against(configuration: Configuration) -> str | None:
+    """Why the architecture cannot be shipped as a GGUF chat model, or None if it can."""
+    name = configuration.architecture
+    module = convertible().get(name)
+    if module == "bert" or name.endswith(_ENCODER_ENDINGS):
+        return "an encoder: it classifies or embeds text, it does not write any"
+    if module == "t5" or configuration.encoder_decoder:
+        return "an encoder-decoder (seq2seq) model; the chat path here is for decoder-only models"
+    if name.startswith("OPT"):
+        return "OPT has no GGUF form: llama.cpp does not implement it"
+    if module is None:
+        return "the llama.cpp that this version uses has no GGUF form for it"
+    if module in _AUDIO_MODULES or name == "Lfm25AudioTokenizer":
+        return "an audio model, not a chat model"
+    if module in _DIFFUSION or name == "RND1":
+        return "a diffusion language model: llama-server cannot chat with it"
+    if any(mark in name for mark in _DRAFT_MARKS):
+        return "a draft model for speculative decoding, not a model of its own"
+    if name in _HEADLESS:
+        return "it has no language-model head: it embeds text, it does not write any"
+    return None
+
+
+def registered(tree: Path) -> dict[str, str]:
+    """Read architecture -> module from llama.cpp's `conversion/` in `tree`, without running it.
+
+    Names count when the converters' own table of text models has them and the module it names
+    registers them; raises `DataError` when the tree does not look so.
+    """
+    conversion = tree / "conversion"
+    try:
+        table = _text_models((conversion / "__init__.py").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{conversion}: not llama.cpp's converters: {error}") from error
+    found: dict[str, str] = {}
+    for module in sorted(set(table.values())):
+        source = (conversion / f"{module}.py").read_text(encoding="utf-8")
+        found |= {name: module for name in _decorated(source) if table.get(name) == module}
+    return dict(sorted(found.items()))
+
+
+def _text_models(source: str) -> dict[str, str]:
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TEXT_MODEL_MAP" and node.value:
+            table: dict[str, str] = ast.literal_eval(node.value)
+            return table
+    raise DataError("the converters have no TEXT_MODEL_MAP", hint="llama.cpp changed: mend `registered`")
+
+
+def _decorated(source: str) -> Iterator[str]:
+    """The names in `@ModelBase.register("A", "B")` over the classes of a module."""
+    for node in ast.walk(ast.parse(source)):
+        for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "ModelBase.register":
+                yield from (str(ast.literal_eval(argument)) for argument in decorator.args)
+
+
+def text_of(found: dict[str, str]) -> str:
+    """The content of `architectures.txt`."""
+    head = "# Written by `python -m forge.model.architectures TREE`: architecture, converter module.\n"
+    return head + "".join(f"{name} {module}\n" for name, module in found.items())
+
+
+if __name__ == "__main__":
+    LIST.write_text(text_of(registered(Path(sys.argv[1]))), encoding="utf-8")
+    convertible.cache_clear()
+    report.info(f"{LIST}: {len(convertible())} architectures")

@@ -1,0 +1,168 @@
+"""What a model's `config.json` says of it, under one set of names.
+
+The same fact has many names (`hidden_size`, `n_embd`, `d_model`), and multimodal configurations
+keep theirs in `text_config`. Only facts are read: what follows from them is decided elsewhere.
+
+Not covered: defaults that live in transformers' configuration classes; a fact that the file leaves
+out is None, unless every family derives it in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge.errors import DataError
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The facts of a base; sizes are in elements, `max_positions` in tokens."""
+
+    architecture: str
+    model_type: str
+    hidden_size: int | None
+    layers: int | None
+    heads: int | None
+    key_value_heads: int | None
+    head_size: int | None
+    intermediate_size: int | None
+    vocabulary_size: int | None
+    max_positions: int | None
+    tied_embeddings: bool
+    dtype: str | None
+    encoder_decoder: bool
+    quantization: str | None
+    remote_code: bool
+    """It names Python files of its own (`auto_map`); transformers may know the architecture anyway."""
+    raw: Mapping[str, Any]
+
+
+def read_configuration(directory: Path) -> Configuration:
+    """The facts of the base in `directory`; raises `DataError` when config.json is missing or broken."""
+    raw = read_json(directory / "config.json")
+    return configuration_of(raw, where=str(directory / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the base; raises `DataError` that names the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path}: no such file",
+            hint="the directory of a base holds config.json, the tokenizer's files and the weights",
+        ) from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not valid JSON: {error}", hint="download or copy this file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a JSON object", hint="download or copy this file again")
+    return content
+
+
+def configuration_of(raw: Mapping[str, Any], *, where: str = "config.json") -> Configuration:
+    """The facts in a parsed configuration; raises `DataError` naming `where` if it has no architecture."""
+    text = _text_part(raw)
+    architectures = raw.get("architectures") or text.get("architectures") or []
+    if not architectures or not isinstance(architectures, list):
+        raise DataError(
+            f"{where}: it names no architecture", hint='add "architectures", such as ["LlamaForCausalLM"]'
+        )
+    hidden = _count(text, "hidden_size", "n_embd", "d_model", "model_dim")
+    heads = _count(text, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    head_size = _count(text, "head_dim", "attention_head_dim")
+    if head_size is None and hidden and heads:
+        head_size = hidden // heads
+    return Configuration(
+        architecture=str(architectures[0]),
+        model_type=str(raw.get("model_type", "")),
+        hidden_size=hidden,
+        layers=_count(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+        heads=heads,
+        key_value_heads=_key_value_heads(text, heads),
+        head_size=head_size,
+        intermediate_size=_intermediate(text, hidden),
+        vocabulary_size=_count(text, "vocab_size", "padded_vocab_size") or _count(raw, "vocab_size"),
+        max_positions=_count(
+            text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"
+        ),
+        tied_embeddings=_tied(raw, text),
+        dtype=_dtype(raw, text),
+        encoder_decoder=bool(raw.get("is_encoder_decoder", False)),
+        quantization=_quantization(raw, text),
+        remote_code=bool(raw.get("auto_map")),
+        raw=raw,
+    )
+
+
+def check_unquantized(configuration: Configuration, where: str) -> None:
+    """Raise `DataError` if the base is stored quantized: an adapter merges into full weights only."""
+    if configuration.quantization is None:
+        return
+    raise DataError(
+        f"{where}: this base is already quantized ({configuration.quantization}); "
+        "an adapter can only be merged into the unquantized one",
+        hint="use the model that it was quantized from (its README names it); "
+        "`train.method: qlora` quantizes by itself while training",
+    )
+
+
+def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name in ("text_config", "llm_config", "language_config"):
+        part = raw.get(name)
+        if isinstance(part, dict):
+            return part
+    return raw
+
+
+def _count(config: Mapping[str, Any], *names: str) -> int | None:
+    for name in names:
+        value = config.get(name)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _key_value_heads(text: Mapping[str, Any], heads: int | None) -> int | None:
+    if text.get("multi_query") is True and not text.get("new_decoder_architecture"):
+        return 1  # Falcon and StarCoder share one key and value head.
+    return _count(text, "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num") or heads
+
+
+def _intermediate(text: Mapping[str, Any], hidden: int | None) -> int | None:
+    given = _count(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
+    # GPT-2 and its relatives leave it out and mean four times the hidden size.
+    return given or (4 * hidden if hidden else None)
+
+
+def _tied(raw: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
+    for config in (raw, text):
+        if isinstance(config.get("tie_word_embeddings"), bool):
+            return bool(config["tie_word_embeddings"])
+    # transformers' own default before version 5, for which such files were written, was True;
+    # the families that untie write it down.
+    return True
+
+
+def _dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+    for config in (raw, text):
+        for name in ("dtype", "torch_dtype"):
+            if isinstance(config.get(name), str):
+                return str(config[name]).removeprefix("torch.")
+    return None
+
+
+def _quantization(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+    settings = raw.get("quantization_config") or text.get("quantization_config")
+    if not isinstance(settings, dict):
+        return None
+    method = str(settings.get("quant_method") or "unknown method")
+    if settings.get("load_in_4bit") or settings.get("_load_in_4bit"):
+        return f"{method}, 4 bits"
+    bits = settings.get("bits") or settings.get("w_bit")
+    return f"{method}, {bits} bits" if bits else method

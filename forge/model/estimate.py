@@ -1,0 +1,247 @@
+"""How much memory and disk a recipe will take, from headers and config.json alone.
+
+Weights, adapter and optimizer are exact; activations follow the formula of Korthikanti et al.
+(https://arxiv.org/abs/2205.05198): layers x (34 h b s + 5 heads b s^2) bytes in 16 bits, without the
+square term for sdpa and flash attention. The start-up of a process is a measured constant.
+
+Not covered: fragmentation, logits outside trl's fused head, a GPU's free memory (the worker, which
+has torch, knows it), mixture-of-experts layers that are inactive.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from forge.model.config import Configuration
+from forge.model.safetensors_header import BITS, TensorSpec
+
+# Weights and gradients in 16 bits, and Adam's two moments with its fp32 copy of the weights.
+FULL_TRAINING_BYTES = 2 + 2 + 12
+
+# State of the optimizer, bytes per trained parameter (Adafactor keeps row and column sums).
+OPTIMIZER_BYTES: Mapping[str, float] = {
+    "adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 1, "sgd": 0,
+}  # fmt: skip
+
+# bitsandbytes keeps one scale for 64 weights: 32 bits, or 8.127 with double quantization.
+SCALE_BITS, DOUBLE_SCALE_BITS = 0.5, 0.127
+
+# Bits per weight of a whole file, as llama.cpp's quantize reports for a 7B model.
+QUANT_BITS: Mapping[str, float] = {
+    "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.68, "q5_k_s": 5.52,
+    "q5_1": 5.9, "q5_0": 5.53, "q4_k_m": 4.85, "q4_k_s": 4.58, "q4_1": 5.0, "q4_0": 4.55, "iq4_nl": 4.56,
+    "iq4_xs": 4.32, "q3_k_l": 4.22, "q3_k_m": 3.91, "q3_k_s": 3.5, "q2_k": 3.35,
+}  # fmt: skip
+
+# Resident size of a worker that has imported torch, transformers, peft and trl; of the converter.
+TRAINING_START_BYTES, EXPORT_START_BYTES, SERVER_START_BYTES = 900_000_000, 450_000_000, 100_000_000
+
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|embed_positions|tok_embeddings|word_embeddings|position_embeddings|embed_in|wte|wpe|"
+    r"shared|lm_head|embed_out)\.weight$|^output\.weight$"
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for."""
+
+    parts: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Available:
+    """Main memory in bytes: what this process may have in all, and what is free now."""
+
+    total: int
+    free: int
+
+
+def linear_tensors(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The weights of linear layers: what QLoRA quantizes and `all-linear` adapts; no embedding, no head."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
+    }
+
+
+def target_tensors(
+    tensors: Mapping[str, TensorSpec], targets: str | Collection[str]
+) -> dict[str, TensorSpec]:
+    """The linear weights that LoRA `targets` name: `auto`, `all-linear` or names matched as peft does."""
+    linear = linear_tensors(tensors)
+    if isinstance(targets, str):
+        return linear
+    modules = {name: name.removesuffix(".weight") for name in linear}
+    return {
+        name: linear[name]
+        for name, module in modules.items()
+        if any(module == target or module.endswith(f".{target}") for target in targets)
+    }
+
+
+def lora_parameters(adapted: Iterable[TensorSpec], rank: int) -> int:
+    """Parameters of A and B over weights of shape (out, in), or (in, out) in a Conv1D: r x (in + out)."""
+    return sum(rank * sum(tensor.shape) for tensor in adapted)
+
+
+def footprint(
+    tensors: Mapping[str, TensorSpec],
+    *,
+    linear_bits: int | None = None,
+    other_bytes: int = 4,
+    adapter_parameters: int = 0,
+    buffers: int = 0,
+) -> int:
+    """Exact bytes of a loaded model as `get_memory_footprint` counts them.
+
+    `linear_bits` (4 or 8) for quantized linear layers, None for none; all else takes `other_bytes` a
+    parameter, the adapter four, and `buffers` are added. Quantization scales are not counted there.
+    """
+    linear = sum(tensor.numel for tensor in linear_tensors(tensors).values())
+    other = sum(tensor.numel for tensor in tensors.values()) - linear
+    linear_bytes = linear * other_bytes if linear_bits is None else linear * linear_bits // 8
+    return linear_bytes + other * other_bytes + adapter_parameters * 4 + buffers
+
+
+def activation_bytes(
+    configuration: Configuration,
+    *,
+    batch: int,
+    sequence: int,
+    attention: Literal["eager", "sdpa"] = "sdpa",
+    checkpointing: bool = False,
+    dtype_bytes: int = 2,
+) -> int:
+    """Activations kept for the backward pass, `batch` rows of `sequence` tokens.
+
+    With gradient checkpointing only each layer's input is kept, and one layer is computed again.
+    """
+    hidden, layers = configuration.hidden_size or 0, configuration.layers or 0
+    tokens = batch * sequence
+    layer = 34 * hidden * tokens
+    if attention == "eager":
+        layer += 5 * (configuration.heads or 0) * batch * sequence**2
+    kept = layer + layers * 2 * hidden * tokens if checkpointing else layers * layer
+    return kept * dtype_bytes // 2
+
+
+def training(
+    tensors: Mapping[str, TensorSpec],
+    configuration: Configuration,
+    *,
+    method: Literal["qlora", "lora"],
+    rank: int,
+    batch: int,
+    sequence: int,
+    targets: str | Collection[str] = "auto",
+    optimizer: str = "adamw_torch",
+    dtype_bytes: int = 2,
+    checkpointing: bool = False,
+    attention: Literal["eager", "sdpa"] = "sdpa",
+) -> Estimate:
+    """Bytes of a training run; `dtype_bytes` is the compute type's (2 for bf16 and fp16, 4 for fp32).
+
+    QLoRA's other weights are fp32: k-bit preparation casts them up. `optimizer` not in
+    `OPTIMIZER_BYTES` counts as AdamW.
+    """
+    adapter = lora_parameters(target_tensors(tensors, targets).values(), rank)
+    linear = sum(tensor.numel for tensor in linear_tensors(tensors).values())
+    quantized = method == "qlora"
+    return Estimate(
+        {
+            "base": footprint(
+                tensors, linear_bits=4 if quantized else None, other_bytes=4 if quantized else dtype_bytes
+            ),
+            "quantization scales": int(linear * DOUBLE_SCALE_BITS / 8) if quantized else 0,
+            "adapter": adapter * 4,
+            "gradients": adapter * 4,
+            "optimizer": int(adapter * OPTIMIZER_BYTES.get(optimizer, 8)),
+            "activations": activation_bytes(
+                configuration,
+                batch=batch,
+                sequence=sequence,
+                attention=attention,
+                checkpointing=checkpointing,
+                dtype_bytes=dtype_bytes,
+            ),
+            "batch": batch * sequence * 8 * 3,  # ids, mask and labels, 64 bits each
+            "libraries": TRAINING_START_BYTES,
+        }
+    )
+
+
+def full_training_bytes(parameters: int) -> int:
+    """Full fine-tuning in 16 bits with Adam, without activations: what LoRA is measured against."""
+    return parameters * FULL_TRAINING_BYTES
+
+
+def gguf_bytes(parameters: int, quant: str) -> int:
+    """Bytes of a GGUF of `parameters`; raises KeyError for a type that is not in `QUANT_BITS`."""
+    return int(parameters * QUANT_BITS[quant.lower()] / 8)
+
+
+def cache_bytes(configuration: Configuration, *, context: int, slots: int = 1, element_bytes: int = 2) -> int:
+    """Keys and values of `slots` conversations of `context` tokens each."""
+    heads, size = configuration.key_value_heads or 0, configuration.head_size or 0
+    return 2 * (configuration.layers or 0) * heads * size * context * slots * element_bytes
+
+
+def inference(
+    parameters: int, configuration: Configuration, *, quant: str, context: int, slots: int = 1
+) -> Estimate:
+    """Bytes of a server with the quantized model and its cache."""
+    return Estimate(
+        {
+            "weights": gguf_bytes(parameters, quant),
+            "key-value cache": cache_bytes(configuration, context=context, slots=slots),
+            "server": SERVER_START_BYTES,
+        }
+    )
+
+
+def export_disk(parameters: int, quant: str, *, merged_bytes: int = 4) -> Estimate:
+    """Bytes on the disk while merge, convert and quantize each keep their output."""
+    return Estimate(
+        {
+            "merged checkpoint": parameters * merged_bytes,
+            "f16 GGUF": parameters * 2,
+            "quantized GGUF": gguf_bytes(parameters, quant),
+        }
+    )
+
+
+def export_memory(tensors: Mapping[str, TensorSpec]) -> Estimate:
+    """Main memory of the export: the largest tensor in fp32, its delta and its result, and start-up."""
+    largest = max((tensor.numel * 4 for tensor in tensors.values()), default=0)
+    return Estimate({"largest tensor": 3 * largest, "libraries": EXPORT_START_BYTES})
+
+
+def stored_bytes(parameters: int, dtype: str) -> int:
+    """Bytes of `parameters` in a safetensors dtype, such as `BF16`."""
+    return parameters * BITS[dtype] // 8
+
+
+def available(control_group: Path = Path("/sys/fs/cgroup")) -> Available:
+    """This process's main memory: the machine's, or less where a container's limit is lower."""
+    memory = psutil.virtual_memory()
+    try:
+        limit = int((control_group / "memory.max").read_text())
+        counters = dict(line.split() for line in (control_group / "memory.stat").read_text().splitlines())
+        # What the files' cache holds is given back when it is needed.
+        used = int((control_group / "memory.current").read_text()) - int(counters.get("inactive_file", 0))
+    except (OSError, ValueError):  # No control group, or the word "max": no limit.
+        return Available(memory.total, memory.available)
+    return Available(min(memory.total, limit), max(0, min(memory.available, limit - used)))

@@ -1,0 +1,186 @@
+"""What a base's tokenizer files say: special tokens, BOS, context, chat templates, end tokens.
+
+Read from JSON alone, so that a plan or a Modelfile needs neither transformers nor tokenizers.
+Where the files disagree, what transformers does at load time counts.
+
+Not covered: encoding text (`tokenizers` does that where it is needed); slow tokenizers without a
+`tokenizer.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge.errors import DataError
+from forge.model.config import read_json
+
+# transformers writes 10**30 (VERY_LARGE_INTEGER) for "no limit known"; no real context is so long.
+_NO_LIMIT = 10**9
+
+NAMES = ("bos", "eos", "pad", "unk")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The tokenizer of a base, as far as its files tell.
+
+    `tokens` and `ids` have the keys `bos`, `eos`, `pad`, `unk` (a token that is not set is left out).
+    `eos_ids` are all ids that end a reply: those of generation_config.json and the tokenizer's EOS.
+    `model_max_length` is in tokens, never more than the model's positions; None if nothing tells.
+    `chat_template` is the default one; `templates` has all by name. `vocabulary_size` is
+    `len(tokenizer)`. `sentencepiece` is the base's `tokenizer.model`, which some converters need.
+    """
+
+    directory: Path
+    tokens: Mapping[str, str]
+    ids: Mapping[str, int]
+    eos_ids: tuple[int, ...]
+    special_tokens: tuple[str, ...]
+    add_bos: bool
+    vocabulary_size: int
+    model_max_length: int | None
+    chat_template: str | None
+    templates: Mapping[str, str]
+    sentencepiece: Path | None
+
+
+def read_tokenizer(directory: Path, *, max_positions: int | None = None) -> TokenizerFiles:
+    """Read the tokenizer's files in `directory`.
+
+    `max_positions` is the model's (`Configuration.max_positions`): the tokenizer's own limit is
+    often a placeholder or wrong. `add_bos` follows the post-processor of tokenizer.json: transformers
+    and `tokenizers` ignore `add_bos_token` beside it. Raises `DataError` when tokenizer.json is
+    missing or a file is broken.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise _without_tokenizer_json(directory)
+    try:
+        return _read(directory, read_json(path), max_positions)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{directory}: the tokenizer's files are not as they should be: {type(error).__name__}: {error}",
+            hint="download or copy them again",
+        ) from error
+
+
+def _read(directory: Path, tokenizer: Mapping[str, Any], max_positions: int | None) -> TokenizerFiles:
+    config = _optional(directory / "tokenizer_config.json")
+    tokens = _special_tokens(directory, config)
+    vocabulary = _vocabulary(tokenizer)
+    ids = {name: vocabulary[token] for name, token in tokens.items() if token in vocabulary}
+    added = [entry for entry in tokenizer.get("added_tokens") or [] if entry.get("special")]
+    templates = _templates(directory, config)
+    model = directory / "tokenizer.model"
+    return TokenizerFiles(
+        directory=directory,
+        tokens=tokens,
+        ids=ids,
+        eos_ids=_eos_ids(directory, ids),
+        special_tokens=tuple(str(entry["content"]) for entry in added),
+        add_bos="bos" in tokens and _first_special(tokenizer.get("post_processor")) == tokens["bos"],
+        vocabulary_size=max(vocabulary.values(), default=-1) + 1,
+        model_max_length=_max_length(config, max_positions),
+        chat_template=templates.get("default"),
+        templates=templates,
+        sentencepiece=model if model.is_file() else None,
+    )
+
+
+def _without_tokenizer_json(directory: Path) -> DataError:
+    resave = "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) with transformers writes it"
+    if (directory / "tokenizer.model").is_file():
+        return DataError(
+            f"{directory}: only a SentencePiece tokenizer.model is there; tokenizer.json is needed",
+            hint=resave,
+        )
+    if (directory / "vocab.json").is_file() or (directory / "merges.txt").is_file():
+        return DataError(
+            f"{directory}: only vocab.json and merges.txt are there; tokenizer.json is needed", hint=resave
+        )
+    return DataError(
+        f"{directory}: no tokenizer: tokenizer.json is missing",
+        hint="the directory of a base holds config.json, the tokenizer's files and the weights",
+    )
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _content(token: object) -> str | None:
+    """A special token is written as a string or as an AddedToken's dictionary."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    older = _optional(directory / "special_tokens_map.json")
+    found = {}
+    for name in NAMES:
+        field = f"{name}_token"
+        token = _content(config[field] if field in config else older.get(field))
+        if token is not None:
+            found[name] = token
+    return found
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Token -> id of the model and of the added tokens, which win."""
+    model = tokenizer.get("model") or {}
+    listed = model.get("vocab") or {}
+    if isinstance(listed, list):  # Unigram: [[token, score], ...], the id is the place.
+        vocabulary = {str(pair[0]): number for number, pair in enumerate(listed)}
+    else:
+        vocabulary = {str(token): int(number) for token, number in listed.items()}
+    for entry in tokenizer.get("added_tokens") or []:
+        vocabulary[str(entry["content"])] = int(entry["id"])
+    return vocabulary
+
+
+def _first_special(processor: object) -> str | None:
+    """The token that a TemplateProcessing puts before a single text, looked for inside a Sequence too."""
+    match processor:
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(token)}}, *_]}:
+            return token
+        case {"type": "Sequence", "processors": list(inner)}:
+            return next((token for token in map(_first_special, inner) if token), None)
+    return None
+
+
+def _max_length(config: Mapping[str, Any], max_positions: int | None) -> int | None:
+    told = config.get("model_max_length")
+    limits = [
+        limit for limit in (told, max_positions) if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT
+    ]
+    return int(min(limits)) if limits else None
+
+
+def _eos_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int, ...]:
+    told = _optional(directory / "generation_config.json").get("eos_token_id")
+    listed = told if isinstance(told, list) else [told]
+    found = [number for number in [*listed, ids.get("eos")] if isinstance(number, int)]
+    return tuple(dict.fromkeys(found))
+
+
+def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """All templates by name. Where files of today's form are, transformers ignores the older keys."""
+    found = {
+        path.stem: path.read_text(encoding="utf-8")
+        for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    }
+    today = directory / "chat_template.jinja"
+    if today.is_file():
+        found["default"] = today.read_text(encoding="utf-8")
+    if found:
+        return found
+    told = config.get("chat_template") or _optional(directory / "chat_template.json").get("chat_template")
+    if isinstance(told, str):
+        return {"default": told}
+    if isinstance(told, list):
+        return {str(entry["name"]): str(entry["template"]) for entry in told}
+    return {str(name): str(text) for name, text in told.items()} if isinstance(told, dict) else {}

@@ -1,0 +1,151 @@
+"""What a stage of the pipeline is: a pure `Stage`, or an `Action` that looks at the world.
+
+A stage's *request* is everything its bytes depend on: its name and version, the recipe fields
+that it names, the versions of its tools, and the digests (not the keys) of its inputs. Equal
+requests have interchangeable results, so one that is in the store is never made twice; and
+when an input is made anew with the same bytes, the work stops there.
+
+Inherit from these protocols: they bring the defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from forge.errors import ForgeError, RecipeError
+from forge.store.artifacts import Artifact, Facts, Request
+from forge.store.digest import Json
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one stage came to in one ship. `artifact` is None for an `Action`."""
+
+    name: str
+    cached: bool
+    seconds: float
+    facts: Facts
+    artifact: Artifact | None = None
+
+
+class Stage(Protocol):
+    """A pure stage: its result depends on its request alone and is kept in the store.
+
+    `name` is also its directory in the store; `version` goes up when its code changes the bytes
+    that it makes; `needs` are names of earlier stages.
+    """
+
+    name: str
+    version: int
+    needs: tuple[str, ...] = ()
+
+    def params(self) -> Mapping[str, Json]:
+        """What of the recipe changes the bytes: dotted field -> value.
+
+        A file or directory that the recipe names stands here as its digest, `sha256:...`, so that
+        its content counts and not its place.
+        """
+        ...
+
+    def tools(self) -> Mapping[str, str]:
+        """Packages whose version changes the bytes: name -> version. An upgrade makes it anew."""
+        return {}
+
+    def recorded(self) -> Mapping[str, str]:
+        """Packages to note without asking for the same ones: a result of other versions is used."""
+        return {}
+
+    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
+        """The most free disk that `build` takes at any moment; checked before it starts."""
+        return 0
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Facts:
+        """Make the outputs in the directory `out`; return facts, plain JSON.
+
+        `out` is empty but for what a stopped run left in `out/work`, where resumable state goes.
+        Logs go to `out/logs`. Both are no outputs. `inputs` holds the stages of `needs`.
+        """
+        ...
+
+    def judge(self, artifact: Artifact) -> ForgeError | None:
+        """What to raise, made now or found: limits are held against kept measurements on every run."""
+        return None
+
+
+@runtime_checkable
+class Action(Protocol):
+    """A stage that acts on the world (starts a server, asks it, writes a report): never cached."""
+
+    name: str
+    needs: tuple[str, ...] = ()
+
+    def act(self, results: Mapping[str, Result], stack: ExitStack) -> Facts:
+        """Act on the results so far. What must live on for later stages (a server) enters `stack`."""
+        ...
+
+
+Step: TypeAlias = Stage | Action
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which stages take part, and which of them are made even though they are in the store, and why."""
+
+    stages: tuple[Step, ...]
+    forced: Mapping[str, str] = field(default_factory=dict)
+
+
+def request_of(stage: Stage, inputs: Mapping[str, str]) -> Request:
+    """The request of a stage; `inputs` gives the digest of each stage that it needs.
+
+    A plan leaves out those that are not known yet; the request is then good for comparing only.
+    """
+    return {
+        "stage": stage.name,
+        "version": stage.version,
+        "params": dict(stage.params()),
+        "tools": dict(stage.tools()),
+        "inputs": dict(inputs),
+    }
+
+
+def select(
+    stages: Sequence[Step],
+    from_stage: str | None = None,
+    until: str | None = None,
+    force: frozenset[str] = frozenset(),
+) -> Selection:
+    """The stages up to `until`; forced are those from `from_stage` on and those in `force`.
+
+    Raises `RecipeError` for a name that is no stage, ValueError for stages in an impossible order.
+    """
+    names = [stage.name for stage in stages]
+    for number, stage in enumerate(stages):
+        earlier = {before.name for before in stages[:number] if not isinstance(before, Action)}
+        allowed = set(names[:number]) if isinstance(stage, Action) else earlier
+        if not set(stage.needs) <= allowed or stage.name in names[:number]:
+            raise ValueError(f"{stage.name}: needs {stage.needs}, may need {sorted(allowed)}, must be unique")
+    first = _position(names, from_stage, "--from") if from_stage else len(names)
+    last = _position(names, until, "--until") if until else len(names) - 1
+    if from_stage and first > last:
+        raise RecipeError(f"--from {from_stage} comes after --until {until}: nothing would run")
+    forced = dict.fromkeys(names[first : last + 1], f"forced by --from {from_stage}")
+    for name in force:
+        _position(names, name, "--retrain")
+        forced[name] = "forced by --retrain"
+    return Selection(tuple(stages[: last + 1]), forced)
+
+
+def _position(names: Sequence[str], name: str, option: str) -> int:
+    if name in names:
+        return names.index(name)
+    close = get_close_matches(name, names, 1)
+    raise RecipeError(
+        f"{option} {name}: this recipe has no such stage",
+        hint=f"did you mean {close[0]}?" if close else f"its stages are {', '.join(names)}",
+    )

@@ -1,0 +1,190 @@
+"""The only user of `subprocess`: every program that forge starts is started here.
+
+A child is logged as a line that can be pasted into a shell, runs in a session of its own (so
+that Ctrl-C reaches forge alone, which then ends its children in order), dies with its parent, and
+is stopped by wait, SIGTERM, SIGKILL. On Linux the kernel kills it when the parent dies
+(PR_SET_PDEATHSIG); Python children also watch the pipe they inherit (`exit_with_parent`), which
+works everywhere.
+
+Not covered: a program that is not ours outlives a killed parent on macOS.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+GRACE_SECONDS = 20.0
+
+# Sets PR_SET_PDEATHSIG (1) to SIGKILL, then becomes the program. A launcher instead of
+# `preexec_fn`, which can deadlock when another thread holds a lock across the fork. If the parent
+# died before prctl ran, getppid already differs.
+_LAUNCHER = (
+    "import ctypes,os,sys;"
+    "ctypes.CDLL(None).prctl(1,9);"
+    "os.getppid()==int(sys.argv[1]) or os._exit(1);"
+    "os.execvp(sys.argv[2],sys.argv[2:])"
+)
+
+
+def pasteable(command: Sequence[str], directory: Path | None = None) -> str:
+    """The command as one line for a shell."""
+    line = shlex.join(command)
+    return f"(cd {shlex.quote(str(directory))} && {line})" if directory else line
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a program that ended left: its exit status (negative: the signal) and its output."""
+
+    status: int
+    output: str
+
+
+class Child:
+    """A running program. Use it as a context manager: leaving the block stops it."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: IO[str] | None = None,
+        directory: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        separate_errors: bool = False,
+    ) -> None:
+        """Start `command`. Call from the main thread: the kernel's parent is a *thread*.
+
+        `environment` is added to ours. With `separate_errors` standard error goes to `log` alone
+        and standard output stays a clean channel; otherwise both come out of `lines`.
+        """
+        self.command = list(command)
+        self.log = log
+        if log:
+            log.write(f"$ {pasteable(command, directory)}\n")
+            log.flush()
+        launch = self.command
+        if sys.platform == "linux":
+            launch = [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *self.command]
+        errors: int | IO[str] = subprocess.STDOUT
+        if separate_errors:
+            errors = log if log else subprocess.DEVNULL
+        self._process = subprocess.Popen(
+            launch,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            cwd=directory,
+            env={**os.environ, **(environment or {})},
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def status(self) -> int | None:
+        """The exit status, or None while it runs."""
+        return self._process.poll()
+
+    def send(self, text: str) -> None:
+        """Write to its standard input, which stays open: its end means that we died."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(text)
+            self._process.stdin.flush()
+
+    def lines(self) -> Iterator[str]:
+        """Its output, line by line as it comes, without line ends."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            yield line.rstrip("\n")
+
+    def wait(self, timeout: float | None = None) -> int:
+        return self._process.wait(timeout)
+
+    def terminate(self) -> None:
+        """Ask it to stop; `stop` makes sure."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def stop(self, grace: float = GRACE_SECONDS) -> int:
+        """SIGTERM, wait, then SIGKILL to its whole session."""
+        try:
+            if self._process.poll() is None:
+                self.terminate()
+                try:
+                    self._process.wait(grace)
+                except subprocess.TimeoutExpired:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(self._process.pid, signal.SIGKILL)
+            return self._process.wait()
+        finally:
+            for stream in (self._process.stdin, self._process.stdout):
+                if stream:
+                    with contextlib.suppress(BrokenPipeError):
+                        stream.close()
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def run(
+    command: Sequence[str],
+    *,
+    log: IO[str] | None = None,
+    directory: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    on_line: Callable[[str], None] | None = None,
+) -> Finished:
+    """Run a program to its end; its output goes to `log`, to `on_line`, and is returned."""
+    kept: list[str] = []
+    with Child(command, log=log, directory=directory, environment=environment) as child:
+        for line in child.lines():
+            kept.append(line)
+            if log:
+                log.write(line + "\n")
+            if on_line:
+                on_line(line)
+        return Finished(child.wait(), "\n".join(kept))
+
+
+def exit_with_parent(stream: IO[str]) -> None:
+    """In a child: end this process when `stream`, the pipe from the parent, ends."""
+
+    def watch() -> None:
+        while stream.readline():
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="exit-with-parent").start()
+
+
+@contextlib.contextmanager
+def signals_as_interrupt() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt, so that one clean-up path serves both."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,134 @@
+"""What a recipe's sections must agree on, what looks wrong, and whether the files it names exist.
+
+Not covered: what those files hold; that is found when they are read, before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from forge.recipe.explain import nearest
+from forge.recipe.schema import Adopted, Recipe, Train
+from forge.recipe.tree import Node
+from forge.recipe.words import BUILTIN_BASES, BUILTIN_DATA, DATA_SUFFIXES
+
+Finding = tuple[str, str]
+"""A dotted field and what to say about it."""
+
+_LOW_LEARNING_RATE = 5e-5
+_NAMED: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
+    (("base", "id"), "directory", BUILTIN_BASES),
+    (("data", "source"), "file", BUILTIN_DATA),
+    (("data", "eval"), "file", BUILTIN_DATA),
+    (("train", "from"), "directory", ()),
+)
+_EIGHT_BIT = ("adamw_bnb_8bit", "paged_adamw_8bit")
+
+
+def local_path(named: str, directory: Path) -> Path | None:
+    """The local path that `named` means, relative to the recipe's `directory`; None for a hub id.
+
+    A path starts with `/`, `./`, `../` or `~`, ends like a data file, or is there.
+    """
+    if named.startswith("builtin:"):
+        return None
+    try:
+        path = directory / Path(named).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError):  # a name too long for a file; `~` of an unknown user
+        path, there = directory / named, False
+    looks_local = named.startswith(("/", "./", "../", "~")) or named in (".", "..")
+    return path if there or looks_local or path.suffix in DATA_SUFFIXES else None
+
+
+def _beside(path: Path) -> list[str]:
+    try:
+        return [item.name for item in path.parent.iterdir()]
+    except OSError:
+        return []
+
+
+def _is(path: Path, what: Callable[[Path], bool]) -> bool:
+    try:
+        return what(path)
+    except OSError:
+        return False
+
+
+def _builtin(field: str, named: str, known: tuple[str, ...]) -> Iterator[Finding]:
+    word = named.removeprefix("builtin:")
+    if named.startswith("builtin:") and word not in known:
+        there_is = ", ".join("builtin:" + name for name in known) or "none here"
+        yield field, f"there is no builtin:{word}; there is {there_is}"
+
+
+def _missing(field: str, named: str, directory: Path, *, kind: str) -> Iterator[Finding]:
+    path = local_path(named, directory)
+    if path is None:
+        return
+    if kind == "directory" and _is(path, Path.is_file):
+        yield field, f"must be a directory, not a file: {named}"
+    elif not _is(path, Path.exists):
+        meant = nearest(path.name, _beside(path))
+        asked = f"; did you mean {meant}?" if meant else f" (looked in {path.parent.resolve()})"
+        yield field, f"no such {kind}: {named}{asked}"
+
+
+def missing_files(root: Node, directory: Path) -> Iterator[Finding]:
+    """The local files and directories that the recipe names and that are not there.
+
+    Reads the tree, not the recipe, so that a fault elsewhere does not hide them.
+    """
+    for path, kind, builtin in _NAMED:
+        node, depth = root.follow(path)
+        if isinstance(node.value, str) and (depth == len(path) or path[0] == "base"):
+            field = ".".join(map(str, path[:depth]))
+            yield from _builtin(field, node.value, builtin)
+            yield from _missing(field, node.value, directory, kind=kind)
+
+
+def lacks_data(root: Node) -> bool:
+    """Whether something is to be trained and no data is named (told before the schema looks)."""
+    train, data = root.child("train"), root.child("data")
+    value = {} if train is None else train.value
+    trains = isinstance(value, dict) and "from" not in value
+    return trains and (data is None or data.value is None)
+
+
+def contradictions(recipe: Recipe) -> Iterator[Finding]:
+    """Fields that cannot hold together."""
+    train = recipe.train
+    if recipe.export.mode == "adapter":
+        if train is None:
+            yield "export.mode", "train is none, so there is no adapter to export; use merged"
+        if isinstance(train, Train) and train.lora.modules_to_save:
+            yield "train.lora.modules_to_save", "cannot be exported as an adapter; use export.mode: merged"
+        if isinstance(train, Train) and train.lora.dora:
+            yield "train.lora.dora", "cannot be exported as an adapter; use export.mode: merged"
+    if recipe.data and recipe.data.columns.messages:
+        for name in ("prompt", "completion", "text"):
+            if getattr(recipe.data.columns, name):
+                yield f"data.columns.{name}", "messages holds whole conversations; name one or the other"
+
+
+def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:
+    """What is allowed and seldom meant."""
+    train = recipe.train
+    if isinstance(train, Train):
+        if train.learning_rate < _LOW_LEARNING_RATE:
+            yield (
+                "train.learning_rate",
+                f"{train.learning_rate:g} is too low for LoRA, which often learns nothing below 5e-5; "
+                "1e-4 to 3e-4 is usual",
+            )
+        if train.optimizer in _EIGHT_BIT:
+            yield "train.optimizer", "8-bit states save next to nothing with LoRA: few parameters are trained"
+        if train.max_steps is not None and root.follow(("train", "epochs"))[1] == 2:
+            yield "train.epochs", "is not used: train.max_steps decides"
+    elif recipe.verify.learned == "required" and isinstance(train, Adopted) and not recipe.data:
+        yield "train.from", "without data nothing can show that the adapter does better than the base"
+    if recipe.base.trust_remote_code:
+        yield "base.trust_remote_code", "runs Python code of the base's author on this machine"
+    if recipe.smoke and recipe.deploy.runtime == "none":
+        yield "smoke", "is not asked: deploy.runtime is none"

@@ -1,0 +1,268 @@
+"""Names that other tools and older releases use, and what they are called here.
+
+Covered: the arguments of transformers, trl, peft and bitsandbytes (today's and the ones they
+dropped), and the commonest keys of axolotl, unsloth and LLaMA-Factory. A name with a counterpart is
+accepted and reported; one without is a problem that says why. A name is looked up only where it is
+not a field of this schema, so no field is ever shadowed.
+
+Not covered: whole configuration files of these tools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from forge.errors import Problem
+from forge.recipe.explain import shown
+from forge.recipe.fields import names_in, sections
+from forge.recipe.tree import Node, Place
+
+DROP = object()
+"""Stands for "this value says what is the case anyway": the key is left out with a warning."""
+
+
+@dataclass(frozen=True)
+class Old:
+    """What became of a name: its new dotted name, or none and why."""
+
+    new: str = ""
+    why: str = ""
+    values: Mapping[Any, Any] | None = None
+
+
+def _all(new: str, *names: str) -> dict[str, Old]:
+    return {name: Old(new) for name in names}
+
+
+def _gone(why: str, *names: str) -> dict[str, Old]:
+    return {name: Old(why=why) for name in names}
+
+
+def _switch(new: str, when_true: Any, when_false: Any, *names: str) -> dict[str, Old]:
+    return {name: Old(new, values={True: when_true, False: when_false}) for name in names}
+
+
+_DTYPES = {
+    **{name: name for name in ("auto", "bf16", "fp16", "fp32")},
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+}
+
+OLD_NAMES: Mapping[str, Old] = {
+    # Whole sections.
+    **_all("base", "base_model", "base_model_name_or_path", "model", "model_id"),
+    **_all("base", "model_name", "model_name_or_path", "pretrained_model_name_or_path"),
+    **_all("base.revision", "base_model_revision", "model_revision", "revision_of_model"),
+    **_all("base.trust_remote_code", "trust_remote_code"),
+    **_all("train", "training", "training_args", "training_arguments", "trainer"),
+    **_all("train.lora", "peft", "peft_config", "lora_config", "adapter_config", "lora"),
+    **_all("train.from", "adapter_name_or_path", "lora_model_dir", "adapter_path"),
+    **_all("name", "run_name", "hub_model_id", "model_alias"),
+    **_all("smoke", "smoke_queries", "smoke_tests", "probes"),
+    # Data.
+    **_all("data.source", "dataset", "dataset_name", "dataset_path", "data_path", "data_files", "train_file"),
+    **_all("data.split", "dataset_split", "train_split"),
+    **_all("data.format", "dataset_format", "template_format"),
+    **_all("data.columns.text", "dataset_text_field", "text_column", "text_field"),
+    **_all("data.columns.prompt", "prompt_column", "input_column", "field_instruction"),
+    **_all("data.columns.completion", "completion_column", "output_column", "field_output"),
+    **_all("data.columns.messages", "messages_column", "field_messages"),
+    **_all("data.columns.system", "system_column", "field_system"),
+    **_all("data.eval", "val_set_size", "val_size", "test_size", "validation_split", "eval_split", "holdout"),
+    **_all("data.eval", "eval_file", "validation_file", "eval_source", "eval_dataset"),
+    **_all("data.limit", "max_samples", "max_train_samples", "num_samples"),
+    **_all("data.seed", "data_seed", "split_seed"),
+    # Training.
+    **_all("train.epochs", "num_train_epochs", "num_epochs", "n_epochs", "epoch"),
+    **_all("train.learning_rate", "lr"),
+    **_all("train.schedule", "lr_scheduler_type", "lr_scheduler", "scheduler"),
+    **_all("train.warmup_fraction", "warmup_ratio"),
+    **_all("train.batch_size", "per_device_train_batch_size", "micro_batch_size", "train_batch_size"),
+    **_all("train.batch_size", "per_gpu_train_batch_size"),
+    **_all("train.gradient_accumulation", "gradient_accumulation_steps", "grad_accumulation_steps"),
+    **_all("train.max_length", "max_seq_length", "max_seq_len", "sequence_len", "sequence_length"),
+    **_all("train.max_length", "cutoff_len", "model_max_length", "max_tokens_per_row"),
+    **_all("train.optimizer", "optim"),
+    **_all("train.max_gradient_norm", "max_grad_norm"),
+    **_all("train.gradient_checkpointing", "activation_checkpointing", "use_gradient_checkpointing"),
+    **_all("train.packing", "sample_packing"),
+    **_all("train.template_variables", "chat_template_kwargs"),
+    **_all("train.seed", "random_state", "random_seed"),
+    **_all("train.lora.r", "lora_r", "lora_rank", "rank"),
+    **_all("train.lora.alpha", "lora_alpha"),
+    **_all("train.lora.dropout", "lora_dropout"),
+    **_all("train.lora.targets", "target_modules", "lora_target_modules", "lora_target"),
+    **_all("train.lora.rslora", "use_rslora", "peft_use_rslora"),
+    **_all("train.lora.dora", "use_dora", "peft_use_dora"),
+    **_all("train.lora.modules_to_save", "lora_modules_to_save", "additional_target"),
+    **{name: Old("train.dtype", values=_DTYPES) for name in ("torch_dtype", "bnb_4bit_compute_dtype")},
+    **_switch("train.lora.targets", "all-linear", DROP, "lora_target_linear"),
+    **_switch("train.method", "qlora", "lora", "load_in_4bit"),
+    **_switch("train.dtype", "bf16", DROP, "bf16"),
+    **_switch("train.dtype", "fp16", DROP, "fp16"),
+    **_switch("train.device", "cpu", DROP, "use_cpu", "no_cuda"),
+    "bnb_4bit_quant_type": Old("train.method", values={"nf4": "qlora"}),
+    "bnb_4bit_use_double_quant": Old("train.method", values={True: "qlora"}),
+    "adapter": Old("train.method", values={"qlora": "qlora", "lora": "lora"}),
+    "finetuning_type": Old("train.method", values={"qlora": "qlora", "lora": "lora"}),
+    "completion_only_loss": Old("train.supervise", values={True: DROP}),
+    "assistant_only_loss": Old("train.supervise", values={True: "all"}),
+    "train_on_inputs": Old("train.supervise", values={False: DROP}),
+    # Export and serving.
+    **_all("export.quant", "quantization_method", "quantization", "quant_type", "gguf_quant", "ftype"),
+    **_all("export.keep_merged", "save_merged", "keep_merged_model"),
+    **_all("deploy.context_tokens", "num_ctx", "n_ctx", "ctx_size", "context_length"),
+    **_all("deploy.gpu_layers", "n_gpu_layers", "num_gpu"),
+    **_all("deploy.parallel", "n_parallel", "num_parallel"),
+    **_all("deploy.threads", "n_threads", "num_thread"),
+    # No counterpart.
+    **_gone(
+        "held-out rows are measured once, after training; say how many with data.eval",
+        *("evaluation_strategy", "eval_strategy", "eval_steps", "evaluation_steps", "evals_per_epoch"),
+        *("per_device_eval_batch_size", "eval_batch_size", "load_best_model_at_end", "metric_for_best_model"),
+        *("early_stopping_patience", "do_eval"),
+    ),
+    **_gone(
+        "checkpoints are written by time (train.checkpoint_minutes) and resumed from without being asked",
+        *("save_strategy", "save_steps", "save_total_limit", "saves_per_epoch", "resume_from_checkpoint"),
+    ),
+    **_gone(
+        "files have fixed places, runs/<name>/; the name of the recipe decides",
+        *(
+            "output_dir",
+            "logging_dir",
+            "overwrite_output_dir",
+            "hub_token",
+            "push_to_hub",
+            "dataset_prepared_path",
+        ),
+    ),
+    **_gone(
+        "every step is logged; trackers are named in train.report_to", "logging_steps", "logging_strategy"
+    ),
+    **_gone("give the share of the steps that warm up: train.warmup_fraction", "warmup_steps"),
+    **_gone("8-bit bases are not trained here; train.method: qlora holds the base in 4 bits", "load_in_8bit"),
+    **_gone("the attention that fits the hardware is chosen", "attn_implementation", "flash_attention"),
+    **_gone("the attention that fits the hardware is chosen", "flash_attention_2", "sdp_attention"),
+    **_gone("it breaks disabling the adapter and its export; leave it out", "bias", "lora_bias"),
+    **_gone("only causal language models are trained", "task_type", "peft_type"),
+    **_gone("the data set is one: put its rows into one file and name it in data.source", "datasets"),
+    **_gone("the tokenizer and the chat template are the base's own", "tokenizer", "processing_class"),
+    **_gone("the tokenizer and the chat template are the base's own", "chat_template", "tokenizer_type"),
+    **_gone("PAD, EOS and BOS come from the base, and PAD is never EOS", "special_tokens", "pad_token"),
+    **_gone(
+        "packing keeps rows apart and whole; say train.packing: true", "packing_strategy", "padding_free"
+    ),
+    **_gone("batches are as large as train.batch_size says", "auto_find_batch_size", "group_by_length"),
+    **_gone("only the answers carry loss, always; prompts never do", "response_template", "data_collator"),
+    **_gone(
+        "all layers share one rank and scale; train elsewhere and adopt the adapter with train.from",
+        *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "layer_replication"),
+        *("init_lora_weights", "loftq_config"),
+    ),
+    **_gone(
+        "forge decides it; there is nothing to set",
+        *("quantization_config", "bnb_4bit_quant_storage", "gradient_checkpointing_kwargs", "dataset_kwargs"),
+        *("gradient_checkpointing_kw_args", "gradient_checkpointing_kwarg", "formatting_func"),
+        *("attnImplementation", "predict_with_generate", "dataloader_num_workers", "torch_compile"),
+    ),
+    **_gone("several GPUs are the affair of `accelerate launch`", "deepspeed", "fsdp", "fsdp_config"),
+    **_gone(
+        "today's training libraries dropped it and nothing takes its place",
+        *("save_safetensors", "jit_mode_eval", "use_ipex", "torchdynamo", "push_to_hub_token"),
+        *("dataset_batch_size", "num_of_sequences", "chars_per_token", "use_liger", "sharded_ddp"),
+        *("half_precision_backend", "include_tokens_per_second", "ray_scope", "mp_parameters", "past_index"),
+    ),
+}
+
+_ORDER = sorted(sections(), key=lambda path: path.count(".") + bool(path))
+
+
+@dataclass
+class Translation:
+    """What was found in a tree: warnings for the user, and what cannot be translated."""
+
+    warnings: list[str]
+    problems: list[Problem]
+
+
+def _renamed(old: Old, node: Node) -> Node | None:
+    """The node under its new name; None to leave it out. Raises ValueError with the reason."""
+    if old.values is None:
+        return node
+    try:
+        value = old.values[node.value]
+    except (KeyError, TypeError):
+        raise ValueError(" or ".join(str(value).lower() for value in old.values)) from None
+    return None if value is DROP else Node(value, node.place)
+
+
+def place_at(root: Node, path: tuple[str, ...], node: Node, *, replace: bool) -> str:
+    """Put `node` at `path`, making sections on the way; what stands in the way, or "" when it is done."""
+    above = root
+    for count, part in enumerate(path[:-1], start=1):
+        below = above.value.get(part)
+        if below is None or below.empty:
+            below = above.value[part] = Node({}, node.place)
+        elif part == "base" and isinstance(below.value, str):
+            below = above.value[part] = Node({"id": Node(below.value, below.place)}, below.place)
+        elif not isinstance(below.value, dict):
+            value = "none" if below.value is None else shown(below.value)
+            return f"{'.'.join(path[:count])} is {value} ({below.place}) and holds no fields"
+        above = below
+    there = above.value.get(path[-1])
+    if there is not None and not replace and there.value != node.value:
+        return f"{'.'.join(path)} is given too ({there.place}); keep one"
+    above.value[path[-1]] = node
+    return ""
+
+
+def look_up(path: tuple[str, ...]) -> Old | None:
+    """The entry of a dotted name when its section does not know its last part."""
+    section = ".".join(path[:-1])
+    if section not in sections() or path[-1] in names_in(section):
+        return None
+    old = OLD_NAMES.get(path[-1])
+    return None if old is None or old.new == ".".join(path) else old
+
+
+def rename(
+    root: Node, path: tuple[str, ...], node: Node, old: Old, place: Place, *, replace: bool
+) -> tuple[str, Problem | None]:
+    """Move one old name's value to its new place: a warning, or a problem."""
+    name = ".".join(path)
+    if not old.new:
+        return "", place.problem(name, f"is not a field: {old.why}")
+    try:
+        renamed = _renamed(old, node)
+    except ValueError as wanted:
+        return "", place.problem(name, f"is now {old.new}; of its values only {wanted} has a counterpart")
+    said = f"{place}: {name}"
+    if renamed is None:
+        return f"{said} says what is the case anyway; leave it out", None
+    in_the_way = place_at(root, tuple(old.new.split(".")), renamed, replace=replace)
+    if in_the_way:
+        return "", place.problem(name, f"is now {old.new}, but {in_the_way}")
+    return f"{said} is now {old.new}", None
+
+
+def translate(root: Node) -> Translation:
+    """Rename every old name of a tree in place. Sections first, then what they hold."""
+    found = Translation([], [])
+    for section in _ORDER:
+        path = tuple(section.split(".")) if section else ()
+        holder, depth = root.follow(path)
+        if depth < len(path) or not isinstance(holder.value, dict):
+            continue
+        for key in list(holder.value):
+            old = look_up((*path, key))
+            if old is None:
+                continue
+            node = holder.value.pop(key)
+            warning, problem = rename(root, (*path, key), node, old, node.place, replace=False)
+            found.warnings += [warning] if warning else []
+            found.problems += [problem] if problem else []
+    return found

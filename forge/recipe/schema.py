@@ -1,0 +1,273 @@
+"""What a recipe may say: the sections, their defaults and what each field means.
+
+The models are frozen, refuse unknown keys and never guess a type (`"8"` is not a number). A field's
+`description` is its documentation: `document.py` makes the README's table from it. Checks that
+need two sections, another file or the recipe's lines are in `checks.py` and `load.py`.
+
+Not covered: whether a base exists on the hub, what a data file holds, whether it fits in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from forge.recipe.words import (
+    Checkpointing,
+    Evaluation,
+    Fraction,
+    Name,
+    Nothing,
+    NotNegative,
+    Pattern,
+    Positive,
+    Quant,
+    Reporters,
+    Scalar,
+    Seed,
+    Targets,
+    Text,
+    UpTo,
+    split_revision,
+)
+
+
+class Section(BaseModel):
+    """A part of the recipe."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True
+    )
+
+
+class Base(Section):
+    """The model to start from; `base: SPEC` is short for `base: {id: SPEC}`."""
+
+    id: Text = Field(description="hub id, `id@revision`, a directory, or `builtin:tiny`")
+    revision: Text | None = Field(None, description="commit, tag or branch on the hub; pinned at first ship")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the base")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return split_revision({"id": value} if isinstance(value, str) else value, "id")
+
+
+class Columns(Section):
+    """Which columns of the data play which part; unnamed ones are found by their usual names."""
+
+    prompt: Text | None = Field(None, description="column of the prompt")
+    completion: Text | None = Field(None, description="column of the wanted answer")
+    system: Text | None = Field(None, description="column of the system prompt")
+    messages: Text | None = Field(None, description="column of the list of messages")
+    text: Text | None = Field(None, description="column of ready-made text (`format: text`)")
+
+
+class Data(Section):
+    """The rows to learn from."""
+
+    source: Text = Field(
+        description="file (jsonl, json, csv, parquet), hub id or `id@revision`, or `builtin:yoda`"
+    )
+    revision: Text | None = Field(None, description="commit, tag or branch of a hub data set")
+    split: Text = Field("train", description="split of a hub data set, slices such as `train[:10%]` too")
+    format: Literal["auto", "prompt", "messages", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="shape of the rows; `auto` tells it from their columns"
+    )
+    columns: Columns = Field(Columns(), description="which columns play which part")
+    eval: Evaluation = Field(
+        0.1,
+        description="held-out rows: a share (below 1), a number, or a file (or `builtin:`) of their own",
+    )
+    seed: Seed = Field(42, description="seed of the split into training and held-out rows")
+    limit: Positive | None = Field(None, description="use at most this many rows; all when unset")
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="what to do with a row longer than `train.max_length`"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned(cls, value: Any) -> Any:
+        return split_revision(value, "source")
+
+
+class Lora(Section):
+    """The adapter's shape."""
+
+    r: Positive = Field(16, description="rank")
+    alpha: Positive = Field(32, description="scale: the update is multiplied by alpha / r")
+    dropout: Fraction = Field(0.05, description="dropout before the adapter")
+    targets: Targets = Field(
+        "auto", description="`auto` and `all-linear`: every linear layer but the head; or module names"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    dora: bool = Field(False, description="weight-decomposed LoRA; exported merged only")
+    modules_to_save: tuple[Text, ...] = Field(
+        (), description="modules trained whole beside the adapter; exported merged only"
+    )
+
+
+class Train(Section):
+    """A training run made here."""
+
+    method: Literal["qlora", "lora"] = Field(
+        "qlora", description="`qlora` holds the base in 4 bits (NF4, double quantization) while training"
+    )
+    epochs: float = Field(3.0, gt=0, description="passes over the training rows")
+    max_steps: Positive | None = Field(None, description="stop after this many steps; overrides `epochs`")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; 1e-4 to 3e-4 suits LoRA")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the learning rate falls after warm-up"
+    )
+    warmup_fraction: Fraction = Field(0.03, description="share of the steps that warm up")
+    batch_size: Positive = Field(8, description="rows per step on a device")
+    gradient_accumulation: Positive = Field(1, description="steps that share one update")
+    max_length: Positive | None = Field(
+        None, description="tokens per row; when unset the longest row's, capped by the base's context"
+    )
+    lora: Lora = Field(Lora(), description="the adapter's shape")
+    optimizer: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "paged_adamw_32bit",
+        "adafactor",
+    ] = Field("adamw_torch", description="optimizer")
+    weight_decay: NotNegative = Field(0.0, description="weight decay")
+    max_gradient_norm: NotNegative = Field(1.0, description="gradients are clipped to this norm; 0: never")
+    gradient_checkpointing: Checkpointing = Field(
+        "auto", description="recompute activations to save memory: `true`, `false`, or when it is needed"
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="compute type; `auto` takes the best that the hardware has"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
+    packing: bool = Field(False, description="several rows in one sequence, kept apart by position ids")
+    supervise: Literal["all", "last"] = Field(
+        "all", description="which assistant turns carry loss (prompts never do)"
+    )
+    template_variables: dict[str, Scalar] = Field(
+        {}, description="variables of the chat template (a date, thinking), the same in training and serving"
+    )
+    checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints to resume from")
+    seed: Seed = Field(42, description="seed of initialisation and row order")
+    report_to: Reporters = Field((), description="trackers such as `tensorboard` or `wandb`; none when empty")
+
+
+class Adopted(Section):
+    """An adapter that another tool made; nothing is trained."""
+
+    source: Text = Field(alias="from", description="adapter: a directory, hub id or `id@revision`")
+    revision: Text | None = Field(None, description="commit, tag or branch on the hub")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned(cls, value: Any) -> Any:
+        return split_revision(value, "source" if isinstance(value, dict) and "source" in value else "from")
+
+
+class Export(Section):
+    """The GGUF file."""
+
+    mode: Literal["merged", "adapter", "auto"] = Field(
+        "merged",
+        description="one model; a quantized base with the adapter beside it; or the second where possible",
+    )
+    quant: Quant = Field("q4_k_m", description="type of the weights; capitals do not matter")
+    keep_merged: bool = Field(False, description="keep the merged checkpoint (for vLLM, for other tools)")
+
+
+class Verify(Section):
+    """What must hold before anything is deployed."""
+
+    learned: Literal["required", "warn", "off"] = Field(
+        "required", description="the tuned model must do better than the base on held-out rows"
+    )
+    max_kl: float | None = Field(
+        None, gt=0, description="mean KL divergence (nats) of the GGUF from fp32 base + adapter, at most"
+    )
+    min_top1: UpTo | None = Field(None, description="share of positions with the same top token, at least")
+
+
+class Deploy(Section):
+    """Where the model is served while the smoke queries run."""
+
+    runtime: Literal["embedded", "llama-server", "container", "ollama", "none"] = Field(
+        "embedded", description="what serves it"
+    )
+    keep: bool = Field(False, description="leave it running after the smoke queries")
+    host: Text = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(0, ge=0, le=65535, description="port; 0: any free one")
+    context_tokens: Positive | None = Field(
+        None, description="context of each request; the base's when unset"
+    )
+    parallel: Positive | None = Field(None, description="requests served at once; chosen when unset")
+    threads: Positive | None = Field(None, description="CPU threads; the physical cores when unset")
+    gpu_layers: int | None = Field(None, ge=-1, description="layers on the GPU; -1: all")
+
+
+class Message(Section):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="who speaks")
+    content: Text = Field(description="what is said")
+
+
+class SmokeQuery(Section):
+    """A question that the served model is asked at temperature 0."""
+
+    prompt: Text | None = Field(None, description="the user's message; either this or `messages`")
+    messages: tuple[Message, ...] | None = Field(None, description="a conversation that ends with the user")
+    system: Text | None = Field(None, description="system prompt, beside `prompt`")
+    expect: Pattern | None = Field(None, description="regular expression that the answer must hold")
+    max_tokens: Positive = Field(256, description="longest answer, in tokens")
+
+    @model_validator(mode="after")
+    def _one_question(self) -> SmokeQuery:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("needs either prompt or messages")
+        if self.messages is not None and self.system is not None:
+            raise ValueError("put the system prompt into messages, or use prompt")
+        if self.messages is not None and (not self.messages or self.messages[-1].role != "user"):
+            raise ValueError("messages must end with the user's turn")
+        return self
+
+
+def _training_kind(value: Any) -> str:
+    if value is None or value == "none":
+        return "none"
+    adopted = isinstance(value, Adopted) or (isinstance(value, dict) and {"from", "source"} & value.keys())
+    return "adopted" if adopted else "training"
+
+
+Training = Annotated[
+    Annotated[Train, Tag("training")] | Annotated[Adopted, Tag("adopted")] | Annotated[Nothing, Tag("none")],
+    Discriminator(_training_kind),
+]
+
+
+class Recipe(Section):
+    """Everything that a ship needs to know."""
+
+    name: Name = Field(description="name of the run and of its files: letters, digits, `.`, `_`, `-`")
+    base: Base = Field(description="the model to start from")
+    data: Data | None = Field(None, description="the rows to learn from; needed when something is trained")
+    train: Training = Field(
+        Train(), description="a training run; `{from: ADAPTER}` adopts one; `none` ships the base"
+    )
+    export: Export = Field(Export(), description="the GGUF file")
+    verify: Verify = Field(Verify(), description="what must hold before anything is deployed")
+    deploy: Deploy = Field(Deploy(), description="where the model is served")
+    smoke: tuple[SmokeQuery, ...] = Field((), description="questions that the served model is asked")
+
+    def as_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON values under the names of the file; `from_json` reads it back."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def from_json(values: dict[str, Any]) -> Recipe:
+    """The inverse of `Recipe.as_json`, for a recipe that was valid when it was written."""
+    return Recipe.model_validate_json(json.dumps(values))

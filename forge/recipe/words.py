@@ -1,0 +1,153 @@
+"""The kinds of values that a recipe's fields hold, each with its own plain message.
+
+Unions are read by one function each, because a union's own errors name every member that failed.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+BUILTIN_BASES = ("tiny",)
+BUILTIN_DATA = ("yoda", "yoda_heldout")
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_PINNED = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)@(?P<revision>[^\s@]+)")
+_TRACKERS = (
+    *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive"),
+    *("flyte", "mlflow", "neptune", "tensorboard", "wandb"),
+)
+
+
+def split_revision(value: Any, key: str) -> Any:
+    """`{key: "id@revision"}` as `{key: "id", "revision": "revision"}`; paths are left as they are."""
+    if not isinstance(value, dict) or not isinstance(value.get(key), str):
+        return value
+    pinned = _PINNED.fullmatch(value[key])
+    if not pinned:
+        return value
+    if value.get("revision") is not None:
+        raise ValueError(f"the revision is given twice: in {key} and in revision")
+    return {**value, key: pinned["id"], "revision": pinned["revision"]}
+
+
+def _text(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError(
+            "must be usable as a file name: letters, digits, '.', '_' and '-', "
+            "a letter or digit first, at most 64"
+        )
+    return value
+
+
+def _pattern(value: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(value)
+    except (re.error, OverflowError, RecursionError) as wrong:
+        raise ValueError(f"is not a regular expression: {wrong}") from None
+    return value
+
+
+def _evaluation(value: Any) -> float | int | str:
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return value
+    raise ValueError("must be a share of the rows (0 to below 1), a whole number of rows, or a file")
+
+
+def _words(value: Any) -> tuple[str, ...] | None:
+    """A list of distinct, non-empty words as a tuple; None when it is something else."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return None
+    fine = all(isinstance(item, str) and item.strip() for item in value) and len(set(value)) == len(value)
+    return tuple(value) if fine else None
+
+
+def _targets(value: Any) -> Any:
+    words = (value,) if value in ("auto", "all-linear") else _words(value)
+    if words is None or (isinstance(value, str) and value not in ("auto", "all-linear")):
+        raise ValueError("must be auto, all-linear or a list of different module names")
+    if any(word.rpartition(".")[2] == "lm_head" for word in words):
+        raise ValueError(
+            "lm_head cannot carry an adapter: it is often tied to the embeddings, and the loss reads its "
+            "weight directly; leave it out"
+        )
+    return value if isinstance(value, str) else words
+
+
+def _reporters(value: Any) -> tuple[str, ...]:
+    if value == "none" or (isinstance(value, (list, tuple)) and not value):
+        return ()
+    words = (value,) if isinstance(value, str) else _words(value)
+    if words is None or not set(words) <= set(_TRACKERS):
+        raise ValueError(f"must be none or a list of: {', '.join(_TRACKERS)}")
+    return words
+
+
+def _scalar(value: Any) -> Any:
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise ValueError("must be text, a number, true, false or null")
+    if isinstance(value, float) and value - value != 0:
+        raise ValueError("must be a finite number")
+    return value
+
+
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def _none(_: Any) -> None:
+    return None
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Name = Annotated[str, AfterValidator(_name)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+UpTo = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Evaluation = Annotated[float | int | str, BeforeValidator(_evaluation)]
+Targets = Annotated[Literal["auto", "all-linear"] | tuple[str, ...], BeforeValidator(_targets)]
+Reporters = Annotated[tuple[str, ...], BeforeValidator(_reporters)]
+Scalar = Annotated[str | int | float | bool | None, BeforeValidator(_scalar)]
+Checkpointing = Literal["auto", True, False]
+Nothing = Annotated[None, BeforeValidator(_none)]
+Quant = Annotated[
+    Literal[
+        "q2_k",
+        "q3_k_s",
+        "q3_k_m",
+        "q3_k_l",
+        "q4_0",
+        "q4_1",
+        "q4_k_s",
+        "q4_k_m",
+        "q5_0",
+        "q5_1",
+        "q5_k_s",
+        "q5_k_m",
+        "q6_k",
+        "q8_0",
+        "f16",
+        "bf16",
+        "f32",
+    ],
+    BeforeValidator(_lower),
+]

@@ -1,0 +1,65 @@
+"""The child process of the embedded runtime: llama-server, inside this process, by xllamacpp.
+
+Settings come as one JSON line on standard input, so that the API key is on no command line. One
+JSON line on standard output says where it listens; all else that is printed goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from forge import process
+
+
+def start(settings: Mapping[str, Any]) -> Any:
+    """Load the model and listen; the server runs in threads of its own for as long as it is referred to.
+
+    Raises RuntimeError when it could not; why, llama.cpp has then printed.
+    """
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = settings["model"]
+    parameters.model_alias = {settings["alias"]}
+    parameters.hostnames = [settings["host"]]
+    parameters.port = settings["port"]
+    parameters.n_parallel = settings["slots"]
+    # llama-server divides the context among its slots.
+    parameters.n_ctx = settings["context_tokens"] * settings["slots"]
+    parameters.kv_unified = False
+    parameters.cpuparams.n_threads = settings["threads"]
+    parameters.cpuparams_batch.n_threads = settings["threads"]
+    if settings["gpu_layers"] is not None:
+        parameters.n_gpu_layers = settings["gpu_layers"]
+    parameters.endpoint_metrics = parameters.endpoint_props = parameters.endpoint_slots = True
+    if settings["api_key"]:
+        parameters.api_keys = [settings["api_key"]]
+    else:
+        # Without a key any web page that the user visits could ask otherwise.
+        parameters.cors_origins = "localhost"
+    return xllamacpp.Server(parameters)
+
+
+def main() -> None:
+    """Serve until the parent ends us, or ends."""
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    settings = json.loads(sys.stdin.readline())
+    process.exit_with_parent(sys.stdin)
+    try:
+        server = start(settings)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    protocol.write(json.dumps({"url": server.listening_address}) + "\n")
+    protocol.flush()
+    while True:
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()

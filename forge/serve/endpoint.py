@@ -1,0 +1,44 @@
+"""Where a model is served: the one value that smoke, chat, batch generation and the tests share."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+Message = Mapping[str, str]
+"""One turn: `role` (system, user, assistant or tool) and `content`."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def _unknown_end() -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server: `url` is its root, with or without `/v1`.
+
+    `why_gone` says why a server that forge itself started has ended, with its last lines; it
+    gives the empty text while the server runs, or where forge cannot know.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    why_gone: Callable[[], str] = field(default=_unknown_end, repr=False, compare=False)
+
+    def route(self, path: str) -> str:
+        """The whole URL of a route such as `/v1/chat/completions`."""
+        return self.url.rstrip("/").removesuffix("/v1") + path
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it is on this machine, where a proxy of the environment must not interfere."""
+        try:
+            host = urlsplit(self.url).hostname or ""
+            return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False

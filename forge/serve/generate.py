@@ -1,0 +1,278 @@
+"""Batch generation: a file of prompts to a file of answers, through any OpenAI-compatible endpoint.
+
+Started again, it goes on where it stopped. Requests run side by side, fewer while the server is
+busy; each answer is on the disk before the next is asked for in its place. A server that dies and
+comes back costs time only; what can never succeed becomes a failed row.
+
+Not covered: several endpoints, an order of the answers other than as they come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import threading
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from forge import report
+from forge.errors import ForgeError, InterruptedByUserError, StageError
+from forge.serve import wire
+from forge.serve.client import Client
+from forge.serve.endpoint import Endpoint
+from forge.serve.rows import Output, Row, read_rows
+from forge.serve.wire import BusyError, GoneError, RefusedError, Reply, Sampling, UnreachableError
+
+LABEL = "generate"
+# For servers that do not say how many slots they have.
+DEFAULT_CONCURRENCY = 4
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+LONGEST_RETRY_AFTER_SECONDS = 120.0
+# A row that the living server fails to answer so often is set aside, so that it blocks no other.
+TRIES_OF_ONE_ROW = 5
+
+_NOT_NOW = (429, 503)
+_AGAIN = "run the same command again: it goes on where it stopped"
+_Task = asyncio.Task[dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a run did. `skipped`: answered before; `failed`: failed rows in the output, old and new."""
+
+    written: int
+    skipped: int
+    failed: int
+    tokens_per_second: float
+
+
+def generate(
+    endpoint: Endpoint,
+    prompts: Path,
+    out: Path,
+    *,
+    sampling: Sampling | None = None,
+    concurrency: int | None = None,
+    retry_failed: bool = False,
+    patience_seconds: float = 300.0,
+) -> Generated:
+    """Answer every row of `prompts` that `out` does not answer yet; see `rows` for the two files.
+
+    `concurrency` None asks as many at once as the server has slots. While nothing is answered it
+    keeps trying for `patience_seconds`. Raises `DataError` for wrong rows before anything is sent,
+    `RefusedError` where every request would be refused, `StageError` when rows are left to do, and
+    `InterruptedByUserError`; whatever was answered by then is kept.
+    """
+    rows = read_rows(prompts)
+    with Output(out, retry_failed=retry_failed) as output:
+        todo = [row for row in rows if row.id not in output.done]
+        skipped = len(rows) - len(todo)
+        if todo and concurrency is None:
+            concurrency = _slots(endpoint)
+        batch = _Batch(endpoint, output, sampling or Sampling(), todo, patience_seconds, concurrency or 1)
+        try:
+            if todo:
+                asyncio.run(_until_stopped(batch.run()))
+        except (KeyboardInterrupt, asyncio.CancelledError) as stop:
+            raise InterruptedByUserError(f"interrupted: {batch.so_far()}", hint=_AGAIN) from stop
+        except (BusyError, UnreachableError, GoneError) as failure:
+            raise StageError(f"{batch.so_far()}: {failure.message}", hint=_AGAIN) from failure
+        finally:
+            report.close()
+        if batch.set_aside:
+            raise StageError(f"{batch.so_far()}: {batch.set_aside[0]}", hint=_AGAIN)
+        failed = sum(not succeeded for succeeded in output.done.values())
+        return Generated(batch.written, skipped, failed, round(batch.tokens_per_second, 1))
+
+
+async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Cancel `work` on Ctrl-C and SIGTERM.
+
+    An exception raised from a signal's handler could strike between a write and its being counted,
+    or inside the event loop; a cancelled task stops where it waits.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+    if threading.current_thread() is not threading.main_thread():
+        return await task
+
+    def cancel(number: int, frame: object) -> None:
+        loop.call_soon_threadsafe(task.cancel)
+
+    before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        await task
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def _slots(endpoint: Endpoint) -> int:
+    """How many requests llama-server says it answers at once."""
+    with contextlib.suppress(ForgeError, ValueError, TypeError, KeyError):
+        with Client(endpoint) as client:
+            return max(1, int(client.properties()["total_slots"]))
+    return DEFAULT_CONCURRENCY
+
+
+@dataclass
+class _Pace:
+    """How many requests run at once: halved when the server is busy, slowly back up when it answers."""
+
+    most: float
+    now: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.now = self.most
+
+    def busy(self) -> None:
+        self.now = max(1.0, self.now / 2)
+
+    def answered(self) -> None:
+        self.now = min(self.most, self.now + 1 / self.now)
+
+
+@dataclass
+class _Outage:
+    """How long nothing has been answered, from the first failure on."""
+
+    patience_seconds: float
+    since: float | None = None
+
+    def answered(self) -> None:
+        self.since = None
+
+    def is_over_patience(self) -> bool:
+        self.since = self.since or time.monotonic()
+        return time.monotonic() - self.since > self.patience_seconds
+
+
+class _Batch:
+    """One run over the rows that are left."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        output: Output,
+        sampling: Sampling,
+        rows: Sequence[Row],
+        patience_seconds: float,
+        concurrency: int,
+    ) -> None:
+        self.endpoint = endpoint
+        self.output = output
+        self.sampling = sampling
+        self.rows = rows
+        self.written = 0
+        self.failed = 0
+        self.set_aside: list[str] = []
+        self._pace = _Pace(concurrency)
+        self._outage = _Outage(patience_seconds)
+        self._tokens = 0
+        self._begin = time.monotonic()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / max(time.monotonic() - self._begin, 1e-9)
+
+    def so_far(self) -> str:
+        left = len(self.rows) - self.written - self.failed
+        return f"{self.written} of {len(self.rows)} rows written, {left} left to do"
+
+    async def run(self) -> None:
+        """Keep as many requests running as the pace allows; write all that has come at once."""
+        most = int(self._pace.most)
+        limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
+        waiting = iter(self.rows)
+        running: set[_Task] = set()
+        options = wire.connection_options(self.endpoint)
+        async with httpx.AsyncClient(**options, limits=limits) as client:
+            try:
+                while True:
+                    free = max(0, int(self._pace.now) - len(running))
+                    running |= {
+                        asyncio.create_task(self._answer(client, row)) for row in islice(waiting, free)
+                    }
+                    if not running:
+                        return
+                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    self._write(done)
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+                # What came in while it was being stopped.
+                self._write({task for task in running if not task.cancelled() and not task.exception()})
+
+    def _write(self, done: set[_Task]) -> None:
+        """Write the answers of finished tasks; then raise what one of them raised."""
+        answers = [answer for task in done if not task.exception() and (answer := task.result())]
+        if answers:
+            self.output.append(answers)
+        for answer in answers:
+            succeeded = "text" in answer
+            self.output.done[answer["id"]] = succeeded
+            self.written += succeeded
+            self.failed += not succeeded
+        if answers:
+            finished = self.written + self.failed
+            report.advance(LABEL, finished, len(self.rows), f"{self.tokens_per_second:.0f} tokens/s")
+        for task in done:
+            if error := task.exception():
+                raise error
+
+    async def _answer(self, client: httpx.AsyncClient, row: Row) -> dict[str, Any] | None:
+        """The output's row, after as many tries as it takes; None when it is set aside."""
+        body = wire.chat_request(self.endpoint, row.messages, self.sampling)
+        errors = 0
+        for attempt in count():
+            try:
+                reply = await self._ask(client, body)
+            except RefusedError as refusal:
+                if not refusal.about_the_request:
+                    raise
+                self._outage.answered()
+                return {"id": row.id, "error": refusal.message}
+            except (BusyError, UnreachableError) as failure:
+                errors += isinstance(failure, BusyError) and failure.status not in _NOT_NOW
+                if errors == TRIES_OF_ONE_ROW:
+                    self.set_aside.append(f"{row.id!r}: {failure.message}")
+                    return None
+                if self._outage.is_over_patience():
+                    raise
+                None
+                await asyncio.sleep(_pause(attempt, failure))
+            else:
+                self._tokens += reply.completion_tokens
+                return _output_row(row, reply)
+        raise AssertionError("count() does not end")
+
+    async def _ask(self, client: httpx.AsyncClient, body: Mapping[str, object]) -> Reply:
+        with wire.failures_of(self.endpoint):
+            response = await client.post(self.endpoint.route(wire.CHAT), json=body)
+        reply = wire.read_reply(self.endpoint, wire.read_json(self.endpoint, response))
+        self._pace.answered()
+        self._outage.answered()
+        return reply
+
+
+def _pause(attempt: int, failure: ForgeError) -> float:
+    """Seconds until the next try: what the server asked for, else doubling; with jitter."""
+    asked = failure.retry_after if isinstance(failure, BusyError) else None
+    pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(attempt, 10))
+    if asked is not None:
+        pause = min(asked, LONGEST_RETRY_AFTER_SECONDS)
+    return pause * random.uniform(1.0, 1.25)
+
+
+def _output_row(row: Row, reply: Reply) -> dict[str, Any]:
+    usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+    return {"id": row.id, "text": reply.text, "finish_reason": reply.finish_reason, "usage": usage}

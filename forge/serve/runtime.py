@@ -1,0 +1,52 @@
+"""What a runtime is: something that serves a GGUF file for as long as a block lasts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from forge.serve.endpoint import Endpoint
+
+# With more slots a single client waits longer, with one many clients queue. Each slot has its
+# own full context, so a long context gets fewer.
+_MOST_SLOTS = 4
+_MOST_CONTEXT_OF_ALL_SLOTS = 32768
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve `model`.
+
+    `alias` is the name that clients see. Port 0 takes a free one. Every one of the `parallel`
+    slots (None: chosen by the context) has the whole of `context_tokens`. `threads` None means the
+    physical cores that this process may use, `gpu_layers` None as many as fit.
+    """
+
+    model: Path
+    alias: str
+    context_tokens: int
+    host: str = "127.0.0.1"
+    port: int = 0
+    parallel: int | None = None
+    threads: int | None = None
+    gpu_layers: int | None = None
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def slots(self) -> int:
+        """How many requests it answers at once."""
+        return self.parallel or max(1, min(_MOST_SLOTS, _MOST_CONTEXT_OF_ALL_SLOTS // self.context_tokens))
+
+
+class Runtime(Protocol):
+    """Serve until the block ends; entering it waits until the server really answers.
+
+    What the server says goes to `log`. Leaving the block, by whatever way, leaves no process and no
+    port behind.
+    """
+
+    def __call__(
+        self, settings: Settings, *, log: Path | None = None
+    ) -> AbstractContextManager[Endpoint]: ...

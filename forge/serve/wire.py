@@ -1,0 +1,198 @@
+"""What travels between forge and an OpenAI-compatible server: requests, replies and failures.
+
+Pure functions over httpx's values, so that the client that waits (`client`) and the one that asks
+many at once (`generate`) say the same things. httpx's exceptions and the server's error answers
+become forge's errors here and nowhere else:
+
+* `UnreachableError`: nothing listens, or the connection broke: worth another try later.
+* `BusyError`: 408, 429, 5xx, or no answer in time: worth another try, after `retry_after` if it is given.
+* `RefusedError`: any other answer that is no success: the same request would fail again.
+* `GoneError`: a server that forge started has ended by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from forge.errors import DataError, MissingToolError, RecipeError, StageError
+from forge.serve.endpoint import Endpoint, Message
+
+CHAT = "/v1/chat/completions"
+# A long answer of a large model on a small machine takes minutes; a connection does not.
+TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+
+# Answers that tell about one request. The rest (401, 403, 404, ...) would meet every other one too.
+_ABOUT_THE_REQUEST = frozenset({400, 413, 422})
+_OVERFLOW = "exceed_context_size_error"
+_START_IT = "is it serving? start it with: forge serve MODEL"
+
+
+class UnreachableError(MissingToolError):
+    """Nothing answers."""
+
+
+class BusyError(StageError):
+    """The server cannot answer now."""
+
+    def __init__(self, message: str, *, status: int = 503, retry_after: float | None = None) -> None:
+        super().__init__(message, hint="try again later, or ask for less at once")
+        self.status = status
+        self.retry_after = retry_after
+
+
+class RefusedError(DataError):
+    """The server will not answer this."""
+
+    def __init__(self, message: str, *, status: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+    @property
+    def about_the_request(self) -> bool:
+        """Whether another request could still succeed."""
+        return self.status in _ABOUT_THE_REQUEST
+
+
+class GoneError(StageError):
+    """The server that forge started is no more."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens. The default is greedy: the same answer every time."""
+
+    max_tokens: int = 512
+    temperature: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer. `finish_reason` is `stop` (it ended by itself) or `length` (it was cut)."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def chat_request(
+    endpoint: Endpoint, messages: Sequence[Message], sampling: Sampling, *, stream: bool = False
+) -> dict[str, object]:
+    """The body of a chat completion."""
+    body: dict[str, object] = {
+        "model": endpoint.model,
+        "messages": [dict(message) for message in messages],
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+    }
+    if sampling.stop:
+        body["stop"] = list(sampling.stop)
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return body
+
+
+def connection_options(endpoint: Endpoint) -> dict[str, Any]:
+    """The arguments of `httpx.Client` and `httpx.AsyncClient` for this endpoint."""
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
+    # Plain HTTP has nothing to verify (redirects are not followed), and loading the certificates
+    # takes a tenth of a second for every client.
+    verify = not endpoint.url.startswith("http://")
+    return {"headers": headers, "timeout": TIMEOUT, "trust_env": not endpoint.loopback, "verify": verify}
+
+
+@contextlib.contextmanager
+def failures_of(endpoint: Endpoint) -> Iterator[None]:
+    """The edge where httpx's exceptions become forge's."""
+    try:
+        yield
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as wrong:
+        raise RecipeError(
+            f"{endpoint.url!r} is not the URL of a server: {wrong}", hint="such as http://127.0.0.1:8080"
+        ) from wrong
+    except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as late:
+        raise BusyError(f"{endpoint.url} gave no answer within {TIMEOUT.read:.0f} seconds") from late
+    except httpx.TransportError as broken:
+        if end := endpoint.why_gone():
+            raise GoneError(end) from broken
+        connected = not isinstance(broken, (httpx.ConnectError, httpx.ConnectTimeout))
+        what = "broke off its answer" if connected else "does not answer"
+        raise UnreachableError(f"{endpoint.url} {what} ({broken})", hint=_START_IT) from broken
+
+
+def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a successful answer. The whole body must have been read.
+
+    Raises `BusyError` or `RefusedError` for an error answer, `StageError` for what is not a JSON object.
+    """
+    payload = _parse(response.content)
+    if response.is_success and isinstance(payload, dict):
+        return payload
+    if response.is_success:
+        shown = response.text[:80]
+        raise StageError(
+            f"{endpoint.url} answered with something that is not JSON: {shown!r}",
+            hint="the URL must be the root of an OpenAI-compatible server",
+        )
+    raise error_answer(endpoint, response.status_code, payload, response.headers)
+
+
+def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
+    """The reply in a chat completion's JSON."""
+    try:
+        choice = payload["choices"][0]
+        usage = payload.get("usage") or {}
+        return Reply(
+            text=choice["message"].get("content") or "",
+            finish_reason=choice.get("finish_reason") or "",
+            prompt_tokens=int(usage.get("prompt_tokens", 0)),
+            completion_tokens=int(usage.get("completion_tokens", 0)),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError) as wrong:
+        raise StageError(f"{endpoint.url} answered with something that is no chat completion") from wrong
+
+
+def error_answer(
+    endpoint: Endpoint, status: int, payload: object, headers: Mapping[str, str]
+) -> BusyError | RefusedError:
+    """The error for an answer that is no success; `payload` is its JSON, if it has any."""
+    detail = payload.get("error") if isinstance(payload, dict) else None
+    fields = detail if isinstance(detail, dict) else {"message": detail or ""}
+    said = str(fields.get("message") or "no reason given")
+    if status in (408, 429) or (status >= 500 and status != 501):
+        after = headers.get("retry-after", "")
+        seconds = float(after) if after.isdecimal() else None
+        return BusyError(f"{endpoint.url} answered {status}: {said}", status=status, retry_after=seconds)
+    if fields.get("type") == _OVERFLOW:
+        size, limit = fields.get("n_prompt_tokens"), fields.get("n_ctx")
+        return RefusedError(
+            f"the prompt is {size} tokens long and the server's context holds {limit}",
+            status=status,
+            hint="shorten it, or serve with a larger --context",
+        )
+    hints = {
+        401: "give the server's key with --api-key-file",
+        403: "give the server's key with --api-key-file",
+        404: "the URL must be the root of an OpenAI-compatible server, and the model one that it lists",
+        501: "the server was started without this feature",
+    }
+    return RefusedError(
+        f"{endpoint.url} answered {status}: {said}", status=status, hint=hints.get(status, "")
+    )
+
+
+def _parse(content: bytes) -> object:
+    try:
+        parsed: object = json.loads(content)
+    except ValueError:
+        return None
+    return parsed

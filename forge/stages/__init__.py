@@ -1,0 +1,37 @@
+"""The whole pipeline, readable as one tuple. `serve.live` and `stages.record` come after it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from forge.pipeline.stage import Step
+    from forge.stages.ship import Ship
+
+
+def stages_for(ship: Ship) -> tuple[Step, ...]:
+    """The stages of a ship, in order.
+
+    Up to *modelfile* each is pure and kept in the store; *deploy* and *smoke* look at the world.
+    """
+    from forge.recipe.schema import Adopted, Train
+    from forge.stages.adapter import AdoptStage, EvaluateStage, TrainStage, ValidateStage
+    from forge.stages.artifacts import DataStage, ExportStage, ModelfileStage
+    from forge.stages.live import DeployAction, SmokeAction
+
+    recipe = ship.recipe
+    has_data = recipe.data is not None
+    is_adapted = recipe.train is not None
+    is_deployed = recipe.deploy.runtime != "none"
+    steps: tuple[Step | None, ...] = (
+        DataStage(ship) if has_data else None,
+        TrainStage(ship) if isinstance(recipe.train, Train) else None,
+        AdoptStage(ship) if isinstance(recipe.train, Adopted) else None,
+        ValidateStage(ship) if is_adapted else None,
+        EvaluateStage(ship) if is_adapted and has_data and ship.heldout else None,
+        ExportStage(ship),
+        ModelfileStage(ship),
+        DeployAction(ship) if is_deployed else None,
+        SmokeAction(ship) if is_deployed else None,
+    )
+    return tuple(step for step in steps if step is not None)

@@ -1,0 +1,194 @@
+"""The pure stages at both ends of training: *data* before it, *export* and *modelfile* after it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from forge import worker
+from forge.chat.modelfile import write_modelfiles
+from forge.data.prepare import Settings, prepare
+from forge.errors import DataError
+from forge.model.base import UNKNOWN
+from forge.model.checkpoint import open_checkpoint
+from forge.pipeline.stage import Stage
+from forge.stages.ship import Ship
+from forge.store.artifacts import Artifact
+from forge.store.digest import Json
+from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
+
+ADAPTER_STAGE = "train"
+
+
+def gguf_name(ship: Ship) -> str:
+    return f"{ship.recipe.name}-{ship.recipe.export.quant}.gguf"
+
+
+def prompt_params(ship: Ship) -> dict[str, Json]:
+    """What a rendered prompt and its ids depend on."""
+    training = ship.training
+    return {
+        "base.tokenizer": ship.tokenizer_digest,
+        "train.template_variables": dict(training.template_variables) if training else {},
+    }
+
+
+class DataStage(Stage):
+    """Rows to ids and loss mask; every problem of the data is told here, before anything long."""
+
+    name = "data"
+    version = 1
+
+    def __init__(self, ship: Ship) -> None:
+        self.ship = ship
+
+    def params(self) -> Mapping[str, Json]:
+        data, training = self.ship.recipe.data, self.ship.training
+        assert data is not None
+        heldout = self.ship.heldout
+        columns = data.columns.model_dump(exclude_none=True)
+        return {
+            "data.source": self.ship.file_digest(self.ship.data_files),
+            "data.eval": self.ship.file_digest([heldout]) if isinstance(heldout, Path) else heldout,
+            "data.format": data.format,
+            "data.columns": columns,
+            "data.seed": None if isinstance(heldout, Path) else data.seed,
+            "data.limit": data.limit,
+            "data.overlong": data.overlong,
+            "train.max_length": training.max_length if training else None,
+            "train.supervise": training.supervise if training else "all",
+            **prompt_params(self.ship),
+        }
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        data, training = self.ship.recipe.data, self.ship.training
+        assert data is not None
+        settings = Settings(
+            source=self.ship.data_files,
+            heldout=self.ship.heldout,
+            format=data.format,
+            columns=data.columns.model_dump(exclude_none=True),
+            seed=data.seed,
+            limit=data.limit,
+            overlong=data.overlong,
+            max_length=training.max_length if training else None,
+            supervise=training.supervise if training else "all",
+        )
+        return prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
+
+
+class ExportStage(Stage):
+    """One quantized GGUF: merge, convert, quantize, with the token ids proved before."""
+
+    name = "export"
+    version = 1
+
+    def __init__(self, ship: Ship) -> None:
+        self.ship = ship
+        adapted = (ADAPTER_STAGE,) if ship.recipe.train is not None else ()
+        self.needs = (("data",) if ship.recipe.data else ()) + adapted
+
+    def params(self) -> Mapping[str, Json]:
+        export = self.ship.recipe.export
+        template = self.ship.template.pinned_source() if self.ship.base.directory else UNKNOWN
+        return {
+            "name": self.ship.recipe.name,
+            "base": self.ship.base_digest,
+            "base.tokenizer": self.ship.tokenizer_digest,
+            "export.mode": export.mode,
+            "export.quant": export.quant,
+            "export.keep_merged": export.keep_merged,
+            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+        }
+
+    def tools(self) -> Mapping[str, str]:
+        return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}
+
+    def recorded(self) -> Mapping[str, str]:
+        return {name: installed(name) for name in ("torch", "transformers")}
+
+    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
+        """The merged checkpoint (float32 where the adapter touches it), the F16 file, the quantized one."""
+        numel = open_checkpoint(self.ship.base_directory).numel
+        return numel * 4 + numel * 2 + numel
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        export = self.ship.recipe.export
+        if export.mode == "adapter":
+            raise DataError(
+                "export.mode: adapter: a GGUF adapter beside its base is not built yet",
+                hint="use export.mode: merged",
+            )
+        arguments = {
+            "base": str(self.ship.base_directory),
+            "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
+            "tokenizer": str(self.ship.tokenizer.directory),
+            "chat_template": self.ship.template.pinned_source(),
+            "data": str(inputs["data"].path) if "data" in inputs else None,
+            "out": str(out),
+            "converters": str(find_converters(self.ship.store.root)),
+            "settings": {
+                "name": self.ship.recipe.name,
+                "quant": export.quant,
+                "keep_merged": export.keep_merged,
+                "threads": None,
+            },
+        }
+        return worker.call("export", arguments, log=self.ship.log)
+
+
+class ModelfileStage(Stage):
+    """Modelfile and Modelfile.jinja, for Ollama."""
+
+    name = "modelfile"
+    version = 1
+
+    def __init__(self, ship: Ship) -> None:
+        self.ship = ship
+        self.needs = ("data",) if ship.recipe.data else ()
+
+    def params(self) -> Mapping[str, Json]:
+        template = self.ship.template.pinned_source() if self.ship.base.directory else UNKNOWN
+        return {
+            "file": gguf_name(self.ship),
+            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+            "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
+            **prompt_params(self.ship),
+        }
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        stops = sorted({self.ship.prompt_format.end_of_turn, *self._end_tokens()})
+        return write_modelfiles(
+            out,
+            file=gguf_name(self.ship),
+            template=self.ship.template,
+            stops=stops,
+            context_tokens=context_tokens(self.ship, inputs["data"].facts if "data" in inputs else {}),
+        )
+
+    def _end_tokens(self) -> set[str]:
+        tokenizer = self.ship.prompt_format.tokenizer
+        found = {tokenizer.id_to_token(number) for number in self.ship.tokenizer.eos_ids}
+        return {token for token in found if token}
+
+
+def context_tokens(ship: Ship, data_facts: Mapping[str, Any]) -> int:
+    """The context to serve with: what was asked, else min(model's, max(4096, training + reply))."""
+    asked = ship.recipe.deploy.context_tokens
+    most = ship.configuration.max_positions or 4096
+    replies = [query.max_tokens for query in ship.recipe.smoke]
+    wanted = max(4096, int(data_facts.get("max_length", 0)) + max(replies, default=256))
+    return asked or min(most, wanted)
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or `not installed`."""
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

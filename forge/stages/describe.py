@@ -1,0 +1,177 @@
+"""Plans, runs and garbage in words and in JSON: the reading commands."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.errors import DataError
+from forge.model.base import UNKNOWN
+from forge.model.checkpoint import open_checkpoint
+from forge.model.estimate import Estimate, available, export_disk, inference, training
+from forge.pipeline.plan import Plan
+from forge.recipe.fields import values
+from forge.recipe.load import load
+from forge.stages.artifacts import context_tokens
+from forge.stages.drive import find_run
+from forge.stages.record import read_manifest
+from forge.stages.ship import Ship
+from forge.store import collect as garbage_collection
+from forge.store import runs as store_runs
+from forge.store.artifacts import open_store
+
+_PLANNING_LENGTH = 1024  # tokens of a row, where the recipe leaves the length to the data
+
+
+def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
+    """Show a plan; returns the contract's fields."""
+    for name, value in sorted(values(ship.recipe).items()):
+        source = ship.loaded.sources[name]
+        report.detail(f"{name}: {value!r}  ({source.where})")
+    rows = [(one.name, "cached" if one.cached else "runs", "; ".join(one.reasons)) for one in planned.stages]
+    report.table(f"{ship.recipe.name}: {ship.base.spec}", ("stage", "", "why"), rows)
+    memory, disk = _memory(ship), _disk(ship)
+    for label, needed in (("memory", memory), ("disk", disk)):
+        if needed:
+            report.info(f"{label}: {_size(needed['needed'])} needed, {_size(needed['free'])} free")
+    problems = [str(problem) for problem in ship.base.problems]
+    for problem in problems:
+        report.warning(problem)
+    return {
+        "stages": [
+            {"name": one.name, "cached": one.cached, "reasons": list(one.reasons)} for one in planned.stages
+        ],
+        "memory": memory,
+        "disk": disk,
+        "downloads": UNKNOWN if ship.base.directory is None else None,
+        "problems": problems,
+    }
+
+
+def _memory(ship: Ship) -> dict[str, Any] | None:
+    if ship.base.directory is None:
+        return None
+    tensors = open_checkpoint(ship.base_directory).tensors
+    parameters = sum(tensor.numel for tensor in tensors.values())
+    parts: dict[str, Estimate] = {
+        "serving": inference(
+            parameters,
+            ship.configuration,
+            quant=ship.recipe.export.quant,
+            context=context_tokens(ship, {}),
+        )
+    }
+    train = ship.training
+    if train:
+        length = min(
+            train.max_length or _PLANNING_LENGTH, ship.configuration.max_positions or _PLANNING_LENGTH
+        )
+        parts["training"] = training(
+            tensors,
+            ship.configuration,
+            method=train.method,
+            rank=train.lora.r,
+            batch=train.batch_size,
+            sequence=length,
+            targets=train.lora.targets,
+            optimizer=train.optimizer,
+        )
+    needed = max(part.total for part in parts.values())
+    return {
+        "needed": needed,
+        "free": available().free,
+        **{name: {"bytes": part.total, "parts": dict(part.parts)} for name, part in parts.items()},
+    }
+
+
+def _disk(ship: Ship) -> dict[str, Any] | None:
+    if ship.base.directory is None:
+        return None
+    checkpoint = open_checkpoint(ship.base_directory)
+    estimate = export_disk(checkpoint.numel, ship.recipe.export.quant)
+    where = ship.store.root
+    while not where.exists():
+        where = where.parent
+    return {
+        "needed": estimate.total,
+        "free": shutil.disk_usage(where).free,
+        "parts": dict(estimate.parts),
+        "store": str(ship.store.root),
+    }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def describe_run(name: str) -> dict[str, Any]:
+    """Show a run's manifest in short; a recipe stands for the run of its name."""
+    directory = find_run(load(Path(name)).recipe.name if name.endswith((".yaml", ".yml")) else name)
+    manifest = read_manifest(directory)
+    if not manifest:
+        raise DataError(f"{directory}/manifest.json cannot be read", hint="ship its recipe again")
+    report.info(f"{manifest['name']}: {manifest['outcome']} ({manifest['written']})")
+    report.info(f"base: {manifest['base']['spec']} {manifest['base']['revision'] or ''}".rstrip())
+    files = [
+        (path.relative_to(directory).as_posix(), _size(path.stat().st_size)) for path in _files(directory)
+    ]
+    report.table(str(directory), ("file", "size"), files)
+    if manifest["learned"]:
+        figures: Mapping[str, Any] = manifest["learned"]
+        report.info(
+            f"learned: {figures['metric']} {figures['before']} -> {figures['after']} ({figures['rows']} rows)"
+        )
+    return {"run": str(directory), "manifest": manifest, "files": [one[0] for one in files]}
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def describe_runs() -> list[dict[str, Any]]:
+    """Every run that the store knows."""
+    found = []
+    for run in store_runs.runs(open_store(read_only=True)):
+        manifest = read_manifest(run.directory)
+        found.append(
+            {
+                "name": run.name,
+                "directory": str(run.directory),
+                "base": manifest.get("base", {}).get("spec"),
+                "outcome": manifest.get("outcome"),
+                "written": manifest.get("written"),
+            }
+        )
+    columns = ("name", "base", "outcome", "written", "directory")
+    report.table("", columns, [tuple(one[column] for column in columns) for one in found])
+    return found
+
+
+def describe_garbage(*, delete: bool, adapters: bool, partials: bool) -> dict[str, Any]:
+    """What no run uses; removed with `delete`."""
+    store = open_store(read_only=not delete)
+    garbage = garbage_collection.plan(store)
+    removed = garbage_collection.collect(store, adapters=adapters, partials=partials) if delete else None
+    shown = removed or garbage
+    rows = [(item.kind, item.stage, item.key[:12], _size(item.bytes)) for item in shown.items]
+    report.table("removed" if delete else "not used by any run", ("kind", "stage", "key", "size"), rows)
+    total = sum(item.bytes for item in shown.items)
+    if delete:
+        report.success(f"{_size(total)} freed")
+    else:
+        report.info(
+            f"{_size(total)} could be freed; --delete does, adapters and unfinished work only when "
+            "named (--adapters, --partials)"
+        )
+    return {
+        "deleted": delete,
+        "bytes": total,
+        "used_bytes": garbage.used_bytes,
+        "items": [
+            {"kind": item.kind, "stage": item.stage, "key": item.key, "bytes": item.bytes}
+            for item in shown.items
+        ],
+    }

@@ -1,0 +1,173 @@
+"""A whole ship, a plan of one, and what a run's name stands for: what the commands call."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.errors import CheckError, DataError, ForgeError, InterruptedByUserError, Problem
+from forge.pipeline.plan import Plan
+from forge.pipeline.plan import plan as plan_stages
+from forge.pipeline.run import run
+from forge.pipeline.stage import Result
+from forge.recipe.load import Loaded, load
+from forge.stages import stages_for
+from forge.stages.record import MANIFEST, learned, read_manifest, record, summary
+from forge.stages.ship import Ship, open_ship
+from forge.store import runs
+from forge.store.artifacts import open_store
+
+RUNS = "runs"
+
+
+def run_directory(loaded: Loaded) -> Path:
+    return Path(RUNS).absolute() / loaded.recipe.name
+
+
+def ship(
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    *,
+    from_stage: str | None = None,
+    until: str | None = None,
+    retrain: bool = False,
+) -> dict[str, Any]:
+    """Run the pipeline and return what `--json` prints; whatever way it ends, the run is recorded.
+
+    Raises `CheckError` when a smoke query fails, and whatever a stage raises.
+    """
+    loaded = _load(recipe, overrides)
+    store, directory = open_store(), run_directory(loaded)
+    with runs.hold(store, directory), ExitStack() as stack:
+        pins = read_manifest(directory).get("pins")
+        target = open_ship(loaded, store, directory, pins=pins)
+        for problem in target.base.problems:
+            report.warning(str(problem))
+        directory.mkdir(parents=True, exist_ok=True)
+        log = stack.enter_context(target.log.open("a", encoding="utf-8"))
+        stack.enter_context(report.copied_to(log))
+        results: dict[str, Result] = {}
+        failure: BaseException | None = None
+        try:
+            run(
+                stages_for(target),
+                store,
+                run_directory=directory,
+                from_stage=from_stage,
+                until=until,
+                force=frozenset({"train"} if retrain else ()),
+                on_result=lambda result: results.__setitem__(result.name, result),
+                stack=stack,
+            )
+            failure = _failed_smoke(results)
+        except BaseException as stopped:
+            failure = stopped
+            if not isinstance(stopped, ForgeError | KeyboardInterrupt):
+                traceback.print_exc(file=log)
+            raise
+        finally:
+            record(target, results, failure)
+        return _finish(target, results, failure)
+
+
+def _load(recipe: Path, overrides: Sequence[str]) -> Loaded:
+    loaded = load(recipe, overrides)
+    for warning in loaded.warnings:
+        report.warning(warning)
+    return loaded
+
+
+def _failed_smoke(results: Mapping[str, Result]) -> ForgeError | None:
+    answers = results["smoke"].facts["smoke"] if "smoke" in results else []
+    failed = [answer for answer in answers if not answer["ok"]]
+    if not failed:
+        return None
+    return CheckError(
+        f"{len(failed)} of {len(answers)} smoke queries failed",
+        hint="the model is exported all the same; look at report.html, or change smoke in the recipe",
+        problems=[
+            Problem(
+                f"answered {one['answer']!r} ({one['finish_reason']}), expected {one['expect']}",
+                one["prompt"],
+            )
+            for one in failed
+        ],
+    )
+
+
+def _finish(target: Ship, results: Mapping[str, Result], failure: ForgeError | None) -> dict[str, Any]:
+    """Say how it went, and keep serving where the recipe wants that."""
+    figures = learned(results)
+    if figures and figures["metric"] == "exact_match":
+        where = "the shipped file behind its server" if figures["served"] else "the tuned model"
+        report.success(
+            f"learned: {figures['rows']} held-out rows, exact answers: base {figures['before']:.0%}, "
+            f"{where} {figures['after']:.0%}"
+        )
+    elif figures:
+        report.success(f"learned: held-out loss {figures['before']:.4f} -> {figures['after']:.4f}")
+    report.info(f"the run: {target.run_directory}")
+    if failure:
+        raise failure
+    kept = target.recipe.deploy.keep and "deploy" in results
+    endpoint = results["deploy"].facts["endpoint"] if kept else None
+    fields = summary(target, results, endpoint)
+    if kept:
+        report.result(fields)
+        report.success(f"serving {target.recipe.name} at {endpoint}; Ctrl-C stops it")
+        _wait_for_interrupt()
+    return fields
+
+
+def _wait_for_interrupt() -> None:
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        raise InterruptedByUserError("stopped serving") from None
+
+
+def plan(recipe: Path, overrides: Sequence[str] = (), *, fetch: bool = False) -> tuple[Ship, Plan]:
+    """What a ship would run, and why. Writes nothing; asks the hub only with `fetch`."""
+    loaded = _load(recipe, overrides)
+    store, directory = open_store(read_only=not fetch), run_directory(loaded)
+    pins = read_manifest(directory).get("pins")
+    target = open_ship(loaded, store, directory, pins=pins, fetch=fetch)
+    return target, plan_stages(stages_for(target), store, runs.requests(store, directory))
+
+
+def find_run(name: str) -> Path:
+    """The directory of a run, by path or by name from anywhere; raises `DataError`."""
+    for candidate in (Path(name), Path(RUNS) / name):
+        if (candidate / MANIFEST).is_file():
+            return candidate.absolute()
+    known = runs.runs(open_store(read_only=True))
+    found = [run.directory for run in known if run.name == name and (run.directory / MANIFEST).is_file()]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(
+            f"there are {len(found)} runs called {name}",
+            hint="name its directory: " + ", ".join(map(str, found)),
+        )
+    names = ", ".join(sorted({run.name for run in known})) or "none yet"
+    raise DataError(f"there is no run {name}", hint=f"runs are: {names}")
+
+
+def find_gguf(name: str) -> Path:
+    """The GGUF that a run or a path stands for."""
+    path = Path(name)
+    if path.suffix == ".gguf" or path.is_file():
+        return path.absolute()
+    directory = find_run(name)
+    found = sorted(directory.glob("*.gguf"))
+    if not found:
+        raise DataError(
+            f"{directory} has no GGUF: its ship did not get that far", hint="forge ship its recipe"
+        )
+    return found[0]

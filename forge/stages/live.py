@@ -1,0 +1,163 @@
+"""The stages that look at the world: *deploy* starts a server and proves its prompts, *smoke* asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from forge import report
+from forge.errors import CheckError, DataError, Problem
+from forge.export.run import GGUF_FILE
+from forge.pipeline.stage import Action, Result
+from forge.recipe.schema import Recipe
+from forge.serve.client import Client
+from forge.serve.embedded import serve_embedded
+from forge.serve.endpoint import Endpoint, Message
+from forge.serve.runtime import Settings
+from forge.serve.smoke import Query, run_smoke
+from forge.serve.wire import Sampling
+from forge.stages.artifacts import context_tokens
+from forge.stages.ship import Ship
+
+EXPORT = "export"
+
+
+def queries_in(recipe: Recipe) -> list[Query]:
+    """The recipe's smoke queries."""
+    queries = []
+    for query in recipe.smoke:
+        if query.messages is not None:
+            messages = tuple({"role": turn.role, "content": turn.content} for turn in query.messages)
+        else:
+            system = ({"role": "system", "content": query.system},) if query.system else ()
+            messages = (*system, {"role": "user", "content": query.prompt or ""})
+        queries.append(Query(messages, query.expect, query.max_tokens))
+    return queries
+
+
+class DeployAction(Action):
+    """The real llama-server on the exported file; its prompts and ids are compared with training's."""
+
+    name = "deploy"
+    needs = (EXPORT,)
+
+    def __init__(self, ship: Ship) -> None:
+        self.ship = ship
+        self.endpoint: Endpoint | None = None
+
+    def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
+        deploy = self.ship.recipe.deploy
+        if deploy.runtime != "embedded":
+            raise DataError(
+                f"deploy.runtime: {deploy.runtime} is not built yet", hint="use embedded, or none"
+            )
+        artifact = results[EXPORT].artifact
+        assert artifact is not None
+        data = results["data"].facts if "data" in results else {}
+        settings = Settings(
+            model=artifact.path / GGUF_FILE,
+            alias=self.ship.recipe.name,
+            context_tokens=context_tokens(self.ship, data),
+            host=deploy.host,
+            port=deploy.port,
+            parallel=deploy.parallel,
+            threads=deploy.threads,
+            gpu_layers=deploy.gpu_layers,
+        )
+        endpoint = stack.enter_context(serve_embedded(settings, log=self.ship.log))
+        conversations = [query.messages for query in queries_in(self.ship.recipe)] or [
+            ({"role": "user", "content": "Hello!"},)
+        ]
+        prove_prompts(self.ship, endpoint, conversations)
+        return {
+            "runtime": deploy.runtime,
+            "endpoint": endpoint.url,
+            "model": endpoint.model,
+            "context_tokens": settings.context_tokens,
+            "prompts_compared": len(conversations),
+        }
+
+
+def prove_prompts(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:
+    """The server writes each prompt as training did, in text and in ids.
+
+    Raises `CheckError` with the first difference.
+    """
+    form = ship.prompt_format
+    with Client(endpoint) as client:
+        for messages in conversations:
+            expected = ship.template.render(messages, add_generation_prompt=True)
+            found = client.apply_template(messages)
+            if found != expected:
+                raise _differs("prompt", expected, found)
+            if (ids := client.tokenize(expected)) != form.ids(expected):
+                raise _differs("token ids", str(form.ids(expected)), str(ids))
+
+
+def _differs(what: str, expected: str, found: str) -> CheckError:
+    same = next(
+        (at for at, (one, two) in enumerate(zip(expected, found, strict=False)) if one != two),
+        min(len(expected), len(found)),
+    )
+    start = max(0, same - 30)
+    return CheckError(
+        f"deploy: the server's {what} differ from training's at character {same}",
+        hint="pin the template's variables with train.template_variables, or use another base",
+        problems=[
+            Problem(repr(expected[start : same + 40]), "trained on"),
+            Problem(repr(found[start : same + 40]), "served"),
+        ],
+    )
+
+
+class SmokeAction(Action):
+    """The recipe's queries, and the held-out rows, asked of the served model.
+
+    Failed queries do not raise here: the run is recorded first.
+    """
+
+    name = "smoke"
+    needs = ("deploy",)
+
+    def __init__(self, ship: Ship) -> None:
+        self.ship = ship
+
+    def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
+        deployed = results["deploy"].facts
+        endpoint = Endpoint(deployed["endpoint"], deployed["model"])
+        answers = run_smoke(endpoint, queries_in(self.ship.recipe))
+        for answer in answers:
+            report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))
+        facts: dict[str, Any] = {
+            "smoke": [
+                {
+                    "prompt": answer.prompt,
+                    "answer": answer.answer,
+                    "ok": answer.ok,
+                    "expect": answer.expect,
+                    "finish_reason": answer.finish_reason,
+                }
+                for answer in answers
+            ]
+        }
+        exact = results["evaluate"].facts.get("exact") if "evaluate" in results else None
+        if exact:
+            facts["heldout"] = _ask_heldout(endpoint, exact["answers"])
+        return facts
+
+
+def _ask_heldout(endpoint: Endpoint, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Held-out questions to the shipped file behind its server: how many answers are exact."""
+    asked: list[dict[str, Any]] = []
+    with Client(endpoint) as client:
+        for number, row in enumerate(rows, 1):
+            reply = client.chat(row["messages"], Sampling(max_tokens=128, seed=0))
+            asked.append({**row, "served": reply.text.strip(), "finish_reason": reply.finish_reason})
+            report.advance("ask the held-out rows", number, len(rows))
+    return {
+        "rows": len(asked),
+        "exact": sum(row["served"] == row["expected"] for row in asked),
+        "stopped": sum(row["finish_reason"] == "stop" for row in asked),
+        "answers": asked,
+    }

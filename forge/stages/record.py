@@ -1,0 +1,178 @@
+"""What a ship leaves where a person looks: `runs/<name>/`. Written whatever way the ship ended."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from forge.chat.modelfile import MODELFILE, MODELFILE_JINJA
+from forge.errors import ForgeError
+from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
+from forge.pipeline.stage import Result
+from forge.stages.artifacts import ADAPTER_STAGE, gguf_name
+from forge.stages.page import write_page
+from forge.stages.ship import Ship
+from forge.store import durable
+from forge.store.artifacts import Artifact
+from forge.store.runs import publish
+
+MANIFEST = "manifest.json"
+REPORT = "report.html"
+NO_CERTIFICATE = "no certificate yet: token ids and prompts are compared, logits are not"
+
+
+def learned(results: Mapping[str, Result]) -> dict[str, Any] | None:
+    """The figures before and after: exact answers where there are short ones, else held-out loss.
+
+    `after` is of the shipped file behind its server where one was asked.
+    """
+    if "evaluate" not in results:
+        return None
+    facts = results["evaluate"].facts
+    exact = facts.get("exact")
+    if not exact:
+        return {"metric": "heldout_loss", **facts["loss"], "rows": facts["rows"], "served": False}
+    served = results["smoke"].facts.get("heldout") if "smoke" in results else None
+    after = served["exact"] if served else exact["after"]
+    rows = exact["rows"]
+    return {
+        "metric": "exact_match",
+        "before": round(exact["before"] / rows, 4),
+        "after": round(after / rows, 4),
+        "rows": rows,
+        "served": served is not None,
+    }
+
+
+def summary(ship: Ship, results: Mapping[str, Result], endpoint: str | None = None) -> dict[str, Any]:
+    """The JSON result of `forge ship`."""
+    directory = ship.run_directory
+    modelfile = results["modelfile"].facts if "modelfile" in results else {}
+    smoke = results["smoke"].facts["smoke"] if "smoke" in results else []
+    return {
+        "run": str(directory),
+        "adapter": str(directory / "adapter") if ADAPTER_STAGE in results else None,
+        "gguf": str(directory / gguf_name(ship)) if "export" in results else None,
+        "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
+        "modelfile_reason": modelfile.get("reason"),
+        "certificate": None,
+        "certificate_reason": NO_CERTIFICATE,
+        "learned": learned(results),
+        "endpoint": endpoint,
+        "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
+        "stages": [
+            {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
+            for result in results.values()
+        ],
+    }
+
+
+def record(ship: Ship, results: Mapping[str, Result], failure: BaseException | None = None) -> None:
+    """Publish the artifacts that there are into the run's directory, then manifest and report."""
+    directory = ship.run_directory
+    directory.mkdir(parents=True, exist_ok=True)
+    before = read_manifest(directory).get("artifacts", {})
+    for result in results.values():
+        if result.artifact:
+            _publish(ship, result.artifact, before.get(result.name, {}).get("digest"))
+    manifest = _manifest(ship, results, failure)
+    durable.write_text(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    write_page(directory / REPORT, manifest, results)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The run's last manifest; empty when there is none that can be read."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
+    """Put the artifact's files into the run; `published` is the digest of what lies there."""
+    directory = ship.run_directory
+    if artifact.stage == ADAPTER_STAGE:
+        for name in artifact.outputs:
+            _place(artifact, name, artifact.path / name, directory / "adapter" / name, published)
+    elif artifact.stage == "export":
+        target = directory / gguf_name(ship)
+        for old in directory.glob("*.gguf"):
+            if old != target:
+                old.unlink()  # a file of an earlier recipe beside the new one would mislead
+        _place(artifact, GGUF_FILE, artifact.path / GGUF_FILE, target, published)
+        if (artifact.path / MERGED_DIRECTORY).is_dir():
+            publish(artifact.path / MERGED_DIRECTORY, directory / MERGED_DIRECTORY)
+    elif artifact.stage == "modelfile":
+        for name in (MODELFILE, MODELFILE_JINJA):
+            if name in artifact.outputs:
+                publish(artifact.path / name, directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+
+
+def _place(artifact: Artifact, name: str, source: Path, target: Path, published: str | None) -> None:
+    """Publish unless this very artifact lies there whole: copying gigabytes again would take long."""
+    same_size = target.exists() and target.stat().st_size == artifact.outputs[name].bytes
+    if not (same_size and published == artifact.digest):
+        publish(source, target)
+
+
+def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException | None) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "name": ship.recipe.name,
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "forge": version("forge-ship"),
+        "outcome": _outcome(failure),
+        "recipe": ship.recipe.as_json(),
+        "recipe_file": str(ship.loaded.path),
+        "pins": ship.pins(),
+        "base": {
+            "spec": ship.base.spec,
+            "revision": ship.base.revision,
+            "licence": ship.base.licence,
+            "digest": ship.base_digest,
+        },
+        "data": {"digest": ship.file_digest(ship.data_files)} if ship.data_files else None,
+        "prompt": {
+            "end_of_turn": ship.prompt_format.end_of_turn,
+            "variables": dict(ship.template.variables),
+            "variables_read": list(ship.template.variables_read()),
+        },
+        "machine": {"python": sys.version.split()[0], "system": platform.platform()},
+        "artifacts": {
+            result.name: {
+                "key": result.artifact.key,
+                "digest": result.artifact.digest,
+                "recorded": dict(result.artifact.recorded),
+                "tools": result.artifact.request.get("tools"),
+                "files": {
+                    name: {"sha256": output.sha256, "bytes": output.bytes}
+                    for name, output in result.artifact.outputs.items()
+                },
+            }
+            for result in results.values()
+            if result.artifact
+        },
+        "facts": {result.name: dict(result.facts) for result in results.values()},
+        "learned": learned(results),
+        "certificate": None,
+        "certificate_reason": NO_CERTIFICATE,
+        "stages": [
+            {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
+            for result in results.values()
+        ],
+    }
+
+
+def _outcome(failure: BaseException | None) -> str:
+    if failure is None:
+        return "shipped"
+    return failure.message if isinstance(failure, ForgeError) else type(failure).__name__

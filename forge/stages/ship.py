@@ -1,0 +1,262 @@
+"""What a ship is about: the recipe and what its names turned out to be.
+
+Everything that a stage's request depends on is settled here, before anything runs: which base at
+which commit, whose tokenizer, which template with which variables, which data. So bad input is
+told at once, and `forge plan` needs no more than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forge.chat.template import ChatTemplate
+from forge.errors import DataError
+from forge.model.architectures import check_exportable
+from forge.model.base import UNKNOWN, ResolvedBase, fetch_dataset, local_directory, resolve
+from forge.model.checkpoint import open_checkpoint
+from forge.model.config import Configuration, check_unquantized, read_configuration
+from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.recipe.load import Loaded
+from forge.recipe.schema import Adopted, Recipe, Train
+from forge.store.artifacts import Store
+from forge.store.digest import file_digest, tree_digest
+
+if TYPE_CHECKING:
+    from forge.data.tokens import PromptFormat
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
+_TOKENIZER_FILES = ("tokenizer*", "chat_template.*", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True)
+class Ship:
+    """One recipe, resolved. `directory` of the base or adapter is None only in a plan."""
+
+    loaded: Loaded
+    store: Store
+    run_directory: Path
+    base: ResolvedBase
+    adopted: ResolvedBase | None
+    data_files: tuple[Path, ...]
+    heldout: float | int | Path
+    trackers: tuple[str, ...] = field(default=())
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def log(self) -> Path:
+        return self.run_directory / "log.txt"
+
+    @property
+    def training(self) -> Train | None:
+        return self.recipe.train if isinstance(self.recipe.train, Train) else None
+
+    @property
+    def base_directory(self) -> Path:
+        if self.base.directory is None:
+            raise DataError(f"{self.base.spec} is {UNKNOWN}", hint="run: forge plan --fetch, or forge ship")
+        return self.base.directory
+
+    @cached_property
+    def configuration(self) -> Configuration:
+        return read_configuration(self.base_directory)
+
+    @cached_property
+    def tokenizer(self) -> TokenizerFiles:
+        """The tokenizer that was trained with: the adapter's own, where it carries one (D12)."""
+        limit = self.configuration.max_positions
+        if self.adopted and self.adopted.directory and (self.adopted.directory / "tokenizer.json").is_file():
+            return read_tokenizer(self.adopted.directory, max_positions=limit)
+        return read_tokenizer(self.base_directory, max_positions=limit)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        source = self.tokenizer.chat_template
+        if source is None:
+            raise DataError(
+                f"{self.tokenizer.directory} has no chat template, so nothing says how a prompt is written",
+                hint="use the base's instruct version, or put a chat_template.jinja beside its tokenizer "
+                "(templates/chat/chatml.jinja is a plain one)",
+            )
+        tokens = {f"{name}_token": token for name, token in self.tokenizer.tokens.items()}
+        variables = self.training.template_variables if self.training else {}
+        return ChatTemplate(source, tokens, variables)
+
+    @cached_property
+    def prompt_format(self) -> PromptFormat:
+        from tokenizers import Tokenizer
+
+        from forge.data.tokens import prompt_format
+
+        tokenizer = Tokenizer.from_file(str(self.tokenizer.directory / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return prompt_format(self.template, tokenizer)
+
+    @property
+    def pad_token(self) -> str:
+        """A special token that is neither EOS nor the end of turn (D3, pitfall 27).
+
+        Padding is masked out, so which token it is changes nothing; but one that is also EOS would
+        be masked where it counts.
+        """
+        known = self.tokenizer.tokens
+        ends = {known.get("eos"), self.prompt_format.end_of_turn}
+        named = [known[name] for name in ("pad", "unk") if name in known]
+        for token in (*named, *self.tokenizer.special_tokens):
+            if token not in ends and token != known.get("bos"):
+                return token
+        raise DataError(
+            "the tokenizer has no special token besides EOS to pad with",
+            hint="add a pad token to the base's tokenizer",
+        )
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        number = self.prompt_format.tokenizer.token_to_id(self.pad_token)
+        assert isinstance(number, int), self.pad_token
+        return number
+
+    @cached_property
+    def base_digest(self) -> str:
+        """sha256 over the base's weights and configuration, remembered by the store."""
+        return self._digest(self.base.directory, _WEIGHT_FILES)
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        return self._digest(self.tokenizer.directory, _TOKENIZER_FILES) if self.base.directory else UNKNOWN
+
+    @cached_property
+    def adapter_digest(self) -> str:
+        assert self.adopted is not None
+        return self._digest(
+            self.adopted.directory, ("adapter_config.json", "adapter_model.*", *_TOKENIZER_FILES)
+        )
+
+    def file_digest(self, paths: Sequence[Path]) -> str:
+        return "+".join(file_digest(path, self.store.digests) for path in paths) or UNKNOWN
+
+    def _digest(self, directory: Path | None, patterns: Sequence[str]) -> str:
+        if directory is None:
+            return UNKNOWN
+        found = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
+        return tree_digest(directory, found, self.store.digests)
+
+    def pins(self) -> dict[str, Any]:
+        """What later ships of this run must find again: the commits of hub names."""
+        adopted = self.adopted
+        return {
+            "base": self.base.spec,
+            "base_revision": self.base.revision,
+            "adapter": adopted.spec if adopted else None,
+            "adapter_revision": adopted.revision if adopted else None,
+        }
+
+
+def open_ship(
+    loaded: Loaded,
+    store: Store,
+    run_directory: Path,
+    *,
+    pins: dict[str, Any] | None = None,
+    offline: bool = False,
+    fetch: bool = True,
+) -> Ship:
+    """Find everything that the recipe names, and refuse what cannot work, before anything runs.
+
+    `pins` are those of the run's last ship: a hub name without revision stays at its commit.
+    Raises `DataError` for a base that cannot be trained or exported, or is not whole.
+    """
+    recipe = loaded.recipe
+    pins = pins or {}
+    base = resolve(
+        recipe.base.id,
+        revision=recipe.base.revision or _pin(pins, "base", recipe.base.id),
+        offline=offline,
+        fetch=fetch,
+        relative_to=loaded.directory,
+    )
+    adopted = None
+    if isinstance(recipe.train, Adopted):
+        source = recipe.train.source
+        revision = recipe.train.revision or _pin(pins, "adapter", source)
+        adopted = resolve(
+            source, revision=revision, offline=offline, fetch=fetch, relative_to=loaded.directory
+        )
+    files, heldout = _data(loaded, offline=offline, fetch=fetch)
+    ship = Ship(loaded, store, run_directory, base, adopted, files, heldout)
+    if base.directory is not None:
+        check(ship)
+    return ship
+
+
+def _pin(pins: dict[str, Any], kind: str, spec: str) -> str | None:
+    return pins.get(f"{kind}_revision") if pins.get(kind) == spec else None
+
+
+def check(ship: Ship) -> None:
+    """Raise `DataError` for a base that cannot become what the recipe asks for."""
+    directory = ship.base_directory
+    check_unquantized(ship.configuration, str(directory))
+    check_exportable(ship.configuration)
+    if ship.configuration.remote_code and not ship.recipe.base.trust_remote_code:
+        raise DataError(
+            f"{ship.base.spec} runs Python code of its own, which forge does not do unasked",
+            hint="read that code, then set base: {id: ..., trust_remote_code: true}",
+        )
+    open_checkpoint(directory)
+    if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
+        raise DataError("the pad token is the end of turn: the model would never learn to stop")
+
+
+def _data(loaded: Loaded, *, offline: bool, fetch: bool) -> tuple[tuple[Path, ...], float | int | Path]:
+    from forge.data.sources import locate
+
+    data = loaded.recipe.data
+    if data is None:
+        return (), 0
+    if _is_hub_id(data.source, loaded.directory):
+        if not fetch:
+            return (), data.eval if not isinstance(data.eval, str) else 0
+        folder = fetch_dataset(data.source, revision=data.revision, offline=offline)
+        files = _files_of_split(folder, data.split)
+    else:
+        files = (locate(data.source, loaded.directory),)
+    heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
+    return files, heldout
+
+
+def _is_hub_id(source: str, directory: Path) -> bool:
+    if source.startswith("builtin:") or (directory / Path(source).expanduser()).exists():
+        return False
+    looks_like_a_file = Path(source).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet")
+    return source.count("/") == 1 and not looks_like_a_file and local_directory(source, directory) is None
+
+
+def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
+    """The data files of a hub dataset that belong to `split`, by their name, as the hub does it."""
+    name = split.partition("[")[0]
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.name.startswith(".")
+    )
+    named = [path for path in found if name in path.relative_to(folder).as_posix().lower()]
+    chosen = named or (found if len(found) == 1 else [])
+    if not chosen:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
+        raise DataError(
+            f"data.split: no file of the split {name!r} in the hub dataset; its files are: {names}",
+            hint="set data.split, or download the file you want and name it as data.source",
+        )
+    if "[" in split:
+        raise DataError(
+            f"data.split: {split}: slices are not supported", hint="use data.limit for the first rows"
+        )
+    return tuple(chosen)

@@ -1,0 +1,96 @@
+"""llama.cpp's converters, of the very commit that llama-cpp-python was built from.
+
+They travel in that package's source archive, so `forge setup` fetches it through pip by name and
+version, checks its sha256, and unpacks the converters alone. Nothing is compiled here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from forge import process, report
+from forge.errors import DataError, MissingToolError
+
+PACKAGE = "llama-cpp-python"
+VERSION = "0.3.36"
+LLAMA_CPP_COMMIT = "0c1e57098"
+SDIST_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+CONVERT_SCRIPT = "convert_hf_to_gguf.py"
+_WANTED = (CONVERT_SCRIPT, "convert_lora_to_gguf.py", "conversion", "gguf-py", "LICENSE")
+
+
+def converters_directory(home: Path) -> Path:
+    """Where the unpacked converters live under `home` (FORGE_HOME)."""
+    return home / "tools" / f"llama.cpp-{LLAMA_CPP_COMMIT}"
+
+
+def find_converters(home: Path) -> Path:
+    """The unpacked converters; raises `MissingToolError` when `forge setup` has not run."""
+    directory = converters_directory(home)
+    if not (directory / CONVERT_SCRIPT).is_file():
+        raise MissingToolError("llama.cpp's converters are not here yet", hint="run: forge setup")
+    return directory
+
+
+def install_converters(home: Path, archive: Path | None = None) -> Path:
+    """Unpack the converters from `archive`, or from the source archive that pip downloads.
+
+    Raises `DataError` when the archive is not the pinned one, `MissingToolError` when pip cannot
+    fetch it.
+    """
+    directory = converters_directory(home)
+    if (directory / CONVERT_SCRIPT).is_file():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+        source = archive or _download(Path(scratch))
+        _check(source)
+        unpacked = Path(scratch) / "unpacked"
+        _unpack(source, unpacked)
+        if not (directory / CONVERT_SCRIPT).is_file():
+            shutil.rmtree(directory, ignore_errors=True)
+            unpacked.rename(directory)
+    return directory
+
+
+def _download(directory: Path) -> Path:
+    report.info(f"fetching {PACKAGE} {VERSION}'s source archive (77 MB) for its converters")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}", "--dest", str(directory)]
+    finished = process.run(command, on_line=report.detail)
+    found = sorted(directory.glob("*.tar.gz"))
+    if finished.status or not found:
+        last = finished.output.strip().splitlines()[-1:] or ["no output"]
+        raise MissingToolError(
+            f"pip could not fetch {PACKAGE} {VERSION}: {last[0]}",
+            hint="on a machine with network: pip download --no-deps --no-binary "
+            f"{PACKAGE} {PACKAGE}=={VERSION}; then here: forge setup --from FILE",
+        )
+    return found[0]
+
+
+def _check(archive: Path) -> None:
+    if not archive.is_file():
+        raise DataError(f"{archive} does not exist")
+    with archive.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != SDIST_SHA256:
+        raise DataError(
+            f"{archive} is not the source archive of {PACKAGE} {VERSION}: its sha256 is {found}",
+            hint=f"expected {SDIST_SHA256}",
+        )
+
+
+def _unpack(archive: Path, target: Path) -> None:
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            # <name>-<version>/vendor/llama.cpp/<path>
+            parts = PurePosixPath(member.name).parts[1:]
+            if parts[:2] == ("vendor", "llama.cpp") and len(parts) > 2 and parts[2] in _WANTED:
+                member.name = str(PurePosixPath(*parts[2:]))
+                tar.extract(member, target, filter="data")

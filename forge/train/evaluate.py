@@ -1,0 +1,172 @@
+"""What was learned: held-out loss and exact answers, of the base and of the tuned model.
+
+Runs in a worker, on the base as it was trained (NF4 with qlora) with the adapter on and off.
+Greedy, whatever sampling the base's generation_config proposes. Answers are generated only where
+the expected ones are short; the loss is over the supervised tokens of every held-out row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.data.prepare import HELDOUT_FILE
+from forge.data.tokens import IGNORED
+from forge.train.model import choose_hardware, load_base
+
+_SHORT_TOKENS = 64
+_MOST_ANSWERS = 100
+_BATCH = 16
+
+Row = Mapping[str, Any]
+
+
+def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Held-out figures before and after, and the answers behind them.
+
+    `settings`: device, dtype, quantize, trust_remote_code, seed, end_of_turn_id, pad_token_id.
+    Loss is the mean negative log-likelihood per supervised token, in nats.
+    """
+    import peft
+    from tokenizers import Tokenizer
+
+    with (Path(data) / HELDOUT_FILE).open(encoding="utf-8") as stream:
+        rows: list[Row] = [json.loads(line) for line in stream]
+    hardware = choose_hardware(settings["device"], settings["dtype"])
+    model = load_base(
+        base,
+        hardware,
+        quantize=settings["quantize"],
+        trust_remote_code=settings["trust_remote_code"],
+        seed=settings["seed"],
+    )
+    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    model.config.use_cache = True
+    tokenizer = Tokenizer.from_file(str(Path(settings["tokenizer"]) / "tokenizer.json"))
+    short = [row for row in rows if len(_expected(row)) <= _SHORT_TOKENS][:_MOST_ANSWERS]
+    with model.disable_adapter():
+        before = _measure(model, rows, short, tokenizer, settings, "evaluate the base")
+    after = _measure(model, rows, short, tokenizer, settings, "evaluate the tuned model")
+    return {
+        "rows": len(rows),
+        "loss": {"before": before["loss"], "after": after["loss"]},
+        "perplexity": {"before": _perplexity(before["loss"]), "after": _perplexity(after["loss"])},
+        "exact": _exact(short, before["answers"], after["answers"], tokenizer),
+    }
+
+
+def _perplexity(loss: float) -> float:
+    return round(math.exp(min(loss, 50.0)), 4)
+
+
+def _measure(
+    model: Any,
+    rows: Sequence[Row],
+    short: Sequence[Row],
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    label: str,
+) -> dict[str, Any]:
+    total, tokens, answers = 0.0, 0, []
+    work = len(rows) + len(short)
+    for batch in _batches(rows):
+        loss, count = _loss(model, batch, settings["pad_token_id"])
+        total, tokens = total + loss, tokens + count
+        report.advance(label, min(len(rows), tokens and work * 0.3), work)
+    for batch in _batches(short):
+        answers += _answers(model, batch, tokenizer, settings)
+        report.advance(label, len(rows) + len(answers) - 1, work)
+    report.advance(label, work, work)
+    return {"loss": round(total / max(tokens, 1), 6), "answers": answers}
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    for start in range(0, len(rows), _BATCH):
+        yield rows[start : start + _BATCH]
+
+
+def _loss(model: Any, batch: Sequence[Row], pad: int) -> tuple[float, int]:
+    """Summed loss over the batch's supervised tokens, and how many there are."""
+    import torch
+
+    width = max(len(row["input_ids"]) for row in batch)
+    ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in batch])
+    labels = torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in batch])
+    mask = torch.tensor(
+        [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
+    )
+    with torch.inference_mode():
+        logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1),
+            labels[:, 1:].flatten().to(model.device),
+            ignore_index=IGNORED,
+            reduction="sum",
+        )
+    return float(loss), int((labels[:, 1:] != IGNORED).sum())
+
+
+def _prompt_length(row: Row) -> int:
+    """Where the last answer starts: the first position of the last supervised run."""
+    labels = row["labels"]
+    position = len(labels) - 1
+    while position >= 0 and labels[position] == IGNORED:
+        position -= 1
+    while position >= 0 and labels[position] != IGNORED:
+        position -= 1
+    return position + 1
+
+
+def _expected(row: Row) -> Sequence[int]:
+    ids: list[int] = row["input_ids"]
+    return ids[_prompt_length(row) :]
+
+
+def _answers(model: Any, batch: Sequence[Row], tokenizer: Any, settings: Mapping[str, Any]) -> list[str]:
+    """Greedy answers; prompts are padded on the left, as generation needs (pitfall 29)."""
+    import torch
+    import transformers
+
+    prompts = [row["input_ids"][: _prompt_length(row)] for row in batch]
+    width = max(map(len, prompts))
+    pad = settings["pad_token_id"]
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    greedy = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max(len(_expected(row)) for row in batch) + 8,
+        eos_token_id=settings["end_of_turn_id"],
+        pad_token_id=pad,
+    )
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
+        )
+    return [str(text) for text in tokenizer.decode_batch(out[:, width:].tolist(), skip_special_tokens=True)]
+
+
+def _exact(
+    short: Sequence[Row], before: Sequence[str], after: Sequence[str], tokenizer: Any
+) -> dict[str, Any] | None:
+    if not short:
+        return None
+    expected = tokenizer.decode_batch([list(_expected(row)) for row in short], skip_special_tokens=True)
+    answers = [
+        {
+            "messages": row["messages"][:-1],
+            "expected": want.strip(),
+            "before": was.strip(),
+            "after": now.strip(),
+        }
+        for row, want, was, now in zip(short, expected, before, after, strict=True)
+    ]
+    return {
+        "rows": len(answers),
+        "before": sum(answer["before"] == answer["expected"] for answer in answers),
+        "after": sum(answer["after"] == answer["expected"] for answer in answers),
+        "answers": answers,
+    }

@@ -1,0 +1,136 @@
+"""The base as it is trained: which device and number types, quantized or not, with its LoRA.
+
+Runs in a worker. Device order is CUDA, MPS, CPU (A1); 16-bit is bfloat16 where the hardware has
+it, else float16 on a GPU and float32 elsewhere (A2). One compute type drives the quantized layers
+and autocast alike (pitfall 19). Not covered: 8-bit bases, and more than one GPU in one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forge.errors import DataError, MissingToolError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where training runs and with which 16-bit type; `autocast` is bf16, fp16 or empty."""
+
+    device: str
+    compute: str
+    autocast: str
+
+
+def choose_hardware(device: str, dtype: str) -> Hardware:
+    """Resolve `auto`; raises `MissingToolError` when the asked device is not there."""
+    import torch
+
+    found = "cpu"
+    if torch.cuda.is_available():
+        found = "cuda"
+    elif torch.backends.mps.is_available():
+        found = "mps"
+    if device not in ("auto", found, "cpu"):
+        raise MissingToolError(
+            f"train.device: {device} is not available here (found: {found})",
+            hint="set train.device: auto, or install the torch build for your GPU",
+        )
+    chosen = found if device == "auto" else device
+    if dtype != "auto":
+        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        return Hardware(chosen, names[dtype], dtype if chosen == "cuda" and dtype != "fp32" else "")
+    if chosen == "cuda":
+        # Emulated bfloat16 (Turing and older) is slower than float16, so it does not count (A2).
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware(chosen, "bfloat16" if native else "float16", "bf16" if native else "fp16")
+    native = chosen == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Hardware(chosen, "bfloat16" if native else "float32", "")
+
+
+def load_base(
+    directory: str, hardware: Hardware, *, quantize: bool, trust_remote_code: bool, seed: int
+) -> Any:
+    """The base for training; with `quantize` its linear layers are NF4, doubly quantized (QLoRA)."""
+    import torch
+    import transformers
+
+    transformers.set_seed(seed)
+    compute = getattr(torch, hardware.compute)
+    options: dict[str, Any] = {"dtype": compute, "trust_remote_code": trust_remote_code}
+    if hardware.autocast == "fp16":
+        # Gradients of float16 weights under float16 autocast cannot be unscaled.
+        options["dtype"] = torch.float32
+    if quantize:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            # Compute in float32 where bfloat16 is missing: float16 overflows (A2, pitfall 26).
+            bnb_4bit_compute_dtype=torch.float32 if hardware.compute == "float16" else compute,
+        )
+    if hardware.device != "cpu":
+        options["device_map"] = {"": 0 if hardware.device == "cuda" else hardware.device}
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
+    model.config.use_cache = False
+    return model
+
+
+def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpointing: bool) -> Any:
+    """The model with fresh LoRA layers in float32, everything else frozen.
+
+    Raises `DataError` when the target names match no layer, listing what there is.
+    """
+    import peft
+
+    if quantize:
+        model = peft.prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    targets: str | list[str] = lora["targets"]
+    configuration = peft.LoraConfig(
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules="all-linear" if targets in ("auto", "all-linear") else list(targets),
+        use_rslora=lora["rslora"],
+        use_dora=lora["dora"],
+        modules_to_save=list(lora["modules_to_save"]) or None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, configuration)
+    except ValueError as error:
+        names = linear_names(model)
+        raise DataError(
+            f"train.lora.targets: {error}", hint=f"the linear layers are {', '.join(names)}"
+        ) from error
+
+
+def linear_names(model: Any) -> Sequence[str]:
+    """Short names of the layers that LoRA can adapt."""
+    import torch
+
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+        }
+    )
+
+
+def trainable_to_float32(model: Any) -> None:
+    """Keep adapter weights in float32 whatever the trainer made of them.
+
+    trl casts the adapters of a quantized base to bfloat16, but a resumed run reloads them as
+    float32: the two would differ. float32 from the start makes resuming exact.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)

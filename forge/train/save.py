@@ -1,0 +1,43 @@
+"""Saving an adapter so that it says what it needs and nothing of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from forge.errors import StageError
+
+# The base's own files, byte for byte: a tokenizer that was never rewritten cannot have changed.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+
+
+def save_adapter(model: Any, base: Path, out: Path, *, base_name: str, base_revision: str | None) -> None:
+    """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files into `out`."""
+    model.save_pretrained(str(out))
+    weights = out / "adapter_model.safetensors"
+    if not weights.exists():
+        raise StageError("train: peft saved no adapter_model.safetensors")
+    weights.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+    # peft's model card holds this machine's paths and versions; forge writes its own elsewhere.
+    (out / "README.md").unlink(missing_ok=True)
+    configuration = json.loads((out / "adapter_config.json").read_text())
+    configuration["base_model_name_or_path"] = base_name
+    configuration["revision"] = base_revision
+    for key in ("target_modules", "modules_to_save"):
+        # Sets: their order would differ from run to run.
+        if isinstance(configuration.get(key), list):
+            configuration[key] = sorted(configuration[key])
+    (out / "adapter_config.json").write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n")
+    copy_tokenizer(base, out)
+
+
+def copy_tokenizer(base: Path, out: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, out / name)

@@ -1,0 +1,150 @@
+"""The one protocol and edge for whatever needs torch, transformers or llama.cpp's libraries.
+
+`call` starts `python -m forge.worker`, writes one JSON line (the task and its arguments) and reads
+JSON lines back: what `report` says, then one result or one error. The library's own prints, on
+standard output or error, end in the log, never in the protocol. Arguments and results are plain
+JSON; large things are passed as paths.
+
+A worker that is asked to stop (SIGTERM) raises KeyboardInterrupt in its task, unless the task
+handles the signal itself, as training does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from forge import process, report
+from forge.errors import ForgeError, InterruptedByUserError, MissingToolError, StageError, from_json
+
+# The whole of what a worker may run: task name -> module:function.
+TASKS: Mapping[str, str] = {
+    "train": "forge.train.run:train",
+    "validate": "forge.adapter.status:validate",
+    "evaluate": "forge.train.evaluate:evaluate",
+    "export": "forge.export.run:export",
+}
+
+
+def call(task: str, arguments: Mapping[str, Any], *, log: Path | None = None) -> dict[str, Any]:
+    """Run `task` in a worker process and return its result.
+
+    Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word,
+    with the last lines of its log; `InterruptedByUserError` when it was stopped.
+    """
+    with Path(log or os.devnull).open("a", encoding="utf-8") as stream:
+        command = [sys.executable, "-m", "forge.worker"]
+        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with process.Child(command, log=stream, environment=environment, separate_errors=True) as child:
+            child.send(json.dumps({"task": task, "arguments": dict(arguments)}) + "\n")
+            try:
+                for line in child.lines():
+                    outcome = _receive(line)
+                    if outcome is not None:
+                        return outcome
+                status = child.wait()
+            except KeyboardInterrupt:
+                report.close()
+                report.info(f"stopping {task} (waiting for it to finish what it must)")
+                child.stop()
+                raise
+    raise StageError(
+        f"{task}: the worker process ended with status {status} and said nothing"
+        + ("; killed, most likely for lack of memory" if status == -9 else ""),
+        hint=f"see the end of {log}" if log else "",
+    )
+
+
+def _receive(line: str) -> dict[str, Any] | None:
+    message: dict[str, Any] = json.loads(line)
+    match message["event"]:
+        case "text":
+            report.say(message["kind"], message["text"])
+        case "table":
+            report.table(message["title"], message["columns"], message["rows"])
+        case "advance":
+            report.advance(message["label"], message["done"], message["total"], message["note"])
+        case "error":
+            raise from_json(message["error"])
+        case "result":
+            value: dict[str, Any] = message["value"]
+            return value
+    return None
+
+
+class ParentSink:
+    """In the worker: what is said travels to the parent."""
+
+    seconds_between = 0.1
+
+    def __init__(self, stream: IO[str]) -> None:
+        self.stream = stream
+        self._last = 0.0
+
+    def send(self, event: str, **fields: object) -> None:
+        self.stream.write(json.dumps({"event": event, **fields}) + "\n")
+        self.stream.flush()
+
+    def text(self, kind: str, text: str) -> None:
+        self.send("text", kind=kind, text=text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[report.Cell]]) -> None:
+        self.send("table", title=title, columns=list(columns), rows=[list(row) for row in rows])
+
+    def advance(self, label: str, done: float, total: float, note: str) -> None:
+        now = time.monotonic()
+        if 0 < done < total and now - self._last < self.seconds_between:
+            return
+        self._last = now
+        self.send("advance", label=label, done=done, total=total, note=note)
+
+
+def main() -> None:
+    """The worker's side: read a request, run it, answer once."""
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    sink = ParentSink(protocol)
+    report.configure(sink=sink, verbose=True)
+    request = json.loads(sys.stdin.readline())
+    process.exit_with_parent(sys.stdin)
+    sys.exit(_answer(request, sink))
+
+
+def _answer(request: Mapping[str, Any], sink: ParentSink) -> int:
+    """The worker's edge: the one place where its exceptions are turned into messages."""
+    module, _, function = TASKS[request["task"]].partition(":")
+    try:
+        with process.signals_as_interrupt():
+            value = getattr(importlib.import_module(module), function)(**request["arguments"])
+        sink.send("result", value=value)
+        return 0
+    except KeyboardInterrupt:
+        failure: ForgeError = InterruptedByUserError("interrupted")
+    except ForgeError as known:
+        failure = known
+    except ModuleNotFoundError as missing:
+        failure = MissingToolError(
+            f"the Python package {missing.name} is not installed",
+            hint="install the training stack: pip install 'forge-ship[train]'",
+        )
+        traceback.print_exc()
+    except MemoryError:
+        failure = StageError(f"{request['task']}: out of memory", hint="use a smaller batch or model")
+    except Exception as bug:  # noqa: BLE001 - the worker's edge
+        traceback.print_exc()
+        failure = StageError(
+            f"{request['task']} failed: {type(bug).__name__}: {bug}", hint="the traceback is in the run's log"
+        )
+    sink.send("error", error=failure.as_json())
+    return failure.code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Memory and disk from headers alone, against the numbers of real models that others measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.model import estimate
+from forge.model.checkpoint import open_checkpoint
+from forge.model.config import Configuration, configuration_of
+from forge.model.safetensors_header import TensorSpec
+from tests.model_files import write_safetensors
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def gpt2() -> Shapes:
+    shapes: Shapes = {"wte.weight": (50257, 768), "wpe.weight": (1024, 768)}
+    for layer in range(12):
+        block = f"h.{layer}"
+        for name, size in (("attn.c_attn", 2304), ("attn.c_proj", 768), ("mlp.c_fc", 3072)):
+            shapes |= {f"{block}.{name}.weight": (768, size), f"{block}.{name}.bias": (size,)}
+        shapes |= {f"{block}.mlp.c_proj.weight": (3072, 768), f"{block}.mlp.c_proj.bias": (768,)}
+        shapes |= {
+            f"{block}.{norm}.{part}": (768,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")
+        }
+    return shapes | {"ln_f.weight": (768,), "ln_f.bias": (768,)}
+
+
+def opt_350m() -> Shapes:
+    decoder = "model.decoder"
+    shapes: Shapes = {
+        f"{decoder}.embed_tokens.weight": (50272, 512),
+        f"{decoder}.embed_positions.weight": (2050, 1024),
+        f"{decoder}.project_in.weight": (1024, 512),
+        f"{decoder}.project_out.weight": (512, 1024),
+    }
+    for layer in range(24):
+        block = f"{decoder}.layers.{layer}"
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= {
+                f"{block}.self_attn.{name}.weight": (1024, 1024),
+                f"{block}.self_attn.{name}.bias": (1024,),
+            }
+        shapes |= {f"{block}.fc1.weight": (4096, 1024), f"{block}.fc1.bias": (4096,)}
+        shapes |= {f"{block}.fc2.weight": (1024, 4096), f"{block}.fc2.bias": (1024,)}
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes |= {f"{block}.{norm}.weight": (1024,), f"{block}.{norm}.bias": (1024,)}
+    return shapes
+
+
+def llama_2_7b() -> Shapes:
+    shapes: Shapes = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096)}
+    for layer in range(32):
+        block = f"model.layers.{layer}"
+        shapes |= {f"{block}.self_attn.{name}_proj.weight": (4096, 4096) for name in "qkvo"}
+        shapes |= {f"{block}.mlp.{name}_proj.weight": (11008, 4096) for name in ("gate", "up")}
+        shapes |= {f"{block}.mlp.down_proj.weight": (4096, 11008)}
+        shapes |= {
+            f"{block}.{norm}.weight": (4096,) for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+    return shapes | {"model.norm.weight": (4096,)}
+
+
+def phi_3_mini() -> Shapes:
+    shapes: Shapes = {"model.embed_tokens.weight": (32064, 3072), "lm_head.weight": (32064, 3072)}
+    for layer in range(32):
+        block = f"model.layers.{layer}"
+        shapes |= {
+            f"{block}.self_attn.qkv_proj.weight": (9216, 3072),
+            f"{block}.self_attn.o_proj.weight": (3072, 3072),
+            f"{block}.mlp.gate_up_proj.weight": (16384, 3072),
+            f"{block}.mlp.down_proj.weight": (3072, 8192),
+        }
+        shapes |= {
+            f"{block}.{norm}.weight": (3072,) for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+    return shapes | {"model.norm.weight": (3072,)}
+
+
+@pytest.fixture(scope="module")
+def tensors(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, TensorSpec]]:
+    """Sparse checkpoints with the true shapes, read through their headers."""
+    makers: Mapping[str, Callable[[], Shapes]] = {
+        "gpt2": gpt2, "opt-350m": opt_350m, "llama-2-7b": llama_2_7b, "phi-3-mini": phi_3_mini
+    }  # fmt: skip
+    found = {}
+    for name, make in makers.items():
+        directory = tmp_path_factory.mktemp(name)
+        write_safetensors(directory / "model.safetensors", make(), "BF16")
+        found[name] = open_checkpoint(directory).tensors
+    return found
+
+
+def numel(tensors: Mapping[str, TensorSpec]) -> int:
+    return sum(tensor.numel for tensor in tensors.values())
+
+
+def adapter(tensors: Mapping[str, TensorSpec], targets: str | tuple[str, ...], rank: int) -> int:
+    return estimate.lora_parameters(estimate.target_tensors(tensors, targets).values(), rank)
+
+
+LLAMA_7B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+}
+
+
+@pytest.fixture
+def llama() -> Configuration:
+    return configuration_of(LLAMA_7B)
+
+
+Models = Mapping[str, Mapping[str, TensorSpec]]
+
+
+def test_the_models_have_their_true_sizes(tensors: Models) -> None:
+    assert {name: numel(shapes) for name, shapes in tensors.items()} == {
+        "gpt2": 124_439_808,
+        "opt-350m": 331_196_416,
+        "llama-2-7b": 6_738_415_616,
+        "phi-3-mini": 3_821_079_552,
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "rank", "expected"),
+    [
+        ("gpt2", ("c_attn",), 4, 147_456),
+        ("gpt2", ("c_attn",), 8, 294_912),
+        ("gpt2", ("c_attn",), 16, 589_824),
+        ("gpt2", ("c_attn",), 32, 1_179_648),
+        ("gpt2", ("c_attn", "c_proj"), 8, 811_008),
+        ("gpt2", ("attn.c_proj", "c_attn"), 8, 442_368),
+        ("gpt2", "all-linear", 8, 1_179_648),
+        ("llama-2-7b", ("q_proj", "k_proj", "v_proj", "o_proj"), 16, 16_777_216),
+        ("llama-2-7b", ("q_proj", "v_proj"), 16, 8_388_608),
+        ("opt-350m", ("q_proj", "v_proj"), 8, 786_432),
+        ("opt-350m", ("q_proj", "v_proj"), 16, 1_572_864),
+        ("phi-3-mini", ("o_proj", "qkv_proj", "gate_up_proj", "down_proj"), 8, 12_582_912),
+        ("phi-3-mini", "auto", 8, 12_582_912),
+    ],
+)
+def test_c5_trainable_parameters(
+    tensors: Models, model: str, targets: str | tuple[str, ...], rank: int, expected: int
+) -> None:
+    assert adapter(tensors[model], targets, rank) == expected
+
+
+def test_c5_share_of_the_whole(tensors: Models) -> None:
+    trainable = adapter(tensors["gpt2"], ("c_attn",), 8)
+    total = numel(tensors["gpt2"]) + trainable
+    assert (total, f"{100 * trainable / total:.4f}") == (124_734_720, "0.2364")
+    assert numel(tensors["phi-3-mini"]) + 12_582_912 == 3_833_662_464
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "expected"),
+    [
+        ("opt-350m", {"other_bytes": 4}, 1_324_785_664),
+        ("opt-350m", {"other_bytes": 2}, 662_392_832),
+        ("opt-350m", {"linear_bits": 8, "other_bytes": 2}, 359_354_368),
+        ("opt-350m", {"linear_bits": 8, "other_bytes": 4}, 415_670_272),
+        ("opt-350m", {"linear_bits": 4, "other_bytes": 4}, 264_151_040),
+        ("opt-350m", {"linear_bits": 4, "other_bytes": 2}, 207_835_136),
+        ("phi-3-mini", {"linear_bits": 4, "other_bytes": 2, "buffers": 6_144}, 2_206_347_264),
+        ("phi-3-mini", {"linear_bits": 4, "adapter_parameters": 12_582_912, "buffers": 6_144}, 2_651_080_704),
+    ],
+)  # fmt: skip
+def test_a3_a4_a5_a10_footprints(tensors: Models, model: str, options: dict[str, Any], expected: int) -> None:
+    assert estimate.footprint(tensors[model], **options) == expected
+
+
+def test_a7_what_is_quantized(tensors: Models) -> None:
+    assert len(estimate.linear_tensors(tensors["opt-350m"])) == 24 * 6 + 2
+    assert len(estimate.linear_tensors(tensors["phi-3-mini"])) == 32 * 4
+    assert len(estimate.linear_tensors(tensors["gpt2"])) == 12 * 4
+
+
+def test_b1_full_training_and_inference() -> None:
+    assert estimate.full_training_bytes(7_000_000_000) == 112_000_000_000
+    sizes = [estimate.stored_bytes(7_000_000_000, dtype) for dtype in ("F32", "F16", "I8", "F4")]
+    assert sizes == [28_000_000_000, 14_000_000_000, 7_000_000_000, 3_500_000_000]
+
+
+def test_b2_size_in_megabytes() -> None:
+    assert estimate.stored_bytes(360_000_000, "BF16") / 1e6 == 720
+
+
+def test_b3_qlora_against_full_training() -> None:
+    base, trained = estimate.stored_bytes(7_000_000_000, "F4"), 16_777_216
+    total = base + trained * 2 + trained * 12
+    assert f"{total / 1e9:.2f}" == "3.73"
+    assert f"{estimate.full_training_bytes(7_000_000_000) / total:.1f}" == "30.0"
+
+
+def test_b4_a_qlora_run_is_the_sum_of_its_parts(tensors: Models, llama: Configuration) -> None:
+    found = estimate.training(
+        tensors["llama-2-7b"], llama, method="qlora", rank=16, batch=2, sequence=512,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+    )  # fmt: skip
+    linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    other = 6_738_415_616 - linear
+    layer = 34 * 4096 * 1024
+    assert found.parts == {
+        "base": linear // 2 + other * 4,
+        "quantization scales": int(linear * 0.127 / 8),
+        "adapter": 16_777_216 * 4,
+        "gradients": 16_777_216 * 4,
+        "optimizer": 16_777_216 * 8,
+        "activations": 32 * layer,
+        "batch": 2 * 512 * 24,
+        "libraries": estimate.TRAINING_START_BYTES,
+    }
+    assert found.total == sum(found.parts.values())
+
+
+def test_b4_activations_follow_the_formula(llama: Configuration) -> None:
+    def activations(**options: Any) -> int:
+        return estimate.activation_bytes(llama, **options)
+
+    layer, square = 34 * 4096 * 2 * 1000, 5 * 32 * 2 * 1000**2
+    assert activations(batch=2, sequence=1000) == 32 * layer
+    assert activations(batch=2, sequence=1000, attention="eager") == 32 * (layer + square)
+    assert activations(batch=2, sequence=1000, dtype_bytes=4) == 64 * layer
+    assert activations(batch=2, sequence=1000, checkpointing=True) == layer + 32 * 2 * 4096 * 2000
+
+
+def test_pitfall_39_an_8_bit_optimizer_saves_little_with_lora(tensors: Models, llama: Configuration) -> None:
+    def total(optimizer: str) -> int:
+        return estimate.training(
+            tensors["llama-2-7b"], llama, method="qlora", rank=16, batch=1, sequence=512, optimizer=optimizer
+        ).total
+
+    assert total("adamw_torch") > total("paged_adamw_8bit") > 0.95 * total("adamw_torch")
+
+
+def test_o1_a_q4_k_m_file_has_the_size_of_phi_3s() -> None:
+    # The book's file has 2210.78 MiB: 4.85 bits a parameter.
+    assert estimate.gguf_bytes(3_821_079_552, "Q4_K_M") / 2**20 == pytest.approx(2210.78, rel=0.005)
+
+
+def test_r5_inference_counts_weights_and_cache(llama: Configuration) -> None:
+    found = estimate.inference(6_738_415_616, llama, quant="q4_k_m", context=4096, slots=2)
+    assert found.parts["key-value cache"] == 2 * 32 * 32 * 128 * 4096 * 2 * 2
+    assert found.total < 10e9
+    grouped = configuration_of({**LLAMA_7B, "num_key_value_heads": 8})
+    assert estimate.cache_bytes(grouped, context=4096) * 4 == estimate.cache_bytes(llama, context=4096)
+
+
+def test_an_export_needs_room_for_three_files(tensors: Models) -> None:
+    assert estimate.export_disk(1_000_000_000, "q8_0").parts == {
+        "merged checkpoint": 4_000_000_000,
+        "f16 GGUF": 2_000_000_000,
+        "quantized GGUF": 1_062_500_000,
+    }
+    # The largest tensor is what counts, not the model: 7B must not need 28 GB.
+    assert estimate.export_memory(tensors["llama-2-7b"]).total < 3e9
+
+
+def test_available_memory_is_that_of_the_container(tmp_path: Path) -> None:
+    machine = estimate.available(tmp_path)
+    assert 0 < machine.free <= machine.total
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 895\n")
+    assert estimate.available(tmp_path).total == machine.total
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert estimate.available(tmp_path) == estimate.Available(1000, 995)

@@ -1,0 +1,196 @@
+"""What a base's configuration says of it, and whether its architecture can be shipped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.errors import DataError
+from forge.model.architectures import LIST, check_exportable, convertible, reason_against, registered, text_of
+from forge.model.config import check_unquantized, configuration_of, read_configuration
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 768,
+    "vocab_size": 2048,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_embd": 768,
+    "n_layer": 12,
+    "n_head": 12,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+}
+
+
+def architecture(name: str, **more: Any) -> str | None:
+    return reason_against(configuration_of({"architectures": [name], **more}))
+
+
+def test_a_configuration_under_todays_names() -> None:
+    facts = configuration_of(LLAMA)
+    assert (facts.architecture, facts.model_type, facts.dtype) == ("LlamaForCausalLM", "llama", "bfloat16")
+    sizes = (facts.hidden_size, facts.layers, facts.heads, facts.key_value_heads, facts.head_size)
+    assert sizes == (256, 4, 8, 2, 32)
+    assert (facts.intermediate_size, facts.vocabulary_size, facts.max_positions) == (768, 2048, 512)
+    assert (facts.tied_embeddings, facts.quantization, facts.remote_code) == (False, None, False)
+
+
+def test_a_configuration_under_older_names() -> None:
+    facts = configuration_of(GPT2)
+    sizes = (facts.hidden_size, facts.layers, facts.heads, facts.key_value_heads, facts.head_size)
+    assert sizes == (768, 12, 12, 12, 64)
+    assert (facts.intermediate_size, facts.vocabulary_size, facts.max_positions) == (3072, 50257, 1024)
+    assert facts.tied_embeddings
+    falcon = {"architectures": ["FalconForCausalLM"], "n_head": 71, "hidden_size": 4544, "multi_query": True}
+    assert configuration_of(falcon).key_value_heads == 1
+
+
+def test_a_nested_configuration() -> None:
+    text = {name: value for name, value in LLAMA.items() if name not in ("architectures", "torch_dtype")}
+    facts = configuration_of(
+        {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text, "dtype": "float16"}
+    )
+    assert (facts.architecture, facts.hidden_size, facts.dtype) == (
+        "Gemma3ForConditionalGeneration",
+        256,
+        "float16",
+    )
+    assert not facts.tied_embeddings
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
+        ({"quant_method": "fp8"}, "fp8"),
+    ],
+)
+def test_pitfall_22_a_quantized_base_is_refused_with_the_reason(settings: dict[str, Any], told: str) -> None:
+    facts = configuration_of({**LLAMA, "quantization_config": settings})
+    with pytest.raises(DataError) as caught:
+        check_unquantized(facts, "org/model")
+    assert caught.value.message.startswith(f"org/model: this base is already quantized ({told}); ")
+    assert "the model that it was quantized from" in caught.value.hint
+    check_unquantized(configuration_of(LLAMA), "org/model")
+
+
+def test_a_broken_configuration_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for content, message in (
+        (None, "no such file"),
+        ("{", "not valid JSON: "),
+        ("[]", "not a JSON object"),
+        ("{}", "it names no architecture"),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(DataError) as caught:
+            read_configuration(tmp_path)
+        assert caught.value.message.startswith(f"{path}: {message}")
+
+
+def test_n5_the_families_of_the_documents_can_be_exported() -> None:
+    names = [
+        "LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM",
+        "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "GemmaForCausalLM",
+        "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GPT2LMHeadModel", "FalconForCausalLM",
+        "OlmoForCausalLM", "Olmo2ForCausalLM", "GraniteForCausalLM", "DbrxForCausalLM",
+        "StableLmForCausalLM", "Starcoder2ForCausalLM", "SmolLM3ForCausalLM", "BloomForCausalLM",
+        "GPTNeoXForCausalLM", "MambaForCausalLM",
+    ]  # fmt: skip
+    assert {name: architecture(name) for name in names} == dict.fromkeys(names)
+
+
+def test_pitfall_53_n5_opt_is_refused_before_training_with_what_can_be_done() -> None:
+    with pytest.raises(DataError) as caught:
+        check_exportable(configuration_of({"architectures": ["OPTForCausalLM"]}))
+    assert caught.value.message == "OPTForCausalLM: OPT has no GGUF form: llama.cpp does not implement it"
+    assert "train and serve it with transformers or vLLM instead" in caught.value.hint
+    assert "Qwen/Qwen2.5-0.5B-Instruct" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("BertModel", "an encoder"),
+        ("RobertaForSequenceClassification", "an encoder"),
+        ("AlbertForMaskedLM", "an encoder"),
+        ("T5ForConditionalGeneration", "an encoder-decoder"),
+        ("Qwen2Model", "it has no language-model head"),
+        ("WavTokenizerDec", "an audio model"),
+        ("LLaDAModelLM", "a diffusion language model"),
+        ("LlamaForCausalLMEagle3", "a draft model"),
+        ("SomethingNewForCausalLM", "the llama.cpp that this version uses has no GGUF form for it"),
+    ],
+)
+def test_n5_what_cannot_chat_says_why(name: str, reason: str) -> None:
+    assert str(architecture(name)).startswith(reason)
+
+
+def test_n5_an_encoder_decoder_is_known_by_its_configuration() -> None:
+    assert str(architecture("BartForConditionalGeneration", is_encoder_decoder=True)).startswith(
+        "an encoder-decoder"
+    )
+
+
+TABLE = """\
+import torch
+TEXT_MODEL_MAP: dict[str, str] = {"AForCausalLM": "a", "BForCausalLM": "a", "Gone": "a"}
+"""
+MODULE = """\
+raise RuntimeError("nobody should run this")
+
+@ModelBase.register("BForCausalLM", "AForCausalLM")
+class A(TextModel):
+    model_arch = 1
+
+@ModelBase.register("SightModel")
+class Sight(MmprojModel):
+    model_arch = 2
+"""
+
+
+def test_registrations_are_read_without_running_the_converters(tmp_path: Path) -> None:
+    conversion = tmp_path / "conversion"
+    conversion.mkdir()
+    (conversion / "__init__.py").write_text(TABLE)
+    (conversion / "a.py").write_text(MODULE)
+    assert registered(tmp_path) == {"AForCausalLM": "a", "BForCausalLM": "a"}
+    with pytest.raises(DataError, match=r"not llama\.cpp's converters"):
+        registered(tmp_path / "elsewhere")
+
+
+def _converters() -> Path | None:
+    """The pinned source tree, where `forge setup` has put it or LLAMA_CPP_TREE says."""
+    home = os.environ.get("FORGE_HOME")
+    roots = [Path(os.environ["LLAMA_CPP_TREE"])] if "LLAMA_CPP_TREE" in os.environ else []
+    if home:
+        roots += sorted(path.parent for path in Path(home).glob("**/convert_hf_to_gguf.py"))
+    return next((root for root in roots if (root / "conversion").is_dir()), None)
+
+
+def test_the_committed_list_is_that_of_the_pinned_converters() -> None:
+    tree = _converters()
+    if tree is None:
+        pytest.skip("the converters are not here: forge setup fetches them")
+    assert LIST.read_text(encoding="utf-8") == text_of(registered(tree))
+
+
+def test_the_committed_list_is_read_whole() -> None:
+    assert text_of(convertible()) == LIST.read_text(encoding="utf-8")
+    assert len(convertible()) > 200

@@ -1,0 +1,168 @@
+"""Names of other tools: understood and reported, or explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forge.errors import RecipeError
+from forge.recipe.fields import all_names, values
+from forge.recipe.load import load
+from forge.recipe.old_names import DROP, OLD_NAMES
+
+GOOD = "name: small\nbase: builtin:tiny\ndata: {source: builtin:yoda}\n"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def read(text: str, *overrides: str) -> tuple[dict[str, object], tuple[str, ...]]:
+    Path("recipe.yaml").write_text(text)
+    found = load(Path("recipe.yaml"), overrides)
+    return values(found.recipe), found.warnings
+
+
+def refused(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as failure:
+        read(text, *overrides)
+    return [str(problem) for problem in failure.value.problems]
+
+
+def test_the_arguments_of_transformers_trl_and_peft() -> None:
+    """Section 6 of the requirements."""
+    text = GOOD + (
+        "train:\n  num_train_epochs: 10\n  per_device_train_batch_size: 16\n  max_seq_length: 64\n"
+        "  warmup_ratio: 0.1\n  optim: adafactor\n  torch_dtype: bfloat16\n"
+        "  lora:\n    lora_alpha: 64\n    target_modules: [q_proj]\n    use_rslora: true\n"
+    )
+    found, warnings = read(text)
+    expected = {
+        "train.epochs": 10.0,
+        "train.batch_size": 16,
+        "train.max_length": 64,
+        "train.warmup_fraction": 0.1,
+        "train.optimizer": "adafactor",
+        "train.dtype": "bf16",
+        "train.lora.alpha": 64,
+        "train.lora.targets": ["q_proj"],
+        "train.lora.rslora": True,
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert warnings == (
+        "recipe.yaml:5: train.num_train_epochs is now train.epochs",
+        "recipe.yaml:6: train.per_device_train_batch_size is now train.batch_size",
+        "recipe.yaml:7: train.max_seq_length is now train.max_length",
+        "recipe.yaml:8: train.warmup_ratio is now train.warmup_fraction",
+        "recipe.yaml:9: train.optim is now train.optimizer",
+        "recipe.yaml:10: train.torch_dtype is now train.dtype",
+        "recipe.yaml:12: train.lora.lora_alpha is now train.lora.alpha",
+        "recipe.yaml:13: train.lora.target_modules is now train.lora.targets",
+        "recipe.yaml:14: train.lora.use_rslora is now train.lora.rslora",
+    )
+
+
+def test_a_flat_file_as_axolotl_has_it() -> None:
+    text = (
+        "name: flat\nbase_model: org/model\ndataset: builtin:yoda\nval_set_size: 0.05\nadapter: qlora\n"
+        "load_in_4bit: true\nlora_r: 8\nlora_target_linear: true\nmicro_batch_size: 2\nnum_epochs: 4\n"
+        "sequence_len: 128\nbf16: true\nfp16: false\nlr_scheduler: linear\n"
+    )
+    found, warnings = read(text)
+    expected = {
+        "base.id": "org/model",
+        "data.source": "builtin:yoda",
+        "data.eval": 0.05,
+        "train.method": "qlora",
+        "train.lora.r": 8,
+        "train.lora.targets": "all-linear",
+        "train.batch_size": 2,
+        "train.epochs": 4.0,
+        "train.max_length": 128,
+        "train.dtype": "bf16",
+        "train.schedule": "linear",
+    }
+    assert {name: found[name] for name in expected} == expected
+    assert len(warnings) == 13
+    assert "recipe.yaml:13: fp16 says what is the case anyway; leave it out" in warnings
+
+
+def test_an_old_section_with_old_names_in_it() -> None:
+    found, warnings = read(GOOD + "training_args:\n  num_train_epochs: 2\n  lora_config: {rank: 4}\n")
+    assert (found["train.epochs"], found["train.lora.r"]) == (2.0, 4)
+    assert warnings == (
+        "recipe.yaml:4: training_args is now train",
+        "recipe.yaml:5: train.num_train_epochs is now train.epochs",
+        "recipe.yaml:6: train.lora_config is now train.lora",
+        "recipe.yaml:6: train.lora.rank is now train.lora.r",
+    )
+
+
+def test_both_names_are_a_fault_unless_they_agree() -> None:
+    assert refused(GOOD + "train:\n  epochs: 3\n  num_train_epochs: 2\n") == [
+        "recipe.yaml:6: train.num_train_epochs: is now train.epochs, "
+        "but train.epochs is given too (recipe.yaml:5); keep one"
+    ]
+    assert refused(GOOD + "train: none\nlora_r: 3\n") == [
+        'recipe.yaml:5: lora_r: is now train.lora.r, but train is "none" (recipe.yaml:4) and holds no fields'
+    ]
+    assert read(GOOD + "train:\n  epochs: 3\n  num_train_epochs: 3\n")[0]["train.epochs"] == 3.0
+
+
+def test_a_value_without_counterpart_and_a_value_out_of_bounds() -> None:
+    assert refused(GOOD + "train:\n  load_in_8bit: true\n  train_on_inputs: true\n  lora_r: 0\n") == [
+        "recipe.yaml:5: train.load_in_8bit: is not a field: 8-bit bases are not trained here; "
+        "train.method: qlora holds the base in 4 bits",
+        "recipe.yaml:6: train.train_on_inputs: is now train.supervise; "
+        "of its values only false has a counterpart",
+        "recipe.yaml:7: train.lora.r: must be at least 1 (got 0)",
+    ]
+
+
+def test_an_override_by_an_old_name_wins() -> None:
+    found, warnings = read(GOOD + "train: {epochs: 3}\n", "train.num_train_epochs=1", "lora_r=4")
+    assert (found["train.epochs"], found["train.lora.r"]) == (1.0, 4)
+    assert warnings == (
+        "-o train.num_train_epochs: train.num_train_epochs is now train.epochs",
+        "-o lora_r: lora_r is now train.lora.r",
+    )
+    assert refused(GOOD, "train.evaluation_strategy=steps") == [
+        "-o train.evaluation_strategy: is not a field: held-out rows are measured once, after training; "
+        "say how many with data.eval"
+    ]
+
+
+def test_a_variable_of_the_template_may_have_any_name() -> None:
+    found, warnings = read(GOOD + "train: {template_variables: {lora_r: 1, tokenizer: x}}\n")
+    assert found["train.template_variables"] == {"lora_r": 1, "tokenizer": "x"}
+    assert warnings == ()
+
+
+@pytest.mark.parametrize("name", sorted(OLD_NAMES))
+def test_every_old_name_leads_to_a_field_or_says_why_not(name: str) -> None:
+    old = OLD_NAMES[name]
+    assert bool(old.new) != bool(old.why)
+    if not old.new:
+        said = refused(GOOD + f"train: {{{name}: 1}}\n")
+        assert said == [f"recipe.yaml:4: train.{name}: is not a field: {old.why}"]
+        return
+    assert old.new in all_names()
+    assert old.new.rpartition(".")[2] != name or old.new.count(".") < 2
+    for value, new in (old.values or {}).items():
+        if new is not DROP:
+            written = str(value).lower() if isinstance(value, bool) else value
+            assert read(GOOD + f"{name}: {written}\n")[0][old.new] == new
+
+
+def test_names_that_todays_libraries_refuse_are_all_known() -> None:
+    """What TrainingArguments and SFTConfig of today refuse, and older scripts still write."""
+    refused_today = (
+        "max_seq_length evaluation_strategy warmup_ratio logging_dir overwrite_output_dir tokenizer "
+        "group_by_length no_cuda save_safetensors jit_mode_eval use_ipex torchdynamo push_to_hub_token "
+        "dataset_batch_size num_of_sequences chars_per_token use_liger half_precision_backend "
+        "include_tokens_per_second ray_scope mp_parameters past_index per_gpu_train_batch_size sharded_ddp "
+        "evaluation_steps gradient_checkpointing_kw_args torch_dtype load_in_4bit predict_with_generate"
+    )
+    assert set(refused_today.split()) <= OLD_NAMES.keys()

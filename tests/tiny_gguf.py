@@ -1,0 +1,100 @@
+"""A real GGUF of a few hundred kB whose greedy reply is known: for tests of serving.
+
+A one-layer model of the Llama architecture with ChatML. Its layers are zero, so that the next
+token depends on the last one alone, and its output matrix is written by hand: after the
+assistant's header it says `reply` word by word, then ends its turn. Prompts are printable ASCII
+and newlines, one token a character, so that every answer is valid UTF-8.
+
+Not covered: answers that depend on the question (the counts of prompt tokens do), quantization.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from forge.chat.template import CHATML
+
+REPLY = "In this sandwich, bacon there is."
+CONTEXT = 4096
+WIDTH = 128
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TEXT, _, END_OF_TURN = range(3)
+# How byte-level BPE spells the characters that have no shape.
+SPELLING = str.maketrans({" ": "Ġ", "\n": "Ċ"})
+
+
+def write_tiny_gguf(path: Path, *, reply: str = REPLY, endless: bool = False) -> Path:
+    """Write the model that answers everything with `reply`, whose words must all differ.
+
+    `endless`: begins again after the last word, so that a reply ends by its length only.
+    """
+    import gguf
+
+    words = [word if index == 0 else " " + word for index, word in enumerate(reply.split(" "))]
+    tokens = [*SPECIAL, "\n", *(chr(code) for code in range(32, 127)), *words]
+    if len(set(words)) < len(words) or len(tokens) > WIDTH:
+        raise ValueError("the words of the reply must differ, and fit beside the characters")
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_dimension_count(WIDTH // 2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    _add_tokenizer(writer, tokens)
+    _add_tensors(writer, tokens, words, endless=endless)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_tokenizer(writer: object, tokens: list[str]) -> None:
+    import gguf
+
+    assert isinstance(writer, gguf.GGUFWriter)
+    special, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*SPECIAL, *(token.translate(SPELLING) for token in tokens[len(SPECIAL) :])])
+    writer.add_token_types([special if token in SPECIAL else normal for token in tokens])
+    # One that no prompt reaches: llama.cpp wants the list, and no merge keeps characters apart.
+    writer.add_token_merges(["~ ~"])
+    writer.add_bos_token_id(END_OF_TEXT)
+    writer.add_eos_token_id(END_OF_TURN)
+    writer.add_eot_token_id(END_OF_TURN)
+    writer.add_pad_token_id(END_OF_TEXT)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHATML)
+
+
+def _add_tensors(writer: object, tokens: list[str], words: list[str], *, endless: bool) -> None:
+    import gguf
+    import numpy as np
+
+    assert isinstance(writer, gguf.GGUFWriter)
+    half = WIDTH // 2
+    layer = {
+        "attn_q": (WIDTH, WIDTH), "attn_k": (half, WIDTH), "attn_v": (half, WIDTH),
+        "attn_output": (WIDTH, WIDTH), "ffn_gate": (WIDTH, WIDTH), "ffn_up": (WIDTH, WIDTH),
+        "ffn_down": (WIDTH, WIDTH),
+    }  # fmt: skip
+    for name, shape in layer.items():
+        writer.add_tensor(f"blk.0.{name}.weight", np.zeros(shape, np.float16))
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(WIDTH, np.float32))
+    embedding: Any = np.eye(len(tokens), WIDTH, dtype=np.float16)
+    writer.add_tensor("token_embd.weight", embedding)
+    output: Any = np.zeros((len(tokens), WIDTH), np.float16)
+    said = [tokens.index(word, len(tokens) - len(words)) for word in words]
+    chain = [tokens.index("\n"), *said, said[0] if endless else END_OF_TURN]
+    for before, after in pairwise(chain):
+        output[after, before] = 4
+    writer.add_tensor("output.weight", output)
