@@ -61,7 +61,7 @@ def _on_meta(base: str, adapter: str, found: Adapter, trust_remote_code: bool) -
         )
     _refuse_mismatch(found, {name: tuple(p.shape) for name, p in model.named_parameters()})
     with torch.device("meta"):
-        return peft.PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="meta")
+        return peft.PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
 
 
 def _refuse_mismatch(found: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -31,13 +31,6 @@ Message = Mapping[str, str]
 DEFAULT_DAY = "2024-07-26"
 DAY_VARIABLE = "today"
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 # What a template is given anyway; everything else it reads is a variable of the prompt contract.
 _GIVEN = {
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token",

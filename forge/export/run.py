@@ -78,7 +78,8 @@ def export(
         header = quantize(plain, finished, quant, settings["threads"] or os.cpu_count() or 1)
     finished.rename(target / GGUF_FILE)
     return _facts(target, header, quant) | {
-        "ids_compared": compared,
+        "ids_compared": compared.texts,
+        "ids_limits": list(compared.limits),
         "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -100,7 +101,7 @@ def _write_description(base: Path, tokenizer: Path, chat_template: str | None, m
             configuration.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _prove_ids(merged: Path, vocabulary: Path, data: str | None) -> int:
+def _prove_ids(merged: Path, vocabulary: Path, data: str | None) -> proof.Compared:
     texts = proof.test_strings()
     for name in (TRAIN_FILE, HELDOUT_FILE) if data else ():
         with (Path(str(data)) / name).open(encoding="utf-8") as stream:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -45,13 +46,16 @@ def serve_embedded(settings: Settings, *, log: Path | None = None) -> Iterator[E
     xllamacpp.check()
     _warn_of_open_door(settings)
     with contextlib.ExitStack() as stack:
-        if log is None:
-            log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="forge-"))) / "server.log"
-        stream = stack.enter_context(log.open("a", encoding="utf-8"))
-        begin = stream.tell()
+        said: IO[str]
+        if log:
+            said = stack.enter_context(log.open("a+", encoding="utf-8"))
+        else:
+            # It has no name, so that not even kill -9 leaves it behind.
+            said = stack.enter_context(tempfile.TemporaryFile("a+", encoding="utf-8"))
+        begin = said.tell()
         command = [sys.executable, "-m", "forge.serve.embedded_server"]
-        child = stack.enter_context(process.Child(command, log=stream, separate_errors=True))
-        server = _Server(child, log, begin)
+        child = stack.enter_context(process.Child(command, log=said, separate_errors=True))
+        server = _Server(child, said, begin)
         child.send(json.dumps(_for_child(settings)) + "\n")
         url = server.address(settings)
         endpoint = Endpoint(url, settings.alias, settings.api_key, why_gone=server.why_gone)
@@ -65,7 +69,7 @@ def serve_embedded(settings: Settings, *, log: Path | None = None) -> Iterator[E
 class _Server:
     """The child, and what it wrote to its log from byte `begin` on."""
 
-    def __init__(self, child: process.Child, log: Path, begin: int) -> None:
+    def __init__(self, child: process.Child, log: IO[str], begin: int) -> None:
         self.child = child
         self.log = log
         self.begin = begin
@@ -102,10 +106,10 @@ class _Server:
 
     def _last_lines(self) -> list[str]:
         """Its last lines, the errors alone if there are any."""
-        with self.log.open("rb") as stream:
-            stream.seek(self.begin)
-            lines = stream.read().decode("utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.strip() and not line.startswith("$ ")]
+        # Not `read`: the child shares the file's position.
+        size = os.fstat(self.log.fileno()).st_size - self.begin
+        text = os.pread(self.log.fileno(), size, self.begin).decode("utf-8", errors="replace")
+        said = [line for line in text.splitlines() if line.strip() and not line.startswith("$ ")]
         # llama.cpp writes time, level and place: `0.00.006.790 E llama_model_load: ...`.
         errors = [line for line in said if line.split(" ")[1:2] == ["E"]]
         return (errors or said)[-_LAST_LINES:]

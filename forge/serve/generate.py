@@ -248,7 +248,7 @@ class _Batch:
                     return None
                 if self._outage.is_over_patience():
                     raise
-                None
+                self._pace.busy()
                 await asyncio.sleep(_pause(attempt, failure))
             else:
                 self._tokens += reply.completion_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -137,7 +138,12 @@ class ExportStage(Stage):
                 "threads": None,
             },
         }
-        return worker.call("export", arguments, log=self.ship.log)
+        try:
+            return worker.call("export", arguments, log=self.ship.log)
+        except BaseException:
+            # Nothing of it can be gone on with, and it may be as large as the model.
+            shutil.rmtree(out / "work", ignore_errors=True)
+            raise
 
 
 class ModelfileStage(Stage):

@@ -28,9 +28,9 @@ that some small talk; it ignores system prompts and follows a second turn about 
 It passes {passed} of 60 of these tasks on sentences that it never saw (greedy decoding).
 
 ## How it was made
-`python -m forge.model.builtin.make_tiny OUT_DIR`: {steps:,} steps of {batch} generated conversations, from random
-weights, loss on the assistant's turns, AdamW with a cosine decay from 1.5e-3, saved as bfloat16. All text
-comes from the script's own word lists; no other data was used.
+`python -m forge.model.builtin.make_tiny OUT_DIR`: {steps:,} steps of {batch} generated conversations,
+from random weights, loss on the assistant's turns, AdamW with a cosine decay from 1.5e-3, saved as
+bfloat16. All text comes from the script's own word lists; no other data was used.
 
 ## Limits
 It knows about 300 words and nothing about the world. Outside its tasks its answers mean nothing. It

@@ -1,0 +1,66 @@
+# Everything from a clean clone: `make ship` runs the main job, `make test` the tests.
+# Needs Python 3.11 or later with venv, a C and C++ compiler, and make.
+
+PYTHON ?= python3
+export FORGE_HOME ?= $(CURDIR)/.forge
+# pip's own settings reach through: PIP_INDEX_URL, PIP_FIND_LINKS (a CPU build of torch, say), ...
+TORCH ?= torch==2.13.0
+LLAMA_CPP_PYTHON := 0.3.36
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCE := $(FORGE_HOME)/downloads/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz
+WHEELS ?= $(FORGE_HOME)/wheels
+READY := .venv/.ready
+QUICK := not slow and not docker and not gpu and not ollama
+ALL := not gpu and not ollama
+
+.PHONY: setup ship test test-all lint bench clean
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+ship: $(READY)
+	$(BIN)/forge ship templates/recipes/quickstart.yaml
+
+test: lint
+	$(BIN)/python -m pytest -m "$(QUICK)"
+	@echo "not run here: tests marked slow, docker, gpu or ollama; make test-all runs the first two"
+
+test-all: lint
+	FORGE_NO_SKIPS=1 $(BIN)/python -m pytest -m "$(ALL)"
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict forge tests bench
+
+bench: $(READY)
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf .venv .forge runs
+
+# torch comes first and alone, so that no other package chooses its build.
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) install --constraint constraints.txt "$(TORCH)"
+	touch $@
+
+# The source archive serves twice: the library is compiled from it, its converters are unpacked.
+$(SOURCE): | .venv/.torch
+	mkdir -p $(@D)
+	$(PIP) download --no-deps --no-binary llama-cpp-python --dest $(@D) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	touch $@
+
+# Compiled once and kept beside the store. GGML_NATIVE=OFF: a wheel that runs on other machines too,
+# and whose bytes do not depend on this one. pip's cache may hold a native build, so it is left out.
+$(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON): $(SOURCE)
+	mkdir -p $(@D)
+	CMAKE_ARGS="-DGGML_NATIVE=OFF" $(PIP) wheel --no-cache-dir --no-deps --wheel-dir $(@D) $(SOURCE)
+	touch $@
+
+$(READY): pyproject.toml constraints.txt $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON)
+	$(PIP) install --constraint constraints.txt --find-links $(WHEELS) --editable ".[train,test]"
+	$(BIN)/forge setup --from $(SOURCE)
+	touch $@
