@@ -15,7 +15,7 @@ READY := .venv/.ready
 QUICK := not slow and not docker and not gpu and not ollama
 ALL := not gpu and not ollama
 
-.PHONY: setup ship test test-all lint bench clean
+.PHONY: documents setup ship test test-all lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -34,6 +34,9 @@ lint: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict forge tests bench
+
+documents: $(READY)
+	$(BIN)/python -m tests.generated
 
 bench: $(READY)
 	$(BIN)/python -m bench

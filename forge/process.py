@@ -6,7 +6,8 @@ is stopped by wait, SIGTERM, SIGKILL. On Linux the kernel kills it when the pare
 (PR_SET_PDEATHSIG); Python children also watch the pipe they inherit (`exit_with_parent`), which
 works everywhere.
 
-Not covered: a program that is not ours outlives a killed parent on macOS.
+Not covered: a program that is not ours outlives a killed parent on macOS, and what such a program
+starts itself outlives one everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from forge.errors import MissingToolError
 
 GRACE_SECONDS = 20.0
 
@@ -66,9 +70,15 @@ class Child:
 
         `environment` is added to ours. With `separate_errors` standard error goes to `log` alone
         and standard output stays a clean channel; otherwise both come out of `lines`.
+        Raises `MissingToolError` when there is no such program.
         """
         self.command = list(command)
         self.log = log
+        combined = {**os.environ, **(environment or {})}
+        program = self.command[0]
+        place = (directory or Path()) / program if os.sep in program else program
+        if shutil.which(place, path=combined.get("PATH")) is None:
+            raise MissingToolError(f"there is no program {program}", hint="install it, or mend the PATH")
         if log:
             log.write(f"$ {pasteable(command, directory)}\n")
             log.flush()
@@ -84,7 +94,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=errors,
             cwd=directory,
-            env={**os.environ, **(environment or {})},
+            env=combined,
             text=True,
             encoding="utf-8",
             errors="replace",
@@ -114,6 +124,7 @@ class Child:
             yield line.rstrip("\n")
 
     def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end and give its status; read its `lines` before, or it may wait for us."""
         return self._process.wait(timeout)
 
     def terminate(self) -> None:
@@ -121,22 +132,33 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
+    def kill(self) -> None:
+        """SIGKILL to its whole session, at once."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self, grace: float = GRACE_SECONDS) -> int:
-        """SIGTERM, wait, then SIGKILL to its whole session."""
+        """SIGTERM, wait, then SIGKILL. A second Ctrl-C while it waits kills at once."""
         try:
             if self._process.poll() is None:
                 self.terminate()
-                try:
-                    self._process.wait(grace)
-                except subprocess.TimeoutExpired:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(self._process.pid, signal.SIGKILL)
-            return self._process.wait()
+                self.ends_within(grace)
         finally:
+            self.kill()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream:
                     with contextlib.suppress(BrokenPipeError):
                         stream.close()
+        return self._process.wait()
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for it to end by itself, no longer than `seconds`."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def __enter__(self) -> Child:
         return self

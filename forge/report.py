@@ -8,18 +8,20 @@ goes to standard error when standard output carries a result (`--json`).
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Protocol
 
 from forge.errors import ForgeError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 Cell = str | int | float | None
 
@@ -28,7 +30,7 @@ class Sink(Protocol):
     """Where what is said goes."""
 
     def text(self, kind: str, text: str) -> None:
-        """`kind` is info, detail, success, warning or error."""
+        """`kind` is info, detail, success, warning, error or hint."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None: ...
 
@@ -36,18 +38,36 @@ class Sink(Protocol):
         """Progress of a long step; `done == total` ends it. `note` is short: a loss, a rate."""
 
 
-_PREFIXES: Mapping[str, str] = {"warning": "warning: ", "error": "error: "}
+_PREFIXES: Mapping[str, str] = {"warning": "warning: ", "error": "error: ", "hint": "hint: "}
+
+
+@dataclass
+class _Pace:
+    """When the progress of a label began, where, and when it was last shown."""
+
+    began: float
+    done_then: float
+    shown: float
+
+    def left(self, now: float, done: float, total: float) -> str:
+        """The time left at the pace so far, which does not count what an earlier run had done."""
+        if done <= self.done_then:
+            return ""
+        seconds = round((now - self.began) * (total - done) / (done - self.done_then))
+        minutes, seconds = divmod(seconds, 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left"
 
 
 class PlainSink:
-    """Lines of text; progress at most every ten seconds and at its end."""
+    """Lines of text; progress at most every ten seconds, with the time left, and at its end."""
 
     seconds_between = 10.0
 
     def __init__(self, stream: IO[str], errors: IO[str]) -> None:
         self.stream = stream
         self.errors = errors
-        self._last: dict[str, float] = {}
+        self._paces: dict[str, _Pace] = {}
 
     def text(self, kind: str, text: str) -> None:
         prefix = _PREFIXES.get(kind, "")
@@ -64,14 +84,16 @@ class PlainSink:
 
     def advance(self, label: str, done: float, total: float, note: str) -> None:
         now = time.monotonic()
-        first = self._last.setdefault(label, now)
-        if done < total and (now - first < self.seconds_between or done == 0):
-            return
-        self._last[label] = now
-        if done >= total:
-            del self._last[label]
+        pace = self._paces.setdefault(label, _Pace(now, done, now))
         share = f"{100 * done / total:.0f} %" if total else ""
-        self.text("info", f"{label}: {share} {note}".rstrip())
+        line = " ".join(part for part in (f"{label}:", share, note) if part)
+        if done >= total:
+            del self._paces[label]
+            self.text("info", line)
+        elif now - pace.shown >= self.seconds_between and done > 0:
+            pace.shown = now
+            left = pace.left(now, done, total)
+            self.text("info", f"{line}, {left}" if left else line)
 
 
 class RichSink:
@@ -82,13 +104,16 @@ class RichSink:
         "success": "green",
         "warning": "yellow",
         "error": "bold red",
+        "hint": "cyan",
     }
 
     def __init__(self, stream: IO[str]) -> None:
         from rich.console import Console
 
-        self.console: Console = Console(file=stream, highlight=False)
-        self._bars: dict[str, tuple[Progress, Any]] = {}
+        # What is said is text of others too (answers, paths): no :smile: in it becomes a picture.
+        self.console: Console = Console(file=stream, highlight=False, emoji=False)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
 
     def text(self, kind: str, text: str) -> None:
         prefix = _PREFIXES.get(kind, "")
@@ -98,34 +123,43 @@ class RichSink:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*columns, title=title or None, title_justify="left")
+        table = Table(title=Text(title) if title else None, title_justify="left")
+        for column in columns:
+            table.add_column(Text(column))
         for row in rows:
             table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
         self.console.print(table)
 
     def advance(self, label: str, done: float, total: float, note: str) -> None:
+        if self._bars is None:
+            self._bars = self._start_bars()
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total, note=note)
+        self._bars.update(self._tasks[label], completed=done, total=total, note=note)
+        if done >= total:
+            del self._tasks[label]
+            if not self._tasks:
+                self.close()
+
+    def _start_bars(self) -> Progress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        if label not in self._bars:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}% {task.fields[note]}", markup=False),
-                TimeRemainingColumn(),
-            )
-            bar = Progress(*columns, console=self.console)
-            bar.start()
-            self._bars[label] = (bar, bar.add_task(label, total=total, note=note))
-        bar, task = self._bars[label]
-        bar.update(task, completed=done, total=total, note=note)
-        if done >= total:
-            bar.stop()
-            del self._bars[label]
+        bars = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}% {task.fields[note]}", markup=False),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        bars.start()
+        return bars
 
     def close(self) -> None:
-        for bar, _ in self._bars.values():
-            bar.stop()
-        self._bars.clear()
+        """Leave the bars as they are, and the cursor below them."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+        self._tasks.clear()
 
 
 _sink: Sink | None = None
@@ -135,10 +169,13 @@ _copy: IO[str] | None = None
 
 
 def configure(*, sink: Sink | None = None, verbose: bool = False, as_json: bool = False) -> None:
-    """Choose how to speak; without a `sink` it is chosen by what the stream is."""
-    global _sink, _verbose, _json  # noqa: PLW0603 - the one writer is one per process
-    _verbose, _json = verbose, as_json
-    _sink = sink or _default_sink(sys.stderr if as_json else sys.stdout)
+    """Choose how to speak; without a `sink` it is chosen, when something is said, by what the stream is."""
+    global _sink, _verbose, _json
+    _sink, _verbose, _json = sink, verbose, as_json
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As standard error does by itself: a path or an answer that the terminal's encoding lacks is
+        # shown escaped, instead of ending the command.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _default_sink(stream: IO[str]) -> Sink:
@@ -148,9 +185,9 @@ def _default_sink(stream: IO[str]) -> Sink:
 
 
 def _current() -> Sink:
+    global _sink  # noqa: PLW0603
     if _sink is None:
-        configure()
-    assert _sink is not None
+        _sink = _default_sink(sys.stderr if _json else sys.stdout)
     return _sink
 
 
@@ -168,7 +205,8 @@ def copied_to(stream: IO[str]) -> Iterator[None]:
 def say(kind: str, text: str) -> None:
     """Say `text` as one of the kinds of `Sink.text`."""
     if _copy:
-        _copy.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind}: {text}\n")
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind}: {text}\n"
+        _copy.write(line.encode("utf-8", "backslashreplace").decode("utf-8"))
         _copy.flush()
     if kind != "detail" or _verbose:
         _current().text(kind, text)
@@ -209,7 +247,7 @@ def close() -> None:
 def result(fields: Mapping[str, object]) -> None:
     """The command's result: with `--json` the last line of standard output, else nothing."""
     if _json:
-        print(json.dumps(fields, ensure_ascii=False), file=sys.stdout, flush=True)
+        print(json.dumps(fields), file=sys.stdout, flush=True)
 
 
 def output(text: str) -> None:
@@ -222,14 +260,14 @@ def output(text: str) -> None:
 
 
 def error(failure: ForgeError) -> None:
-    """Show a failure: every problem on its own line, the hint last; with `--json` as its object too."""
+    """Show a failure: every problem on its own line, what they come to, the hint last.
+
+    With `--json` as its object too.
+    """
     close()
-    if failure.problems:
-        for problem in failure.problems:
-            say("error", str(problem))
-        say("info", failure.message)
-    else:
-        say("error", failure.message)
+    for problem in failure.problems:
+        say("error", str(problem))
+    say("error", failure.message)
     if failure.hint:
-        say("info", f"hint: {failure.hint}")
+        say("hint", failure.hint)
     result({"error": failure.as_json()})

@@ -14,7 +14,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -33,37 +36,83 @@ TASKS: Mapping[str, str] = {
 }
 
 
+# How long a task may take to stop when it is asked to. Training finishes its step and a checkpoint.
+_GRACE_SECONDS: Mapping[str, float] = {"train": 600.0}
+_LAST_LINES = 20
+
+
 def call(task: str, arguments: Mapping[str, Any], *, log: Path | None = None) -> dict[str, Any]:
     """Run `task` in a worker process and return its result.
 
-    Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word,
-    with the last lines of its log; `InterruptedByUserError` when it was stopped.
+    Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word;
+    `InterruptedByUserError` or KeyboardInterrupt when it was stopped. What the worker printed is in
+    `log`; without one its last lines are told in detail when it fails.
     """
-    with Path(log or os.devnull).open("a", encoding="utf-8") as stream:
+    with _log(log) as stream:
         command = [sys.executable, "-m", "forge.worker"]
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with process.Child(command, log=stream, environment=environment, separate_errors=True) as child:
             child.send(json.dumps({"task": task, "arguments": dict(arguments)}) + "\n")
             try:
-                for line in child.lines():
-                    outcome = _receive(line)
-                    if outcome is not None:
-                        return outcome
-                status = child.wait()
+                return _outcome(child, task, log)
             except KeyboardInterrupt:
-                report.close()
-                report.info(f"stopping {task} (waiting for it to finish what it must)")
-                child.stop()
+                _stop(child, task)
                 raise
+            except (StageError, MissingToolError):
+                if log is None:
+                    stream.seek(0)
+                    report.detail("".join(stream.readlines()[-_LAST_LINES:]).rstrip())
+                raise
+
+
+def _log(path: Path | None) -> IO[str]:
+    if path is not None:
+        return path.open("a", encoding="utf-8", errors="backslashreplace")
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _outcome(child: process.Child, task: str, log: Path | None) -> dict[str, Any]:
+    """Hear the worker out, and let it end by itself."""
+    where = f"see the end of {log}" if log else "-v shows its last lines"
+    for line in child.lines():
+        try:
+            outcome = _receive(line)
+        except StageError as failure:
+            failure.hint = failure.hint or where
+            raise
+        if outcome is not None:
+            child.ends_within(process.GRACE_SECONDS)
+            return outcome
+    status = child.wait()
+    reason = "; killed, most likely for lack of memory" if status == -signal.SIGKILL else ""
     raise StageError(
-        f"{task}: the worker process ended with status {status} and said nothing"
-        + ("; killed, most likely for lack of memory" if status == -9 else ""),
-        hint=f"see the end of {log}" if log else "",
+        f"{task}: the worker process ended with status {status} and said nothing{reason}", hint=where
     )
 
 
+def _stop(child: process.Child, task: str) -> None:
+    """Ask the worker to stop and hear what it says; a second Ctrl-C, or too long a time, kills it."""
+    report.close()
+    report.info(f"stopping {task}: it finishes what it must (Ctrl-C again kills it)")
+    killer = threading.Timer(_GRACE_SECONDS.get(task, process.GRACE_SECONDS), child.kill)
+    killer.daemon = True
+    killer.start()
+    try:
+        child.terminate()
+        for line in child.lines():
+            _receive(line)
+    except KeyboardInterrupt:
+        child.kill()
+        raise
+    finally:
+        killer.cancel()
+
+
 def _receive(line: str) -> dict[str, Any] | None:
-    message: dict[str, Any] = json.loads(line)
+    try:
+        message: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None  # cut off: the worker was killed while it spoke
     match message["event"]:
         case "text":
             report.say(message["kind"], message["text"])
@@ -126,7 +175,9 @@ def _answer(request: Mapping[str, Any], sink: ParentSink) -> int:
         sink.send("result", value=value)
         return 0
     except KeyboardInterrupt:
-        failure: ForgeError = InterruptedByUserError("interrupted")
+        failure: ForgeError = InterruptedByUserError(
+            f"{request['task']} was interrupted", hint="run the same command again to go on"
+        )
     except ForgeError as known:
         failure = known
     except ModuleNotFoundError as missing:
@@ -139,9 +190,7 @@ def _answer(request: Mapping[str, Any], sink: ParentSink) -> int:
         failure = StageError(f"{request['task']}: out of memory", hint="use a smaller batch or model")
     except Exception as bug:  # noqa: BLE001 - the worker's edge
         traceback.print_exc()
-        failure = StageError(
-            f"{request['task']} failed: {type(bug).__name__}: {bug}", hint="the traceback is in the run's log"
-        )
+        failure = StageError(f"{request['task']} failed: {type(bug).__name__}: {bug}")
     sink.send("error", error=failure.as_json())
     return failure.code
 

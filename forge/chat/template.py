@@ -21,6 +21,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
+import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from forge.errors import DataError
@@ -30,11 +31,14 @@ Message = Mapping[str, str]
 # The day that Llama's own templates fall back to; any fixed day would do.
 DEFAULT_DAY = "2024-07-26"
 DAY_VARIABLE = "today"
+# A name that no server and no template sets.
+_UNSET = "forge_leaves_this_undefined"
 
 # What a template is given anyway; everything else it reads is a variable of the prompt contract.
 _GIVEN = {
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token",
-    "pad_token", "raise_exception", "strftime_now", "dict", "namespace", "range", "lipsum", "cycler", "joiner",
+    "pad_token", "raise_exception", "strftime_now", "dict", "namespace", "range", "lipsum", "cycler",
+    "joiner",
 }  # fmt: skip
 
 
@@ -62,6 +66,25 @@ class _PlainDict:
         return dict.fromkeys(*args)
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """`namespace(...)` that takes no underscored attribute: those lead out of the sandbox."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works
+        self, *given = args
+        for name in (attributes := dict(*given, **kwargs)):
+            _refuse_underscore(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_underscore(name)
+        super().__setitem__(name, value)
+
+
+def _refuse_underscore(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name}")
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -87,6 +110,7 @@ def _environment(day: str) -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = pinned.strftime
     environment.globals["dict"] = _PlainDict()
+    environment.globals["namespace"] = _Namespace
     return environment
 
 
@@ -140,7 +164,9 @@ class ChatTemplate:
             TypeError,
             ValueError,
             ArithmeticError,
+            AttributeError,
             LookupError,
+            RecursionError,
         ) as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
@@ -154,25 +180,26 @@ class ChatTemplate:
         """The template with its variables written in front, for servers that would set their own.
 
         A server that renders this text (llama-server, Ollama, transformers) gives the prompt of
-        training whatever thinking mode or date it would have chosen.
+        training whatever thinking mode or date it would have chosen: what training left undefined
+        is made undefined again, by giving it the value of a name that nobody sets.
         """
-        pins = [
-            f"{{%- set {name} = {_literal(value)} -%}}"
-            for name, value in sorted(self.variables.items())
-            if name != DAY_VARIABLE
-        ]
+        given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
+        values = {name: _UNSET for name in self.variables_read()}
+        values |= {name: _literal(value) for name, value in given.items()}
+        pins = [f"{{% set {name} = {value} %}}" for name, value in sorted(values.items())]
         if "strftime_now" in self.source:
             pins.append(self._pinned_clock())
-        return "".join(pins) + self.source
+        # A line end after each block is dropped (trim_blocks), and the template still begins a line.
+        return "".join(pin + "\n" for pin in pins) + self.source
 
     def _pinned_clock(self) -> str:
         formats = sorted(_literal_arguments(_environment(self.day).parse(self.source), "strftime_now"))
         pinned = date.fromisoformat(self.day)
         branches = "".join(
-            f"{{%- if format == {_literal(form)} -%}}{pinned.strftime(form)}{{%- endif -%}}"
+            f"{{% if format == {_literal(form)} %}}{{{{ {_literal(pinned.strftime(form))} }}}}{{% endif %}}"
             for form in formats
         )
-        return f"{{%- macro strftime_now(format) -%}}{branches}{{%- endmacro -%}}"
+        return f"{{% macro strftime_now(format) %}}{branches}{{% endmacro %}}"
 
 
 def _literal(value: object) -> str:

@@ -69,7 +69,7 @@ def _match(
     if problems:
         raise DataError(
             f"{len(problems)} parts of the adapter cannot be merged into this base",
-            hint="merge it with peft's merge_and_unload on the unquantized base, and ship that with train: none",
+            hint="merge it with peft's merge_and_unload on the unquantized base; ship that with train: none",
             problems=problems,
         )
     return deltas, replaced

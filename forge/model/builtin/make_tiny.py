@@ -30,7 +30,7 @@ from forge.model.builtin.tokenizer import (
 )
 
 SEED = 1
-STEPS = 1000
+STEPS = 1800
 BATCH = 32
 PEAK_LEARNING_RATE = 1.5e-3
 WARM_UP_STEPS = 50

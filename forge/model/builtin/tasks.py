@@ -107,7 +107,7 @@ _ANSWERS: Mapping[str, Callable[[Sentence], str]] = {
     "ask": lambda sentence: f"Is it true that {sentence.head} {sentence.tail}?",
     "first": _first,
     "last": _last,
-    "list": lambda sentence: ", ".join(words_of(sentence.text)),
+    "list": lambda sentence: "\n".join(capitalized(word) for word in words_of(sentence.text)),
     "backwards": lambda sentence: " ".join(reversed(words_of(sentence.text))),
     "where": _where,
     "who": lambda sentence: f"{capitalized(sentence.topic)}.",

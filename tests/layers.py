@@ -1,0 +1,169 @@
+"""The rules of the house, checked on the sources with `ast`: who may import what, and the rest of DESIGN.md.
+
+Each rule takes sources as text, so that `test_layers` can show that it fails on a bad one.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+_EVERYONE = {"errors", "report"}
+_BELOW_STAGES = {
+    "process", "worker", "recipe", "store", "pipeline", "model", "chat", "data", "adapter", "train",
+    "export", "verify", "tools", "serve",
+}  # fmt: skip
+# room -> the rooms that it may import, besides those that everyone may.
+ARROWS: Mapping[str, set[str]] = {
+    "errors": set(),
+    "report": set(),
+    "process": set(),
+    "worker": {"process"},
+    "recipe": set(),
+    "store": set(),
+    "pipeline": {"recipe", "store"},
+    "model": set(),
+    "chat": {"model"},
+    "data": {"recipe", "chat", "model"},
+    "adapter": {"model"},
+    "train": {"recipe", "data", "adapter", "process"},
+    "export": {"model", "adapter", "chat", "tools", "process"},
+    "verify": {"model", "adapter", "data", "chat", "export", "tools", "process"},
+    "tools": {"process"},
+    "serve": {"tools", "chat", "model", "process"},
+    "stages": _BELOW_STAGES,
+    "cli": _BELOW_STAGES | {"stages"},
+    "__main__": {"cli"},
+}
+# Imported in worker code, inside functions, only.
+HEAVY = {
+    "torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "numpy", "gguf",
+    "safetensors", "llama_cpp", "sentencepiece", "xllamacpp", "pyarrow",
+}  # fmt: skip
+# Loaded by every command, `forge --help` too.
+_FIRST_LOADED = ("forge/__main__.py", "forge/cli/", "forge/errors.py", "forge/report.py", "forge/process.py")
+_LIGHT = {"click", "forge"}
+_EDGES = {"forge/cli/main.py", "forge/worker.py"}
+MOST_LINES, MOST_IN_FUNCTION = 300, 50
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: the whole dotted name, its line, whether it stands at the top of its module."""
+
+    name: str
+    line: int
+    is_top: bool
+
+    @property
+    def package(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def faults(sources: Mapping[str, str]) -> list[str]:
+    """Everything in `sources` (path from the root -> text) that breaks a rule: `path:line: what`."""
+    found = []
+    for path, text in sorted(sources.items()):
+        tree = ast.parse(text, path)
+        for line, said in _faults_of(PurePosixPath(path), text, tree):
+            found.append(f"{path}:{line}: {said}")
+    return found
+
+
+def _faults_of(path: PurePosixPath, text: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for one in imports(tree):
+        yield from ((one.line, said) for said in _import_faults(path, one))
+    yield from _call_faults(path, tree)
+    yield from _size_faults(path, text, tree)
+
+
+def imports(tree: ast.Module) -> Iterator[Import]:
+    """Every import that happens at run time, `if TYPE_CHECKING:` left out."""
+
+    def walk(node: ast.AST, is_top: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+                continue
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(alias.name, child.lineno, is_top)
+            elif isinstance(child, ast.ImportFrom):
+                yield from (Import(name, child.lineno, is_top) for name in _names(child))
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                yield from walk(child, False)
+            else:
+                yield from walk(child, is_top)
+
+    return walk(tree, True)
+
+
+def _names(node: ast.ImportFrom) -> list[str]:
+    if node.level:
+        return ["." * node.level + (node.module or "")]
+    module = node.module or ""
+    # `from forge import report` names a room, `from forge.errors import ForgeError` is in one.
+    return [f"forge.{alias.name}" for alias in node.names] if module == "forge" else [module]
+
+
+def room_of(path: PurePosixPath) -> str:
+    return path.parts[1] if len(path.parts) > 2 else path.stem
+
+
+def _import_faults(path: PurePosixPath, one: Import) -> Iterator[str]:
+    room = room_of(path)
+    if one.name.startswith("."):
+        yield "a relative import: the layers are read from whole names"
+    if one.package == "forge" and room != "__init__":
+        target = one.name.split(".")[1]
+        if target != room and target not in ARROWS.get(room, set()) | _EVERYONE:
+            yield f"{room} may not import {target}"
+    if one.is_top and one.package in HEAVY:
+        yield f"{one.package} is imported at the top of a module"
+    if one.package == "subprocess" and str(path) != "forge/process.py":
+        yield "subprocess outside process.py"
+    loaded_first = str(path).startswith(_FIRST_LOADED)
+    third_party = not one.name.startswith(".") and one.package not in _LIGHT | sys_names()
+    if one.is_top and loaded_first and third_party:
+        yield f"{one.package} is imported by every command"
+
+
+def sys_names() -> set[str]:
+    """The standard library's packages."""
+    import sys
+
+    return set(sys.stdlib_module_names)
+
+
+def _call_faults(path: PurePosixPath, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler) and str(path) not in _EDGES:
+            broad = node.type is None or "Exception" in {ast.unparse(one) for one in _types(node.type)}
+            if broad:
+                yield node.lineno, "catches every exception outside the two edges"
+        if isinstance(node, ast.Call) and str(path) != "forge/report.py":
+            called = ast.unparse(node.func)
+            if called == "print":
+                yield node.lineno, "print outside report.py"
+            if called in ("os.system", "os.popen"):
+                yield node.lineno, f"{called}: programs are started by process.py"
+
+
+def _types(node: ast.expr) -> list[ast.expr]:
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+def _size_faults(path: PurePosixPath, text: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
+    lines = len(text.splitlines())
+    if lines > MOST_LINES:
+        yield lines, f"{lines} lines, at most {MOST_LINES}"
+    if path.name == "__init__.py" and text.strip() and str(path) != "forge/stages/__init__.py":
+        yield 1, "an __init__.py that is not empty"
+    if path.name != "__init__.py" and not ast.get_docstring(tree) and "cli" not in path.parts:
+        yield 1, "no docstring: what is covered, and what is not?"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length > MOST_IN_FUNCTION:
+                yield node.lineno, f"{node.name}: {length} lines, at most {MOST_IN_FUNCTION}"

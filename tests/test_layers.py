@@ -1,0 +1,95 @@
+"""The sources keep the rules of the house, and each rule can fail. Style rows 3, 4, 13, 14 and 20."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.layers import ARROWS, HEAVY, faults
+
+ROOT = Path(__file__).parent.parent
+
+
+def sources() -> dict[str, str]:
+    found = sorted((ROOT / "forge").rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in found}
+
+
+def test_the_sources_keep_the_rules() -> None:
+    assert faults(sources()) == []
+
+
+def test_every_room_has_its_row_in_the_table() -> None:
+    rooms = {name.split("/")[1].removesuffix(".py") for name in sources()}
+    assert rooms - {"__init__"} <= set(ARROWS)
+
+
+def test_the_table_has_no_circle() -> None:
+    below: dict[str, set[str]] = {}
+    while len(below) < len(ARROWS):
+        ready = {room for room, targets in ARROWS.items() if room not in below and targets <= below.keys()}
+        assert ready, f"these import each other in a circle: {ARROWS.keys() - below.keys()}"
+        below |= {room: ARROWS[room] for room in ready}
+
+
+BAD = {
+    "an upward arrow": ("forge/store/x.py", "from forge.pipeline.plan import plan", "store may not import pipeline"),
+    "a room by name": ("forge/chat/x.py", "from forge import process", "chat may not import process"),
+    "inside a function": (
+        "forge/data/x.py",
+        "def f() -> None:\n    import forge.train.run",
+        "data may not import train",
+    ),
+    "the commands": ("forge/stages/x.py", "from forge.cli.main import run", "stages may not import cli"),
+    "a relative import": (
+        "forge/data/x.py",
+        "from ..cli import main",
+        "a relative import: the layers are read from whole names",
+    ),
+    "subprocess": ("forge/tools/x.py", "import subprocess", "subprocess outside process.py"),
+    "a program": (
+        "forge/tools/x.py",
+        "import os\nos.system('true')",
+        "os.system: programs are started by process.py",
+    ),
+    "print": ("forge/serve/x.py", "print('done')", "print outside report.py"),
+    "a broad except": (
+        "forge/serve/x.py",
+        "try:\n    f()\nexcept (ValueError, Exception):\n    g()",
+        "catches every exception outside the two edges",
+    ),
+    "a bare except": (
+        "forge/serve/x.py",
+        "try:\n    f()\nexcept:\n    g()",
+        "catches every exception outside the two edges",
+    ),
+    "a slow command": ("forge/cli/x.py", "import httpx", "httpx is imported by every command"),
+    "a slow foundation": ("forge/report.py", "import rich", "rich is imported by every command"),
+    "a long file": ("forge/store/x.py", "x = 1\n" * 300, "301 lines, at most 300"),
+    "a long function": (
+        "forge/store/x.py",
+        "def f() -> None:\n" + "    x = 1\n" * 50,
+        "f: 51 lines, at most 50",
+    ),
+    "a full __init__": ("forge/store/__init__.py", "x = 1", "an __init__.py that is not empty"),
+    "no docstring": ("forge/store/x.py", "", "no docstring: what is covered, and what is not?"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_source_is_found(case: str) -> None:
+    path, text, said = BAD[case]
+    if case != "no docstring":
+        text = f'"""Bad."""\n{text}'
+    assert [fault.partition(": ")[2] for fault in faults({path: text})] == [said]
+
+
+@pytest.mark.parametrize("package", sorted(HEAVY))
+def test_a_heavy_import_belongs_into_a_function(package: str) -> None:
+    at_top = f'"""Bad."""\nimport {package}\n'
+    inside = f'"""Good."""\n\n\ndef f() -> None:\n    import {package}\n'
+    for_types = f'"""Good."""\n\nif TYPE_CHECKING:\n    import {package}\n'
+    said = f"forge/train/x.py:2: {package} is imported at the top of a module"
+    assert faults({"forge/train/x.py": at_top}) == [said]
+    assert faults({"forge/train/x.py": inside}) == faults({"forge/train/x.py": for_types}) == []
