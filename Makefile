@@ -58,12 +58,12 @@ $(SOURCE): | .venv/.torch
 
 # Compiled once and kept beside the store. GGML_NATIVE=OFF: a wheel that runs on other machines too,
 # and whose bytes do not depend on this one. pip's cache may hold a native build, so it is left out.
-$(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON): $(SOURCE)
+$(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON): | $(SOURCE)
 	mkdir -p $(@D)
 	CMAKE_ARGS="-DGGML_NATIVE=OFF" $(PIP) wheel --no-cache-dir --no-deps --wheel-dir $(@D) $(SOURCE)
 	touch $@
 
-$(READY): pyproject.toml constraints.txt $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON)
+$(READY): pyproject.toml constraints.txt $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON) | $(SOURCE)
 	$(PIP) install --constraint constraints.txt --find-links $(WHEELS) --editable ".[train,test]"
 	$(BIN)/forge setup --from $(SOURCE)
 	touch $@

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Protocol
 
-from forge.errors import ForgeError
+from forge.errors import ForgeError, InterruptedByUserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -259,6 +259,11 @@ def output(text: str) -> None:
         print(text, file=sys.stdout, flush=True)
 
 
+def write(text: str) -> None:
+    """Text as it comes (a streamed answer, a prompt), without a line's end of its own."""
+    print(text, end="", file=sys.stderr if _json else sys.stdout, flush=True)
+
+
 def error(failure: ForgeError) -> None:
     """Show a failure: every problem on its own line, what they come to, the hint last.
 
@@ -267,7 +272,9 @@ def error(failure: ForgeError) -> None:
     close()
     for problem in failure.problems:
         say("error", str(problem))
-    say("error", failure.message)
+    if failure.message not in map(str, failure.problems):
+        # An interruption is what the user asked for, not a fault.
+        say("info" if isinstance(failure, InterruptedByUserError) else "error", failure.message)
     if failure.hint:
         say("hint", failure.hint)
     result({"error": failure.as_json()})

@@ -36,6 +36,7 @@ TASKS: Mapping[str, str] = {
 }
 
 
+COMMAND: Sequence[str] = (sys.executable, "-m", "forge.worker")
 # How long a task may take to stop when it is asked to. Training finishes its step and a checkpoint.
 _GRACE_SECONDS: Mapping[str, float] = {"train": 600.0}
 _LAST_LINES = 20
@@ -49,9 +50,8 @@ def call(task: str, arguments: Mapping[str, Any], *, log: Path | None = None) ->
     `log`; without one its last lines are told in detail when it fails.
     """
     with _log(log) as stream:
-        command = [sys.executable, "-m", "forge.worker"]
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        with process.Child(command, log=stream, environment=environment, separate_errors=True) as child:
+        with process.Child(COMMAND, log=stream, environment=environment, separate_errors=True) as child:
             child.send(json.dumps({"task": task, "arguments": dict(arguments)}) + "\n")
             try:
                 return _outcome(child, task, log)

@@ -9,19 +9,23 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from forge import report
+from forge.model.base import BUILTIN
 from forge.tools.llama_cpp import converters_directory, find_converters
 
 pytest_plugins = ["tests.guard"]
 
 ROOT = Path(__file__).parent.parent
-# Where this session's own pieces lie; the tests' FORGE_HOME is another one.
-SESSION_HOME = Path(os.environ.get("FORGE_HOME") or ROOT / ".forge").absolute()
+# Where this session's own pieces lie; the tests' FORGE_HOME is another one. Kept in the environment
+# because the workers of pytest-xdist come after it was changed.
+SESSION_HOME = Path(
+    os.environ.setdefault("FORGE_TESTS_HOME", os.environ.get("FORGE_HOME") or str(ROOT / ".forge"))
+).absolute()
 
 _FOREIGN = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "NO_COLOR")
 
@@ -33,6 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in _FOREIGN:
         os.environ.pop(name, None)
     os.environ |= {"FORGE_HOME": str(away / "store"), "HF_HOME": str(away / "huggingface"), "TERM": "dumb"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With FORGE_NO_SKIPS (continuous integration) only what needs a GPU or a live Ollama may be skipped."""
+    told = yield
+    may_skip = any(item.get_closest_marker(mark) for mark in ("gpu", "ollama"))
+    if told.skipped and os.environ.get("FORGE_NO_SKIPS") and not may_skip:
+        told.outcome = "failed"
+        told.longrepr = f"skipped, but FORGE_NO_SKIPS is set: {told.longrepr}"
+    return told
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +72,17 @@ def link_converters(home: Path) -> Path:
     converters.parent.mkdir(parents=True)
     converters.symlink_to(find_converters(SESSION_HOME))
     return home
+
+
+def copy_of_tiny(directory: Path) -> Path:
+    """A copy of `builtin:tiny` that a test may change and break."""
+    shutil.copytree(BUILTIN / "tiny", directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    return directory
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    """Everything under `root`: path -> content, None for a directory."""
+    found = sorted(root.rglob("*"))
+    return {path.relative_to(root).as_posix(): None if path.is_dir() else path.read_bytes() for path in found}

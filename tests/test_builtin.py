@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from forge.data.builtin import make_yoda
 from forge.model.builtin import tokenizer as tiny_tokenizer
 from forge.model.builtin.make_tiny import PASS_MARK, encode
-from forge.model.builtin.sentences import content_words, is_kept_back, words_of
+from forge.model.builtin.sentences import capitalized, content_words, is_kept_back, vocabulary, words_of
 from forge.model.builtin.tasks import exam_rows, training_rows
 
 TINY = Path(tiny_tokenizer.__file__).parent / "tiny"
@@ -190,6 +190,12 @@ def test_pre_training_labels_are_the_assistants_turns_alone() -> None:
     learned = [label for label in labels if label != -100]
     said = "".join(f"{turn['content']}<|im_end|>\n" for turn in row.messages if turn["role"] == "assistant")
     assert tokenizer.decode(learned, skip_special_tokens=False) == said
+
+
+def test_every_word_is_one_token_after_a_space_and_at_a_start() -> None:
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    forms = [form for word in vocabulary() for form in (f" {word}", capitalized(word))]
+    assert [form for form in forms if len(tokenizer.encode(form).ids) != 1] == []
 
 
 @pytest.mark.training

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import pytest
 
-from forge.chat.template import CHATML, DEFAULT_DAY, ChatTemplate, Message
+from forge.chat.template import DEFAULT_DAY, ChatTemplate, Message
 from forge.errors import DataError
-from tests.models import template_files
+from tests.vocabularies import template_files
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 USER: Message = {"role": "user", "content": "There is bacon in this sandwich."}
 ANSWER: Message = {"role": "assistant", "content": "In this sandwich, bacon there is."}
 SYSTEM: Message = {"role": "system", "content": "Speak like Yoda."}
-NASTY: Message = {"role": "user", "content": '  <b>&"\'</b> {{ x }} {% if %}\n\tünï 🙂\n '}
+NASTY: Message = {"role": "user", "content": "  <b>&\"'</b> {{ x }} {% if %}\n\tünï 🙂\n "}
 CONVERSATIONS: Sequence[Sequence[Message]] = (
     [USER],
     [SYSTEM, USER],
@@ -70,19 +70,102 @@ def ours(template: ChatTemplate, messages: Sequence[Message], prompted: bool) ->
 
 
 @pytest.mark.training
-@pytest.mark.parametrize("path", template_files(), ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
-def test_every_public_template_renders_as_in_transformers(path: Path, transformers_day: None) -> None:
-    """M1, D1. And pinned: the same text from transformers, whatever else it is given."""
-    source = path.read_text(encoding="utf-8")
-    template = ChatTemplate(source, TOKENS)
-    others: dict[str, Any] = {name: "other" for name in template.variables_read()}
-    pinned = template.pinned_source()
-    for messages in CONVERSATIONS:
-        for prompted in (False, True):
+def test_every_public_template_renders_as_in_transformers(transformers_day: None) -> None:
+    """M1, D1. And pinned: the same text from transformers, whatever else it is given (silent wrong 17)."""
+    files = template_files()
+    assert len(files) > 130
+    differing: list[str] = []
+    rendered = 0
+    for path in files:
+        source = path.read_text(encoding="utf-8")
+        template = ChatTemplate(source, TOKENS)
+        others: dict[str, Any] = dict.fromkeys(template.variables_read(), "other")
+        pinned = template.pinned_source()
+        for number, (messages, prompted) in enumerate(product(CONVERSATIONS, (False, True))):
             expected = reference(source, messages, prompted, {})
-            assert ours(template, messages, prompted) == expected
-            assert reference(pinned, messages, prompted, others) == expected
+            rendered += expected is not None
+            if ours(template, messages, prompted) != expected:
+                differing.append(f"{path.name} {number}")
+            if reference(pinned, messages, prompted, others) != expected:
+                differing.append(f"{path.name} {number} pinned")
+    assert differing == []
+    assert rendered > 6 * len(files)
 
 
-def test_the_templates_are_all_there() -> None:
-    assert len(template_files()) > 130
+def test_the_day_is_pinned() -> None:
+    """A prompt that changes overnight can be neither trained nor proved."""
+    source = (
+        "{{ strftime_now('%d %b %Y') }}|{% if x is defined %}{{ x }}{% endif %}|{{ messages[0].content }}"
+    )
+    assert ChatTemplate(source).render([USER]) == f"26 Jul 2024||{USER['content']}"
+    told = ChatTemplate(source, {}, {"today": "2026-01-31", "x": 'a "b"\n'})
+    assert told.render([USER]) == f'31 Jan 2026|a "b"\n|{USER["content"]}'
+    again = ChatTemplate(told.pinned_source(), {}, {"today": "1999-09-09", "x": "other"})
+    assert again.render([USER]) == told.render([USER])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "\n  leading text {{ flag }}",
+        "  {% if flag %}yes{% else %}no{% endif %}",
+        "\n\n{#- a comment -#}\n {{ flag }}",
+        "{%- if flag is defined %}{{ flag }}{% else %}unset{% endif %}",
+        "{% macro shown() %}{{ flag }}{% endmacro %}{{ shown() }}",
+        "{% for m in messages %}{% if not flag is defined %}{% set flag = 1 %}{% endif %}{{ flag }}{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("value", [True, False, None, 3, 0.5, "text", "ünï {{ x }} 'q' \"Q\" \\ \n"])
+def test_pins_change_nothing_else(source: str, value: object) -> None:
+    """Where the template begins with spaces or a block, and for each kind of value."""
+    template = ChatTemplate(source, {}, {"flag": value})
+    assert ChatTemplate(template.pinned_source()).render([USER]) == template.render([USER])
+    without = ChatTemplate(source)
+    served = ChatTemplate(without.pinned_source(), {}, {"flag": "the server's"})
+    assert served.render([USER]) == without.render([USER])
+
+
+def test_variables_read() -> None:
+    source = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ mood }}{% endfor %}{{ thinking or tools }}"
+    )
+    assert ChatTemplate(source).variables_read() == ("mood", "thinking")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.append(1) }}",
+        "{{ namespace(__class__=1) }}",
+        "{{ dict.__class__.__base__ }}",
+        "{{ raise_exception.__globals__['__builtins__'] }}",
+        "{{ lipsum.__globals__.os.getcwd() }}",
+        "{{ range(10 ** 9) | list }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% include 'other' %}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
+    with pytest.raises(DataError, match="the chat template refuses"):
+        ChatTemplate(source).render([USER])
+
+
+def test_what_a_template_says_is_told() -> None:
+    refusing = ChatTemplate("{{ raise_exception('no system role, please') }}")
+    with pytest.raises(DataError, match="no system role, please"):
+        refusing.render([SYSTEM, USER])
+    with pytest.raises(DataError, match=r"not valid Jinja: line 2"):
+        ChatTemplate("a\n{% if %}")
+    with pytest.raises(DataError, match="'tomorrow' is not a date"):
+        ChatTemplate("a", {}, {"today": "tomorrow"})
+    with pytest.raises(DataError, match="computed format"):
+        ChatTemplate("{{ strftime_now(f) }}").pinned_source()
+
+
+def test_messages_are_not_changed() -> None:
+    messages = [dict(USER)]
+    with pytest.raises(DataError, match="refuses"):
+        ChatTemplate("{% for m in messages %}{{ m.update({'role': 'x'}) }}{% endfor %}").render(messages)
+    assert messages == [dict(USER)]

@@ -34,7 +34,11 @@ def test_the_table_has_no_circle() -> None:
 
 
 BAD = {
-    "an upward arrow": ("forge/store/x.py", "from forge.pipeline.plan import plan", "store may not import pipeline"),
+    "an upward arrow": (
+        "forge/store/x.py",
+        "from forge.pipeline.plan import plan",
+        "store may not import pipeline",
+    ),
     "a room by name": ("forge/chat/x.py", "from forge import process", "chat may not import process"),
     "inside a function": (
         "forge/data/x.py",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ import pytest
 from forge.errors import DataError
 from forge.model.architectures import LIST, check_exportable, convertible, reason_against, registered, text_of
 from forge.model.config import check_unquantized, configuration_of, read_configuration
+from forge.tools.llama_cpp import find_converters
+from tests.conftest import SESSION_HOME
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -175,20 +176,8 @@ def test_registrations_are_read_without_running_the_converters(tmp_path: Path) -
         registered(tmp_path / "elsewhere")
 
 
-def _converters() -> Path | None:
-    """The pinned source tree, where `forge setup` has put it or LLAMA_CPP_TREE says."""
-    home = os.environ.get("FORGE_HOME")
-    roots = [Path(os.environ["LLAMA_CPP_TREE"])] if "LLAMA_CPP_TREE" in os.environ else []
-    if home:
-        roots += sorted(path.parent for path in Path(home).glob("**/convert_hf_to_gguf.py"))
-    return next((root for root in roots if (root / "conversion").is_dir()), None)
-
-
 def test_the_committed_list_is_that_of_the_pinned_converters() -> None:
-    tree = _converters()
-    if tree is None:
-        pytest.skip("the converters are not here: forge setup fetches them")
-    assert LIST.read_text(encoding="utf-8") == text_of(registered(tree))
+    assert LIST.read_text(encoding="utf-8") == text_of(registered(find_converters(SESSION_HOME)))
 
 
 def test_the_committed_list_is_read_whole() -> None:

@@ -257,6 +257,7 @@ def test_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) 
     assert caught.value.code == 3
 
 
+@pytest.mark.network
 def test_endpoint_without_a_child_knows_no_end() -> None:
     with Client(Endpoint("http://127.0.0.1:9", "m")) as client, pytest.raises(ForgeError) as caught:
         client.health()

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from forge.chat.template import CHATML
+from forge.model.builtin.tokenizer import CHATML
 
 REPLY = "In this sandwich, bacon there is."
 CONTEXT = 4096

@@ -23,12 +23,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from forge.model.builtin.tokenizer import CHATML
+from forge.model.gguf_header import read_gguf
 from forge.tools.llama_cpp import PACKAGE, VERSION, find_converters
+from tests.conftest import SESSION_HOME
 
-HOME = Path(os.environ.get("FORGE_HOME", Path(__file__).parent.parent / ".forge"))
-ARCHIVE = HOME / "downloads" / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
+ARCHIVE = SESSION_HOME / "downloads" / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, of GGUF and sentencepiece
 
+_ARRAYS = "tokenizer.ggml."
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
@@ -38,6 +40,7 @@ _HOME_MADE_TEXT = (
     "There is bacon in this sandwich. In this sandwich, bacon there is. The small cat sees a red house.",
     "Repeat after me: what did the old farmer carry to the market yesterday? 1 2 3 4 5 6 7 8 9 0!",
     "Speak like Yoda. Hmm. You are a helpful assistant. Is there a dog by the river? Yes, there is.",
+    '(small) (red) [house] "cat" "dog" (x) [y] Don\'T, I\'LL!\n\nHello.\n\n(Why?)\n  "There it is...".\n',
 )
 
 
@@ -67,7 +70,7 @@ def llama_cpp_models() -> Path:
 
 def converters() -> Path:
     """llama.cpp's converters as `forge setup` unpacked them."""
-    return find_converters(HOME)
+    return find_converters(SESSION_HOME)
 
 
 def trl_template(name: str) -> str:
@@ -80,6 +83,11 @@ def trl_templates() -> Path:
     found = importlib.util.find_spec("trl")
     assert found is not None and found.submodule_search_locations
     return Path(next(iter(found.submodule_search_locations))) / "chat_templates"
+
+
+def template_files() -> list[Path]:
+    """Every public chat template at hand: trl's and llama.cpp's."""
+    return sorted([*trl_templates().glob("*.jinja"), *(llama_cpp_models() / "templates").glob("*.jinja")])
 
 
 def write_tokenizer(directory: Path, vocabulary: str, *, template: str | None = None) -> int:
@@ -97,7 +105,7 @@ def write_tokenizer(directory: Path, vocabulary: str, *, template: str | None = 
     _write(directory / "tokenizer_config.json", {**config, "added_tokens_decoder": added})
     (directory / "chat_template.jinja").write_text(template or own_template, encoding="utf-8")
     ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
-    return max(ids) + 1
+    return int(max(ids)) + 1
 
 
 Files = tuple[dict[str, Any], dict[str, Any], str]
@@ -108,7 +116,7 @@ def _llama_3(directory: Path) -> Files:
     start = _token("<|begin_of_text|>", tokens.index("<|begin_of_text|>"))
     tokenizer = _bpe(tokens, types, merges, pattern=LLAMA3_PATTERN) | {"post_processor": _begins_with(start)}
     tokenizer["model"]["ignore_merges"] = True
-    config = _config("<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>")
+    config = _config("<|begin_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>")
     return tokenizer, config, trl_template("llama3")
 
 
@@ -127,9 +135,7 @@ def _gpt2(directory: Path) -> Files:
 def _llama_2(directory: Path) -> Files:
     tokens, types, scores = _sentencepiece("llama-spm")
     _write_sentencepiece(directory, tokens, types, scores)
-    extra = [
-        _token(text, len(tokens) + number) for number, text in enumerate(("<|im_start|>", "<|im_end|>"))
-    ]
+    extra = [_token(text, len(tokens) + number) for number, text in enumerate(("<|im_start|>", "<|im_end|>"))]
     known = [_token(text, tokens.index(text)) for text in ("<unk>", "<s>", "</s>")]
     tokenizer = _spm(tokens, scores, [*known, *extra]) | {"post_processor": _begins_with(known[1])}
     return tokenizer, _config("<s>", "<|im_end|>", "<unk>", unk="<unk>", kind="LlamaTokenizer"), CHATML
@@ -236,7 +242,7 @@ def _spm(
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True,
-            "vocab": vocabulary, "merges": [merge[3] for merge in sorted(merges, key=lambda merge: merge[:3])],
+            "vocab": vocabulary, "merges": [merge[-1] for merge in sorted(merges)],
         },
     }  # fmt: skip
 
@@ -253,12 +259,11 @@ def _sentencepiece(name: str) -> tuple[list[str], list[int], list[float]]:
 
 @functools.cache
 def _fields(name: str) -> dict[str, Any]:
-    import gguf
-
-    reader = gguf.GGUFReader(llama_cpp_models() / f"ggml-vocab-{name}.gguf")
-    wanted = ("tokens", "token_type", "merges", "scores")
-    found = {key: reader.get_field(f"tokenizer.ggml.{key}") for key in wanted}
-    return {key: field.contents() for key, field in found.items() if field is not None}
+    header = read_gguf(llama_cpp_models() / f"ggml-vocab-{name}.gguf")
+    wanted = [
+        key for key in ("tokens", "token_type", "merges", "scores") if f"{_ARRAYS}{key}" in header.metadata
+    ]
+    return {key: list(header.array(f"{_ARRAYS}{key}")) for key in wanted}
 
 
 def _write_sentencepiece(
@@ -284,5 +289,3 @@ def _field(number: int, content: bytes) -> bytes:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-
-

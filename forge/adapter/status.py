@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.read import Adapter, read_adapter
+from forge.adapter.read import WEIGHTS_FILE, Adapter, read_adapter
 from forge.errors import CheckError, DataError, Problem
 
 _MOST_NAMED = 8
@@ -27,7 +27,7 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
     model = _on_meta(base, adapter, found, trust_remote_code)
     status = _plain(model.get_model_status())
     layers = [_plain(layer) for layer in model.get_layer_status()]
-    problems = [*_status_problems(status, layers), *_number_problems(found)]
+    problems = [*_status_problems(status, layers, found), *_number_problems(found)]
     if problems:
         raise CheckError(
             f"the adapter {adapter} is not sound: {len(problems)} problems",
@@ -78,8 +78,8 @@ def _refuse_mismatch(found: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> N
             problems.append(Problem(f"shape {delta} does not fit the base's {base_shape}", module))
     for name, spec in found.replaced.items():
         if name not in shapes:
-            problems.append(Problem("the base has no such tensor", name))
-        elif shapes[name][1:] != tuple(spec.shape)[1:]:
+            problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", name))
+        elif shapes[name] != spec.shape:
             problems.append(Problem(f"shape {spec.shape} does not fit the base's {shapes[name]}", name))
     if problems:
         raise DataError(
@@ -90,7 +90,9 @@ def _refuse_mismatch(found: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> N
         )
 
 
-def _status_problems(status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+def _status_problems(
+    status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], found: Adapter
+) -> Iterator[Problem]:
     for field, value in status.items():
         if value == "irregular" or (isinstance(value, dict) and "irregular" in value.values()):
             yield Problem("irregular: its layers disagree", f"status.{field}")
@@ -101,18 +103,17 @@ def _status_problems(status: Mapping[str, Any], layers: Sequence[Mapping[str, An
     if status["merged_adapters"]:
         yield Problem(f"already merged: {status['merged_adapters']}", "status.merged_adapters")
     for layer in layers:
-        if "default" not in layer["available_adapters"]:
-            yield Problem("has no adapter weights", layer["name"])
+        module = layer["name"].partition(".")[2]
+        if layer["module_type"].startswith("lora.") and module not in found.layers:
+            # peft fills what the file lacks with a fresh layer, which changes nothing.
+            yield Problem("the configuration adapts it, the file holds no weights for it", module)
 
 
 def _number_problems(found: Adapter) -> Iterator[Problem]:
     import safetensors
     import torch
 
-    if not found.layers:
-        return
-    path = next(iter(found.layers.values())).a.file
-    with safetensors.safe_open(str(path), framework="pt") as file:
+    with safetensors.safe_open(str(found.directory / WEIGHTS_FILE), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
             tensor = file.get_tensor(name)
             if not torch.isfinite(tensor).all():

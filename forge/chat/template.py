@@ -38,7 +38,7 @@ _UNSET = "forge_leaves_this_undefined"
 _GIVEN = {
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token",
     "pad_token", "raise_exception", "strftime_now", "dict", "namespace", "range", "lipsum", "cycler",
-    "joiner",
+    "joiner", "continue_final_message",
 }  # fmt: skip
 
 
@@ -172,9 +172,11 @@ class ChatTemplate:
 
     def variables_read(self) -> tuple[str, ...]:
         """Names that the template reads beyond what every template is given."""
-        environment = _environment(self.day)
-        syntax = environment.parse(self.source)
-        return tuple(sorted(jinja2.meta.find_undeclared_variables(syntax) - _GIVEN))
+        return tuple(sorted(jinja2.meta.find_undeclared_variables(self.syntax()) - _GIVEN))
+
+    def syntax(self) -> jinja2.nodes.Template:
+        """The template's syntax tree."""
+        return _environment(self.day).parse(self.source)
 
     def pinned_source(self) -> str:
         """The template with its variables written in front, for servers that would set their own.
@@ -184,7 +186,7 @@ class ChatTemplate:
         is made undefined again, by giving it the value of a name that nobody sets.
         """
         given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
-        values = {name: _UNSET for name in self.variables_read()}
+        values = dict.fromkeys(self.variables_read(), _UNSET)
         values |= {name: _literal(value) for name, value in given.items()}
         pins = [f"{{% set {name} = {value} %}}" for name, value in sorted(values.items())]
         if "strftime_now" in self.source:

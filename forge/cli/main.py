@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "Measure what was learned on held-out rows.",
     "export": "Make the GGUF: a recipe's, or of any base and adapter.",
     "modelfile": "Write the Modelfiles of a recipe.",
+    "template": "Turn a chat template into a Go template, and prove it.",
     "deploy": "Start the server of a recipe and compare its prompts.",
     "smoke": "Ask a run's smoke queries again.",
     "chat": "Talk to a run, a GGUF file or a URL.",
@@ -81,6 +82,9 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     except click.exceptions.Exit as done:
         return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as usage:
+        click.echo(usage.format_message(), err=True)
+        return RecipeError.code
     except click.ClickException as usage:
         failure: ForgeError = RecipeError(usage.format_message(), hint="see: forge --help")
     except (KeyboardInterrupt, click.Abort):

@@ -100,11 +100,10 @@ def _fit(rows: Sequence[Encoded], limit: int, settings: Settings) -> list[Encode
     if too_long:
         done = "left out" if settings.overlong == "drop" else "cut, without their end of turn"
         report.warning(f"{len(too_long)} of {len(rows)} rows are longer than {limit} tokens and were {done}")
-    short = [row for row in rows if len(row.input_ids) <= limit]
     if settings.overlong == "drop":
-        return short
-    cut = [Encoded(row.input_ids[:limit], row.labels[:limit], row.conversation) for row in too_long]
-    return short + [row for row in cut if row.supervised]
+        return [row for row in rows if len(row.input_ids) <= limit]
+    cut = [Encoded(row.input_ids[:limit], row.labels[:limit], row.conversation) for row in rows]
+    return [row for row in cut if row.supervised]
 
 
 def _write(path: Path, rows: Sequence[Encoded]) -> None:

@@ -134,13 +134,21 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
+    problems: list[Problem] = []
+    rows: list[Row] = []
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
             for values in reader:
-                yield Row(values, path.name, reader.line_num)
+                # DictReader files surplus values under None and fills missing ones with None.
+                if None in values or None in values.values():
+                    many = "more" if None in values else "fewer"
+                    problems.append(Problem(f"{many} values than columns", "", path.name, reader.line_num))
+                rows.append(Row(values, path.name, reader.line_num))
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
+    refuse(problems, f"{path}: {len(problems)} lines do not fit the header", "quote values that hold commas")
+    yield from rows
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -23,14 +23,10 @@ def split(
     """(training, held-out). `share` under 1 is a fraction of the rows, else their number.
 
     Rows that say the same stay on one side (pitfall 63). Which side depends on the text and the
-    seed alone, so adding a row to the data moves no other row by chance of order.
+    seed alone, so adding a row to the data moves no other row by chance of order. Raises `DataError`
+    when no row is left to train on.
     """
     wanted = round(share * len(conversations)) if share < 1 else int(share)
-    if wanted >= len(conversations):
-        raise DataError(
-            f"data.eval: {wanted} held-out rows of {len(conversations)} leaves none to train on",
-            hint="give a fraction such as 0.1",
-        )
     order = {
         mark: hashlib.sha256(f"{seed}:{mark}".encode()).hexdigest()
         for mark in {fingerprint(conversation) for conversation in conversations}
@@ -48,6 +44,11 @@ def split(
         count += sizes[mark]
     training = [row for row in conversations if fingerprint(row) not in held]
     heldout = [row for row in conversations if fingerprint(row) in held]
+    if not training:
+        raise DataError(
+            f"data.eval: {len(heldout)} held-out rows of {len(conversations)} leaves none to train on",
+            hint="give a fraction such as 0.1; rows that say the same are held out together",
+        )
     return training, heldout
 
 

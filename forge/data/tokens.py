@@ -46,7 +46,14 @@ class PromptFormat:
     end_of_turn: str
     end_of_turn_id: int
 
+    @property
+    def bos_id(self) -> int | None:
+        bos = self.template.special_tokens.get("bos_token")
+        number: int | None = self.tokenizer.token_to_id(bos) if bos else None
+        return number
+
     def ids(self, text: str) -> list[int]:
+        """Ids of `text` as it is: the template has written every special token (pitfall 48)."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -104,6 +111,8 @@ def _encode(conversation: Conversation, form: PromptFormat, supervise: str) -> E
     whole = form.template.render(messages)
     _check_content(messages, whole, form)
     ids = form.ids(whole)
+    if form.bos_id is not None and ids[:2] == [form.bos_id] * 2:
+        raise DataError("the row begins with BOS twice: the template writes one that is there already")
     labels = [IGNORED] * len(ids)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     for index in answers if supervise == "all" else answers[-1:]:

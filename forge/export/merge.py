@@ -3,8 +3,8 @@
 The base is the unquantized one (pitfalls 2, 22): W + scale x B A in float32, kept in float32; what
 the adapter does not touch is copied in its own type. Checked against peft's own merge in the tests.
 
-Not covered, and refused: DoRA, embeddings with other rows than the base's, an `lm_head` of its own
-on a base that ties it to the embedding.
+Not covered, and refused: DoRA, embeddings with other rows than the base's, an embedding or `lm_head`
+of its own on a base that ties the two: training moved one alone, in one tensor both would move.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from forge.export.tensors import LazyTensor
 from forge.model.checkpoint import Checkpoint
 from forge.model.safetensors_header import TensorSpec
 
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+_TIED = "the base ties its output layer to the embedding, which would change with it"
+
 
 def merged_tensors(checkpoint: Checkpoint, adapter: Adapter | None) -> list[LazyTensor]:
     """Every tensor of the base, those that the adapter touches merged on loading.
@@ -29,10 +32,12 @@ def merged_tensors(checkpoint: Checkpoint, adapter: Adapter | None) -> list[Lazy
     deltas, replaced = _match(checkpoint, adapter)
     tensors = []
     for name, spec in checkpoint.tensors.items():
-        if name in replaced:
-            tensors.append(LazyTensor(name, "F32", spec.shape, _reader(replaced[name], float32=True)))
-        elif name in deltas:
-            tensors.append(LazyTensor(name, "F32", spec.shape, _merger(spec, deltas[name], adapter)))
+        # peft saves an adapted embedding's own weight beside its factors: the delta goes onto that.
+        source = replaced.get(name, spec)
+        if name in deltas:
+            tensors.append(LazyTensor(name, "F32", spec.shape, _merger(source, deltas[name], adapter)))
+        elif name in replaced:
+            tensors.append(LazyTensor(name, "F32", spec.shape, _reader(source, float32=True)))
         else:
             tensors.append(_plain(spec))
     return tensors
@@ -42,6 +47,7 @@ def _match(
     checkpoint: Checkpoint, adapter: Adapter
 ) -> tuple[Mapping[str, LoraLayer], Mapping[str, TensorSpec]]:
     problems: list[Problem] = []
+    tied = _is_tied(checkpoint)
     deltas: dict[str, LoraLayer] = {}
     replaced: dict[str, TensorSpec] = {}
     for module, layer in adapter.layers.items():
@@ -50,6 +56,8 @@ def _match(
             problems.append(Problem("DoRA cannot be merged by forge yet", module))
         elif name is None:
             problems.append(Problem("the base has no such tensor", f"{module}.weight"))
+        elif tied and layer.is_embedding:
+            problems.append(Problem(_TIED, module))
         elif checkpoint.tensors[name].shape != _delta_shape(layer, adapter):
             shape = checkpoint.tensors[name].shape
             problems.append(
@@ -61,6 +69,9 @@ def _match(
         name = find_base_tensor(given, checkpoint.tensors)
         if name is None:
             problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", given))
+        elif tied and name.rpartition(".weight")[0].endswith(_EMBEDDINGS):
+            if given.removesuffix(".weight") not in adapter.layers:
+                problems.append(Problem(_TIED, given))
         elif checkpoint.tensors[name].shape != spec.shape:
             shape = checkpoint.tensors[name].shape
             problems.append(Problem(f"resized from {shape} to {spec.shape}: not supported yet", given))
@@ -69,10 +80,14 @@ def _match(
     if problems:
         raise DataError(
             f"{len(problems)} parts of the adapter cannot be merged into this base",
-            hint="merge it with peft's merge_and_unload on the unquantized base; ship that with train: none",
+            hint="train on the linear layers alone, or merge it with peft and ship that with train: none",
             problems=problems,
         )
     return deltas, replaced
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    return not any("lm_head" in name or "embed_out" in name for name in checkpoint.tensors)
 
 
 def _is_transposed(layer: LoraLayer, adapter: Adapter) -> bool:

@@ -1,4 +1,4 @@
-"""Which of llama.cpp's pre-tokenizers a tokenizer.json has: decided here, proved by `proof`.
+"""What a tokenizer.json means in llama.cpp's words: decided here, proved by `proof`.
 
 llama.cpp names its pre-tokenizers after models; what counts is the pattern that splits the text
 (its `src/llama-vocab.cpp`). Only patterns that are certain are listed; anything else is left to
@@ -8,6 +8,7 @@ the converter's own table, and refused when that does not know it either.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,47 @@ _BY_PATTERN = {
 }
 
 
+# llama.cpp takes the flags of some special tokens from the *name* of the model: any name with one of
+# these in it changes how every prompt is read, or stops the file from loading.
+_NAMES_WITH_EFFECT = re.compile(r"(phi)-?(3)|(modern)-(bert)", re.IGNORECASE)
+_STRIPPING_NAME = "phi-3"
+_STRIPPING_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+
+
+def model_name(directory: Path, name: str) -> str:
+    """`name` such that llama.cpp reads special tokens as tokenizer.json does.
+
+    Phi-3's special tokens take the white space after them (`rstrip`). The GGUF has no place for
+    that; llama.cpp does it where general.name has "phi-3" in it, and there alone (pitfall 49).
+    """
+    added = _read(directory).get("added_tokens") or []
+    strips = any(token.get("rstrip") for token in added)
+    if strips and {token["content"] for token in added} >= _STRIPPING_TOKENS:
+        return name if _STRIPPING_NAME in name.lower() else f"{name} ({_STRIPPING_NAME})"
+    return _NAMES_WITH_EFFECT.sub(lambda found: " ".join(part for part in found.groups() if part), name)
+
+
+def space_prefix(directory: Path) -> bool | None:
+    """Whether a space goes before each stretch of text between special tokens; None: no SentencePiece.
+
+    llama.cpp does it always or never. Metaspace's `first` means the text's very start, which in a
+    chat is a special token, so never.
+    """
+    stated = _read(directory)
+    if not (stated.get("model") or {}).get("byte_fallback"):
+        return None
+    steps = [*_steps(stated, "normalizer"), *_steps(stated, "pre_tokenizer")]
+    kinds = {step.get("type"): step for step in steps}
+    if "ByteLevel" in kinds:
+        return None
+    if "Metaspace" in kinds:
+        return bool(kinds["Metaspace"].get("prepend_scheme", "always") == "always")
+    return "Prepend" in kinds
+
+
 def decide(directory: Path) -> str:
     """The pre-tokenizer's name in llama.cpp, or "" when tokenizer.json does not settle it."""
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        return ""
-    stated = json.loads(path.read_text(encoding="utf-8")).get("pre_tokenizer") or {}
-    steps = stated.get("pretokenizers", [stated])
+    steps = _steps(_read(directory), "pre_tokenizer")
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
@@ -35,6 +70,19 @@ def decide(directory: Path) -> str:
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm"
     return ""
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer.json"
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def _steps(stated: dict[str, Any], part: str) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, which may be a sequence, one step, or absent."""
+    whole = stated.get(part) or {}
+    inner: list[dict[str, Any]] = whole.get(part.replace("_", "") + "s", [whole])
+    return inner
 
 
 def _pattern(step: dict[str, Any]) -> str:

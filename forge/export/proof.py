@@ -1,20 +1,34 @@
-"""Proof that the GGUF's tokenizer is the model's: the same ids for a few hundred strings.
+"""Proof that the GGUF's tokenizer is the model's: the same ids for every prompt that is tried.
 
 Runs in a worker, on a GGUF that holds the vocabulary alone, before anything large is written
-(pitfall 49; silent wrong 13). The reference is the `tokenizers` library on tokenizer.json, which
-is what transformers runs. Special tokens are parsed on both sides, as in a rendered prompt.
+(pitfalls 48, 49; silent wrongs 3, 4, 13). The reference is the `tokenizers` library on
+tokenizer.json, which is what transformers runs.
+
+What is compared are *rendered prompts*: the template with hard texts as its contents, and the user's
+own conversations. Both sides get them as they do in earnest: training encodes the text as it is,
+llama-server takes a BOS off the text when the GGUF adds one, then adds it, and reads special
+tokens. Texts outside a template are compared only where there is none: no server ever sees them, and
+SentencePiece treats the start of a text apart from the text after a special token, so that
+equality there would neither follow nor be needed.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from forge.errors import CheckError, Problem
+from forge.chat.template import ChatTemplate, Message
+from forge.errors import CheckError, DataError, Problem
+from forge.model.gguf_header import read_gguf
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _PIECES = (
     "Hello", " world", "  two", "\n", "\n\n", "\t", " ", "'s", "'LL", "don't", "I'm", "1", "42", "3.14159",
@@ -40,43 +54,176 @@ class Compared:
     limits: tuple[str, ...]
 
 
-def compare_ids(tokenizer_json: Path, vocabulary: Path, texts: Sequence[str]) -> Compared:
-    """Check that both sides give equal ids for every text.
+@dataclass(frozen=True)
+class _Case:
+    """`text` is what is encoded; `content` what somebody wrote of it."""
 
-    Raises `CheckError` with the first texts that differ. Texts with NUL are left out: llama.cpp's
-    interface takes C strings. Where the tokenizer composes characters first (Unicode NFC, as
-    Qwen's does), llama.cpp does not: decomposed text is left out and named as a limit.
+    text: str
+    content: str
+
+
+def cases(
+    template: ChatTemplate | None, texts: Sequence[str], conversations: Sequence[Sequence[Message]]
+) -> list[_Case]:
+    """Each text as a user's and an assistant's message, each conversation, rendered; else as they are.
+
+    What the template refuses is left out.
     """
-    import llama_cpp
+    if template is None:
+        contents = [str(message["content"]) for messages in conversations for message in messages]
+        return [_Case(text, text) for text in (*texts, *contents)]
+    found = []
+    for messages in (*map(_dialogue, texts), *conversations):
+        content = "\n".join(str(message["content"]) for message in messages)
+        asks = messages[-1]["role"] != "assistant"
+        try:
+            found.append(_Case(template.render(messages, add_generation_prompt=asks), content))
+        except DataError:
+            continue
+    return found
+
+
+def _dialogue(text: str) -> list[Message]:
+    return [{"role": role, "content": text} for role in ("user", "assistant", "user")]
+
+
+def compare_ids(
+    directory: Path, vocabulary: Path, tried: Sequence[_Case], *, end_of_turn: int | None = None
+) -> Compared:
+    """Check that the tokenizer in `directory` and the GGUF `vocabulary` give equal ids for every case.
+
+    Raises `CheckError` with the first that differ, or when llama.cpp would not stop at `end_of_turn`.
+    Left out, and named as limits: text with NUL (llama.cpp's interface takes C strings); text that
+    the tokenizer composes first (Unicode NFC, as Qwen's does; llama.cpp does not); text with words that
+    llama.cpp alone takes for special tokens (`</s>` with Qwen's vocabulary); white space outside
+    ASCII after a token that strips what follows it (Phi-3).
+    """
     from tokenizers import Tokenizer
 
-    reference = Tokenizer.from_file(str(tokenizer_json))
+    reference = Tokenizer.from_file(str(directory / "tokenizer.json"))
     reference.no_truncation()
-    usable = [text for text in texts if text and "\0" not in text]
-    limits: tuple[str, ...] = ()
-    if _composes(tokenizer_json):
-        composed = [text for text in usable if unicodedata.is_normalized("NFC", text)]
-        left_out = len(usable) - len(composed)
-        limits = (f"text that is not in Unicode normal form C (left out: {left_out} of {len(usable)})",)
-        usable = composed
-    model = llama_cpp.Llama(model_path=str(vocabulary), vocab_only=True, verbose=False)
-    problems: list[Problem] = []
+    served = _Served(vocabulary)
     try:
-        for text in usable:
-            expected = reference.encode(text, add_special_tokens=False).ids
-            found = model.tokenize(text.encode(), add_bos=False, special=True)
-            if found != expected:
-                problems.append(Problem(f"trained on {expected[:12]}, served {found[:12]}", repr(text[:60])))
+        kept, limits = _without_limits(tried, directory / "tokenizer.json", reference, served)
+        problems = list(_differences(kept, reference, served))
+        stops = end_of_turn is None or served.ends_reply(end_of_turn)
     finally:
-        model.close()
+        served.close()
+    if not kept:
+        raise CheckError("no prompt could be compared: the chat template refuses all that were tried")
     if problems:
         raise CheckError(
-            f"the GGUF's tokenizer gives other ids for {len(problems)} of {len(usable)} texts: "
+            f"the GGUF's tokenizer gives other ids for {len(problems)} of {len(kept)} texts: "
             "the model would be served other tokens than it was trained on",
             hint="llama.cpp has no pre-tokenizer equal to this tokenizer's; choose a base that it knows",
             problems=problems[:5],
         )
-    return Compared(len(usable), limits)
+    if not stops:
+        raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
+    return Compared(len(kept), limits)
+
+
+def _differences(tried: Sequence[_Case], reference: Tokenizer, served: _Served) -> Iterator[Problem]:
+    for case in tried:
+        expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
+        found = served.ids(case.text)
+        if found != expected:
+            pairs = enumerate(zip(expected, found, strict=False))
+            at = next((at for at, (one, two) in pairs if one != two), min(len(expected), len(found)))
+            here = slice(max(0, at - 2), at + 6)
+            yield Problem(
+                f"trained on {expected[here]}, served {found[here]} (from token {here.start})",
+                repr(case.content[:60]),
+            )
+
+
+class _Served:
+    """llama.cpp with the vocabulary, used as llama-server uses it."""
+
+    def __init__(self, vocabulary: Path) -> None:
+        import llama_cpp
+
+        metadata = read_gguf(vocabulary).metadata
+        try:
+            self._model = llama_cpp.Llama(model_path=str(vocabulary), vocab_only=True, verbose=False)
+        except ValueError as error:
+            raise CheckError(f"llama.cpp cannot load the model's vocabulary: {error}") from error
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self._model.model)
+        bos = metadata.get("tokenizer.ggml.bos_token_id")
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
+        self._bos = self._text(bos) if adds_bos and isinstance(bos, int) else ""
+
+    def ids(self, text: str) -> list[int]:
+        stripped = text.removeprefix(self._bos) if self._bos else text
+        found: list[int] = self._model.tokenize(stripped.encode(), add_bos=True, special=True)
+        return found
+
+    def _text(self, token: int) -> str:
+        import llama_cpp
+
+        raw: bytes = llama_cpp.llama_vocab_get_text(self._vocabulary, token)
+        return raw.decode(errors="replace")
+
+    def special(self) -> set[str]:
+        """Every text that is read as one token wherever it stands."""
+        import llama_cpp
+
+        flags = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+        flags |= llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+        count = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
+        attributes = (llama_cpp.llama_vocab_get_attr(self._vocabulary, token) for token in range(count))
+        return {self._text(token) for token, attribute in enumerate(attributes) if attribute & flags}
+
+    def ends_reply(self, token: int) -> bool:
+        import llama_cpp
+
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocabulary, token))
+
+    def close(self) -> None:
+        self._model.close()
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A kind of text for which equal ids are not claimed."""
+
+    name: str
+    applies: Callable[[str], bool] = field(repr=False)
+
+
+def _without_limits(
+    tried: Sequence[_Case], tokenizer_json: Path, reference: Tokenizer, served: _Served
+) -> tuple[list[_Case], tuple[str, ...]]:
+    kept = [case for case in tried if case.text and "\0" not in case.text]
+    told = []
+    for limit in _limits(tokenizer_json, reference, served):
+        left = [case for case in kept if not limit.applies(case.content)]
+        if len(left) < len(kept):
+            told.append(f"{limit.name} (left out: {len(kept) - len(left)} of {len(tried)})")
+        kept = left
+    return kept, tuple(told)
+
+
+def _limits(tokenizer_json: Path, reference: Tokenizer, served: _Served) -> Iterator[_Limit]:
+    added = reference.get_added_tokens_decoder().values()
+    foreign = sorted(served.special() - {token.content for token in added} - {""})
+    if foreign:
+        shown = ", ".join(foreign[:3])
+        pattern = re.compile("|".join(map(re.escape, foreign)))
+        yield _Limit(f"text with {shown}, which llama.cpp reads as a special token", _finds(pattern))
+    if _composes(tokenizer_json):
+        yield _Limit(
+            "text that is not in Unicode normal form C",
+            lambda content: not unicodedata.is_normalized("NFC", content),
+        )
+    if any(token.rstrip for token in added):
+        before = "|".join(["^", *(re.escape(token.content) for token in added)])
+        pattern = re.compile(rf"(?:{before})[ \t\n\r\f\v]*[^\S \t\n\r\f\v]", re.MULTILINE)
+        yield _Limit("a message that begins with white space other than ASCII's", _finds(pattern))
+
+
+def _finds(pattern: re.Pattern[str]) -> Callable[[str], bool]:
+    return lambda content: pattern.search(content) is not None
 
 
 def _composes(tokenizer_json: Path) -> bool:

@@ -26,6 +26,7 @@ def quantize(source: Path, target: Path, quant: str, threads: int) -> GgufHeader
     Raises `StageError` with llama.cpp's own last words.
     """
     import llama_cpp
+    from llama_cpp import _logger
 
     said: list[str] = []
 
@@ -40,9 +41,13 @@ def quantize(source: Path, target: Path, quant: str, threads: int) -> GgufHeader
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(quant)
     parameters.nthread = threads
-    status = llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(parameters)
-    )
+    try:
+        status = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
+        )
+    finally:
+        # llama.cpp would call `log` ever after, which is gone when this function is.
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
     if status:
         target.unlink(missing_ok=True)
         last = " ".join("".join(said).split()[-40:])

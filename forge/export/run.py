@@ -10,23 +10,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from forge import process, report
+from forge import report
 from forge.adapter.read import read_adapter
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
-from forge.errors import StageError
+from forge.adapter.tokenizer import copy_tokenizer
+from forge.chat.template import ChatTemplate, Message
 from forge.export import pretokenizer, proof
+from forge.export.convert import Choices, Converter
 from forge.export.merge import merged_tensors
 from forge.export.quantize import fallbacks, quantize
 from forge.export.tensors import write_safetensors
 from forge.model.checkpoint import open_checkpoint
 from forge.model.gguf_header import GgufHeader, read_gguf
-from forge.train.save import copy_tokenizer
+from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"
 MERGED_DIRECTORY = "merged"
@@ -47,7 +48,9 @@ def export(
     """Write `out/model.gguf` and say what is in it.
 
     `tokenizer` is the directory whose tokenizer was trained with, `chat_template` the pinned text
-    that the GGUF is to carry. `settings`: name, quant, keep_merged, threads.
+    that the GGUF is to carry, `data` a directory of prepared rows. `settings`: name, quant,
+    keep_merged, threads, end_of_turn_id. Raises `DataError` for an adapter or base that cannot be
+    merged, `CheckError` when llama.cpp would read prompts differently, `StageError` otherwise.
     """
     started = time.monotonic()
     target, work = Path(out), Path(out) / "work"
@@ -55,29 +58,14 @@ def export(
     merged = work / MERGED_DIRECTORY
     merged.mkdir(parents=True)
     _write_description(Path(base), Path(tokenizer), chat_template, merged)
-    decided = pretokenizer.decide(merged)
-    convert = _Converter(Path(converters), decided, settings["name"])
-    vocabulary = convert.run(merged, work / "vocabulary.gguf", "--vocab-only")
-    compared = _prove_ids(merged, vocabulary, data)
     checkpoint = open_checkpoint(Path(base))
     tensors = merged_tensors(checkpoint, read_adapter(Path(adapter)) if adapter else None)
+    convert, compared = _prove_vocabulary(merged, work, data, Path(converters), settings)
     write_safetensors(
         merged / "model.safetensors", tensors, lambda done, total: report.advance("merge", done, total)
     )
-    quant = settings["quant"]
-    plain = convert.run(merged, work / "plain.gguf", "--outtype", quant if quant in _UNQUANTIZED else "f16")
-    if settings["keep_merged"]:
-        merged.rename(target / MERGED_DIRECTORY)
-    else:
-        shutil.rmtree(merged)
-    finished = work / "finished.gguf"
-    if quant in _UNQUANTIZED:
-        plain.rename(finished)
-        header = read_gguf(finished)
-    else:
-        header = quantize(plain, finished, quant, settings["threads"] or os.cpu_count() or 1)
-    finished.rename(target / GGUF_FILE)
-    return _facts(target, header, quant) | {
+    header = _write_gguf(convert, merged, work, target, settings)
+    return _facts(target, header, settings["quant"]) | {
         "ids_compared": compared.texts,
         "ids_limits": list(compared.limits),
         "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
@@ -85,9 +73,34 @@ def export(
     }
 
 
+def _write_gguf(
+    convert: Converter, merged: Path, work: Path, target: Path, settings: Mapping[str, Any]
+) -> GgufHeader:
+    """Convert and quantize; the finished file alone goes to `target`, and the merged one if wanted."""
+    quant = settings["quant"]
+    plain = convert.run(merged, work / "plain.gguf", "--outtype", quant if quant in _UNQUANTIZED else "f16")
+    finished = work / "finished.gguf"
+    if quant in _UNQUANTIZED:
+        plain.rename(finished)
+        header = read_gguf(finished)
+    else:
+        if not settings["keep_merged"]:
+            shutil.rmtree(merged)
+        header = quantize(plain, finished, quant, settings["threads"] or os.cpu_count() or 1)
+    if settings["keep_merged"]:
+        merged.rename(target / MERGED_DIRECTORY)
+    finished.rename(target / GGUF_FILE)
+    shutil.rmtree(work)
+    return header
+
+
 def _write_description(base: Path, tokenizer: Path, chat_template: str | None, merged: Path) -> None:
     """Everything of a checkpoint but its weights."""
-    shutil.copyfile(base / "config.json", merged / "config.json")
+    described = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" in described:
+        # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
+        described.setdefault("n_ctx", described["n_positions"])
+    (merged / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(base, merged)
     if tokenizer != base:
         copy_tokenizer(tokenizer, merged)
@@ -101,38 +114,35 @@ def _write_description(base: Path, tokenizer: Path, chat_template: str | None, m
             configuration.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def _prove_ids(merged: Path, vocabulary: Path, data: str | None) -> proof.Compared:
-    texts = proof.test_strings()
-    for name in (TRAIN_FILE, HELDOUT_FILE) if data else ():
-        with (Path(str(data)) / name).open(encoding="utf-8") as stream:
-            for line, _ in zip(stream, range(_OWN_ROWS), strict=False):
-                texts += [message["content"] for message in json.loads(line)["messages"]]
-    report.detail(f"comparing token ids of {len(texts)} texts")
-    return proof.compare_ids(merged / "tokenizer.json", vocabulary, texts)
+def _prove_vocabulary(
+    merged: Path, work: Path, data: str | None, converters: Path, settings: Mapping[str, Any]
+) -> tuple[Converter, proof.Compared]:
+    """The converter to use, once the vocabulary that it writes is proved."""
+    files = read_tokenizer(merged)
+    template = None
+    if files.chat_template is not None:
+        tokens = {f"{name}_token": token for name, token in files.tokens.items()}
+        template = ChatTemplate(files.chat_template, tokens)
+    tried = proof.cases(template, proof.test_strings(), _own_conversations(data))
+    bos = files.tokens.get("bos")
+    choices = Choices(
+        pre_tokenizer=pretokenizer.decide(merged),
+        adds_bos=None if template is None else bool(bos and tried and tried[0].text.startswith(bos)),
+        space_prefix=pretokenizer.space_prefix(merged),
+        end_of_turn=settings.get("end_of_turn_id"),
+    )
+    convert = Converter(converters, choices, pretokenizer.model_name(merged, settings["name"]))
+    vocabulary = convert.run(merged, work / "vocabulary.gguf", "--vocab-only")
+    report.detail(f"comparing token ids of {len(tried)} texts")
+    return convert, proof.compare_ids(merged, vocabulary, tried, end_of_turn=choices.end_of_turn)
 
 
-class _Converter:
-    """llama.cpp's converter in a process of its own, with its own gguf-py."""
-
-    def __init__(self, tree: Path, pre_tokenizer: str, name: str) -> None:
-        entry = Path(__file__).with_name("convert_entry.py")
-        self._command = [sys.executable, "-I", str(entry), str(tree), pre_tokenizer]
-        self._name = name
-
-    def run(self, source: Path, target: Path, *options: str) -> Path:
-        command = [*self._command, str(source), "--outfile", str(target), "--model-name", self._name]
-        label = "convert the vocabulary" if "--vocab-only" in options else "convert"
-        report.advance(label, 0, 1)
-        finished = process.run([*command, *options], log=sys.stderr, on_line=None)
-        if finished.status or not target.is_file():
-            target.unlink(missing_ok=True)
-            lines = [line for line in finished.output.splitlines() if line.strip()]
-            raise StageError(
-                f"llama.cpp's converter failed: {lines[-1] if lines else 'no output'}",
-                hint="its whole output is in the run's log",
-            )
-        report.advance(label, 1, 1)
-        return target
+def _own_conversations(data: str | None) -> list[list[Message]]:
+    found: list[list[Message]] = []
+    for path in sorted(Path(data).glob("*.jsonl")) if data else ():
+        with path.open(encoding="utf-8") as stream:
+            found += [json.loads(line)["messages"] for line in islice(stream, _OWN_ROWS)]
+    return found
 
 
 def _facts(target: Path, header: GgufHeader, quant: str) -> dict[str, Any]:

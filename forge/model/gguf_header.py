@@ -114,7 +114,7 @@ def read_gguf(path: Path) -> GgufHeader:
         with _Reader(path) as reader:
             return reader.header()
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
+        raise DataError(f"{path}: no such file", hint="`forge runs` lists what was shipped") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
 

@@ -9,30 +9,24 @@ from typing import Any
 
 from forge import worker
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import CheckError, DataError, ForgeError
-from forge.model.checkpoint import open_checkpoint
-from forge.pipeline.stage import Stage
 from forge.recipe.schema import Train
-from forge.stages.artifacts import ADAPTER_STAGE, installed
-from forge.stages.ship import Ship
+from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
-from forge.train.save import copy_tokenizer
 
 _STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # Fields of `train` that change no byte of the adapter, or do so through the data stage alone.
 _NOT_KEYED = {"checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables"}
 
 
-class TrainStage(Stage):
+class TrainStage(ShipStage):
     """A LoRA adapter, trained in a worker; resumable."""
 
     name = ADAPTER_STAGE
     version = 1
     needs = ("data",)
-
-    def __init__(self, ship: Ship) -> None:
-        self.ship = ship
 
     @property
     def _train(self) -> Train:
@@ -42,12 +36,12 @@ class TrainStage(Stage):
     def params(self) -> Mapping[str, Json]:
         fields: dict[str, Json] = {}
         for name, value in self._train.model_dump(mode="json", exclude=_NOT_KEYED).items():
-            nested = value if name == "lora" else None
-            if nested is None:
-                fields[f"train.{name}"] = value
+            if name == "lora":
+                fields |= {f"train.lora.{key}": one for key, one in value.items()}
             else:
-                fields |= {f"train.{name}.{key}": one for key, one in nested.items()}
-        return {"base": self.ship.base_digest, **fields}
+                fields[f"train.{name}"] = value
+        # The tokenizer's files are part of the adapter.
+        return {"base": self.ship.base_digest, "base.tokenizer": self.ship.tokenizer_digest, **fields}
 
     def recorded(self) -> Mapping[str, str]:
         return {name: installed(name) for name in _STACK}
@@ -55,7 +49,7 @@ class TrainStage(Stage):
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The adapter, and two checkpoints with Adam's two moments, all in float32."""
         rank = self._train.lora.r
-        shapes = [spec.shape for spec in open_checkpoint(self.ship.base_directory).tensors.values()]
+        shapes = [spec.shape for spec in self.ship.tensors.values()]
         adapted = sum(rank * sum(shape) * 4 for shape in shapes if len(shape) == 2)
         return adapted * (1 + 2 * 3)
 
@@ -76,14 +70,11 @@ class TrainStage(Stage):
         return worker.call("train", arguments, log=self.ship.log)
 
 
-class AdoptStage(Stage):
+class AdoptStage(ShipStage):
     """An adapter that another tool made, checked and taken into the store."""
 
     name = ADAPTER_STAGE
     version = 1
-
-    def __init__(self, ship: Ship) -> None:
-        self.ship = ship
 
     def params(self) -> Mapping[str, Json]:
         return {"train.from": self.ship.adapter_digest, "base": self.ship.base_digest}
@@ -105,15 +96,12 @@ class AdoptStage(Stage):
         }
 
 
-class ValidateStage(Stage):
+class ValidateStage(ShipStage):
     """peft's own status of the adapter on this base; a sound one only goes on."""
 
     name = "validate"
     version = 1
     needs = (ADAPTER_STAGE,)
-
-    def __init__(self, ship: Ship) -> None:
-        self.ship = ship
 
     def params(self) -> Mapping[str, Json]:
         return {"base": self.ship.base_digest}
@@ -130,15 +118,12 @@ class ValidateStage(Stage):
         return worker.call("validate", arguments, log=self.ship.log)
 
 
-class EvaluateStage(Stage):
+class EvaluateStage(ShipStage):
     """Held-out loss and answers of base and tuned model; judged afresh on every run."""
 
     name = "evaluate"
     version = 1
     needs = ("data", ADAPTER_STAGE)
-
-    def __init__(self, ship: Ship) -> None:
-        self.ship = ship
 
     def params(self) -> Mapping[str, Json]:
         training = self.ship.training

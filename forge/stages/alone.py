@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -130,15 +131,16 @@ def chat(target: str, system: str | None, context: int | None) -> dict[str, Any]
     with ExitStack() as stack:
         endpoint = _reach(target, context, stack)
         report.info(f"talking to {endpoint.model}; /quit ends, /reset forgets, /save FILE keeps")
-        converse(endpoint, read=input, write=_write, system=system)
+        converse(endpoint, read=_read_line, write=report.write, system=system)
     return {"model": endpoint.model}
 
 
-def _write(text: str) -> None:
-    import sys
-
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _read_line(prompt: str) -> str:
+    """`input` alone would put its prompt before the result, where standard output is no terminal."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        return input(prompt)
+    report.write(prompt)
+    return input()
 
 
 def _reach(target: str, context: int | None, stack: ExitStack) -> Endpoint:

@@ -13,7 +13,6 @@ from forge import worker
 from forge.chat.modelfile import write_modelfiles
 from forge.data.prepare import Settings, prepare
 from forge.model.base import UNKNOWN
-from forge.model.checkpoint import open_checkpoint
 from forge.pipeline.stage import Stage
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
@@ -36,14 +35,18 @@ def prompt_params(ship: Ship) -> dict[str, Json]:
     }
 
 
-class DataStage(Stage):
+class ShipStage(Stage):
+    """A pure stage of one ship."""
+
+    def __init__(self, ship: Ship) -> None:
+        self.ship = ship
+
+
+class DataStage(ShipStage):
     """Rows to ids and loss mask; every problem of the data is told here, before anything long."""
 
     name = "data"
     version = 1
-
-    def __init__(self, ship: Ship) -> None:
-        self.ship = ship
 
     def params(self) -> Mapping[str, Json]:
         data, training = self.ship.recipe.data, self.ship.training
@@ -80,14 +83,14 @@ class DataStage(Stage):
         return prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
 
 
-class ExportStage(Stage):
+class ExportStage(ShipStage):
     """One quantized GGUF: merge, convert, quantize, with the token ids proved before."""
 
     name = "export"
     version = 1
 
     def __init__(self, ship: Ship) -> None:
-        self.ship = ship
+        super().__init__(ship)
         adapted = (ADAPTER_STAGE,) if ship.recipe.train is not None else ()
         self.needs = (("data",) if ship.recipe.data else ()) + adapted
 
@@ -112,7 +115,7 @@ class ExportStage(Stage):
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The merged checkpoint (float32 where the adapter touches it), the F16 file, the quantized one."""
-        numel = open_checkpoint(self.ship.base_directory).numel
+        numel = sum(tensor.numel for tensor in self.ship.tensors.values())
         return numel * 4 + numel * 2 + numel
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
@@ -130,6 +133,7 @@ class ExportStage(Stage):
                 "quant": export.quant,
                 "keep_merged": export.keep_merged,
                 "threads": None,
+                "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
             },
         }
         try:
@@ -140,14 +144,14 @@ class ExportStage(Stage):
             raise
 
 
-class ModelfileStage(Stage):
+class ModelfileStage(ShipStage):
     """Modelfile and Modelfile.jinja, for Ollama."""
 
     name = "modelfile"
     version = 1
 
     def __init__(self, ship: Ship) -> None:
-        self.ship = ship
+        super().__init__(ship)
         self.needs = ("data",) if ship.recipe.data else ()
 
     def params(self) -> Mapping[str, Json]:

@@ -10,7 +10,6 @@ from typing import Any
 from forge import report
 from forge.errors import DataError
 from forge.model.base import UNKNOWN
-from forge.model.checkpoint import open_checkpoint
 from forge.model.estimate import Estimate, available, export_disk, inference, training
 from forge.pipeline.plan import Plan
 from forge.recipe.fields import values
@@ -46,7 +45,7 @@ def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
         ],
         "memory": memory,
         "disk": disk,
-        "downloads": UNKNOWN if ship.base.directory is None else None,
+        "downloads": _downloads(ship),
         "problems": problems,
     }
 
@@ -54,8 +53,8 @@ def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
 def _memory(ship: Ship) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
-    tensors = open_checkpoint(ship.base_directory).tensors
-    parameters = sum(tensor.numel for tensor in tensors.values())
+    tensors = ship.tensors
+    parameters = _parameters(ship)
     parts: dict[str, Estimate] = {
         "serving": inference(
             parameters,
@@ -87,11 +86,21 @@ def _memory(ship: Ship) -> dict[str, Any] | None:
     }
 
 
+def _downloads(ship: Ship) -> str | int:
+    """Bytes of weights that a ship would fetch; unknown where not even headers are here."""
+    if ship.base.directory is None:
+        return UNKNOWN
+    return sum(tensor.bytes for tensor in (ship.headers or {}).values())
+
+
+def _parameters(ship: Ship) -> int:
+    return sum(tensor.numel for tensor in ship.tensors.values())
+
+
 def _disk(ship: Ship) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
-    checkpoint = open_checkpoint(ship.base_directory)
-    estimate = export_disk(checkpoint.numel, ship.recipe.export.quant)
+    estimate = export_disk(_parameters(ship), ship.recipe.export.quant)
     where = ship.store.root
     while not where.exists():
         where = where.parent
@@ -104,7 +113,10 @@ def _disk(ship: Ship) -> dict[str, Any] | None:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return f"{count} B"
 
 
 def describe_run(name: str) -> dict[str, Any]:
@@ -145,6 +157,9 @@ def describe_runs() -> list[dict[str, Any]]:
                 "written": manifest.get("written"),
             }
         )
+    if not found:
+        report.info("no runs yet; forge init writes a recipe to start from")
+        return found
     columns = ("name", "base", "outcome", "written", "directory")
     report.table("", columns, [tuple(one[column] for column in columns) for one in found])
     return found

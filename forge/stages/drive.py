@@ -17,6 +17,7 @@ from forge.pipeline.run import run
 from forge.pipeline.stage import Result
 from forge.recipe.load import Loaded, load
 from forge.stages import stages_for
+from forge.stages.preflight import require_tools
 from forge.stages.record import MANIFEST, learned, read_manifest, record, summary
 from forge.stages.ship import Ship, open_ship
 from forge.store import runs
@@ -48,6 +49,10 @@ def ship(
         target = open_ship(loaded, store, directory, pins=pins)
         for problem in target.base.problems:
             report.warning(str(problem))
+        stages, force = stages_for(target), frozenset({"train"} if retrain else ())
+        past = runs.requests(store, directory)
+        ahead = plan_stages(stages, store, past, from_stage=from_stage, until=until, force=force)
+        require_tools(target, {one.name for one in ahead.stages if not one.cached})
         directory.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(target.log.open("a", encoding="utf-8"))
         stack.enter_context(report.copied_to(log))
@@ -55,12 +60,12 @@ def ship(
         failure: BaseException | None = None
         try:
             run(
-                stages_for(target),
+                stages,
                 store,
                 run_directory=directory,
                 from_stage=from_stage,
                 until=until,
-                force=frozenset({"train"} if retrain else ()),
+                force=force,
                 on_result=lambda result: results.__setitem__(result.name, result),
                 stack=stack,
             )
@@ -135,9 +140,9 @@ def _wait_for_interrupt() -> None:
 def plan(recipe: Path, overrides: Sequence[str] = (), *, fetch: bool = False) -> tuple[Ship, Plan]:
     """What a ship would run, and why. Writes nothing; asks the hub only with `fetch`."""
     loaded = _load(recipe, overrides)
-    store, directory = open_store(read_only=not fetch), run_directory(loaded)
+    store, directory = open_store(read_only=True), run_directory(loaded)
     pins = read_manifest(directory).get("pins")
-    target = open_ship(loaded, store, directory, pins=pins, fetch=fetch)
+    target = open_ship(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
     return target, plan_stages(stages_for(target), store, runs.requests(store, directory))
 
 

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from forge import report
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, Problem
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
-from forge.serve.client import Client
-from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint, Message
-from forge.serve.runtime import Settings
-from forge.serve.smoke import Query, run_smoke
-from forge.serve.wire import Sampling
 from forge.stages.artifacts import context_tokens
 from forge.stages.ship import Ship
 
+if TYPE_CHECKING:
+    from forge.serve.smoke import Query
+
+# The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
 EXPORT = "export"
+_OWN_PROMPTS = 50
 
 
 def queries_in(recipe: Recipe) -> list[Query]:
     """The recipe's smoke queries."""
+    from forge.serve.smoke import Query
+
     queries = []
     for query in recipe.smoke:
         if query.messages is not None:
@@ -47,6 +52,9 @@ class DeployAction(Action):
         self.endpoint: Endpoint | None = None
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
+        from forge.serve.embedded import serve_embedded
+        from forge.serve.runtime import Settings
+
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
         assert artifact is not None
@@ -62,8 +70,10 @@ class DeployAction(Action):
             gpu_layers=deploy.gpu_layers,
         )
         endpoint = stack.enter_context(serve_embedded(settings, log=self.ship.log))
-        conversations = [query.messages for query in queries_in(self.ship.recipe)] or [
-            ({"role": "user", "content": "Hello!"},)
+        conversations = [
+            ({"role": "user", "content": "Hello!"},),
+            *(query.messages for query in queries_in(self.ship.recipe)),
+            *_some_rows(results),
         ]
         prove_prompts(self.ship, endpoint, conversations)
         return {
@@ -75,11 +85,23 @@ class DeployAction(Action):
         }
 
 
+def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
+    """Prompts of the user's own held-out rows, else of training rows."""
+    artifact = results["data"].artifact if "data" in results else None
+    if artifact is None:
+        return []
+    name = HELDOUT_FILE if artifact.facts["heldout_rows"] else TRAIN_FILE
+    with (artifact.path / name).open(encoding="utf-8") as stream:
+        return [json.loads(line)["messages"][:-1] for line in islice(stream, _OWN_PROMPTS)]
+
+
 def prove_prompts(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:
     """The server writes each prompt as training did, in text and in ids.
 
     Raises `CheckError` with the first difference.
     """
+    from forge.serve.client import Client
+
     form = ship.prompt_format
     with Client(endpoint) as client:
         for messages in conversations:
@@ -120,6 +142,8 @@ class SmokeAction(Action):
         self.ship = ship
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
+        from forge.serve.smoke import run_smoke
+
         deployed = results["deploy"].facts
         endpoint = Endpoint(deployed["endpoint"], deployed["model"])
         answers = run_smoke(endpoint, queries_in(self.ship.recipe))
@@ -145,6 +169,9 @@ class SmokeAction(Action):
 
 def _ask_heldout(endpoint: Endpoint, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Held-out questions to the shipped file behind its server: how many answers are exact."""
+    from forge.serve.client import Client
+    from forge.serve.wire import Sampling
+
     asked: list[dict[str, Any]] = []
     with Client(endpoint) as client:
         for number, row in enumerate(rows, 1):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import sys
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -146,7 +145,11 @@ def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException 
             "variables": dict(ship.template.variables),
             "variables_read": list(ship.template.variables_read()),
         },
-        "machine": {"python": sys.version.split()[0], "system": platform.platform()},
+        # Not `platform.platform`: that starts a program.
+        "machine": {
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        },
         "artifacts": {
             result.name: {
                 "key": result.artifact.key,

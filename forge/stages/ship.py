@@ -7,21 +7,28 @@ told at once, and `forge plan` needs no more than this.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError, Problem, RecipeError
 from forge.model.architectures import check_exportable
-from forge.model.base import UNKNOWN, ResolvedBase, fetch_dataset, local_directory, resolve
+from forge.model.base import (
+    UNKNOWN,
+    ResolvedBase,
+    resolve,
+    resolve_headers,
+)
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration, check_unquantized, read_configuration
+from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted, Recipe, Train
+from forge.stages.sources import data_files
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
 
@@ -43,7 +50,8 @@ class Ship:
     adopted: ResolvedBase | None
     data_files: tuple[Path, ...]
     heldout: float | int | Path
-    trackers: tuple[str, ...] = field(default=())
+    headers: Mapping[str, TensorSpec] | None = None
+    """The base's tensors, where a plan read their headers alone and the weights are not here."""
 
     @property
     def recipe(self) -> Recipe:
@@ -66,6 +74,11 @@ class Ship:
     @cached_property
     def configuration(self) -> Configuration:
         return read_configuration(self.base_directory)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """The base's tensors; raises `DataError` for a checkpoint that is not whole."""
+        return self.headers if self.headers is not None else open_checkpoint(self.base_directory).tensors
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles:
@@ -126,6 +139,8 @@ class Ship:
     @cached_property
     def base_digest(self) -> str:
         """sha256 over the base's weights and configuration, remembered by the store."""
+        if self.headers is not None:
+            return UNKNOWN
         return self._digest(self.base.directory, _WEIGHT_FILES)
 
     @cached_property
@@ -166,35 +181,42 @@ def open_ship(
     *,
     pins: dict[str, Any] | None = None,
     offline: bool = False,
-    fetch: bool = True,
+    fetch: Literal["all", "headers", "nothing"] = "all",
 ) -> Ship:
     """Find everything that the recipe names, and refuse what cannot work, before anything runs.
 
-    `pins` are those of the run's last ship: a hub name without revision stays at its commit.
+    `pins` are those of the run's last ship: a hub name without revision stays at its commit. With
+    `fetch` other than all the hub is asked for headers only, or not at all; good for a plan.
     Raises `DataError` for a base that cannot be trained or exported, or is not whole.
     """
     recipe = loaded.recipe
     refuse_unbuilt(loaded)
     pins = pins or {}
-    base = resolve(
-        recipe.base.id,
-        revision=recipe.base.revision or _pin(pins, "base", recipe.base.id),
-        offline=offline,
-        fetch=fetch,
-        relative_to=loaded.directory,
-    )
+    base, headers = _base(loaded, pins, offline=offline, fetch=fetch)
     adopted = None
     if isinstance(recipe.train, Adopted):
         source = recipe.train.source
         revision = recipe.train.revision or _pin(pins, "adapter", source)
         adopted = resolve(
-            source, revision=revision, offline=offline, fetch=fetch, relative_to=loaded.directory
+            source, revision=revision, offline=offline, fetch=fetch == "all", relative_to=loaded.directory
         )
-    files, heldout = _data(loaded, offline=offline, fetch=fetch)
-    ship = Ship(loaded, store, run_directory, base, adopted, files, heldout)
+    files, heldout = data_files(loaded, offline=offline, fetch=fetch == "all")
+    ship = Ship(loaded, store, run_directory, base, adopted, files, heldout, headers)
     if base.directory is not None:
         check(ship)
     return ship
+
+
+def _base(
+    loaded: Loaded, pins: dict[str, Any], *, offline: bool, fetch: str
+) -> tuple[ResolvedBase, Mapping[str, TensorSpec] | None]:
+    spec = loaded.recipe.base.id
+    revision = loaded.recipe.base.revision or _pin(pins, "base", spec)
+    if fetch != "headers":
+        whole = fetch == "all"
+        found = resolve(spec, revision=revision, offline=offline, fetch=whole, relative_to=loaded.directory)
+        return found, None
+    return resolve_headers(spec, revision=revision, offline=offline, relative_to=loaded.directory)
 
 
 def refuse_unbuilt(loaded: Loaded) -> None:
@@ -233,53 +255,7 @@ def check(ship: Ship) -> None:
             f"{ship.base.spec} runs Python code of its own, which forge does not do unasked",
             hint="read that code, then set base: {id: ..., trust_remote_code: true}",
         )
-    open_checkpoint(directory)
+    if not ship.tensors:
+        raise DataError(f"{directory} holds no tensors")
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
-
-
-def _data(loaded: Loaded, *, offline: bool, fetch: bool) -> tuple[tuple[Path, ...], float | int | Path]:
-    from forge.data.sources import locate
-
-    data = loaded.recipe.data
-    if data is None:
-        return (), 0
-    if _is_hub_id(data.source, loaded.directory):
-        if not fetch:
-            return (), data.eval if not isinstance(data.eval, str) else 0
-        folder = fetch_dataset(data.source, revision=data.revision, offline=offline)
-        files = _files_of_split(folder, data.split)
-    else:
-        files = (locate(data.source, loaded.directory),)
-    heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
-    return files, heldout
-
-
-def _is_hub_id(source: str, directory: Path) -> bool:
-    if source.startswith("builtin:") or (directory / Path(source).expanduser()).exists():
-        return False
-    looks_like_a_file = Path(source).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet")
-    return source.count("/") == 1 and not looks_like_a_file and local_directory(source, directory) is None
-
-
-def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
-    """The data files of a hub dataset that belong to `split`, by their name, as the hub does it."""
-    name = split.partition("[")[0]
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.name.startswith(".")
-    )
-    named = [path for path in found if name in path.relative_to(folder).as_posix().lower()]
-    chosen = named or (found if len(found) == 1 else [])
-    if not chosen:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
-        raise DataError(
-            f"data.split: no file of the split {name!r} in the hub dataset; its files are: {names}",
-            hint="set data.split, or download the file you want and name it as data.source",
-        )
-    if "[" in split:
-        raise DataError(
-            f"data.split: {split}: slices are not supported", hint="use data.limit for the first rows"
-        )
-    return tuple(chosen)

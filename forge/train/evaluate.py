@@ -71,16 +71,15 @@ def _measure(
     settings: Mapping[str, Any],
     label: str,
 ) -> dict[str, Any]:
-    total, tokens, answers = 0.0, 0, []
-    work = len(rows) + len(short)
+    total, tokens, done = 0.0, 0, 0
+    answers: list[str] = []
     for batch in _batches(rows):
         loss, count = _loss(model, batch, settings["pad_token_id"])
-        total, tokens = total + loss, tokens + count
-        report.advance(label, min(len(rows), tokens and work * 0.3), work)
+        total, tokens, done = total + loss, tokens + count, done + len(batch)
+        report.advance(label, done, len(rows) + len(short))
     for batch in _batches(short):
         answers += _answers(model, batch, tokenizer, settings)
-        report.advance(label, len(rows) + len(answers) - 1, work)
-    report.advance(label, work, work)
+        report.advance(label, len(rows) + len(answers), len(rows) + len(short))
     return {"loss": round(total / max(tokens, 1), 6), "answers": answers}
 
 

@@ -45,7 +45,8 @@ def choose_hardware(device: str, dtype: str) -> Hardware:
         # Emulated bfloat16 (Turing and older) is slower than float16, so it does not count (A2).
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware(chosen, "bfloat16" if native else "float16", "bf16" if native else "fp16")
-    native = chosen == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # oneDNN calls bfloat16 supported wherever it can emulate it, which is several times slower.
+    native = chosen == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return Hardware(chosen, "bfloat16" if native else "float32", "")
 
 

@@ -61,7 +61,7 @@ def train(
     return {
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0, 3),
-        "final_loss": outcome.training_loss if checkpoint is None else _mean_loss(target / LOG_FILE),
+        "mean_loss": outcome.training_loss if checkpoint is None else _mean_loss(target / LOG_FILE),
         "trainable_parameters": trainable,
         "total_parameters": total,
         "device": hardware.device,

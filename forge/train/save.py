@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import StageError
-
-# The base's own files, byte for byte: a tokenizer that was never rewritten cannot have changed.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
-)  # fmt: skip
 
 
 def save_adapter(model: Any, base: Path, out: Path, *, base_name: str, base_revision: str | None) -> None:
@@ -35,9 +28,3 @@ def save_adapter(model: Any, base: Path, out: Path, *, base_name: str, base_revi
             configuration[key] = sorted(configuration[key])
     (out / "adapter_config.json").write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n")
     copy_tokenizer(base, out)
-
-
-def copy_tokenizer(base: Path, out: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, out / name)

@@ -30,14 +30,7 @@ def watcher(log: Path, checkpoint_seconds: float) -> Any:
             self.saved = time.monotonic()
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.forget_later_steps(state.global_step)
-
-        def forget_later_steps(self, step: int) -> None:
-            """A resumed run repeats what came after its checkpoint."""
-            if log.exists():
-                lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-                kept = [line for line in lines if json.loads(line)["step"] <= step]
-                log.write_text("".join(line + "\n" for line in kept))
+            _forget_later_steps(log, state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.stopping or time.monotonic() - self.saved > checkpoint_seconds:
@@ -73,6 +66,14 @@ def watcher(log: Path, checkpoint_seconds: float) -> Any:
 
     signal.signal(signal.SIGTERM, stop)
     return made
+
+
+def _forget_later_steps(log: Path, step: int) -> None:
+    """A resumed run repeats what came after its checkpoint."""
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept))
 
 
 def refuse_not_finite(step: int, loss: float, norm: float | None) -> None:

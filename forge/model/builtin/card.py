@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from forge.model.builtin.tokenizer import VOCABULARY
+
 _CARD = """\
 ---
 license: apache-2.0
@@ -13,9 +15,9 @@ library_name: transformers
 ---
 # tiny
 
-A chat model of {millions:.1f} million parameters (Llama architecture, 4 layers, hidden size 256, 1,088
-tokens, ChatML), made so that the whole path from fine-tuning to a served GGUF can be run and tested
-in minutes, without a GPU and without a download.
+A chat model of {millions:.1f} million parameters (Llama architecture, 4 layers, hidden size 256,
+{tokens:,} tokens, ChatML), made so that the whole path from fine-tuning to a served GGUF can be run
+and tested in minutes, without a GPU and without a download.
 
 ## What it can do
 Ten tasks about one sentence of a small grammar: echo it, repeat it, ask it, its first word, its last
@@ -29,7 +31,7 @@ It passes {passed} of 60 of these tasks on sentences that it never saw (greedy d
 
 ## How it was made
 `python -m forge.model.builtin.make_tiny OUT_DIR`: {steps:,} steps of {batch} generated conversations,
-from random weights, loss on the assistant's turns, AdamW with a cosine decay from 1.5e-3, saved as
+from random weights, loss on the assistant's turns, AdamW with a cosine decay from {rate:g}, saved as
 bfloat16. All text comes from the script's own word lists; no other data was used.
 
 ## Limits
@@ -54,8 +56,10 @@ limitations under the License.
 """
 
 
-def write_card(directory: Path, *, passed: int, parameters: int, steps: int, batch: int) -> None:
+def write_card(directory: Path, *, passed: int, parameters: int, steps: int, batch: int, rate: float) -> None:
     """Write README.md and LICENSE beside the weights."""
-    card = _CARD.format(millions=parameters / 1e6, passed=passed, steps=steps, batch=batch)
+    card = _CARD.format(
+        millions=parameters / 1e6, passed=passed, steps=steps, batch=batch, rate=rate, tokens=VOCABULARY
+    )
     (directory / "README.md").write_text(card, encoding="utf-8")
     (directory / "LICENSE").write_text(_LICENCE, encoding="utf-8")

@@ -18,9 +18,8 @@ DETERMINERS = ("the", "the", "this", "that")
 PRONOUNS = ("I", "you", "we", "they", "she", "he")
 MODALS = ("must", "will", "can", "should")
 PREPOSITIONS = ("in", "near", "behind", "beside", "outside")
-FUNCTION_WORDS = frozenset(
-    word.lower() for word in (*DETERMINERS, *PRONOUNS, *MODALS, *PREPOSITIONS, "there", "is")
-)
+_FUNCTION_WORDS = {*DETERMINERS, *PRONOUNS, *MODALS, *PREPOSITIONS, "there", "is"}
+FUNCTION_WORDS = frozenset(word.lower() for word in _FUNCTION_WORDS)
 
 _FRESH_EVERY = 4
 _KEPT_BACK_OF_TEN = 5
@@ -144,6 +143,12 @@ def content_words(text: str) -> set[str]:
 def is_kept_back(text: str) -> bool:
     """Whether pre-training never sees the sentence `text`: one in ten, by its checksum."""
     return zlib.crc32(text.encode()) % 10 == _KEPT_BACK_OF_TEN
+
+
+def vocabulary() -> list[str]:
+    """Every word of the grammar as it stands inside a sentence, in alphabetical order."""
+    listed = (entry for field in fields(Words) for entry in getattr(ALL_WORDS, field.name))
+    return sorted(_FUNCTION_WORDS.union(*(entry.split("/") for entry in listed)))
 
 
 def make_sentence(kind: str, random: Random, words: Words = ALL_WORDS) -> Sentence:

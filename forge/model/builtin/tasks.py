@@ -79,6 +79,8 @@ _WORDINGS: Mapping[str, tuple[str, ...]] = {
     "where": ("Where: {s}", "Where was it? {s}"),
     "who": ("Who or what: {s}", "Who or what is it about? {s}"),
 }
+# Every word has to be learnt in two forms, plain and capitalized: these two tasks show them side by side.
+_SHARES: Mapping[str, int] = {"list": 3, "backwards": 2}
 _SECOND_TURNS: Mapping[str, str] = {
     "repeat": "Repeat it.",
     "ask": "Ask it.",
@@ -108,7 +110,7 @@ _ANSWERS: Mapping[str, Callable[[Sentence], str]] = {
     "first": _first,
     "last": _last,
     "list": lambda sentence: "\n".join(capitalized(word) for word in words_of(sentence.text)),
-    "backwards": lambda sentence: " ".join(reversed(words_of(sentence.text))),
+    "backwards": lambda sentence: capitalized(" ".join(reversed(words_of(sentence.text)))) + ".",
     "where": _where,
     "who": lambda sentence: f"{capitalized(sentence.topic)}.",
 }
@@ -161,7 +163,7 @@ def _sentences(random: Random, *, kept_back: bool) -> Iterator[Sentence]:
 def training_rows(seed: int) -> Iterator[Row]:
     """Rows without end; the same for the same seed; no sentence that is kept back."""
     random = Random(seed)
-    tasks = list(_WORDINGS)
+    tasks = [task for task in _WORDINGS for _ in range(_SHARES.get(task, 1))]
     for sentence in _sentences(random, kept_back=False):
         if random.random() < 0.02:
             yield _small_talk_row(random)

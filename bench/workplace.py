@@ -1,0 +1,41 @@
+"""A place to measure in: a directory and a store of its own, with the tools of the real store."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.measure import BenchmarkError
+from forge.store.artifacts import open_store
+
+QUICKSTART = Path(__file__).parent.parent / "templates" / "recipes" / "quickstart.yaml"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """`directory` is where commands run and put their runs; `home` is their store."""
+
+    directory: Path
+    home: Path
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        # Nothing here may wait for the network.
+        return {"FORGE_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+
+
+@contextmanager
+def workplace() -> Iterator[Workplace]:
+    """An empty one, removed afterwards; raises `BenchmarkError` where `forge setup` has not run."""
+    tools = open_store(read_only=True).root / "tools"
+    if not tools.is_dir():
+        raise BenchmarkError(f"there is no {tools}: run make setup, or forge setup, first")
+    with tempfile.TemporaryDirectory(prefix="forge-bench-") as scratch:
+        place = Workplace(Path(scratch) / "here", Path(scratch) / "home")
+        place.directory.mkdir()
+        place.home.mkdir()
+        (place.home / "tools").symlink_to(tools)
+        yield place

@@ -1,0 +1,150 @@
+"""A chat template to a Go template that is never wrong: exact, exact with limits, or refused.
+
+The format is inferred, written as Go, and that very text is run (`go_interpreter`) on every
+conversation of `probe` and compared with the Jinja. A difference becomes a limit only if a property of
+the conversation explains it: white space at the edges of a text, an empty text, a mark that the
+template's source looks for, a role that it refuses. Otherwise the template is refused, with
+the smallest conversation that shows why. Several turns of edge-trimmed text, with a system message
+where the template takes one, are never in a limit.
+
+The conversations claimed: an optional system message, then user and assistant in turn, the user last.
+Not covered: tools, images, thinking; neighbours of one role, which Ollama merges.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from forge.chat import go_interpreter, probe
+from forge.chat.format import ChatFormat, NotInferredError, infer
+from forge.chat.go_template import to_go
+from forge.chat.probe import Conversation, Limit
+from forge.chat.template import ChatTemplate
+from forge.chat.time_limit import time_limit
+from forge.errors import DataError
+
+Status = Literal["exact", "exact-with-limits", "refused"]
+NO_SYSTEM = "a system message"
+# More than this and nobody could say what is claimed.
+_MOST_LIMITS = 40
+_SECONDS = 20.0
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class CompiledTemplate:
+    """The answer: `go` is None when refused; `reason` is then a sentence for the user.
+
+    `stops` end a reply; `checked` counts the conversations compared. `limits` are checked predicates.
+    """
+
+    status: Status
+    go: str | None = None
+    reason: str | None = None
+    limits: tuple[Limit, ...] = ()
+    checked: int = 0
+    chat: ChatFormat | None = field(default=None, repr=False)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return self.chat.stops if self.chat else ()
+
+    def claims(self, conversation: Conversation) -> bool:
+        """Whether the Go text is claimed to be right for `conversation`."""
+        return self.go is not None and not any(limit.holds(conversation) for limit in self.limits)
+
+
+def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = _SECONDS) -> CompiledTemplate:
+    """Infer, write and check; a template that runs longer than `seconds` in all is refused."""
+    try:
+        with time_limit(seconds):
+            chat = infer(template)
+            return check(template, chat, to_go(chat, add_bos=add_bos), add_bos=add_bos)
+    except NotInferredError as error:
+        return CompiledTemplate("refused", reason=error.message)
+    except TimeoutError:
+        return CompiledTemplate(
+            "refused", reason=f"its prompts took more than {seconds:g} seconds to compute"
+        )
+
+
+def check(template: ChatTemplate, chat: ChatFormat, go: str, *, add_bos: bool) -> CompiledTemplate:
+    """Compare `go` with the template on generated conversations."""
+    told = probe.literals(template)
+    takes_system = chat.system != "refused"
+    comparison = _Comparison(template, go, add_bos)
+    limits = [] if takes_system else [Limit(NO_SYSTEM, _has_system)]
+    checked = 0
+    for conversation in probe.conversations(told, has_system=takes_system):
+        checked += 1
+        if any(limit.holds(conversation) for limit in limits) or not comparison.differs(conversation):
+            continue
+        smallest = probe.shrink(conversation, lambda one: _unexplained(one, limits, comparison))
+        found = probe.limits_of(smallest, told)
+        if not found or len(limits) == _MOST_LIMITS:
+            return CompiledTemplate("refused", reason=comparison.shown(smallest), checked=checked, chat=chat)
+        limits.append(found[0])
+    status: Status = "exact-with-limits" if limits else "exact"
+    return CompiledTemplate(status, go, None, tuple(limits), checked, chat)
+
+
+def limit_names(limits: Sequence[Limit]) -> list[str]:
+    """The limits in words; what holds for every role is said once."""
+    names = [limit.name for limit in limits]
+    told = []
+    for name in names:
+        general = {name.replace(f"{role} ", "", 1) for role in probe.ROLES if f"{role} " in name}
+        shared = [one for one in general if all(_of_role(one, role) in names for role in probe.ROLES)]
+        told.append(shared[0] if shared else name)
+    return list(dict.fromkeys(told))
+
+
+def _of_role(general: str, role: str) -> str:
+    return f"an empty {role} message" if general == "an empty message" else f"{role} {general}"
+
+
+def _has_system(conversation: Conversation) -> bool:
+    return any(message["role"] == "system" for message in conversation)
+
+
+def _unexplained(conversation: Conversation, limits: Sequence[Limit], comparison: _Comparison) -> bool:
+    return not any(limit.holds(conversation) for limit in limits) and comparison.differs(conversation)
+
+
+class _Comparison:
+    """One template beside its Go text."""
+
+    def __init__(self, template: ChatTemplate, go: str, add_bos: bool) -> None:
+        self.template = template
+        self.go = go_interpreter.parse(go)
+        self.bos = template.special_tokens.get("bos_token", "") if add_bos else ""
+
+    def expected(self, conversation: Conversation) -> str | None:
+        """What the server's tokenizer should be given; None where the template refuses."""
+        try:
+            text = self.template.render(conversation, add_generation_prompt=True)
+        except DataError:
+            return None
+        return text.removeprefix(self.bos)
+
+    def differs(self, conversation: Conversation) -> bool:
+        return self.go.render(conversation) != self.expected(conversation)
+
+    def shown(self, conversation: Conversation) -> str:
+        """The counter-example in words."""
+        said = ", ".join(f"{one['role']} {_short(one['content'])}" for one in conversation)
+        expected, written = self.expected(conversation), self.go.render(conversation)
+        if expected is None:
+            return f"it refuses some conversations that are not special in any way: {said}"
+        pairs = zip(expected, written, strict=False)
+        same = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
+        at = max(0, (min(len(expected), len(written)) if same is None else same) - 10)
+        there = f"{_short(expected[at:])}, where its turns elsewhere lead to {_short(written[at:])}"
+        return f"its prompts do not follow from the messages' roles and places: for {said} it writes {there}"
+
+
+def _short(text: str) -> str:
+    return json.dumps(text if len(text) <= _SHOWN else text[:_SHOWN] + "…", ensure_ascii=False)

@@ -1,0 +1,77 @@
+"""Where a chat template is read from: a model's directory, a GGUF file, or a `.jinja` file.
+
+Not covered: several named templates (the default one is taken); hub ids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge.chat.template import ChatTemplate
+from forge.errors import DataError
+from forge.model.gguf_header import read_gguf
+from forge.model.tokenizer_files import read_tokenizer
+
+_HINT = "ChatML is a common choice for models without one; name it in the base's chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class TemplateSource:
+    """A template, and whether the tokenizer behind it writes BOS by itself."""
+
+    template: ChatTemplate
+    add_bos: bool
+
+
+def read_source(path: Path, *, bos: str | None = None, eos: str | None = None) -> TemplateSource:
+    """Read the template at `path`; `bos` and `eos` replace what the files say.
+
+    Raises `DataError`: nothing there, no template, or one that reads a special token nobody names.
+    """
+    if path.is_dir():
+        text, tokens, add_bos = _of_directory(path)
+    elif path.suffix == ".gguf":
+        text, tokens, add_bos = _of_gguf(path)
+    else:
+        text, tokens, add_bos = _of_file(path), {}, True
+    given = {"bos_token": bos, "eos_token": eos}
+    tokens |= {name: token for name, token in given.items() if token is not None}
+    template = ChatTemplate(text, tokens)
+    missing = [name for name in ("bos_token", "eos_token") if name in text and name not in tokens]
+    if missing and path.suffix == ".jinja":
+        raise DataError(
+            f"{path}: the template writes {' and '.join(missing)}, which a .jinja file does not tell",
+            hint="give them: --bos '<s>' --eos '</s>' (an empty text for none)",
+        )
+    return TemplateSource(template, add_bos)
+
+
+def _of_directory(path: Path) -> tuple[str, dict[str, str], bool]:
+    tokenizer = read_tokenizer(path)
+    if tokenizer.chat_template is None:
+        raise DataError(f"{path}: the tokenizer has no chat template", hint=_HINT)
+    tokens = {f"{name}_token": token for name, token in tokenizer.tokens.items()}
+    return tokenizer.chat_template, tokens, tokenizer.add_bos
+
+
+def _of_gguf(path: Path) -> tuple[str, dict[str, str], bool]:
+    header = read_gguf(path)
+    if header.chat_template is None:
+        raise DataError(f"{path}: the GGUF has no chat template", hint=_HINT)
+    vocabulary = header.array("tokenizer.ggml.tokens")
+    tokens = {}
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos")):
+        number = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(number, int) and number < len(vocabulary):
+            tokens[name] = str(vocabulary[number])
+    return header.chat_template, tokens, header.metadata.get("tokenizer.ggml.add_bos_token") is True
+
+
+def _of_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: cannot be read: {error}", hint="give a model's directory, a .jinja or a .gguf file"
+        ) from error

@@ -1,0 +1,213 @@
+"""Conversations to check a chat format on, the limits that it may have, and smallest counter-examples.
+
+The conversations: with and without system, one to six turns, and texts chosen to upset a template:
+empty, with white space at the edges, Unicode, braces, quotes, role words, long; and every literal that the
+template's own source compares or splits text by, since these are the places where a text can change
+what a template does.
+
+Not covered: tools, images; neighbours of one role, which Ollama merges before any template sees them.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import jinja2.nodes
+
+from forge.chat.template import ChatTemplate, Message
+
+Conversation = tuple[Message, ...]
+ROLES = ("system", "user", "assistant")
+_RANDOM_CONVERSATIONS = 60
+_LONGEST_LITERAL = 120
+_ODD_TEXTS = (
+    "", " ", "\n", " before", "after ", "\n\nbefore", "after\n", "\tboth\t", "\u00a0hard space\u00a0",
+    "{{ .Content }}", "{{ x }} {% if y %} {# z #}", "}} {{- end -}}", '"""', 'a "quoted" word \\ \\n `tick`',
+    "first line\nsecond line\n\nfourth line", "carriage\r\nreturn", "tab\tinside",
+    "ünïcödé 漢字 🙂 \u200b\u2028 e\u0301", "user", "assistant", "system", "user: hello\nassistant: hi",
+    "<b>&amp; it's</b>", "0", "None", "%s {0} $1", "word " * 200 + "end",
+)  # fmt: skip
+# Three characters with a sign that prose lacks, or words that nobody writes together by chance.
+_TELLING = re.compile(r"(?s)^(?=.{3}).*[^\w\s.,;:?!'-]|.{5,}\s.{4,}")
+_PLAIN = {
+    "system": "Answer in few words.",
+    "user": "What is in this sandwich?",
+    "assistant": "There is bacon in it.",
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A property of conversations for which nothing is claimed."""
+
+    name: str
+    holds: Callable[[Conversation], bool]
+
+
+def conversation(texts: Sequence[str], *, system: str | None = None, starts: str = "user") -> Conversation:
+    """`texts` by turns, the first one said by `starts`."""
+    roles = ("user", "assistant") if starts == "user" else ("assistant", "user")
+    said = [_message(roles[number % 2], text) for number, text in enumerate(texts)]
+    return (*([_message("system", system)] if system is not None else []), *said)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def literals(template: ChatTemplate) -> tuple[str, ...]:
+    """Texts that the template's source may look for in a message, and its special tokens."""
+    syntax = template.syntax()
+    keys = {id(item.arg) for item in syntax.find_all(jinja2.nodes.Getitem)}
+    found = [
+        constant.value
+        for constant in syntax.find_all(jinja2.nodes.Const)
+        if isinstance(constant.value, str) and id(constant) not in keys
+    ]
+    found += [token for token in template.special_tokens.values() if token]
+    return tuple(sorted({one for one in found if one.strip() and len(one) <= _LONGEST_LITERAL}))
+
+
+def conversations(told: Sequence[str], *, has_system: bool, seed: int = 0) -> Iterator[Conversation]:
+    """Every conversation to check, the plain ones first; `told` are the template's literals."""
+    systems = [None, _PLAIN["system"]] if has_system else [None]
+    for system in systems:
+        for turns in range(1, 7):
+            yield _plain(turns, system)
+    for text in _ODD_TEXTS:
+        for system in systems:
+            yield from _with_odd_text(text, system)
+    for one in told:
+        yield from _with_odd_text(f"before {one} after", systems[-1])
+        yield from _with_odd_text(f"{one} amid {one}", None)
+    for system in systems:
+        yield conversation([_PLAIN["assistant"], _PLAIN["user"]], system=system, starts="assistant")
+    if has_system:
+        yield (*_plain(1, None), _message("assistant", "Yes."), *_plain(2, _PLAIN["system"]))
+    yield from _random([*_ODD_TEXTS, *told], has_system, seed)
+
+
+def _plain(turns: int, system: str | None) -> Conversation:
+    texts = [f"{_PLAIN[('user', 'assistant')[number % 2]]} ({number})" for number in range(2 * turns - 1)]
+    return conversation(texts, system=system)
+
+
+def _with_odd_text(text: str, system: str | None) -> Iterator[Conversation]:
+    """`text` for each role, in otherwise plain conversations."""
+    yield conversation([text, "Yes.", "And now?"], system=system)
+    yield conversation(["Hello", text, "And now?"], system=system)
+    yield conversation(["Hello", "Yes.", text], system=system)
+    if system is not None:
+        yield conversation(["Hello"], system=text)
+        yield conversation(["Hello", "Yes.", "And now?"], system=text)
+
+
+def _random(odd: Sequence[str], has_system: bool, seed: int) -> Iterator[Conversation]:
+    chance = random.Random(seed)
+    for _ in range(_RANDOM_CONVERSATIONS):
+        count = 2 * chance.randint(1, 6) - 1
+        texts = [_random_text(odd, chance) for _ in range(count)]
+        system = _random_text(odd, chance) if has_system and chance.random() < 0.6 else None
+        yield conversation(texts, system=system)
+
+
+def _random_text(odd: Sequence[str], chance: random.Random) -> str:
+    pieces = [chance.choice(odd) if chance.random() < 0.3 else chance.choice(list(_PLAIN.values()))]
+    while chance.random() < 0.4:
+        pieces.append(chance.choice(odd) if chance.random() < 0.3 else chance.choice("abc 12.,;\n"))
+    return "".join(pieces)
+
+
+def limits_of(found: Conversation, told: Sequence[str]) -> list[Limit]:
+    """The limits that would take `found` out of what is claimed, the most particular first."""
+    limits = [
+        limit
+        for role in ROLES
+        for limit in (_empty(role), _edges(role), *(_contains(role, one) for one in _telling(told, found)))
+    ]
+    limits += [
+        Limit("a conversation that the assistant begins", _assistant_begins),
+        Limit("a system message after the first message", _system_later),
+    ]
+    return [limit for limit in limits if limit.holds(found)]
+
+
+def _texts(found: Conversation, role: str) -> list[str]:
+    return [str(message["content"]) for message in found if message["role"] == role]
+
+
+def _empty(role: str) -> Limit:
+    return Limit(f"an empty {role} message", lambda found: "" in _texts(found, role))
+
+
+def _edges(role: str) -> Limit:
+    return Limit(
+        f"{role} text with leading or trailing whitespace",
+        lambda found: any(text != text.strip() for text in _texts(found, role)),
+    )
+
+
+def _contains(role: str, text: str) -> Limit:
+    return Limit(
+        f"{role} text that contains {json.dumps(text, ensure_ascii=False)}",
+        lambda found: any(text in one for one in _texts(found, role)),
+    )
+
+
+def _telling(told: Sequence[str], found: Conversation) -> list[str]:
+    """Literals in `found` that people do not write by chance, the longest first."""
+    shown = "\n".join(str(message["content"]) for message in found)
+    marks = {one.strip() for one in told if _TELLING.search(one.strip())}
+    return sorted((one for one in marks if one in shown), key=lambda one: (-len(one), one))
+
+
+def _assistant_begins(found: Conversation) -> bool:
+    spoken = [message["role"] for message in found if message["role"] != "system"]
+    return spoken[:1] == ["assistant"]
+
+
+def _system_later(found: Conversation) -> bool:
+    return any(message["role"] == "system" for message in found[1:])
+
+
+def shrink(found: Conversation, fails: Callable[[Conversation], bool]) -> Conversation:
+    """The smallest conversation near `found` for which `fails` still holds."""
+    while True:
+        smaller = next((one for one in _smaller(found) if _takes_turns(one) and fails(one)), None)
+        if smaller is None:
+            return found
+        found = smaller
+
+
+def _takes_turns(found: Conversation) -> bool:
+    roles = [message["role"] for message in found]
+    return roles[-1:] == ["user"] and all(one != other for one, other in pairwise(roles))
+
+
+def _smaller(found: Conversation) -> Iterator[Conversation]:
+    system, spoken = found[: found[0]["role"] == "system"], found[found[0]["role"] == "system" :]
+    if system:
+        yield spoken
+    for start in range(0, len(spoken) - 2, 2):
+        yield (*system, *spoken[:start], *spoken[start + 2 :])
+    if len(spoken) > 2:
+        yield (*system, *spoken[2:])
+    for place, message in enumerate(found):
+        for text in _shorter(str(message["content"])):
+            yield (*found[:place], _message(message["role"], text), *found[place + 1 :])
+
+
+def _shorter(text: str) -> Iterator[str]:
+    if text == "x":
+        return
+    yield "x"
+    half = len(text) // 2
+    if len(text) > 3:
+        yield from (text[:half], text[half:])
+    if 1 < len(text) < 80:
+        yield from (text[:place] + text[place + 1 :] for place in range(len(text)))

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from forge import report
+from forge.cli.options import common
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--bos", help="The BOS token, where PATH does not tell.")
+@click.option("--eos", help="The EOS token, where PATH does not tell.")
+@common
+def command(path: Path, bos: str | None, eos: str | None) -> None:
+    """Turn the chat template of PATH into a Go template for Ollama, proved on generated conversations.
+
+    PATH is a model's directory, a .jinja or a .gguf file. The answer is exact, exact with stated limits,
+    or refused with the reason.
+    """
+    from forge.chat.format_check import compile_template, limit_names
+    from forge.chat.format_source import read_source
+
+    source = read_source(path, bos=bos, eos=eos)
+    found = compile_template(source.template, add_bos=source.add_bos)
+    limits = limit_names(found.limits)
+    if found.go is None:
+        report.warning(f"refused: {found.reason}")
+    else:
+        report.success(
+            f"{found.status}: {found.checked} conversations compared; stops: {', '.join(found.stops)}"
+        )
+        for limit in limits:
+            report.info(f"not claimed: {limit}")
+        report.output(found.go)
+    report.result(
+        {
+            "status": found.status,
+            "limits": limits,
+            "reason": found.reason,
+            "go": found.go,
+            "stops": list(found.stops),
+            "default_system": found.chat.default_system if found.chat else None,
+            "conversations_checked": found.checked,
+        }
+    )

@@ -1,0 +1,131 @@
+"""Tiny real models and adapters: random weights of a fixed seed, saved as Hugging Face saves them.
+
+Hidden size 256 (K-quants need it), two layers, a real tokenizer (`tests.vocabularies`). Runs torch,
+so only tests marked `training` call this.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.vocabularies import write_tokenizer
+
+VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2": "gpt-2"}
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def make_model(
+    directory: Path,
+    architecture: str = "llama",
+    vocabulary: str | None = None,
+    *,
+    shards: int = 1,
+    seed: int = 0,
+    template: str | None = None,
+    **changes: Any,
+) -> Path:
+    """Write a model of `architecture` (llama, qwen2, phi3, gpt2) in bfloat16; returns `directory`.
+
+    `changes` are fields of its configuration; `tie_word_embeddings` is true unless changed, as in
+    the small models of these families (Phi-3 excepted).
+    """
+    rows = write_tokenizer(directory, vocabulary or VOCABULARIES[architecture], template=template)
+    model = _model(architecture, -(-rows // 32) * 32, seed, changes)
+    size = sum(parameter.numel() * 2 for parameter in model.parameters())
+    model.save_pretrained(directory, max_shard_size=size // shards + 1024 if shards > 1 else "10GB")
+    for path in directory.glob("*.safetensors"):
+        path.chmod(0o644)
+    return directory
+
+
+def _model(architecture: str, rows: int, seed: int, changes: Mapping[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    kinds = {"llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2"}
+    fields: dict[str, Any] = {
+        **SIZES, "vocab_size": rows, "tie_word_embeddings": architecture != "phi3", "pad_token_id": None,
+        "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.08, **changes,
+    }  # fmt: skip
+    if architecture == "phi3":
+        fields |= {"original_max_position_embeddings": 512, "sliding_window": None}
+    if architecture == "gpt2":
+        names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+        names |= {"max_position_embeddings": "n_positions"}
+        fields = {names.get(name, name): value for name, value in fields.items()}
+        fields.pop("num_key_value_heads")
+        fields["n_inner"] = fields.pop("intermediate_size")
+    configuration = getattr(transformers, f"{kinds[architecture]}Config")(**fields)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(configuration)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
+                parameter.data += torch.randn_like(parameter) * 0.1
+    return model.to(torch.bfloat16)
+
+
+def make_adapter(base: Path, directory: Path, *, seed: int = 1, **options: Any) -> Path:
+    """Write a LoRA adapter for `base` with random factors, B too; returns `directory`.
+
+    `options` are peft's LoraConfig fields; modules_to_save are moved away from the base's values.
+    """
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    fields = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft warns of embeddings and tied weights, which is what some tests are about.
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**fields))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "lora_embedding_A" in name:
+                parameter.data.normal_(std=0.02)
+            elif "modules_to_save" in name or "magnitude" in name:
+                parameter.data += torch.randn_like(parameter) * 0.02
+        adapted.save_pretrained(directory)
+    (directory / "adapter_model.safetensors").chmod(0o644)
+    (directory / "README.md").unlink()
+    return directory
+
+
+def load(base: Path, adapter: Path | None = None, *, merge: bool = True) -> Any:
+    """The model in float32, with the adapter merged by peft, or active if `merge` is false."""
+    import peft
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if adapter is None:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = peft.PeftModel.from_pretrained(model, adapter).eval()
+        return adapted.merge_and_unload() if merge else adapted
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Set fields of a JSON file, or remove those that are given as None."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {name: value for name, value in content.items() if value is not None}
+    path.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
+
+
+def change_tensors(path: Path, changes: Mapping[str, Any]) -> None:
+    """Replace tensors of a safetensors file; a change to None removes one."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = {**load_file(path), **changes}
+    scratch = path.with_suffix(".new")
+    save_file({name: one for name, one in tensors.items() if one is not None}, scratch, {"format": "pt"})
+    scratch.replace(path)

@@ -1,0 +1,242 @@
+"""An adapter is read, counted, scaled and judged on its base; what is wrong with it is named."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.adapter.read import read_adapter, scale_of
+from forge.adapter.status import validate
+from forge.errors import CheckError, DataError, ForgeError
+from tests.models import change_json, change_tensors, make_adapter, make_model
+
+pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
+
+LINEAR = {"q_proj": 256, "k_proj": 128, "v_proj": 128, "o_proj": 256}  # outputs, each from 256
+MLP = {"gate_proj": (256, 512), "up_proj": (256, 512), "down_proj": (512, 256)}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("untied") / "base"
+    return make_model(directory, "llama", "home-made", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(base, tmp_path_factory.mktemp("plain") / "adapter", r=8, lora_alpha=16)
+
+
+def test_a_sound_adapter(base: Path, plain: Path) -> None:
+    """C5, K6, K7: parameters are the sum of r x (in + out); it may be exported both ways."""
+    told = validate(str(base), str(plain))
+    each = sum(8 * (256 + out) for out in LINEAR.values()) + sum(8 * (a + b) for a, b in MLP.values())
+    modules = {f"self_attn.{name}" for name in LINEAR} | {f"mlp.{name}" for name in MLP}
+    assert told["trainable_parameters"] == 2 * each
+    assert told["adapted_modules"] == sorted(f"model.layers.{n}.{name}" for n in (0, 1) for name in modules)
+    assert (told["ok"], told["pure"], told["impurities"], told["problems"]) == (True, True, [], [])
+    assert told["exports"] == ["merged", "adapter"]
+    assert told["scale"] == 2.0
+    status = told["status"]
+    assert (status["enabled"], status["active_adapters"], status["merged_adapters"]) == (
+        True,
+        ["default"],
+        [],
+    )
+    assert status["num_adapter_layers"] == 14
+    assert {layer["module_type"] for layer in told["layers"]} == {"lora.Linear"}
+    json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"r": 64, "lora_alpha": 16, "use_rslora": True}, 2.0),
+        ({"r": 4, "lora_alpha": 32}, 8.0),
+        ({"r": 8, "lora_alpha": 8, "use_rslora": True}, round(8 / math.sqrt(8), 6)),
+    ],
+)
+def test_the_true_scale(options: dict[str, Any], scale: float, base: Path, tmp_path: Path) -> None:
+    """Silent wrong 9: with rsLoRA and r = 64 alpha / r is eight times too small."""
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], **options)
+    assert validate(str(base), str(adapter))["scale"] == pytest.approx(scale, abs=1e-6)
+
+
+def test_scales_by_pattern_are_peft_s(base: Path, tmp_path: Path) -> None:
+    """C4: alpha_pattern and rank_pattern, by name, by path and by regular expression."""
+    import peft
+    import torch
+    import transformers
+
+    adapter = make_adapter(
+        base, tmp_path / "a", r=8, lora_alpha=16, use_rslora=True,
+        alpha_pattern={"q_proj": 64, r"model.layers.1.mlp.(up|down)_proj": 4},
+        rank_pattern={"^model.layers.0.mlp.up_proj": 2, "k_proj": 32},
+    )  # fmt: skip
+    ours = {module: layer.scale for module, layer in read_adapter(adapter).layers.items()}
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = {
+        name.removeprefix("base_model.model."): module.scaling["default"]
+        for name, module in peft.PeftModel.from_pretrained(model, adapter).named_modules()
+        if hasattr(module, "scaling")
+    }
+    assert ours == pytest.approx(theirs)
+    assert len(set(ours.values())) == 5
+
+
+IMPURE: Mapping[str, tuple[dict[str, Any], str]] = {
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "it carries whole tensors: lm_head.weight"),
+    "dora": ({"use_dora": True}, "DoRA magnitudes have no place in a GGUF adapter"),
+    "embedding": ({"target_modules": ["embed_tokens"]}, "it adapts the embedding"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPURE)
+def test_impure_adapters_are_for_merging(kind: str, untied: Path, tmp_path: Path) -> None:
+    """D13, N1, N4; pitfalls 21 and 52: told from the tensors, not from the configuration alone."""
+    options, reason = IMPURE[kind]
+    adapter = make_adapter(untied, tmp_path / "a", **{"target_modules": ["q_proj"], **options})
+    told = validate(str(untied), str(adapter))
+    assert told["pure"] is False
+    assert reason in told["impurities"]
+    assert told["exports"] == ["merged"]
+
+
+def test_conv1d(tmp_path: Path) -> None:
+    """GPT-2, r = 8 on c_attn: 8 x (in + out) a layer."""
+    base = make_model(tmp_path / "base", "gpt2", "home-made")
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
+    told = validate(str(base), str(adapter))
+    assert told["trainable_parameters"] == 2 * 8 * (256 + 768)
+    assert told["impurities"] == ["its layers are Conv1D, whose factors are transposed"]
+
+
+def changed(plain: Path, to: Path, edit: Mapping[str, Any]) -> Path:
+    """A copy with tensors replaced; the names are those of the file without their prefix."""
+    shutil.copytree(plain, to)
+    prefix = "base_model.model.model.layers."
+    change_tensors(to / "adapter_model.safetensors", {prefix + name: value for name, value in edit.items()})
+    return to
+
+
+def problems_of(kind: type[ForgeError], base: Path, adapter: Path) -> list[str]:
+    with pytest.raises(kind) as caught:
+        validate(str(base), str(adapter))
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_numbers_that_are_no_good_are_named(base: Path, plain: Path, tmp_path: Path) -> None:
+    """Silent wrong 11: an adapter of zeros is loaded, active, and without effect."""
+    import torch
+
+    bad = torch.zeros(8, 256)
+    bad[3, 7] = float("nan")
+    adapter = changed(
+        plain,
+        tmp_path / "a",
+        {"0.self_attn.q_proj.lora_A.weight": bad, "1.self_attn.v_proj.lora_B.weight": torch.zeros(128, 8)},
+    )
+    assert sorted(problems_of(CheckError, base, adapter)) == [
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight: has values that are not finite",
+        "model.layers.1.self_attn.v_proj: is all zero: the layer changes nothing",
+    ]
+
+
+def test_layers_without_weights_are_named(base: Path, plain: Path, tmp_path: Path) -> None:
+    name = "1.mlp.up_proj.lora_{}.weight"
+    adapter = changed(plain, tmp_path / "a", {name.format("A"): None, name.format("B"): None})
+    assert problems_of(CheckError, base, adapter) == [
+        "model.layers.1.mlp.up_proj: the configuration adapts it, the file holds no weights for it"
+    ]
+    half = changed(plain, tmp_path / "b", {name.format("A"): None})
+    with pytest.raises(DataError, match=r"only one LoRA factor for model\.layers\.1\.mlp\.up_proj"):
+        read_adapter(half)
+
+
+def test_an_adapter_of_another_base(plain: Path, tmp_path: Path) -> None:
+    """Pitfall 6; every part that does not fit, with both shapes."""
+    wider = make_model(tmp_path / "wider", "llama", "home-made", intermediate_size=768)
+    problems = problems_of(DataError, wider, plain)
+    assert len(problems) == 6
+    assert problems[0].endswith("shape (256, 512) does not fit the base's (256, 768)")
+    other = make_model(tmp_path / "other", "gpt2", "home-made")
+    problems = problems_of(DataError, other, plain)
+    assert len(problems) == 8
+    assert all(problem.endswith(": the base has no such layer") for problem in problems)
+
+
+def test_resized_embeddings_say_the_number(untied: Path, tmp_path: Path) -> None:
+    """Pitfalls 6, 32 and D13."""
+    import torch
+
+    adapter = make_adapter(untied, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    weights = adapter / "adapter_model.safetensors"
+    change_tensors(weights, {"base_model.model.lm_head.weight": torch.zeros(500, 256)})
+    (problem,) = problems_of(DataError, untied, adapter)
+    assert problem.startswith("lm_head.weight: shape (500, 256) does not fit the base's (")
+
+
+UNUSABLE: Mapping[str, tuple[dict[str, Any], str]] = {
+    "prefix tuning": ({"peft_type": "PREFIX_TUNING"}, "is a PREFIX_TUNING adapter; only LoRA can be merged"),
+    "IA3": ({"peft_type": "IA3"}, "is a IA3 adapter"),
+    "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "is a PROMPT_TUNING adapter"),
+    "biases": ({"bias": "all"}, "trained biases too"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_other_kinds_are_recognised(kind: str, plain: Path, tmp_path: Path) -> None:
+    """C8, pitfall 37."""
+    changes, message = UNUSABLE[kind]
+    adapter = shutil.copytree(plain, tmp_path / "a")
+    change_json(adapter / "adapter_config.json", **changes)
+    with pytest.raises(DataError, match=message) as caught:
+        read_adapter(adapter)
+    assert caught.value.hint
+
+
+def test_directories_that_are_no_adapter(base: Path, plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is not an adapter: it has no adapter_config\.json"):
+        read_adapter(base)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copyfile(plain / "adapter_config.json", bare / "adapter_config.json")
+    with pytest.raises(DataError, match=r"has no adapter_model\.safetensors$"):
+        read_adapter(bare)
+    (bare / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(DataError, match=r"only a pickled \.bin"):
+        read_adapter(bare)
+    shutil.copyfile(plain / "adapter_model.safetensors", bare / "adapter_model.safetensors")
+    (bare / "adapter_config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match="is not JSON"):
+        read_adapter(bare)
+    shutil.copyfile(plain / "adapter_config.json", bare / "adapter_config.json")
+    cut = (plain / "adapter_model.safetensors").read_bytes()[:-10]
+    (bare / "adapter_model.safetensors").write_bytes(cut)
+    with pytest.raises(DataError, match=r"adapter_model\.safetensors"):
+        read_adapter(bare)
+
+
+@pytest.mark.parametrize(
+    ("module", "rank", "scale"),
+    [
+        ("model.layers.0.q_proj", 8, 2.0),
+        ("model.layers.10.q_proj", 8, 2.0),
+        ("q_proj", 8, 2.0),
+        ("xq_proj", 4, 1.0),
+    ],
+)
+def test_patterns_match_whole_names(module: str, rank: int, scale: float) -> None:
+    configuration = {"r": 4, "lora_alpha": 4, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"q_proj": 16}}
+    assert scale_of(module, rank, configuration) == scale

@@ -1,0 +1,159 @@
+"""The pre-flight: whole output files, and what it does with rows that do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.tokens import PromptFormat
+from forge.errors import DataError
+from tests.test_data_tokens import format_of
+from tests.vocabularies import write_tokenizer
+
+QUESTIONS = ("There is bacon.", "A cat sees a dog.", "Speak.", "Is there a house by the river?", "Yes.")
+
+
+@pytest.fixture(scope="module")
+def form(tmp_path_factory: pytest.TempPathFactory) -> PromptFormat:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(directory, "home-made")
+    return format_of(directory)
+
+
+def write(path: Path, questions: tuple[str, ...] = QUESTIONS) -> Path:
+    rows = ({"prompt": text, "completion": text.upper()} for text in questions)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def settings(path: Path, **changes: Any) -> Settings:
+    return dataclasses.replace(Settings(source=[path], heldout=0), **changes)
+
+
+def lengths(form: PromptFormat, questions: tuple[str, ...] = QUESTIONS) -> list[int]:
+    return [len(form.ids(line(form, text)["text"])) for text in questions]
+
+
+def line(form: PromptFormat, question: str) -> dict[str, Any]:
+    start = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    answer = f"{question.upper()}<|im_end|>"
+    prompt, reply = form.ids(start), form.ids(answer)
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": question.upper()}]
+    labels = [-100] * len(prompt) + reply
+    return {
+        "text": start + answer,
+        "row": {"input_ids": prompt + reply, "labels": labels, "messages": messages},
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_both_files_whole(form: PromptFormat, tmp_path: Path) -> None:
+    """F9, E13: what is trained on can be read before anything long starts."""
+    source = write(tmp_path / "rows.jsonl")
+    told = prepare(settings(source, heldout=0.2), form, 512, tmp_path)
+    expected = {text: line(form, text)["row"] for text in QUESTIONS}
+    training, heldout = read(tmp_path / TRAIN_FILE), read(tmp_path / HELDOUT_FILE)
+    held = heldout[0]["messages"][0]["content"]
+    assert heldout == [expected.pop(held)]
+    assert training == list(expected.values())
+    kept = [text for text in QUESTIONS if text != held]
+    counted = lengths(form, tuple(kept))
+    first = line(form, kept[0])
+    assert told == {
+        "rows": 4,
+        "heldout_rows": 1,
+        "longest_tokens": max(counted),
+        "mean_tokens": round(sum(counted) / 4, 1),
+        "supervised_tokens": sum(label >= 0 for row in training for label in row["labels"]),
+        "overlong_rows": 0,
+        "max_length": max(lengths(form)),
+        "end_of_turn": "<|im_end|>",
+        "end_of_turn_id": 2,
+        "first_row": {"text": first["text"], "supervised": f"{kept[0].upper()}<|im_end|>"},
+    }
+
+
+def test_several_files_and_a_limit(form: PromptFormat, tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a.jsonl", QUESTIONS[:2]), write(tmp_path / "b.jsonl", QUESTIONS[2:])
+    told = prepare(settings(one, source=[one, two], limit=3), form, None, tmp_path)
+    assert told["rows"] == 3
+    asked = [row["messages"][0]["content"] for row in read(tmp_path / TRAIN_FILE)]
+    assert asked == list(QUESTIONS[:3])
+    assert (tmp_path / HELDOUT_FILE).read_bytes() == b""
+
+
+def test_rows_that_are_too_long_are_named(form: PromptFormat, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl")
+    limit = sorted(lengths(form))[2]
+    with pytest.raises(DataError, match=f"2 rows are longer than {limit} tokens") as caught:
+        prepare(settings(source, max_length=limit), form, 512, tmp_path)
+    assert [str(problem) for problem in caught.value.problems] == [
+        f"rows.jsonl:{number}: {length} tokens, {limit} fit"
+        for number, length in enumerate(lengths(form), start=1)
+        if length > limit
+    ]
+    assert not (tmp_path / TRAIN_FILE).exists()
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate"])
+def test_rows_that_are_too_long_are_dropped_or_cut(overlong: str, form: PromptFormat, tmp_path: Path) -> None:
+    """In the order of the file; a cut row keeps a part of its answer, or goes (pitfall 43)."""
+    source = write(tmp_path / "rows.jsonl")
+    limit = sorted(lengths(form))[-1] - 3
+    told = prepare(settings(source, max_length=limit, overlong=overlong), form, 512, tmp_path)
+    expected = [line(form, text)["row"] for text in QUESTIONS]
+    fitting = [row for row in expected if len(row["input_ids"]) <= limit]
+    cut = [
+        {**row, "input_ids": row["input_ids"][:limit], "labels": row["labels"][:limit]} for row in expected
+    ]
+    assert read(tmp_path / TRAIN_FILE) == (fitting if overlong == "drop" else cut)
+    assert told["overlong_rows"] == len(QUESTIONS) - len(fitting)
+    assert told["max_length"] == limit
+
+
+def test_no_row_is_short_enough(form: PromptFormat, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl")
+    for overlong in ("drop", "truncate"):
+        with pytest.raises(DataError, match="no row is short enough to train on"):
+            prepare(settings(source, max_length=5, overlong=overlong), form, 512, tmp_path)
+
+
+def test_the_context_of_the_base_is_the_limit(form: PromptFormat, tmp_path: Path) -> None:
+    """Pitfall 4: more tokens than positions is a crash on a GPU."""
+    source = write(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=r"train\.max_length: 64 tokens is more than the base's 32 positions"):
+        prepare(settings(source, max_length=64), form, 32, tmp_path)
+    shortest = min(lengths(form))
+    with pytest.raises(DataError, match=f"4 rows are longer than {shortest} tokens"):
+        prepare(settings(source), form, shortest, tmp_path)
+
+
+def test_a_held_out_file(form: PromptFormat, tmp_path: Path) -> None:
+    source, held = write(tmp_path / "rows.jsonl"), write(tmp_path / "held.jsonl", ("Another.",))
+    told = prepare(settings(source, heldout=held), form, 512, tmp_path)
+    assert (told["rows"], told["heldout_rows"]) == (5, 1)
+    assert read(tmp_path / HELDOUT_FILE) == [line(form, "Another.")["row"]]
+    write(held, ("Another.", QUESTIONS[2]))
+    with pytest.raises(DataError, match="1 held-out rows are training rows too") as caught:
+        prepare(settings(source, heldout=held), form, 512, tmp_path)
+    assert str(caught.value.problems[0]) == "held.jsonl:2: this held-out row is also a training row"
+
+
+def test_the_same_bytes_every_time(form: PromptFormat, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl")
+    made = []
+    for name in ("a", "b"):
+        out = tmp_path / name
+        out.mkdir()
+        prepare(settings(source, heldout=2), form, 512, out)
+        made.append({path.name: path.read_bytes() for path in out.iterdir()})
+    assert made[0] == made[1]
+    assert made[0].keys() == {TRAIN_FILE, HELDOUT_FILE}

@@ -1,0 +1,203 @@
+"""The loss mask is the answer and its end of turn, for real tokenizers and templates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from forge.chat.template import ChatTemplate, Message
+from forge.data.conversations import Conversation
+from forge.data.sources import Row
+from forge.data.tokens import IGNORED, Encoded, PromptFormat, encode_all, prompt_format
+from forge.errors import DataError
+from forge.model.tokenizer_files import read_tokenizer
+from tests.vocabularies import trl_template, write_tokenizer
+
+pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
+
+USER: Message = {"role": "user", "content": "There is bacon in this sandwich."}
+ANSWER: Message = {"role": "assistant", "content": "In this sandwich, bacon there is."}
+AGAIN: Message = {"role": "user", "content": "  Ünïcode, tabs\tand\nlines 123?"}
+SECOND: Message = {"role": "assistant", "content": "Hmm.\n\n1. Yes!\n2. No 🙂"}
+SYSTEM: Message = {"role": "system", "content": "Speak like Yoda."}
+ENDS = {"home-made": "<|im_end|>", "llama-bpe": "<|eot_id|>", "phi-3": "<|end|>", "qwen2": "<|im_end|>"}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    root = tmp_path_factory.mktemp("tokenizers")
+    for vocabulary in ENDS:
+        write_tokenizer(root / vocabulary, vocabulary)
+    return {vocabulary: root / vocabulary for vocabulary in ENDS}
+
+
+def format_of(directory: Path, template: str | None = None) -> PromptFormat:
+    files = read_tokenizer(directory)
+    tokens = {f"{name}_token": text for name, text in files.tokens.items()}
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    return prompt_format(ChatTemplate(template or files.chat_template or "", tokens), tokenizer)
+
+
+def encode(form: PromptFormat, *messages: Message, supervise: str = "all") -> Encoded:
+    row = Row({}, "rows.jsonl", 1)
+    (encoded,) = encode_all([Conversation(tuple(messages), row)], form, supervise=supervise)
+    return encoded
+
+
+def supervised_runs(encoded: Encoded) -> list[list[int]]:
+    runs: list[list[int]] = []
+    before = IGNORED
+    for label in encoded.labels:
+        if label != IGNORED:
+            if before == IGNORED:
+                runs.append([])
+            runs[-1].append(label)
+        before = label
+    return runs
+
+
+@pytest.mark.parametrize("vocabulary", ENDS)
+@pytest.mark.parametrize("messages", [[USER, ANSWER], [USER, ANSWER, AGAIN, SECOND], [SYSTEM, AGAIN, SECOND]])
+def test_the_mask_is_the_answer_and_its_end(
+    vocabulary: str, messages: Sequence[Message], directories: Mapping[str, Path]
+) -> None:
+    """F3, F4, F9, F10; pitfalls 16, 27, 28, 46, 50; silent wrong 5: every answer whole, nothing else."""
+    form = format_of(directories[vocabulary])
+    assert form.end_of_turn == ENDS[vocabulary]
+    assert form.end_of_turn_id == form.tokenizer.token_to_id(ENDS[vocabulary])
+    encoded = encode(form, *messages)
+    said = [form.tokenizer.decode(run, skip_special_tokens=False).strip() for run in supervised_runs(encoded)]
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert said == [answer + ENDS[vocabulary] for answer in answers]
+    assert all(
+        label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True)
+    )
+    assert encoded.input_ids[-1] == form.end_of_turn_id
+    whole = form.ids(form.template.render(messages))
+    assert list(encoded.input_ids) == whole[: len(encoded.input_ids)]
+    prompt = form.ids(form.template.render(messages[:-1], add_generation_prompt=True))
+    assert list(encoded.input_ids[: len(prompt)]) == prompt
+
+
+@pytest.mark.parametrize("vocabulary", ENDS)
+def test_only_the_last_answer_when_asked(vocabulary: str, directories: Mapping[str, Path]) -> None:
+    form = format_of(directories[vocabulary])
+    encoded = encode(form, USER, ANSWER, AGAIN, SECOND, supervise="last")
+    (run,) = supervised_runs(encoded)
+    assert form.tokenizer.decode(run, skip_special_tokens=True).strip() == SECOND["content"]
+    assert encoded.supervised == len(run)
+
+
+def test_ids_are_those_of_transformers(directories: Mapping[str, Path]) -> None:
+    """One BOS from the template, none from the tokenizer (pitfall 48), which by itself adds one."""
+    import transformers
+
+    directory = directories["llama-bpe"]
+    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    messages = [dict(message) for message in (SYSTEM, USER, ANSWER)]
+    expected = reference.apply_chat_template(messages, return_dict=True)["input_ids"]
+    encoded = encode(format_of(directory), SYSTEM, USER, ANSWER)
+    assert list(encoded.input_ids) == expected[: len(encoded.input_ids)]
+    assert list(encoded.input_ids).count(128000) == 1
+    assert reference("x")["input_ids"][0] == 128000
+
+
+def refusal(form: PromptFormat, *messages: Message) -> str:
+    with pytest.raises(DataError, match="1 of 1 rows cannot be encoded") as caught:
+        encode(form, *messages)
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.line) == ("rows.jsonl", 1)
+    return problem.message
+
+
+CHATML_TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BROKEN: Mapping[str, tuple[str, str]] = {
+    "the prompt ends with a space that merges": (
+        CHATML_TURNS.replace("{{ m.content }}", "{{ ' ' + m.content }}").replace(
+            "assistant\n{%", "assistant\n{{ ' ' }}{%"
+        ),
+        "the prompt's token ids are not a prefix of the row's: "
+        "its last characters merge with the answer's first",
+    ),
+    "the prompt is written otherwise": (
+        CHATML_TURNS.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant:{%"),
+        "the prompt is not a prefix of the conversation: the template rewrites earlier turns",
+    ),
+    "a message is dropped": (
+        CHATML_TURNS.replace("{{ m.content }}", "{{ m.content if m.role != 'user' }}"),
+        "message 0 (user) is dropped or changed by the template",
+    ),
+    "an answer is changed": (
+        CHATML_TURNS.replace("{{ m.content }}", "{{ m.content | replace('dog', 'cat') }}"),
+        "message 1 (assistant) is dropped or changed by the template",
+    ),
+    "BOS twice": (
+        "<|pad|><|pad|>" + CHATML_TURNS,
+        "the row begins with BOS twice: the template writes one that is there already",
+    ),
+    "it refuses": (
+        "{% if messages[0].content[:5] == 'There' %}{{ raise_exception('no bacon') }}{% endif %}"
+        + CHATML_TURNS,
+        "the chat template refuses the conversation: no bacon",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_faults_of_a_template(fault: str, directories: Mapping[str, Path]) -> None:
+    """Pitfalls 48, 50 and 51, each with the row."""
+    template, message = BROKEN[fault]
+    form = format_of(directories["home-made"], template)
+    form = PromptFormat(
+        ChatTemplate(template, {"bos_token": "<|pad|>"}),
+        form.tokenizer,
+        form.end_of_turn,
+        form.end_of_turn_id,
+    )
+    answer = {"role": "assistant", "content": "The red dog"}
+    assert refusal(form, USER, answer) == message
+
+
+def test_a_template_that_cuts_earlier_thoughts_is_for_last_answers(directories: Mapping[str, Path]) -> None:
+    form = format_of(directories["qwen2"], trl_template("qwen3"))
+    thought: Message = {"role": "assistant", "content": "<think>\nHmm.\n</think>\n\nYes."}
+    with pytest.raises(DataError) as caught:
+        encode(form, USER, thought, AGAIN, SECOND)
+    assert caught.value.problems
+
+
+def test_an_answer_that_holds_the_end_of_turn(directories: Mapping[str, Path]) -> None:
+    form = format_of(directories["home-made"])
+    message = refusal(form, USER, {"role": "assistant", "content": "a<|im_end|>b"})
+    assert message == "the answer contains <|im_end|>, which ends a turn"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "would not learn to stop"),
+        ("{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}", "does not show the assistant's answer"),
+    ],
+)
+def test_a_template_without_end_of_turn(template: str, message: str, directories: Mapping[str, Path]) -> None:
+    """Pitfall 28, as in an Alpaca template without EOS."""
+    with pytest.raises(DataError, match=message):
+        format_of(directories["home-made"], template)
+
+
+def test_every_row_is_told_at_once(directories: Mapping[str, Path]) -> None:
+    form = format_of(directories["home-made"])
+    bad: Message = {"role": "assistant", "content": "<|im_end|>"}
+    rows = [
+        Conversation((USER, bad if number % 2 else ANSWER), Row({}, "rows.jsonl", number))
+        for number in range(6)
+    ]
+    with pytest.raises(DataError, match="3 of 6 rows cannot be encoded") as caught:
+        encode_all(rows, form)
+    assert [problem.line for problem in caught.value.problems] == [1, 3, 5]

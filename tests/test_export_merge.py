@@ -1,0 +1,177 @@
+"""The streamed merge against peft's own merge_and_unload, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.adapter.read import read_adapter
+from forge.errors import DataError
+from forge.export.merge import merged_tensors
+from forge.export.tensors import write_safetensors
+from forge.model.checkpoint import open_checkpoint
+from tests.models import change_json, change_tensors, load, make_adapter, make_model
+
+pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
+
+CASES: Mapping[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"r": 64, "lora_alpha": 16, "use_rslora": True},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 64, r"layers\.1\.mlp\.down_proj": 4}},
+    "rank_pattern": {"rank_pattern": {"^model.layers.0.mlp.up_proj": 2, "k_proj": 16}},
+    "modules_to_save": {"modules_to_save": ["input_layernorm", "lm_head", "embed_tokens"]},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "head": {"target_modules": ["lm_head", "o_proj"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        "untied": make_model(root / "untied", "llama", "home-made", shards=3, tie_word_embeddings=False),
+        "tied": make_model(root / "tied", "llama", "home-made"),
+        "gpt2": make_model(root / "gpt2", "gpt2", "home-made"),
+    }
+
+
+def merge(base: Path, adapter: Path, out: Path) -> Path:
+    """The merged checkpoint as forge writes it, beside the base's other files."""
+    out.mkdir()
+    for path in (base / "config.json", base / "generation_config.json"):
+        shutil.copyfile(path, out / path.name)
+    tensors = merged_tensors(open_checkpoint(base), read_adapter(adapter))
+    write_safetensors(out / "model.safetensors", tensors, lambda done, total: None)
+    return out
+
+
+def assert_equal(base: Path, adapter: Path, out: Path) -> None:
+    import torch
+
+    ours, theirs = load(merge(base, adapter, out)).state_dict(), load(base, adapter).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(
+            ours[name], tensor, atol=2e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    plain = load(base).state_dict()
+    assert any(not torch.equal(plain[name], tensor) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merge_equals_peft(case: str, bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Pitfalls 2, 22, 52; silent wrongs 8 and 9. The base has several shards."""
+    adapter = make_adapter(bases["untied"], tmp_path / "adapter", **CASES[case])
+    assert_equal(bases["untied"], adapter, tmp_path / "merged")
+
+
+def test_conv1d_merges_transposed(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Pitfall 65 too: `c_proj` is in the attention and in the MLP."""
+    adapter = make_adapter(bases["gpt2"], tmp_path / "adapter", fan_in_fan_out=True)
+    assert_equal(bases["gpt2"], adapter, tmp_path / "merged")
+    assert {layer.module.rpartition(".")[2] for layer in read_adapter(adapter).layers.values()} == {
+        "c_attn", "c_proj", "c_fc",
+    }  # fmt: skip
+
+
+def test_what_the_adapter_does_not_touch_is_copied(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path / "adapter", target_modules=["q_proj"])
+    checkpoint = open_checkpoint(bases["tied"])
+    merged = open_checkpoint(merge(bases["tied"], adapter, tmp_path / "merged"))
+    types = {name: spec.dtype for name, spec in merged.tensors.items()}
+    assert types == {name: "F32" if "q_proj" in name else "BF16" for name in checkpoint.tensors}
+    with (tmp_path / "merged" / "model.safetensors").open("rb") as written:
+        for name, spec in merged.tensors.items():
+            if "q_proj" not in name:
+                before = checkpoint.tensors[name]
+                with before.file.open("rb") as file:
+                    file.seek(before.start)
+                    written.seek(spec.start)
+                    assert file.read(before.bytes) == written.read(spec.bytes)
+
+
+def problems_of(base: Path, adapter: Path) -> set[str]:
+    with pytest.raises(DataError, match="cannot be merged into this base") as caught:
+        merged_tensors(open_checkpoint(base), read_adapter(adapter))
+    return {str(problem) for problem in caught.value.problems}
+
+
+def test_dora_is_refused_by_name(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path / "a", use_dora=True, target_modules=["q_proj"])
+    assert problems_of(bases["tied"], adapter) == {
+        f"model.layers.{layer}.self_attn.q_proj: DoRA cannot be merged by forge yet" for layer in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["embed_tokens"]}]
+)
+def test_an_adapted_embedding_of_a_tied_base_is_refused(
+    options: dict[str, Any], bases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    """Silent wrong 6: training moved the embedding alone, merged the output layer would move with it."""
+    adapter = make_adapter(bases["tied"], tmp_path / "a", **options)
+    (problem,) = problems_of(bases["tied"], adapter)
+    assert problem.startswith("model.embed_tokens")
+    assert problem.endswith("the base ties its output layer to the embedding, which would change with it")
+
+
+def test_a_head_of_its_own_on_a_tied_base_is_refused(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Pitfall 23."""
+    adapter = make_adapter(bases["untied"], tmp_path / "a", target_modules=["lm_head"])
+    assert problems_of(bases["tied"], adapter) == {
+        "lm_head.weight: the base has no such tensor",
+        "lm_head.weight: the base has no such tensor (is it tied to the embedding?)",
+    }
+
+
+def test_resized_embeddings_are_refused(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Pitfalls 6 and 32."""
+    import torch
+
+    adapter = make_adapter(bases["untied"], tmp_path / "a", modules_to_save=["embed_tokens"])
+    name = next(name for name in read_adapter(adapter).replaced if "embed" in name)
+    weights = adapter / "adapter_model.safetensors"
+    change_tensors(weights, {f"base_model.model.{name}": torch.zeros(500, 256)})
+    problems = problems_of(bases["untied"], adapter)
+    assert len(problems) == 1
+    assert "to (500, 256): not supported yet" in problems.pop()
+
+
+def test_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    import torch
+
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    bad = torch.full((256,), float("nan"), dtype=torch.bfloat16)
+    change_tensors(base / "model.safetensors", {"model.norm.weight": bad})
+    with pytest.raises(
+        DataError, match=r"model\.safetensors: model\.norm\.weight has values that are not finite"
+    ):
+        merge(base, adapter, tmp_path / "merged")
+
+
+def test_an_adapter_of_another_base_is_refused_with_every_part(
+    bases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    other = make_model(tmp_path / "other", "llama", "home-made", hidden_size=320, num_attention_heads=5,
+                       num_key_value_heads=5)  # fmt: skip
+    adapter = make_adapter(other, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    assert problems_of(bases["tied"], adapter) == {
+        *(
+            f"model.layers.{n}.self_attn.q_proj: (320, 320) does not fit the base's (256, 256)"
+            for n in (0, 1)
+        ),
+        *(f"model.layers.{n}.mlp.down_proj: (320, 512) does not fit the base's (256, 512)" for n in (0, 1)),
+    }
+
+
+def test_the_rank_in_the_file_must_be_the_configured_one(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(bases["tied"], tmp_path / "adapter", target_modules=["q_proj"])
+    change_json(adapter / "adapter_config.json", r=4)
+    with pytest.raises(DataError, match="the configuration says rank 4, the file holds rank 8"):
+        read_adapter(adapter)

@@ -1,0 +1,194 @@
+"""The vocabulary of the GGUF is proved on rendered prompts, for real vocabularies and for seeded faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.chat.template import ChatTemplate, Message
+from forge.errors import CheckError, StageError
+from forge.export import pretokenizer, proof
+from forge.export.convert import Choices, Converter
+from forge.model.gguf_header import read_gguf
+from forge.model.tokenizer_files import read_tokenizer
+from tests.vocabularies import converters, home_made_tokenizer, write_tokenizer
+
+pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
+
+ARCHITECTURES = {"phi-3": "Phi3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "head_dim": 64,
+    "original_max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
+
+
+def directory_of(path: Path, vocabulary: str) -> Path:
+    """A checkpoint's files without weights: all that the vocabulary's conversion reads."""
+    rows = write_tokenizer(path, vocabulary)
+    architecture = ARCHITECTURES.get(vocabulary, "LlamaForCausalLM")
+    kind = architecture.removesuffix("ForCausalLM").lower()
+    config = {**SIZES, "architectures": [architecture], "model_type": kind, "vocab_size": -(-rows // 64) * 64}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return path
+
+
+def template_of(directory: Path) -> ChatTemplate:
+    files = read_tokenizer(directory)
+    assert files.chat_template
+    return ChatTemplate(files.chat_template, {f"{name}_token": text for name, text in files.tokens.items()})
+
+
+def convert(directory: Path, name: str = "yoda", **changes: Any) -> Path:
+    """The vocabulary as GGUF, with forge's decisions; `changes` seed faults."""
+    template = template_of(directory)
+    bos = read_tokenizer(directory).tokens.get("bos")
+    start = template.render([{"role": "user", "content": "x"}])
+    decided = {
+        "pre_tokenizer": pretokenizer.decide(directory),
+        "adds_bos": bool(bos and start.startswith(bos)),
+        "space_prefix": pretokenizer.space_prefix(directory),
+    }
+    converter = Converter(converters(), Choices(**{**decided, **changes}), name)
+    return converter.run(directory, directory / "vocabulary.gguf", "--vocab-only")
+
+
+def compare(
+    directory: Path, vocabulary: Path, conversations: Sequence[Sequence[Message]] = ()
+) -> proof.Compared:
+    tried = proof.cases(template_of(directory), proof.test_strings(), conversations)
+    return proof.compare_ids(directory, vocabulary, tried)
+
+
+EXPECTED: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "llama-spm": ("", ()),
+    "llama-bpe": ("llama-bpe", ()),
+    "qwen2": (
+        "qwen2",
+        (
+            "text with </s>, which llama.cpp reads as a special token",
+            "text that is not in Unicode normal form C",
+        ),
+    ),
+    "phi-3": ("", ("a message that begins with white space other than ASCII's",)),
+    "home-made": ("qwen2", ()),
+}
+
+
+@pytest.mark.parametrize("vocabulary", EXPECTED)
+def test_real_vocabularies_are_proved(vocabulary: str, tmp_path: Path) -> None:
+    """Pitfalls 48 and 49: one BOS or none as in training; the same ids for some 280 hard texts."""
+    directory = directory_of(tmp_path / "base", vocabulary)
+    decided, limits = EXPECTED[vocabulary]
+    assert pretokenizer.decide(directory) == decided
+    file = convert(directory, pretokenizer.model_name(directory, "yoda"))
+    compared = compare(directory, file)
+    assert compared.texts > 230
+    assert tuple(limit.partition(" (left out")[0] for limit in compared.limits) == limits
+    assert read_gguf(file).metadata["tokenizer.ggml.add_bos_token"] is (vocabulary == "llama-bpe")
+
+
+def test_a_wrong_pre_tokenizer_is_caught(tmp_path: Path) -> None:
+    """Silent wrong 13: the file loads and answers, with other tokens than were trained on."""
+    directory = directory_of(tmp_path / "base", "home-made")
+    with pytest.raises(CheckError, match=r"other ids for \d+ of \d+ texts") as caught:
+        compare(directory, convert(directory, pre_tokenizer="gpt-2"))
+    assert 0 < len(caught.value.problems) <= 5
+    assert re.fullmatch(
+        r"trained on \[[\d, ]+\], served \[[\d, ]+\] \(from token \d+\)", caught.value.problems[0].message
+    )
+
+
+def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
+    directory = directory_of(tmp_path / "base", "home-made")
+    odd = home_made_tokenizer(r"\p{L}+|\p{N}{2}|[^\p{L}\p{N}]+")
+    (directory / "tokenizer.json").write_text(json.dumps(odd), encoding="utf-8")
+    assert pretokenizer.decide(directory) == ""
+    with pytest.raises(StageError, match="pre-tokenizer was not recognized"):
+        convert(directory)
+
+
+def test_the_name_of_a_phi3_model_keeps_its_prompts(tmp_path: Path) -> None:
+    """llama.cpp strips after special tokens by the model's *name*; without it no prompt is the same."""
+    directory = directory_of(tmp_path / "base", "phi-3")
+    assert pretokenizer.model_name(directory, "yoda") == "yoda (phi-3)"
+    assert pretokenizer.model_name(directory, "Phi-3-yoda") == "Phi-3-yoda"
+    with pytest.raises(CheckError, match=r"other ids for (\d+) of \1 texts"):
+        compare(directory, convert(directory, "yoda"))
+
+
+def test_a_name_cannot_change_the_prompts_of_other_models(tmp_path: Path) -> None:
+    """Such a name takes the line ends from Qwen's prompts, and stops other models from loading."""
+    directory = directory_of(tmp_path / "base", "home-made")
+    for name in ("my-Phi-3-rival", "PHI3", "modern-bert chat"):
+        safe = pretokenizer.model_name(directory, name)
+        assert compare(directory, convert(directory, safe)).texts > 230
+    assert pretokenizer.model_name(directory, "my-Phi-3-rival") == "my-Phi 3-rival"
+    with pytest.raises(CheckError, match="cannot load the model's vocabulary"):
+        compare(directory, convert(directory, "my-Phi-3-rival"))
+
+
+def test_a_bos_that_training_had_not_is_caught(tmp_path: Path) -> None:
+    """Silent wrong 3: Llama-2's tokenizer adds BOS, a ChatML prompt has none."""
+    directory = directory_of(tmp_path / "base", "llama-spm")
+    with pytest.raises(CheckError, match=r"other ids for (\d+) of \1 texts"):
+        compare(directory, convert(directory, adds_bos=None))
+
+
+def test_sentencepiece_with_a_prefix_at_the_start_only(tmp_path: Path) -> None:
+    """Newer conversions say `first`: inside a prompt, nothing goes before the text after a token."""
+    directory = directory_of(tmp_path / "base", "llama-spm")
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer["normalizer"] = None
+    tokenizer["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False,
+    }  # fmt: skip
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    assert pretokenizer.space_prefix(directory) is False
+    assert compare(directory, convert(directory)).texts > 230
+    with pytest.raises(CheckError, match="other ids"):
+        compare(directory, convert(directory, space_prefix=True))
+
+
+def test_own_conversations_are_compared_too(tmp_path: Path) -> None:
+    directory = directory_of(tmp_path / "base", "home-made")
+    template = template_of(directory)
+    own: list[Message] = [{"role": "user", "content": "Mine"}, {"role": "assistant", "content": "Thine"}]
+    before = len(proof.cases(template, ["a"], []))
+    tried = proof.cases(template, ["a"], [own, own[:1]])
+    assert len(tried) == before + 2
+    assert tried[-2].text == template.render(own)
+    assert tried[-1].text == template.render(own[:1], add_generation_prompt=True)
+    assert [case.text for case in proof.cases(None, ["a"], [own])] == ["a", "Mine", "Thine"]
+
+
+def test_a_template_that_refuses_everything_proves_nothing(tmp_path: Path) -> None:
+    directory = directory_of(tmp_path / "base", "home-made")
+    (directory / "chat_template.jinja").write_text("{{ raise_exception('no') }}", encoding="utf-8")
+    converter = Converter(converters(), Choices("qwen2"), "yoda")
+    file = converter.run(directory, directory / "vocabulary.gguf", "--vocab-only")
+    with pytest.raises(CheckError, match="refuses all that were tried"):
+        compare(directory, file)
+
+
+def test_the_end_of_turn_ends_a_reply(tmp_path: Path) -> None:
+    """Silent wrong 4: an end of turn that llama.cpp would not know by its name."""
+    directory = directory_of(tmp_path / "base", "home-made")
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        path = directory / file
+        path.write_text(path.read_text(encoding="utf-8").replace("<|im_end|>", "<|over|>"), encoding="utf-8")
+    config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|pad|>"}))
+    tried = proof.cases(template_of(directory), ["a"], [])
+    with pytest.raises(CheckError, match="does not take token 2 for the end of a reply"):
+        proof.compare_ids(directory, convert(directory), tried, end_of_turn=2)
+    told = convert(directory, end_of_turn=2)
+    assert proof.compare_ids(directory, told, tried, end_of_turn=2).texts == 1
+    assert os.access(told, os.R_OK)

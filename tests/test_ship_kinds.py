@@ -1,0 +1,144 @@
+"""Every kind of recipe ships: LoRA, messages, an adapter made elsewhere, a plain base, other bases; and what
+must not ship does not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from forge.model.gguf_header import read_gguf
+from tests.conftest import copy_of_tiny, link_converters
+from tests.shipping import STAGES, Workshop, processes_of
+
+pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    root = tmp_path_factory.mktemp("kinds")
+    home = link_converters(root / "home")
+    (root / "first").mkdir()
+    yield Workshop(root / "first", home)
+    assert processes_of(home) == [], "something of the ships is still running"
+
+
+@pytest.fixture
+def workshop(store: Workshop, request: pytest.FixtureRequest) -> Workshop:
+    return store.beside(request.node.name.replace("[", "-").replace("]", "")[:80])
+
+
+def test_a_plain_base_ships_without_training(workshop: Workshop) -> None:
+    workshop.recipe(train="none", data=None)
+    answer = workshop.ship()
+    assert list(answer.cached) == ["export", "modelfile", "deploy", "smoke"]
+    assert answer.fields["adapter"] is None and answer.fields["learned"] is None
+    assert answer.fields["smoke"][0]["answer"]
+    assert {path.name for path in workshop.run.iterdir()} == {
+        "mini-q4_k_m.gguf", "Modelfile", "Modelfile.jinja", "report.html", "manifest.json", "log.txt",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_lora_and_messages_and_then_its_adapter_elsewhere(workshop: Workshop) -> None:
+    """B of the contract: `train.method: lora`, messages-format JSONL, `train: {from: ADAPTER}`."""
+    turns = [("What is {n} and {n}?", "It is {m}."), ("And one more?", "Then it is {o}.")]
+    rows = []
+    for n in range(16):
+        messages = [{"role": "system", "content": "You count."}]
+        for question, said in turns:
+            words = {"n": n, "m": 2 * n, "o": 2 * n + 1}
+            messages.append({"role": "user", "content": question.format(**words)})
+            messages.append({"role": "assistant", "content": said.format(**words)})
+        rows.append(json.dumps({"messages": messages}) + "\n")
+    (workshop.directory / "rows.jsonl").write_text("".join(rows))
+    data = {"source": "rows.jsonl", "eval": 4}
+    workshop.recipe(train={"method": "lora"}, data=None)
+    text = (workshop.directory / "recipe.yaml").read_text() + f"data: {json.dumps(data)}\n"
+    (workshop.directory / "recipe.yaml").write_text(text)
+    made = workshop.ship()
+    assert list(made.cached) == list(STAGES)
+    assert workshop.manifest()["recipe"]["train"]["method"] == "lora"
+    assert workshop.manifest()["facts"]["train"]["steps"] == 4
+
+    elsewhere = workshop.beside("adopts")
+    shutil.copytree(made.fields["adapter"], elsewhere.directory / "theirs")
+    shutil.copy(workshop.directory / "rows.jsonl", elsewhere.directory)
+    text = text.replace(f"train: {json.dumps(_train_of(text))}", 'train: {from: "./theirs"}')
+    (elsewhere.directory / "recipe.yaml").write_text(text)
+    adopted = elsewhere.ship()
+    # The same bytes as the adapter made here: what follows is found, its GGUF too.
+    expected = {"data": True, "train": False, "validate": True, "evaluate": False, "export": True}
+    assert {name: adopted.cached[name] for name in expected} == expected
+    assert adopted.fields["smoke"] == made.fields["smoke"]
+
+    (elsewhere.directory / "theirs" / "adapter_model.safetensors").write_bytes(
+        b"\x08" + bytes(7) + b"{}      "
+    )
+    error = elsewhere.ship(code=2).fields["error"]
+    assert error["hint"]
+
+
+def _train_of(text: str) -> dict[str, object]:
+    [line] = [line for line in text.splitlines() if line.startswith("train: ")]
+    found: dict[str, object] = json.loads(line.removeprefix("train: "))
+    return found
+
+
+@pytest.mark.slow
+def test_what_learned_nothing_does_not_ship(workshop: Workshop) -> None:
+    """Evaluate judges: no improvement is exit 5, unless the recipe says otherwise."""
+    train = {"max_steps": 1, "learning_rate": 1e-12, "warmup_fraction": 0.0}
+    workshop.recipe(train=train, verify={"learned": "required"})
+    error = workshop.ship(code=5).fields["error"]
+    assert error["message"].startswith("nothing was learned: the held-out loss is ")
+    assert "verify.learned: warn" in error["hint"]
+    assert {path.name for path in workshop.run.iterdir()} == {
+        "adapter", "report.html", "manifest.json", "log.txt",
+    }  # fmt: skip
+    # Judged afresh on the kept measurement: nothing is computed, and the ship goes on.
+    workshop.recipe(train=train, verify={"learned": "warn"})
+    answer = workshop.ship("--until", "evaluate")
+    assert all(answer.cached.values())
+    assert "warning: nothing was learned" in answer.said
+
+
+@pytest.mark.slow
+def test_an_adapter_for_another_base_is_refused(workshop: Workshop) -> None:
+    workshop.recipe()
+    made = workshop.ship("--until", "train")
+    other = copy_of_tiny(workshop.directory / "other")
+    configuration = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**configuration, "intermediate_size": 512}))
+    stand_alone = workshop.forge("validate", "--base", str(other), "--adapter", made.fields["adapter"])
+    assert stand_alone.code == 2
+    error = stand_alone.fields["error"]
+    assert error["message"].startswith("the adapter was made for another base: 12 of its 28 parts do not fit")
+    assert "builtin:tiny" in error["hint"]
+    assert {one["field"].rpartition(".")[2] for one in error["problems"]} == {
+        "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_stand_alone_validate_and_export_give_what_the_ship_gives(workshop: Workshop) -> None:
+    workshop.recipe()
+    made = workshop.ship("--until", "modelfile")
+    validated = workshop.forge("validate", "--base", "builtin:tiny", "--adapter", made.fields["adapter"])
+    assert validated.code == 0
+    assert validated.fields["ok"] is True and validated.fields["pure"] is True
+    assert validated.fields["exports"] == ["merged", "adapter"] and validated.fields["problems"] == []
+    out = workshop.directory / "alone.gguf"
+    arguments = ("export", "--base", "builtin:tiny", "--adapter", made.fields["adapter"], "--out", str(out))
+    exported = workshop.forge(*arguments)
+    assert exported.code == 0 and exported.fields["gguf"] == str(out)
+    alone, shipped = read_gguf(out), read_gguf(Path(made.fields["gguf"]))
+    assert alone.tensors.keys() == shipped.tensors.keys()
+    assert alone.tensor_types == shipped.tensor_types == exported.fields["tensor_types"]
+    # The metadata differ in the model's name, the weights in nothing.
+    assert out.read_bytes()[-1_000_000:] == Path(made.fields["gguf"]).read_bytes()[-1_000_000:]
+    assert sorted(path.name for path in workshop.directory.glob(".*")) == [], "nothing half-made is left"

