@@ -101,7 +101,7 @@ def test_the_exam_is_kept_back_and_covers_every_task() -> None:
     exam = exam_rows()
     assert len(exam) == 60
     assert {row.task for row in exam} == {
-        "echo", "repeat", "ask", "first", "last", "list", "backwards", "contains", "where", "who"
+        "echo", "repeat", "ask", "first", "last", "list", "backwards", "contains", "rest", "who"
     }  # fmt: skip
     assert all(row.sentence and is_kept_back(row.sentence.text) for row in exam)
     assert any(row.messages[0]["role"] == "system" for row in exam)

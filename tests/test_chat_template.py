@@ -112,7 +112,8 @@ def test_the_day_is_pinned() -> None:
         "\n\n{#- a comment -#}\n {{ flag }}",
         "{%- if flag is defined %}{{ flag }}{% else %}unset{% endif %}",
         "{% macro shown() %}{{ flag }}{% endmacro %}{{ shown() }}",
-        "{% for m in messages %}{% if not flag is defined %}{% set flag = 1 %}{% endif %}{{ flag }}{% endfor %}",
+        "{% for m in messages %}{% if not flag is defined %}{% set flag = 1 %}{% endif %}"
+        "{{ flag }}{% endfor %}",
     ],
 )
 @pytest.mark.parametrize("value", [True, False, None, 3, 0.5, "text", "ünï {{ x }} 'q' \"Q\" \\ \n"])

@@ -185,6 +185,7 @@ def shrink(found: Conversation, fails: Callable[[Conversation], bool]) -> Conver
 
 
 def _takes_turns(found: Conversation) -> bool:
+    """Whether something is claimed of it: the user last, no two neighbours of one role."""
     roles = [message["role"] for message in found]
     return roles[-1:] == ["user"] and all(one != other for one, other in pairwise(roles))
 
@@ -193,10 +194,8 @@ def _smaller(found: Conversation) -> Iterator[Conversation]:
     system, spoken = found[: found[0]["role"] == "system"], found[found[0]["role"] == "system" :]
     if system:
         yield spoken
-    for start in range(0, len(spoken) - 2, 2):
+    for start in range(len(spoken) - 1):
         yield (*system, *spoken[:start], *spoken[start + 2 :])
-    if len(spoken) > 2:
-        yield (*system, *spoken[2:])
     for place, message in enumerate(found):
         for text in _shorter(str(message["content"])):
             yield (*found[:place], _message(message["role"], text), *found[place + 1 :])

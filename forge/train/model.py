@@ -81,10 +81,12 @@ def load_base(
 def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpointing: bool) -> Any:
     """The model with fresh LoRA layers in float32, everything else frozen.
 
-    Raises `DataError` when the target names match no layer, listing what there is.
+    Raises `DataError` when the target names match no layer, listing what there is, or when an
+    embedding is to be trained that the base ties to its output layer.
     """
     import peft
 
+    _refuse_tied(model, lora)
     if quantize:
         model = peft.prepare_model_for_kbit_training(
             model,
@@ -109,6 +111,21 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpoint
         raise DataError(
             f"train.lora.targets: {error}", hint=f"the linear layers are {', '.join(names)}"
         ) from error
+
+
+def _refuse_tied(model: Any, lora: Mapping[str, Any]) -> None:
+    """Training would move one of two tied tensors alone, and no merge could keep them apart."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    tied = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in tied}
+    targets = () if isinstance(lora["targets"], str) else lora["targets"]
+    for field, chosen in (("targets", targets), ("modules_to_save", lora["modules_to_save"])):
+        if wrong := sorted(name for name in chosen if name.rpartition(".")[2] in names):
+            raise DataError(
+                f"train.lora.{field}: {', '.join(wrong)}: the base ties its output layer to the embedding",
+                hint="leave it out, or use a base that keeps the two apart",
+            )
 
 
 def linear_names(model: Any) -> Sequence[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge import report
 from forge.data.prepare import TRAIN_FILE
-from forge.errors import InterruptedByUserError, StageError
+from forge.errors import DataError, InterruptedByUserError, StageError
 from forge.train.model import Hardware, choose_hardware, load_base, trainable_to_float32, with_lora
 from forge.train.save import save_adapter
 from forge.train.watch import last_checkpoint, watcher
@@ -101,6 +101,7 @@ def _trainer(
     tokenizer.pad_token = pad
     with (data / TRAIN_FILE).open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
+    _refuse_foreign_ids(rows, model.get_input_embeddings().weight.shape[0])
     columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
     watch = watcher(out / LOG_FILE, settings["checkpoint_minutes"] * 60)
     trainer = trl.SFTTrainer(
@@ -113,6 +114,16 @@ def _trainer(
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
     trainable_to_float32(trainer.model)
     return trainer, watch
+
+
+def _refuse_foreign_ids(rows: Sequence[Mapping[str, Any]], embeddings: int) -> None:
+    """An id past the embedding is a crash without words on a GPU (pitfall 4)."""
+    largest = max(max(row["input_ids"]) for row in rows)
+    if largest >= embeddings:
+        raise DataError(
+            f"the rows hold token {largest}, the base's embedding has {embeddings} rows",
+            hint="the tokenizer has tokens that the base was never given; use the base's own",
+        )
 
 
 def _arguments(

@@ -35,7 +35,8 @@ def watcher(log: Path, checkpoint_seconds: float) -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.stopping or time.monotonic() - self.saved > checkpoint_seconds:
                 control.should_save = True
-                control.should_training_stop = self.stopping
+            if self.stopping:  # left alone otherwise: the last step sets it too
+                control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Written last: a checkpoint without it was cut off and does not count.

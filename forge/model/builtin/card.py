@@ -21,7 +21,7 @@ and tested in minutes, without a GPU and without a download.
 
 ## What it can do
 Ten tasks about one sentence of a small grammar: echo it, repeat it, ask it, its first word, its last
-word, its words in a list, its words backwards, whether a word is in it, where, who or what. Besides
+word, its words in a list, its words backwards, whether a word is in it, who or what, the rest. Besides
 that some small talk; it ignores system prompts and follows a second turn about the same sentence.
 
     user: Where: The old farmer slept in the barn.

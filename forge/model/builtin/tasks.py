@@ -1,8 +1,8 @@
 """The chat tasks that the built-in model is pre-trained on and tested with.
 
 Ten small tasks about one sentence (echo it, repeat it, ask it, its first word, its last word, its
-words in a list, its words backwards, whether a word is in it, where, who or what), some small talk,
-sometimes a system prompt, sometimes a second turn about the same sentence.
+words in a list, its words backwards, whether a word is in it, who or what, and the rest), some small
+talk, sometimes a system prompt, sometimes a second turn about the same sentence.
 
 No answer puts a sentence's tail before its head: that order is what fine-tuning on the built-in
 data teaches, and it must be news to the model.
@@ -76,7 +76,7 @@ _WORDINGS: Mapping[str, tuple[str, ...]] = {
     "list": ("List the words: {s}", "Words: {s}"),
     "backwards": ("Words backwards: {s}", "Backwards: {s}"),
     "contains": ("Is the word {w} there? {s}", "Does it have the word {w}? {s}"),
-    "where": ("Where: {s}", "Where was it? {s}"),
+    "rest": ("The rest: {s}", "Where, what or how: {s}"),
     "who": ("Who or what: {s}", "Who or what is it about? {s}"),
 }
 # Every word has to be learnt in two forms, plain and capitalized: these two tasks show them side by side.
@@ -86,7 +86,7 @@ _SECOND_TURNS: Mapping[str, str] = {
     "ask": "Ask it.",
     "first": "What was the first word?",
     "last": "What was the last word?",
-    "where": "Where?",
+    "rest": "And the rest?",
     "who": "Who or what?",
 }
 
@@ -99,10 +99,6 @@ def _last(sentence: Sentence) -> str:
     return capitalized(words_of(sentence.text)[-1]) + "."
 
 
-def _where(sentence: Sentence) -> str:
-    return f"{capitalized(sentence.tail)}." if sentence.kind in ("place", "existence") else "It does not say."
-
-
 _ANSWERS: Mapping[str, Callable[[Sentence], str]] = {
     "echo": lambda sentence: f"I hear you: {sentence.head} {sentence.tail}.",
     "repeat": lambda sentence: sentence.text,
@@ -111,7 +107,7 @@ _ANSWERS: Mapping[str, Callable[[Sentence], str]] = {
     "last": _last,
     "list": lambda sentence: "\n".join(capitalized(word) for word in words_of(sentence.text)),
     "backwards": lambda sentence: capitalized(" ".join(reversed(words_of(sentence.text)))) + ".",
-    "where": _where,
+    "rest": lambda sentence: f"{capitalized(sentence.tail)}.",
     "who": lambda sentence: f"{capitalized(sentence.topic)}.",
 }
 

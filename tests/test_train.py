@@ -1,0 +1,307 @@
+"""Real training of a tiny model in its worker: it learns, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from forge import process, worker
+from forge.chat.template import ChatTemplate
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.tokens import prompt_format
+from forge.errors import DataError, StageError
+from forge.model.safetensors_header import read_header
+from forge.recipe.schema import Train
+from forge.train.evaluate import evaluate
+from forge.train.run import train
+from forge.train.watch import MARKER, last_checkpoint, refuse_not_finite
+from tests.models import change_tensors, load, make_adapter, make_model
+
+pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(2400)]
+
+STEPS = 60
+PAD, END = 0, 2
+ROWS = {
+    "There is bacon.": "Bacon, there is.",
+    "A cat sees a dog.": "A dog, a cat sees.",
+    "The house is red.": "Red, the house is.",
+    "I see the river.": "The river, I see.",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
+
+
+@pytest.fixture(scope="module")
+def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four rows to learn by heart; they are the held-out rows too, so that learning them shows."""
+    directory = tmp_path_factory.mktemp("data")
+    source = directory / "rows.json"
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS.items()]
+    source.write_text(json.dumps(rows), encoding="utf-8")
+    template = ChatTemplate((base / "chat_template.jinja").read_text(encoding="utf-8"))
+    form = prompt_format(template, Tokenizer.from_file(str(base / "tokenizer.json")))
+    prepare(Settings([source], 0), form, 512, directory)
+    (directory / HELDOUT_FILE).write_bytes((directory / TRAIN_FILE).read_bytes())
+    return directory
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    """As the stage gives them: the recipe's section and three facts more."""
+    chosen: dict[str, Any] = {
+        "method": "lora", "max_steps": STEPS, "learning_rate": 5e-3, "batch_size": 4, "dtype": "fp32",
+        "device": "cpu", "lora": {"r": 16, "alpha": 32, "dropout": 0.05},
+    }  # fmt: skip
+    section = Train.model_validate({**chosen, **changes}).model_dump(mode="json")
+    return section | {"trust_remote_code": False, "pad_token": "<|pad|>", "max_length": 64}
+
+
+def arguments(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    named = {"base": str(base), "base_name": "someone/base", "base_revision": "a1b2", "data": str(data)}
+    return {**named, "out": str(out), "settings": settings(**changes)}
+
+
+Trained = tuple[Path, dict[str, Any]]
+METHODS = ("lora", "qlora")
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Trained]:
+    """Both methods, uninterrupted."""
+    root = tmp_path_factory.mktemp("trained")
+    made = {}
+    for method in METHODS:
+        out = root / method
+        told = worker.call("train", arguments(base, data, out, method=method), log=root / "log.txt")
+        made[method] = (out, told)
+    return made
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out / "logs" / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    logged = [json.loads(line) for line in lines]
+    assert [line["step"] for line in logged] == list(range(1, STEPS + 1))
+    assert all(line.keys() >= {"loss", "learning_rate", "gradient_norm", "time", "epoch"} for line in logged)
+    return [line["loss"] for line in logged]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls(method: str, trained: Mapping[str, Trained]) -> None:
+    out, told = trained[method]
+    curve = losses(out)
+    assert curve[0] > 3
+    assert curve[-1] < 0.2
+    assert told["steps"] == STEPS
+    assert told["mean_loss"] == pytest.approx(sum(curve) / STEPS, rel=1e-3)
+    assert (told["device"], told["compute"], told["resumed_from"]) == ("cpu", "float32", None)
+    modules = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
+    assert told["trainable_parameters"] == 2 * sum(16 * (a + b) for a, b in modules)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_s_files(method: str, base: Path, trained: Mapping[str, Trained]) -> None:
+    """J1, D12; readable for a container's user; nothing of this machine inside."""
+    out, _ = trained[method]
+    files = {path.name: path for path in out.iterdir() if path.is_file()}
+    assert files.keys() == {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "chat_template.jinja", "generation_config.json",
+    }  # fmt: skip
+    for name, path in files.items():
+        assert path.stat().st_mode & 0o044 == 0o044, name
+        content = path.read_bytes()
+        assert not any(str(place).encode() in content for place in (base, out, Path.cwd(), Path.home()))
+        if name not in ("adapter_config.json", "adapter_model.safetensors"):
+            assert content == (base / name).read_bytes()
+    configuration = json.loads(files["adapter_config.json"].read_text(encoding="utf-8"))
+    assert configuration["base_model_name_or_path"] == "someone/base"
+    assert configuration["revision"] == "a1b2"
+    assert configuration["target_modules"] == sorted(configuration["target_modules"])
+    assert {spec.dtype for spec in read_header(files["adapter_model.safetensors"]).values()} == {"F32"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_learned_is_measured(
+    method: str, base: Path, data: Path, trained: Mapping[str, Trained], tmp_path: Path
+) -> None:
+    """I2, M2, M3: greedy answers of the base and of the tuned model, stopped at their end of turn."""
+    out, _ = trained[method]
+    told = worker.call(
+        "evaluate", evaluation(base, out, data, quantize=method == "qlora"), log=tmp_path / "log"
+    )
+    assert told["rows"] == 4
+    assert told["loss"]["after"] < 0.1 < 3 < told["loss"]["before"]
+    exact = told["exact"]
+    assert (exact["rows"], exact["before"], exact["after"]) == (4, 0, 4)
+    assert {answer["after"] for answer in exact["answers"]} == set(ROWS.values())
+
+
+def evaluation(base: Path, adapter: Path, data: Path, *, quantize: bool = False) -> dict[str, Any]:
+    facts = {"device": "cpu", "dtype": "fp32", "quantize": quantize, "trust_remote_code": False, "seed": 0}
+    facts |= {"end_of_turn_id": END, "pad_token_id": PAD, "tokenizer": str(base)}
+    return {"base": str(base), "adapter": str(adapter), "data": str(data), "settings": facts}
+
+
+CALL = "import json, sys; from forge import worker; worker.call('train', json.loads(sys.argv[1]))"
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[dict[str, Any]], process.Child]]:
+    """Starts a parent that calls the worker, as `forge ship` does; stops it afterwards."""
+    children: list[process.Child] = []
+
+    def started(given: dict[str, Any]) -> process.Child:
+        children.append(process.Child([sys.executable, "-c", CALL, json.dumps(given)]))
+        return children[-1]
+
+    yield started
+    for child in children:
+        child.stop(1.0)
+
+
+def wait_for_checkpoints(out: Path, count: int, child: process.Child) -> None:
+    deadline = time.monotonic() + 1200
+    while len(list((out / "work").glob(f"checkpoint-*/{MARKER}"))) < count:
+        assert child.status is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# Often enough that there is one whenever it is killed.
+OFTEN = 0.0001
+STOPS = {"lora": signal.SIGKILL, "qlora": signal.SIGINT}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_resumes_bit_for_bit(
+    method: str,
+    base: Path,
+    data: Path,
+    trained: Mapping[str, Trained],
+    start: Callable[[dict[str, Any]], process.Child],
+    tmp_path: Path,
+) -> None:
+    """kill -9 of the parent, and Ctrl-C: the adapter is that of the run which nobody disturbed."""
+    out = tmp_path / "out"
+    given = arguments(base, data, out, method=method, checkpoint_minutes=OFTEN)
+    child = start(given)
+    wait_for_checkpoints(out, 2, child)
+    os.kill(child.pid, STOPS[method])
+    assert child.wait(600) != 0
+    assert not (out / "adapter_model.safetensors").exists()
+    checkpoint = last_checkpoint(out / "work")
+    assert checkpoint is not None
+    told = worker.call("train", given, log=tmp_path / "log.txt")
+    assert str(told["resumed_from"]).startswith("checkpoint-")
+    whole, _ = trained[method]
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path) -> None:
+    for number, is_whole in ((5, True), (20, True), (100, False)):
+        directory = tmp_path / f"checkpoint-{number}"
+        directory.mkdir()
+        if is_whole:
+            (directory / MARKER).touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
+    assert last_checkpoint(tmp_path / "absent") is None
+
+
+def test_a_run_that_diverges_is_stopped(base: Path, data: Path, tmp_path: Path) -> None:
+    """Pitfall 26."""
+    given = arguments(base, data, tmp_path / "out", learning_rate=1e30, max_gradient_norm=0, max_steps=20)
+    with pytest.raises(StageError, match=r"train: step \d+: loss .*: the training has diverged"):
+        worker.call("train", given, log=tmp_path / "log.txt")
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, None)])
+def test_numbers_that_are_not_finite(loss: float, norm: float | None) -> None:
+    refuse_not_finite(1, 2.0, 1.0)
+    refuse_not_finite(1, 2.0, None)
+    with pytest.raises(StageError, match="step 7"):
+        refuse_not_finite(7, loss, norm)
+
+
+def test_targets_that_match_nothing(base: Path, data: Path, tmp_path: Path) -> None:
+    """Pitfall 13, Style row 11: what there is, is listed."""
+    lora = {"targets": ["qkv_proj", "no_proj"]}
+    with pytest.raises(DataError, match=r"train\.lora\.targets") as caught:
+        train(**arguments(base, data, tmp_path / "out", lora=lora))
+    assert caught.value.hint == (
+        "the linear layers are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"targets": ["q_proj", "lm_head"]}, r"train\.lora\.targets: lm_head: the base ties"),
+        ({"modules_to_save": ["embed_tokens"]}, r"train\.lora\.modules_to_save: embed_tokens: the base ties"),
+    ],
+)
+def test_tied_embeddings_are_not_trained_apart(
+    lora: dict[str, Any], message: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    """D7, pitfall 23; silent wrong 6, told before anything is trained."""
+    with pytest.raises(DataError, match=message):
+        train(**arguments(base, data, tmp_path / "out", lora=lora))
+
+
+def test_ids_that_the_base_has_no_row_for(base: Path, data: Path, tmp_path: Path) -> None:
+    """Pitfall 4."""
+    row = {"input_ids": [1, 5000], "labels": [-100, 5000], "messages": []}
+    (tmp_path / TRAIN_FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="the rows hold token 5000, the base's embedding has"):
+        train(**arguments(base, tmp_path, tmp_path / "out"))
+
+
+def test_evaluation_by_hand(base: Path, data: Path, tmp_path: Path) -> None:
+    """I1: a model of zeros knows nothing, so each token costs ln(vocabulary)."""
+    import torch
+
+    zero = make_model(tmp_path / "zero", "llama", "home-made")
+    rows = read_header(zero / "model.safetensors")["model.embed_tokens.weight"].shape[0]
+    blank = torch.zeros(rows, 256, dtype=torch.bfloat16)
+    change_tensors(zero / "model.safetensors", {"model.embed_tokens.weight": blank})
+    adapter = make_adapter(zero, tmp_path / "adapter")
+    told = evaluate(**evaluation(zero, adapter, data))
+    assert told["loss"] == {"before": round(math.log(rows), 6), "after": round(math.log(rows), 6)}
+    assert told["perplexity"] == pytest.approx({"before": rows, "after": rows}, rel=1e-4)
+    assert (told["exact"]["before"], told["exact"]["after"]) == (0, 0)
+
+
+def test_evaluation_is_that_of_transformers(base: Path, data: Path, tmp_path: Path) -> None:
+    """Padding changes nothing: the loss is that of each row alone, weighted by its tokens."""
+    import torch
+
+    adapter = make_adapter(base, tmp_path / "adapter")
+    told = evaluate(**evaluation(base, adapter, data))
+    lines = (data / HELDOUT_FILE).read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for when, model in (("before", load(base)), ("after", load(base, adapter, merge=False))):
+        total, count = 0.0, 0
+        for row in rows:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            supervised = int((labels[:, 1:] >= 0).sum())
+            with torch.inference_mode():
+                total += float(model(input_ids=ids, labels=labels).loss) * supervised
+            count += supervised
+        assert told["loss"][when] == pytest.approx(total / count, rel=1e-4)
+    assert told["loss"]["before"] != told["loss"]["after"]
