@@ -12,9 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from forge.chat.template import ChatTemplate
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.tokens import prompt_format
 from tests.vocabularies import write_tokenizer
 
 VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2": "gpt-2"}
+ROWS = {
+    "There is bacon.": "Bacon, there is.",
+    "A cat sees a dog.": "A dog, a cat sees.",
+    "The house is red.": "Red, the house is.",
+    "I see the river.": "The river, I see.",
+}
 SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -129,3 +138,25 @@ def change_tensors(path: Path, changes: Mapping[str, Any]) -> None:
     scratch = path.with_suffix(".new")
     save_file({name: one for name, one in tensors.items() if one is not None}, scratch, {"format": "pt"})
     scratch.replace(path)
+
+
+def prepare_rows(base: Path, directory: Path) -> Path:
+    """`ROWS` as training rows; they are the held-out rows too, so that learning them by heart shows."""
+    from tokenizers import Tokenizer
+
+    source = directory / "rows.json"
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS.items()]
+    source.write_text(json.dumps(rows), encoding="utf-8")
+    template = ChatTemplate((base / "chat_template.jinja").read_text(encoding="utf-8"))
+    form = prompt_format(template, Tokenizer.from_file(str(base / "tokenizer.json")))
+    prepare(Settings([source], 0), form, 512, directory)
+    (directory / HELDOUT_FILE).write_bytes((directory / TRAIN_FILE).read_bytes())
+    return directory
+
+
+def evaluation(base: Path, adapter: Path, data: Path, *, quantize: bool = False) -> dict[str, Any]:
+    """Arguments of `forge.train.evaluate`, as the stage gives them, for the home-made vocabulary."""
+    dtype = "bf16" if quantize else "fp32"
+    facts = {"device": "cpu", "dtype": dtype, "quantize": quantize, "trust_remote_code": False, "seed": 0}
+    facts |= {"pad_token_id": 0, "end_of_turn_id": 2, "tokenizer": str(base)}
+    return {"base": str(base), "adapter": str(adapter), "data": str(data), "settings": facts}

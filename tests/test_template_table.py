@@ -30,7 +30,7 @@ def compiled(path: Path) -> tuple[ChatTemplate, CompiledTemplate]:
 
 
 def claimed(template: ChatTemplate, found: CompiledTemplate) -> list[Conversation]:
-    """Conversations that the check has not seen, and the plain ones that no limit may take away."""
+    """The check's conversations with other random ones; no limit may take the plain ones away."""
     assert found.chat is not None
     has_system = found.chat.system != "refused"
     told = probe.literals(template)
@@ -53,7 +53,7 @@ def ours(found: CompiledTemplate, conversations: Sequence[Conversation]) -> list
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family(family: str) -> None:
-    """M1: on conversations of another seed than the check's."""
+    """M1: also on random conversations that the check has not seen."""
     template, found = compiled(trl_templates() / f"{family}.jinja")
     conversations = claimed(template, found)
     assert len(conversations) > 60

@@ -13,30 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from forge import process, worker
-from forge.chat.template import ChatTemplate
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
-from forge.data.tokens import prompt_format
+from forge.data.prepare import TRAIN_FILE
 from forge.errors import DataError, StageError
 from forge.model.safetensors_header import read_header
 from forge.recipe.schema import Train
-from forge.train.evaluate import evaluate
 from forge.train.run import train
 from forge.train.watch import MARKER, last_checkpoint, refuse_not_finite
-from tests.models import change_tensors, load, make_adapter, make_model
+from tests.models import ROWS, evaluation, make_model, prepare_rows
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(2400)]
 
 STEPS = 60
-PAD, END = 0, 2
-ROWS = {
-    "There is bacon.": "Bacon, there is.",
-    "A cat sees a dog.": "A dog, a cat sees.",
-    "The house is red.": "Red, the house is.",
-    "I see the river.": "The river, I see.",
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +35,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four rows to learn by heart; they are the held-out rows too, so that learning them shows."""
-    directory = tmp_path_factory.mktemp("data")
-    source = directory / "rows.json"
-    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in ROWS.items()]
-    source.write_text(json.dumps(rows), encoding="utf-8")
-    template = ChatTemplate((base / "chat_template.jinja").read_text(encoding="utf-8"))
-    form = prompt_format(template, Tokenizer.from_file(str(base / "tokenizer.json")))
-    prepare(Settings([source], 0), form, 512, directory)
-    (directory / HELDOUT_FILE).write_bytes((directory / TRAIN_FILE).read_bytes())
-    return directory
+    return prepare_rows(base, tmp_path_factory.mktemp("data"))
 
 
 def settings(**changes: Any) -> dict[str, Any]:
     """As the stage gives them: the recipe's section and three facts more."""
     chosen: dict[str, Any] = {
-        "method": "lora", "max_steps": STEPS, "learning_rate": 5e-3, "batch_size": 4, "dtype": "fp32",
-        "device": "cpu", "lora": {"r": 16, "alpha": 32, "dropout": 0.05},
+        "method": "lora", "max_steps": STEPS, "learning_rate": 5e-3, "batch_size": 4, "device": "cpu",
+        "dtype": "bf16" if changes.get("method") == "qlora" else "fp32",
+        "lora": {"r": 16, "alpha": 32, "dropout": 0.05},
     }  # fmt: skip
     section = Train.model_validate({**chosen, **changes}).model_dump(mode="json")
     return section | {"trust_remote_code": False, "pad_token": "<|pad|>", "max_length": 64}
@@ -76,6 +57,7 @@ def arguments(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, An
 
 Trained = tuple[Path, dict[str, Any]]
 METHODS = ("lora", "qlora")
+COMPUTE = {"lora": "float32", "qlora": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +88,7 @@ def test_the_loss_falls(method: str, trained: Mapping[str, Trained]) -> None:
     assert curve[-1] < 0.2
     assert told["steps"] == STEPS
     assert told["mean_loss"] == pytest.approx(sum(curve) / STEPS, rel=1e-3)
-    assert (told["device"], told["compute"], told["resumed_from"]) == ("cpu", "float32", None)
+    assert (told["device"], told["compute"], told["resumed_from"]) == ("cpu", COMPUTE[method], None)
     modules = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
     assert told["trainable_parameters"] == 2 * sum(16 * (a + b) for a, b in modules)
 
@@ -147,12 +129,6 @@ def test_what_was_learned_is_measured(
     exact = told["exact"]
     assert (exact["rows"], exact["before"], exact["after"]) == (4, 0, 4)
     assert {answer["after"] for answer in exact["answers"]} == set(ROWS.values())
-
-
-def evaluation(base: Path, adapter: Path, data: Path, *, quantize: bool = False) -> dict[str, Any]:
-    facts = {"device": "cpu", "dtype": "fp32", "quantize": quantize, "trust_remote_code": False, "seed": 0}
-    facts |= {"end_of_turn_id": END, "pad_token_id": PAD, "tokenizer": str(base)}
-    return {"base": str(base), "adapter": str(adapter), "data": str(data), "settings": facts}
 
 
 CALL = "import json, sys; from forge import worker; worker.call('train', json.loads(sys.argv[1]))"
@@ -270,38 +246,3 @@ def test_ids_that_the_base_has_no_row_for(base: Path, data: Path, tmp_path: Path
     (tmp_path / TRAIN_FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="the rows hold token 5000, the base's embedding has"):
         train(**arguments(base, tmp_path, tmp_path / "out"))
-
-
-def test_evaluation_by_hand(base: Path, data: Path, tmp_path: Path) -> None:
-    """I1: a model of zeros knows nothing, so each token costs ln(vocabulary)."""
-    import torch
-
-    zero = make_model(tmp_path / "zero", "llama", "home-made")
-    rows = read_header(zero / "model.safetensors")["model.embed_tokens.weight"].shape[0]
-    blank = torch.zeros(rows, 256, dtype=torch.bfloat16)
-    change_tensors(zero / "model.safetensors", {"model.embed_tokens.weight": blank})
-    adapter = make_adapter(zero, tmp_path / "adapter")
-    told = evaluate(**evaluation(zero, adapter, data))
-    assert told["loss"] == {"before": round(math.log(rows), 6), "after": round(math.log(rows), 6)}
-    assert told["perplexity"] == pytest.approx({"before": rows, "after": rows}, rel=1e-4)
-    assert (told["exact"]["before"], told["exact"]["after"]) == (0, 0)
-
-
-def test_evaluation_is_that_of_transformers(base: Path, data: Path, tmp_path: Path) -> None:
-    """Padding changes nothing: the loss is that of each row alone, weighted by its tokens."""
-    import torch
-
-    adapter = make_adapter(base, tmp_path / "adapter")
-    told = evaluate(**evaluation(base, adapter, data))
-    lines = (data / HELDOUT_FILE).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    for when, model in (("before", load(base)), ("after", load(base, adapter, merge=False))):
-        total, count = 0.0, 0
-        for row in rows:
-            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-            supervised = int((labels[:, 1:] >= 0).sum())
-            with torch.inference_mode():
-                total += float(model(input_ids=ids, labels=labels).loss) * supervised
-            count += supervised
-        assert told["loss"][when] == pytest.approx(total / count, rel=1e-4)
-    assert told["loss"]["before"] != told["loss"]["after"]

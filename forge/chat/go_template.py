@@ -59,12 +59,21 @@ def _opening(chat: ChatFormat, asks_for_system: bool) -> list[str]:
 def _choice(choice: Choice, role: str) -> str:
     if choice.yes is None or choice.no is None:
         return _text(choice.text)
+    ending = min(choice.texts(), key=len)
+    if ending and all(text.endswith(ending) for text in choice.texts()):
+        return _choice(_without(choice, ending), role) + _text(ending)
     asked = "$system" if choice.feature == "system" else _CONDITIONS[role, choice.feature]
     yes, no = _choice(choice.yes, role), _choice(choice.no, role)
     if not yes:
         asked = f"({asked})" if " " in asked else asked
         return f"{{{{ if not {asked} }}}}{no}{{{{ end }}}}"
     return f"{{{{ if {asked} }}}}{yes}" + (f"{{{{ else }}}}{no}" if no else "") + "{{ end }}"
+
+
+def _without(choice: Choice, ending: str) -> Choice:
+    if choice.yes is None or choice.no is None:
+        return Choice(choice.text.removesuffix(ending))
+    return Choice("", choice.feature, _without(choice.yes, ending), _without(choice.no, ending))
 
 
 def _text(text: str) -> str:

@@ -148,7 +148,7 @@ class ModelfileStage(ShipStage):
     """Modelfile and Modelfile.jinja, for Ollama."""
 
     name = "modelfile"
-    version = 1
+    version = 2
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
@@ -159,6 +159,7 @@ class ModelfileStage(ShipStage):
         return {
             "file": gguf_name(self.ship),
             "chat template": hashlib.sha256(template.encode()).hexdigest(),
+            "adds BOS": self.ship.tokenizer.add_bos if self.ship.base.directory else UNKNOWN,
             "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
             **prompt_params(self.ship),
         }
@@ -170,6 +171,7 @@ class ModelfileStage(ShipStage):
             file=gguf_name(self.ship),
             template=self.ship.template,
             stops=stops,
+            add_bos=self.ship.tokenizer.add_bos,
             context_tokens=context_tokens(self.ship, inputs["data"].facts if "data" in inputs else {}),
         )
 

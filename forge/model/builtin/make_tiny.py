@@ -65,7 +65,7 @@ def make(directory: Path, *, steps: int = STEPS) -> int:
 
 
 def _tokenizer_texts() -> Iterator[str]:
-    """Rows, and every word so often, plain and capitalized, that both forms become one token.
+    """Rows, and every word so often, plain and capitalized, that nearly all become one token.
 
     A model this small copies a word that is one token and stumbles over the pieces of one that is not.
     """
