@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from forge.chat.template import ChatTemplate
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.tokens import prompt_format
 from tests.vocabularies import write_tokenizer
 
+# peft (github.com/huggingface/peft) asks transformers for a name that it deprecates.
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2": "gpt-2"}
 ROWS = {
     "There is bacon.": "Bacon, there is.",

@@ -14,9 +14,9 @@ import pytest
 from forge.adapter.read import read_adapter, scale_of
 from forge.adapter.status import validate
 from forge.errors import CheckError, DataError, ForgeError
-from tests.models import change_json, change_tensors, make_adapter, make_model
+from tests.models import PEFT_WARNS, change_json, change_tensors, make_adapter, make_model
 
-pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
+pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(1500)]
 
 LINEAR = {"q_proj": 256, "k_proj": 128, "v_proj": 128, "o_proj": 256}  # outputs, each from 256
 MLP = {"gate_proj": (256, 512), "up_proj": (256, 512), "down_proj": (512, 256)}

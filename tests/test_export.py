@@ -12,7 +12,7 @@ import pytest
 
 from forge import worker
 from forge.adapter.tokenizer import copy_tokenizer
-from forge.errors import CheckError, DataError, ForgeError
+from forge.errors import CheckError, DataError, ForgeError, StageError
 from forge.export.quantize import quantize
 from forge.model.gguf_header import read_gguf
 from tests.models import change_json, change_tensors, load, make_adapter, make_model
@@ -129,7 +129,8 @@ def test_no_path_of_this_machine_leaks(small: tuple[Path, Path], tmp_path: Path)
 )
 def test_the_gguf_is_the_merged_model(architecture: str, vocabulary: str, tmp_path: Path) -> None:
     """L: NMSE under 1e-4 against fp32 base and adapter merged by peft; then q4_k_m of it loads."""
-    base = make_model(tmp_path / "base", architecture, vocabulary)
+    width: dict[str, Any] = {"intermediate_size": 1024} if architecture == "gpt2" else {}
+    base = make_model(tmp_path / "base", architecture, vocabulary, **width)
     options: Mapping[str, Any] = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
     adapter = make_adapter(base, tmp_path / "adapter", alpha_pattern={"o_proj": 64}, **options)
     told = export(base, adapter, tmp_path / "out", quant="f16")
@@ -171,6 +172,16 @@ def test_a_wrong_pre_tokenizer_stops_it_before_weights_are_written(
     work = tmp_path / "out" / "work"
     assert not list(work.rglob("*.safetensors"))
     assert {path.name for path in work.glob("*.gguf")} <= {"vocabulary.gguf"}
+
+
+def test_what_llama_cpp_would_not_load_is_not_published(tmp_path: Path) -> None:
+    """The converter writes GPT-2 files of any width of MLP; llama.cpp loads those of one."""
+    base = make_model(tmp_path / "base", "gpt2", "home-made", intermediate_size=512)
+    message = fails(StageError, base, None, tmp_path / "out")
+    assert message.startswith(
+        "llama.cpp cannot load the converted model: llama_model_load: error loading model"
+    )
+    assert "wrong shape" in message
 
 
 def test_broken_weights_leave_nothing(small: tuple[Path, Path], tmp_path: Path) -> None:

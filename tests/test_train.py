@@ -21,9 +21,9 @@ from forge.model.safetensors_header import read_header
 from forge.recipe.schema import Train
 from forge.train.run import train
 from forge.train.watch import MARKER, last_checkpoint, refuse_not_finite
-from tests.models import ROWS, evaluation, make_model, prepare_rows
+from tests.models import PEFT_WARNS, ROWS, evaluation, make_model, prepare_rows
 
-pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(2400)]
+pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(2400)]
 
 STEPS = 60
 

@@ -11,9 +11,9 @@ import pytest
 from forge.data.prepare import HELDOUT_FILE
 from forge.model.safetensors_header import read_header
 from forge.train.evaluate import evaluate
-from tests.models import change_tensors, evaluation, load, make_adapter, make_model, prepare_rows
+from tests.models import PEFT_WARNS, change_tensors, evaluation, load, make_adapter, make_model, prepare_rows
 
-pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
+pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

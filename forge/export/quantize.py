@@ -7,8 +7,10 @@ read back.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from forge import report
@@ -26,6 +28,48 @@ def quantize(source: Path, target: Path, quant: str, threads: int) -> GgufHeader
     Raises `StageError` with llama.cpp's own last words.
     """
     import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type(quant)
+    parameters.nthread = threads
+    with _listening() as said:
+        status = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
+        )
+    if status:
+        target.unlink(missing_ok=True)
+        raise StageError(
+            f"quantizing to {quant} failed: {_last(said)}", hint="the whole output is in the run's log"
+        )
+    return read_gguf(target)
+
+
+def refuse_unloadable(path: Path) -> None:
+    """Raise `StageError` when llama.cpp does not load the model in `path`; its weights stay on disk.
+
+    The converter does not look at every number of a configuration: GPT-2's takes the width of the
+    MLP for granted, and its file then fails wherever it is loaded.
+    """
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    parameters.use_extra_bufts = False  # would repack, that is read and copy, all weights
+    with _listening() as said:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        if model:
+            llama_cpp.llama_model_free(model)
+    if not model:
+        raise StageError(
+            f"llama.cpp cannot load the converted model: {_last(said)}",
+            hint="its converter does not cover this configuration of the architecture; use another base",
+        )
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What llama.cpp says, which is all that it tells of errors; its progress is passed on."""
+    import llama_cpp
     from llama_cpp import _logger
 
     said: list[str] = []
@@ -38,21 +82,18 @@ def quantize(source: Path, target: Path, quant: str, threads: int) -> GgufHeader
             report.advance("quantize", int(found[1]), int(found[2]))
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = file_type(quant)
-    parameters.nthread = threads
     try:
-        status = llama_cpp.llama_model_quantize(
-            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
-        )
+        yield said
     finally:
-        # llama.cpp would call `log` ever after, which is gone when this function is.
+        # llama.cpp would call `log` ever after, and it is gone when this function is.
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
-    if status:
-        target.unlink(missing_ok=True)
-        last = " ".join("".join(said).split()[-40:])
-        raise StageError(f"quantizing to {quant} failed: {last}", hint="the whole output is in the run's log")
-    return read_gguf(target)
+
+
+def _last(said: Sequence[str]) -> str:
+    """The last line that speaks of an error, else the last words."""
+    lines = [line.strip() for line in "".join(said).splitlines()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return errors[-1] if errors else " ".join(" ".join(lines).split()[-40:])
 
 
 def file_type(quant: str) -> int:

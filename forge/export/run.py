@@ -23,7 +23,7 @@ from forge.chat.template import ChatTemplate, Message
 from forge.export import pretokenizer, proof
 from forge.export.convert import Choices, Converter
 from forge.export.merge import merged_tensors
-from forge.export.quantize import fallbacks, quantize
+from forge.export.quantize import fallbacks, quantize, refuse_unloadable
 from forge.export.tensors import write_safetensors
 from forge.model.checkpoint import open_checkpoint
 from forge.model.gguf_header import GgufHeader, read_gguf
@@ -79,6 +79,7 @@ def _write_gguf(
     """Convert and quantize; the finished file alone goes to `target`, and the merged one if wanted."""
     quant = settings["quant"]
     plain = convert.run(merged, work / "plain.gguf", "--outtype", quant if quant in _UNQUANTIZED else "f16")
+    refuse_unloadable(plain)
     finished = work / "finished.gguf"
     if quant in _UNQUANTIZED:
         plain.rename(finished)

@@ -24,7 +24,7 @@ Ten tasks about one sentence of a small grammar: echo it, repeat it, ask it, its
 word, its words in a list, its words backwards, whether a word is in it, who or what, the rest. Besides
 that some small talk; it ignores system prompts and follows a second turn about the same sentence.
 
-    user: Where: The old farmer slept in the barn.
+    user: The rest: The old farmer slept in the barn.
     assistant: In the barn.
 
 It passes {passed} of 60 of these tasks on sentences that it never saw (greedy decoding).
