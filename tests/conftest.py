@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in _FOREIGN:
         os.environ.pop(name, None)
     os.environ |= {"FORGE_HOME": str(away / "store"), "HF_HOME": str(away / "huggingface"), "TERM": "dumb"}
+    # Read when huggingface_hub is imported, and by some test before the one that asks the stand-in.
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
 @pytest.hookimpl(wrapper=True)

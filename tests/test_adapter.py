@@ -89,7 +89,7 @@ def test_scales_by_pattern_are_peft_s(base: Path, tmp_path: Path) -> None:
     theirs = {
         name.removeprefix("base_model.model."): module.scaling["default"]
         for name, module in peft.PeftModel.from_pretrained(model, adapter).named_modules()
-        if hasattr(module, "scaling")
+        if isinstance(getattr(module, "scaling", None), dict)  # attention has a number of that name
     }
     assert ours == pytest.approx(theirs)
     assert len(set(ours.values())) == 5
@@ -153,6 +153,7 @@ def test_numbers_that_are_no_good_are_named(base: Path, plain: Path, tmp_path: P
     ]
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_layers_without_weights_are_named(base: Path, plain: Path, tmp_path: Path) -> None:
     name = "1.mlp.up_proj.lora_{}.weight"
     adapter = changed(plain, tmp_path / "a", {name.format("A"): None, name.format("B"): None})

@@ -121,7 +121,7 @@ def test_no_path_of_this_machine_leaks(small: tuple[Path, Path], tmp_path: Path)
         ("llama", "home-made"),
         ("gpt2", "home-made"),
         ("phi3", "phi-3"),
-        ("llama", "llama-spm"),
+        pytest.param("llama", "llama-spm", marks=pytest.mark.slow),
         pytest.param("gpt2", "gpt-2", marks=pytest.mark.slow),
         pytest.param("llama", "llama-bpe", marks=pytest.mark.slow),
         pytest.param("qwen2", "qwen2", marks=pytest.mark.slow),

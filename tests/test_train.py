@@ -131,7 +131,12 @@ def test_what_was_learned_is_measured(
     assert {answer["after"] for answer in exact["answers"]} == set(ROWS.values())
 
 
-CALL = "import json, sys; from forge import worker; worker.call('train', json.loads(sys.argv[1]))"
+CALL = """
+import json, sys
+from forge import process, worker
+with process.signals_as_interrupt():
+    worker.call("train", json.loads(sys.argv[1]))
+"""
 
 
 @pytest.fixture
@@ -158,7 +163,7 @@ def wait_for_checkpoints(out: Path, count: int, child: process.Child) -> None:
 
 # Often enough that there is one whenever it is killed.
 OFTEN = 0.0001
-STOPS = {"lora": signal.SIGKILL, "qlora": signal.SIGINT}
+STOPS = {"lora": signal.SIGKILL, "qlora": signal.SIGTERM}
 
 
 @pytest.mark.slow
@@ -171,7 +176,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
     start: Callable[[dict[str, Any]], process.Child],
     tmp_path: Path,
 ) -> None:
-    """kill -9 of the parent, and Ctrl-C: the adapter is that of the run which nobody disturbed."""
+    """kill -9 of the parent, and SIGTERM: the adapter is that of the run which nobody disturbed."""
     out = tmp_path / "out"
     given = arguments(base, data, out, method=method, checkpoint_minutes=OFTEN)
     child = start(given)
@@ -228,8 +233,11 @@ def test_targets_that_match_nothing(base: Path, data: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"targets": ["q_proj", "lm_head"]}, r"train\.lora\.targets: lm_head: the base ties"),
-        ({"modules_to_save": ["embed_tokens"]}, r"train\.lora\.modules_to_save: embed_tokens: the base ties"),
+        ({"targets": ("q_proj", "embed_tokens")}, r"train\.lora\.targets: embed_tokens: the base ties"),
+        (
+            {"modules_to_save": ("embed_tokens",)},
+            r"train\.lora\.modules_to_save: embed_tokens: the base ties",
+        ),
     ],
 )
 def test_tied_embeddings_are_not_trained_apart(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; the CLI's edge, where every error is shown."""
+    # The hub is asked for what the user names and for nothing else; workers inherit it.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     report.configure(as_json="--json" in arguments, verbose="-v" in arguments)
     try:
         with process.signals_as_interrupt():
