@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ _FOREIGN = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSF
 
 def pytest_configure(config: pytest.Config) -> None:
     """No test sees the user's stores, caches and tokens. For this process, so for its programs too."""
+    # A shell's background job inherits an ignored SIGINT, and then no Ctrl-C of the tests would arrive.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     away = Path(tempfile.mkdtemp(prefix="forge-tests-"))
     config.add_cleanup(lambda: shutil.rmtree(away, ignore_errors=True))
     for name in _FOREIGN:
