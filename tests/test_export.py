@@ -13,6 +13,7 @@ import pytest
 from forge import worker
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import CheckError, DataError, ForgeError, StageError
+from forge.export import proof
 from forge.export.quantize import quantize
 from forge.model.gguf_header import read_gguf
 from tests.models import change_json, change_tensors, load, make_adapter, make_model
@@ -229,5 +230,5 @@ def test_own_rows_are_compared(small: tuple[Path, Path], tmp_path: Path) -> None
     rows.mkdir()
     messages = [{"role": "user", "content": "Mine"}, {"role": "assistant", "content": "Thine"}]
     (rows / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 7, encoding="utf-8")
-    without = export(base, None, tmp_path / "a", quant="f32")["ids_compared"]
-    assert export(base, None, tmp_path / "b", quant="f32", data=rows)["ids_compared"] == without + 7
+    told = export(base, None, tmp_path / "out", quant="f32", data=rows)
+    assert told["ids_compared"] == 7 + sum("\0" not in text for text in proof.test_strings())

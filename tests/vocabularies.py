@@ -9,12 +9,10 @@ Not covered: bit-equality with the hub's files; the ids of any text are the same
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib.util
 import json
 import os
-import shutil
 import struct
 import tarfile
 import tempfile
@@ -57,8 +55,8 @@ def llama_cpp_models() -> Path:
         raise FileNotFoundError(
             f"{ARCHIVE} is missing: `make test` fetches it, or set LLAMA_CPP_TREE to an unpacked llama.cpp"
         )
-    unpacked = Path(tempfile.mkdtemp(prefix="forge-tests-"))
-    atexit.register(shutil.rmtree, unpacked, ignore_errors=True)
+    # Beside the tests' own store, which conftest removes with all that lies there.
+    unpacked = Path(tempfile.mkdtemp(dir=Path(os.environ["FORGE_HOME"]).parent))
     with tarfile.open(ARCHIVE, "r:gz") as tar:
         for member in tar:
             parts = PurePosixPath(member.name).parts[3:]

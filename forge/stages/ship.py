@@ -226,6 +226,7 @@ def refuse_unbuilt(loaded: Loaded) -> None:
         "export.mode": recipe.export.mode != "merged",
         "verify.max_kl": recipe.verify.max_kl is not None,
         "verify.min_top1": recipe.verify.min_top1 is not None,
+        "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
         "deploy.runtime": recipe.deploy.runtime not in ("embedded", "none"),
     }
     problems = []
