@@ -35,7 +35,8 @@ class Run:
     """One program that ended well, with its children.
 
     Wall seconds, processor seconds (which other work on the machine hardly changes), the peak
-    memory of the largest process, and standard output.
+    memory of the largest process, and standard output. Linux carries the peak of this process over
+    to a program that it starts, so nothing smaller than the measuring process is seen: keep it small.
     """
 
     seconds: float

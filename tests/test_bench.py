@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from bench.training import RECIPE, Trained, refuse_other_work
 from bench.workplace import Workplace
 from forge.recipe.load import load
 
+ROOT = Path(__file__).parent.parent
 FACTS: Mapping[str, str | int] = {"cpu": "one", "cores": 2}
 FAST = Outcome("fast", 0.9, "x", 1.05, [0.8, 0.9, 1.0], "3 pairs")
 SLOW = Outcome("slow", 3.0, "s", 2.0, [3.0])
@@ -52,7 +54,16 @@ def test_a_program_is_measured_from_outside(tmp_path: Path) -> None:
         f"subprocess.run([sys.executable, '-c', {inner!r}], check=True);"
         "time.sleep(0.2); print(os.environ['WORD'], os.getcwd())"
     )
-    measured = run([sys.executable, "-c", code], directory=tmp_path, environment={"WORD": "yes"})
+    # From a small process, as `python -m bench` is one; the test session is larger than `inner`.
+    outer = (
+        "import dataclasses, json, sys; from pathlib import Path; from bench.measure import run;"
+        "measured = run([sys.executable, '-c', sys.argv[1]], directory=Path(sys.argv[2]),"
+        " environment={'WORD': 'yes'});"
+        "print(json.dumps(dataclasses.asdict(measured)))"
+    )
+    command = [sys.executable, "-c", outer, code, str(tmp_path)]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    measured = Measured(**json.loads(printed))
     assert measured.output == f"yes {tmp_path.resolve()}\n"
     assert measured.seconds > 0.6
     # Its own child is the one that is busy and large.
