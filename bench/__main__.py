@@ -1,6 +1,7 @@
 """`python -m bench [NAME...]`: measure, print a table, exit 5 when a limit is missed.
 
-Exit codes: 0 every limit held, 2 wrong arguments, 4 something measured failed, 5 a limit was missed.
+Exit codes: 0 every limit held, 2 wrong arguments, 4 something measured failed, 5 a limit was missed,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from bench import ship, startup, training
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
+from forge.process import signals_as_interrupt
 
 Benchmark = Callable[[Workplace, int], Iterator[Outcome]]
 Facts = Mapping[str, str | int]
@@ -136,4 +138,9 @@ def _positive(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        with signals_as_interrupt():
+            status = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

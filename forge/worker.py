@@ -84,7 +84,7 @@ def _outcome(child: process.Child, task: str, log: Path | None) -> dict[str, Any
             child.ends_within(process.GRACE_SECONDS)
             return outcome
     status = child.wait()
-    reason = "; killed, most likely for lack of memory" if status == -signal.SIGKILL else ""
+    reason = "; killed from outside, or by the system for lack of memory" if status == -signal.SIGKILL else ""
     raise StageError(
         f"{task}: the worker process ended with status {status} and said nothing{reason}", hint=where
     )

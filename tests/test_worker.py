@@ -119,10 +119,16 @@ def test_lack_of_memory_is_no_bug(said: Said) -> None:
 @pytest.mark.parametrize(
     ("how", "expected"),
     [
-        ("killed", "ended with status -9 and said nothing; killed, most likely for lack of memory"),
+        (
+            "killed",
+            "ended with status -9 and said nothing; killed from outside, or by the system for lack of memory",
+        ),
         ("aborted", "ended with status -6 and said nothing"),
         ("left", "ended with status 3 and said nothing"),
-        ("cut off", "ended with status -9 and said nothing; killed, most likely for lack of memory"),
+        (
+            "cut off",
+            "ended with status -9 and said nothing; killed from outside, or by the system for lack of memory",
+        ),
     ],
 )
 def test_a_death_without_a_word(said: Said, tmp_path: Path, how: str, expected: str) -> None:

@@ -32,6 +32,9 @@ TRAINING_ROWS = 720
 HELDOUT_COMMON = 40
 HELDOUT_FRESH = 20
 _SEED = 900
+# Drawn after the built-in base and the quickstart's settings were chosen, so that its figures are no
+# choice's. Whoever chooses anew draws anew.
+_HELDOUT_SEED = 2611
 
 _EXTRAS = {"place": " Yes, hrrrm.", "deed": " Hmm.", "state": " Yes.", "existence": " Hmm.", "duty": ""}
 
@@ -68,7 +71,7 @@ def training_rows() -> list[Row]:
 
 def heldout_rows() -> list[Row]:
     """The rows to test on: first those of common words, then those of words that no row has."""
-    random = Random(_SEED + 1)
+    random = Random(_HELDOUT_SEED)
     common = islice(_sentences(random, COMMON_WORDS, kept_back=True), HELDOUT_COMMON)
     fresh = islice(_sentences(random, FRESH_WORDS, kept_back=True), HELDOUT_FRESH)
     return [to_row(sentence) for sentence in (*common, *fresh)]
