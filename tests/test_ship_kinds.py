@@ -13,7 +13,9 @@ import pytest
 
 from forge.model.gguf_header import read_gguf
 from tests.conftest import copy_of_tiny, link_converters
-from tests.shipping import STAGES, Workshop, processes_of
+from tests.models import make_model
+from tests.shipping import PURE, STAGES, Workshop, processes_of
+from tests.vocabularies import trl_template
 
 pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
 
@@ -81,6 +83,26 @@ def test_lora_and_messages_and_then_its_adapter_elsewhere(workshop: Workshop) ->
     )
     error = elsewhere.ship(code=2).fields["error"]
     assert error["hint"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("architecture", "vocabulary", "template"),
+    [("phi3", "phi-3", None), ("llama", "llama-bpe", "llama3_2"), ("qwen2", "qwen2", None)],
+)
+def test_the_same_recipe_ships_other_families_with_their_real_vocabularies(
+    architecture: str, vocabulary: str, template: str | None, workshop: Workshop
+) -> None:
+    text = trl_template(template) if template else None
+    base = make_model(workshop.directory / "base", architecture, vocabulary, template=text)
+    workshop.recipe(base=str(base))
+    answer = workshop.ship()
+    assert list(answer.cached) == list(STAGES)
+    shipped = read_gguf(Path(answer.fields["gguf"]))
+    assert shipped.metadata["general.architecture"] == architecture
+    assert workshop.manifest()["facts"]["deploy"]["prompts_compared"] > 4
+    assert all(workshop.ship().cached[name] for name in PURE)
 
 
 def _train_of(text: str) -> dict[str, object]:
