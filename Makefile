@@ -14,6 +14,9 @@ WHEELS ?= $(FORGE_HOME)/wheels
 READY := .venv/.ready
 QUICK := not slow and not docker and not gpu and not ollama
 ALL := not gpu and not ollama
+# Two files of tests at a time, each with one thread: most of what they run cannot use two.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: documents setup ship test test-all lint bench clean
 .DELETE_ON_ERROR:
@@ -24,11 +27,11 @@ ship: $(READY)
 	$(BIN)/forge ship templates/recipes/quickstart.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "$(QUICK)"
+	$(PYTEST) -m "$(QUICK)"
 	@echo "not run here: tests marked slow, docker, gpu or ollama; make test-all runs the first two"
 
 test-all: lint
-	FORGE_NO_SKIPS=1 $(BIN)/python -m pytest -m "$(ALL)"
+	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(ALL)"
 
 lint: $(READY)
 	$(BIN)/ruff check
