@@ -26,6 +26,7 @@ CASES: Mapping[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["input_layernorm", "lm_head", "embed_tokens"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "head": {"target_modules": ["lm_head", "o_proj"]},
+    "dora": {"use_dora": True, "use_rslora": True},
 }
 
 
@@ -100,10 +101,12 @@ def problems_of(base: Path, adapter: Path) -> set[str]:
     return {str(problem) for problem in caught.value.problems}
 
 
-def test_dora_is_refused_by_name(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    adapter = make_adapter(bases["tied"], tmp_path / "a", use_dora=True, target_modules=["q_proj"])
-    assert problems_of(bases["tied"], adapter) == {
-        f"model.layers.{layer}.self_attn.q_proj: DoRA cannot be merged by forge yet" for layer in (0, 1)
+def test_dora_of_conv1d_is_refused_by_name(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    adapter = make_adapter(
+        bases["gpt2"], tmp_path / "a", use_dora=True, fan_in_fan_out=True, target_modules=["c_attn"]
+    )
+    assert problems_of(bases["gpt2"], adapter) == {
+        f"transformer.h.{layer}.attn.c_attn: DoRA is merged on linear layers alone" for layer in (0, 1)
     }
 
 

@@ -28,7 +28,8 @@ def _library() -> Any:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise MissingToolError(
-            f"llama-cpp-python has no {path.name}: {error}", hint="install it again: pip install llama-cpp-python"
+            f"llama-cpp-python has no {path.name}: {error}",
+            hint="install it again: pip install llama-cpp-python",
         ) from error
     floats = ctypes.POINTER(ctypes.c_float)
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
@@ -57,6 +58,7 @@ def quantize_rows(name: str, kind: str, values: Any) -> Any:
         raise StageError(f"{name}: {kind} gave {written:,} bytes instead of {made.nbytes:,}")
     if not library.ggml_validate_row_data(number, made.ctypes.data, made.nbytes):
         raise StageError(
-            f"{name} has values that {kind} cannot hold", hint="export it as bf16 or f32, or as a quantized type"
+            f"{name} has values that {kind} cannot hold",
+            hint="export it as bf16 or f32, or as a quantized type",
         )
     return made

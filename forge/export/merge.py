@@ -3,18 +3,20 @@
 The base is the unquantized one (pitfalls 2, 22): W + scale x B A in float32, kept in float32; what
 the adapter does not touch is copied in its own type. Checked against peft's own merge in the tests.
 
-Not covered, and refused: DoRA of an embedding or a Conv1D, embeddings with other rows than the base's, an embedding or `lm_head`
-of its own on a base that ties the two: training moved one alone, in one tensor both would move.
+Not covered, and refused: DoRA of an embedding or a Conv1D, embeddings with other rows than the base's,
+an embedding or `lm_head` of its own on a base that ties the two: training moved one alone, in one tensor
+both would move.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from forge.adapter.read import Adapter, LoraLayer, find_base_tensor
 from forge.errors import DataError, Problem
+from forge.export.nf4 import through_nf4
 from forge.export.tensors import LazyTensor, read_rows, stored
 from forge.model.checkpoint import Checkpoint
 from forge.model.safetensors_header import TensorSpec
@@ -23,18 +25,21 @@ _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embedd
 _TIED = "the base ties its output layer to the embedding, which would change with it"
 
 
-def merged_tensors(checkpoint: Checkpoint, adapter: Adapter | None) -> list[LazyTensor]:
+def merged_tensors(
+    checkpoint: Checkpoint, adapter: Adapter | None, *, nf4: Collection[str] = ()
+) -> list[LazyTensor]:
     """Every tensor of the base, those that the adapter touches merged on loading.
 
+    `nf4` names the base's tensors that go through NF4 and back first, as training had them.
     Raises `DataError` that lists every part of the adapter which has no place in the base.
     """
     if adapter is None:
-        return [stored(spec) for spec in checkpoint.tensors.values()]
+        return [_base(spec, nf4) for spec in checkpoint.tensors.values()]
     deltas, replaced = _match(checkpoint, adapter)
     tensors = []
     for name, spec in checkpoint.tensors.items():
         # peft saves an adapted embedding's own weight beside its factors: the delta goes onto that.
-        source = replaced.get(name, spec)
+        source = stored(replaced[name]) if name in replaced else _base(spec, nf4)
         if name in deltas:
             layer = deltas[name]
             merger = _merger(source, layer, transposed=_is_transposed(layer, adapter))
@@ -42,7 +47,7 @@ def merged_tensors(checkpoint: Checkpoint, adapter: Adapter | None) -> list[Lazy
         elif name in replaced:
             tensors.append(LazyTensor(name, "F32", spec.shape, _in_float32(source)))
         else:
-            tensors.append(stored(spec))
+            tensors.append(source)
     return tensors
 
 
@@ -102,11 +107,15 @@ def _delta_shape(layer: LoraLayer, adapter: Adapter) -> tuple[int, ...]:
     return (shape[1], shape[0]) if _is_transposed(layer, adapter) else shape
 
 
-def _merger(spec: TensorSpec, layer: LoraLayer, *, transposed: bool) -> Callable[[int, int], Any]:
+def _base(spec: TensorSpec, nf4: Collection[str]) -> LazyTensor:
+    return through_nf4(stored(spec)) if spec.name in nf4 else stored(spec)
+
+
+def _merger(base: LazyTensor, layer: LoraLayer, *, transposed: bool) -> Callable[[int, int], Any]:
     """Rows of W + scale x B A in float32; of the transposed product where the base stores W so."""
 
     def merge(start: int, stop: int) -> Any:
-        weight = read_rows(spec, start, stop).float()
+        weight = base.read(start, stop).float()
         if transposed:
             b, a = _whole(layer.b), _columns(layer.a, start, stop)
             delta = a.T @ b.T
@@ -131,5 +140,5 @@ def _columns(spec: TensorSpec, start: int, stop: int) -> Any:
     return _whole(spec)[:, start:stop]
 
 
-def _in_float32(spec: TensorSpec) -> Callable[[int, int], Any]:
-    return lambda start, stop: read_rows(spec, start, stop).float()
+def _in_float32(tensor: LazyTensor) -> Callable[[int, int], Any]:
+    return lambda start, stop: tensor.read(start, stop).float()

@@ -19,19 +19,23 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.adapter.read import read_adapter
+from forge.adapter.read import Adapter, read_adapter
+from forge.errors import DataError, Problem
 from forge.export import pretokenizer, proof
+from forge.export.adapter_only import why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.merge import merged_tensors
+from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, convert
-from forge.export.write import write_gguf
-from forge.model.checkpoint import open_checkpoint
+from forge.export.write import write_gguf, writing
+from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"
+ADAPTER_FILE = "adapter.gguf"
 MERGED_DIRECTORY = "merged"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
@@ -50,8 +54,9 @@ def export(
 
     `tokenizer` is the directory whose tokenizer was trained with, `chat_template` the pinned text
     that the GGUF is to carry, `data` a directory of prepared rows. `settings`: name, quant,
-    keep_merged, threads, end_of_turn_id; `plain` (optional) leaves every choice to the converter and
-    writes the bytes of the usual chain. Raises `DataError` for an adapter or base that cannot be
+    keep_merged, threads, end_of_turn_id; optional: mode (merged, adapter or auto), merge_base
+    (original or nf4), and `plain`, which leaves every choice to the converter and writes the bytes of
+    the usual chain. Raises `DataError` for an adapter or base that cannot be
     merged, `CheckError` when llama.cpp would read prompts differently, `StageError` otherwise.
     """
     import torch
@@ -63,15 +68,24 @@ def export(
     description = work / "description"
     description.mkdir(parents=True)
     describe(Path(base), Path(tokenizer), chat_template, description)
-    tensors = merged_tensors(open_checkpoint(Path(base)), read_adapter(Path(adapter)) if adapter else None)
+    checkpoint, found = open_checkpoint(Path(base)), read_adapter(Path(adapter)) if adapter else None
+    mode, reasons = _mode(settings.get("mode", "merged"), found, checkpoint)
+    # Matched against the base in either mode: an adapter that fits nothing is told here.
+    nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
+    merged = merged_tensors(checkpoint, found, nf4=nf4)
+    tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
     converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
     written = _write(converted, work, description, tensors, settings)
+    if mode == "adapter" and found:
+        written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
     header = read_gguf(work / GGUF_FILE)
-    if settings["keep_merged"]:
-        (work / MERGED_DIRECTORY).rename(target / MERGED_DIRECTORY)
-    (work / GGUF_FILE).rename(target / GGUF_FILE)
+    for made in (ADAPTER_FILE, MERGED_DIRECTORY, GGUF_FILE):
+        if (work / made).exists():
+            (work / made).rename(target / made)
     shutil.rmtree(work)
     return _facts(target, header, converted, settings["quant"]) | {
+        "mode": mode,
+        "merged_because": list(reasons),
         "bytes_written": written,
         "ids_compared": compared.texts,
         "ids_limits": list(compared.limits),
@@ -79,6 +93,23 @@ def export(
         "peak_rss_bytes": _peak_memory(),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _mode(asked: str, adapter: Adapter | None, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
+    """merged or adapter, and why it is merged where it was to be an adapter (N4, pitfall 52)."""
+    if asked == "merged" or (adapter is None and asked == "auto"):
+        return "merged", ()
+    if adapter is None:
+        raise DataError("there is no adapter to export as a file of its own", hint="use mode merged")
+    reasons = why_merged(adapter, checkpoint)
+    if reasons and asked == "adapter":
+        problems = [Problem(reason) for reason in reasons]
+        raise DataError(
+            "this adapter has no GGUF form of its own", hint="use mode merged, or auto", problems=problems
+        )
+    if reasons:
+        report.info(f"merged, since {'; '.join(reasons)}")
+    return ("merged" if reasons else "adapter"), reasons
 
 
 def _lay_out(
@@ -111,10 +142,14 @@ def _lay_out(
     )
     report.advance("convert", 1, 1)
     sparse = work / "header.gguf"
-    write_sparse(converted, sparse)
-    report.detail(f"comparing token ids of {len(tried)} texts")
-    end_of_turn = None if plain else choices.end_of_turn
-    compared = proof.compare_ids(description, sparse, tried, end_of_turn=end_of_turn)
+    with writing(work):
+        write_sparse(converted, sparse)
+    if plain:
+        report.warning("plain: the vocabulary is the converter's own, its token ids were not compared")
+        compared = proof.Compared(0, ())
+    else:
+        report.detail(f"comparing token ids of {len(tried)} texts")
+        compared = proof.compare_ids(description, sparse, tried, end_of_turn=choices.end_of_turn)
     refuse_unloadable(sparse)
     return converted, compared
 
@@ -144,10 +179,11 @@ def _write(
     sparse.unlink()
     if settings["keep_merged"]:
         merged = work / MERGED_DIRECTORY
-        shutil.copytree(description, merged)
-        write_safetensors(
-            merged / "model.safetensors", tensors, lambda done, total: report.advance("merge", done, total)
-        )
+        with writing(work):
+            shutil.copytree(description, merged)
+            write_safetensors(
+                merged / "model.safetensors", tensors, lambda done, all: report.advance("merge", done, all)
+            )
         written += sum(path.stat().st_size for path in merged.iterdir())
     return written + write_gguf(
         converted,

@@ -18,7 +18,7 @@ from forge.errors import StageError
 from forge.export.upstream import Converted, extents, write_header
 
 UNQUANTIZED = ("f16", "bf16", "f32")
-# [   1/ 219] token_embd.weight - [ 1536, 32000,     1,     1], type =    f16, size = 93.75 MiB -> 26.37 MiB (q6_K)
+# [   1/ 219] output.weight - [ 1536, 32000,  1,  1], type =  f16, size = 93.75 MiB -> 26.37 MiB (q6_K)
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = *(\S+), size = (?:.*->.*\((\S+)\))?")
 # What a type becomes where its rows do not divide into blocks, by llama.cpp's own rule.
 _BLOCKS = {"Q4_0": 32, "Q5_0": 32, "Q8_0": 32}
@@ -126,5 +126,7 @@ def fallbacks(types: Mapping[str, str], converted: Converted, quant: str) -> dic
     return {
         name: kind
         for name, kind in types.items()
-        if kind != "F32" and converted.tensors[name].shape[-1] % block and len(converted.tensors[name].shape) > 1
+        if kind != "F32"
+        and converted.tensors[name].shape[-1] % block
+        and len(converted.tensors[name].shape) > 1
     }

@@ -115,17 +115,23 @@ def convert(
     conversion = load(tree)
     if choices is not None:
         _decide_vocabulary(choices)
-    conversion.base.gguf.quants.quantize = Pending
+    quants = conversion.base.gguf.quants
+    quantize, quants.quantize = quants.quantize, Pending
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
     try:
         with torch.inference_mode():
             model = _streamed(conversion, description, tensors)(
-                description, conversion.base.gguf.LlamaFileType[kinds[outtype]], Path("unused"), model_name=name
+                description,
+                conversion.base.gguf.LlamaFileType[kinds[outtype]],
+                Path("unused"),
+                model_name=name,
             )
             model.prepare_tensors()
             model.prepare_metadata(vocab_only=False)
     except _REFUSALS as refusal:
         raise refused(refusal) from refusal
+    finally:
+        quants.quantize = quantize
     infos = model.gguf_writer.tensors[0]
     return Converted(model.gguf_writer, {name: info.dtype.name for name, info in infos.items()})
 
@@ -156,14 +162,11 @@ def _streamed(conversion: Any, description: Path, tensors: Sequence[LazyTensor])
     hparams = base.ModelBase.load_hparams(description, False)
     kind = conversion.get_model_class(base.get_model_architecture(hparams, base.ModelType.TEXT))
 
-    class Streamed(kind):  # type: ignore[misc]
-        model_arch = kind.model_arch
+    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+        lazy = ((tensor.name, partial(_lazy, base.LazyTorchTensor, tensor)) for tensor in tensors)
+        return dict(kept for item in lazy if (kept := self.filter_tensors(item)))
 
-        def index_tensors(self, remote_hf_model_id: str | None = None) -> dict[str, Any]:
-            lazy = ((tensor.name, partial(_lazy, base.LazyTorchTensor, tensor)) for tensor in tensors)
-            return dict(kept for item in lazy if (kept := self.filter_tensors(item)))
-
-    return Streamed
+    return type(kind.__name__, (kind,), {"index_tensors": index_tensors, "model_arch": kind.model_arch})
 
 
 def _lazy(kind: Any, tensor: LazyTensor) -> Any:
@@ -211,7 +214,7 @@ def _decide_vocabulary(choices: Choices) -> None:
         add(self, writer, quiet)
 
     TextModel.get_vocab_base_pre = get_vocab_base_pre
-    SpecialVocab.add_to_gguf = add_to_gguf  # type: ignore[method-assign]
+    SpecialVocab.add_to_gguf = add_to_gguf
 
 
 def write_header(
@@ -241,7 +244,8 @@ def write_header(
         writer.tensors, writer.kv_data = kept
         if writer.fout:
             writer.close()
-    return -(-at // writer.data_alignment) * writer.data_alignment
+    alignment: int = writer.data_alignment
+    return -(-at // alignment) * alignment
 
 
 def extents(types: Mapping[str, str], converted: Converted) -> Iterator[tuple[str, int]]:

@@ -7,6 +7,7 @@ around is in memory whole, twice at most: as it came and as it was turned.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections import deque
@@ -40,8 +41,8 @@ def write_gguf(
     """
     sizes = dict(extents(types, converted))
     total = sum(sizes.values())
-    try:
-        _check_space(path, total)
+    with writing(path.parent):
+        check_space(path.parent, total)
         start = write_header(converted, path, metadata, types)
         with path.open("r+b") as stream:
             stream.seek(0, os.SEEK_END)
@@ -56,19 +57,27 @@ def write_gguf(
             end = stream.tell()
             stream.flush()
             os.fsync(stream.fileno())
-    except OSError as error:
-        raise StageError(
-            f"{path.parent}: the GGUF cannot be written: {error.strerror or error}",
-            hint=f"it needs {total / 1e9:.1f} GB",
-        ) from error
     return end
 
 
-def _check_space(path: Path, total: int) -> None:
-    free = shutil.disk_usage(path.parent).free
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Tell a full disk, or one that cannot be written, as `StageError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StageError(
+            f"{directory}: cannot be written: {error.strerror or error}",
+            hint="`forge plan` tells how much room an export needs",
+        ) from error
+
+
+def check_space(directory: Path, total: int) -> None:
+    """Raise `StageError` when fewer than `total` bytes are free where the file is to be."""
+    free = shutil.disk_usage(directory).free
     if free < total:
         raise StageError(
-            f"{path.parent}: the GGUF needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            f"{directory}: the GGUF needs {total / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
             hint="free some space, or choose a smaller type",
         )
 
@@ -84,14 +93,17 @@ def _in_order(jobs: Iterator[_Job], threads: int) -> Iterator[tuple[str, Any, bo
             for name, job, last in jobs:
                 ahead.append((name, pool.submit(job), last))
                 if len(ahead) > threads + 1:
-                    name, future, last = ahead.popleft()
-                    yield name, future.result(), last
+                    yield _finished(ahead)
             while ahead:
-                name, future, last = ahead.popleft()
-                yield name, future.result(), last
+                yield _finished(ahead)
         finally:
             for _, future, _ in ahead:
                 future.cancel()
+
+
+def _finished(ahead: deque[tuple[str, Future[Any], bool]]) -> tuple[str, Any, bool]:
+    name, future, last = ahead.popleft()
+    return name, future.result(), last
 
 
 def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
@@ -100,6 +112,11 @@ def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
         info = converted.tensors[name]
         data, info.tensor = info.tensor, None  # so that a tensor's memory ends with its last slab
         stored = converted.types[name]
+        if chunks := getattr(data, "_chunks", None):  # a table that the converter itself takes in parts
+            for number, chunk in enumerate(chunks, 1):
+                read = partial(_read_chunk, chunk, info.shape[-1])
+                yield name, partial(_slab, name, read, stored, kind, 0, 0), number == len(chunks)
+            continue
         if not isinstance(data, Pending) or stored not in _PLAIN:
             yield name, partial(_as_made, name, data, stored, kind), True
             continue
@@ -124,6 +141,10 @@ def _reader(data: Pending) -> Callable[[int, int], Any]:
     whole = _evaluated(data.data)
     flat = whole.reshape(-1, data.shape[-1] if data.shape else 1)
     return lambda start, stop: np.ascontiguousarray(flat[start:stop])
+
+
+def _read_chunk(chunk: Callable[[], Any], width: int, start: int, stop: int) -> Any:
+    return chunk().reshape(-1, width)
 
 
 def _read_source(source: LazyTensor, start: int, stop: int) -> Any:
