@@ -3,6 +3,9 @@
 An adapter learns to make up for what NF4 lost; merged into this base it meets the weights that it was
 trained beside. The same layers, blocks and double quantization as `train.model.load_base`.
 
+The values that are quantized are the checkpoint's; where training rounded a float32 checkpoint to
+bfloat16 first, its NF4 may differ in single values.
+
 Not covered: Conv1D (GPT-2), which bitsandbytes transposes first; other block sizes than its 64.
 """
 
@@ -85,11 +88,9 @@ _LAST = _Last()
 
 
 def _round_trip(tensor: LazyTensor) -> Any:
-    import torch
     from bitsandbytes import functional
 
     packed, state = functional.quantize_4bit(
-        tensor.load().to(torch.bfloat16), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
+        tensor.load().float(), blocksize=_BLOCK, compress_statistics=True, quant_type="nf4"
     )
-    state.dtype = torch.float32
     return functional.dequantize_4bit(packed, state).reshape(tensor.rows, tensor.width)

@@ -90,7 +90,10 @@ def read_rows(spec: TensorSpec, start: int, stop: int) -> Any:
         raise DataError(f"{spec.file.name}: {spec.name} ends before its last value: was the file changed?")
     values = torch.from_numpy(raw).view(_torch_type(spec.dtype)).reshape(stop - start, width)
     if values.is_floating_point() and values.element_size() > 1 and not torch.isfinite(values).all():
-        raise DataError(f"{spec.file.name}: {spec.name} has values that are not finite")
+        raise DataError(
+            f"{spec.file.name}: {spec.name} has values that are not finite",
+            hint="these weights are broken: fetch them again, or train again with a smaller learning rate",
+        )
     return values
 
 
