@@ -22,6 +22,17 @@ from tests.vocabularies import write_tokenizer
 # peft (github.com/huggingface/peft) asks transformers for a name that it deprecates.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2": "gpt-2"}
+KINDS = {
+    "llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2", "mistral": "Mistral",
+    "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+}  # fmt: skip
+_OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "phi3": {"original_max_position_embeddings": 512, "sliding_window": None},
+    "qwen3": {"head_dim": 64}, "gemma2": {"head_dim": 64}, "gemma3_text": {"head_dim": 64},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
+}  # fmt: skip
 ROWS = {
     "There is bacon.": "Bacon, there is.",
     "A cat sees a dog.": "A dog, a cat sees.",
@@ -42,47 +53,46 @@ def make_model(
     shards: int = 1,
     seed: int = 0,
     template: str | None = None,
+    dtype: str = "bf16",
     **changes: Any,
 ) -> Path:
-    """Write a model of `architecture` (llama, qwen2, phi3, gpt2) in bfloat16; returns `directory`.
+    """Write a model of `architecture` (a key of `KINDS`) in bfloat16; returns `directory`.
 
-    `changes` are fields of its configuration; `tie_word_embeddings` is true unless changed, as in
-    the small models of these families (Phi-3 excepted).
+    `dtype` may be f16 or f32 too. `changes` are fields of its configuration; `tie_word_embeddings` is true
+    unless changed, as in the small models of these families (Phi-3 excepted).
     """
     rows = write_tokenizer(directory, vocabulary or VOCABULARIES[architecture], template=template)
-    model = _model(architecture, -(-rows // 32) * 32, seed, changes)
-    size = sum(parameter.numel() * 2 for parameter in model.parameters())
+    model = _model(architecture, -(-rows // 32) * 32, seed, changes, dtype)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     model.save_pretrained(directory, max_shard_size=size // shards + 1024 if shards > 1 else "10GB")
     for path in directory.glob("*.safetensors"):
         path.chmod(0o644)
     return directory
 
 
-def _model(architecture: str, rows: int, seed: int, changes: Mapping[str, Any]) -> Any:
+def _model(architecture: str, rows: int, seed: int, changes: Mapping[str, Any], dtype: str) -> Any:
     import torch
     import transformers
 
-    kinds = {"llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2"}
     fields: dict[str, Any] = {
         **SIZES, "vocab_size": rows, "tie_word_embeddings": architecture != "phi3", "pad_token_id": None,
-        "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.08, **changes,
+        "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.08,
+        **_OWN_FIELDS.get(architecture, {}), **changes,
     }  # fmt: skip
-    if architecture == "phi3":
-        fields |= {"original_max_position_embeddings": 512, "sliding_window": None}
     if architecture == "gpt2":
         names = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
         names |= {"max_position_embeddings": "n_positions"}
         fields = {names.get(name, name): value for name, value in fields.items()}
         fields.pop("num_key_value_heads")
         fields["n_inner"] = fields.pop("intermediate_size")
-    configuration = getattr(transformers, f"{kinds[architecture]}Config")(**fields)
+    configuration = getattr(transformers, f"{KINDS[architecture]}Config")(**fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(configuration)
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases, which start as ones and zeros
                 parameter.data += torch.randn_like(parameter) * 0.1
-    return model.to(torch.bfloat16)
+    return model.to({"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[dtype])
 
 
 def make_adapter(base: Path, directory: Path, *, seed: int = 1, **options: Any) -> Path:

@@ -14,10 +14,11 @@ import pytest
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, StageError
 from forge.export import pretokenizer, proof
-from forge.export.convert import Choices, Converter
+from forge.export.upstream import Choices
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from tests.vocabularies import converters, home_made_tokenizer, write_tokenizer
+from tests.vocabulary_gguf import vocabulary_gguf
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
 
@@ -55,8 +56,8 @@ def convert(directory: Path, name: str = "yoda", **changes: Any) -> Path:
         "adds_bos": bool(bos and start.startswith(bos)),
         "space_prefix": pretokenizer.space_prefix(directory),
     }
-    converter = Converter(converters(), Choices(**{**decided, **changes}), name)
-    return converter.run(directory, directory / "vocabulary.gguf", "--vocab-only")
+    choices = Choices(**{**decided, **changes})
+    return vocabulary_gguf(converters(), directory, directory / "vocabulary.gguf", choices, name)
 
 
 def compare(
@@ -177,8 +178,7 @@ def test_own_conversations_are_compared_too(tmp_path: Path) -> None:
 def test_a_template_that_refuses_everything_proves_nothing(tmp_path: Path) -> None:
     directory = directory_of(tmp_path / "base", "home-made")
     (directory / "chat_template.jinja").write_text("{{ raise_exception('no') }}", encoding="utf-8")
-    converter = Converter(converters(), Choices("qwen2"), "yoda")
-    file = converter.run(directory, directory / "vocabulary.gguf", "--vocab-only")
+    file = vocabulary_gguf(converters(), directory, directory / "vocabulary.gguf", Choices("qwen2"), "yoda")
     with pytest.raises(CheckError, match="refuses all that were tried"):
         compare(directory, file)
 

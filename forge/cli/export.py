@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -15,17 +16,32 @@ from forge.errors import RecipeError
 @click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter to merge.")
 @click.option("--quant", default="q4_k_m", show_default=True, help="Type of the weights.")
+@click.option(
+    "--mode",
+    type=click.Choice(["merged", "adapter", "auto"]),
+    default="merged",
+    show_default=True,
+    help="One model; the base and the adapter as two files; or the second where it can be.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="The GGUF file to write.")
-@click.option("--threads", type=click.IntRange(1), help="Threads for quantizing; all cores unless told.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; all cores unless told.")
+@click.option(
+    "--merge-base",
+    type=click.Choice(["original", "nf4"]),
+    default="original",
+    show_default=True,
+    help="What the adapter is merged into; nf4: the base as QLoRA rounded it.",
+)
+@click.option("--keep-merged", is_flag=True, help="Write the merged checkpoint too, beside the file.")
+@click.option("--plain", is_flag=True, help="Write the bytes of llama.cpp's own chain; ids are not compared.")
 @common
 def command(
     recipe: Path | None,
     overrides: tuple[str, ...],
     base: str | None,
     adapter: Path | None,
-    quant: str,
     out: Path | None,
-    threads: int | None,
+    **options: Any,
 ) -> None:
     """Make the GGUF of RECIPE, or of --base (and --adapter) at --out."""
     if recipe is not None:
@@ -35,6 +51,6 @@ def command(
         return
     if not (base and out):
         raise RecipeError("give a RECIPE, or both --base and --out", hint="see: forge export --help")
-    from forge.stages.alone import export
+    from forge.stages.export_file import export
 
-    report.result(export(base, adapter, out, quant, threads))
+    report.result(export(base, adapter, out, **options))

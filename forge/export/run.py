@@ -1,38 +1,43 @@
-"""Export: base and adapter become one quantized GGUF, in three inner steps. Runs in a worker.
+"""Export: base and adapter become one GGUF in one pass. Runs in a worker.
 
-First the vocabulary alone is converted and its ids are compared (a wrong pre-tokenizer is found
-before anything large is written), then merge, convert to F16, quantize. Everything is written
-under `out/work`, and only the finished, read-back file moves to `out`.
+llama.cpp's converter lays out the model without reading a weight. On that header, a sparse file, the
+token ids are compared, llama.cpp loads it and says which type each tensor gets; only then are the
+weights read, merged, quantized and written, straight into the file. Everything is written under
+`out/work`, and only the finished, read-back file moves to `out`.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import resource
 import shutil
+import sys
 import time
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.adapter.read import read_adapter
-from forge.adapter.tokenizer import copy_tokenizer
-from forge.chat.template import ChatTemplate, Message
+from forge.adapter.read import Adapter, read_adapter
+from forge.errors import DataError, Problem
 from forge.export import pretokenizer, proof
-from forge.export.convert import Choices, Converter
+from forge.export.adapter_only import why_merged, write_adapter
+from forge.export.describe import describe, own_conversations, template_in
 from forge.export.merge import merged_tensors
-from forge.export.quantize import fallbacks, quantize, refuse_unloadable
-from forge.export.tensors import write_safetensors
-from forge.model.checkpoint import open_checkpoint
+from forge.export.nf4 import quantized_in_training
+from forge.export.tensors import LazyTensor, write_safetensors
+from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
+from forge.export.upstream import Choices, Converted, convert
+from forge.export.write import write_gguf, writing
+from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"
+ADAPTER_FILE = "adapter.gguf"
 MERGED_DIRECTORY = "merged"
-_UNQUANTIZED = ("f16", "bf16", "f32")
-_OWN_ROWS = 100
+_WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
 def export(
@@ -49,112 +54,172 @@ def export(
 
     `tokenizer` is the directory whose tokenizer was trained with, `chat_template` the pinned text
     that the GGUF is to carry, `data` a directory of prepared rows. `settings`: name, quant,
-    keep_merged, threads, end_of_turn_id. Raises `DataError` for an adapter or base that cannot be
+    keep_merged, threads, end_of_turn_id; optional: mode (merged, adapter or auto), merge_base
+    (original or nf4), and `plain`, which leaves every choice to the converter and writes the bytes of
+    the usual chain. Raises `DataError` for an adapter or base that cannot be
     merged, `CheckError` when llama.cpp would read prompts differently, `StageError` otherwise.
     """
+    import torch
+
+    torch.set_num_threads(1)  # the slabs are what runs side by side
     started = time.monotonic()
     target, work = Path(out), Path(out) / "work"
     shutil.rmtree(work, ignore_errors=True)
-    merged = work / MERGED_DIRECTORY
-    merged.mkdir(parents=True)
-    _write_description(Path(base), Path(tokenizer), chat_template, merged)
-    checkpoint = open_checkpoint(Path(base))
-    tensors = merged_tensors(checkpoint, read_adapter(Path(adapter)) if adapter else None)
-    convert, compared = _prove_vocabulary(merged, work, data, Path(converters), settings)
-    write_safetensors(
-        merged / "model.safetensors", tensors, lambda done, total: report.advance("merge", done, total)
-    )
-    header = _write_gguf(convert, merged, work, target, settings)
-    return _facts(target, header, settings["quant"]) | {
+    description = work / "description"
+    description.mkdir(parents=True)
+    describe(Path(base), Path(tokenizer), chat_template, description)
+    checkpoint, found = open_checkpoint(Path(base)), read_adapter(Path(adapter)) if adapter else None
+    mode, reasons = _mode(settings.get("mode", "merged"), found, checkpoint)
+    # Matched against the base in either mode: an adapter that fits nothing is told here.
+    nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
+    merged = merged_tensors(checkpoint, found, nf4=nf4)
+    tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
+    converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
+    written = _write(converted, work, description, tensors, settings)
+    if mode == "adapter" and found:
+        written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
+    header = read_gguf(work / GGUF_FILE)
+    for made in (ADAPTER_FILE, MERGED_DIRECTORY, GGUF_FILE):
+        if (work / made).exists():
+            (work / made).rename(target / made)
+    shutil.rmtree(work)
+    return _facts(target, header, converted, settings["quant"]) | {
+        "mode": mode,
+        "merged_because": list(reasons),
+        "bytes_written": written,
         "ids_compared": compared.texts,
         "ids_limits": list(compared.limits),
         "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
-        "seconds": round(time.monotonic() - started, 1),
+        "peak_rss_bytes": _peak_memory(),
+        "seconds": round(time.monotonic() - started, 2),
     }
 
 
-def _write_gguf(
-    convert: Converter, merged: Path, work: Path, target: Path, settings: Mapping[str, Any]
-) -> GgufHeader:
-    """Convert and quantize; the finished file alone goes to `target`, and the merged one if wanted."""
-    quant = settings["quant"]
-    plain = convert.run(merged, work / "plain.gguf", "--outtype", quant if quant in _UNQUANTIZED else "f16")
-    refuse_unloadable(plain)
-    finished = work / "finished.gguf"
-    if quant in _UNQUANTIZED:
-        plain.rename(finished)
-        header = read_gguf(finished)
-    else:
-        if not settings["keep_merged"]:
-            shutil.rmtree(merged)
-        header = quantize(plain, finished, quant, settings["threads"] or os.cpu_count() or 1)
-    if settings["keep_merged"]:
-        merged.rename(target / MERGED_DIRECTORY)
-    finished.rename(target / GGUF_FILE)
-    shutil.rmtree(work)
-    return header
+def _mode(asked: str, adapter: Adapter | None, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
+    """merged or adapter, and why it is merged where it was to be an adapter (N4, pitfall 52)."""
+    if asked == "merged" or (adapter is None and asked == "auto"):
+        return "merged", ()
+    if adapter is None:
+        raise DataError("there is no adapter to export as a file of its own", hint="use mode merged")
+    reasons = why_merged(adapter, checkpoint)
+    if reasons and asked == "adapter":
+        problems = [Problem(reason) for reason in reasons]
+        raise DataError(
+            "this adapter has no GGUF form of its own", hint="use mode merged, or auto", problems=problems
+        )
+    if reasons:
+        report.info(f"merged, since {'; '.join(reasons)}")
+    return ("merged" if reasons else "adapter"), reasons
 
 
-def _write_description(base: Path, tokenizer: Path, chat_template: str | None, merged: Path) -> None:
-    """Everything of a checkpoint but its weights."""
-    described = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if "n_positions" in described:
-        # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
-        described.setdefault("n_ctx", described["n_positions"])
-    (merged / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(base, merged)
-    if tokenizer != base:
-        copy_tokenizer(tokenizer, merged)
-    if chat_template is not None:
-        # One template alone, and the pinned one: an older file beside it might be preferred.
-        (merged / "chat_template.json").unlink(missing_ok=True)
-        (merged / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        configuration = merged / "tokenizer_config.json"
-        fields = json.loads(configuration.read_text(encoding="utf-8"))
-        if fields.pop("chat_template", None) is not None:
-            configuration.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
-def _prove_vocabulary(
-    merged: Path, work: Path, data: str | None, converters: Path, settings: Mapping[str, Any]
-) -> tuple[Converter, proof.Compared]:
-    """The converter to use, once the vocabulary that it writes is proved."""
-    files = read_tokenizer(merged)
-    template = None
-    if files.chat_template is not None:
-        tokens = {f"{name}_token": token for name, token in files.tokens.items()}
-        template = ChatTemplate(files.chat_template, tokens)
-    tried = proof.cases(template, proof.test_strings(), _own_conversations(data))
-    bos = files.tokens.get("bos")
+def _lay_out(
+    description: Path,
+    work: Path,
+    tensors: Sequence[LazyTensor],
+    data: str | None,
+    converters: Path,
+    settings: Mapping[str, Any],
+) -> tuple[Converted, proof.Compared]:
+    """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it."""
+    template = template_in(description)
+    tried = proof.cases(template, proof.test_strings(), own_conversations(data))
+    bos = read_tokenizer(description).tokens.get("bos")
     choices = Choices(
-        pre_tokenizer=pretokenizer.decide(merged),
+        pre_tokenizer=pretokenizer.decide(description),
         adds_bos=None if template is None else bool(bos and tried and tried[0].text.startswith(bos)),
-        space_prefix=pretokenizer.space_prefix(merged),
+        space_prefix=pretokenizer.space_prefix(description),
         end_of_turn=settings.get("end_of_turn_id"),
     )
-    convert = Converter(converters, choices, pretokenizer.model_name(merged, settings["name"]))
-    vocabulary = convert.run(merged, work / "vocabulary.gguf", "--vocab-only")
-    report.detail(f"comparing token ids of {len(tried)} texts")
-    return convert, proof.compare_ids(merged, vocabulary, tried, end_of_turn=choices.end_of_turn)
+    plain = settings.get("plain", False)
+    report.advance("convert", 0, 1)
+    converted = convert(
+        converters,
+        description,
+        tensors,
+        outtype=_outtype(tensors, settings["quant"]),
+        name=settings["name"] if plain else pretokenizer.model_name(description, settings["name"]),
+        choices=None if plain else choices,
+    )
+    report.advance("convert", 1, 1)
+    sparse = work / "header.gguf"
+    with writing(work):
+        write_sparse(converted, sparse)
+    if plain:
+        report.warning("plain: the vocabulary is the converter's own, its token ids were not compared")
+        compared = proof.Compared(0, ())
+    else:
+        report.detail(f"comparing token ids of {len(tried)} texts")
+        compared = proof.compare_ids(description, sparse, tried, end_of_turn=choices.end_of_turn)
+    refuse_unloadable(sparse)
+    return converted, compared
 
 
-def _own_conversations(data: str | None) -> list[list[Message]]:
-    found: list[list[Message]] = []
-    for path in sorted(Path(data).glob("*.jsonl")) if data else ():
-        with path.open(encoding="utf-8") as stream:
-            found += [json.loads(line)["messages"] for line in islice(stream, _OWN_ROWS)]
+def _outtype(tensors: Sequence[LazyTensor], quant: str) -> str:
+    """What the converter is asked for: the file's own type, else the type of the checkpoint's weights.
+
+    Quantizing starts from the values as they are: float32 where anything is merged or types differ.
+    """
+    if quant in UNQUANTIZED:
+        return quant
+    found = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
+    return _WHOLE.get(found.pop(), "f32") if len(found) == 1 else "f32"
+
+
+def _write(
+    converted: Converted,
+    work: Path,
+    description: Path,
+    tensors: Sequence[LazyTensor],
+    settings: Mapping[str, Any],
+) -> int:
+    """The merged checkpoint if it is wanted, then the GGUF; returns the bytes of all that was written."""
+    quant, sparse = settings["quant"], work / "header.gguf"
+    types = decide(converted, sparse, quant)
+    written = sparse.stat().st_blocks * 512
+    sparse.unlink()
+    if settings["keep_merged"]:
+        merged = work / MERGED_DIRECTORY
+        with writing(work):
+            shutil.copytree(description, merged)
+            write_safetensors(
+                merged / "model.safetensors", tensors, lambda done, all: report.advance("merge", done, all)
+            )
+        written += sum(path.stat().st_size for path in merged.iterdir())
+    return written + write_gguf(
+        converted,
+        work / GGUF_FILE,
+        _metadata(converted, quant),
+        types,
+        settings["threads"] or os.cpu_count() or 1,
+        lambda done, total: report.advance("export", done, total),
+    )
+
+
+def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
+    """As llama_model_quantize leaves it: the same values, with those of the new type at the end."""
+    found = dict(converted.metadata)
+    if quant not in UNQUANTIZED:
+        version, kind = found.pop("general.quantization_version"), found.pop("general.file_type")
+        kind.value = file_type(quant)
+        found |= {"general.quantization_version": version, "general.file_type": kind}
     return found
 
 
-def _facts(target: Path, header: GgufHeader, quant: str) -> dict[str, Any]:
+def _peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _facts(target: Path, header: GgufHeader, converted: Converted, quant: str) -> dict[str, Any]:
     size = (target / GGUF_FILE).stat().st_size
-    fell_back = fallbacks(header, quant)
+    fell_back = fallbacks({name: tensor.type for name, tensor in header.tensors.items()}, converted, quant)
     if fell_back:
         report.warning(
             f"{len(fell_back)} of {len(header.tensors)} tensors have rows that {quant} cannot hold "
             f"and got another type: {', '.join(sorted(set(fell_back.values())))}"
         )
-    weights = sum(_numel(tensor.shape) for tensor in header.tensors.values())
+    weights = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
     return {
         "architecture": header.architecture,
         "quant": quant,
@@ -163,10 +228,3 @@ def _facts(target: Path, header: GgufHeader, quant: str) -> dict[str, Any]:
         "fallbacks": fell_back,
         "bits_per_weight": round(8 * size / weights, 2),
     }
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product

@@ -212,21 +212,16 @@ def inference(
     )
 
 
-def export_disk(parameters: int, quant: str, *, merged_bytes: int = 4) -> Estimate:
-    """Bytes on the disk while merge, convert and quantize each keep their output."""
-    return Estimate(
-        {
-            "merged checkpoint": parameters * merged_bytes,
-            "f16 GGUF": parameters * 2,
-            "quantized GGUF": gguf_bytes(parameters, quant),
-        }
-    )
+def export_disk(parameters: int, quant: str, *, keep_merged: bool = False) -> Estimate:
+    """Bytes on the disk: the GGUF is written in one pass; the merged checkpoint only if it is kept."""
+    kept = {"merged checkpoint": parameters * 4} if keep_merged else {}
+    return Estimate({"GGUF": gguf_bytes(parameters, quant), **kept})
 
 
 def export_memory(tensors: Mapping[str, TensorSpec]) -> Estimate:
-    """Main memory of the export: the largest tensor in fp32, its delta and its result, and start-up."""
+    """Main memory of the export: the largest tensor in fp32 as it came and as it was turned, and start-up."""
     largest = max((tensor.numel * 4 for tensor in tensors.values()), default=0)
-    return Estimate({"largest tensor": 3 * largest, "libraries": EXPORT_START_BYTES})
+    return Estimate({"largest tensor": 2 * largest, "libraries": EXPORT_START_BYTES})
 
 
 def stored_bytes(parameters: int, dtype: str) -> int:

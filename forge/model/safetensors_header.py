@@ -100,7 +100,7 @@ def _check_start(path: Path, start: bytes, size: int) -> None:
     (length,) = struct.unpack("<Q", start[:8])
     if length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
         kind = "a PyTorch pickle" if start.startswith(b"PK") else "something else"
-        raise TensorFileError(path, f"not a safetensors file: it starts like {kind}")
+        raise TensorFileError(path, f"not a safetensors file: it starts like {kind}", hint=_FETCH_AGAIN)
 
 
 _FETCH_AGAIN = "copy or download this file again"

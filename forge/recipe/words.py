@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -145,9 +145,11 @@ Quant = Annotated[
         "q5_k_m",
         "q6_k",
         "q8_0",
+        "iq4_xs",
         "f16",
         "bf16",
         "f32",
     ],
     BeforeValidator(_lower),
 ]
+QUANTS: tuple[str, ...] = get_args(get_args(Quant)[0])

@@ -1,10 +1,8 @@
-"""What can be done with a model without a ship: validate, export, serve, chat, smoke, generate."""
+"""What can be done with a model without a ship: validate, serve, chat, smoke, generate."""
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,15 +13,12 @@ from forge import report, worker
 from forge.errors import CheckError, DataError, InterruptedByUserError, RecipeError
 from forge.model.base import resolve
 from forge.model.gguf_header import read_gguf
-from forge.model.tokenizer_files import read_tokenizer
 from forge.serve.client import find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 from forge.stages.drive import find_gguf, find_run
 from forge.stages.record import read_manifest
-from forge.store.artifacts import open_store
-from forge.tools.llama_cpp import find_converters
 
 _DEFAULT_CONTEXT = 4096
 
@@ -44,30 +39,6 @@ def validate(base: str, adapter: Path) -> dict[str, Any]:
     if not facts["pure"]:
         report.info("not pure: " + "; ".join(facts["impurities"]))
     return {key: facts[key] for key in ("ok", "status", "layers", "pure", "scale", "exports", "problems")}
-
-
-def export(base: str, adapter: Path | None, out: Path, quant: str, threads: int | None) -> dict[str, Any]:
-    """`forge export --base --adapter --out`; the file appears whole or not at all."""
-    directory = _directory(base)
-    own = adapter is not None and (adapter / "tokenizer.json").is_file()
-    tokenizer = adapter if adapter is not None and own else directory
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-        arguments = {
-            "base": str(directory),
-            "adapter": str(adapter.absolute()) if adapter else None,
-            "tokenizer": str(tokenizer),
-            "chat_template": read_tokenizer(tokenizer).chat_template,
-            "data": None,
-            "out": scratch,
-            "converters": str(find_converters(open_store(read_only=True).root)),
-            "settings": {"name": out.stem, "quant": quant.lower(), "keep_merged": False, "threads": threads},
-        }
-        facts = worker.call("export", arguments)
-        shutil.move(Path(scratch) / "model.gguf", out)
-    report.success(f"wrote {out}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds']} s")
-    return {"gguf": str(out), **facts}
 
 
 def settings(

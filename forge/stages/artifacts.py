@@ -84,10 +84,10 @@ class DataStage(ShipStage):
 
 
 class ExportStage(ShipStage):
-    """One quantized GGUF: merge, convert, quantize, with the token ids proved before."""
+    """One GGUF in one pass, with the token ids proved before."""
 
     name = "export"
-    version = 1
+    version = 2
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
@@ -103,6 +103,7 @@ class ExportStage(ShipStage):
             "base.tokenizer": self.ship.tokenizer_digest,
             "export.mode": export.mode,
             "export.quant": export.quant,
+            "export.merge_base": export.merge_base,
             "export.keep_merged": export.keep_merged,
             "chat template": hashlib.sha256(template.encode()).hexdigest(),
         }
@@ -114,9 +115,11 @@ class ExportStage(ShipStage):
         return {name: installed(name) for name in ("torch", "transformers")}
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
-        """The merged checkpoint (float32 where the adapter touches it), the F16 file, the quantized one."""
+        """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""
+        export = self.ship.recipe.export
         numel = sum(tensor.numel for tensor in self.ship.tensors.values())
-        return numel * 4 + numel * 2 + numel
+        width = {"f32": 4, "f16": 2, "bf16": 2}.get(export.quant, 1)
+        return numel * (width + (4 if export.keep_merged else 0))
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = self.ship.recipe.export
@@ -132,6 +135,8 @@ class ExportStage(ShipStage):
                 "name": self.ship.recipe.name,
                 "quant": export.quant,
                 "keep_merged": export.keep_merged,
+                "mode": export.mode,
+                "merge_base": export.merge_base,
                 "threads": None,
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
             },

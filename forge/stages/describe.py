@@ -100,7 +100,9 @@ def _parameters(ship: Ship) -> int:
 def _disk(ship: Ship) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
-    estimate = export_disk(_parameters(ship), ship.recipe.export.quant)
+    estimate = export_disk(
+        _parameters(ship), ship.recipe.export.quant, keep_merged=ship.recipe.export.keep_merged
+    )
     where = ship.store.root
     while not where.exists():
         where = where.parent

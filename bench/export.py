@@ -1,0 +1,91 @@
+"""`forge export` against the usual three steps: peft merge and save, convert, quantize."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.measure import FORGE, Outcome, Run, interleaved, median_ratio, run
+from bench.workplace import Workplace
+from forge.tools.llama_cpp import find_converters
+
+QUANT = "q4_k_m"
+SLOWEST = {"0.5B": 1 / 1.7}
+MOST_MEMORY = {"0.5B": 800e6}
+_HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One export, and the bytes that it wrote."""
+
+    run: Run
+    bytes_written: int
+
+
+def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
+    """0.1B and 0.5B parameters; the ratio of the second is held against its limit."""
+    for name in ("0.1B", "0.5B"):
+        yield from _compare(place, name, pairs)
+
+
+def measure_large(place: Workplace, pairs: int) -> Iterator[Outcome]:
+    """2B parameters: 16 GB of disk, and minutes a pair."""
+    yield from _compare(place, "2B", pairs)
+
+
+def _compare(place: Workplace, name: str, pairs: int) -> Iterator[Outcome]:
+    directory = place.directory / name
+    made = run([sys.executable, "-m", "bench.random_model", str(directory), name], directory=_HERE.parent)
+    parameters = json.loads(made.output.splitlines()[-1])["parameters"] / 1e6
+    found = interleaved(pairs, lambda: _ours(place, directory), lambda: _usual(place, directory))
+    ours, usual = [pair[0] for pair in found], [pair[1] for pair in found]
+    note = f"{parameters:.0f}M parameters, {QUANT}, {pairs} pairs"
+    value, samples = median_ratio([(one.run.seconds, two.run.seconds) for one, two in found])
+    yield Outcome(f"export {name}, wall", value, "x", SLOWEST.get(name), samples, note)
+    value, samples = median_ratio([(one.run.cpu_seconds, two.run.cpu_seconds) for one, two in found])
+    yield Outcome(f"export {name}, processor", value, "x", None, samples)
+    yield _megabytes(name, ours, usual)
+    written, theirs = ours[0].bytes_written, usual[0].bytes_written
+    note = f"{written / 1e6:.0f} MB of {theirs / 1e6:.0f} MB"
+    yield Outcome(f"export {name}, bytes written", written / theirs, "x", note=note)
+    for whose, runs in (("forge", ours), ("the usual way", usual)):
+        seconds = [one.run.seconds for one in runs]
+        yield Outcome(f"export {name}, {whose}", min(seconds), "s", None, seconds, "best")
+    shutil.rmtree(directory)
+
+
+def _megabytes(name: str, ours: Sequence[Exported], usual: Sequence[Exported]) -> Outcome:
+    peak = median(one.run.peak_rss_bytes for one in ours)
+    theirs = median(one.run.peak_rss_bytes for one in usual)
+    limit = MOST_MEMORY[name] / theirs if name in MOST_MEMORY else None
+    note = f"{peak / 1e6:.0f} MB of {theirs / 1e6:.0f} MB"
+    return Outcome(f"export {name}, peak memory", peak / theirs, "x", limit, note=note)
+
+
+def _ours(place: Workplace, directory: Path) -> Exported:
+    out = directory / "forge.gguf"
+    command = [FORGE, "export", "--base", "base", "--adapter", "adapter", "--quant", QUANT, "--out", str(out)]
+    done = run([*command, "--json"], directory=directory, environment=place.environment)
+    return _exported(done, out)
+
+
+def _usual(place: Workplace, directory: Path) -> Exported:
+    out = directory / "usual.gguf"
+    command = [sys.executable, str(_HERE / "vendor_chain.py"), str(find_converters(place.home))]
+    done = run(
+        [*command, "base", "adapter", str(out), QUANT], directory=directory, environment=place.environment
+    )
+    return _exported(done, out)
+
+
+def _exported(done: Run, out: Path) -> Exported:
+    told: dict[str, Any] = json.loads(done.output.splitlines()[-1])
+    out.unlink()
+    return Exported(done, told["bytes_written"])

@@ -1,0 +1,94 @@
+"""An adapter as a GGUF of its own, to be loaded beside its base's. Runs in a worker.
+
+llama.cpp scales every layer by alpha / rank, where alpha is one number of the file. rsLoRA and
+alpha_pattern have other scales, so these go into B (silent wrong 9). What has no place in the format
+is told by `why_merged`, and goes the way of the merge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer, find_base_tensor
+from forge.errors import StageError
+from forge.export.tensors import LazyTensor, read_rows, stored, write_safetensors
+from forge.export.upstream import load, refused
+from forge.model.checkpoint import Checkpoint
+
+SCRIPT = "convert_lora_to_gguf.py"
+
+
+def why_merged(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Why `adapter` cannot be a GGUF of its own over this base; empty when it can."""
+    reasons = list(adapter.impurities)
+    heads = [
+        module
+        for module in adapter.layers
+        if find_base_tensor(f"{module}.weight", checkpoint.tensors) is None
+    ]
+    if heads:
+        reasons.append(f"the base has no tensor of its own for {', '.join(heads)} (tied to the embedding?)")
+    return tuple(reasons)
+
+
+def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, work: Path) -> Path:
+    """Write `work/adapter.gguf` in float32 for the base in `description`; its general.name is `name`.
+
+    The converter sees a copy that holds the factors and nothing of where they came from. Raises
+    `StageError` with the converter's own words.
+    """
+    scratch, target = work / "adapter" / _plain(name), work / "adapter.gguf"
+    scratch.mkdir(parents=True)
+    alpha = float(adapter.configuration["lora_alpha"])
+    fields = {"peft_type": "LORA", "r": adapter.configuration["r"], "lora_alpha": alpha}
+    (scratch / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
+    write_safetensors(scratch / WEIGHTS_FILE, list(_factors(adapter, alpha)), lambda done, total: None)
+    load(tree)
+    before, sys.argv = sys.argv, [
+        SCRIPT, str(scratch), "--base", str(description), "--outfile", str(target), "--outtype", "f32",
+    ]  # fmt: skip
+    try:
+        runpy.run_path(str(tree / SCRIPT), run_name="__main__")
+    except (
+        NotImplementedError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        AssertionError,
+        OSError,
+        SystemExit,
+    ) as refusal:
+        raise refused(refusal) from refusal
+    finally:
+        sys.argv = before
+    if not target.is_file():
+        raise StageError("llama.cpp's adapter converter wrote nothing", hint="its output is in the run's log")
+    return target
+
+
+def _factors(adapter: Adapter, alpha: float) -> Iterator[LazyTensor]:
+    for layer in adapter.layers.values():
+        yield stored(layer.a)
+        factor = layer.scale * layer.rank / alpha
+        if math.isclose(factor, 1.0, rel_tol=1e-12):
+            yield stored(layer.b)
+        else:
+            yield LazyTensor(layer.b.name, "F32", layer.b.shape, _scaled(layer, factor))
+
+
+def _scaled(layer: LoraLayer, factor: float) -> Any:
+    return lambda start, stop: read_rows(layer.b, start, stop).float() * factor
+
+
+def _plain(name: str) -> str:
+    """A directory's name, which the converter makes the model's name of."""
+    return (
+        "".join(letter if letter.isalnum() or letter in "-_. " else "-" for letter in name).strip(". ")
+        or "adapter"
+    )

@@ -1,0 +1,53 @@
+"""A checkpoint without its weights: the configuration, the tokenizer that was trained with, its template."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+from forge.adapter.tokenizer import copy_tokenizer
+from forge.chat.template import ChatTemplate, Message
+from forge.model.tokenizer_files import read_tokenizer
+
+_OWN_ROWS = 100
+
+
+def describe(base: Path, tokenizer: Path, chat_template: str | None, out: Path) -> None:
+    """Write everything of a checkpoint but its weights into `out`.
+
+    `tokenizer` is the directory whose tokenizer counts; `chat_template` the pinned text.
+    """
+    described = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" in described:
+        # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
+        described.setdefault("n_ctx", described["n_positions"])
+    (out / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(base, out)
+    if tokenizer != base:
+        copy_tokenizer(tokenizer, out)
+    if chat_template is not None:
+        # One template alone, and the pinned one: an older file beside it might be preferred.
+        (out / "chat_template.json").unlink(missing_ok=True)
+        (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        configuration = out / "tokenizer_config.json"
+        fields = json.loads(configuration.read_text(encoding="utf-8"))
+        if fields.pop("chat_template", None) is not None:
+            configuration.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def template_in(directory: Path) -> ChatTemplate | None:
+    """The chat template of the tokenizer in `directory`, if it has one."""
+    files = read_tokenizer(directory)
+    if files.chat_template is None:
+        return None
+    return ChatTemplate(files.chat_template, {f"{name}_token": token for name, token in files.tokens.items()})
+
+
+def own_conversations(data: str | None) -> list[list[Message]]:
+    """The first conversations of each file of prepared rows in the directory `data`."""
+    found: list[list[Message]] = []
+    for path in sorted(Path(data).glob("*.jsonl")) if data else ():
+        with path.open(encoding="utf-8") as stream:
+            found += [json.loads(line)["messages"] for line in islice(stream, _OWN_ROWS)]
+    return found

@@ -1,0 +1,64 @@
+"""ggml's own quantization, by the slab: `ggml_quantize_chunk` of the library that llama-cpp-python brings.
+
+Runs in a worker. The same code as llama-quantize, called by the same rows, gives the same bytes; how
+rows are cut into slabs and spread over threads changes none (ctypes lets go of Python's lock).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from forge.errors import MissingToolError, StageError
+from forge.model.gguf_header import TYPES
+
+_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+_ENDINGS = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+
+
+@cache
+def _library() -> Any:
+    import llama_cpp
+
+    path = Path(llama_cpp.__file__).parent / "lib" / _ENDINGS.get(sys.platform, "libggml-base.so")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise MissingToolError(
+            f"llama-cpp-python has no {path.name}: {error}",
+            hint="install it again: pip install llama-cpp-python",
+        ) from error
+    floats = ctypes.POINTER(ctypes.c_float)
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, floats, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, floats,
+    ]  # fmt: skip
+    library.ggml_validate_row_data.restype = ctypes.c_bool
+    library.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    return library
+
+
+def quantize_rows(name: str, kind: str, values: Any) -> Any:
+    """`values`, a float32 array (rows, width), as the bytes of ggml's type `kind`.
+
+    Raises `StageError` that says which tensor, `name`, has values that the type cannot hold.
+    """
+    import numpy as np
+
+    rows, width = values.shape
+    _, block, block_bytes = TYPES[_NUMBERS[kind]]
+    made = np.empty(rows * width // block * block_bytes, np.uint8)
+    floats = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    library, number = _library(), _NUMBERS[kind]
+    written = library.ggml_quantize_chunk(number, floats, made.ctypes.data, 0, rows, width, None)
+    if written != made.nbytes:
+        raise StageError(f"{name}: {kind} gave {written:,} bytes instead of {made.nbytes:,}")
+    if not library.ggml_validate_row_data(number, made.ctypes.data, made.nbytes):
+        raise StageError(
+            f"{name} has values that {kind} cannot hold",
+            hint="export it as bf16 or f32, or as a quantized type",
+        )
+    return made

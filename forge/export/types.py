@@ -1,0 +1,132 @@
+"""Which type each tensor gets, decided by llama.cpp itself on a header without weights. Runs in a worker.
+
+The header is a sparse file: its size is that of the model, its bytes on disk are the metadata's. On
+it llama.cpp loads the vocabulary (`proof`), checks every shape against the architecture, and says
+in a dry run of `llama_model_quantize` what it would make of each tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from forge.errors import StageError
+from forge.export.upstream import Converted, extents, write_header
+
+UNQUANTIZED = ("f16", "bf16", "f32")
+# [   1/ 219] output.weight - [ 1536, 32000,  1,  1], type =  f16, size = 93.75 MiB -> 26.37 MiB (q6_K)
+_TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = *(\S+), size = (?:.*->.*\((\S+)\))?")
+# What a type becomes where its rows do not divide into blocks, by llama.cpp's own rule.
+_BLOCKS = {"Q4_0": 32, "Q5_0": 32, "Q8_0": 32}
+_K_BLOCK = 256
+
+
+def write_sparse(converted: Converted, path: Path) -> int:
+    """Write `converted`'s header as a GGUF whose weights are holes; returns the header's bytes."""
+    start = write_header(converted, path, converted.metadata, converted.types)
+    alignment = converted.writer.data_alignment
+    sizes = (-(-size // alignment) * alignment for _, size in extents(converted.types, converted))
+    os.truncate(path, start + sum(sizes))
+    return start
+
+
+def decide(converted: Converted, sparse: Path, quant: str) -> dict[str, str]:
+    """Type by tensor, in the order of the file that llama_model_quantize would write.
+
+    `sparse` is the header of `converted`. Raises `StageError` with llama.cpp's own words.
+    """
+    if quant in UNQUANTIZED:
+        return dict(converted.types)
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type(quant)
+    parameters.dry_run = True
+    with _listening() as said:
+        status = llama_cpp.llama_model_quantize(str(sparse).encode(), b"unused", ctypes.byref(parameters))
+    if status or "will require an imatrix" in "".join(said):
+        raise StageError(
+            f"llama.cpp cannot make {quant} of this model: {_last(said)}",
+            hint="the whole output is in the run's log",
+        )
+    types = {name: (new or old).upper() for name, old, new in _TENSOR.findall("".join(said))}
+    if types.keys() != converted.types.keys():
+        raise StageError("llama.cpp did not say which type each tensor gets", hint="this is a bug; report it")
+    return types
+
+
+def refuse_unloadable(path: Path) -> None:
+    """Raise `StageError` when llama.cpp does not load the model in `path`; its weights are not read.
+
+    The converter does not look at every number of a configuration: GPT-2's takes the width of the
+    MLP for granted, and its file then fails wherever it is loaded.
+    """
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = 0
+    parameters.no_alloc = True
+    parameters.load_mode = 0
+    with _listening() as said:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        if model:
+            llama_cpp.llama_model_free(model)
+    if not model:
+        raise StageError(
+            f"llama.cpp cannot load the converted model: {_last(said)}",
+            hint="its converter does not cover this configuration of the architecture; use another base",
+        )
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What llama.cpp says, which is all that it tells of errors."""
+    import llama_cpp
+    from llama_cpp import _logger
+
+    said: list[str] = []
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def log(level: int, text: bytes, user_data: object) -> None:
+        said.append(text.decode(errors="replace"))
+
+    llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
+    try:
+        yield said
+    finally:
+        # llama.cpp would call `log` ever after, and it is gone when this function is.
+        llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def _last(said: Sequence[str]) -> str:
+    """The last line that speaks of an error, else the last words."""
+    lines = [line.strip() for line in "".join(said).splitlines()]
+    errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+    return errors[-1] if errors else " ".join(" ".join(lines).split()[-40:])
+
+
+def file_type(quant: str) -> int:
+    """llama.cpp's `llama_ftype` of a type's name, such as 15 for q4_k_m."""
+    import llama_cpp
+
+    name = quant.upper()
+    number: int = getattr(llama_cpp, "LLAMA_FTYPE_ALL_F32" if name == "F32" else f"LLAMA_FTYPE_MOSTLY_{name}")
+    return number
+
+
+def fallbacks(types: Mapping[str, str], converted: Converted, quant: str) -> dict[str, str]:
+    """Tensors whose rows the type that was asked for cannot hold, with the type they got."""
+    if quant in UNQUANTIZED:
+        return {}
+    block = _BLOCKS.get(quant.upper(), _K_BLOCK)
+    return {
+        name: kind
+        for name, kind in types.items()
+        if kind != "F32"
+        and converted.tensors[name].shape[-1] % block
+        and len(converted.tensors[name].shape) > 1
+    }

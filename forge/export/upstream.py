@@ -1,0 +1,254 @@
+"""llama.cpp's own converter classes, given forge's tensors. Runs in a worker.
+
+All knowledge of architectures stays theirs: names, permutations, metadata, vocabulary. They work on
+lazy tensors; what they would round and write is kept as a thunk instead (`Pending`) and written by
+`write`. They need the gguf-py of their own tree, so nothing in this process may have imported
+another `gguf` before.
+
+Not covered: multimodal projectors, Mistral's own format, checkpoints in `.bin` files.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from forge.errors import StageError
+from forge.export.tensors import LazyTensor
+from forge.model.gguf_header import TYPES
+
+# What the converters raise for a model that they cannot convert; some call sys.exit.
+_REFUSALS = (
+    NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
+    RuntimeError, OSError, ImportError, SystemExit,
+)  # fmt: skip
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "float32"}
+_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What forge decides of the vocabulary; None leaves a thing to the converter.
+
+    `pre_tokenizer` is used where the converter's table has no name. `adds_bos`: servers put BOS
+    before a prompt. `space_prefix`: SentencePiece puts a space before each stretch of text.
+    `end_of_turn` is the id that ends an answer.
+    """
+
+    pre_tokenizer: str = ""
+    adds_bos: bool | None = None
+    space_prefix: bool | None = None
+    end_of_turn: int | None = None
+
+
+class Pending:
+    """A tensor that the converter has made and forge will write: `data` is lazy, `type` ggml's name."""
+
+    def __init__(self, data: Any, number: int) -> None:
+        self.data = data
+        self.type = TYPES[number][0]
+        self.shape = tuple(data.shape)
+        self.dtype = data.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return bytes_of(self.type, self.shape)
+
+    @property
+    def source(self) -> LazyTensor | None:
+        """The tensor of the checkpoint, where the converter left its values and their order alone."""
+        made_of = getattr(self.data, "_args", ())
+        found: LazyTensor | None = made_of[0].__dict__.get("forge_source") if made_of else None
+        return found
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a converter would write. `writer` is its GGUFWriter: metadata and tensors in their order."""
+
+    writer: Any
+    types: Mapping[str, str]
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        infos: dict[str, Any] = self.writer.tensors[0]
+        return infos
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        values: dict[str, Any] = self.writer.kv_data[0]
+        return values
+
+
+def bytes_of(kind: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of ggml's type `kind`; raises `StageError` when its rows do not divide."""
+    _, block, block_bytes = TYPES[_NUMBERS[kind]]
+    count = 1
+    for size in shape:
+        count *= size
+    if shape and shape[-1] % block:
+        raise StageError(f"rows of {shape[-1]} values do not divide into blocks of {kind}")
+    return count // block * block_bytes
+
+
+def convert(
+    tree: Path,
+    description: Path,
+    tensors: Sequence[LazyTensor],
+    *,
+    outtype: str,
+    name: str,
+    choices: Choices | None,
+) -> Converted:
+    """Let the converter of the model in `description` (a checkpoint without weights) do its work.
+
+    `outtype` is f32, f16 or bf16; `name` becomes general.name; without `choices` nothing is decided
+    but by upstream. Raises `StageError` with the converter's own words.
+    """
+    import torch
+
+    conversion = load(tree)
+    if choices is not None:
+        _decide_vocabulary(choices)
+    quants = conversion.base.gguf.quants
+    quantize, quants.quantize = quants.quantize, Pending
+    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
+    try:
+        with torch.inference_mode():
+            model = _streamed(conversion, description, tensors)(
+                description,
+                conversion.base.gguf.LlamaFileType[kinds[outtype]],
+                Path("unused"),
+                model_name=name,
+            )
+            model.prepare_tensors()
+            model.prepare_metadata(vocab_only=False)
+    except _REFUSALS as refusal:
+        raise refused(refusal) from refusal
+    finally:
+        quants.quantize = quantize
+    infos = model.gguf_writer.tensors[0]
+    return Converted(model.gguf_writer, {name: info.dtype.name for name, info in infos.items()})
+
+
+def load(tree: Path) -> Any:
+    """The package `conversion` of `tree`, with its own gguf-py."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    for directory in (str(tree / "gguf-py"), str(tree)):
+        if directory not in sys.path:
+            sys.path.insert(0, directory)
+    import conversion.base  # type: ignore[import-not-found]
+
+    return conversion
+
+
+def refused(refusal: BaseException) -> StageError:
+    """The error for what a converter raised."""
+    said = " ".join(str(refusal).split()) or type(refusal).__name__
+    return StageError(
+        f"llama.cpp's converter failed: {type(refusal).__name__}: {said[:400]}",
+        hint="its whole output is in the run's log",
+    )
+
+
+def _streamed(conversion: Any, description: Path, tensors: Sequence[LazyTensor]) -> Any:
+    """The converter's class, reading `tensors` instead of files."""
+    base = conversion.base
+    hparams = base.ModelBase.load_hparams(description, False)
+    kind = conversion.get_model_class(base.get_model_architecture(hparams, base.ModelType.TEXT))
+
+    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+        lazy = ((tensor.name, partial(_lazy, base.LazyTorchTensor, tensor)) for tensor in tensors)
+        return dict(kept for item in lazy if (kept := self.filter_tensors(item)))
+
+    return type(kind.__name__, (kind,), {"index_tensors": index_tensors, "model_arch": kind.model_arch})
+
+
+def _lazy(kind: Any, tensor: LazyTensor) -> Any:
+    """`tensor` as the converters know tensors; bfloat16 as float32, which they would make of it first."""
+    import torch
+
+    if tensor.dtype in _FLOATS:
+        dtype = getattr(torch, _FLOATS[tensor.dtype])
+        made = kind(
+            meta=kind.meta_with_dtype_and_shape(dtype, tensor.shape), func=lambda: tensor.load().to(dtype)
+        )
+        made.forge_source = tensor
+        return made
+    dtype = kind._dtype_str_map[tensor.dtype]
+    return kind(meta=kind.meta_with_dtype_and_shape(dtype, tensor.shape), func=tensor.load)
+
+
+def _decide_vocabulary(choices: Choices) -> None:
+    """Answer in place of the converter where forge knows, and proves afterwards by comparing ids.
+
+    The converter knows a tokenizer by a hash of the ids of one text and refuses any other, even one
+    that differs in its vocabulary alone. A hash it knows stays its own decision. What is added to a
+    prompt is what training had: nothing that the template does not write.
+    """
+    from conversion.base import TextModel
+    from gguf import SpecialVocab
+
+    known, add = TextModel.get_vocab_base_pre, SpecialVocab.add_to_gguf
+
+    def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
+        try:
+            return str(known(self, tokenizer))
+        except NotImplementedError:
+            if not choices.pre_tokenizer:
+                raise
+            return choices.pre_tokenizer
+
+    def add_to_gguf(self: Any, writer: Any, quiet: bool = False) -> None:
+        if choices.adds_bos is not None:
+            self.add_special_token = {"bos": choices.adds_bos, "eos": False}
+        if choices.end_of_turn is not None:
+            self.special_token_ids["eot"] = choices.end_of_turn
+        if choices.space_prefix is not None:
+            writer.add_add_space_prefix(choices.space_prefix)
+        add(self, writer, quiet)
+
+    TextModel.get_vocab_base_pre = get_vocab_base_pre
+    SpecialVocab.add_to_gguf = add_to_gguf
+
+
+def write_header(
+    converted: Converted, path: Path, metadata: Mapping[str, Any], types: Mapping[str, str]
+) -> int:
+    """Write a GGUF's header to `path`, the tensors in the order and of the types of `types`.
+
+    Returns where the tensors' bytes begin.
+    """
+    import gguf
+
+    writer = converted.writer
+    placed = {}
+    for name, kind in types.items():
+        shape = converted.tensors[name].shape
+        number = gguf.GGMLQuantizationType[kind]
+        placed[name] = type(converted.tensors[name])(shape, number, bytes_of(kind, shape))
+    kept = writer.tensors, writer.kv_data
+    writer.tensors, writer.kv_data = [placed], [dict(metadata)]
+    writer.state, writer.fout = type(writer.state).NO_FILE, None
+    try:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        at: int = writer.fout[0].tell()
+    finally:
+        writer.tensors, writer.kv_data = kept
+        if writer.fout:
+            writer.close()
+    alignment: int = writer.data_alignment
+    return -(-at // alignment) * alignment
+
+
+def extents(types: Mapping[str, str], converted: Converted) -> Iterator[tuple[str, int]]:
+    """Each tensor's name and bytes, in the order of the file."""
+    for name, kind in types.items():
+        yield name, bytes_of(kind, converted.tensors[name].shape)

@@ -1,0 +1,128 @@
+"""`forge export --base --adapter --out`: a GGUF without a ship."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from forge import report, worker
+from forge.chat.template import ChatTemplate
+from forge.data.tokens import prompt_format
+from forge.errors import DataError, RecipeError
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
+from forge.model.architectures import check_exportable
+from forge.model.base import resolve
+from forge.model.config import check_unquantized, read_configuration
+from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.recipe.words import QUANTS
+from forge.store.artifacts import open_store
+from forge.tools.llama_cpp import find_converters
+
+
+def export(
+    base: str,
+    adapter: Path | None,
+    out: Path,
+    *,
+    quant: str,
+    mode: str = "merged",
+    threads: int | None = None,
+    plain: bool = False,
+    keep_merged: bool = False,
+    merge_base: str = "original",
+) -> dict[str, Any]:
+    """Write the GGUF `out`, and beside it what `mode` and `keep_merged` ask for.
+
+    Files appear whole or not at all. Raises `RecipeError` for options that cannot be, `DataError` for
+    a base or adapter that cannot be exported, `StageError` when another export writes `out`.
+    """
+    quant, out = quant.lower(), out.absolute()
+    if quant not in QUANTS:
+        raise RecipeError(f"--quant: no type {quant}", hint=f"there is {', '.join(QUANTS)}")
+    if out.is_dir():
+        raise RecipeError(f"--out: {out} is a directory", hint="name the GGUF file to write")
+    directory = resolve(base).directory
+    assert directory is not None  # only a plan leaves it open
+    configuration = read_configuration(directory)
+    check_unquantized(configuration, str(directory))
+    check_exportable(configuration)
+    own = adapter is not None and (adapter / "tokenizer.json").is_file()
+    tokenizer = read_tokenizer(adapter if adapter is not None and own else directory)
+    template, end_of_turn = (tokenizer.chat_template, None) if plain else _pinned(tokenizer)
+    with _alone(out) as scratch:
+        arguments = {
+            "base": str(directory),
+            "adapter": str(adapter.absolute()) if adapter else None,
+            "tokenizer": str(tokenizer.directory),
+            "chat_template": template,
+            "data": None,
+            "out": str(scratch),
+            "converters": str(find_converters(open_store(read_only=True).root)),
+            "settings": {
+                "name": out.stem, "quant": quant, "mode": mode, "threads": threads,
+                "keep_merged": keep_merged, "plain": plain, "end_of_turn_id": end_of_turn,
+                "merge_base": merge_base,
+            },
+        }  # fmt: skip
+        facts = worker.call("export", arguments)
+        files = _publish(scratch, out)
+    report.success(f"wrote {out}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds']:.1f} s")
+    return {**files, **facts}
+
+
+def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
+    """The template as a ship would pin it, and the id that ends an answer."""
+    from tokenizers import Tokenizer
+
+    if tokenizer.chat_template is None:
+        return None, None
+    tokens = {f"{name}_token": token for name, token in tokenizer.tokens.items()}
+    template = ChatTemplate(tokenizer.chat_template, tokens)
+    read = Tokenizer.from_file(str(tokenizer.directory / "tokenizer.json"))
+    try:
+        return template.pinned_source(), prompt_format(template, read).end_of_turn_id
+    except DataError as error:
+        error.hint = f"{error.hint}; --plain leaves all of this to llama.cpp's converter"
+        raise
+
+
+def _publish(scratch: Path, out: Path) -> dict[str, str | None]:
+    """Move what was made to its final names: the GGUF last, since that is what people look for."""
+    files: dict[str, str | None] = {}
+    adapter, merged = out.with_name(f"{out.stem}-adapter.gguf"), out.with_name(f"{out.stem}-merged")
+    if (scratch / ADAPTER_FILE).is_file():
+        (scratch / ADAPTER_FILE).replace(adapter)
+        files["adapter_gguf"] = str(adapter)
+    if (scratch / MERGED_DIRECTORY).is_dir():
+        shutil.rmtree(merged, ignore_errors=True)
+        (scratch / MERGED_DIRECTORY).rename(merged)
+        files["merged"] = str(merged)
+    (scratch / GGUF_FILE).replace(out)
+    return {"gguf": str(out), **files}
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[Path]:
+    """A directory beside `out` to work in, ours alone and gone afterwards; what a kill left is reused."""
+    scratch = out.with_name(f".{out.name}.partial")
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        lock = os.open(scratch, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{out.parent} cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"another forge export writes {out} just now", hint="wait for its end") from error
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    finally:
+        os.close(lock)

@@ -1,0 +1,126 @@
+"""`--plain` writes the very bytes of the usual way: convert with the checkpoint's type, then quantize.
+
+Tensors, types, order, offsets and metadata, for every architecture and type that forge promises (O1,
+O2, N2; silent wrongs 6, 7, 12). The yardstick is the converter's own script and llama_model_quantize.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge import process
+from forge.model.gguf_header import read_gguf
+from tests.models import change_json, make_model
+from tests.vocabularies import converters
+
+pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.slow, pytest.mark.timeout(3000)]
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a model is made. `dtype` is the checkpoint's, and so the converter's outtype."""
+
+    architecture: str
+    vocabulary: str = "gpt-2"
+    dtype: str = "bf16"
+    shards: int = 1
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+MODELS: Mapping[str, Model] = {
+    "llama-untied-biases-shards": Model(
+        "llama", shards=3, changes={"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}
+    ),
+    "llama-spm-added-tokens": Model("llama", "llama-spm"),
+    "llama-f16": Model("llama", dtype="f16"),
+    "llama-f32": Model("llama", dtype="f32"),
+    "llama-odd-rows": Model("llama", changes={"intermediate_size": 640}),
+    "mistral": Model("mistral", "llama-spm", changes={"tie_word_embeddings": False}),
+    "qwen2-biases": Model("qwen2", "qwen2"),
+    "qwen3": Model("qwen3", "qwen2"),
+    "phi3-fused": Model("phi3", "phi-3"),
+    "gemma2": Model("gemma2", "llama-spm"),
+    "gemma3": Model("gemma3_text", "llama-spm"),
+    "gpt2-conv1d": Model("gpt2", changes={"intermediate_size": 1024}),
+    "gpt2-conv1d-f32": Model("gpt2", dtype="f32", changes={"intermediate_size": 1024}),
+    "mixtral-experts": Model("mixtral", "llama-spm", changes={"tie_word_embeddings": False}),
+    "qwen3-experts": Model("qwen3_moe", "qwen2"),
+}
+QUANTS = (
+    "q4_k_m", "q4_k_s", "q5_k_m", "q5_k_s", "q6_k", "q8_0", "q4_0", "f16", "bf16", "f32", "q3_k_m", "q2_k",
+    "iq4_xs",
+)  # fmt: skip
+# Every type on one model; on the others the one that mixes types most.
+JOBS = (
+    *((name, "q4_k_m") for name in MODELS),
+    *(("llama-untied-biases-shards", quant) for quant in QUANTS if quant != "q4_k_m"),
+    *(("llama-odd-rows", quant) for quant in ("q5_k_s", "q3_k_m", "iq4_xs")),
+    *(("mixtral-experts", quant) for quant in ("q2_k", "f16")),
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `<chain>/<model>-<quant>.gguf` of both chains."""
+    root = tmp_path_factory.mktemp("bytes")
+    for name, model in MODELS.items():
+        directory = make_model(
+            root / name, model.architecture, model.vocabulary, shards=model.shards, dtype=model.dtype,
+            **model.changes,
+        )  # fmt: skip
+        if model.architecture == "gpt2":
+            change_json(directory / "config.json", n_ctx=512)
+    for chain in ("vendor", "forge"):
+        (root / chain).mkdir()
+        jobs = [
+            {
+                "name": "the model", "directory": str(root / name), "quant": quant,
+                "outtype": quant if quant in ("f16", "bf16", "f32") else MODELS[name].dtype,
+                "out": str(root / chain / f"{name}-{quant}.gguf"),
+            }
+            for name, quant in JOBS
+        ]  # fmt: skip
+        (root / f"{chain}.json").write_text(json.dumps(jobs), encoding="utf-8")
+        command = [sys.executable, "-m", "tests.both_chains", chain, str(converters())]
+        with (root / f"{chain}.log").open("w") as log:
+            finished = process.run([*command, str(root / f"{chain}.json")], directory=ROOT, log=log,
+                                   environment={"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+        assert finished.status == 0, finished.output[-3000:]
+    return root
+
+
+@pytest.mark.parametrize(("model", "quant"), JOBS)
+def test_plain_writes_the_bytes_of_the_usual_way(made: Path, model: str, quant: str) -> None:
+    vendor, forge = (made / chain / f"{model}-{quant}.gguf" for chain in ("vendor", "forge"))
+    expected, found = read_gguf(vendor), read_gguf(forge)
+    assert [*found.metadata] == [*expected.metadata]
+    assert [*found.tensors.items()] == [*expected.tensors.items()]
+    assert found.metadata == expected.metadata
+    with vendor.open("rb") as one, forge.open("rb") as other:
+        for name, tensor in expected.tensors.items():
+            one.seek(tensor.start)
+            other.seek(tensor.start)
+            size = tensor.end - tensor.start
+            assert one.read(size) == other.read(size), f"{name} ({tensor.type})"
+    assert vendor.read_bytes() == forge.read_bytes()
+
+
+def test_the_models_are_what_their_names_say(made: Path) -> None:
+    """So that equal bytes prove something: fused, transposed, permuted, stacked, fallen back."""
+    fused = read_gguf(made / "forge" / "phi3-fused-q4_k_m.gguf")
+    assert {"blk.0.attn_qkv.weight", "blk.0.ffn_up.weight"} <= fused.tensors.keys()
+    assert fused.tensors["blk.0.ffn_up.weight"].shape == (1024, 256)
+    experts = read_gguf(made / "forge" / "mixtral-experts-q4_k_m.gguf")
+    assert experts.tensors["blk.0.ffn_up_exps.weight"].shape[0] > 1
+    assert read_gguf(made / "forge" / "llama-odd-rows-q4_k_m.gguf").tensor_types.keys() > {"Q4_K", "Q6_K"}
+    untied = read_gguf(made / "forge" / "llama-untied-biases-shards-q4_k_m.gguf")
+    assert {"output.weight", "blk.0.attn_q.bias"} <= untied.tensors.keys()
