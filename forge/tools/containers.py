@@ -74,11 +74,10 @@ class Engine:
         ]
         user = os.getuid() or USER
         with _told():
-            started = self.api.containers.run(
+            created = self.api.containers.create(
                 image,
                 list(command),
                 name=name,
-                detach=True,
                 mounts=bound,
                 ports={f"{port}/tcp": (published[0], published[1] or None)},
                 user=f"{user}:{os.getgid() or USER}",
@@ -88,7 +87,15 @@ class Engine:
                 labels={"forge": name},
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpu else [],
             )
-        return Container(started)
+        container = Container(created)
+        try:
+            with _told():
+                created.start()
+        except BaseException:
+            # It exists, although it does not run.
+            container.remove()
+            raise
+        return container
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,8 @@ def engine() -> Iterator[Engine]:
 
 def _address() -> str:
     if told := os.environ.get("DOCKER_HOST"):
+        if told.startswith("unix://") and not Path(told.removeprefix("unix://")).is_socket():
+            raise MissingToolError(f"DOCKER_HOST is {told}, and no daemon is there", hint="start it")
         return told
     own = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
     places = (
