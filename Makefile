@@ -18,7 +18,9 @@ ALL := not gpu and not ollama
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: documents setup ship test test-all lint bench clean
+LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
+
+.PHONY: documents setup ship test test-all llama-server lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -30,8 +32,19 @@ test: lint
 	$(PYTEST) -m "$(QUICK)"
 	@echo "not run here: tests marked slow, docker, gpu or ollama; make test-all runs the first two"
 
-test-all: lint
+test-all: lint llama-server
 	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(ALL)"
+
+# What the container and the bundle are tested with; needs cmake. The library's own build is linked to.
+llama-server: $(LLAMA_SERVER)
+
+$(LLAMA_SERVER): tests/llama_server/CMakeLists.txt | $(READY)
+	rm -rf $(FORGE_HOME)/llama-server && mkdir -p $(FORGE_HOME)/llama-server/tree
+	tar -xzf $(SOURCE) -C $(FORGE_HOME)/llama-server/tree --strip-components=1
+	cmake -S tests/llama_server -B $(FORGE_HOME)/llama-server -DCMAKE_CXX_FLAGS_RELEASE=-O0 \
+	    -DTREE=$(FORGE_HOME)/llama-server/tree/vendor/llama.cpp \
+	    -DLIBRARIES=$$($(BIN)/python -c 'import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parent / "lib")')
+	cmake --build $(FORGE_HOME)/llama-server --target llama-server --parallel
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -187,6 +187,21 @@ def run(
         return Finished(child.wait(), "\n".join(kept))
 
 
+def start_detached(command: Sequence[str], *, output: Path, log: Path) -> subprocess.Popen[str]:
+    """Start a program that outlives us, in a session of its own; what it says goes to two files."""
+    with output.open("w", encoding="utf-8") as out, log.open("w", encoding="utf-8") as errors:
+        errors.write(f"$ {pasteable(command)}\n")
+        errors.flush()
+        return subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+
+
 def exit_with_parent(stream: IO[str]) -> None:
     """In a child: end this process when `stream`, the pipe from the parent, ends."""
 

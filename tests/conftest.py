@@ -19,7 +19,7 @@ from forge import report
 from forge.model.base import BUILTIN
 from forge.tools.llama_cpp import converters_directory, find_converters
 
-pytest_plugins = ["tests.guard"]
+pytest_plugins = ["tests.guard", "tests.docker_daemon"]
 
 ROOT = Path(__file__).parent.parent
 # Where this session's own pieces lie; the tests' FORGE_HOME is another one. Kept in the environment

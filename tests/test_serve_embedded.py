@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,34 +17,20 @@ import psutil
 import pytest
 
 from forge import process, report
-from forge.errors import DataError, ForgeError, MissingToolError, StageError
+from forge.errors import DataError, ForgeError, MissingToolError, RecipeError, StageError
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
-from forge.serve.wire import GoneError, UnreachableError
+from forge.serve.wire import GoneError, RefusedError, UnreachableError
 from forge.tools import xllamacpp
+from tests.servers import HELLO, listens, servers_of
 from tests.tiny_gguf import CONTEXT, REPLY, write_tiny_gguf
-
-HELLO = [{"role": "user", "content": "Hello"}]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
-
-
-def _listens(url: str) -> bool:
-    address = urlsplit(url)
-    try:
-        socket.create_connection((address.hostname or "", address.port or 0), timeout=1).close()
-    except OSError:
-        return False
-    return True
-
-
-def _servers_of(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
 
 
 @pytest.mark.network
@@ -65,9 +52,9 @@ def test_serves_under_its_alias_with_the_routes_of_llama_server(model: Path) -> 
             for route in ("/metrics", "/slots", "/props", "/"):
                 answer = httpx.get(endpoint.route(route), trust_env=False)
                 assert answer.status_code == 200, route
-        (server,) = _servers_of(os.getpid())
+        (server,) = servers_of(os.getpid())
     assert not server.is_running()
-    assert not _listens(endpoint.url)
+    assert not listens(endpoint.url)
     with Client(endpoint) as client, pytest.raises(UnreachableError, match="does not answer"):
         client.health()
 
@@ -83,7 +70,7 @@ def test_slots_are_fewer_with_a_long_context(context: int, slots: int) -> None:
 def test_api_key_is_on_no_command_line_and_in_no_log(model: Path, tmp_path: Path) -> None:
     key, log = "open-sesame-1234", tmp_path / "log.txt"
     with serve_embedded(Settings(model, "tiny", 512, threads=1, api_key=key), log=log) as endpoint:
-        (server,) = _servers_of(os.getpid())
+        (server,) = servers_of(os.getpid())
         shown = " ".join(server.cmdline()) + str(server.environ())
         with Client(endpoint) as client:
             client.chat(HELLO)
@@ -167,7 +154,7 @@ def test_port_in_use_is_said(model: Path) -> None:
 @pytest.mark.programs
 def test_server_that_dies_is_named_with_its_last_lines(model: Path, tmp_path: Path) -> None:
     with serve_embedded(Settings(model, "m", 512, threads=1), log=tmp_path / "log") as endpoint:
-        (server,) = _servers_of(os.getpid())
+        (server,) = servers_of(os.getpid())
         server.kill()
         with Client(endpoint) as client:
             with pytest.raises(GoneError, match="killed by signal 9") as caught:
@@ -195,17 +182,17 @@ def test_nothing_outlives_the_parent(model: Path, number: signal.Signals) -> Non
     """However the parent ends: no child, no port."""
     with process.Child([sys.executable, "-c", SERVE, str(model)]) as parent:
         url = next(parent.lines())
-        assert _listens(url)
-        servers = _servers_of(parent.pid)
+        assert listens(url)
+        servers = servers_of(parent.pid)
         assert len(servers) == 1
         os.kill(parent.pid, number)
         parent.wait(10)
         _, alive = psutil.wait_procs(servers, timeout=5)
         assert not alive
         deadline = time.monotonic() + 5
-        while _listens(url) and time.monotonic() < deadline:
+        while listens(url) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not _listens(url)
+        assert not listens(url)
 
 
 @pytest.mark.network
@@ -213,28 +200,52 @@ def test_nothing_outlives_the_parent(model: Path, number: signal.Signals) -> Non
 def test_other_hosts(model: Path) -> None:
     """Pitfall 57: bound to every address, the client still gets one that it can use."""
     said = io.StringIO()
-    with (
-        report.copied_to(said),
-        serve_embedded(Settings(model, "m", 512, threads=1, host="0.0.0.0")) as endpoint,
-    ):
+    everywhere = Settings(model, "m", 512, threads=1, host="0.0.0.0")
+    with pytest.raises(RecipeError, match="others than this machine could use the server") as caught:
+        with serve_embedded(everywhere):
+            raise AssertionError("it served")
+    assert "--api-key-file" in caught.value.hint
+    with report.copied_to(said), serve_embedded(replace(everywhere, without_key=True)) as endpoint:
         assert urlsplit(endpoint.url).hostname == "127.0.0.1"
         with Client(endpoint) as client:
             assert client.health()
-    assert "give it an API key" in said.getvalue()
+    assert "it has no API key" in said.getvalue()
+    with serve_embedded(replace(everywhere, api_key="k")) as endpoint:
+        with Client(replace(endpoint, api_key=None)) as client, pytest.raises(RefusedError):
+            client.chat(HELLO)
     with serve_embedded(Settings(model, "m", 512, threads=1, host="localhost")) as endpoint:
         assert endpoint.loopback
 
 
 @pytest.mark.network
 @pytest.mark.programs
-def test_other_web_pages_may_not_use_a_server_without_key(model: Path) -> None:
-    with serve_embedded(Settings(model, "m", 512, threads=1)) as endpoint:
-        answers = [
-            httpx.get(endpoint.route("/v1/models"), headers={"Origin": origin}, trust_env=False)
-            for origin in ("http://evil.example", "http://localhost:3000")
-        ]
-    allowed = [answer.headers.get("access-control-allow-origin") for answer in answers]
-    assert allowed == [None, "http://localhost:3000"]
+@pytest.mark.parametrize(("asked", "allowed"), [("", []), ("localhost", ["http://localhost:3000"])])
+def test_web_pages_of_others_may_not_ask_unless_told(model: Path, asked: str, allowed: list[str]) -> None:
+    """CORS is closed, with a key and without."""
+    origins = ("http://evil.example", "http://localhost:3000", "null")
+    for key in ("k", None):
+        wish = Settings(model, "m", 512, threads=1, api_key=key, cors_origins=asked)
+        with serve_embedded(wish) as endpoint:
+            answers = [
+                httpx.get(endpoint.route("/health"), headers={"Origin": origin}, trust_env=False)
+                for origin in origins
+            ]
+        found = [answer.headers.get("access-control-allow-origin") for answer in answers]
+        assert [origin for origin in found if origin] == allowed
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_layers_on_a_gpu_that_is_not_there_are_refused(model: Path) -> None:
+    """A flag that cannot be honoured is refused; the wheel has no GPU code."""
+    for layers in (-1, 5):
+        with pytest.raises(RecipeError, match="runs on the CPU alone"):
+            with serve_embedded(Settings(model, "m", 512, threads=1, gpu_layers=layers)):
+                raise AssertionError("it served")
+    with serve_embedded(Settings(model, "m", 512, threads=1, gpu_layers=0)) as endpoint:
+        assert endpoint.device == "CPU"
+        changed = httpx.post(endpoint.route("/props"), json={"chat_template": "x"}, trust_env=False)
+        assert changed.status_code == 501, "clients may not change the server"
 
 
 def test_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,9 +18,10 @@ import pytest
 from forge import process
 from forge.cli.main import run
 from forge.serve.client import Client, find
+from forge.store import runs
+from forge.store.artifacts import open_store
 from tests.conftest import link_converters, tree
-from tests.shipping import PURE, RECIPE, STAGES, Answer, Workshop, family, processes_of, wait_for
-from tests.test_process import wait_until_gone
+from tests.shipping import PURE, RECIPE, STAGES, Answer, Workshop, processes_of, wait_for
 
 pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
 
@@ -302,7 +304,7 @@ def test_serve_and_generate(shipped: tuple[Workshop, Answer]) -> None:
     with serving.start("serve", str(workshop.run), "--port", "0", "--json") as child:
         lines = child.lines()
         ready = json.loads(next(lines))
-        assert ready["model"] == "mini-q4_k_m"
+        assert ready["model"] == "mini"
         with Client(find(ready["endpoint"])) as client:
             assert client.chat([{"role": "user", "content": query["prompt"]}]).text.strip()
         arguments = (
@@ -336,36 +338,32 @@ def listens(url: str) -> bool:
     return True
 
 
-def test_two_ships_of_one_recipe_the_second_waits_and_says_for_whom(again: Workshop) -> None:
-    """The first keeps serving; the second says so, and goes on when the first is stopped."""
-    with again.start("ship", "recipe.yaml", "-o", "deploy.keep=true", "--json") as first:
-        lines = first.lines()
-        served = json.loads(next(lines))
-        assert listens(served["endpoint"])
-        log = again.directory / "second.txt"
-        with log.open("w+") as errors:
-            command = [sys.executable, "-m", "forge", "ship", "recipe.yaml", "--json"]
-            environment = {"FORGE_HOME": str(again.home)}
-            with process.Child(
-                command, log=errors, directory=again.directory, environment=environment, separate_errors=True
-            ) as second:
-                wait_for("the second to wait", lambda: "waiting for process" in log.read_text(), second)
-                assert f"mini: waiting for process {first.pid} (run mini, since " in log.read_text()
-                first.terminate()
-                list(lines)
-                assert first.wait(60) == 130
-                fields = json.loads(list(second.lines())[-1])
-                assert second.wait(60) == 0
+def test_two_ships_of_one_recipe_the_second_waits_and_says_for_whom(here: Workshop) -> None:
+    """The second says so, and goes on when the first is done."""
+    log = here.directory / "errors.txt"
+    with contextlib.ExitStack() as stack:
+        with runs.hold(open_store(), here.run):
+            second = stack.enter_context(here.start("ship", "recipe.yaml", "--json"))
+            wait_for("the second to wait", lambda: "waiting for process" in log.read_text(), second)
+            assert f"mini: waiting for process {os.getpid()} (run mini, since " in log.read_text()
+        fields = json.loads(list(second.lines())[-1])
+        assert second.wait(60) == 0
     assert {stage["name"] for stage in fields["stages"] if stage["cached"]} == set(PURE)
-    assert not listens(served["endpoint"])
 
 
-def test_kill_9_of_a_ship_that_serves_leaves_no_server(again: Workshop) -> None:
-    with again.start("ship", "recipe.yaml", "-o", "deploy.keep=true", "--json") as first:
-        served = json.loads(next(first.lines()))
-        assert listens(served["endpoint"])
-        pids = family(first)
-        os.kill(first.pid, signal.SIGKILL)
-        wait_until_gone(pids)
-    assert not listens(served["endpoint"])
-    assert again.ship().code == 0, "no lock is left"
+def test_what_is_kept_serves_on_and_holds_up_no_other_ship(again: Workshop) -> None:
+    """U: the ship ends, the server stays until `forge stop`; a second ship takes its place."""
+    first = again.ship("-o", "deploy.keep=true")
+    endpoint = first.fields["endpoint"]
+    with Client(find(endpoint)) as client:
+        assert client.chat([{"role": "user", "content": RECIPE["smoke"][0]["prompt"]}]).text.strip()
+        assert client.properties()["default_generation_settings"]["n_ctx"] == 4096
+    [listed] = again.forge("ps").fields["running"]
+    assert (listed["name"], listed["endpoint"], listed["runtime"]) == ("mini", endpoint, "embedded")
+    second = again.ship("-o", "deploy.keep=true")
+    assert not listens(endpoint)
+    assert [one["endpoint"] for one in again.forge("ps").fields["running"]] == [second.fields["endpoint"]]
+    assert again.forge("stop", "mini").fields == {"stopped": ["mini"]}
+    assert again.forge("ps").fields == {"running": []}
+    assert not listens(second.fields["endpoint"])
+    assert not processes_of(again.home)

@@ -13,6 +13,6 @@ from forge.cli.options import common
 @common
 def command(target: str, system: str | None, context: int | None) -> None:
     """Talk to TARGET: a run, a GGUF file, or the URL of an OpenAI-compatible server."""
-    from forge.stages.alone import chat
+    from forge.stages.asking import chat
 
     report.result(chat(target, system, context))

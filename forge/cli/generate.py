@@ -34,7 +34,7 @@ def command(
 
     Started again it goes on where it stopped. Any failed row is exit 5.
     """
-    from forge.stages.alone import generate
+    from forge.stages.asking import generate
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     report.result(generate(prompts, out, endpoint, api_key_file, concurrency, sampling, retry_failed))

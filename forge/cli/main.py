@@ -29,6 +29,8 @@ COMMANDS = {
     "smoke": "Ask a run's smoke queries again.",
     "chat": "Talk to a run, a GGUF file or a URL.",
     "serve": "Serve a run or a GGUF file over REST.",
+    "ps": "List the servers that run in the background.",
+    "stop": "Stop what runs in the background.",
     "generate": "Answer a file of prompts through an endpoint.",
     "show": "Show what a run holds.",
     "runs": "List the runs.",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -8,8 +9,22 @@ from forge import report
 from forge.cli.options import common
 
 
+def _adapters(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Path]:
+    """NAME=FILE, each name once."""
+    named: dict[str, Path] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        if not name or not equals or not path or name in named:
+            raise click.BadParameter(f"{one}: NAME=FILE, each name once")
+        named[name] = Path(path)
+    return named
+
+
 @click.command()
 @click.argument("target")
+@click.option(
+    "--runtime", default="embedded", show_default=True, help="embedded, llama-server, container or ollama."
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one."
@@ -17,23 +32,28 @@ from forge.cli.options import common
 @click.option("--context", type=click.IntRange(64), help="Context of each request, in tokens.")
 @click.option("--parallel", type=click.IntRange(1), help="Requests answered at once.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
-@click.option("--gpu-layers", type=int, help="Layers on the GPU; -1: all.")
+@click.option("--gpu-layers", type=click.IntRange(-1), help="Layers on the GPU; -1: all.")
 @click.option(
     "--api-key-file", type=click.Path(path_type=Path), help="A file with the key that clients must send."
 )
+@click.option("--without-key", is_flag=True, help="Let others than this machine in without a key.")
+@click.option("--cors", "cors_origins", default="", help="Web pages that may ask: an origin, localhost or *.")
+@click.option("--llama-server", "program", help="The llama-server program; from the PATH unless told.")
+@click.option("--image", help="The container's image; forge's own unless told.")
+@click.option(
+    "--lora", multiple=True, callback=_adapters, metavar="NAME=FILE",
+    help="A GGUF adapter that requests choose by the model's NAME.",
+)  # fmt: skip
+@click.option("--detach", is_flag=True, help="Leave it running in the background.")
+@click.option("--open", "show", is_flag=True, help="Open its web page in a browser.")
+@click.option("--listed", is_flag=True, hidden=True)
 @common
-def command(
-    target: str,
-    host: str,
-    port: int,
-    context: int | None,
-    parallel: int | None,
-    threads: int | None,
-    gpu_layers: int | None,
-    api_key_file: Path | None,
-) -> None:
+def command(detach: bool, show: bool, listed: bool, **wish: Any) -> None:
     """Serve TARGET, a run or a GGUF file, as an OpenAI-compatible endpoint until Ctrl-C."""
-    from forge.stages.alone import serve, settings
+    from forge.stages import serving
 
-    chosen = settings(target, host, port, context, parallel, threads, gpu_layers, api_key_file)
-    serve(chosen, ready=report.result)
+    wanted = serving.Wish(**wish)
+    if detach:
+        report.result(serving.detach(wanted, show=show))
+    else:
+        serving.serve(wanted, said=report.result, show=show, listed=listed)

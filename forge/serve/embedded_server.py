@@ -35,13 +35,20 @@ def start(settings: Mapping[str, Any]) -> Any:
     parameters.cpuparams.n_threads = settings["threads"]
     parameters.cpuparams_batch.n_threads = settings["threads"]
     if settings["gpu_layers"] is not None:
-        parameters.n_gpu_layers = settings["gpu_layers"]
-    parameters.endpoint_metrics = parameters.endpoint_props = parameters.endpoint_slots = True
+        # -1 is all of them to us, as many as fit to llama.cpp; its "all" is -2.
+        parameters.n_gpu_layers = -2 if settings["gpu_layers"] == -1 else settings["gpu_layers"]
+    # Not `endpoint_props`: it lets clients change the server's settings; they can be read without.
+    parameters.endpoint_metrics = parameters.endpoint_slots = True
     if settings["api_key"]:
         parameters.api_keys = [settings["api_key"]]
-    else:
-        # Without a key any web page that the user visits could ask otherwise.
-        parameters.cors_origins = "localhost"
+    # Any web page that the user visits could ask otherwise.
+    parameters.cors_origins = settings["cors_origins"]
+    if settings["adapters"]:
+        parameters.lora_adapters = [
+            xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["adapters"]
+        ]
+        # None is on until a request asks for it.
+        parameters.lora_init_without_apply = True
     return xllamacpp.Server(parameters)
 
 

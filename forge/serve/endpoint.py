@@ -22,13 +22,16 @@ class Endpoint:
     """An OpenAI-compatible server: `url` is its root, with or without `/v1`.
 
     `why_gone` says why a server that forge itself started has ended, with its last lines; it
-    gives the empty text while the server runs, or where forge cannot know.
+    gives the empty text while the server runs, or where forge cannot know. `device` is what the
+    model runs on and `container` the id of the server's, where forge started it.
     """
 
     url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
     why_gone: Callable[[], str] = field(default=_unknown_end, repr=False, compare=False)
+    device: str = field(default="unknown", compare=False)
+    container: str | None = field(default=None, compare=False)
 
     def route(self, path: str) -> str:
         """The whole URL of a route such as `/v1/chat/completions`."""

@@ -21,7 +21,11 @@ class Settings:
 
     `alias` is the name that clients see. Port 0 takes a free one. Every one of the `parallel`
     slots (None: chosen by the context) has the whole of `context_tokens`. `threads` None means the
-    physical cores that this process may use, `gpu_layers` None as many as fit.
+    physical cores that this process may use, `gpu_layers` None as many as fit (-1: all).
+    `adapters` are GGUF adapters that a request may switch on by their place in this list.
+    `without_key` is the explicit word that lets others than this machine in without a key;
+    `cors_origins` says which web pages may ask (none; `localhost`; `*`). `program` is the
+    llama-server to run, `image` the container's, where the runtime is that one.
     """
 
     model: Path
@@ -33,6 +37,11 @@ class Settings:
     threads: int | None = None
     gpu_layers: int | None = None
     api_key: str | None = field(default=None, repr=False)
+    adapters: tuple[Path, ...] = ()
+    without_key: bool = False
+    cors_origins: str = ""
+    program: str | None = None
+    image: str | None = None
 
     @property
     def slots(self) -> int:
@@ -44,7 +53,7 @@ class Runtime(Protocol):
     """Serve until the block ends; entering it waits until the server really answers.
 
     What the server says goes to `log`. Leaving the block, by whatever way, leaves no process and no
-    port behind.
+    port behind. A setting that cannot be honoured is refused with `RecipeError`.
     """
 
     def __call__(

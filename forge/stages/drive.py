@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.errors import CheckError, DataError, ForgeError, InterruptedByUserError, Problem
+from forge.errors import CheckError, DataError, ForgeError, Problem
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
 from forge.pipeline.run import run
@@ -77,7 +76,29 @@ def ship(
             raise
         finally:
             record(target, results, failure)
-        return _finish(target, results, failure)
+        fields = _finish(target, results, failure)
+    # Outside the lock: the next ship of this recipe does not wait for a server.
+    return (
+        {**fields, "endpoint": _keep(target)} if target.recipe.deploy.keep and "deploy" in results else fields
+    )
+
+
+def _keep(target: Ship) -> str:
+    """Leave the model served as `forge serve --detach` does; give its address."""
+    from forge.serve import detached
+    from forge.stages.serving import Wish, detach, served_directory
+
+    deploy = target.recipe.deploy
+    name = target.recipe.name
+    if any(one.name == name for one in detached.running(served_directory())):
+        report.info(f"{name} was being served before this ship; it is stopped")
+        detached.stop(served_directory(), name)
+    wish = Wish(
+        str(target.run_directory), runtime=deploy.runtime, host=deploy.host, port=deploy.port,
+        parallel=deploy.parallel, threads=deploy.threads, gpu_layers=deploy.gpu_layers,
+        without_key=deploy.without_key,
+    )  # fmt: skip
+    return str(detach(wish)["endpoint"])
 
 
 def _load(recipe: Path, overrides: Sequence[str]) -> Loaded:
@@ -106,7 +127,7 @@ def _failed_smoke(results: Mapping[str, Result]) -> ForgeError | None:
 
 
 def _finish(target: Ship, results: Mapping[str, Result], failure: ForgeError | None) -> dict[str, Any]:
-    """Say how it went, and keep serving where the recipe wants that."""
+    """Say how it went."""
     figures = learned(results)
     if figures and figures["metric"] == "exact_match":
         where = "the shipped file behind its server" if figures["served"] else "the tuned model"
@@ -119,22 +140,7 @@ def _finish(target: Ship, results: Mapping[str, Result], failure: ForgeError | N
     report.info(f"the run: {target.run_directory}")
     if failure:
         raise failure
-    kept = target.recipe.deploy.keep and "deploy" in results
-    endpoint = results["deploy"].facts["endpoint"] if kept else None
-    fields = summary(target, results, endpoint)
-    if kept:
-        report.result(fields)
-        report.success(f"serving {target.recipe.name} at {endpoint}; Ctrl-C stops it")
-        _wait_for_interrupt()
-    return fields
-
-
-def _wait_for_interrupt() -> None:
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        raise InterruptedByUserError("stopped serving") from None
+    return summary(target, results)
 
 
 def plan(recipe: Path, overrides: Sequence[str] = (), *, fetch: bool = False) -> tuple[Ship, Plan]:

@@ -52,8 +52,8 @@ class DeployAction(Action):
         self.endpoint: Endpoint | None = None
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
-        from forge.serve.embedded import serve_embedded
         from forge.serve.runtime import Settings
+        from forge.serve.runtimes import runtime_for
 
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
@@ -64,12 +64,14 @@ class DeployAction(Action):
             alias=self.ship.recipe.name,
             context_tokens=context_tokens(self.ship, data),
             host=deploy.host,
-            port=deploy.port,
+            # What is kept is started once more when all is proved, where an earlier one may serve still.
+            port=0 if deploy.keep else deploy.port,
             parallel=deploy.parallel,
             threads=deploy.threads,
             gpu_layers=deploy.gpu_layers,
+            without_key=deploy.without_key,
         )
-        endpoint = stack.enter_context(serve_embedded(settings, log=self.ship.log))
+        endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
         conversations = [
             ({"role": "user", "content": "Hello!"},),
             *(query.messages for query in queries_in(self.ship.recipe)),

@@ -24,6 +24,10 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 _INSTALL = "install the training stack: pip install 'forge-ship[train]'"
 
 
+def _no_check() -> None:
+    """The other runtimes say at once what they lack."""
+
+
 def require_tools(ship: Ship, stages: Collection[str]) -> None:
     """Raise `MissingToolError` with everything that `stages` (those that will really run) lack."""
     needed = {name for stage in stages for name in _PACKAGES.get(stage, ())}
@@ -37,7 +41,7 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
     hints = [_INSTALL] if absent else []
     checks: dict[str, Callable[[], object]] = {
         "export": partial(find_converters, ship.store.root),
-        "deploy": xllamacpp.check,
+        "deploy": xllamacpp.check if ship.recipe.deploy.runtime == "embedded" else _no_check,
     }
     for stage, check in checks.items():
         try:

@@ -227,7 +227,7 @@ def refuse_unbuilt(loaded: Loaded) -> None:
         "verify.max_kl": recipe.verify.max_kl is not None,
         "verify.min_top1": recipe.verify.min_top1 is not None,
         "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
-        "deploy.runtime": recipe.deploy.runtime not in ("embedded", "none"),
+        "deploy.runtime": recipe.deploy.runtime == "ollama",
     }
     problems = []
     for name in (name for name, is_asked in asked.items() if is_asked):
@@ -237,7 +237,7 @@ def refuse_unbuilt(loaded: Loaded) -> None:
     if problems:
         raise RecipeError(
             "the recipe asks for what is not built yet",
-            hint="leave these out: the GGUF is merged, served by the embedded runtime, and not measured",
+            hint="leave these out: the GGUF is merged, and not measured",
             problems=problems,
         )
 

@@ -26,7 +26,7 @@ def check(cpuinfo: Path = CPUINFO) -> None:
     if missing := missing_flags(cpuinfo):
         raise MissingToolError(
             f"this processor lacks {', '.join(missing)}, which the embedded server needs",
-            hint="serve with a llama-server compiled for this machine, or on another machine",
+            hint="serve with --runtime llama-server and one compiled for this machine, or on another machine",
         )
 
 

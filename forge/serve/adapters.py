@@ -1,0 +1,187 @@
+"""Adapters by name: a small proxy in front of llama-server that is started only for `--lora`.
+
+llama-server knows its adapters by number and switches them per request (`lora`). The proxy reads
+the OpenAI `model` of a request, puts the matching `lora` in, and streams the answer through as it
+comes. Keys and origins are the server's business: their headers go through.
+
+Not covered: two adapters at once, request bodies over `MOST_BYTES`, WebSockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from forge.errors import StageError
+from forge.serve import ready, wire
+from forge.serve.endpoint import Endpoint
+from forge.serve.runtime import Runtime, Settings
+
+MOST_BYTES = 64 << 20
+# Of one connection alone (RFC 9110, 7.6.1), or written anew.
+_NOT_PASSED = {
+    "connection",
+    "keep-alive",
+    "transfer-encoding",
+    "content-length",
+    "host",
+    "te",
+    "upgrade",
+    "trailer",
+}
+_ASKING = ("/completion", "/completions", "/chat/completions", "/infill", "/messages", "/responses")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where the proxy sends requests, and which model name means which adapter (None: the base)."""
+
+    upstream: Endpoint
+    numbers: Mapping[str, int | None]
+
+    def body(self, path: str, content: bytes) -> bytes:
+        """The request's body with its adapter; raises `LookupError` for a model that is not served."""
+        if not path.endswith(_ASKING):
+            return content
+        try:
+            fields = json.loads(content)
+        except ValueError:
+            return content  # the server says what is wrong with it
+        if not isinstance(fields, dict):
+            return content
+        name = fields.get("model", self.upstream.model)
+        if name not in self.numbers:
+            raise LookupError(name)
+        number = self.numbers[name]
+        # All of them: an adapter that is not named keeps the scale that it was loaded with.
+        others = (one for one in self.numbers.values() if one is not None)
+        fields["lora"] = [{"id": one, "scale": float(one == number)} for one in others]
+        return json.dumps(fields).encode()
+
+    def models(self, answer: Mapping[str, Any]) -> dict[str, Any]:
+        """`/v1/models` with the adapters in it."""
+        (base, *_) = answer["data"]
+        return {"object": "list", "data": [{**base, "id": name} for name in self.numbers]}
+
+
+@contextlib.contextmanager
+def serve_with_adapters(
+    runtime: Runtime, settings: Settings, names: Mapping[str, Path], *, log: Path | None = None
+) -> Iterator[Endpoint]:
+    """`runtime` behind a proxy at the host and port of `settings`; `names` are the adapters.
+
+    Raises what `runtime` raises, and `StageError` when the port is taken.
+    """
+    ready.check(replace(settings, adapters=tuple(names.values())))
+    inner = replace(settings, host="127.0.0.1", port=0, adapters=tuple(names.values()))
+    with runtime(inner, log=log) as upstream:
+        numbers: dict[str, int | None] = {settings.alias: None, **{name: n for n, name in enumerate(names)}}
+        with _proxy(settings, Route(upstream, numbers)) as port:
+            yield replace(upstream, url=ready.url_of(settings.host, port))
+
+
+@contextlib.contextmanager
+def _proxy(settings: Settings, route: Route) -> Iterator[int]:
+    with httpx.Client(
+        timeout=wire.TIMEOUT, trust_env=False, limits=httpx.Limits(max_connections=None)
+    ) as client:
+        bound = type("_Bound", (_Proxy,), {"route": route, "client": client})
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        traits = {"daemon_threads": True, "request_queue_size": 128, "address_family": family}
+        kind = type("_Server", (ThreadingHTTPServer,), traits)
+        try:
+            server: ThreadingHTTPServer = kind((settings.host, settings.port), bound)
+        except OSError as wrong:
+            raise StageError(
+                f"{settings.host}:{settings.port} cannot be listened on: {wrong.strerror}",
+                hint="choose another --port",
+            ) from wrong
+        thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+
+class _Proxy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 600
+    route: Route
+    client: httpx.Client
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent: requests carry what people wrote."""
+
+    def do_GET(self) -> None:
+        self._pass()
+
+    do_POST = do_DELETE = do_OPTIONS = do_HEAD = do_GET  # noqa: N815 - http.server's names
+
+    def _pass(self) -> None:
+        length = self.headers.get("Content-Length", "0")
+        if "chunked" in self.headers.get("Transfer-Encoding", "") or not length.isdecimal():
+            return self._fail(411, "send a Content-Length", "invalid_request_error")
+        if int(length) > MOST_BYTES:
+            return self._fail(413, f"{length} bytes; at most {MOST_BYTES}", "invalid_request_error")
+        content = self.rfile.read(int(length))
+        path = urlsplit(self.path).path
+        try:
+            content = self.route.body(path, content)
+        except LookupError as unknown:
+            known = ", ".join(self.route.numbers)
+            return self._fail(404, f"no model {unknown.args[0]!r}; served are {known}", "not_found_error")
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in _NOT_PASSED}
+        headers["Accept-Encoding"] = headers.get("Accept-Encoding", "identity")
+        url = self.route.upstream.url.rstrip("/") + self.path
+        try:
+            with self.client.stream(self.command, url, content=content, headers=headers) as answer:
+                self._answer(answer, path)
+        except httpx.TransportError as broken:
+            self._fail(502, f"the server behind does not answer: {broken}", "server_error")
+        return None
+
+    def _answer(self, answer: httpx.Response, path: str) -> None:
+        if path in ("/v1/models", "/models") and answer.is_success and self.command == "GET":
+            return self._send(answer.status_code, self.route.models(json.loads(answer.read())))
+        self.send_response(answer.status_code)
+        for name, value in answer.headers.multi_items():
+            if name.lower() not in _NOT_PASSED:
+                self.send_header(name, value)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if self.command == "HEAD":
+            return None
+        try:
+            for piece in answer.iter_raw():
+                self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
+            self.wfile.write(b"0\r\n\r\n")
+        except (OSError, httpx.TransportError):
+            # Whoever asked is gone, or the server is: leaving `stream` ends the other half too.
+            self.close_connection = True
+        return None
+
+    def _fail(self, status: int, message: str, kind: str) -> None:
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self._send(status, {"error": {"code": status, "message": message, "type": kind}})
+
+    def _send(self, status: int, payload: Mapping[str, object]) -> None:
+        content = json.dumps(payload).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)

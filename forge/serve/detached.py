@@ -1,0 +1,145 @@
+"""Servers that were left running: started in the background, listed, stopped.
+
+Each is a `forge serve` of its own that holds a lock for as long as it lives, so that a server that
+was killed is known to be gone whatever its record says. The key is in none of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import filelock
+
+from forge import process
+from forge.errors import DataError, ForgeError, RecipeError, StageError, from_json
+
+_SECONDS_BETWEEN = 0.05
+_SECONDS_TO_STOP = 40.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server in the background; `pid` is that of the `forge serve` that holds it."""
+
+    name: str
+    endpoint: str
+    model: str
+    runtime: str
+    pid: int
+    container: str | None
+    since: str
+
+
+def running(directory: Path) -> list[Served]:
+    """What runs, by name; records of what has died are taken away."""
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        if _is_held(path.with_suffix(".lock")):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                found.append(Served(**json.loads(path.read_text(encoding="utf-8"))))
+        else:
+            _forget(path)
+    return found
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def _forget(path: Path) -> None:
+    for suffix in (".json", ".lock", ".out", ".log"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def announced(directory: Path, served: Served) -> Iterator[None]:
+    """Be listed until the block ends. Raises `RecipeError` when one of that name runs already."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{served.name}.json"
+    try:
+        lock = filelock.FileLock(path.with_suffix(".lock"), timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise RecipeError(
+            f"{served.name} is being served already",
+            hint=f"forge ps shows it, forge stop {served.name} ends it",
+        ) from None
+    try:
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(served)), encoding="utf-8")
+        partial.replace(path)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def detach(directory: Path, name: str, command: Sequence[str]) -> Mapping[str, object]:
+    """Start `command`, a `forge serve --json` that announces itself, and wait until it answers.
+
+    Gives its first line. Raises the error that it ended with.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(one.name == name for one in running(directory)):
+        raise RecipeError(f"{name} is being served already", hint=f"forge stop {name} ends it")
+    out, log = directory / f"{name}.out", directory / f"{name}.log"
+    server = process.start_detached(command, output=out, log=log)
+    try:
+        while not (line := _first_line(out)):
+            if server.poll() is not None and not _first_line(out):
+                raise StageError(f"forge serve ended with {server.poll()}", hint=f"its log is {log}")
+            time.sleep(_SECONDS_BETWEEN)
+    except BaseException:
+        server.terminate()
+        raise
+    fields: dict[str, object] = json.loads(line)
+    if isinstance(failure := fields.get("error"), dict):
+        server.wait()
+        raise _readable(from_json(failure), log)
+    return fields
+
+
+def _readable(failure: ForgeError, log: Path) -> ForgeError:
+    log.unlink(missing_ok=True)
+    log.with_suffix(".out").unlink(missing_ok=True)
+    return failure
+
+
+def _first_line(path: Path) -> str:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    line, end, _ = text.partition("\n")
+    return line if end else ""
+
+
+def stop(directory: Path, name: str | None = None) -> list[Served]:
+    """Stop one, or all; give what was stopped. Raises `DataError` for a name that does not run."""
+    listed = running(directory)
+    chosen = [one for one in listed if name in (None, one.name)]
+    if name is not None and not chosen:
+        names = ", ".join(one.name for one in listed) or "none"
+        raise DataError(f"{name} is not running", hint=f"running are: {names}")
+    for one in chosen:
+        lock = directory / f"{one.name}.lock"
+        # Its lock is held, so the pid is its own and no other program's.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, 15)
+        deadline = time.monotonic() + _SECONDS_TO_STOP
+        while _is_held(lock):
+            if time.monotonic() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one.pid, 9)
+            time.sleep(_SECONDS_BETWEEN)
+        _forget(directory / f"{one.name}.json")
+    return chosen

@@ -1,0 +1,93 @@
+"""A llama-server that runs as our child: what it said, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from forge import process
+from forge.errors import Problem, StageError
+from forge.serve.runtime import Settings
+
+# How many of the server's last lines an error shows.
+LAST_LINES = 8
+# From the broken connection to the end of the process that held it.
+_SECONDS_TO_DIE = 2.0
+_REASONS = {-9: ", most likely for lack of memory", -4: ": an instruction that this processor lacks"}
+
+
+class ServerProcess:
+    """The child, and what it wrote to its log from byte `begin` on."""
+
+    def __init__(self, child: process.Child, log: IO[str], begin: int) -> None:
+        self.child = child
+        self.log = log
+        self.begin = begin
+        self.in_use = True
+
+    def why_gone(self) -> str:
+        """For `Endpoint.why_gone`: empty when we ended it ourselves."""
+        deadline = time.monotonic() + _SECONDS_TO_DIE
+        while self.in_use and time.monotonic() < deadline:
+            if self.child.status is not None:
+                how = f"the server has ended by itself ({self._how_it_ended()}); its last lines:"
+                return "\n".join([how, *last_lines(self.said())])
+            time.sleep(0.02)
+        return ""
+
+    def not_started(self, settings: Settings) -> StageError:
+        """The error for a server that ended before it listened."""
+        self.child.wait()
+        return not_started(settings, self._how_it_ended(), self.said())
+
+    def _how_it_ended(self) -> str:
+        status = self.child.status or 0
+        return f"killed by signal {-status}{_REASONS.get(status, '')}" if status < 0 else f"status {status}"
+
+    def said(self) -> list[str]:
+        """Its lines so far."""
+        # Not `read`: the child shares the file's position.
+        size = os.fstat(self.log.fileno()).st_size - self.begin
+        text = os.pread(self.log.fileno(), size, self.begin).decode("utf-8", errors="replace")
+        return [line for line in text.splitlines() if line.strip() and not line.startswith("$ ")]
+
+
+def last_lines(said: Sequence[str]) -> list[str]:
+    """The last of a server's lines, the errors alone if there are any."""
+    # llama.cpp writes time, level and place: `0.00.006.790 E llama_model_load: ...`.
+    errors = [line for line in said if line.split(" ")[1:2] == ["E"]]
+    return list(errors or said)[-LAST_LINES:]
+
+
+def not_started(settings: Settings, how: str, said: Sequence[str]) -> StageError:
+    """The error for a server that did not come up, with its own words."""
+    return StageError(
+        f"the server did not start with {settings.model} ({how})",
+        hint="these are its own last lines; a port in use, too little memory or a model of an "
+        "unknown architecture are common reasons",
+        problems=[Problem(line) for line in last_lines(said)],
+    )
+
+
+@contextlib.contextmanager
+def started(command: Sequence[str], log: Path | None) -> Iterator[ServerProcess]:
+    """Run `command` until the block ends. Its standard error goes to `log`."""
+    with contextlib.ExitStack() as stack:
+        said: IO[str]
+        if log:
+            said = stack.enter_context(log.open("a+", encoding="utf-8"))
+        else:
+            # It has no name, so that not even kill -9 leaves it behind.
+            said = stack.enter_context(tempfile.TemporaryFile("a+", encoding="utf-8"))
+        begin = said.tell()
+        child = stack.enter_context(process.Child(command, log=said, separate_errors=True))
+        server = ServerProcess(child, said, begin)
+        try:
+            yield server
+        finally:
+            server.in_use = False

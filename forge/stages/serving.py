@@ -1,0 +1,201 @@
+"""What people do with a model after its ship: serve it, and what `--detach` left running."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import webbrowser
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.errors import InterruptedByUserError, RecipeError, StageError
+from forge.model.gguf_header import read_gguf
+from forge.serve import detached, ready
+from forge.serve.endpoint import Endpoint
+from forge.serve.runtime import Settings
+from forge.serve.runtimes import refuse_foreign, runtime_for
+from forge.stages.drive import find_gguf, find_run
+from forge.stages.record import read_manifest
+from forge.store.artifacts import open_store
+
+_DEFAULT_CONTEXT = 4096
+# What `forge serve` listens on unless told; 0 is any free one.
+PORT = 8080
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a person asked `forge serve` for; None leaves it to forge."""
+
+    target: str
+    runtime: str = "embedded"
+    host: str = "127.0.0.1"
+    port: int = 0
+    context: int | None = None
+    parallel: int | None = None
+    threads: int | None = None
+    gpu_layers: int | None = None
+    api_key_file: Path | None = None
+    without_key: bool = False
+    cors_origins: str = ""
+    program: str | None = None
+    image: str | None = None
+    lora: Mapping[str, Path] = field(default_factory=dict)
+
+    def arguments(self) -> list[str]:
+        """The command line of `forge serve` that asks for the same."""
+        given = {
+            "--runtime": self.runtime, "--host": self.host, "--port": self.port, "--context": self.context,
+            "--parallel": self.parallel, "--threads": self.threads, "--gpu-layers": self.gpu_layers,
+            "--api-key-file": self.api_key_file, "--cors": self.cors_origins or None,
+            "--llama-server": self.program, "--image": self.image,
+        }  # fmt: skip
+        flags = [f"{name}={value}" for name, value in given.items() if value is not None]
+        flags += ["--without-key"] if self.without_key else []
+        flags += [f"--lora={name}={path}" for name, path in self.lora.items()]
+        return [self.target, *flags]
+
+
+def settings(wish: Wish) -> Settings:
+    """How to serve a run or a GGUF file; a run has the name and the context that it was shipped with.
+
+    A file has the context min(model's, 4096) unless told. Raises `RecipeError` and `DataError`.
+    """
+    path = find_gguf(wish.target)
+    header = read_gguf(path)
+    most = header.metadata.get(f"{header.architecture}.context_length")
+    limit = most if isinstance(most, int) else _DEFAULT_CONTEXT
+    run = None if Path(wish.target).is_file() else find_run(wish.target)
+    chosen = Settings(
+        model=path,
+        alias=run.name if run else path.stem,
+        context_tokens=wish.context or min(limit, _context_of(run)),
+        host=wish.host,
+        port=wish.port,
+        parallel=wish.parallel,
+        threads=wish.threads,
+        gpu_layers=wish.gpu_layers,
+        api_key=read_key(wish.api_key_file),
+        adapters=tuple(wish.lora.values()),
+        without_key=wish.without_key,
+        cors_origins=wish.cors_origins,
+        program=wish.program,
+        image=wish.image,
+    )
+    refuse_foreign(wish.runtime, chosen)
+    if chosen.alias in wish.lora:
+        raise RecipeError(f"--lora {chosen.alias}: the model itself has that name", hint="choose another")
+    return chosen
+
+
+def _context_of(run: Path | None) -> int:
+    """max(4096, longest training row + reply), which deploy has written down."""
+    facts = read_manifest(run).get("facts", {}) if run else {}
+    trained = int(facts.get("data", {}).get("max_length", 0)) + 256
+    return int(facts.get("deploy", {}).get("context_tokens", 0)) or max(_DEFAULT_CONTEXT, trained)
+
+
+def read_key(path: Path | None) -> str | None:
+    """The key in a file: one line. Raises `RecipeError`."""
+    if path is None:
+        return None
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--api-key-file: {path}: {getattr(error, 'strerror', 'not text')}") from error
+    # llama-server takes a line that begins with # for a comment, and would then ask for no key.
+    if not key or len(key.split()) != 1 or key.startswith("#") or not key.isascii():
+        raise RecipeError(
+            f"--api-key-file: {path} holds no key",
+            hint="write the key into it: one line of ASCII, without spaces and not beginning with #",
+        )
+    return key
+
+
+def open_runtime(wish: Wish, stack: ExitStack, *, log: Path | None = None) -> tuple[Settings, Endpoint]:
+    """Serve what `wish` asks for until `stack` closes."""
+    chosen = settings(wish)
+    runtime = runtime_for(wish.runtime)
+    if not wish.lora:
+        return chosen, stack.enter_context(runtime(chosen, log=log))
+    from forge.serve.adapters import serve_with_adapters
+
+    return chosen, stack.enter_context(serve_with_adapters(runtime, chosen, wish.lora, log=log))
+
+
+def serve(
+    wish: Wish, *, said: Callable[[Mapping[str, object]], None], show: bool = False, listed: bool = False
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; `said` hears of the endpoint once it answers.
+
+    `show` opens the server's web page in a browser; `listed` shows the server in `forge ps`.
+    """
+    with ExitStack() as stack:
+        chosen, endpoint = open_runtime(wish, stack)
+        report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
+        report.info(
+            f"context {chosen.context_tokens} tokens, {chosen.slots} requests at once, "
+            f"{ready.threads_of(chosen)} threads, on {endpoint.device}"
+        )
+        if listed:
+            served = detached.Served(
+                chosen.alias, endpoint.url, endpoint.model, wish.runtime, os.getpid(), endpoint.container,
+                time.strftime("%Y-%m-%d %H:%M:%S"),
+            )  # fmt: skip
+            stack.enter_context(detached.announced(served_directory(), served))
+        said(_fields(endpoint, os.getpid()))
+        if show:
+            webbrowser.open(endpoint.url)
+        try:
+            while not (why := endpoint.why_gone()):
+                time.sleep(1)
+        except KeyboardInterrupt:
+            raise InterruptedByUserError("stopped serving") from None
+        raise StageError(why)
+
+
+def _fields(endpoint: Endpoint, pid: int) -> dict[str, object]:
+    fields = {"endpoint": endpoint.url, "model": endpoint.model, "pid": pid, "device": endpoint.device}
+    return {**fields, "container": endpoint.container} if endpoint.container else fields
+
+
+def served_directory() -> Path:
+    """Where what runs in the background is written down."""
+    return open_store(read_only=True).root / "serving"
+
+
+def detach(wish: Wish, *, show: bool = False) -> Mapping[str, object]:
+    """Serve in the background; returns once it answers, or raises what it ended with."""
+    name = settings(wish).alias
+    command = [sys.executable, "-m", "forge", "serve", *wish.arguments(), "--listed", "--json"]
+    fields = detached.detach(served_directory(), name, command)
+    report.success(f"serving {fields['model']} at {fields['endpoint']}/v1; forge stop {name} ends it")
+    if show:
+        webbrowser.open(str(fields["endpoint"]))
+    return fields
+
+
+def ps() -> dict[str, Any]:
+    """`forge ps`."""
+    found = detached.running(served_directory())
+    if found:
+        columns = ("name", "endpoint", "runtime", "pid", "since")
+        report.table("", columns, [[getattr(one, name) for name in columns] for one in found])
+    else:
+        report.info("nothing is being served in the background")
+    return {"running": [asdict(one) for one in found]}
+
+
+def stop(name: str | None) -> dict[str, Any]:
+    """`forge stop`."""
+    stopped: Sequence[detached.Served] = detached.stop(served_directory(), name)
+    for one in stopped:
+        report.success(f"stopped {one.name} ({one.endpoint})")
+    if not stopped:
+        report.info("nothing was being served in the background")
+    return {"stopped": [one.name for one in stopped]}

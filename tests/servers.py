@@ -1,0 +1,74 @@
+"""What the tests of serving share: a llama-server binary, adapters, raw HTTP.
+
+`make llama-server` compiles the binary (minutes; see tests/llama_server); it lies beside the
+session's other pieces, and a test that needs it fails without.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from tests.conftest import SESSION_HOME
+from tests.tiny_gguf import REPLY, SPECIAL, WIDTH
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def llama_server() -> Path:
+    """The compiled llama-server."""
+    program = SESSION_HOME / "llama-server" / "bin" / "llama-server"
+    assert program.is_file(), f"{program} is not there; run: make llama-server"
+    return program
+
+
+def listens(url: str) -> bool:
+    """Whether anything accepts a connection at `url`."""
+    address = urlsplit(url)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 0), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def servers_of(pid: int) -> list[psutil.Process]:
+    """What `pid` has started, and what those have."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+def own_servers() -> list[psutil.Process]:
+    return servers_of(os.getpid())
+
+
+def write_adapter(path: Path, *, says: str, architecture: str = "llama") -> Path:
+    """A LoRA adapter for `tiny_gguf`'s model, as a GGUF, which makes it say the single word `says`.
+
+    It adds to the output matrix: after the assistant's header that word is the likeliest, and after
+    that word the end of the turn. `says` must be a printable ASCII character.
+    """
+    import gguf
+    import numpy as np
+
+    tokens = [*SPECIAL, "\n", *(chr(code) for code in range(32, 127))]
+    count = len(tokens) + len(REPLY.split(" "))
+    first, word, end = tokens.index("\n"), tokens.index(says), 2
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 2.0)
+    a = np.zeros((2, WIDTH), np.float32)
+    b = np.zeros((count, 2), np.float32)
+    a[0, first], b[word, 0] = 50.0, 1.0
+    a[1, word], b[end, 1] = 50.0, 1.0
+    writer.add_tensor("output.weight.lora_a", a)
+    writer.add_tensor("output.weight.lora_b", b)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,90 @@
+"""What is shipped under docker/: linted, and true to the schema and to what `forge serve` runs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from forge import process
+from forge.serve.container import BUILD, IMAGE, PORT
+from forge.tools.containers import USER
+from tests.conftest import ROOT
+
+DOCKER = ROOT / "docker"
+DOCKERFILES = sorted(DOCKER.glob("*/Dockerfile"))
+
+
+def _compose(name: str) -> Any:
+    text = (DOCKER / name).read_text()
+    return YAML(typ="safe").load(text.replace("!reset []", "[]"))
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_dockerfiles_are_clean(path: Path) -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    finished = process.run([str(hadolint), str(path)])
+    assert (finished.status, finished.output) == (0, "")
+
+
+@pytest.mark.programs
+def test_linter_can_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM debian:latest\nRUN apt-get install gcc\n")
+    finished = process.run([str(Path(sys.executable).parent / "hadolint"), str(bad)])
+    assert finished.status != 0
+    assert "DL3007" in finished.output
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.parent.name)
+def test_every_base_is_pinned_and_nobody_is_root(path: Path) -> None:
+    text = path.read_text()
+    bases = re.findall(r"^(?:FROM|ARG BASE=) ?([^\s$]+)", text, re.MULTILINE)
+    assert bases
+    assert not any(re.search(r":(latest|server|server-cuda)$", base) or ":" not in base for base in bases)
+    assert re.findall(r"^USER (.+)$", text, re.MULTILINE) == [f"{USER}:{USER}"]
+
+
+def test_server_is_the_one_that_forge_runs() -> None:
+    text = (DOCKER / "server" / "Dockerfile").read_text()
+    assert f"ARG BASE=ghcr.io/ggml-org/llama.cpp:server-{BUILD}\n" in text
+    assert f"EXPOSE {PORT}\n" in text
+    server = _compose("compose.yaml")["services"]["server"]
+    assert server["image"] == IMAGE
+    assert server["read_only"] is True
+    assert server["cap_drop"] == ["ALL"]
+    assert server["security_opt"] == ["no-new-privileges:true"]
+    assert server["user"] == f"{USER}:{USER}"
+    assert all(volume["read_only"] for volume in server["volumes"])
+    assert server["ports"] == [f"${{HOST:-127.0.0.1}}:${{PORT:-8080}}:{PORT}"]
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.replicas.yaml"])
+def test_compose_files_are_true_to_their_schema(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text((DOCKER / name).read_text().replace("!reset []", "[]"))
+    assert _checked(path).status == 0
+    path.write_text(path.read_text().replace("read_only: true\n", "read_onli: true\n"))
+    assert _checked(path).status != 0
+
+
+def _checked(path: Path) -> process.Finished:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    return process.run(command)
+
+
+def test_what_the_compose_file_asks_of_the_server_are_its_flags() -> None:
+    """No flag that the runtime would not give."""
+    from forge.serve.llama_server import arguments
+    from forge.serve.runtime import Settings
+
+    given = arguments(Settings(Path("m"), "m", 512, adapters=(Path("a"),), gpu_layers=1))
+    known = {one for one in given if one.startswith("--")} | {"--api-key-file"}
+    command = _compose("compose.yaml")["services"]["server"]["command"]
+    assert {one for one in command if one.startswith("--")} <= known

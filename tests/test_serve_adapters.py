@@ -1,0 +1,146 @@
+"""Adapters by name: the model of a request chooses, streamed or not, and everything else goes through."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from forge.errors import DataError, StageError
+from forge.serve.adapters import serve_with_adapters
+from forge.serve.client import Client
+from forge.serve.embedded import serve_embedded
+from forge.serve.endpoint import Endpoint
+from forge.serve.runtime import Settings
+from forge.serve.wire import RefusedError
+from tests.servers import HELLO, listens, own_servers, write_adapter
+from tests.tiny_gguf import REPLY, write_tiny_gguf
+
+pytestmark = [pytest.mark.network, pytest.mark.programs]
+KEY = "open-sesame"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    write_tiny_gguf(folder / "tiny.gguf")
+    for name in "YN":
+        write_adapter(folder / f"{name}.gguf", says=name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(files: Path) -> Iterator[Endpoint]:
+    settings = Settings(files / "tiny.gguf", "base", 512, threads=1, api_key=KEY)
+    names = {"yes": files / "Y.gguf", "no": files / "N.gguf"}
+    with serve_with_adapters(serve_embedded, settings, names) as endpoint:
+        yield endpoint
+    assert not listens(endpoint.url)
+    assert not own_servers()
+
+
+def _named(endpoint: Endpoint, model: str) -> Endpoint:
+    return Endpoint(endpoint.url, model, KEY)
+
+
+@pytest.mark.parametrize(("model", "answer"), [("base", REPLY), ("yes", "Y"), ("no", "N")])
+def test_model_chooses_the_adapter(served: Endpoint, model: str, answer: str) -> None:
+    with Client(_named(served, model)) as client:
+        for _ in range(2):
+            assert client.chat(HELLO).text == answer
+            assert "".join(client.stream_chat(HELLO)) == answer
+
+
+def test_many_at_once_do_not_mix(served: Endpoint) -> None:
+    said: list[tuple[str, str]] = []
+
+    def ask(model: str) -> None:
+        with Client(_named(served, model)) as client:
+            said.extend((model, client.chat(HELLO).text) for _ in range(5))
+
+    threads = [threading.Thread(target=ask, args=(model,)) for model in ("base", "yes", "no") * 2]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert sorted(set(said)) == [("base", REPLY), ("no", "N"), ("yes", "Y")]
+    assert len(said) == 30
+
+
+def test_models_are_listed_and_unknown_ones_refused(served: Endpoint) -> None:
+    with Client(_named(served, "maybe")) as client:
+        assert client.model_names() == ["base", "yes", "no"]
+        with pytest.raises(RefusedError, match="no model 'maybe'; served are base, yes, no"):
+            client.chat(HELLO)
+    with Client(Endpoint(served.url, "yes", "wrong")) as client:
+        with pytest.raises(RefusedError, match="Invalid API Key"):
+            client.chat(HELLO)
+        with pytest.raises(RefusedError, match="Invalid API Key"):
+            client.model_names()
+
+
+def test_everything_else_goes_through(served: Endpoint) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=served.url, headers=headers, trust_env=False) as http:
+        assert http.get("/health").json() == {"status": "ok"}
+        assert "<html" in http.get("/").text.lower()
+        assert "llamacpp:" in http.get("/metrics").text
+        assert http.post("/tokenize", json={"content": "abc"}).json() == {"tokens": [69, 70, 71]}
+        assert http.get("/nothing").status_code == 404
+        torn = http.post("/v1/chat/completions", content=b'{"messages": [')
+        assert torn.status_code == 400 or torn.status_code == 500
+        assert "error" in torn.json()
+        assert http.head("/health").status_code == 200
+
+
+def test_who_goes_away_stops_the_answer(files: Path, tmp_path: Path) -> None:
+    endless = write_tiny_gguf(tmp_path / "endless.gguf", endless=True)
+    settings = Settings(endless, "base", 4096, threads=1, parallel=1)
+    with serve_with_adapters(serve_embedded, settings, {"yes": files / "Y.gguf"}) as endpoint:
+        with Client(endpoint) as client:
+            answer = client.stream_chat(HELLO)
+            assert next(answer)
+            answer.close()
+            slots: list[dict[str, Any]] = [{"is_processing": True}]
+            deadline = time.monotonic() + 30
+            while slots[0]["is_processing"] and time.monotonic() < deadline:
+                slots = httpx.get(endpoint.route("/slots"), trust_env=False).json()
+            assert not slots[0]["is_processing"]
+
+
+def test_oversized_and_unmeasured_bodies_are_refused_in_openais_shape(
+    served: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forge.serve.adapters.MOST_BYTES", 1000)
+    url = served.route("/v1/chat/completions")
+    large = httpx.post(url, content=b"x" * 1001, trust_env=False)
+    chunked = httpx.post(url, content=iter([b"x"]), trust_env=False)
+    assert (large.status_code, chunked.status_code) == (413, 411)
+    assert large.json()["error"]["message"] == "1001 bytes; at most 1000"
+    assert json.loads(chunked.content)["error"]["type"] == "invalid_request_error"
+
+
+def test_wrong_adapters_and_a_taken_port_are_said(files: Path, tmp_path: Path) -> None:
+    settings = Settings(files / "tiny.gguf", "base", 512, threads=1)
+    with pytest.raises(DataError, match=r"tiny\.gguf: a model, not an adapter"):
+        with serve_with_adapters(serve_embedded, settings, {"x": files / "tiny.gguf"}):
+            raise AssertionError("it served")
+    other = write_adapter(tmp_path / "gemma.gguf", says="N", architecture="gemma")
+    with pytest.raises(DataError, match="for the architecture gemma, the model's is llama"):
+        with serve_with_adapters(serve_embedded, settings, {"x": other}):
+            raise AssertionError("it served")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        wish = Settings(files / "tiny.gguf", "base", 512, threads=1, port=port)
+        with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be listened on"):
+            with serve_with_adapters(serve_embedded, wish, {"yes": files / "Y.gguf"}):
+                raise AssertionError("it served")

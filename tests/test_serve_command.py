@@ -1,0 +1,179 @@
+"""`forge serve`, `ps` and `stop` as a person runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from forge.errors import RecipeError
+from forge.serve.client import Client, find
+from forge.stages.serving import Wish, read_key, settings
+from tests.servers import HELLO, listens, write_adapter
+from tests.shipping import Workshop, processes_of, wait_for
+from tests.tiny_gguf import REPLY, write_tiny_gguf
+
+KEY = "open-sesame-1234"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Workshop]:
+    """A directory with a model, a key and an adapter. Nothing runs when the test is over."""
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    write_adapter(tmp_path / "yes.gguf", says="Y")
+    (tmp_path / "key").write_text(KEY + "\n")
+    workshop = Workshop(tmp_path, tmp_path / "home")
+    yield workshop
+    left = processes_of(workshop.home)
+    for one in left:
+        one.kill()
+    assert not left
+
+
+def _everything_written(directory: Path) -> str:
+    return "".join(path.read_text("utf-8", "replace") for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serves_in_the_foreground_until_it_is_told_to_stop(place: Workshop, number: signal.Signals) -> None:
+    with place.start("serve", "tiny.gguf", "--port", "0", "--json", "--parallel", "3") as child:
+        lines = child.lines()
+        ready = json.loads(next(lines))
+        assert ready == {
+            "endpoint": ready["endpoint"], "model": "tiny", "pid": child.pid, "device": "CPU"
+        }  # fmt: skip
+        with Client(find(ready["endpoint"])) as client:
+            assert client.chat(HELLO).text == REPLY
+        os.kill(child.pid, number)
+        assert json.loads(list(lines)[-1])["error"]["code"] == 130
+        assert child.wait(60) == 130
+    said = (place.directory / "errors.txt").read_text()
+    assert "context 4096 tokens, 3 requests at once, " in said
+    assert " threads, on CPU" in said
+    assert not listens(ready["endpoint"])
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_detach_ps_and_stop(place: Workshop) -> None:
+    """The server outlives the command; its key is in no list, record, log or process table."""
+    flags = ("--port", "0", "--api-key-file", "key", "--lora", "yes=yes.gguf", "--detach")
+    started = place.forge("serve", "tiny.gguf", *flags)
+    assert started.code == 0
+    endpoint = find(started.fields["endpoint"], api_key=KEY)
+    with Client(endpoint) as client:
+        assert client.model_names() == ["tiny", "yes"]
+        assert client.chat(HELLO).text == REPLY
+    again = place.forge("serve", "tiny.gguf", "--port", "0", "--detach")
+    assert (again.code, again.fields["error"]["message"]) == (2, "tiny is being served already")
+    listed = place.forge("ps")
+    [one] = listed.fields["running"]
+    assert (one["name"], one["pid"], one["runtime"]) == ("tiny", started.fields["pid"], "embedded")
+    shown = json.dumps([started.fields, listed.fields]) + started.said + listed.said
+    for process in processes_of(place.home):
+        shown += " ".join(process.cmdline()) + str(process.environ())
+    assert KEY not in shown + _everything_written(place.home)
+    wrong = place.forge("stop", "other")
+    assert (wrong.code, wrong.fields["error"]["hint"]) == (2, "running are: tiny")
+    assert place.forge("stop", "tiny").fields == {"stopped": ["tiny"]}
+    assert not listens(started.fields["endpoint"])
+    assert place.forge("ps").fields == {"running": []}
+    assert place.forge("stop").fields == {"stopped": []}
+    assert not list((place.home / "serving").iterdir())
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_killed_background_server_is_gone_from_the_list(place: Workshop) -> None:
+    started = place.forge("serve", "tiny.gguf", "--port", "0", "--detach")
+    os.kill(started.fields["pid"], signal.SIGKILL)
+    psutil.wait_procs(processes_of(place.home), timeout=10)
+    assert place.forge("ps").fields == {"running": []}
+    assert not listens(started.fields["endpoint"])
+    once_more = place.forge("serve", "tiny.gguf", "--port", "0", "--detach")
+    assert once_more.code == 0
+    assert place.forge("stop").fields == {"stopped": ["tiny"]}
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_what_fails_in_the_background_is_told_in_the_foreground(place: Workshop) -> None:
+    model = place.directory / "tiny.gguf"
+    model.write_bytes(model.read_bytes().replace(b"llama", b"lxama"))
+    failed = place.forge("serve", "tiny.gguf", "--port", "0", "--detach")
+    assert failed.code == 4
+    problems = [one["message"] for one in failed.fields["error"]["problems"]]
+    assert any("unknown model architecture: 'lxama'" in one for one in problems)
+    assert place.forge("ps").fields == {"running": []}
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_server_that_dies_ends_the_command_with_its_last_words(place: Workshop) -> None:
+    with place.start("serve", "tiny.gguf", "--port", "0", "--json") as child:
+        lines = child.lines()
+        json.loads(next(lines))
+        (server,) = psutil.Process(child.pid).children()
+        server.kill()
+        wait_for("the end", lambda: child.status is not None or not server.is_running(), child)
+        error = json.loads(list(lines)[-1])["error"]
+        assert error["code"] == 4
+        assert "killed by signal 9" in error["message"]
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--host", "0.0.0.0"), 2, "others than this machine could use the server, and there is no API key"),
+        (("--runtime", "vllm"), 2, "there is no runtime vllm"),
+        (("--image", "x"), 2, "the runtime embedded has no image to choose"),
+        (("--context", "5000"), 2, "a context of 5000 tokens is asked for, the model was made for 4096"),
+        (("--api-key-file", "none"), 2, "--api-key-file: none: No such file or directory"),
+        (("--lora", "yes"), 2, "yes: NAME=FILE, each name once"),
+        (("--lora", "tiny=yes.gguf"), 2, "--lora tiny: the model itself has that name"),
+        (("--lora", "yes=none.gguf"), 2, "none.gguf"),
+        (("--runtime", "llama-server", "--llama-server", "/none"), 3, "there is no program /none"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(place: Workshop, flags: tuple[str, ...], code: int, message: str) -> None:
+    refused = place.forge("serve", "tiny.gguf", "--port", "0", *flags)
+    assert refused.code == code
+    assert message in refused.fields["error"]["message"]
+
+
+def test_wish_and_its_command_line_say_the_same(tmp_path: Path) -> None:
+    """What is detached is what was asked for."""
+    from forge.cli.serve import command
+
+    wish = Wish(
+        "x.gguf", runtime="container", host="::1", port=9, context=512, parallel=2, threads=1, gpu_layers=-1,
+        api_key_file=Path("k"), without_key=True, cors_origins="*", program="p", image="i",
+        lora={"a": Path("a.gguf"), "b": Path("b.gguf")},
+    )  # fmt: skip
+    parsed = command.make_context("serve", wish.arguments()).params
+    ours = {name: parsed[name] for name in wish.__dataclass_fields__}
+    assert Wish(**ours) == wish
+
+
+def test_context_is_the_models_or_4096(tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    chosen = settings(Wish(str(model), context=512))
+    assert (chosen.alias, chosen.context_tokens) == ("tiny", 512)
+    assert settings(Wish(str(model))).context_tokens == 4096
+
+
+@pytest.mark.parametrize("text", ["", " \n", "#commented", "two words", "one\ntwo", "schlüssel"])
+def test_files_that_hold_no_key(tmp_path: Path, text: str) -> None:
+    """llama-server would take the first lines for no key at all, and let everyone in."""
+    path = tmp_path / "key"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="holds no key"):
+        read_key(path)

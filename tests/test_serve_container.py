@@ -1,0 +1,183 @@
+"""The container runtime, on a real docker daemon with the image that docker/server makes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from forge.errors import MissingToolError, RecipeError, StageError
+from forge.serve.adapters import serve_with_adapters
+from forge.serve.client import Client
+from forge.serve.container import IMAGE, serve_container
+from forge.serve.runtime import Settings
+from forge.serve.wire import GoneError, RefusedError
+from forge.tools.containers import current_name, docker_files, engine
+from tests.docker_daemon import BASE
+from tests.servers import HELLO, listens, write_adapter
+from tests.tiny_gguf import REPLY, write_tiny_gguf
+
+KEY = "open-sesame-1234"
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    model.chmod(0o444)
+    return Settings(model, "yoda", 1024, threads=1, parallel=2)
+
+
+@pytest.fixture
+def daemon(docker_daemon: Any, base_image: str) -> Iterator[Any]:
+    """The daemon, on which a test leaves no container."""
+    yield docker_daemon
+    assert docker_daemon.containers.list(all=True) == []
+
+
+def test_old_names_of_images() -> None:
+    for old in ("ghcr.io/ggerganov/llama.cpp:server", "ghcr.io/ggernanov/llama.cpp:server"):
+        assert current_name(old) == "ghcr.io/ggml-org/llama.cpp:server"
+    assert current_name("my/own:1") == "my/own:1"
+
+
+@pytest.mark.network
+def test_no_daemon_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    with pytest.raises(MissingToolError, match="DOCKER_HOST is unix://.*none.sock, and no daemon"):
+        with engine():
+            raise AssertionError("it connected")
+    monkeypatch.delenv("DOCKER_HOST")
+    monkeypatch.setattr(Path, "is_socket", lambda self: False)
+    with pytest.raises(MissingToolError, match="no docker daemon and no podman socket"):
+        with engine():
+            raise AssertionError("it connected")
+
+
+def test_shipped_files_are_found() -> None:
+    assert (docker_files() / "server" / "Dockerfile").is_file()
+    assert os.access(docker_files() / "compose.yaml", os.R_OK)
+
+
+def _inside(container: Any, *command: str) -> tuple[int, str]:
+    status, output = container.exec_run(list(command))
+    return int(status), output.decode()
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+def test_shipped_image_serves_through_the_published_port(
+    daemon: Any, settings: Settings, tmp_path: Path
+) -> None:
+    """R1, R3, pitfall 57: built from docker/server, published on loopback, asked from here."""
+    log = tmp_path / "log"
+    with serve_container(replace(settings, api_key=KEY), log=log) as endpoint:
+        assert urlsplit(endpoint.url).hostname == "127.0.0.1"
+        with Client(endpoint) as client:
+            assert client.model_names() == ["yoda"]
+            assert client.chat(HELLO).text == REPLY
+            assert "".join(client.stream_chat(HELLO)) == REPLY
+            assert client.properties()["total_slots"] == 2
+        with Client(replace(endpoint, api_key="wrong")) as client, pytest.raises(RefusedError):
+            client.chat(HELLO)
+        [container] = daemon.containers.list()
+        assert container.short_id == endpoint.container
+        _cannot_do_harm(container)
+        _becomes_healthy(container)
+        assert KEY not in json.dumps(container.attrs) + json.dumps(container.top())
+    assert not listens(endpoint.url)
+    assert KEY not in log.read_text()
+    assert "listening on" in log.read_text()
+    assert daemon.images.get(IMAGE).labels is not None
+    assert daemon.images.get(BASE).id in [one.id for one in daemon.images.list()]
+
+
+def _cannot_do_harm(container: Any) -> None:
+    """Security: nobody, without a capability, who can write nowhere, the model least of all."""
+    container.reload()
+    host = container.attrs["HostConfig"]
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    assert host["Privileged"] is False
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert container.attrs["Config"]["User"] == "10001:10001"
+    assert all(mount["RW"] is False for mount in container.attrs["Mounts"])
+    status = Path(f"/proc/{container.attrs['State']['Pid']}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines())
+    assert fields["Uid"].split() == ["10001"] * 4
+    assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
+    assert fields["NoNewPrivs"] == "1"
+    for place in ("/models/tiny.gguf", "/models/new", "/tmp/new", "/app/new"):
+        code, said = _inside(container, "/usr/bin/curl", "-s", "-o", place, "file:///app/llama-server")
+        assert code == 23, (place, code, said)  # curl: cannot write what it got
+
+
+def _becomes_healthy(container: Any) -> None:
+    deadline = time.monotonic() + 60
+    while container.attrs["State"]["Health"]["Status"] != "healthy":
+        assert time.monotonic() < deadline, container.attrs["State"]["Health"]
+        time.sleep(0.5)
+        container.reload()
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+def test_container_that_is_killed_is_told_and_taken_away(daemon: Any, settings: Settings) -> None:
+    with serve_container(settings) as endpoint:
+        [container] = daemon.containers.list()
+        container.kill()
+        with Client(endpoint) as client, pytest.raises(GoneError, match=r"ended by itself \(status 137\)"):
+            client.chat(HELLO)
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+def test_model_that_does_not_load_shows_the_servers_own_words(
+    daemon: Any, settings: Settings, tmp_path: Path
+) -> None:
+    strange = tmp_path / "strange.gguf"
+    strange.write_bytes(settings.model.read_bytes().replace(b"llama", b"lxama"))
+    with pytest.raises(StageError, match=r"did not start with .*strange\.gguf") as caught:
+        with serve_container(replace(settings, model=strange)):
+            raise AssertionError("it served")
+    assert any("unknown model architecture: 'lxama'" in one.message for one in caught.value.problems)
+    with pytest.raises(RecipeError, match="runs on the CPU alone"):
+        with serve_container(replace(settings, gpu_layers=5)):
+            raise AssertionError("it served")
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+def test_adapters_named_ports_and_the_image_of_old_documents(
+    daemon: Any, settings: Settings, tmp_path: Path
+) -> None:
+    daemon.images.get(BASE).tag("ghcr.io/ggml-org/llama.cpp", "server")
+    adapter = write_adapter(tmp_path / "yes.gguf", says="Y")
+    with pytest.raises(StageError, match="refused: "):
+        # It has no entry point, which says that it is this image that was run.
+        with serve_container(replace(settings, image="ghcr.io/ggerganov/llama.cpp:server")):
+            raise AssertionError("it served")
+    with serve_with_adapters(serve_container, settings, {"yes": adapter}) as endpoint:
+        with Client(endpoint) as client, Client(replace(endpoint, model="yes")) as other:
+            assert (client.chat(HELLO).text, other.chat(HELLO).text) == (REPLY, "Y")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(serve_container(settings))
+        port = urlsplit(first.url).port
+        assert port is not None
+        with pytest.raises(StageError, match="port is already allocated"):
+            stack.enter_context(serve_container(replace(settings, alias="other", port=port)))
