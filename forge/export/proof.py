@@ -102,7 +102,7 @@ def compare_ids(
 
     reference = Tokenizer.from_file(str(directory / "tokenizer.json"))
     reference.no_truncation()
-    served = _Served(vocabulary)
+    served = ServedVocabulary(vocabulary)
     try:
         kept, limits = _without_limits(tried, directory / "tokenizer.json", reference, served)
         problems = list(_differences(kept, reference, served))
@@ -123,7 +123,7 @@ def compare_ids(
     return Compared(len(kept), limits)
 
 
-def _differences(tried: Sequence[_Case], reference: Tokenizer, served: _Served) -> Iterator[Problem]:
+def _differences(tried: Sequence[_Case], reference: Tokenizer, served: ServedVocabulary) -> Iterator[Problem]:
     for case in tried:
         expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
         found = served.ids(case.text)
@@ -137,7 +137,7 @@ def _differences(tried: Sequence[_Case], reference: Tokenizer, served: _Served) 
             )
 
 
-class _Served:
+class ServedVocabulary:
     """llama.cpp with the vocabulary, used as llama-server uses it."""
 
     def __init__(self, vocabulary: Path) -> None:
@@ -192,7 +192,7 @@ class _Limit:
 
 
 def _without_limits(
-    tried: Sequence[_Case], tokenizer_json: Path, reference: Tokenizer, served: _Served
+    tried: Sequence[_Case], tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary
 ) -> tuple[list[_Case], tuple[str, ...]]:
     kept = [case for case in tried if case.text and "\0" not in case.text]
     told = []
@@ -204,7 +204,7 @@ def _without_limits(
     return kept, tuple(told)
 
 
-def _limits(tokenizer_json: Path, reference: Tokenizer, served: _Served) -> Iterator[_Limit]:
+def _limits(tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary) -> Iterator[_Limit]:
     added = reference.get_added_tokens_decoder().values()
     foreign = sorted(served.special() - {token.content for token in added} - {""})
     if foreign:

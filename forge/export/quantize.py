@@ -32,14 +32,14 @@ def quantize(source: Path, target: Path, quant: str, threads: int) -> GgufHeader
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(quant)
     parameters.nthread = threads
-    with _listening() as said:
+    with listening() as said:
         status = llama_cpp.llama_model_quantize(
             str(source).encode(), str(target).encode(), ctypes.byref(parameters)
         )
     if status:
         target.unlink(missing_ok=True)
         raise StageError(
-            f"quantizing to {quant} failed: {_last(said)}", hint="the whole output is in the run's log"
+            f"quantizing to {quant} failed: {last_words(said)}", hint="the whole output is in the run's log"
         )
     return read_gguf(target)
 
@@ -55,19 +55,19 @@ def refuse_unloadable(path: Path) -> None:
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = 0
     parameters.use_extra_bufts = False  # would repack, that is read and copy, all weights
-    with _listening() as said:
+    with listening() as said:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if model:
             llama_cpp.llama_model_free(model)
     if not model:
         raise StageError(
-            f"llama.cpp cannot load the converted model: {_last(said)}",
+            f"llama.cpp cannot load the converted model: {last_words(said)}",
             hint="its converter does not cover this configuration of the architecture; use another base",
         )
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[list[str]]:
+def listening() -> Iterator[list[str]]:
     """What llama.cpp says, which is all that it tells of errors; its progress is passed on."""
     import llama_cpp
     from llama_cpp import _logger
@@ -89,7 +89,7 @@ def _listening() -> Iterator[list[str]]:
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-def _last(said: Sequence[str]) -> str:
+def last_words(said: Sequence[str]) -> str:
     """The last line that speaks of an error, else the last words."""
     lines = [line.strip() for line in "".join(said).splitlines()]
     errors = [line for line in lines if "error" in line.lower()]
