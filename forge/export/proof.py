@@ -112,12 +112,14 @@ def compare_ids(
     if not kept:
         raise CheckError("no prompt could be compared: the chat template refuses all that were tried")
     if problems:
-        raise CheckError(
+        failure = CheckError(
             f"the GGUF's tokenizer gives other ids for {len(problems)} of {len(kept)} texts: "
             "the model would be served other tokens than it was trained on",
             hint="llama.cpp has no pre-tokenizer equal to this tokenizer's; choose a base that it knows",
             problems=problems[:5],
         )
+        failure.fields = {"compared": len(kept), "different": len(problems)}
+        raise failure
     if not stops:
         raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
     return Compared(len(kept), limits)

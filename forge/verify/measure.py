@@ -233,10 +233,10 @@ def _legs(
     if kind in DIRECT and not converts(found["legs"]["file"]):
         # The yardstick of the weights, so that the verdict can name the stage.
         with session.step("llama.cpp's own conversion"):
-            fits["f16"] = yardstick.make_f16(arguments | session.settings, _directory(scratch / "f16"))
+            fits["f16"] = yardstick.make_f16({**arguments, **session.settings}, _directory(scratch / "f16"))
     elif kind not in DIRECT:
         with session.step("llama.cpp's own conversion"):
-            f16 = yardstick.make_f16(arguments | session.settings, _directory(scratch / "f16"))
+            f16 = yardstick.make_f16({**arguments, **session.settings}, _directory(scratch / "f16"))
         direct = leg("f16", of_file(f16, "f16 GGUF"))
         with session.step("file against f16"):
             found["legs"]["file against f16"] = compare(direct, measured, drawn)

@@ -64,7 +64,7 @@ class ServedModel:
         """Logits at the sampled positions: float32, (positions, vocabulary), in the sample's order."""
         import numpy as np
 
-        found = np.empty((len(sample.positions), self.vocabulary_size), dtype=np.float32)
+        found: Any = np.empty((len(sample.positions), self.vocabulary_size), dtype=np.float32)
         at = 0
         for number, row in enumerate(sample.rows):
             for values in self._evaluate(row, sample.of_row(number)):

@@ -21,6 +21,7 @@ from forge.verify.sample import least_share
 MOST_BEYOND_VENDOR = 1.2
 _NO_CHANGE_KL = 1e-9
 _SHIFT_KL = 1e-4
+_LIVE_REMEDY = "the file is sound: look at deploy in the recipe, and at what else serves"
 # KL (nats) and top-1 of a Llama-3-8B against f16, as llama.cpp publishes them.
 NORMS: Mapping[str, tuple[float, float | None]] = {
     "q8_0": (0.0014, 0.977), "q6_k": (0.0055, None), "q5_k_m": (0.0108, None), "q4_k_m": (0.0313, 0.919),
@@ -46,6 +47,7 @@ def judge(found: Mapping[str, Any], gates: Gates, live: Mapping[str, Any] | None
     if any(not one["ok"] for one in handovers):
         causes.append(cause_of(found, handovers))
     causes += _gate_causes(found, gates)
+    causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live["problems"]] if live else []
     final = found["legs"]["file"]
     logits = {key: final[key] for key in ("nmse", "kl_mean", "kl_max", "top1", "perplexity_reference")}
     first = causes[0] if causes else None

@@ -59,8 +59,10 @@ def _tokens(gguf: Path, tokenizer: Path, tried: Sequence[Any]) -> dict[str, Any]
         compared = proof.compare_ids(tokenizer, gguf, tried)
     except CheckError as differ:
         examples = [{"text": one.field, "difference": one.message} for one in differ.problems]
-        return {"ok": False, "compared": len(tried), "message": differ.message, "examples": examples}
-    return {"ok": True, "compared": compared.texts, "limits": list(compared.limits), "examples": []}
+        counts = {"compared": len(tried), "different": len(tried)} | dict(differ.fields)
+        return {"ok": False, "message": differ.message, **counts, "limits": [], "examples": examples}
+    facts = {"compared": compared.texts, "different": 0, "limits": list(compared.limits)}
+    return {"ok": True, **facts, "examples": []}
 
 
 def _prompts(
