@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class ForgeError(Exception):
     """
 
     code = 1
+    fields: Mapping[str, object] = MappingProxyType({})
+    """What `--json` shows beside the error: what there is of the command's result."""
 
     def __init__(self, message: str, *, hint: str = "", problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)

@@ -277,4 +277,4 @@ def error(failure: ForgeError) -> None:
         say("info" if isinstance(failure, InterruptedByUserError) else "error", failure.message)
     if failure.hint:
         say("hint", failure.hint)
-    result({"error": failure.as_json()})
+    result({**failure.fields, "error": failure.as_json()})

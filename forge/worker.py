@@ -33,6 +33,7 @@ TASKS: Mapping[str, str] = {
     "validate": "forge.adapter.status:validate",
     "evaluate": "forge.train.evaluate:evaluate",
     "export": "forge.export.run:export",
+    "verify": "forge.verify.measure:measure",
 }
 
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "validate": "Check an adapter: a recipe's, or any on disk.",
     "evaluate": "Measure what was learned on held-out rows.",
     "export": "Make the GGUF: a recipe's, or of any base and adapter.",
+    "verify": "Prove that a GGUF is its base and adapter: a recipe's, or anybody's.",
     "modelfile": "Write the Modelfiles of a recipe.",
     "template": "Turn a chat template into a Go template, and prove it.",
     "deploy": "Start the server of a recipe and compare its prompts.",

@@ -102,7 +102,7 @@ def compare_ids(
 
     reference = Tokenizer.from_file(str(directory / "tokenizer.json"))
     reference.no_truncation()
-    served = _Served(vocabulary)
+    served = ServedVocabulary(vocabulary)
     try:
         kept, limits = _without_limits(tried, directory / "tokenizer.json", reference, served)
         problems = list(_differences(kept, reference, served))
@@ -112,18 +112,20 @@ def compare_ids(
     if not kept:
         raise CheckError("no prompt could be compared: the chat template refuses all that were tried")
     if problems:
-        raise CheckError(
+        failure = CheckError(
             f"the GGUF's tokenizer gives other ids for {len(problems)} of {len(kept)} texts: "
             "the model would be served other tokens than it was trained on",
             hint="llama.cpp has no pre-tokenizer equal to this tokenizer's; choose a base that it knows",
             problems=problems[:5],
         )
+        failure.fields = {"compared": len(kept), "different": len(problems)}
+        raise failure
     if not stops:
         raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
     return Compared(len(kept), limits)
 
 
-def _differences(tried: Sequence[_Case], reference: Tokenizer, served: _Served) -> Iterator[Problem]:
+def _differences(tried: Sequence[_Case], reference: Tokenizer, served: ServedVocabulary) -> Iterator[Problem]:
     for case in tried:
         expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
         found = served.ids(case.text)
@@ -137,7 +139,7 @@ def _differences(tried: Sequence[_Case], reference: Tokenizer, served: _Served) 
             )
 
 
-class _Served:
+class ServedVocabulary:
     """llama.cpp with the vocabulary, used as llama-server uses it."""
 
     def __init__(self, vocabulary: Path) -> None:
@@ -192,7 +194,7 @@ class _Limit:
 
 
 def _without_limits(
-    tried: Sequence[_Case], tokenizer_json: Path, reference: Tokenizer, served: _Served
+    tried: Sequence[_Case], tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary
 ) -> tuple[list[_Case], tuple[str, ...]]:
     kept = [case for case in tried if case.text and "\0" not in case.text]
     told = []
@@ -204,7 +206,7 @@ def _without_limits(
     return kept, tuple(told)
 
 
-def _limits(tokenizer_json: Path, reference: Tokenizer, served: _Served) -> Iterator[_Limit]:
+def _limits(tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary) -> Iterator[_Limit]:
     added = reference.get_added_tokens_decoder().values()
     foreign = sorted(served.special() - {token.content for token in added} - {""})
     if foreign:

@@ -46,11 +46,11 @@ def decide(converted: Converted, sparse: Path, quant: str) -> dict[str, str]:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(quant)
     parameters.dry_run = True
-    with _listening() as said:
+    with listening() as said:
         status = llama_cpp.llama_model_quantize(str(sparse).encode(), b"unused", ctypes.byref(parameters))
     if status or "will require an imatrix" in "".join(said):
         raise StageError(
-            f"llama.cpp cannot make {quant} of this model: {_last(said)}",
+            f"llama.cpp cannot make {quant} of this model: {last_words(said)}",
             hint="the whole output is in the run's log",
         )
     types = {name: (new or old).upper() for name, old, new in _TENSOR.findall("".join(said))}
@@ -71,19 +71,19 @@ def refuse_unloadable(path: Path) -> None:
     parameters.n_gpu_layers = 0
     parameters.no_alloc = True
     parameters.load_mode = 0
-    with _listening() as said:
+    with listening() as said:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if model:
             llama_cpp.llama_model_free(model)
     if not model:
         raise StageError(
-            f"llama.cpp cannot load the converted model: {_last(said)}",
+            f"llama.cpp cannot load the converted model: {last_words(said)}",
             hint="its converter does not cover this configuration of the architecture; use another base",
         )
 
 
 @contextlib.contextmanager
-def _listening() -> Iterator[list[str]]:
+def listening() -> Iterator[list[str]]:
     """What llama.cpp says, which is all that it tells of errors."""
     import llama_cpp
     from llama_cpp import _logger
@@ -102,7 +102,7 @@ def _listening() -> Iterator[list[str]]:
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-def _last(said: Sequence[str]) -> str:
+def last_words(said: Sequence[str]) -> str:
     """The last line that speaks of an error, else the last words."""
     lines = [line.strip() for line in "".join(said).splitlines()]
     errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]

@@ -112,6 +112,18 @@ class Client:
         body = {"content": text, "add_special": add_special, "parse_special": True}
         return [int(token) for token in self._ask("POST", "/tokenize", body)["tokens"]]
 
+    def next_tokens(self, ids: Sequence[int], count: int) -> list[tuple[int, float]]:
+        """The most likely next ids after `ids` with their natural log-probabilities, before sampling."""
+        body = {
+            "prompt": list(ids),
+            "n_predict": 1,
+            "n_probs": count,
+            "temperature": 0.0,
+            "cache_prompt": False,
+        }
+        found = self._ask("POST", "/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        return [(int(one["id"]), float(one["logprob"])) for one in found]
+
     def apply_template(self, messages: Sequence[Message]) -> str:
         """The prompt that the server would give to the model."""
         body = {"messages": [dict(message) for message in messages]}

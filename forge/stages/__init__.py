@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 def stages_for(ship: Ship) -> tuple[Step, ...]:
     """The stages of a ship, in order.
 
-    Up to *modelfile* each is pure and kept in the store; *deploy* and *smoke* look at the world.
+    Up to *verify* each is pure and kept in the store; *deploy* and *smoke* look at the world.
     """
     from forge.recipe.schema import Adopted, Train
     from forge.stages.adapter import AdoptStage, EvaluateStage, TrainStage, ValidateStage
     from forge.stages.artifacts import DataStage, ExportStage, ModelfileStage
     from forge.stages.live import DeployAction, SmokeAction
+    from forge.stages.verify import VerifyStage
 
     recipe = ship.recipe
     has_data = recipe.data is not None
@@ -31,6 +32,7 @@ def stages_for(ship: Ship) -> tuple[Step, ...]:
         EvaluateStage(ship) if is_adapted and has_data and ship.heldout else None,
         ExportStage(ship),
         ModelfileStage(ship),
+        VerifyStage(ship),
         DeployAction(ship) if is_deployed else None,
         SmokeAction(ship) if is_deployed else None,
     )

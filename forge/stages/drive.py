@@ -68,7 +68,7 @@ def ship(
                 on_result=lambda result: results.__setitem__(result.name, result),
                 stack=stack,
             )
-            failure = _failed_smoke(results)
+            failure = _failed_live(results) or _failed_smoke(results)
         except BaseException as stopped:
             failure = stopped
             if not isinstance(stopped, ForgeError | KeyboardInterrupt):
@@ -106,6 +106,12 @@ def _load(recipe: Path, overrides: Sequence[str]) -> Loaded:
     for warning in loaded.warnings:
         report.warning(warning)
     return loaded
+
+
+def _failed_live(results: Mapping[str, Result]) -> ForgeError | None:
+    from forge.stages.live_proof import failure_of
+
+    return failure_of(results["deploy"].facts["live"]) if "deploy" in results else None
 
 
 def _failed_smoke(results: Mapping[str, Result]) -> ForgeError | None:

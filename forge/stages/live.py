@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
 EXPORT = "export"
 _OWN_PROMPTS = 50
+_ASKED = 8
 
 
 def queries_in(recipe: Recipe) -> list[Query]:
@@ -54,6 +55,7 @@ class DeployAction(Action):
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
         from forge.serve.runtime import Settings
         from forge.serve.runtimes import runtime_for
+        from forge.stages.live_proof import prove_live
 
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
@@ -78,12 +80,22 @@ class DeployAction(Action):
             *_some_rows(results),
         ]
         prove_prompts(self.ship, endpoint, conversations)
+        live = None
+        if "verify" in results:
+            live = prove_live(
+                endpoint,
+                results["verify"].facts,
+                conversations[1 : 1 + _ASKED],
+                context_tokens=settings.context_tokens,
+                longest_tokens=int(data.get("longest_tokens", 0)),
+            )
         return {
             "runtime": deploy.runtime,
             "endpoint": endpoint.url,
             "model": endpoint.model,
             "context_tokens": settings.context_tokens,
             "prompts_compared": len(conversations),
+            "live": live,
         }
 
 

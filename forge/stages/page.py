@@ -10,10 +10,9 @@ from typing import Any
 import jinja2
 
 from forge.pipeline.stage import Result
+from forge.stages.pictures import ids_that_differ, kl_by_position, loss_curve, top1_by_stage
 from forge.store import durable
 from forge.train.run import LOG_FILE
-
-_WIDTH, _HEIGHT, _MARGIN = 640, 220, 44
 
 
 def write_page(path: Path, manifest: Mapping[str, Any], results: Mapping[str, Result]) -> None:
@@ -26,9 +25,22 @@ def write_page(path: Path, manifest: Mapping[str, Any], results: Mapping[str, Re
             manifest=manifest,
             facts=manifest["facts"],
             curve=loss_curve(_losses(results)),
+            certificate=manifest["certificate"],
+            pictures=_pictures(manifest["certificate"]),
             answers=_answers(manifest["facts"]),
         ),
     )
+
+
+def _pictures(certificate: Mapping[str, Any] | None) -> Mapping[str, str]:
+    if certificate is None:
+        return {}
+    tokens = certificate["tokens"]
+    return {
+        "kl": kl_by_position(certificate["kl_by_position"]),
+        "top1": top1_by_stage(certificate["handovers"]),
+        "ids": ids_that_differ(tokens["compared"] - tokens["different"], tokens["different"]),
+    }
 
 
 def _losses(results: Mapping[str, Result]) -> list[tuple[int, float]]:
@@ -46,30 +58,3 @@ def _answers(facts: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     exact = (facts.get("evaluate") or {}).get("exact")
     found: Sequence[Mapping[str, Any]] = (served or exact or {}).get("answers", [])
     return found
-
-
-def loss_curve(points: Sequence[tuple[int, float]]) -> str:
-    """The loss by step as an SVG picture; empty for fewer than two points."""
-    if len(points) < 2:
-        return ""
-    steps, losses = [point[0] for point in points], [point[1] for point in points]
-    top, right = max(losses) * 1.05 or 1.0, max(steps)
-    x_scale = (_WIDTH - 2 * _MARGIN) / max(right - steps[0], 1)
-    y_scale = (_HEIGHT - 2 * _MARGIN) / top
-
-    def place(step: float, loss: float) -> str:
-        return f"{_MARGIN + (step - steps[0]) * x_scale:.1f},{_HEIGHT - _MARGIN - loss * y_scale:.1f}"
-
-    line = " ".join(place(step, loss) for step, loss in points)
-    floor = _HEIGHT - _MARGIN
-    labels = [
-        f'<text x="{_MARGIN - 6}" y="{_MARGIN + 4}" text-anchor="end">{top:.2f}</text>',
-        f'<text x="{_MARGIN - 6}" y="{floor + 4}" text-anchor="end">0</text>',
-        f'<text x="{_MARGIN}" y="{floor + 18}">step {steps[0]}</text>',
-        f'<text x="{_WIDTH - _MARGIN}" y="{floor + 18}" text-anchor="end">step {right}</text>',
-    ]
-    axes = f'<path d="M{_MARGIN} {_MARGIN} V{floor} H{_WIDTH - _MARGIN}" class="axis"/>'
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="training loss by step">'
-        f'{axes}<polyline points="{line}"/>{"".join(labels)}</svg>'
-    )

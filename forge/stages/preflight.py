@@ -20,6 +20,7 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "validate": ("torch", "transformers", "peft", "safetensors"),
     "evaluate": ("torch", "transformers", "peft"),
     "export": ("torch", "transformers", "safetensors", "llama_cpp"),
+    "verify": ("torch", "transformers", "accelerate", "safetensors", "llama_cpp", "gguf"),
 }
 _INSTALL = "install the training stack: pip install 'forge-ship[train]'"
 
@@ -33,7 +34,7 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
     needed = {name for stage in stages for name in _PACKAGES.get(stage, ())}
     train = ship.recipe.train
     if not isinstance(train, Train):
-        needed -= {"trl", "datasets", "accelerate"}  # an adapter that was made elsewhere
+        needed -= {"trl", "datasets"}  # an adapter that was made elsewhere
     elif "train" in stages and train.method == "qlora":
         needed.add("bitsandbytes")
     absent = sorted(name for name in needed if importlib.util.find_spec(name) is None)
@@ -41,6 +42,7 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
     hints = [_INSTALL] if absent else []
     checks: dict[str, Callable[[], object]] = {
         "export": partial(find_converters, ship.store.root),
+        "verify": partial(find_converters, ship.store.root),
         "deploy": xllamacpp.check if ship.recipe.deploy.runtime == "embedded" else _no_check,
     }
     for stage, check in checks.items():

@@ -20,10 +20,11 @@ from forge.stages.ship import Ship
 from forge.store import durable
 from forge.store.artifacts import Artifact
 from forge.store.runs import publish
+from forge.verify.verdict import Gates, judge
 
 MANIFEST = "manifest.json"
 REPORT = "report.html"
-NO_CERTIFICATE = "no certificate yet: token ids and prompts are compared, logits are not"
+NOT_VERIFIED = "the ship did not get as far as verify"
 
 
 def learned(results: Mapping[str, Result]) -> dict[str, Any] | None:
@@ -49,19 +50,29 @@ def learned(results: Mapping[str, Result]) -> dict[str, Any] | None:
     }
 
 
+def certificate(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any] | None:
+    """The verdict on this ship's file, the live server's leg among it where one was asked."""
+    if "verify" not in results:
+        return None
+    verify = ship.recipe.verify
+    live = results["deploy"].facts.get("live") if "deploy" in results else None
+    return judge(results["verify"].facts, Gates(verify.max_kl, verify.min_top1), live)
+
+
 def summary(ship: Ship, results: Mapping[str, Result], endpoint: str | None = None) -> dict[str, Any]:
     """The JSON result of `forge ship`."""
     directory = ship.run_directory
     modelfile = results["modelfile"].facts if "modelfile" in results else {}
     smoke = results["smoke"].facts["smoke"] if "smoke" in results else []
+    found = certificate(ship, results)
     return {
         "run": str(directory),
         "adapter": str(directory / "adapter") if ADAPTER_STAGE in results else None,
         "gguf": str(directory / gguf_name(ship)) if "export" in results else None,
         "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
         "modelfile_reason": modelfile.get("reason"),
-        "certificate": None,
-        "certificate_reason": NO_CERTIFICATE,
+        "certificate": found,
+        "certificate_reason": None if found else NOT_VERIFIED,
         "learned": learned(results),
         "endpoint": endpoint,
         "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
@@ -124,6 +135,7 @@ def _place(artifact: Artifact, name: str, source: Path, target: Path, published:
 
 
 def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException | None) -> dict[str, Any]:
+    found = certificate(ship, results)
     return {
         "format": 1,
         "name": ship.recipe.name,
@@ -164,10 +176,11 @@ def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException 
             for result in results.values()
             if result.artifact
         },
-        "facts": {result.name: dict(result.facts) for result in results.values()},
+        # The certificate holds what verify found.
+        "facts": {result.name: dict(result.facts) for result in results.values() if result.name != "verify"},
         "learned": learned(results),
-        "certificate": None,
-        "certificate_reason": NO_CERTIFICATE,
+        "certificate": found,
+        "certificate_reason": None if found else NOT_VERIFIED,
         "stages": [
             {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
             for result in results.values()

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from forge import report
+from forge.cli.options import common, overrides_option
+from forge.errors import RecipeError
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@overrides_option
+@click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA adapter that was merged.")
+@click.option("--gguf", type=click.Path(path_type=Path), help="The file to check, whoever made it.")
+@click.option("--merged", type=click.Path(path_type=Path), help="The merged checkpoint, where one was kept.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Rows to compare on (JSONL); else built-in ones."
+)
+@click.option("--max-kl", type=float, help="Fail over this mean KL divergence (nats).")
+@click.option("--min-top1", type=float, help="Fail under this share of equal top tokens.")
+@common
+def command(
+    recipe: Path | None,
+    overrides: tuple[str, ...],
+    base: str | None,
+    adapter: Path | None,
+    gguf: Path | None,
+    merged: Path | None,
+    data: Path | None,
+    max_kl: float | None,
+    min_top1: float | None,
+) -> None:
+    """Prove that a GGUF is its base and adapter, or name the stage that broke it.
+
+    Of RECIPE's own export, or of any --gguf with its --base (and --adapter): token ids, prompt,
+    stops and logits are compared with transformers in float32, and with llama.cpp's own conversion
+    and quantization. Exit 5 when they differ by more than that explains.
+    """
+    if recipe is not None:
+        from forge.cli.stage_of import run_stage
+
+        report.result(run_stage(recipe, overrides, "verify"))
+        return
+    if not (base and gguf):
+        raise RecipeError("give a RECIPE, or both --base and --gguf", hint="see: forge verify --help")
+    from forge.stages.certify import certify
+
+    certify(base, adapter, gguf, merged=merged, data=data, max_kl=max_kl, min_top1=min_top1)

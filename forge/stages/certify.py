@@ -1,0 +1,105 @@
+"""`forge verify` on files alone: anybody's GGUF against the base and adapter that it should be."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from forge import report, worker
+from forge.adapter.read import read_adapter
+from forge.chat.template import ChatTemplate
+from forge.errors import DataError
+from forge.model.base import resolve
+from forge.model.checkpoint import open_checkpoint
+from forge.model.config import check_unquantized, read_configuration
+from forge.model.gguf_header import read_gguf
+from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.stages.rows import builtin_rows, own_rows, plain_rows
+from forge.stages.verify import failure_of, tell
+from forge.store.artifacts import open_store
+from forge.tools.llama_cpp import find_converters
+from forge.verify.verdict import Gates, judge
+
+
+def certify(
+    base: str,
+    adapter: Path | None,
+    gguf: Path,
+    *,
+    merged: Path | None = None,
+    data: Path | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+) -> dict[str, Any]:
+    """Measure and judge; the certificate goes to `--json` whatever it says.
+
+    Raises `CheckError` for a file that is not base and adapter, `DataError` for one that cannot be
+    compared with them at all.
+    """
+    found = resolve(base).directory
+    assert found is not None  # only a plan leaves it open
+    configuration = read_configuration(found)
+    check_unquantized(configuration, str(found))
+    read_gguf(gguf)
+    adapter = adapter.absolute() if adapter else None
+    if adapter:
+        read_adapter(adapter)
+    if merged:
+        open_checkpoint(merged)
+    own = adapter is not None and (adapter / "tokenizer.json").is_file()
+    files = read_tokenizer(adapter if adapter and own else found, max_positions=configuration.max_positions)
+    with tempfile.TemporaryDirectory(prefix="forge-verify-") as scratch:
+        _check_space(open_checkpoint(found).numel, Path(scratch))
+        rows, end = _rows(files, data, configuration.max_positions, Path(scratch))
+        arguments = {
+            "base": str(found.absolute()),
+            "adapter": str(adapter) if adapter else None,
+            "gguf": str(gguf.absolute()),
+            "merged": str(merged.absolute()) if merged else None,
+            "tokenizer": str(files.directory.absolute()),
+            "chat_template": files.chat_template,
+            "rows": str(rows),
+            "converters": str(find_converters(open_store(read_only=True).root)),
+            "scratch": scratch,
+            "settings": {"nf4": False, "end_of_turn_id": end, "trust_remote_code": False},
+        }
+        measured = worker.call("verify", arguments)
+    certificate = judge(measured, Gates(max_kl, min_top1))
+    tell(certificate)
+    if failure := failure_of(certificate):
+        failure.fields = certificate
+        raise failure
+    report.result(certificate)
+    return certificate
+
+
+def _rows(
+    files: TokenizerFiles, data: Path | None, context: int | None, scratch: Path
+) -> tuple[Path, int | None]:
+    """The rows to compare on, and the id that ends an answer."""
+    from tokenizers import Tokenizer
+
+    from forge.data.tokens import prompt_format
+
+    tokenizer = Tokenizer.from_file(str(files.directory / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if files.chat_template is None:
+        return plain_rows(data, tokenizer, scratch), None
+    tokens = {f"{name}_token": token for name, token in files.tokens.items()}
+    form = prompt_format(ChatTemplate(files.chat_template, tokens), tokenizer)
+    rows = own_rows(data, form, context, scratch) if data else builtin_rows(form, context, scratch)
+    return rows, form.end_of_turn_id
+
+
+def _check_space(parameters: int, scratch: Path) -> None:
+    """The yardsticks take a merged checkpoint, an F16 file and a quantized one on disk."""
+    needed, free = 7 * parameters, shutil.disk_usage(scratch).free
+    if needed > free:
+        raise DataError(
+            f"comparing needs {needed / 1e9:.1f} GB of disk in {scratch.parent}, "
+            f"there are {free / 1e9:.1f} GB",
+            hint="set TMPDIR to a directory on a larger disk",
+        )

@@ -1,0 +1,128 @@
+"""The certificate's last hand-over: the server that is running against the file that was measured.
+
+The server's log-probabilities of the next token are held against llama-cpp-python's of the same
+file and prompts (measured in *verify*); its context, its sampling and its finish reasons against
+what was asked for. llama-server's own routes; another server has none of this and is not asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from forge import report
+from forge.errors import CheckError, Problem
+from forge.serve.client import Client
+from forge.serve.endpoint import Endpoint, Message
+from forge.serve.wire import RefusedError, Sampling
+
+MOST_KL = 0.02
+"""Two builds of llama.cpp round differently; another file, adapter or scale is far beyond."""
+_ANSWER = 128  # tokens
+_CHOSEN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0}
+"""llama.cpp's defaults, which hold where the file sets none (`general.sampling.*`)."""
+_IN_FILE = {"temp": "temperature", "penalty_repeat": "repeat_penalty"}
+
+
+def prove_live(
+    endpoint: Endpoint,
+    measured: Mapping[str, Any],
+    questions: Sequence[Sequence[Message]],
+    *,
+    context_tokens: int,
+    longest_tokens: int,
+) -> dict[str, Any]:
+    """Ask the server; returns the hand-over, what was asked, and `problems`, empty when all is well.
+
+    `measured` is *verify*'s; `context_tokens` is what was asked for, `longest_tokens` the longest row.
+    """
+    with Client(endpoint) as client:
+        handover = _compare(client, measured["live"], measured["file"]["type"])
+        problems = [
+            *_context(client, context_tokens, longest_tokens),
+            *_sampling(client, measured["file"]["sampling"]),
+        ]
+        if not handover["ok"]:
+            problems.append(
+                f"the server's probabilities are not the file's (KL {handover['kl_mean']:.2g}, top-1 "
+                f"{handover['top1']:.1%} of {handover['prompts']} prompts): is it serving this file?"
+            )
+        reasons = _finish_reasons(client, questions)
+    return {"handover": handover, "finish_reasons": reasons, "problems": problems}
+
+
+def failure_of(live: Mapping[str, Any] | None) -> CheckError | None:
+    """The error of a live proof with problems."""
+    if live is None or not live["problems"]:
+        return None
+    return CheckError(
+        f"deploy: {live['problems'][0]}",
+        hint="the file is sound: look at deploy in the recipe, and at what else runs on that port",
+        problems=[Problem(problem) for problem in live["problems"]],
+    )
+
+
+def _compare(client: Client, expected: Sequence[Mapping[str, Any]], kind: str | None) -> dict[str, Any]:
+    """KL over the most likely tokens of each prompt; what the server does not list counts as its least."""
+    divergences, same = [], 0
+    for number, one in enumerate(expected, 1):
+        found = client.next_tokens(one["ids"], 2 * len(one["top"]))
+        known, least = dict(found), min(value for _, value in found)
+        divergence = sum(math.exp(p) * (p - known.get(token, least)) for token, p in one["top"])
+        divergences.append(max(divergence, 0.0))
+        same += found[0][0] == one["top"][0][0]
+        report.advance("compare the server's probabilities", number, len(expected))
+    mean = sum(divergences) / len(divergences)
+    return {
+        "from": f"GGUF {kind or 'file'}",
+        "to": "live server",
+        "ok": mean <= MOST_KL,
+        "nmse": None,
+        "kl_mean": mean,
+        "kl_max": max(divergences),
+        "top1": same / len(expected),
+        "perplexity": None,
+        "prompts": len(expected),
+    }
+
+
+def _context(client: Client, asked: int, longest: int) -> Iterator[str]:
+    """The context that was asked for, long enough for the rows, and an overflow that is refused."""
+    context = int(client.properties()["default_generation_settings"]["n_ctx"])
+    if context < asked:
+        yield f"the server's context is {context} tokens, {asked} were asked for"
+    if context < longest:
+        yield (
+            f"the server's context of {context} tokens is too short: rows have up to {longest}; "
+            "raise deploy.context_tokens"
+        )
+    try:
+        client.next_tokens([1] * (context + 1), 1)
+    except RefusedError:
+        return
+    yield f"the server cuts a prompt of more than {context} tokens without a word"
+
+
+def _sampling(client: Client, in_file: Mapping[str, Any]) -> Iterator[str]:
+    """The server's defaults are the file's own or llama.cpp's: nobody asked for others."""
+    expected = dict(_CHOSEN)
+    for key, value in in_file.items():
+        name = key.rpartition(".")[2]
+        expected[_IN_FILE.get(name, name)] = float(value)
+    found = client.properties()["default_generation_settings"]["params"]
+    for name, value in expected.items():
+        if name in found and not math.isclose(float(found[name]), value, rel_tol=1e-4, abs_tol=1e-6):
+            yield f"the server samples with {name} {found[name]:g}, which nobody set (expected {value:g})"
+
+
+def _finish_reasons(client: Client, questions: Sequence[Sequence[Message]]) -> dict[str, int]:
+    """How answers end: by themselves (`stop`), or because they were cut (`length`)."""
+    counts: dict[str, int] = {}
+    for messages in questions:
+        reply = client.chat(messages, Sampling(max_tokens=_ANSWER))
+        counts[reply.finish_reason] = counts.get(reply.finish_reason, 0) + 1
+    if 2 * counts.get("length", 0) > len(questions):
+        # A model that was trained little may: the reader decides.
+        report.warning(f"{counts['length']} of {len(questions)} answers did not end within {_ANSWER} tokens")
+    return counts

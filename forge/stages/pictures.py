@@ -1,0 +1,115 @@
+"""Pictures of a report, as inline SVG: curves and bars, drawn from numbers, nothing fetched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+
+_WIDTH, _HEIGHT, _MARGIN = 640, 220, 44
+_COLOURS = ("#0969da", "#bf8700", "#8250df")
+_FLOOR = 1e-9
+"""Below this KL is rounding; a logarithm needs a floor."""
+
+Points = Sequence[tuple[float, float]]
+
+
+def loss_curve(points: Sequence[tuple[int, float]]) -> str:
+    """The loss by step; empty for fewer than two points."""
+    if len(points) < 2:
+        return ""
+    top = max(point[1] for point in points) * 1.05 or 1.0
+    labels = ((0.0, "0"), (1.0, f"{top:.2f}"))
+    return _curves({"": points}, lambda loss: loss / top, labels, "step", "training loss by step")
+
+
+def kl_by_position(legs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Mean KL divergence by place in the row, logarithmic; one line a file."""
+    lines = {
+        name: [(float(one["position"]), max(float(one["mean"]), _FLOOR)) for one in found]
+        for name, found in legs.items()
+        if len(found) > 1
+    }
+    if not lines:
+        return ""
+    values = [math.log10(value) for points in lines.values() for _, value in points]
+    low, high = math.floor(min(values)), math.ceil(max(values))
+    high += high == low
+    labels = tuple(((power - low) / (high - low), f"1e{power}") for power in range(low, high + 1))
+    title = "KL divergence from the reference by position"
+
+    def share(value: float) -> float:
+        return (math.log10(value) - low) / (high - low)
+
+    return _curves(lines, share, labels, "position", title)
+
+
+def _curves(
+    lines: Mapping[str, Points],
+    share: Callable[[float], float],
+    labels: Sequence[tuple[float, str]],
+    axis: str,
+    title: str,
+) -> str:
+    """Lines over one axis; `share` places a value between bottom (0) and top (1)."""
+    places = [place for points in lines.values() for place, _ in points]
+    first, last = min(places), max(places)
+    wide, high = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN
+    floor = _HEIGHT - _MARGIN
+    drawn = [f'<path d="M{_MARGIN} {_MARGIN} V{floor} H{_WIDTH - _MARGIN}" class="axis"/>']
+    for number, (name, points) in enumerate(lines.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        line = " ".join(
+            f"{_MARGIN + (place - first) / max(last - first, 1) * wide:.1f},{floor - share(value) * high:.1f}"
+            for place, value in points
+        )
+        drawn.append(f'<polyline points="{line}" style="stroke: {colour}"/>')
+        if name:
+            x = _MARGIN + 8 + number * 160
+            drawn.append(f'<text x="{x}" y="{_MARGIN - 12}" style="fill: {colour}">{escape(name)}</text>')
+    for at, text in labels:
+        drawn.append(
+            f'<text x="{_MARGIN - 6}" y="{floor - at * high + 4:.1f}" text-anchor="end">{text}</text>'
+        )
+    drawn.append(f'<text x="{_MARGIN}" y="{floor + 18}">{axis} {first:g}</text>')
+    drawn.append(f'<text x="{_WIDTH - _MARGIN}" y="{floor + 18}" text-anchor="end">{axis} {last:g}</text>')
+    return _picture(_HEIGHT, title, drawn)
+
+
+def top1_by_stage(handovers: Sequence[Mapping[str, object]]) -> str:
+    """A bar for each hand-over: the share of positions with the same top token."""
+    bars = [(str(one["to"]), one["top1"], bool(one["ok"])) for one in handovers]
+    known = [(name, share, ok) for name, share, ok in bars if isinstance(share, float)]
+    if not known:
+        return ""
+    wide, step = _WIDTH - 320, 26
+    drawn = []
+    for number, (name, share, ok) in enumerate(known):
+        y = 8 + number * step
+        fill = "#1a7f37" if ok else "#cf222e"
+        drawn.append(f'<text x="230" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        drawn.append(f'<rect x="240" y="{y}" width="{share * wide:.1f}" height="18" fill="{fill}"/>')
+        drawn.append(f'<text x="{246 + share * wide:.1f}" y="{y + 13}">{share:.2%}</text>')
+    return _picture(16 + step * len(known), "share of positions with the same top token, by stage", drawn)
+
+
+def ids_that_differ(equal: int, different: int) -> str:
+    """One bar: texts whose token ids are equal, and those whose are not."""
+    total = equal + different
+    if not total:
+        return ""
+    wide = _WIDTH - 20
+    good = wide * equal / total
+    drawn = [
+        f'<rect x="10" y="6" width="{good:.1f}" height="18" fill="#1a7f37"/>',
+        f'<rect x="{10 + good:.1f}" y="6" width="{wide - good:.1f}" height="18" fill="#cf222e"/>',
+        f'<text x="10" y="40">{equal} texts with equal ids</text>',
+        f'<text x="{10 + wide}" y="40" text-anchor="end">{different} with others</text>',
+    ]
+    return _picture(46, "texts whose token ids are equal, and those that differ", drawn)
+
+
+def _picture(height: int, title: str, drawn: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
+    )

@@ -1,0 +1,45 @@
+"""Rows to verify on where there is no data stage: a file of the user's, or built-in ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forge.data.conversations import to_conversations
+from forge.data.prepare import TRAIN_FILE, Settings, prepare
+from forge.data.sources import locate, read_rows
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from forge.data.tokens import PromptFormat
+
+_BUILTIN = "builtin:yoda_heldout"
+_BUILTIN_COLUMNS = {"prompt": "sentence", "completion": "translation"}
+
+
+def builtin_rows(form: PromptFormat, context: int | None, out: Path) -> Path:
+    """Short English questions and answers in the template of `form`, as JSONL in `out`."""
+    path = locate(_BUILTIN, Path())
+    prepare(Settings([path], 0, "prompt", _BUILTIN_COLUMNS), form, context, out)
+    return out / TRAIN_FILE
+
+
+def own_rows(data: Path, form: PromptFormat, context: int | None, out: Path) -> Path:
+    """The conversations in `data`; raises `DataError` with every row that cannot be used."""
+    prepare(Settings([data], 0), form, context, out)
+    return out / TRAIN_FILE
+
+
+def plain_rows(data: Path | None, tokenizer: Tokenizer, out: Path) -> Path:
+    """For a base without chat template: the messages' texts as they are, with the tokenizer's own BOS."""
+    columns = {} if data else _BUILTIN_COLUMNS
+    rows = read_rows(data or locate(_BUILTIN, Path()))
+    target = out / TRAIN_FILE
+    with target.open("w", encoding="utf-8") as stream:
+        for conversation in to_conversations(rows, "auto" if data else "prompt", columns):
+            text = "\n".join(message["content"] for message in conversation.messages)
+            row = {"input_ids": tokenizer.encode(text).ids, "messages": list(conversation.messages)}
+            stream.write(json.dumps(row) + "\n")
+    return target

@@ -1,0 +1,118 @@
+"""The stage *verify*: the exported file against base and adapter, judged afresh on every run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forge import report, worker
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
+from forge.errors import CheckError, ForgeError, Problem
+from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
+from forge.model.base import UNKNOWN
+from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
+from forge.stages.rows import builtin_rows
+from forge.stages.ship import Ship
+from forge.store.artifacts import Artifact
+from forge.store.digest import Json
+from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
+from forge.verify.verdict import Gates, judge
+
+
+class VerifyStage(ShipStage):
+    """Measures the file; the measurement is kept, the verdict is not."""
+
+    name = "verify"
+    version = 1
+
+    def __init__(self, ship: Ship) -> None:
+        super().__init__(ship)
+        data = ("data",) if ship.recipe.data else ()
+        self.needs = (*data, *((ADAPTER_STAGE,) if ship.recipe.train is not None else ()), "export")
+
+    def params(self) -> Mapping[str, Json]:
+        template = self.ship.template.pinned_source() if self.ship.base.directory else UNKNOWN
+        return {
+            "base": self.ship.base_digest,
+            "base.tokenizer": self.ship.tokenizer_digest,
+            "train.method": self.ship.training.method if self.ship.training else None,
+            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+        }
+
+    def tools(self) -> Mapping[str, str]:
+        return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}
+
+    def recorded(self) -> Mapping[str, str]:
+        return {name: installed(name) for name in ("torch", "transformers", "bitsandbytes")}
+
+    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
+        """The yardsticks: a merged checkpoint, its F16 file, a quantized one."""
+        return 7 * sum(tensor.numel for tensor in self.ship.tensors.values())
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        export = inputs["export"].path
+        merged = export / MERGED_DIRECTORY
+        work = out / "work"
+        work.mkdir(exist_ok=True)
+        arguments = {
+            "base": str(self.ship.base_directory),
+            "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
+            "gguf": str(export / GGUF_FILE),
+            "merged": str(merged) if merged.is_dir() else None,
+            "tokenizer": str(self.ship.tokenizer.directory),
+            "chat_template": self.ship.template.pinned_source(),
+            "rows": str(self._rows(inputs, work)),
+            "converters": str(find_converters(self.ship.store.root)),
+            "scratch": str(work),
+            "settings": {
+                "nf4": bool(self.ship.training and self.ship.training.method == "qlora"),
+                "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
+                "trust_remote_code": self.ship.recipe.base.trust_remote_code,
+            },
+        }
+        return worker.call("verify", arguments, log=self.ship.log)
+
+    def _rows(self, inputs: Mapping[str, Artifact], work: Path) -> Path:
+        """The held-out rows, else those of training, else built-in ones."""
+        if "data" not in inputs:
+            return builtin_rows(self.ship.prompt_format, self.ship.configuration.max_positions, work)
+        data = inputs["data"]
+        return data.path / (HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE)
+
+    def judge(self, artifact: Artifact) -> ForgeError | None:
+        verify = self.ship.recipe.verify
+        certificate = judge(artifact.facts, Gates(verify.max_kl, verify.min_top1))
+        tell(certificate)
+        return failure_of(certificate)
+
+
+def tell(certificate: Mapping[str, Any]) -> None:
+    """Show the hand-overs, the warnings and a good verdict; a bad one is an error's to say."""
+    columns = ("hand-over", "", "NMSE", "KL mean", "KL max", "top-1")
+    rows = [
+        (
+            f"{one['from']} → {one['to']}",
+            "ok" if one["ok"] else "BROKEN",
+            *(f"{one[key]:.2g}" for key in ("nmse", "kl_mean", "kl_max")),
+            f"{one['top1']:.2%}",
+        )
+        for one in certificate["handovers"]
+    ]
+    report.table("certificate", columns, rows)
+    for warning in certificate["warnings"]:
+        report.warning(warning)
+    if certificate["ok"]:
+        report.success(f"verified: {certificate['verdict']}")
+
+
+def failure_of(certificate: Mapping[str, Any]) -> CheckError | None:
+    """The error of a certificate that is not ok, with every problem; None for a good one."""
+    if certificate["ok"]:
+        return None
+    return CheckError(
+        f"{certificate['broken_stage']} broke it: {certificate['verdict']}",
+        hint=certificate["remedy"],
+        problems=[Problem(problem) for problem in certificate["problems"]],
+    )

@@ -1,0 +1,127 @@
+"""Which stage broke a hand-over, in plain words and with what to do, from the weights' own testimony.
+
+Pure: it reads what `weights` measured. The stages: *merge* (which base, which adapter, how often),
+*convert* (order of rows, lost rows, missing tensors), *quantize* (only the rounding is worse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forge.verify.weights import unlike
+
+_SCALE_SLACK = 0.2
+_HEADS = ("output.weight", "token_embd.weight")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A fault: the stage, what is wrong, what to do."""
+
+    stage: str
+    words: str
+    remedy: str
+
+
+def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -> Cause:
+    """The cause of the first hand-over that is not ok."""
+    broken = next(one for one in handovers if not one["ok"])
+    if broken["to"] == "merged":
+        return _merged(found, broken)
+    fits = found["weights"]
+    # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
+    own = broken["to"] == "GGUF f16"
+    file = fits["f16"] if own else fits["file"]
+    yardstick = fits["f16" if own else "vendor" if "vendor" in fits else "f16" if "f16" in fits else "file"]
+    differ = unlike(file, yardstick) if yardstick is not file else {"worse": {}, "moved": [], "compared": 0}
+    for find in (_converted_wrongly, _merged_wrongly):
+        if cause := find(file, yardstick, differ):
+            return cause
+    figures = f"NMSE {broken['nmse']:.2g}, KL {broken['kl_mean']:.2g}, top-1 {broken['top1']:.1%}"
+    if "beyond_vendor" in broken:
+        words = (
+            f"the quantized file is {broken['beyond_vendor']:.3g} times as far from f16 as llama.cpp's own "
+            f"({figures}), though its base and adapter are the right ones"
+        )
+        return Cause(
+            "quantize", words, "quantize again from f16 with llama.cpp's own quantizer, or forge export"
+        )
+    words = f"the file does not compute what the checkpoint does ({figures}), though its weights look right"
+    return Cause("convert", words, "convert again; llama.cpp may not cover this configuration of the family")
+
+
+def _merged(found: Mapping[str, Any], broken: Mapping[str, Any]) -> Cause:
+    words = (
+        f"the merged checkpoint is not base + adapter (KL {broken['kl_mean']:.2g}): it is of another run, "
+        "another base, or merged another way"
+    )
+    return Cause("merge", words, "delete the merged directory and merge again")
+
+
+def _converted_wrongly(
+    file: Mapping[str, Any], yardstick: Mapping[str, Any], differ: Mapping[str, Any]
+) -> Cause | None:
+    again = "convert the same checkpoint again with an up-to-date llama.cpp, or with forge export"
+    gone = sorted(set(file["missing"]) - set(yardstick["missing"])) if file is not yardstick else []
+    if gone:
+        return Cause("convert", f"{len(gone)} tensors are missing from the file, such as {gone[0]}", again)
+    if file["lost_rows"]:
+        name, count = next(iter(file["lost_rows"].items()))
+        return Cause(
+            "convert", f"{count} rows of {name} are zeros in the file: added tokens were lost", again
+        )
+    if differ["moved"]:
+        names = ", ".join(differ["moved"][:4])
+        words = f"the rows of {names} are in another order: query and key were permuted by the wrong factor"
+        return Cause("convert", words, again)
+    worse = list(differ["worse"])
+    if worse and set(worse) <= set(_HEADS):
+        return Cause(
+            "convert", f"{' and '.join(worse)} are not the checkpoint's: the head was lost or retied", again
+        )
+    return None
+
+
+def _merged_wrongly(
+    file: Mapping[str, Any], yardstick: Mapping[str, Any], differ: Mapping[str, Any]
+) -> Cause | None:
+    scale = file["scale"]
+    usual = yardstick["rest_others"] if file is not yardstick else None
+    if usual is not None and file["rest_others"] is not None and file["rest_others"] > 1.5 * usual + 2e-3:
+        words = (
+            f"the base's own tensors differ (by {file['rest_others']:.1%}, usual is {usual:.1%}) where no "
+            "adapter touches them: it was merged into another base or revision"
+        )
+        return Cause(
+            "merge", words, "merge into the very revision that was trained on, or name the right --base"
+        )
+    if scale is None:
+        return None
+    nf4, beside = file["rest_nf4"], file["rest_beside_nf4"]
+    if nf4 is not None and beside is not None and nf4 < 0.7 * beside:
+        words = "the adapter was merged into the 4-bit (NF4) base: its rounding is in the weights"
+        return Cause("merge", words, "merge into the unquantized base in float32: forge export does")
+    if abs(scale) < _SCALE_SLACK and _is_clean(file, yardstick):
+        words = "the adapter was not applied: the file's weights are the base's"
+        return Cause("merge", words, "merge the adapter before converting, or serve it with --lora")
+    if abs(scale - 2) < _SCALE_SLACK and _is_clean(file, yardstick):
+        return Cause("merge", "the adapter was merged twice", "merge it once, into the base as it was")
+    if abs(scale - 1) > _SCALE_SLACK and _is_clean(file, yardstick):
+        words = f"the adapter is in the file {scale:.3g} times: its scale was computed wrongly"
+        return Cause("merge", words, "check alpha, r, use_rslora and alpha_pattern in adapter_config.json")
+    if differ["worse"]:
+        names = ", ".join(list(differ["worse"])[:3])
+        words = (
+            f"{len(differ['worse'])} of {differ['compared']} tensors are neither base + adapter nor its "
+            f"rounding ({names}): another adapter was merged, or a merged directory of an earlier "
+            "run was used"
+        )
+        return Cause("merge", words, "delete the merged directory, merge again, convert again")
+    return None
+
+
+def _is_clean(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> bool:
+    """Beside the adapter there is no more rest than the type's rounding."""
+    return file is yardstick or bool(file["rest"] <= 1.5 * yardstick["rest"] + 2e-3)

@@ -1,0 +1,107 @@
+"""How far two sets of logits are apart. Runs in a worker; numpy in blocks, so that memory stays small.
+
+NMSE: squared error over the reference's squared distance from its own mean at each position (a
+constant added to all logits of a position changes no probability). KL: of the candidate's
+distribution from the reference's, in nats. Top-1: share of positions with the same most likely
+token. Perplexity: of the answers' tokens that really follow, where it is known which they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from forge.verify.sample import Sample
+
+MOST_NMSE, MOST_KL = 1e-4, 1e-5
+_BLOCK = 64
+_BUCKETS = 32
+
+
+def compare(reference: Any, candidate: Any, sample: Sample) -> dict[str, Any]:
+    """Compare float32 logits of shape (positions, vocabulary), at the positions of `sample`.
+
+    Where one vocabulary is padded, only the ids of both count.
+    """
+    import numpy as np
+
+    follows = sample.follows
+    common = min(reference.shape[1], candidate.shape[1])
+    parts = [
+        _block(
+            np.asarray(reference[at : at + _BLOCK, :common], dtype=np.float64),
+            np.asarray(candidate[at : at + _BLOCK, :common], dtype=np.float64),
+            np.asarray(follows[at : at + _BLOCK]),
+        )
+        for at in range(0, len(follows), _BLOCK)
+    ]
+    error, power, kl, same, loss, other = (np.concatenate(column) for column in zip(*parts, strict=True))
+    counted = np.asarray(sample.answers) if any(sample.answers) else np.ones(len(follows), dtype=bool)
+    return {
+        "positions": len(follows),
+        "nmse": float(error.sum() / max(power.sum(), 1e-300)),
+        "kl_mean": float(kl.mean()),
+        "kl_error": float(kl.std() / math.sqrt(len(kl))),
+        "kl_max": float(kl.max()),
+        "top1": float(same.mean()),
+        "perplexity_reference": float(np.exp(min(loss[counted].mean(), 50.0))),
+        "perplexity": float(np.exp(min(other[counted].mean(), 50.0))),
+        "kl_by_position": _by_position(kl, [index for _, index in sample.positions]),
+    }
+
+
+def converts(leg: Mapping[str, Any]) -> bool:
+    """Whether two sets of logits are as near as a conversion to f16 leaves them."""
+    return bool(leg["nmse"] <= MOST_NMSE and leg["kl_mean"] <= MOST_KL)
+
+
+def _block(reference: Any, candidate: Any, follows: Any) -> tuple[Any, ...]:
+    import numpy as np
+
+    centred = reference - reference.mean(axis=1, keepdims=True)
+    shifted = candidate - candidate.mean(axis=1, keepdims=True)
+    p, q = _log_softmax(reference), _log_softmax(candidate)
+    rows = np.arange(len(follows))
+    return (
+        ((centred - shifted) ** 2).sum(axis=1),
+        (centred**2).sum(axis=1),
+        np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0),
+        reference.argmax(axis=1) == candidate.argmax(axis=1),
+        -p[rows, follows],
+        -q[rows, follows],
+    )
+
+
+def _log_softmax(logits: Any) -> Any:
+    import numpy as np
+
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def _by_position(kl: Any, places: Sequence[int]) -> list[dict[str, Any]]:
+    """Mean and greatest KL by place in the row, in at most `_BUCKETS` stretches of equal width."""
+    import numpy as np
+
+    where = np.asarray(places)
+    width = int(where.max()) // _BUCKETS + 1
+    found = []
+    for start in range(0, int(where.max()) + 1, width):
+        inside = kl[(where >= start) & (where < start + width)]
+        if len(inside):
+            found.append({"position": start, "mean": _short(inside.mean()), "max": _short(inside.max())})
+    return found
+
+
+def _short(value: Any) -> float:
+    return float(f"{value:.3g}")
+
+
+def top_log_probabilities(logits: Any, count: int) -> list[tuple[int, float]]:
+    """The `count` most likely ids of one position, with their natural log-probabilities."""
+    import numpy as np
+
+    values = _log_softmax(np.asarray(logits, dtype=np.float64)[None])[0]
+    best = np.argsort(-values, kind="stable")[:count]
+    return [(int(number), round(float(values[number]), 6)) for number in best]

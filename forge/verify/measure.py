@@ -1,0 +1,295 @@
+"""The measurement behind a certificate; the verdict is in `verdict`. Runs in a worker.
+
+A GGUF is compared with transformers in float32, hand-over by hand-over, and with what llama.cpp's own
+conversion and quantization of the same weights come to. Nothing here decides whether that is good.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.adapter.read import read_adapter
+from forge.chat.template import ChatTemplate
+from forge.errors import DataError, ForgeError, Problem
+from forge.model.config import Configuration, read_configuration
+from forge.model.gguf_header import GgufHeader, LongArray, read_gguf
+from forge.model.tokenizer_files import read_tokenizer
+from forge.verify import reference, sample, served, weights, yardstick
+from forge.verify.compare import compare, converts, top_log_probabilities
+from forge.verify.vocabulary import check_vocabulary
+
+DIRECT = ("f16", "f32")
+"""Types that only convert: everything else is judged by llama.cpp's own file of that type."""
+_OWN_PROMPTS = 100
+_GREEDY_PROMPTS, _GREEDY_TOKENS = 8, 24
+_LIVE_PROMPTS, _LIVE_TOKENS = 32, 8
+
+
+@dataclass
+class _Session:
+    """What the steps share; `told` says what was compared so far."""
+
+    arguments: Mapping[str, Any]
+    found: dict[str, Any] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        settings: Mapping[str, Any] = self.arguments["settings"]
+        return settings
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time a step; an error in it says how far it got."""
+        started = time.monotonic()
+        try:
+            yield
+        except ForgeError as failure:
+            before = ", ".join(self.told) or "nothing"
+            failure.problems = (
+                *failure.problems,
+                Problem(f"it failed at: {name}; compared before: {before}"),
+            )
+            raise
+        self.told.append(name)
+        self.found["seconds"][name] = round(time.monotonic() - started, 1)
+
+
+def measure(**arguments: Any) -> dict[str, Any]:
+    """Compare `gguf` with `base` and `adapter`; returns plain JSON.
+
+    Arguments: base, adapter, gguf, merged (a merged checkpoint, or None), tokenizer, chat_template
+    (as trained, its variables written in), rows (JSONL of input_ids, labels and messages),
+    converters, scratch (a directory for large temporary files), settings: nf4 (trained on it),
+    end_of_turn_id, trust_remote_code.
+    Raises `DataError` for files that cannot be compared at all, with what was compared before.
+    """
+    session = _Session(arguments, {"seconds": {}})
+    gguf, base = Path(arguments["gguf"]), Path(arguments["base"])
+    facts = read_configuration(base)
+    with session.step("the file's header"):
+        header = read_gguf(gguf)
+        _refuse_other_model(header, facts)
+    rows = _rows(Path(arguments["rows"]))
+    session.found["file"] = _file_facts(gguf, header)
+    with session.step("token ids, prompt and stops"):
+        session.found |= _vocabulary(session, rows)
+    with session.step("rows drawn"):
+        vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
+        _refuse_long(rows, facts, header)
+        drawn = sample.draw(rows, vocabulary, facts.max_positions)
+    session.found["sample"] = _sample_facts(rows, drawn)
+    with tempfile.TemporaryDirectory(dir=arguments["scratch"], prefix="forge-verify-") as scratch:
+        _legs(session, drawn, rows, facts, Path(scratch))
+    return session.found
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    if not rows:
+        raise DataError(f"{path} holds no rows: there is nothing to compare on", hint="give --data rows")
+    return rows
+
+
+def _refuse_other_model(header: GgufHeader, facts: Configuration) -> None:
+    """A file of another size can be told from its header alone."""
+    names = {"block_count": facts.layers, "embedding_length": facts.hidden_size}
+    problems = []
+    for key, expected in names.items():
+        found = header.metadata.get(f"{header.architecture}.{key}")
+        if expected is not None and isinstance(found, int) and found != expected:
+            problems.append(Problem(f"{found} in the file, {expected} in the base", key))
+    if problems:
+        raise DataError(
+            f"{header.path} is another model's: {header.architecture}, not the size of this "
+            f"{facts.architecture}",
+            hint="give the base that this file was made from",
+            problems=problems,
+        )
+
+
+def _refuse_long(rows: Sequence[Mapping[str, Any]], facts: Configuration, header: GgufHeader) -> None:
+    context = header.metadata.get(f"{header.architecture}.context_length")
+    limits = [limit for limit in (facts.max_positions, context) if isinstance(limit, int)]
+    limit = min(limits, default=None)
+    long = [len(row["input_ids"]) for row in rows if limit and len(row["input_ids"]) > limit]
+    if len(long) == len(rows):
+        raise DataError(
+            f"every row is longer than the context of {limit} tokens (the shortest has {min(long)})",
+            hint="give shorter rows with --data",
+        )
+    if long:
+        report.warning(f"{len(long)} of {len(rows)} rows are longer than the context of {limit} tokens: cut")
+
+
+def _file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    count = (
+        tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else None
+    )
+    return {
+        "type": served.type_of(path),
+        "architecture": header.architecture,
+        "bytes": path.stat().st_size,
+        "tensor_types": header.tensor_types,
+        "vocabulary": count,
+        "sampling": {
+            key: value for key, value in header.metadata.items() if key.startswith("general.sampling.")
+        },
+    }
+
+
+def _vocabulary(session: _Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    arguments = session.arguments
+    tokenizer = Path(arguments["tokenizer"])
+    tokens = read_tokenizer(tokenizer).tokens
+    source = arguments["chat_template"]
+    template = (
+        ChatTemplate(source, {f"{name}_token": text for name, text in tokens.items()}) if source else None
+    )
+    own = [row["messages"] for row in rows if row.get("messages")][:_OWN_PROMPTS]
+    hello = [[{"role": "user", "content": "Hello!"}]]
+    system = [[{"role": "system", "content": "Be brief."}, *hello[0]]]
+    asked = [messages[:-1] for messages in own if len(messages) > 1]
+    end = session.settings.get("end_of_turn_id")
+    return check_vocabulary(
+        Path(arguments["gguf"]), tokenizer, template, [*hello, *system, *asked, *own], end
+    )
+
+
+def _sample_facts(rows: Sequence[Any], drawn: sample.Sample) -> dict[str, Any]:
+    return {
+        "rows": len(drawn.rows),
+        "rows_given": len(rows),
+        "positions": len(drawn.positions),
+        "answers": sum(drawn.answers),
+        "longest": max(map(len, drawn.rows)),
+        "cut_at": sample.LONGEST,
+    }
+
+
+def _legs(
+    session: _Session,
+    drawn: sample.Sample,
+    rows: Sequence[Mapping[str, Any]],
+    facts: Configuration,
+    scratch: Path,
+) -> None:
+    """Every set of logits once; each is compared with the reference and let go."""
+    arguments, found = session.arguments, session.found
+    gguf = Path(arguments["gguf"])
+    prompts = _prompts(rows)
+    context = max([*map(len, drawn.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
+    with session.step("the file's greedy answers"), served.loaded(gguf, context) as model:
+        made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
+        found["live"] = _expected_live(model, prompts)
+    adapter = read_adapter(Path(arguments["adapter"])) if arguments["adapter"] else None
+    source = reference.Weights(
+        Path(arguments["base"]), adapter, trust_remote_code=session.settings.get("trust_remote_code", False)
+    )
+    with session.step("the reference in float32"):
+        expected = reference.logits(
+            source, drawn, "reference (fp32 base + adapter)" if adapter else "reference (fp32)"
+        )
+        found["greedy"] = _greedy(source, made)
+
+    def leg(name: str, make: Callable[[], Any], against: Any = None) -> Any:
+        with session.step(name):
+            logits = make()
+            found["legs"][name] = compare(expected if against is None else against, logits, drawn)
+        return logits
+
+    found["legs"] = {}
+    if adapter:
+        plain = replace(source, adapter=None)
+        leg("base", lambda: reference.logits(plain, drawn, "base alone"))
+        if session.settings.get("nf4"):
+            nf4 = replace(source, nf4=True)
+            leg("trained", lambda: reference.logits(nf4, drawn, "as trained (NF4)"))
+    if arguments["merged"]:
+        merged = replace(source, base=Path(arguments["merged"]), adapter=None)
+        leg("merged", lambda: reference.logits(merged, drawn, "merged checkpoint"))
+
+    def of_file(path: Path, label: str) -> Callable[[], Any]:
+        def make() -> Any:
+            with served.loaded(path, context) as model:
+                return model.logits(drawn, label)
+
+        return make
+
+    measured = leg("file", of_file(gguf, "the file"))
+    kind = found["file"]["type"]
+    fits = {"file": gguf}
+    if kind in DIRECT and not converts(found["legs"]["file"]):
+        # The yardstick of the weights, so that the verdict can name the stage.
+        with session.step("llama.cpp's own conversion"):
+            fits["f16"] = yardstick.make_f16({**arguments, **session.settings}, _directory(scratch / "f16"))
+    elif kind not in DIRECT:
+        with session.step("llama.cpp's own conversion"):
+            f16 = yardstick.make_f16({**arguments, **session.settings}, _directory(scratch / "f16"))
+        direct = leg("f16", of_file(f16, "f16 GGUF"))
+        with session.step("file against f16"):
+            found["legs"]["file against f16"] = compare(direct, measured, drawn)
+        fits["f16"] = f16
+        if kind is not None:
+            with session.step("llama.cpp's own quantization"):
+                vendor = yardstick.make_quantized(f16, kind, os.cpu_count() or 1)
+            leg("vendor", of_file(vendor, f"llama.cpp's own {kind}"), direct)
+            fits["vendor"] = vendor
+    with session.step("weights"):
+        found["weights"] = {
+            name: weights.fit_weights(path, source.base, adapter, facts) for name, path in fits.items()
+        }
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Rows up to their answer: what the model is asked."""
+    found = []
+    for row in rows[:_LIVE_PROMPTS]:
+        labels = row.get("labels") or []
+        start = next((at for at, label in enumerate(labels) if label >= 0), len(row["input_ids"]) // 2)
+        found.append(list(row["input_ids"][: max(1, min(start, sample.LONGEST))]))
+    return found
+
+
+def _expected_live(model: served.ServedModel, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """What the live server's top log-probabilities are held against."""
+    return [
+        {"ids": list(prompt), "top": top_log_probabilities(model.after(prompt), _LIVE_TOKENS)}
+        for prompt in prompts
+    ]
+
+
+def _greedy(source: reference.Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Any]:
+    """Whether the reference would have written the same: every token is its most likely one too.
+
+    One pass over prompt and answer tells, since up to the first other token both texts are the same.
+    """
+    rows = tuple((*prompt, *answer) for prompt, answer in made)
+    places = tuple(
+        (row, len(prompt) - 1 + at) for row, (prompt, answer) in enumerate(made) for at in range(len(answer))
+    )
+    taught = sample.Sample(rows, places, tuple(True for _ in places), len(rows))
+    best = reference.logits(source, taught, "reference (greedy answers)").argmax(axis=1).tolist()
+    same, firsts, at = 0, [], 0
+    for _, answer in made:
+        wrong = next((step for step, token in enumerate(answer) if best[at + step] != token), None)
+        same += wrong is None
+        firsts.append(wrong)
+        at += len(answer)
+    return {"prompts": len(made), "same": same, "first_difference": firsts}

@@ -1,0 +1,166 @@
+"""A GGUF's logits and greedy tokens, through llama.cpp's own library. Runs in a worker.
+
+The attention cache is float32 and flash attention is off, so that what differs from the reference
+is the file and not the runtime. The weights stay in their file (mmap): they are the system's to drop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.errors import DataError
+from forge.export.types import last_words, listening
+from forge.model.gguf_header import read_gguf
+from forge.verify.sample import Sample
+
+_BATCH = 128
+_AGAIN = "the file is damaged, or another program's: make or download it again"
+
+
+class ServedModel:
+    """A model loaded from `path` for rows of up to `context` tokens."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        import llama_cpp
+
+        self.path = path
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.n_gpu_layers = 0
+        parameters.use_extra_bufts = False  # would repack, that is copy, all weights
+        with listening() as said:
+            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+        if not self._model:
+            raise DataError(f"{path}: llama.cpp cannot load it: {last_words(said)}", hint=_AGAIN)
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocabulary_size = int(llama_cpp.llama_vocab_n_tokens(self._vocabulary))
+        settings = llama_cpp.llama_context_default_params()
+        settings.n_ctx = -(-(context + 1) // 256) * 256
+        settings.n_batch = settings.n_ubatch = _BATCH
+        settings.n_seq_max = 1
+        settings.n_threads = settings.n_threads_batch = _threads()
+        settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
+        settings.flash_attn_type = 0
+        with listening():
+            self._context = llama_cpp.llama_init_from_model(self._model, settings)
+        if not self._context:
+            self.close()
+            raise DataError(f"{path}: llama.cpp gives no context of {context} tokens")
+
+    def close(self) -> None:
+        import llama_cpp
+
+        if getattr(self, "_context", None):
+            with listening():
+                llama_cpp.llama_free(self._context)
+        llama_cpp.llama_model_free(self._model)
+
+    def logits(self, sample: Sample, label: str) -> Any:
+        """Logits at the sampled positions: float32, (positions, vocabulary), in the sample's order."""
+        import numpy as np
+
+        found: Any = np.empty((len(sample.positions), self.vocabulary_size), dtype=np.float32)
+        at = 0
+        for number, row in enumerate(sample.rows):
+            for values in self._evaluate(row, sample.of_row(number)):
+                found[at] = values
+                at += 1
+            report.advance(label, number + 1, len(sample.rows))
+        if not np.isfinite(found).all():
+            raise DataError(
+                f"{self.path}: its logits are not finite (NaN or infinite) after {len(sample.rows)} rows",
+                hint=_AGAIN,
+            )
+        return found
+
+    def after(self, ids: Sequence[int]) -> Any:
+        """The logits behind the last of `ids`."""
+        [values] = [one.copy() for one in self._evaluate(ids, [len(ids) - 1])]
+        return values
+
+    def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
+        """The most likely tokens one after another, up to an end of generation, which is included."""
+        import llama_cpp
+
+        made: list[int] = []
+        values = self.after(prompt)
+        while True:
+            made.append(int(values.argmax()))
+            if len(made) == most or llama_cpp.llama_vocab_is_eog(self._vocabulary, made[-1]):
+                return made
+            self._decode(made[-1:], len(prompt) + len(made) - 1, {0})
+            values = self._values(0)
+
+    def _evaluate(self, ids: Sequence[int], wanted: Sequence[int]) -> Iterator[Any]:
+        """One row from its beginning; yields the logits of each wanted position, valid until the next."""
+        import llama_cpp
+
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        for start in range(0, len(ids), _BATCH):
+            part = ids[start : start + _BATCH]
+            inside = [place - start for place in wanted if start <= place < start + len(part)]
+            self._decode(part, start, set(inside))
+            for place in inside:
+                yield self._values(place)
+
+    def _decode(self, ids: Sequence[int], start: int, wanted: set[int]) -> None:
+        import llama_cpp
+
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for index, token in enumerate(ids):
+                batch.token[index] = token
+                batch.pos[index] = start + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = index in wanted
+            status = llama_cpp.llama_decode(self._context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status:
+            raise DataError(f"{self.path}: llama.cpp stopped at token {start} of a row (status {status})")
+
+    def _values(self, place: int) -> Any:
+        import llama_cpp
+        import numpy as np
+
+        pointer = llama_cpp.llama_get_logits_ith(self._context, place)
+        address = ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float))
+        return np.ctypeslib.as_array(address, shape=(self.vocabulary_size,))
+
+
+@contextlib.contextmanager
+def loaded(path: Path, context: int) -> Iterator[ServedModel]:
+    """The model in `path` for as long as the block lasts."""
+    model = ServedModel(path, context)
+    try:
+        yield model
+    finally:
+        model.close()
+
+
+def _threads() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked):
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def type_of(path: Path) -> str | None:
+    """The file's type by its own word (`general.file_type`), such as q4_k_m."""
+    import llama_cpp
+
+    number = read_gguf(path).metadata.get("general.file_type")
+    for name in dir(llama_cpp):
+        if (
+            name.startswith(("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_"))
+            and getattr(llama_cpp, name) == number
+        ):
+            return name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+    return None

@@ -1,0 +1,177 @@
+"""From a measurement to a verdict: a pure function, judged afresh whenever the gates change.
+
+Faults are: a conversion (f16 or direct) over NMSE 1e-4 or KL 1e-5; token ids, prompts or stops that
+differ at all; a quantized file further from f16 than llama.cpp's own of that type by more than 20 %;
+an adapter that changes nothing. What a quantized type loses by its nature only warns, unless the
+recipe sets a limit. The words for a fault, and its stage, are in `cause`.
+
+Not covered: the live server (deploy judges that), and what was learned (evaluate does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from forge.verify.cause import Cause, cause_of
+from forge.verify.compare import MOST_NMSE, converts
+from forge.verify.sample import least_share
+
+MOST_BEYOND_VENDOR = 1.2
+_NO_CHANGE_KL = 1e-9
+_SHIFT_KL = 1e-4
+_LIVE_REMEDY = "the file is sound: look at deploy in the recipe, and at what else serves"
+# KL (nats) and top-1 of a Llama-3-8B against f16, as llama.cpp publishes them.
+NORMS: Mapping[str, tuple[float, float | None]] = {
+    "q8_0": (0.0014, 0.977), "q6_k": (0.0055, None), "q5_k_m": (0.0108, None), "q4_k_m": (0.0313, 0.919),
+    "q4_0": (0.0719, None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The recipe's own limits; None where it sets none."""
+
+    max_kl: float | None = None
+    min_top1: float | None = None
+
+
+def judge(found: Mapping[str, Any], gates: Gates, live: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The certificate of a measurement, plain JSON with the fields of the contract.
+
+    `live` is what deploy measured of the server, where it asked one.
+    """
+    handovers = _handovers(found)
+    causes = [*_vocabulary_causes(found), *_change_causes(found)]
+    if any(not one["ok"] for one in handovers):
+        causes.append(cause_of(found, handovers))
+    causes += _gate_causes(found, gates)
+    causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live["problems"]] if live else []
+    final = found["legs"]["file"]
+    logits = {key: final[key] for key in ("nmse", "kl_mean", "kl_max", "top1", "perplexity_reference")}
+    first = causes[0] if causes else None
+    share = least_share(final["top1"], final["positions"])
+    return {
+        "ok": not causes,
+        "broken_stage": first.stage if first else None,
+        "verdict": first.words if first else _sound_words(found, share),
+        "remedy": first.remedy if first else "",
+        **{name: found[name] for name in ("tokens", "prompt", "stops")},
+        "handovers": [*handovers, live["handover"]] if live else handovers,
+        "live": live,
+        "logits": logits | {"perplexity_gguf": final["perplexity"]},
+        "greedy": found["greedy"],
+        "base": _without_positions(found["legs"].get("base")),
+        "file": found["file"],
+        "sample": found["sample"] | {"top1_at_least": round(share, 4), "kl_error": final["kl_error"]},
+        "problems": [f"{one.stage}: {one.words}" for one in causes],
+        "warnings": _warnings(found),
+        "kl_by_position": {
+            name: found["legs"][name]["kl_by_position"] for name in ("f16", "file") if name in found["legs"]
+        },
+    }
+
+
+def _without_positions(leg: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return {key: value for key, value in leg.items() if key != "kl_by_position"} if leg else None
+
+
+def _vocabulary_causes(found: Mapping[str, Any]) -> list[Cause]:
+    causes = []
+    if not found["tokens"]["ok"]:
+        remedy = "convert it again with a llama.cpp that knows this tokenizer, or with forge export"
+        causes.append(Cause("convert", found["tokens"]["message"], remedy))
+    if not found["prompt"]["ok"]:
+        words = f"the file's chat template is not the one of training: {found['prompt']['message']}"
+        causes.append(Cause("convert", words, "export again with the template that was trained with"))
+    if not found["stops"]["ok"]:
+        words = f"llama.cpp would not stop at {found['stops']['token']}, which ends an answer"
+        causes.append(
+            Cause("convert", words, "set the file's eos or eot token id to it, or export with forge")
+        )
+    return causes
+
+
+def _change_causes(found: Mapping[str, Any]) -> list[Cause]:
+    base = found["legs"].get("base")
+    if base is None or base["kl_mean"] > _NO_CHANGE_KL:
+        return []
+    words = "the adapter changes nothing: with it and without it the base gives the same probabilities"
+    return [
+        Cause("train", words, "train longer or with a higher learning rate; was it saved after training?")
+    ]
+
+
+def _gate_causes(found: Mapping[str, Any], gates: Gates) -> list[Cause]:
+    final, causes = found["legs"]["file"], []
+    remedy = "choose a finer export.quant, or move the limit"
+    if gates.max_kl is not None and final["kl_mean"] > gates.max_kl:
+        words = f"KL {final['kl_mean']:.2g} is over verify.max_kl {gates.max_kl:g}"
+        causes.append(Cause("quantize", words, remedy))
+    if gates.min_top1 is not None and final["top1"] < gates.min_top1:
+        words = f"top-1 {final['top1']:.1%} is under verify.min_top1 {gates.min_top1:.1%}"
+        causes.append(Cause("quantize", words, remedy))
+    return causes
+
+
+def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    legs, kind = found["legs"], found["file"]["type"]
+    start = "fp32 base + adapter" if "base" in legs else "fp32 base"
+    listed = []
+    if "trained" in legs:
+        # The reference is what is exported; training saw the quantized base. It warns, it never fails.
+        listed.append(_handover("as trained (NF4 base + adapter)", start, legs["trained"], True))
+    if "merged" in legs:
+        listed.append(_handover(start, "merged", legs["merged"], converts(legs["merged"])))
+        start = "merged"
+    if "f16" not in legs:
+        return [*listed, _handover(start, f"GGUF {kind}", legs["file"], converts(legs["file"]))]
+    listed.append(_handover(start, "GGUF f16", legs["f16"], converts(legs["f16"])))
+    against, vendor = legs["file against f16"], legs.get("vendor")
+    ok = vendor is None or against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + MOST_NMSE / 100
+    last = _handover("GGUF f16", f"GGUF {kind or 'of unknown type'}", against, ok)
+    if vendor:
+        last["vendor"] = {key: vendor[key] for key in ("nmse", "kl_mean", "kl_max", "top1")}
+        last["beyond_vendor"] = round(against["nmse"] / max(vendor["nmse"], 1e-30), 3)
+    return [*listed, last]
+
+
+def _handover(before: str, after: str, leg: Mapping[str, Any], ok: bool) -> dict[str, Any]:
+    figures = {key: leg[key] for key in ("nmse", "kl_mean", "kl_max", "top1", "perplexity")}
+    return {"from": before, "to": after, "ok": ok, **figures}
+
+
+def _sound_words(found: Mapping[str, Any], share: float) -> str:
+    final, kind = found["legs"]["file"], found["file"]["type"]
+    what = "base and adapter" if "base" in found["legs"] else "the base"
+    return (
+        f"the {kind or ''} file is {what}: token ids, prompts and stops are equal, "
+        f"KL {final['kl_mean']:.2g}, the same top token at {final['top1']:.1%} of {final['positions']} "
+        f"positions (at least {share:.1%} with 95 % confidence)"
+    )
+
+
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    legs, kind, told = found["legs"], found["file"]["type"], []
+    trained = legs.get("trained")
+    if trained and trained["kl_mean"] > _SHIFT_KL:
+        told.append(
+            f"training saw the NF4 base, the export has the full one: KL {trained['kl_mean']:.2g}, top-1 "
+            f"{trained['top1']:.1%}; where that matters merge into the base as trained (export.merge_base), "
+            "or train with method: lora"
+        )
+    if "f16" in legs and "vendor" not in legs:
+        told.append(
+            "the file does not say its type: its loss is not held against llama.cpp's own of that type"
+        )
+    norm = NORMS.get(kind or "")
+    final = legs["file"]
+    if norm and final["kl_mean"] > norm[0]:
+        share = f", top-1 {norm[1]:.1%}" if norm[1] else ""
+        told.append(
+            f"KL {final['kl_mean']:.2g}, top-1 {final['top1']:.1%}: {kind} of an 8B model has KL "
+            f"{norm[0]:g}{share}; small models lose more"
+        )
+    told += [f"not compared: {limit}" for limit in found["tokens"].get("limits", ())]
+    return told

@@ -1,0 +1,143 @@
+"""Token ids, prompt and stops of a GGUF against those of training. Runs in a worker.
+
+The reference is tokenizer.json and the chat template with the variables of training; the other side is
+llama.cpp with the file's own vocabulary and the file's own template, used as its server uses them.
+Not covered: what a certain server does on top (deploy asks the real one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from forge.chat.template import DAY_VARIABLE, ChatTemplate, Message
+from forge.errors import CheckError, DataError
+from forge.export import proof
+from forge.model.gguf_header import GgufHeader, read_gguf
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_ANOTHER_DAY = "2001-02-03"
+_SHOWN = 5
+
+
+def check_vocabulary(
+    gguf: Path,
+    tokenizer: Path,
+    template: ChatTemplate | None,
+    conversations: Sequence[Sequence[Message]],
+    end_of_turn: int | None,
+) -> dict[str, Any]:
+    """`tokens`, `prompt` and `stops`, each with `ok` and what differs."""
+    from tokenizers import Tokenizer
+
+    reference = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    reference.no_truncation()
+    reference.no_padding()
+    header = read_gguf(gguf)
+    tried = proof.cases(template, proof.test_strings(), conversations)
+    served = proof.ServedVocabulary(gguf)
+    try:
+        stops = end_of_turn is None or served.ends_reply(end_of_turn)
+        prompt = _prompts(header, reference, served, template, conversations)
+    finally:
+        served.close()
+    return {
+        "tokens": _tokens(gguf, tokenizer, tried),
+        "prompt": prompt,
+        "stops": {
+            "ok": stops,
+            "token": reference.id_to_token(end_of_turn) if end_of_turn is not None else None,
+        },
+    }
+
+
+def _tokens(gguf: Path, tokenizer: Path, tried: Sequence[Any]) -> dict[str, Any]:
+    try:
+        compared = proof.compare_ids(tokenizer, gguf, tried)
+    except CheckError as differ:
+        examples = [{"text": one.field, "difference": one.message} for one in differ.problems]
+        counts = {"compared": len(tried), "different": len(tried)} | dict(differ.fields)
+        return {"ok": False, "message": differ.message, **counts, "limits": [], "examples": examples}
+    facts = {"compared": compared.texts, "different": 0, "limits": list(compared.limits)}
+    return {"ok": True, **facts, "examples": []}
+
+
+def _prompts(
+    header: GgufHeader,
+    reference: Tokenizer,
+    served: proof.ServedVocabulary,
+    template: ChatTemplate | None,
+    conversations: Sequence[Sequence[Message]],
+) -> dict[str, Any]:
+    """The file's own template writes each prompt as training did, in text and in ids."""
+    source = header.metadata.get("tokenizer.chat_template")
+    if template is None:
+        return {"ok": True, "compared": 0, "reason": "the base has no chat template", "examples": []}
+    if not isinstance(source, str):
+        return _unlike("the file carries no chat template, the base has one")
+    tokens = _tokens_of(header, reference)
+    try:
+        own, later = ChatTemplate(source, tokens), ChatTemplate(source, tokens, {DAY_VARIABLE: _ANOTHER_DAY})
+    except DataError as broken:
+        return _unlike(f"the file's {broken.message.removeprefix('the ')}")
+    examples: list[dict[str, Any]] = []
+    compared = 0
+    for messages in conversations:
+        expected = _rendered(template, messages)
+        if expected is None:
+            continue
+        compared += 1
+        found = _rendered(own, messages)
+        if found is None or found != expected:
+            examples.append({"trained": expected, "file": found})
+        elif own.source != template.source and _rendered(later, messages) != found:
+            examples.append({"trained": expected, "file": "a text that depends on the day"})
+        elif (ids := served.ids(found)) != (wanted := _ids(reference, expected)):
+            examples.append({"trained": str(wanted[:24]), "file": str(ids[:24]), "ids": True})
+    if not examples:
+        return {"ok": True, "compared": compared, "examples": []}
+    first = examples[0]
+    what = "its token ids differ" if "ids" in first else "its text differs"
+    if "ids" in first and first["file"].startswith(_twice(first["trained"])):
+        what = "BOS stands twice at its beginning"
+    return {
+        "ok": False,
+        "compared": compared,
+        "message": f"{len(examples)} of {compared} prompts are not those of training: {what}",
+        "examples": examples[:_SHOWN],
+    }
+
+
+def _unlike(message: str) -> dict[str, Any]:
+    return {"ok": False, "compared": 0, "message": message, "examples": []}
+
+
+def _twice(ids: str) -> str:
+    first = ids[1:].partition(",")[0]
+    return f"[{first}, {first},"
+
+
+def _ids(reference: Tokenizer, text: str) -> list[int]:
+    found: list[int] = reference.encode(text, add_special_tokens=False).ids
+    return found
+
+
+def _tokens_of(header: GgufHeader, reference: Tokenizer) -> Mapping[str, str]:
+    """The special tokens' texts that the file gives to its template."""
+    found = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        number = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        text = reference.id_to_token(number) if isinstance(number, int) else None
+        if text is not None:
+            found[f"{name}_token"] = text
+    return found
+
+
+def _rendered(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
+    try:
+        return template.render(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
+    except DataError:
+        return None

@@ -1,0 +1,192 @@
+"""What a GGUF's weights are made of: the base, and how many times the adapter. Runs in a worker.
+
+Logits say that something is wrong; the weights say what. Each tensor of the checkpoint is looked up in
+the file by gguf's own table of names, and split by least squares: W + f x (adapter's delta) + rest.
+f is 1 where the adapter was merged once, 0 where it was not, 8 where its scale was wrong by that;
+the rest is the rounding of the file's type, or a sign of another base.
+
+Not covered: tensors that a family's converter splits, joins or computes anew; they are left out.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.adapter.read import Adapter, find_base_tensor
+from forge.model.checkpoint import open_checkpoint
+from forge.model.config import Configuration
+from forge.model.gguf_header import read_gguf
+from forge.verify.reference import delta, nf4_and_back, read
+
+_MOST = 2**27
+"""Larger tensors (embeddings) are looked at in their first rows and in their last."""
+_NF4_LAYERS = 4
+_TENSORS = 64
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One tensor: `scale` is f (None where nothing is adapted), `rest` relative to the weight's norm.
+
+    `rest_nf4` is the rest over the base's NF4 round trip. `layout`: how its rows are ordered in the
+    file. `lost_rows`: rows of zeros which are none in the checkpoint.
+    """
+
+    name: str
+    gguf: str
+    scale: float | None
+    rest: float
+    layout: str
+    rest_nf4: float | None = None
+    lost_rows: int = 0
+
+
+def fit_weights(path: Path, base: Path, adapter: Adapter | None, facts: Configuration) -> dict[str, Any]:
+    """Every tensor that can be looked up, and in sum: scale, rest, what has no place in the file."""
+    import gguf
+
+    header = read_gguf(path)
+    tensors = open_checkpoint(base).tensors
+    reader = gguf.GGUFReader(str(path))
+    inside = {tensor.name: tensor for tensor in reader.tensors}
+    names = _names(header.architecture, facts.layers or 0)
+    deltas = (
+        {find_base_tensor(f"{name}.weight", tensors): layer for name, layer in adapter.layers.items()}
+        if adapter
+        else {}
+    )
+    replaced = (
+        {find_base_tensor(name, tensors): one for name, one in adapter.replaced.items()} if adapter else {}
+    )
+    transposed = bool(adapter and adapter.configuration.get("fan_in_fan_out"))
+    fits: list[Fit] = []
+    missing: list[str] = []
+    chosen = _spread([name for name in tensors if names(name)])
+    for number, name in enumerate(chosen):
+        place = names(name)
+        if place not in inside:
+            missing.append(name)
+            continue
+        layer = deltas.get(name)
+        added = delta(layer, transposed=transposed) if layer else None
+        with_nf4 = added is not None and sum(fit.rest_nf4 is not None for fit in fits) < _NF4_LAYERS
+        found = _fit(name, inside[place], read(replaced.get(name, tensors[name])), added, facts, with_nf4)
+        if found:
+            fits.append(found)
+        report.advance("look at the weights", number + 1, len(chosen))
+    return _summed(fits, missing)
+
+
+def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
+    """From a checkpoint's name to the GGUF's, as llama.cpp's converters have it."""
+    import gguf
+
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        return lambda name: None
+    table = gguf.get_tensor_name_map(kinds[architecture], layers)
+
+    def find(name: str) -> str | None:
+        found: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        return found
+
+    return find
+
+
+def _spread(names: Sequence[str]) -> Sequence[str]:
+    """At most `_TENSORS` in even steps, those outside of the layers always among them."""
+    outside = [name for name in names if not any(part.isdigit() for part in name.split("."))]
+    layers = [name for name in names if name not in outside]
+    room = max(1, _TENSORS - len(outside))
+    if len(layers) > room:
+        # A step that shares no factor with the tensors of a layer meets each kind in turn.
+        layers = [layers[len(layers) * number // room] for number in range(room)]
+    return [*outside, *layers]
+
+
+def _fit(name: str, tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool) -> Fit | None:
+    import numpy as np
+    import torch
+    from gguf.quants import dequantize
+
+    rows = slice(None)
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    if weight.numel() > _MOST and weight.dim() == 2 and shape == tuple(weight.shape):
+        rows = np.r_[0:4096, weight.shape[0] - 4096 : weight.shape[0]]
+        weight, added = weight[rows], None if added is None else added[rows]
+    values = torch.from_numpy(np.array(dequantize(tensor.data[rows], tensor.tensor_type), dtype=np.float32))
+    found = []
+    for layout, arranged in _layouts(values, weight, facts):
+        error = arranged - weight
+        scale = float((error * added).sum() / (added * added).sum()) if _any(added) else None
+        rest = error - scale * added if scale is not None else error
+        found.append((float(rest.norm() / weight.norm().clamp_min(1e-30)), layout, scale, arranged))
+    if not found:
+        return None
+    rest, layout, scale, arranged = min(found, key=lambda one: one[0])
+    rest_nf4 = None
+    if with_nf4 and scale is not None and weight.dim() == 2:
+        other = arranged - nf4_and_back(weight)
+        share = float((other * added).sum() / (added * added).sum())
+        rest_nf4 = float((other - share * added).norm() / weight.norm())
+    lost = 0
+    if weight.dim() == 2:
+        lost = int(((arranged.abs().sum(dim=1) == 0) & (weight.abs().sum(dim=1) > 0)).sum())
+    return Fit(name, tensor.name, scale, rest, layout, rest_nf4, lost)
+
+
+def _any(added: Any) -> bool:
+    return added is not None and bool(added.any())
+
+
+def _layouts(values: Any, weight: Any, facts: Configuration) -> Iterator[tuple[str, Any]]:
+    """The file's tensor in the checkpoint's order of rows, in every way that converters use."""
+    if values.shape == weight.shape:
+        yield "plain", values
+        if weight.dim() == 1:
+            yield "plus one", values - 1.0  # Gemma's norms
+        heads = {facts.heads, facts.key_value_heads} - {None}
+        for count in sorted(count for count in heads if count and weight.shape[0] % (2 * count) == 0):
+            # Llama's rotary halves, interleaved head by head.
+            split = values.reshape(count, weight.shape[0] // count // 2, 2, *weight.shape[1:])
+            yield f"interleaved by {count} heads", split.swapaxes(1, 2).reshape(weight.shape)
+    if weight.dim() == 2 and values.shape == weight.T.shape:
+        yield "transposed", values.T
+
+
+def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
+    scales = [fit.scale for fit in fits if fit.scale is not None]
+    adapted = [fit.rest for fit in fits if fit.scale is not None]
+    others = [fit for fit in fits if fit.scale is None]
+    nf4 = [fit.rest_nf4 for fit in fits if fit.rest_nf4 is not None]
+    beside = [fit.rest for fit in fits if fit.rest_nf4 is not None]
+    return {
+        "tensors": len(fits),
+        "scale": statistics.median(scales) if scales else None,
+        "scale_least": min(scales, default=None),
+        "scale_most": max(scales, default=None),
+        "rest": statistics.median(adapted) if adapted else None,
+        "rest_others": statistics.median(fit.rest for fit in others) if others else None,
+        "rest_nf4": statistics.median(nf4) if nf4 else None,
+        "rest_beside_nf4": statistics.median(beside) if beside else None,
+        "missing": list(missing),
+        "lost_rows": {fit.gguf: fit.lost_rows for fit in fits if fit.lost_rows},
+        "layouts": {fit.gguf: fit.layout for fit in fits},
+        "rests": {fit.gguf: round(fit.rest, 6) for fit in fits},
+        "fits": [asdict(fit) for fit in sorted(fits, key=lambda fit: -fit.rest)[:12]],
+    }
+
+
+def unlike(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors of the file whose rest is over the yardstick's, and those in another order of rows."""
+    rests, usual = file["rests"], yardstick["rests"]
+    both = rests.keys() & usual.keys()
+    worse = {name: rests[name] for name in both if rests[name] > 1.5 * usual[name] + 2e-3}
+    layouts, expected = file["layouts"], yardstick["layouts"]
+    moved = [name for name in both if layouts[name] != expected[name]]
+    return {"worse": dict(sorted(worse.items())), "moved": sorted(moved), "compared": len(both)}

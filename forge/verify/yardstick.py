@@ -1,0 +1,51 @@
+"""The files that a GGUF is measured by: llama.cpp's own f16 conversion and its own quantization.
+
+The one place where `verify` makes anything with `export`. Runs in a worker; both files are temporary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forge.errors import StageError
+from forge.export.run import GGUF_FILE, export
+from forge.export.types import file_type, last_words, listening
+
+
+def make_f16(source: Mapping[str, Any], out: Path) -> Path:
+    """An f16 GGUF of base and adapter in `out`, an empty directory; raises what `export` raises.
+
+    `source`: base, adapter, tokenizer, chat_template, converters, end_of_turn_id.
+    """
+    settings = {"name": "yardstick", "quant": "f16", "keep_merged": False, "threads": None}
+    export(
+        base=source["base"],
+        adapter=source["adapter"],
+        tokenizer=source["tokenizer"],
+        chat_template=source["chat_template"],
+        data=None,
+        out=str(out),
+        converters=source["converters"],
+        settings=settings | {"end_of_turn_id": source.get("end_of_turn_id")},
+    )
+    return out / GGUF_FILE
+
+
+def make_quantized(f16: Path, quant: str, threads: int) -> Path:
+    """llama.cpp's own quantization of `f16`, beside it; raises `StageError` with its last words."""
+    import llama_cpp
+
+    target = f16.with_name(f"{quant}.gguf")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type(quant)
+    parameters.nthread = threads
+    with listening() as said:
+        status = llama_cpp.llama_model_quantize(
+            str(f16).encode(), str(target).encode(), ctypes.byref(parameters)
+        )
+    if status:
+        raise StageError(f"llama.cpp could not quantize to {quant}: {last_words(said)}")
+    return target

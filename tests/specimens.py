@@ -1,0 +1,157 @@
+"""Real files to verify, sound and broken: tiny random-weight models, their adapters, their GGUFs.
+
+A sound file is llama.cpp's own conversion. A broken one is that file with the tensors or metadata
+that a certain mistake would have left in it, written by gguf: peft merges (into another base, at
+another scale, of another adapter), and Llama's converter's order of rows is applied here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge.model.tokenizer_files import read_tokenizer
+from forge.stages.rows import builtin_rows
+from forge.verify.measure import measure
+from forge.verify.verdict import Gates, judge
+from forge.verify.yardstick import make_f16
+from tests.models import change_json, load, make_adapter, make_model
+from tests.test_data_tokens import format_of
+from tests.vocabularies import converters
+
+_LAYER = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+_ROWS = 16
+_OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A base, its adapter, and rows in the base's template."""
+
+    base: Path
+    adapter: Path | None
+    rows: Path
+    scratch: Path
+
+    def verify(self, gguf: Path, **changes: Any) -> dict[str, Any]:
+        """The certificate of `gguf`; `changes` replace arguments or settings of the measurement."""
+        gates = changes.pop("gates", Gates())
+        return judge(self.measure(gguf, **changes), gates)
+
+    def measure(self, gguf: Path, **changes: Any) -> dict[str, Any]:
+        settings = {"nf4": False, "end_of_turn_id": format_of(self.base).end_of_turn_id}
+        known = {name: changes.pop(name) for name in list(changes) if name in settings}
+        arguments = {
+            "base": str(self.base),
+            "adapter": str(self.adapter) if self.adapter else None,
+            "gguf": str(gguf),
+            "merged": None,
+            "tokenizer": str(self.base),
+            "chat_template": read_tokenizer(self.base).chat_template,
+            "rows": str(self.rows),
+            "converters": str(converters()),
+            "scratch": str(self.scratch),
+        }
+        return measure(**(arguments | changes), settings=settings | known)
+
+    def f16(self, directory: Path, **changes: Any) -> Path:
+        """llama.cpp's own f16 of base and adapter, in the new `directory`."""
+        directory.mkdir()
+        source = {
+            "base": str(self.base),
+            "adapter": str(self.adapter) if self.adapter else None,
+            "tokenizer": str(self.base),
+            "chat_template": read_tokenizer(self.base).chat_template,
+            "converters": str(converters()),
+            "end_of_turn_id": format_of(self.base).end_of_turn_id,
+        }
+        return make_f16(source | changes, directory)
+
+
+def make_specimen(root: Path, architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Specimen:
+    """A base of `architecture` with the home-made vocabulary, and a LoRA of all its linear layers."""
+    root.mkdir(exist_ok=True)
+    base = make_model(root / "base", architecture, "home-made", seed=seed, **changes)
+    adapter = make_adapter(base, root / "adapter", seed=seed + 1)
+    return Specimen(base, adapter, write_rows(base, root), root)
+
+
+def write_rows(base: Path, directory: Path) -> Path:
+    """A few of the built-in rows: a fault shows in any."""
+    rows = builtin_rows(format_of(base), 512, directory)
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows.write_text("".join(lines[:_ROWS]), encoding="utf-8")
+    return rows
+
+
+def scaled(adapter: Path, directory: Path, times: float) -> Path:
+    """A copy of an adapter whose scale is `times` as large."""
+    import json
+
+    shutil.copytree(adapter, directory)
+    alpha = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))["lora_alpha"]
+    change_json(directory / "adapter_config.json", lora_alpha=alpha * times)
+    return directory
+
+
+def merged_tensors(base: Path, adapter: Path | None, *, key_heads: int = 2) -> dict[str, Any]:
+    """The tensors of a Llama's GGUF in float16: peft merges, the converter's order of rows.
+
+    `key_heads` other than the model's two is the mistake of converting it without grouped heads.
+    """
+    import numpy as np
+
+    model = load(base, adapter)
+    found = {}
+    for name, tensor in model.state_dict().items():
+        target = _gguf_name(name.removesuffix(".weight"))
+        values = tensor.float().numpy()
+        if target.endswith(("attn_q", "attn_k")):
+            heads = 4 if target.endswith("attn_q") else key_heads
+            shape = (heads, 2, values.shape[0] // heads // 2, values.shape[1])
+            values = values.reshape(shape).swapaxes(1, 2).reshape(values.shape)
+        found[f"{target}.weight"] = values if values.ndim == 1 else values.astype(np.float16)
+    return found
+
+
+def _gguf_name(module: str) -> str:
+    if module in _OUTSIDE:
+        return _OUTSIDE[module]
+    number, _, rest = module.removeprefix("model.layers.").partition(".")
+    return f"blk.{number}.{_LAYER[rest]}"
+
+
+def rewrite(source: Path, target: Path, tensors: Mapping[str, Any] | None = None, **metadata: Any) -> Path:
+    """Copy a GGUF with other tensors (None leaves one out) or metadata (`__` stands for a dot)."""
+    import gguf
+
+    reader = gguf.GGUFReader(str(source))
+    changed = {name.replace("__", "."): value for name, value in metadata.items()}
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(str(target), architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, changed.pop(name, field.contents()), kind, inner)
+    for name, value in changed.items():
+        kind = gguf.GGUFValueType.BOOL if isinstance(value, bool) else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if name.endswith("_id") else kind)
+    for tensor in reader.tensors:
+        values = (tensors or {}).get(tensor.name, tensor.data)
+        if values is not None:
+            raw = tensor.tensor_type if values is tensor.data else None
+            writer.add_tensor(tensor.name, values, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target

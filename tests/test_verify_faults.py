@@ -1,0 +1,212 @@
+"""Every fault that users meet, in a real file: caught, and put on the stage that caused it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.verify.yardstick import make_quantized
+from tests.models import PEFT_WARNS, change_tensors, load, make_adapter
+from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite, scaled
+
+pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
+
+
+@pytest.fixture(scope="module")
+def specimen(tmp_path_factory: pytest.TempPathFactory) -> Specimen:
+    return make_specimen(tmp_path_factory.mktemp("specimen") / "llama", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def sound(specimen: Specimen) -> Path:
+    return specimen.f16(specimen.scratch / "sound")
+
+
+def _with_weights(specimen: Specimen, sound: Path, base: Path, adapter: Path | None, **options: Any) -> Path:
+    return rewrite(sound, specimen.scratch / "broken.gguf", merged_tensors(base, adapter, **options))
+
+
+def _scaled_by(times: float) -> Callable[[Specimen, Path, Path], Path]:
+    def make(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+        assert specimen.adapter
+        adapter = scaled(specimen.adapter, scratch / "adapter", times)
+        return _with_weights(specimen, sound, specimen.base, adapter)
+
+    return make
+
+
+def _changed_base(specimen: Specimen, scratch: Path, change: Callable[[str, Any], Any]) -> Path:
+    """The base with its matrices changed."""
+    import shutil
+
+    from safetensors.torch import load_file
+
+    base = scratch / "other"
+    shutil.copytree(specimen.base, base)
+    tensors = load_file(base / "model.safetensors")
+    changed = {name: change(name, one).to(one.dtype) for name, one in tensors.items() if one.dim() == 2}
+    change_tensors(base / "model.safetensors", changed)
+    return base
+
+
+def _wrong_revision(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+
+    def change(name: str, tensor: Any) -> Any:
+        return tensor + 0.05 * tensor.std() * torch.randn(tensor.shape, generator=generator)
+
+    return _with_weights(specimen, sound, _changed_base(specimen, scratch, change), specimen.adapter)
+
+
+def _merged_into_4_bit(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    import bitsandbytes.functional as nf4
+
+    def change(name: str, tensor: Any) -> Any:
+        if "proj" not in name:
+            return tensor
+        packed, state = nf4.quantize_4bit(tensor.float(), quant_type="nf4", compress_statistics=True)
+        return nf4.dequantize_4bit(packed, state)
+
+    return _with_weights(specimen, sound, _changed_base(specimen, scratch, change), specimen.adapter)
+
+
+def _not_applied(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    return _with_weights(specimen, sound, specimen.base, None)
+
+
+def _stale(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    earlier = make_adapter(specimen.base, scratch / "earlier", seed=77)
+    return _with_weights(specimen, sound, specimen.base, earlier)
+
+
+def _permuted(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    return _with_weights(specimen, sound, specimen.base, specimen.adapter, key_heads=4)
+
+
+def _without_head(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    """What is left when a head of its own is dropped: llama.cpp takes the embedding instead."""
+    return rewrite(sound, scratch / "broken.gguf", {"output.weight": None})
+
+
+def _lost_rows(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    import numpy as np
+
+    tensors = merged_tensors(specimen.base, specimen.adapter)
+    for name in ("token_embd.weight", "output.weight"):
+        tensors[name] = np.array(tensors[name])
+        tensors[name][:3] = 0  # the added tokens of this vocabulary
+    return rewrite(sound, scratch / "broken.gguf", tensors)
+
+
+def _pre_tokenizer(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    return rewrite(sound, scratch / "broken.gguf", tokenizer__ggml__pre="gpt-2")
+
+
+def _another_template(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    template = (specimen.base / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "<|im_start|>" in template
+    changed = template.replace("<|im_start|>", "<|im_start|> ")
+    return rewrite(sound, scratch / "broken.gguf", tokenizer__chat_template=changed)
+
+
+def _thinking(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    template = (specimen.base / "chat_template.jinja").read_text(encoding="utf-8")
+    switch = "{% if enable_thinking is not defined or enable_thinking %}<think>\n{% endif %}"
+    return rewrite(sound, scratch / "broken.gguf", tokenizer__chat_template=template + switch)
+
+
+def _bos(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    """The tokenizer puts a BOS before what the template has begun with one."""
+    changes = {"tokenizer__ggml__bos_token_id": 1, "tokenizer__ggml__add_bos_token": True}
+    template = (specimen.base / "chat_template.jinja").read_text(encoding="utf-8")
+    changes["tokenizer__chat_template"] = "{{ bos_token }}" + template  # <|im_start|> is its BOS
+    return rewrite(sound, scratch / "broken.gguf", **changes)
+
+
+_IN_METADATA = {_bos, _pre_tokenizer, _another_template, _thinking}
+FAULTS = {
+    "wrong base revision": (_wrong_revision, "merge", "another base or revision"),
+    "scale x 8": (_scaled_by(8), "merge", "the adapter is in the file 8"),
+    "dropped lm_head": (_without_head, "convert", "lm_head.weight"),
+    "double BOS": (_bos, "convert", "BOS"),
+    "permuted Q/K": (_permuted, "convert", "attn_k.weight"),
+    "lost added rows": (_lost_rows, "convert", "3 rows of"),
+    "adapter not applied": (_not_applied, "merge", "the adapter was not applied"),
+    "merged twice": (_scaled_by(2), "merge", "merged twice"),
+    "merged into 4-bit": (_merged_into_4_bit, "merge", "4-bit"),
+    "wrong pre-tokenizer": (_pre_tokenizer, "convert", "tokenizer gives other ids"),
+    "stale merged directory": (_stale, "merge", "earlier run"),
+    "another template": (_another_template, "convert", "chat template"),
+    "thinking switched on": (_thinking, "convert", "chat template"),
+}
+
+
+def test_a_sound_file_passes_and_its_quantized_one_too(specimen: Specimen, sound: Path) -> None:
+    found = specimen.verify(sound)
+    assert found["ok"], found["problems"]
+    assert found["broken_stage"] is None
+    assert found["logits"]["top1"] > 0.99  # random weights: many near ties
+    quantized = make_quantized(sound, "q4_k_m", 2)
+    found = specimen.verify(quantized, nf4=True)
+    assert found["ok"], found["problems"]
+    assert [one["from"] for one in found["handovers"]] == [
+        "as trained (NF4 base + adapter)", "fp32 base + adapter", "GGUF f16",
+    ]  # fmt: skip
+    assert found["handovers"][-1]["beyond_vendor"] == 1.0
+
+
+# Of the weights, so to be told from what quantizing does to them.
+IN_WEIGHTS = [name for name, fault in FAULTS.items() if fault[0] not in _IN_METADATA]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "kind"), [*((name, "f16") for name in FAULTS), *((name, "q4_k_m") for name in IN_WEIGHTS)]
+)
+def test_fault(fault: str, kind: str, specimen: Specimen, sound: Path, tmp_path: Path) -> None:
+    make, stage, words = FAULTS[fault]
+    broken = make(specimen, sound, tmp_path)
+    if kind != "f16":
+        broken = make_quantized(broken, kind, 2)
+    found = specimen.verify(broken)
+    assert not found["ok"]
+    assert (found["broken_stage"], words) == (stage, words if words in found["verdict"] else found["verdict"])
+    assert found["remedy"]
+
+
+def test_an_adapter_that_learned_nothing(specimen: Specimen, tmp_path: Path) -> None:
+    """Its B is zero, as before the first step: every file of it is the base."""
+    import shutil
+
+    from safetensors.torch import load_file
+
+    assert specimen.adapter
+    adapter = tmp_path / "adapter"
+    shutil.copytree(specimen.adapter, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    zeros = {name: one * 0 for name, one in weights.items() if "lora_B" in name}
+    change_tensors(adapter / "adapter_model.safetensors", zeros)
+    empty = Specimen(specimen.base, adapter, specimen.rows, tmp_path)
+    found = empty.verify(empty.f16(tmp_path / "f16"))
+    assert found["broken_stage"] == "train"
+    assert "changes nothing" in found["verdict"]
+
+
+@pytest.mark.slow
+def test_a_stale_merged_directory_beside_a_sound_file(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """`--merged`: the hand-over to the merged checkpoint is measured on its own."""
+    earlier = make_adapter(specimen.base, tmp_path / "earlier", seed=77)
+    for adapter, ok in ((specimen.adapter, True), (earlier, False)):
+        merged = tmp_path / f"merged-{ok}"
+        load(specimen.base, adapter).save_pretrained(merged)
+        found = specimen.verify(sound, merged=str(merged))
+        assert found["ok"] is ok, found["problems"]
+        assert found["broken_stage"] == (None if ok else "merge")
+        assert found["handovers"][0]["to"] == "merged"

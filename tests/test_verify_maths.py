@@ -1,0 +1,157 @@
+"""The measures, the sample and the verdict by themselves, on numbers that can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from forge.errors import DataError
+from forge.verify.compare import compare, converts, top_log_probabilities
+from forge.verify.sample import LONGEST, Sample, draw, least_share
+from forge.verify.verdict import Gates, judge
+
+pytestmark = pytest.mark.training  # numpy
+
+
+def _sample(follows: list[int], answers: list[bool] | None = None) -> Sample:
+    """One row in which `follows` come after token 0, each position sampled."""
+    flags = answers or [True] * len(follows)
+    return Sample(((0, *follows),), tuple((0, at) for at in range(len(follows))), tuple(flags), 1)
+
+
+def test_equal_logits_are_no_distance_apart_whatever_is_added_to_them() -> None:
+    import numpy as np
+
+    logits = np.random.default_rng(0).normal(size=(100, 40)).astype(np.float32)
+    found = compare(logits, logits + 3, _sample([1] * 100))
+    assert found["nmse"] < 1e-12
+    assert found["kl_mean"] < 1e-9
+    assert found["top1"] == 1.0
+    assert found["perplexity"] == pytest.approx(found["perplexity_reference"])
+    assert converts(found)
+
+
+def test_the_measures_are_what_they_say() -> None:
+    """Two positions, two tokens: p = (1/2, 1/2) and (3/4, 1/4) against q = (1/4, 3/4) and (3/4, 1/4)."""
+    import numpy as np
+
+    p, q = np.array([[0.5, 0.5], [0.75, 0.25]]), np.array([[0.25, 0.75], [0.75, 0.25]])
+    found = compare(np.log(p), np.log(q), _sample([0, 1]))
+    divergence = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    assert found["kl_mean"] == pytest.approx(divergence / 2)
+    assert found["kl_max"] == pytest.approx(divergence)
+    assert found["top1"] == 1.0 or found["top1"] == 0.5  # the first position is a tie
+    assert found["perplexity_reference"] == pytest.approx(math.exp(-(math.log(0.5) + math.log(0.25)) / 2))
+    assert found["perplexity"] == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.25)) / 2))
+    # log q is -+ log(3)/2 about its mean where log p is flat: the second position is the reference's own.
+    assert found["nmse"] == pytest.approx(1.0)
+
+
+def test_perplexity_is_the_answers_and_a_padded_vocabulary_does_not_count() -> None:
+    import numpy as np
+
+    wide = np.zeros((2, 6), dtype=np.float32)
+    wide[:, 4:] = 50.0  # rows of padding that no tokenizer reaches
+    narrow = np.zeros((2, 4), dtype=np.float32)
+    narrow[1, 2] = 5.0
+    found = compare(wide, narrow, _sample([0, 2], [True, False]))
+    assert found["perplexity_reference"] == pytest.approx(4.0)
+    assert found["perplexity"] == pytest.approx(4.0)
+
+
+def test_top_log_probabilities() -> None:
+    import numpy as np
+
+    found = top_log_probabilities(np.log(np.array([0.1, 0.6, 0.3])), 2)
+    assert [token for token, _ in found] == [1, 2]
+    assert [value for _, value in found] == pytest.approx([math.log(0.6), math.log(0.3)], abs=1e-5)
+
+
+def test_the_sample_is_bounded_and_the_same_again() -> None:
+    rows = [{"input_ids": list(range(700)), "labels": [-100] * 600 + [1] * 100} for _ in range(200)]
+    drawn = draw(rows, 150_000, 4096)
+    assert drawn == draw(rows, 150_000, 4096)
+    assert {len(row) for row in drawn.rows} == {LONGEST}
+    assert len(drawn.rows) * LONGEST <= 4096
+    assert len(drawn.positions) * 150_000 <= 2**26
+    assert drawn.given == 200
+    assert len(drawn.follows) == len(drawn.answers) == len(drawn.positions)
+    assert not any(drawn.answers)  # all of them lie behind where the rows were cut
+    with pytest.raises(DataError, match="no row of two tokens"):
+        draw([{"input_ids": [1]}], 100, None)
+
+
+def test_the_confidence_of_a_share() -> None:
+    """Wilson's interval, against its published values."""
+    assert least_share(1.0, 100) == pytest.approx(0.9630, abs=1e-4)
+    assert least_share(0.5, 100) == pytest.approx(0.4038, abs=1e-4)
+    assert least_share(1.0, 0) == 0.0
+
+
+def _leg(**changes: float) -> dict[str, Any]:
+    leg = {"positions": 1000, "nmse": 2e-3, "kl_mean": 3e-3, "kl_error": 1e-4, "kl_max": 0.1, "top1": 0.98}
+    leg |= {"perplexity": 3.0, "perplexity_reference": 3.0}
+    return {**leg, "kl_by_position": [], **changes}
+
+
+def _measurement(**legs: dict[str, Any]) -> dict[str, Any]:
+    """A sound q4_k_m; `legs` replace legs."""
+    sound = {
+        "file": _leg(), "f16": _leg(nmse=1e-7, kl_mean=1e-7, top1=1.0), "file against f16": _leg(),
+        "vendor": _leg(), "base": _leg(kl_mean=5.0, top1=0.2),
+    }  # fmt: skip
+    good = {"ok": True, "compared": 300, "different": 0, "limits": [], "examples": []}
+    fit: dict[str, Any] = {
+        "scale": 1.0, "rest": 0.07, "rest_others": 0.07, "rest_nf4": 0.1, "rest_beside_nf4": 0.07,
+        "missing": [], "lost_rows": {}, "layouts": {}, "rests": {},
+    }  # fmt: skip
+    return {
+        "legs": {**sound, **{name.replace("_", " "): leg for name, leg in legs.items()}},
+        "tokens": good, "prompt": good, "stops": {"ok": True, "token": "</s>"},
+        "file": {"type": "q4_k_m"}, "greedy": {"prompts": 8, "same": 8},
+        "sample": {"rows": 60, "positions": 1000},
+        "weights": {"file": fit, "f16": fit, "vendor": fit},
+    }  # fmt: skip
+
+
+def test_the_gates_are_judged_afresh_on_one_measurement() -> None:
+    found = _measurement()
+    assert judge(found, Gates())["ok"]
+    over = judge(found, Gates(max_kl=1e-3))
+    assert (over["ok"], over["broken_stage"]) == (False, "quantize")
+    assert "verify.max_kl" in over["verdict"]
+    under = judge(found, Gates(min_top1=0.99))
+    assert (under["ok"], under["broken_stage"]) == (False, "quantize")
+    assert judge(found, Gates(max_kl=1e-2, min_top1=0.9))["ok"]
+
+
+@pytest.mark.parametrize(("beyond", "ok"), [(1.0, True), (1.19, True), (1.25, False), (0.5, True)])
+def test_a_quantized_file_may_be_a_fifth_further_than_the_vendors_own(beyond: float, ok: bool) -> None:
+    found = judge(_measurement(file_against_f16=_leg(nmse=2e-3 * beyond)), Gates())
+    assert found["ok"] is ok
+    assert found["handovers"][-1]["beyond_vendor"] == pytest.approx(beyond)
+    assert found["broken_stage"] == (None if ok else "quantize")
+
+
+@pytest.mark.parametrize(
+    ("nmse", "kl", "ok"), [(9e-5, 9e-6, True), (1.1e-4, 1e-7, False), (1e-7, 1.1e-5, False)]
+)
+def test_a_conversion_has_fixed_limits(nmse: float, kl: float, ok: bool) -> None:
+    found = judge(_measurement(f16=_leg(nmse=nmse, kl_mean=kl)), Gates())
+    assert found["ok"] is ok
+    assert found["broken_stage"] == (None if ok else "convert")
+
+
+def test_the_shift_of_training_warns_and_never_fails() -> None:
+    found = judge(_measurement(trained=_leg(kl_mean=0.5, top1=0.6)), Gates())
+    assert found["ok"]
+    assert found["handovers"][0]["from"] == "as trained (NF4 base + adapter)"
+    assert any("export.merge_base" in warning for warning in found["warnings"])
+
+
+def test_a_lossy_type_is_shown_beside_the_published_norm() -> None:
+    found = judge(_measurement(file=_leg(kl_mean=0.2, top1=0.8)), Gates())
+    assert found["ok"]
+    assert any("0.0313, top-1 91.9%" in warning for warning in found["warnings"])

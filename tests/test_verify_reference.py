@@ -1,0 +1,92 @@
+"""The streamed reference gives what transformers and peft give with the whole model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.adapter.read import read_adapter
+from forge.errors import DataError
+from forge.verify.reference import Weights, logits
+from forge.verify.sample import Sample
+from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter, make_model
+
+pytestmark = [pytest.mark.training, pytest.mark.timeout(1500), PEFT_WARNS]
+
+ROWS = ((5, 9, 200, 31, 7, 80), (300, 11, 12), (4, 4, 4, 4, 90, 17, 33, 250, 9))
+SAMPLE = Sample(ROWS, ((0, 0), (0, 4), (1, 1), (2, 0), (2, 7)), (True,) * 5, 3)
+
+
+def _whole(model: Any) -> Any:
+    """The same positions from one forward of each row without padding."""
+    import torch
+
+    with torch.inference_mode():
+        rows = [model(torch.tensor([row])).logits[0] for row in ROWS]
+    return torch.stack([rows[row][place] for row, place in SAMPLE.positions]).numpy()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt2"])
+def test_streamed_is_whole(architecture: str, tmp_path: Path) -> None:
+    """In pieces or at once, with the adapter or without; peft's own, active and not merged."""
+    import numpy as np
+
+    base = make_model(tmp_path / "base", architecture, "home-made", shards=2)
+    adapter = make_adapter(base, tmp_path / "adapter", use_rslora=True)
+    plain = logits(Weights(base), SAMPLE, "base")
+    np.testing.assert_allclose(plain, _whole(load(base)), atol=2e-4, rtol=1e-4)
+    tuned = logits(Weights(base, read_adapter(adapter)), SAMPLE, "tuned")
+    np.testing.assert_allclose(tuned, _whole(load(base, adapter, merge=False)), atol=2e-4, rtol=1e-4)
+    assert np.abs(tuned - plain).max() > 0.05
+
+
+def test_the_4_bit_reference_is_what_bitsandbytes_trains_on(tmp_path: Path) -> None:
+    """In float32 arithmetic, as the base of QLoRA is there."""
+    import numpy as np
+    import torch
+    import transformers
+
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    found = logits(Weights(base, nf4=True), SAMPLE, "nf4")
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=torch.float32,
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        ),
+    ).eval()
+    np.testing.assert_allclose(found, _whole(quantized), atol=2e-3, rtol=1e-3)
+    assert np.abs(found - logits(Weights(base), SAMPLE, "base")).max() > 0.1
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    import torch
+
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    name = "model.layers.1.mlp.up_proj.weight"
+    change_tensors(base / "model.safetensors", {name: torch.full((512, 256), float("nan"))})
+    with pytest.raises(DataError, match=rf"{name} has values that are not finite"):
+        logits(Weights(base), SAMPLE, "base")
+    change_tensors(base / "model.safetensors", {name: torch.zeros(256, 256)})
+    with pytest.raises(DataError, match=rf"{name} is \(256, 256\), not \(512, 256\)"):
+        logits(Weights(base), SAMPLE, "base")
+    change_tensors(base / "model.safetensors", {name: None})
+    with pytest.raises(DataError, match=f"no tensor for {name}"):
+        logits(Weights(base), SAMPLE, "base")
+
+
+def test_an_adapter_of_another_base(tmp_path: Path) -> None:
+    deep = make_model(tmp_path / "deep", "llama", "home-made", num_hidden_layers=3)
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    adapter = make_adapter(deep, tmp_path / "adapter")
+    with pytest.raises(DataError, match="7 of its parts have no place"):
+        logits(Weights(base, read_adapter(adapter)), SAMPLE, "tuned")
+    change_json(base / "config.json", num_hidden_layers=1)
+    small = make_adapter(make_model(tmp_path / "same", "llama", "home-made"), tmp_path / "small")
+    with pytest.raises(DataError, match="7 parts of the adapter are in no layer that ran"):
+        logits(Weights(base, read_adapter(small)), SAMPLE, "tuned")
