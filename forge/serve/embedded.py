@@ -142,6 +142,7 @@ def _for_child(settings: Settings) -> dict[str, object]:
     return {
         **asdict(settings),
         "model": str(settings.model.absolute()),
+        "modelfile": None,
         "slots": settings.slots,
         "threads": settings.threads or _cores(),
     }

@@ -21,7 +21,8 @@ class Settings:
 
     `alias` is the name that clients see. Port 0 takes a free one. Every one of the `parallel`
     slots (None: chosen by the context) has the whole of `context_tokens`. `threads` None means the
-    physical cores that this process may use, `gpu_layers` None as many as fit.
+    physical cores that this process may use, `gpu_layers` None as many as fit. `modelfile` is the run's
+    Modelfile.jinja, for a runtime that takes stops and sampling from one.
     """
 
     model: Path
@@ -33,6 +34,7 @@ class Settings:
     threads: int | None = None
     gpu_layers: int | None = None
     api_key: str | None = field(default=None, repr=False)
+    modelfile: Path | None = None
 
     @property
     def slots(self) -> int:

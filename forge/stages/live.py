@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge import report
+from forge.chat.hand_over import MODELFILE_JINJA
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, Problem
 from forge.export.run import GGUF_FILE
@@ -42,7 +44,7 @@ def queries_in(recipe: Recipe) -> list[Query]:
 
 
 class DeployAction(Action):
-    """The real llama-server on the exported file; its prompts and ids are compared with training's."""
+    """The recipe's runtime on the exported file; its prompts and ids are compared with training's."""
 
     name = "deploy"
     needs = (EXPORT,)
@@ -52,8 +54,9 @@ class DeployAction(Action):
         self.endpoint: Endpoint | None = None
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
-        from forge.serve.embedded import serve_embedded
         from forge.serve.runtime import Settings
+        from forge.serve.runtimes import runtime_for
+        from forge.stages.ollama import prove_in_ollama
 
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
@@ -68,14 +71,16 @@ class DeployAction(Action):
             parallel=deploy.parallel,
             threads=deploy.threads,
             gpu_layers=deploy.gpu_layers,
+            modelfile=_modelfile(results),
         )
-        endpoint = stack.enter_context(serve_embedded(settings, log=self.ship.log))
+        endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
         conversations = [
             ({"role": "user", "content": "Hello!"},),
             *(query.messages for query in queries_in(self.ship.recipe)),
             *_some_rows(results),
         ]
-        prove_prompts(self.ship, endpoint, conversations)
+        prove = prove_in_ollama if deploy.runtime == "ollama" else prove_prompts
+        prove(self.ship, endpoint, conversations)
         return {
             "runtime": deploy.runtime,
             "endpoint": endpoint.url,
@@ -83,6 +88,11 @@ class DeployAction(Action):
             "context_tokens": settings.context_tokens,
             "prompts_compared": len(conversations),
         }
+
+
+def _modelfile(results: Mapping[str, Result]) -> Path | None:
+    artifact = results["modelfile"].artifact if "modelfile" in results else None
+    return artifact.path / MODELFILE_JINJA if artifact else None
 
 
 def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
@@ -165,6 +175,12 @@ class SmokeAction(Action):
         exact = results["evaluate"].facts.get("exact") if "evaluate" in results else None
         if exact:
             facts["heldout"] = _ask_heldout(endpoint, exact["answers"])
+        replies = [(answer.answer, answer.finish_reason) for answer in answers]
+        replies += [
+            (row["served"], row["finish_reason"]) for row in facts.get("heldout", {}).get("answers", ())
+        ]
+        should_end = bool(exact and exact["after"])
+        facts["stops"] = [str(one) for one in self.ship.stops.in_replies(replies, should_end=should_end)]
         return facts
 
 

@@ -11,8 +11,8 @@ from functools import partial
 
 from forge.errors import MissingToolError, Problem
 from forge.recipe.schema import Train
+from forge.serve.runtimes import check_runtime
 from forge.stages.ship import Ship
-from forge.tools import xllamacpp
 from forge.tools.llama_cpp import find_converters
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -37,7 +37,7 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
     hints = [_INSTALL] if absent else []
     checks: dict[str, Callable[[], object]] = {
         "export": partial(find_converters, ship.store.root),
-        "deploy": xllamacpp.check,
+        "deploy": partial(check_runtime, ship.recipe.deploy.runtime),
     }
     for stage, check in checks.items():
         try:

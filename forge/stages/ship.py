@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from forge import report
+from forge.chat.stops import GENERATION, StopContract, require
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError, Problem, RecipeError
 from forge.model.architectures import check_exportable
@@ -23,11 +25,12 @@ from forge.model.base import (
     resolve_headers,
 )
 from forge.model.checkpoint import open_checkpoint
-from forge.model.config import Configuration, check_unquantized, read_configuration
+from forge.model.config import Configuration, check_unquantized, read_configuration, read_json
 from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted, Recipe, Train
+from forge.serve.runtimes import RUNTIMES
 from forge.stages.sources import data_files
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
@@ -131,6 +134,14 @@ class Ship:
         )
 
     @cached_property
+    def stops(self) -> StopContract:
+        """What ends a reply, for every stage that could break it."""
+        form = self.prompt_format
+        ends = {form.tokenizer.id_to_token(number): number for number in self.tokenizer.eos_ids}
+        ids = {text: number for text, number in ends.items() if text}
+        return StopContract(form.end_of_turn, {form.end_of_turn: form.end_of_turn_id, **ids}, self.pad_token)
+
+    @cached_property
     def pad_token_id(self) -> int:
         number = self.prompt_format.tokenizer.token_to_id(self.pad_token)
         assert isinstance(number, int), self.pad_token
@@ -227,7 +238,7 @@ def refuse_unbuilt(loaded: Loaded) -> None:
         "verify.max_kl": recipe.verify.max_kl is not None,
         "verify.min_top1": recipe.verify.min_top1 is not None,
         "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
-        "deploy.runtime": recipe.deploy.runtime not in ("embedded", "none"),
+        "deploy.runtime": recipe.deploy.runtime not in (*RUNTIMES, "none"),
     }
     problems = []
     for name in (name for name, is_asked in asked.items() if is_asked):
@@ -258,5 +269,16 @@ def check(ship: Ship) -> None:
         )
     if not ship.tensors:
         raise DataError(f"{directory} holds no tensors")
+    _check_generation(ship)
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
+
+
+def _check_generation(ship: Ship) -> None:
+    """A merged checkpoint is served by what reads its generation_config.json; the GGUF by its own ids."""
+    path = ship.base_directory / GENERATION
+    broken = ship.stops.in_generation_config(read_json(path)) if path.is_file() else []
+    if ship.recipe.export.keep_merged:
+        require(broken)
+    for problem in broken:
+        report.warning(f"{problem}: transformers would not stop there, the GGUF does")
