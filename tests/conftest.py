@@ -91,3 +91,11 @@ def tree(root: Path) -> dict[str, bytes | None]:
     """Everything under `root`: path -> content, None for a directory."""
     found = sorted(root.rglob("*"))
     return {path.relative_to(root).as_posix(): None if path.is_dir() else path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real Go's text/template; see `tests.real_go`."""
+    from tests import real_go
+
+    return real_go.build(tmp_path_factory.mktemp("oracle"))

@@ -43,10 +43,13 @@ def test_reading_commands_load_no_training_stack(forge_home: Path) -> None:
 
 
 def test_every_command_has_its_file_and_its_file_is_thin() -> None:
-    files = {path.stem for path in (ROOT / "forge" / "cli").glob("*.py")}
+    # `import` is a word of Python's: its file has an underscore behind it.
+    stems = {path.stem for path in (ROOT / "forge" / "cli").glob("*.py")}
+    files = {stem if stem == "__init__" else stem.rstrip("_") for stem in stems}
     assert files == {*entry.COMMANDS, "__init__", "main", "options", "stage_of"}
     for name in entry.COMMANDS:
-        text = (ROOT / "forge" / "cli" / f"{name}.py").read_text(encoding="utf-8")
+        stem = name if name in stems else f"{name}_"
+        text = (ROOT / "forge" / "cli" / f"{stem}.py").read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 60 and "open(" not in text.replace("open_store(", ""), name
 
 

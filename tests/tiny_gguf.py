@@ -25,10 +25,20 @@ END_OF_TEXT, _, END_OF_TURN = range(3)
 SPELLING = str.maketrans({" ": "Ġ", "\n": "Ċ"})
 
 
-def write_tiny_gguf(path: Path, *, reply: str = REPLY, endless: bool = False) -> Path:
+def write_tiny_gguf(
+    path: Path,
+    *,
+    reply: str = REPLY,
+    endless: bool = False,
+    template: str | None = CHATML,
+    adds_bos: bool = False,
+    architecture: str = "llama",
+    kind: str = "model",
+) -> Path:
     """Write the model that answers everything with `reply`, whose words must all differ.
 
-    `endless`: begins again after the last word, so that a reply ends by its length only.
+    `endless`: begins again after the last word, so that a reply ends by its length only. A `template` of
+    None is left out; `architecture` and `kind` are what the header says.
     """
     import gguf
 
@@ -36,7 +46,8 @@ def write_tiny_gguf(path: Path, *, reply: str = REPLY, endless: bool = False) ->
     tokens = [*SPECIAL, "\n", *(chr(code) for code in range(32, 127)), *words]
     if len(set(words)) < len(words) or len(tokens) > WIDTH:
         raise ValueError("the words of the reply must differ, and fit beside the characters")
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_type(kind)
     writer.add_name("tiny")
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
@@ -47,7 +58,9 @@ def write_tiny_gguf(path: Path, *, reply: str = REPLY, endless: bool = False) ->
     writer.add_rope_dimension_count(WIDTH // 2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    _add_tokenizer(writer, tokens)
+    _add_tokenizer(writer, tokens, adds_bos)
+    if template is not None:
+        writer.add_chat_template(template)
     _add_tensors(writer, tokens, words, endless=endless)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -56,7 +69,7 @@ def write_tiny_gguf(path: Path, *, reply: str = REPLY, endless: bool = False) ->
     return path
 
 
-def _add_tokenizer(writer: object, tokens: list[str]) -> None:
+def _add_tokenizer(writer: object, tokens: list[str], adds_bos: bool) -> None:
     import gguf
 
     assert isinstance(writer, gguf.GGUFWriter)
@@ -71,8 +84,7 @@ def _add_tokenizer(writer: object, tokens: list[str]) -> None:
     writer.add_eos_token_id(END_OF_TURN)
     writer.add_eot_token_id(END_OF_TURN)
     writer.add_pad_token_id(END_OF_TEXT)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHATML)
+    writer.add_add_bos_token(adds_bos)
 
 
 def _add_tensors(writer: object, tokens: list[str], words: list[str], *, endless: bool) -> None:

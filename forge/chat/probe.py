@@ -171,6 +171,11 @@ def _assistant_begins(found: Conversation) -> bool:
     return spoken[:1] == ["assistant"]
 
 
+def is_ordinary(found: Conversation) -> bool:
+    """Whether it is a conversation as people have them: the user begins, a system message only in front."""
+    return not _assistant_begins(found) and not _system_later(found) and _takes_turns(found)
+
+
 def _system_later(found: Conversation) -> bool:
     return any(message["role"] == "system" for message in found[1:])
 

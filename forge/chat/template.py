@@ -33,12 +33,23 @@ DEFAULT_DAY = "2024-07-26"
 DAY_VARIABLE = "today"
 # A name that no server and no template sets.
 _UNSET = "forge_leaves_this_undefined"
+# Ollama replaces a template that differs by fewer than 100 edits from one that it knows (ChatML with renamed
+# tokens, Gemma-2) by its own. With a remark of this length none is so near.
+_REMARK = (
+    "This is the chat template that the model was trained with. The lines before it fix what it reads "
+    "besides the messages, as training had it: a server would otherwise fill in a date or a way of "
+    "thinking of its own. This remark writes nothing into a prompt. It is as long as it is because some "
+    "servers guess by likeness which template a model has, and then prompt it with another one that only "
+    "looks much the same."
+)
+# More than any chat needs: a template may not make a text or a number that eats the machine.
+_MOST_REPEATED = 1_000_000
 
 # What a template is given anyway; everything else it reads is a variable of the prompt contract.
 _GIVEN = {
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "unk_token",
     "pad_token", "raise_exception", "strftime_now", "dict", "namespace", "range", "lipsum", "cycler",
-    "joiner", "continue_final_message",
+    "joiner", "continue_final_message", _UNSET,
 }  # fmt: skip
 
 
@@ -101,8 +112,24 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateError(message)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which also refuses `"x" * 10**12` and `9 ** 9 ** 9`: one step, no end."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(one) if isinstance(one, str | list | tuple) else one for one in (left, right)]
+        whole = all(isinstance(size, int | float) for size in sizes)
+        if operator == "**" and whole and abs(sizes[1]) > 64:
+            raise jinja2.exceptions.SecurityError("a power of more than 64")
+        repeats = any(isinstance(one, str | list | tuple) for one in (left, right))
+        if operator == "*" and whole and repeats and sizes[0] * sizes[1] > _MOST_REPEATED:
+            raise jinja2.exceptions.SecurityError(f"a text of more than {_MOST_REPEATED:,} characters")
+        return super().call_binop(context, operator, left, right)
+
+
 def _environment(day: str) -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     pinned = date.fromisoformat(day)
@@ -167,6 +194,7 @@ class ChatTemplate:
             AttributeError,
             LookupError,
             RecursionError,
+            MemoryError,
         ) as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
 
@@ -192,7 +220,7 @@ class ChatTemplate:
         if "strftime_now" in self.source:
             pins.append(self._pinned_clock())
         # A line end after each block is dropped (trim_blocks), and the template still begins a line.
-        return "".join(pin + "\n" for pin in pins) + self.source
+        return "".join(pin + "\n" for pin in (f"{{# {_REMARK} #}}", *pins)) + self.source
 
     def _pinned_clock(self) -> str:
         formats = sorted(_literal_arguments(_environment(self.day).parse(self.source), "strftime_now"))

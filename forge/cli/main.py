@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import sys
 import traceback
@@ -24,10 +25,11 @@ COMMANDS = {
     "evaluate": "Measure what was learned on held-out rows.",
     "export": "Make the GGUF: a recipe's, or of any base and adapter.",
     "verify": "Prove that a GGUF is its base and adapter: a recipe's, or anybody's.",
-    "modelfile": "Write the Modelfiles of a recipe.",
+    "modelfile": "Write the Modelfile of any model, or those of a recipe.",
     "template": "Turn a chat template into a Go template, and prove it.",
     "deploy": "Start the server of a recipe and compare its prompts.",
     "smoke": "Ask a run's smoke queries again.",
+    "import": "Import a run or a GGUF file into Ollama, and prove its prompts there.",
     "chat": "Talk to a run, a GGUF file or a URL.",
     "serve": "Serve a run or a GGUF file over REST.",
     "ps": "List the servers that run in the background.",
@@ -49,7 +51,9 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = importlib.import_module(f"forge.cli.{name}")
+        module = importlib.import_module(
+            f"forge.cli.{name}_" if keyword.iskeyword(name) else f"forge.cli.{name}"
+        )
         found: click.Command = module.command
         return found
 

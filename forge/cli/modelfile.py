@@ -1,5 +1,32 @@
 from __future__ import annotations
 
-from forge.cli.stage_of import stage_command
+from pathlib import Path
 
-command = stage_command("modelfile", "Run RECIPE up to its Modelfiles.")
+import click
+
+from forge import report
+from forge.cli.options import common, overrides_option
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@overrides_option
+@click.option("--adapter", help="A GGUF LoRA adapter, for ADAPTER.")
+@click.option("--jinja", is_flag=True, help="Leave TEMPLATE out: the server uses the GGUF's own (0.30).")
+@click.option("--out", type=click.Path(path_type=Path), help="The file to write; else it is shown.")
+@common
+def command(
+    target: Path, overrides: tuple[str, ...], adapter: str | None, jinja: bool, out: Path | None
+) -> None:
+    """Write the Modelfile of TARGET, a model's directory or GGUF file, or those of a recipe.
+
+    With a Go TEMPLATE where one is proved; else, or with --jinja, with the GGUF's own template.
+    """
+    if target.suffix in (".yaml", ".yml"):
+        from forge.cli.stage_of import run_stage
+
+        report.result(run_stage(target, overrides, "modelfile"))
+        return
+    from forge.stages.modelfile import write_modelfile
+
+    report.result(write_modelfile(target, adapter=adapter, jinja=jinja, out=out))

@@ -53,6 +53,7 @@ def _for_child(settings: Settings) -> dict[str, object]:
         **asdict(settings),
         "model": str(settings.model.absolute()),
         "adapters": [str(path.absolute()) for path in settings.adapters],
+        "modelfile": None,
         "slots": settings.slots,
         "threads": ready.threads_of(settings),
     }

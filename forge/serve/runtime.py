@@ -26,6 +26,7 @@ class Settings:
     `without_key` is the explicit word that lets others than this machine in without a key;
     `cors_origins` says which web pages may ask (none; `localhost`; `*`). `program` is the
     llama-server to run, `image` the container's, where the runtime is that one.
+    `modelfile` is the run's Modelfile.jinja, for a runtime that takes stops and sampling from one.
     """
 
     model: Path
@@ -42,6 +43,7 @@ class Settings:
     cors_origins: str = ""
     program: str | None = None
     image: str | None = None
+    modelfile: Path | None = None
 
     @property
     def slots(self) -> int:

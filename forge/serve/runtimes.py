@@ -14,7 +14,10 @@ RUNTIMES: Mapping[str, tuple[str, str]] = {
     "embedded": ("forge.serve.embedded", "serve_embedded"),
     "llama-server": ("forge.serve.llama_server", "serve_llama_server"),
     "container": ("forge.serve.container", "serve_container"),
+    "ollama": ("forge.serve.ollama", "serve_ollama"),
 }
+# What says, before anything runs, whether one can run here; the others say so when they start.
+_CHECKS = {"embedded": ("forge.tools.xllamacpp", "check"), "ollama": ("forge.serve.ollama", "check")}
 # Settings that one runtime alone understands.
 _OWN = {"program": "llama-server", "image": "container"}
 
@@ -25,6 +28,13 @@ def runtime_for(name: str) -> Runtime:
         raise RecipeError(f"there is no runtime {name}", hint="known are " + ", ".join(RUNTIMES))
     module, function = RUNTIMES[name]
     return cast(Runtime, getattr(importlib.import_module(module), function))
+
+
+def check_runtime(name: str) -> None:
+    """Raise `MissingToolError` when the runtime called `name` cannot run here."""
+    if name in _CHECKS:
+        module, function = _CHECKS[name]
+        getattr(importlib.import_module(module), function)()
 
 
 def refuse_foreign(name: str, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -10,9 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from forge import worker
-from forge.chat.modelfile import write_modelfiles
-from forge.data.prepare import Settings, prepare
+from forge.chat.hand_over import (
+    MODELFILE,
+    MODELFILE_JINJA,
+    hand_over,
+    licences_of,
+    sampling_of,
+    write_modelfiles,
+)
+from forge.chat.modelfile import parse
+from forge.chat.same_prompts import compare
+from forge.chat.stops import require
+from forge.data.prepare import TRAIN_FILE, Settings, prepare
+from forge.export.run import GGUF_FILE
 from forge.model.base import UNKNOWN
+from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
@@ -80,7 +93,10 @@ class DataStage(ShipStage):
             max_length=training.max_length if training else None,
             supervise=training.supervise if training else "all",
         )
-        return prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
+        facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
+        with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
+            require(self.ship.stops.in_mask(map(json.loads, rows), may_be_cut=data.overlong == "truncate"))
+        return facts
 
 
 class ExportStage(ShipStage):
@@ -150,49 +166,67 @@ class ExportStage(ShipStage):
 
 
 class ModelfileStage(ShipStage):
-    """Modelfile and Modelfile.jinja, for Ollama."""
+    """Modelfile and Modelfile.jinja, for Ollama; prompts and stops held against the GGUF's own."""
 
     name = "modelfile"
-    version = 2
+    version = 3
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
-        self.needs = ("data",) if ship.recipe.data else ()
+        self.needs = (("data",) if ship.recipe.data else ()) + ("export",)
 
     def params(self) -> Mapping[str, Json]:
         template = self.ship.template.pinned_source() if self.ship.base.directory else UNKNOWN
         return {
             "file": gguf_name(self.ship),
             "chat template": hashlib.sha256(template.encode()).hexdigest(),
-            "adds BOS": self.ship.tokenizer.add_bos if self.ship.base.directory else UNKNOWN,
+            "base": self.ship.base_digest,
             "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
+            "smoke.max_tokens": longest_reply(self.ship),
             **prompt_params(self.ship),
         }
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        stops = sorted({self.ship.prompt_format.end_of_turn, *self._end_tokens()})
-        return write_modelfiles(
-            out,
-            file=gguf_name(self.ship),
-            template=self.ship.template,
-            stops=stops,
-            add_bos=self.ship.tokenizer.add_bos,
+        header, stops = read_gguf(inputs["export"].path / GGUF_FILE), self.ship.stops
+        told = hand_over(
+            self.ship.template,
+            # Whether the GGUF itself writes BOS; the tokenizer's files may say otherwise.
+            add_bos=header.metadata.get("tokenizer.ggml.add_bos_token") is True,
+            stops=stops.texts,
             context_tokens=context_tokens(self.ship, inputs["data"].facts if "data" in inputs else {}),
+            sampling=sampling_of(self.ship.base_directory),
+            licences=licences_of(self.ship.base_directory),
         )
-
-    def _end_tokens(self) -> set[str]:
-        tokenizer = self.ship.prompt_format.tokenizer
-        found = {tokenizer.id_to_token(number) for number in self.ship.tokenizer.eos_ids}
-        return {token for token in found if token}
+        facts = write_modelfiles(out, file=gguf_name(self.ship), told=told)
+        written = {
+            name: parse((out / name).read_text(encoding="utf-8"))
+            for name in (MODELFILE, MODELFILE_JINJA)
+            if (out / name).exists()
+        }
+        broken = [problem for name, one in written.items() for problem in stops.in_modelfile(one, name)]
+        require([*stops.in_gguf(header), *broken])
+        same = compare(told, header.chat_template or "", written.get(MODELFILE))
+        return {
+            **facts,
+            "same_prompts": {"conversations": same.conversations, "through": list(same.through)},
+            "variables": {
+                "read": list(self.ship.template.variables_read()),
+                "pinned": dict(self.ship.template.variables),
+            },
+        }
 
 
 def context_tokens(ship: Ship, data_facts: Mapping[str, Any]) -> int:
     """The context to serve with: what was asked, else min(model's, max(4096, training + reply))."""
     asked = ship.recipe.deploy.context_tokens
     most = ship.configuration.max_positions or 4096
-    replies = [query.max_tokens for query in ship.recipe.smoke]
-    wanted = max(4096, int(data_facts.get("max_length", 0)) + max(replies, default=256))
+    wanted = max(4096, int(data_facts.get("max_length", 0)) + longest_reply(ship))
     return asked or min(most, wanted)
+
+
+def longest_reply(ship: Ship) -> int:
+    """The tokens to leave for a reply: what the smoke queries ask for, 256 at least."""
+    return max([256, *(query.max_tokens for query in ship.recipe.smoke)])
 
 
 def installed(package: str) -> str:

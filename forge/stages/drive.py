@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.chat.stops import LIVE, require
 from forge.errors import CheckError, DataError, ForgeError, Problem
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
@@ -116,6 +117,8 @@ def _failed_live(results: Mapping[str, Result]) -> ForgeError | None:
 
 def _failed_smoke(results: Mapping[str, Result]) -> ForgeError | None:
     answers = results["smoke"].facts["smoke"] if "smoke" in results else []
+    if broken := results["smoke"].facts["stops"] if "smoke" in results else []:
+        require([Problem(one, LIVE) for one in broken])
     failed = [answer for answer in answers if not answer["ok"]]
     if not failed:
         return None

@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge import report
+from forge.chat.hand_over import MODELFILE_JINJA
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, Problem
 from forge.export.run import GGUF_FILE
@@ -43,7 +45,7 @@ def queries_in(recipe: Recipe) -> list[Query]:
 
 
 class DeployAction(Action):
-    """The real llama-server on the exported file; its prompts and ids are compared with training's."""
+    """The recipe's runtime on the exported file; its prompts and ids are compared with training's."""
 
     name = "deploy"
     needs = (EXPORT,)
@@ -56,6 +58,7 @@ class DeployAction(Action):
         from forge.serve.runtime import Settings
         from forge.serve.runtimes import runtime_for
         from forge.stages.live_proof import prove_live
+        from forge.stages.ollama import prove_in_ollama
 
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
@@ -72,6 +75,7 @@ class DeployAction(Action):
             threads=deploy.threads,
             gpu_layers=deploy.gpu_layers,
             without_key=deploy.without_key,
+            modelfile=_modelfile(results),
         )
         endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
         conversations = [
@@ -79,9 +83,12 @@ class DeployAction(Action):
             *(query.messages for query in queries_in(self.ship.recipe)),
             *_some_rows(results),
         ]
-        prove_prompts(self.ship, endpoint, conversations)
         live = None
-        if "verify" in results:
+        if deploy.runtime == "ollama":
+            prove_in_ollama(self.ship, endpoint, conversations)
+        else:
+            prove_prompts(self.ship, endpoint, conversations)
+        if deploy.runtime != "ollama" and "verify" in results:
             live = prove_live(
                 endpoint,
                 results["verify"].facts,
@@ -97,6 +104,11 @@ class DeployAction(Action):
             "prompts_compared": len(conversations),
             "live": live,
         }
+
+
+def _modelfile(results: Mapping[str, Result]) -> Path | None:
+    artifact = results["modelfile"].artifact if "modelfile" in results else None
+    return artifact.path / MODELFILE_JINJA if artifact else None
 
 
 def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
@@ -179,6 +191,12 @@ class SmokeAction(Action):
         exact = results["evaluate"].facts.get("exact") if "evaluate" in results else None
         if exact:
             facts["heldout"] = _ask_heldout(endpoint, exact["answers"])
+        replies = [(answer.answer, answer.finish_reason) for answer in answers]
+        replies += [
+            (row["served"], row["finish_reason"]) for row in facts.get("heldout", {}).get("answers", ())
+        ]
+        should_end = bool(exact and exact["after"])
+        facts["stops"] = [str(one) for one in self.ship.stops.in_replies(replies, should_end=should_end)]
         return facts
 
 

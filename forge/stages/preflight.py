@@ -11,8 +11,8 @@ from functools import partial
 
 from forge.errors import MissingToolError, Problem
 from forge.recipe.schema import Train
+from forge.serve.runtimes import check_runtime
 from forge.stages.ship import Ship
-from forge.tools import xllamacpp
 from forge.tools.llama_cpp import find_converters
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -23,10 +23,6 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "verify": ("torch", "transformers", "accelerate", "safetensors", "llama_cpp", "gguf"),
 }
 _INSTALL = "install the training stack: pip install 'forge-ship[train]'"
-
-
-def _no_check() -> None:
-    """The other runtimes say at once what they lack."""
 
 
 def require_tools(ship: Ship, stages: Collection[str]) -> None:
@@ -43,7 +39,7 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
     checks: dict[str, Callable[[], object]] = {
         "export": partial(find_converters, ship.store.root),
         "verify": partial(find_converters, ship.store.root),
-        "deploy": xllamacpp.check if ship.recipe.deploy.runtime == "embedded" else _no_check,
+        "deploy": partial(check_runtime, ship.recipe.deploy.runtime),
     }
     for stage, check in checks.items():
         try:

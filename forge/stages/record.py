@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from forge.chat.modelfile import MODELFILE, MODELFILE_JINJA
+from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
 from forge.errors import ForgeError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.pipeline.stage import Result

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from forge import report
+from forge.chat.stops import GENERATION, StopContract, require
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError, Problem, RecipeError
 from forge.model.architectures import check_exportable
@@ -23,7 +25,7 @@ from forge.model.base import (
     resolve_headers,
 )
 from forge.model.checkpoint import open_checkpoint
-from forge.model.config import Configuration, check_unquantized, read_configuration
+from forge.model.config import Configuration, check_unquantized, read_configuration, read_json
 from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
 from forge.recipe.load import Loaded
@@ -131,6 +133,14 @@ class Ship:
         )
 
     @cached_property
+    def stops(self) -> StopContract:
+        """What ends a reply, for every stage that could break it."""
+        form = self.prompt_format
+        ends = {form.tokenizer.id_to_token(number): number for number in self.tokenizer.eos_ids}
+        ids = {text: number for text, number in ends.items() if text}
+        return StopContract(form.end_of_turn, {form.end_of_turn: form.end_of_turn_id, **ids}, self.pad_token)
+
+    @cached_property
     def pad_token_id(self) -> int:
         number = self.prompt_format.tokenizer.token_to_id(self.pad_token)
         assert isinstance(number, int), self.pad_token
@@ -225,7 +235,6 @@ def refuse_unbuilt(loaded: Loaded) -> None:
     asked = {
         "export.mode": recipe.export.mode != "merged",
         "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
-        "deploy.runtime": recipe.deploy.runtime == "ollama",
     }
     problems = []
     for name in (name for name, is_asked in asked.items() if is_asked):
@@ -256,5 +265,16 @@ def check(ship: Ship) -> None:
         )
     if not ship.tensors:
         raise DataError(f"{directory} holds no tensors")
+    _check_generation(ship)
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
+
+
+def _check_generation(ship: Ship) -> None:
+    """A merged checkpoint is served by what reads its generation_config.json; the GGUF by its own ids."""
+    path = ship.base_directory / GENERATION
+    broken = ship.stops.in_generation_config(read_json(path)) if path.is_file() else []
+    if ship.recipe.export.keep_merged:
+        require(broken)
+    for problem in broken:
+        report.warning(f"{problem}: transformers would not stop there, the GGUF does")

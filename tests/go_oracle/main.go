@@ -1,7 +1,7 @@
 // Renders Go templates as Ollama does, for the tests: one JSON object a line in, one a line out.
 //
-// In: {"template": T, "conversations": [[{"role", "content"}, ...], ...]}; out: {"texts": [...]} or
-// {"error": E}. The data has Ollama's shape: structs, so that a missing field is an error and not
+// In: {"template": T, "conversations": [[{"role", "content"}, ...], ...]}, and "system", "prompt" and
+// "response" where they are told; out: {"texts": [...]} or {"error": E}. The data has Ollama's shape: structs, so that a missing field is an error and not
 // "<no value>". Not covered: Ollama's functions (json, currentDate, ...), tools, images.
 package main
 
@@ -16,15 +16,18 @@ import (
 type message struct{ Role, Content, Thinking string }
 
 type job struct {
-	Template      string
-	Conversations [][]message
+	Template                 string
+	Conversations            [][]message
+	System, Prompt, Response string
 }
 
 func render(j job) (texts []string, err error) {
 	parsed, err := template.New("").Option("missingkey=zero").Parse(j.Template)
 	for i := 0; err == nil && i < len(j.Conversations); i++ {
 		var out strings.Builder
-		err = parsed.Execute(&out, map[string]any{"Messages": j.Conversations[i], "System": "", "Response": ""})
+		err = parsed.Execute(&out, map[string]any{
+			"Messages": j.Conversations[i], "System": j.System, "Prompt": j.Prompt, "Response": j.Response,
+		})
 		texts = append(texts, out.String())
 	}
 	return texts, err

@@ -1,0 +1,193 @@
+"""All that Ollama is told of a model, as one value: for its Modelfiles and for the import over HTTP.
+
+Two ways, both with every stop and the context written out: `go`, a TEMPLATE where `format_check` proved
+one, for any server; `jinja`, the GGUF's own template, for servers since 0.30. Sampling is what the
+base's generation_config.json asks for, or nothing.
+
+Not covered: tools and thinking: neither template is claimed to write them (`MISSING` says so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from forge.chat.format_check import CompiledTemplate, compile_template, limit_names
+from forge.chat.format_source import read_source
+from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, render
+from forge.chat.template import ChatTemplate
+from forge.errors import DataError
+from forge.model.config import read_json
+from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.model.tokenizer_files import read_tokenizer
+
+MODELFILE = "Modelfile"
+MODELFILE_JINJA = "Modelfile.jinja"
+MISSING = ("tools", "thinking")
+# Since this version the server runs llama-server, which renders the GGUF's own Jinja.
+JINJA_SINCE = (0, 30)
+_REQUIRES = ".".join(map(str, JINJA_SINCE))
+_CONTEXT = 4096
+# generation_config.json -> Ollama.
+_SAMPLING = {
+    "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "typical_p": "typical_p", "repetition_penalty": "repeat_penalty",
+}  # fmt: skip
+
+Way = Literal["go", "jinja"]
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """`add_bos`: the GGUF's tokenizer writes BOS by itself, so that TEMPLATE must not."""
+
+    template: ChatTemplate
+    add_bos: bool
+    compiled: CompiledTemplate
+    stops: tuple[str, ...]
+    context_tokens: int
+    sampling: Mapping[str, Parameter] = field(default_factory=dict)
+    licences: tuple[str, ...] = ()
+
+    @property
+    def bos(self) -> str:
+        return self.template.special_tokens.get("bos_token", "")
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        stops = {"stop": self.stops} if self.stops else {}
+        return {**stops, "num_ctx": self.context_tokens, **self.sampling}
+
+    def modelfile(self, way: Way, file: str, *, adapter: str | None = None) -> Modelfile:
+        """What a Modelfile says for `file`; the `go` way is there only where it was proved."""
+        return Modelfile(
+            base=file,
+            adapter=adapter,
+            template=self.compiled.go if way == "go" else None,
+            parameters=self.parameters,
+            licences=self.licences,
+            requires=_REQUIRES if way == "jinja" else None,
+        )
+
+    def with_parameters_of(self, modelfile: Modelfile) -> HandOver:
+        """The same template with the stops, context, sampling and licences that a Modelfile tells."""
+        others = {key: value for key, value in modelfile.parameters.items() if key not in ("stop", "num_ctx")}
+        context = modelfile.parameters.get("num_ctx", self.context_tokens)
+        return replace(
+            self,
+            stops=modelfile.stops or self.stops,
+            context_tokens=context if isinstance(context, int) else self.context_tokens,
+            sampling=others,
+            licences=modelfile.licences,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What could be proved and what is written, for people and manifests."""
+        return {
+            "status": self.compiled.status,
+            "stops": list(self.stops),
+            "limits": limit_names(self.compiled.limits),
+            "default_system": self.compiled.chat.default_system if self.compiled.chat else None,
+            "context_tokens": self.context_tokens,
+            "sampling": dict(self.sampling),
+            "licences": len(self.licences),
+            "not_claimed": list(MISSING),
+        }
+
+
+def hand_over(
+    template: ChatTemplate,
+    *,
+    add_bos: bool,
+    stops: Sequence[str],
+    context_tokens: int,
+    sampling: Mapping[str, Parameter] | None = None,
+    licences: Sequence[str] = (),
+) -> HandOver:
+    """Compile the template; `stops` are what ends a reply, none twice."""
+    compiled = compile_template(template, add_bos=add_bos)
+    unique = tuple(dict.fromkeys(stop for stop in stops if stop))
+    return HandOver(template, add_bos, compiled, unique, context_tokens, sampling or {}, tuple(licences))
+
+
+def hand_over_of(path: Path) -> HandOver:
+    """That of a GGUF file, or of a model's directory; raises `DataError` as `read_source` does."""
+    source = read_source(path)
+    found = hand_over(source.template, add_bos=source.add_bos, stops=(), context_tokens=_CONTEXT)
+    if path.is_dir():
+        tokenizer = read_tokenizer(path)
+        ends = [tokenizer.tokens.get("eos", "")]
+        context = min(tokenizer.model_max_length or _CONTEXT, _CONTEXT)
+        sampling, licences = sampling_of(path), licences_of(path)
+    else:
+        header = read_gguf(path)
+        ends = list(end_tokens(header).values())
+        most = header.metadata.get(f"{header.architecture}.context_length")
+        context = min(most, _CONTEXT) if isinstance(most, int) else _CONTEXT
+        named = header.metadata.get("general.license")
+        sampling, licences = {}, (named,) if isinstance(named, str) else ()
+    stops = tuple(dict.fromkeys(stop for stop in (*found.compiled.stops, *ends) if stop))
+    if not stops:
+        raise DataError(f"{path}: nothing says what ends a reply, so it would never end")
+    return replace(found, stops=stops, context_tokens=context, sampling=sampling, licences=licences)
+
+
+def end_tokens(header: GgufHeader) -> dict[str, str]:
+    """The texts of a GGUF's `eos` and `eot` tokens, those that it names."""
+    vocabulary = header.array("tokenizer.ggml.tokens")
+    ids = {name: header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
+    return {
+        name: str(vocabulary[number])
+        for name, number in ids.items()
+        if isinstance(number, int) and number < len(vocabulary)
+    }
+
+
+def sampling_of(directory: Path) -> dict[str, Parameter]:
+    """What generation_config.json asks for where it samples; else nothing, and the server's own holds."""
+    path = directory / "generation_config.json"
+    told = read_json(path) if path.is_file() else {}
+    if not told.get("do_sample"):
+        return {}
+    return {
+        ours: told[name]
+        for name, ours in _SAMPLING.items()
+        if isinstance(told.get(name), int | float) and not isinstance(told[name], bool)
+    }
+
+
+def licences_of(directory: Path) -> tuple[str, ...]:
+    """The licence files of a base, whole."""
+    files = sorted({*directory.glob("LICENSE*"), *directory.glob("LICENCE*")})
+    return tuple(path.read_text(encoding="utf-8", errors="replace").strip() for path in files)
+
+
+def write_modelfiles(out: Path, *, file: str, told: HandOver) -> dict[str, Any]:
+    """Write Modelfile.jinja, and Modelfile where a Go TEMPLATE was proved, into `out`; returns facts.
+
+    Raises `ModelfileError` for a stop that no Modelfile can hold. A licence that none can hold is named
+    in the facts and left out: it is beside the model all the same.
+    """
+    facts = told.facts()
+    told, facts["licences_left_out"] = _with_writable_licences(told)
+    (out / MODELFILE_JINJA).write_text(render(told.modelfile("jinja", f"./{file}")), encoding="utf-8")
+    if told.compiled.go is None:
+        reason = f"no Go TEMPLATE says what the chat template does: {told.compiled.reason}"
+        return {"modelfile": None, "reason": reason, **facts}
+    (out / MODELFILE).write_text(render(told.modelfile("go", f"./{file}")), encoding="utf-8")
+    return {"modelfile": MODELFILE, "reason": None, **facts}
+
+
+def _with_writable_licences(told: HandOver) -> tuple[HandOver, int]:
+    kept = tuple(text for text in told.licences if _is_writable(text))
+    return replace(told, licences=kept), len(told.licences) - len(kept)
+
+
+def _is_writable(licence: str) -> bool:
+    try:
+        render(Modelfile("x", licences=(licence,)))
+    except ModelfileError:
+        return False
+    return True

@@ -1,0 +1,96 @@
+"""The same conversations through every template that a run leaves behind: are the prompts the same bytes?
+
+The training tokenizer's template, the Jinja that the GGUF carries and the Go TEMPLATE of the Modelfile. The
+GGUF's is given what a server would give it: today's date, thinking on, every variable that it reads
+set to something else. The Go text is read back out of the Modelfile.
+
+Not covered: a server's own reading of them; *deploy* asks that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from itertools import islice
+
+from forge.chat import go_interpreter, probe
+from forge.chat.hand_over import HandOver
+from forge.chat.modelfile import Modelfile
+from forge.chat.probe import Conversation
+from forge.chat.template import DAY_VARIABLE, ChatTemplate
+from forge.errors import CheckError, DataError, Problem
+
+CONVERSATIONS = 200
+_MOST_TRIED = 20 * CONVERSATIONS
+
+
+@dataclass(frozen=True)
+class Compared:
+    """How many conversations gave the same prompts, through which templates."""
+
+    conversations: int
+    through: tuple[str, ...]
+
+
+def compare(told: HandOver, gguf_template: str, modelfile: Modelfile | None) -> Compared:
+    """Raise `CheckError` with the first difference and the place that writes it.
+
+    Where there is a Go TEMPLATE the conversations are those that it claims.
+    """
+    served = as_served(gguf_template, told.template)
+    go = go_interpreter.parse(modelfile.template) if modelfile and modelfile.template else None
+    chosen = list(islice(_conversations(told, only_claimed=go is not None), CONVERSATIONS))
+    for conversation in chosen:
+        trained = told.template.render(conversation, add_generation_prompt=True)
+        found = {"the GGUF's Jinja": served.render(conversation, add_generation_prompt=True)}
+        if go is not None:
+            # Where the tokenizer writes BOS, the TEMPLATE leaves it out.
+            bos = told.bos if told.add_bos and trained.startswith(told.bos) else ""
+            found["the Modelfile's TEMPLATE"] = bos + go.render(conversation)
+        for place, prompt in found.items():
+            if prompt != trained:
+                raise _differs(place, trained, prompt)
+    places = ("the training tokenizer", "the GGUF's Jinja", *(("the Modelfile's TEMPLATE",) if go else ()))
+    return Compared(len(chosen), places)
+
+
+def as_served(source: str, trained: ChatTemplate) -> ChatTemplate:
+    """The template with what a server sets where nobody asked: thinking, dates, other variables."""
+    read = ChatTemplate(source, trained.special_tokens).variables_read()
+    hostile = dict.fromkeys({*read, *trained.variables_read()} - {DAY_VARIABLE}, True)
+    return ChatTemplate(source, trained.special_tokens, {**hostile, DAY_VARIABLE: date.today().isoformat()})
+
+
+def _conversations(told: HandOver, *, only_claimed: bool) -> Iterator[Conversation]:
+    takes_system = told.compiled.chat is None or told.compiled.chat.system != "refused"
+    literals = probe.literals(told.template)
+    tried = (
+        one
+        for seed in range(_MOST_TRIED // CONVERSATIONS)
+        for one in probe.conversations(literals, has_system=takes_system, seed=seed)
+    )
+    seen: set[str] = set()
+    for one in islice(tried, _MOST_TRIED):
+        if (key := repr(one)) in seen or (only_claimed and not told.compiled.claims(one)):
+            continue
+        seen.add(key)
+        try:
+            told.template.render(one, add_generation_prompt=True)
+        except DataError:
+            continue
+        yield one
+
+
+def _differs(place: str, trained: str, found: str) -> CheckError:
+    pairs = zip(trained, found, strict=False)
+    same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(trained), len(found)))
+    start = max(0, same - 30)
+    return CheckError(
+        f"{place} writes another prompt than training did, from character {same} on",
+        hint="this should not be: please report the base",
+        problems=[
+            Problem(repr(trained[start : same + 40]), "trained on"),
+            Problem(repr(found[start : same + 40]), place),
+        ],
+    )

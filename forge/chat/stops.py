@@ -1,0 +1,98 @@
+"""What ends a reply: one contract, held against every place that could break it.
+
+The end of turn that the template writes, and every EOS of the base's files, as texts and ids. The places,
+in the order of the pipeline: the loss mask before training, generation_config.json, the GGUF's eos
+and eot ids, the Modelfiles, the replies of the live server. Each check returns problems whose field
+names the place.
+
+Not covered: stops that one request alone asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from forge.chat.modelfile import Modelfile
+from forge.errors import CheckError, Problem
+from forge.model.gguf_header import GgufHeader
+
+LOSS_MASK, GENERATION, GGUF, LIVE = "the loss mask", "generation_config.json", "the GGUF", "the live reply"
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class StopContract:
+    """`ids` has the id of every text of `texts`; `end_of_turn` is one of them; `pad` is a text too."""
+
+    end_of_turn: str
+    ids: Mapping[str, int]
+    pad: str
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text that ends a reply, the end of turn first."""
+        return tuple(dict.fromkeys((self.end_of_turn, *sorted(self.ids))))
+
+    def in_mask(self, rows: Iterable[Mapping[str, Sequence[int]]], *, may_be_cut: bool) -> list[Problem]:
+        """`rows` have `labels`: each supervises something, and its end of turn unless rows may be cut."""
+        end = self.ids[self.end_of_turn]
+        is_masked = self.pad == self.end_of_turn
+        found = [Problem(f"PAD is {self.pad}, the end of turn", LOSS_MASK)] if is_masked else []
+        for number, row in enumerate(rows, 1):
+            supervised = [label for label in row["labels"] if label != _IGNORED]
+            if not supervised:
+                found.append(Problem(f"row {number}: nothing is supervised", LOSS_MASK))
+            elif supervised[-1] != end and not may_be_cut:
+                found.append(Problem(f"row {number}: {self.end_of_turn} is not supervised", LOSS_MASK))
+        return found
+
+    def in_generation_config(self, fields: Mapping[str, Any]) -> list[Problem]:
+        """transformers and vLLM stop at `eos_token_id` alone; a file without it leaves the tokenizer's."""
+        told = fields.get("eos_token_id")
+        listed = told if isinstance(told, list) else [told]
+        if told is None or self.ids[self.end_of_turn] in listed:
+            return []
+        wanted = f"{self.end_of_turn} ({self.ids[self.end_of_turn]})"
+        return [Problem(f"eos_token_id is {told}, without the end of turn {wanted}", GENERATION)]
+
+    def in_gguf(self, header: GgufHeader) -> list[Problem]:
+        """llama.cpp ends a reply at `eos` and `eot` (and at tokens that it knows by name)."""
+        told = {name: header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
+        found = []
+        if self.ids[self.end_of_turn] not in told.values():
+            shown = ", ".join(f"{name} {number}" for name, number in told.items())
+            wanted = f"{self.end_of_turn} ({self.ids[self.end_of_turn]})"
+            found.append(Problem(f"its end ids are {shown}; the end of turn is {wanted}", GGUF))
+        if told["eos"] is None:
+            found.append(Problem("it names no eos id: llama.cpp would take one of its own", GGUF))
+        return found
+
+    def in_modelfile(self, modelfile: Modelfile, name: str) -> list[Problem]:
+        """Every text is a PARAMETER stop: those that are set replace all that Ollama would guess."""
+        missing = [text for text in self.texts if text not in modelfile.stops]
+        return [Problem(f"no PARAMETER stop for {', '.join(missing)}", name)] if missing else []
+
+    def in_replies(self, replies: Sequence[tuple[str, str]], *, should_end: bool) -> list[Problem]:
+        """`replies` are (text, finish_reason). `should_end`: the tuned model ended its own."""
+        found = [
+            Problem(f"a reply holds {stop} as text: {text[:60]!r}", LIVE)
+            for text, _ in replies
+            for stop in self.texts
+            if stop in text
+        ]
+        if should_end and replies and all(reason != "stop" for _, reason in replies):
+            found.append(Problem("no reply ends by itself; the tuned model's did", LIVE))
+        return found
+
+
+def require(problems: Sequence[Problem]) -> None:
+    """Raise one `CheckError` that names the places where the contract is broken."""
+    if problems:
+        places = ", ".join(dict.fromkeys(problem.field for problem in problems))
+        raise CheckError(
+            f"what ends a reply is not the same everywhere: broken at {places}",
+            hint="a model served so would not stop, or stop too early",
+            problems=list(problems),
+        )

@@ -1,0 +1,288 @@
+"""Into Ollama, with proof: blobs, a model under a name of its own, its prompts and stops, then the name.
+
+The server itself is asked what it would give to the model (`_debug_render_only`), for a set of
+conversations, and that must be what the chat template writes. Only then does the name become the
+new model's, by a copy, which writes one small manifest; whatever fails before leaves the name as
+it was. Servers since 0.30 get the GGUF's own Jinja first; where that differs, or on older ones, a
+Go TEMPLATE. A server built from source says 0.0.0 and is taken for a current one.
+
+Not covered: safetensors, which Ollama converts by itself and not always rightly; tools, thinking.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from forge import process, report
+from forge.chat import probe
+from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
+from forge.chat.modelfile import parse
+from forge.chat.template import ChatTemplate
+from forge.errors import CheckError, DataError, ForgeError, MissingToolError, Problem, StageError
+from forge.model.gguf_header import read_gguf
+from forge.serve.endpoint import Endpoint, Message
+from forge.serve.runtime import Settings
+from forge.tools.ollama import Ollama, server_url, stops_in
+
+_SECONDS_TO_START = 60.0
+# How many generated conversations are compared: the plain ones, and others from all over.
+_PLAIN, _ODD = 12, 36
+
+
+@dataclass(frozen=True)
+class Imported:
+    """`digest` is the manifest's. `prompts` were compared; `way` is how the server writes them."""
+
+    name: str
+    digest: str
+    way: Way
+    prompts: int
+
+
+def check(url: str | None = None) -> None:
+    """Raise `MissingToolError` when no server answers and none can be started here."""
+    with Ollama(url or server_url()) as server:
+        try:
+            server.version()
+        except MissingToolError:
+            if not _can_start(server.url):
+                raise
+
+
+def _can_start(url: str) -> bool:
+    is_here = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+    return is_here and shutil.which("ollama") is not None
+
+
+@contextlib.contextmanager
+def reach(url: str, *, log: Path | None = None) -> Iterator[Ollama]:
+    """A connection to the server at `url`; on this machine it is started for the block if it can be.
+
+    Raises `MissingToolError`, which says how to start one, when there is none and none can be started.
+    """
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Ollama(url))
+        try:
+            server.version()
+        except MissingToolError:
+            if not _can_start(url):
+                raise
+            place = urlsplit(url).netloc
+            report.info(f"starting `ollama serve` at {place} for this command")
+            said: IO[str] | None = None
+            if log:
+                said = stack.enter_context(log.open("a", encoding="utf-8"))
+            child = process.Child(
+                ["ollama", "serve"], log=said, environment={"OLLAMA_HOST": place}, separate_errors=True
+            )
+            stack.enter_context(child)
+            _wait_for(server, child)
+        yield server
+
+
+def _wait_for(server: Ollama, child: process.Child) -> None:
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while True:
+        try:
+            server.version()
+            return
+        except MissingToolError as silent:
+            if child.status is not None or time.monotonic() > deadline:
+                raise StageError(
+                    f"`ollama serve` was started and does not answer at {server.url}", hint=silent.hint
+                ) from silent
+            time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
+    """Import a GGUF and serve it; see `runtime.Runtime`. The model stays in Ollama's store afterwards.
+
+    The server is the one of OLLAMA_HOST, or at `settings.host` and `settings.port` where a port is told.
+    """
+    told = f"{settings.host}:{settings.port}" if settings.port else None
+    hand = replace(hand_over_of(settings.model), context_tokens=settings.context_tokens)
+    if settings.modelfile:
+        hand = hand.with_parameters_of(parse(settings.modelfile.read_text(encoding="utf-8")))
+    with reach(server_url(told), log=log) as server:
+        imported = import_model(server, settings.alias, settings.model, hand)
+        report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
+        yield Endpoint(server.url, imported.name)
+
+
+def import_model(
+    server: Ollama,
+    name: str,
+    gguf: Path,
+    told: HandOver,
+    *,
+    adapter: Path | None = None,
+    conversations: Sequence[Sequence[Message]] = (),
+    ask: Callable[[Endpoint], object] | None = None,
+) -> Imported:
+    """Make `name` the model of `gguf`, proved first under a name that nobody uses.
+
+    `conversations` are compared besides generated ones; `ask` puts the smoke queries and raises when an
+    answer is wrong. Raises `CheckError` with the first difference of every way that was tried.
+    """
+    _check_model(gguf, adapter)
+    fields: dict[str, Any] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
+    if adapter:
+        fields["adapters"] = {adapter.name: server.push(adapter, adapter.name)}
+    fields["parameters"] = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in told.parameters.items()
+    }
+    if told.licences:
+        fields["license"] = list(told.licences)
+    failures: list[Problem] = []
+    for way in _ways(server.version(), told):
+        template = {"template": told.compiled.go} if way == "go" else {}
+        try:
+            with _scratch(server, {**fields, **template}) as made:
+                prove_stops(server, made, told.stops)
+                compared = [*conversations, *_generated(told, way)]
+                writes_bos = None if way == "jinja" else not told.add_bos
+                prove_prompts(server, made, told.template, compared, writes_bos=writes_bos)
+                if ask:
+                    ask(Endpoint(server.url, made))
+                server.copy(made, name)
+            return Imported(name, server.digest(name) or "", way, len(compared))
+        except PromptsDifferError as wrong:
+            failures += [replace(one, field=f"{_named(way)}: {one.field}") for one in wrong.problems]
+            report.detail(f"{_named(way)}: {wrong.message}")
+    raise CheckError(
+        f"Ollama's prompts are not those of the model's chat template; {name} is as it was",
+        hint="serve it with llama-server, which renders the GGUF's own template: forge serve",
+        problems=failures or [Problem("no Go TEMPLATE is proved, and the server is older than 0.30")],
+    )
+
+
+class PromptsDifferError(CheckError):
+    """The server writes another prompt, or stops at other texts."""
+
+
+def _check_model(gguf: Path, adapter: Path | None) -> None:
+    """Ollama checks neither: a wrong one fails when it is loaded, without a reason."""
+    header = read_gguf(gguf)
+    if adapter is None:
+        return
+    added = read_gguf(adapter)
+    if added.metadata.get("general.type") != "adapter":
+        raise DataError(
+            f"{adapter}: not a GGUF adapter", hint="convert_lora_to_gguf.py of llama.cpp makes one"
+        )
+    if added.architecture != header.architecture:
+        raise DataError(
+            f"{adapter}: made for a model of architecture {added.architecture}; "
+            f"{gguf.name} is {header.architecture}"
+        )
+
+
+def _ways(version: tuple[int, ...], told: HandOver) -> list[Way]:
+    is_current = version >= JINJA_SINCE or not any(version)
+    ways: list[Way] = ["jinja"] if is_current else []
+    return [*ways, "go"] if told.compiled.go is not None else ways
+
+
+def _named(way: Way) -> str:
+    return "the GGUF's own Jinja" if way == "jinja" else "a Go TEMPLATE"
+
+
+@contextlib.contextmanager
+def _scratch(server: Ollama, fields: dict[str, Any]) -> Iterator[str]:
+    """A model that is gone when the block ends; its blobs are shared with the name it was copied to."""
+    made = f"forge-import-{secrets.token_hex(4)}"
+    try:
+        server.create(made, fields)
+        yield made
+    finally:
+        with contextlib.suppress(ForgeError):
+            server.delete(made)
+
+
+def prove_stops(server: Ollama, name: str, stops: Sequence[str]) -> None:
+    """Raise `PromptsDifferError` when the server would not stop at one of `stops`, or at others too."""
+    if (found := stops_in(server.show(name))) != set(stops):
+        problem = Problem(f"{sorted(found)} instead of {sorted(stops)}", "stops")
+        raise PromptsDifferError("it stops replies at other texts", problems=[problem])
+
+
+def prove_prompts(
+    server: Ollama,
+    name: str,
+    template: ChatTemplate,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    writes_bos: bool | None,
+    count: Callable[[str], int] | None = None,
+) -> None:
+    """Raise `PromptsDifferError` at the first conversation that the server writes otherwise.
+
+    `writes_bos`: whether its text begins with the template's BOS; None where either may be, since
+    llama-server sees to one BOS. `count` tells how many tokens a prompt has in training: then the server
+    counts them too, where a second BOS would show.
+    """
+    bos = template.special_tokens.get("bos_token", "")
+    for number, messages in enumerate(conversations, 1):
+        whole = template.render(messages, add_generation_prompt=True)
+        bare = whole.removeprefix(bos)
+        right = {True: (whole,), False: (bare,), None: (whole, bare)}[writes_bos]
+        shown = server.prompt(name, messages)
+        report.advance("compare Ollama's prompts", number, len(conversations))
+        if shown not in right:
+            raise _differs(messages, right[-1], shown)
+        if count:
+            # Not from its cache: of a prompt that it knows it counts what is new.
+            counted = server.chat(name, messages, options={"num_predict": 1}).get("prompt_eval_count")
+            if counted != count(whole):
+                raise _differs(messages, f"{count(whole)} tokens", f"{counted} tokens")
+
+
+def _generated(told: HandOver, way: Way) -> list[tuple[Message, ...]]:
+    """Generated conversations of those that the template takes; on the Go way those that are claimed.
+
+    Empty texts are left out: the server drops such messages.
+    """
+    takes_system = told.compiled.chat is None or told.compiled.chat.system != "refused"
+    found = [
+        one
+        for one in probe.conversations(probe.literals(told.template), has_system=takes_system)
+        if all(message["content"].strip() for message in one)
+        and probe.is_ordinary(one)
+        and (way == "jinja" or told.compiled.claims(one))
+        and fits(told.template, one, told.context_tokens)
+    ]
+    plain, others = found[:_PLAIN], found[_PLAIN:]
+    return [*plain, *others[:: max(1, len(others) // _ODD)]]
+
+
+def fits(template: ChatTemplate, messages: Sequence[Message], context_tokens: int) -> bool:
+    """Whether the template takes it and the server would not cut it: a token has at least one byte."""
+    try:
+        prompt = template.render(messages, add_generation_prompt=True)
+    except DataError:
+        return False
+    return len(prompt.encode()) < context_tokens
+
+
+def _differs(messages: Sequence[Message], expected: str, shown: str) -> PromptsDifferError:
+    """The first place where two prompts part."""
+    pairs = zip(expected, shown, strict=False)
+    same = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
+    at = max(0, (min(len(expected), len(shown)) if same is None else same) - 30)
+    said = ", ".join(f"{one['role']} {one['content'][:40]!r}" for one in messages)
+    return PromptsDifferError(
+        f"for {said} the prompt is another",
+        problems=[
+            Problem(repr(expected[at : at + 70]), "trained on"),
+            Problem(repr(shown[at : at + 70]), "Ollama"),
+        ],
+    )

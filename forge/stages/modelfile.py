@@ -1,0 +1,56 @@
+"""`forge modelfile` and `forge template --check`, on any model: nothing of forge need have made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.chat.hand_over import HandOver, Way, hand_over_of
+from forge.chat.modelfile import render
+from forge.store import durable
+
+
+def write_modelfile(target: Path, *, adapter: str | None, jinja: bool, out: Path | None) -> dict[str, Any]:
+    """The Modelfile of a directory or a GGUF file, written to `out` or shown; returns the contract's fields.
+
+    Raises what `hand_over_of` raises, and `ModelfileError` for what no Modelfile can hold.
+    """
+    told = hand_over_of(target)
+    way: Way = "jinja" if jinja or told.compiled.go is None else "go"
+    text = render(told.modelfile(way, _from(target), adapter=adapter))
+    _tell(told, way, jinja)
+    if out:
+        durable.write_text(out, text)
+        report.success(f"wrote {out}")
+    else:
+        report.output(text.rstrip("\n"))
+    reason = told.compiled.reason
+    return {"modelfile": str(out) if out else text, "way": way, "reason": reason, **told.facts()}
+
+
+def _from(target: Path) -> str:
+    """FROM: the file itself; of a directory the one GGUF in it, or the one that an export would write."""
+    if target.is_file():
+        return str(target.absolute())
+    found = sorted(target.glob("*.gguf"))
+    if len(found) == 1:
+        return str(found[0].absolute())
+    path = target.absolute().with_suffix(".gguf")
+    report.warning(
+        f"{target} has {'several GGUF files' if found else 'no GGUF file'}: FROM names {path}; make it with "
+        f"forge export --base {target} --out {path}"
+    )
+    return str(path)
+
+
+def _tell(told: HandOver, way: Way, asked: bool) -> None:
+    facts = told.facts()
+    if way == "go":
+        report.info(f"TEMPLATE: {facts['status']}")
+        for limit in facts["limits"]:
+            report.info(f"not claimed: {limit}")
+    elif not asked:
+        report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
+    report.info(f"num_ctx {told.context_tokens}; sampling: {dict(told.sampling) or 'none asked for'}")
+    report.info(f"not claimed: {', '.join(facts['not_claimed'])}")

@@ -1,0 +1,94 @@
+"""What a ship and `forge import` do with Ollama beyond serving: the proof against training, a run's name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.chat.hand_over import MODELFILE_JINJA, hand_over_of
+from forge.chat.modelfile import parse
+from forge.errors import CheckError, Problem
+from forge.recipe.schema import Recipe, from_json
+from forge.serve.endpoint import Endpoint, Message
+from forge.stages.ship import Ship
+
+
+def prove_in_ollama(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:
+    """The model that `endpoint` names writes each prompt as training did, with as many tokens.
+
+    Its runtime has compared it with the GGUF's own template; this holds it against the tokenizer that
+    trained. Raises `CheckError` with the first difference.
+    """
+    from forge.serve.ollama import prove_prompts, prove_stops
+    from forge.tools.ollama import Ollama
+
+    form = ship.prompt_format
+    with Ollama(endpoint.url) as server:
+        prove_stops(server, endpoint.model, ship.stops.texts)
+        prove_prompts(
+            server,
+            endpoint.model,
+            ship.template,
+            conversations,
+            writes_bos=None,
+            count=lambda text: len(form.ids(text)),
+        )
+
+
+def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
+    """`forge import`: a run or a GGUF file becomes the model `name`; returns the contract's fields."""
+    from forge.serve.ollama import import_model, reach
+    from forge.stages.drive import find_gguf
+    from forge.tools.ollama import server_url
+
+    gguf = find_gguf(target)
+    told = hand_over_of(gguf)
+    if (beside := gguf.parent / MODELFILE_JINJA).is_file():
+        written = parse(beside.read_text(encoding="utf-8"))
+        # A run's own file; one of another model that lies there by chance says nothing of this one.
+        told = told.with_parameters_of(written) if Path(written.base).name == gguf.name else told
+    recipe = _recipe_of(gguf)
+    with reach(server_url(host)) as server:
+        done = import_model(
+            server, name, gguf, told, adapter=adapter, ask=partial(_ask, recipe) if recipe else _ask_anything
+        )
+    report.success(f"{done.name}: {done.prompts} prompts compared, written by {done.way}")
+    report.info(f"talk to it: ollama run {done.name}")
+    return {"name": done.name, "digest": done.digest, "prompt_checked": done.prompts, "way": done.way}
+
+
+def _recipe_of(gguf: Path) -> Recipe | None:
+    """The recipe of the run in whose directory the file lies."""
+    from forge.stages.record import read_manifest
+
+    recipe = read_manifest(gguf.parent).get("recipe")
+    return from_json(recipe) if recipe else None
+
+
+def _ask(recipe: Recipe, endpoint: Endpoint) -> None:
+    """The run's smoke queries; raises `CheckError` when one fails."""
+    from forge.serve.smoke import run_smoke
+    from forge.stages.live import queries_in
+
+    answers = run_smoke(endpoint, queries_in(recipe))
+    if failed := [one for one in answers if not one.ok]:
+        raise CheckError(
+            f"{len(failed)} of {len(answers)} smoke queries failed in Ollama",
+            problems=[
+                Problem(f"answered {one.answer!r}, expected {one.expect}", one.prompt) for one in failed
+            ],
+        )
+    if not answers:
+        _ask_anything(endpoint)
+
+
+def _ask_anything(endpoint: Endpoint) -> None:
+    """Any answer shows that the server can load the model."""
+    from forge.serve.client import Client
+    from forge.serve.wire import Sampling
+
+    with Client(endpoint) as client:
+        client.chat([{"role": "user", "content": "Hello!"}], Sampling(max_tokens=16))

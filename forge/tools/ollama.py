@@ -1,0 +1,232 @@
+"""A client of Ollama's own API: what an import and its proof need, over httpx.
+
+Not PyPI's `ollama`: it shows no progress, does not ask whether a blob is there already, and cannot pass
+`_debug_render_only`; the tests hold this client and that one to the same server. Errors come as
+early answers (400, 404, 500) and late, inside a stream that began with 200; both are raised here.
+https://docs.ollama.com/api.
+
+Not covered: pulling and pushing; keys of Ollama's cloud.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from forge import report
+from forge.errors import DataError, MissingToolError, RecipeError, StageError
+
+PORT = 11434
+_CHUNK = 1 << 20
+# Loading a large model from a slow disk takes minutes; a connection does not.
+_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+_SERVE = "start it with: ollama serve (https://ollama.com/download); --host or OLLAMA_HOST says where it is"
+
+
+class OllamaError(StageError):
+    """The server said no, or broke off."""
+
+
+def server_url(host: str | None = None) -> str:
+    """The server's URL: `host`, else OLLAMA_HOST, read as Ollama reads it, else this machine's.
+
+    Raises `RecipeError` for what is no address.
+    """
+    told = (host or os.environ.get("OLLAMA_HOST") or "").strip().strip("\"'")
+    scheme, found, rest = told.partition("://")
+    if not found:
+        scheme, rest = "http", told
+    usual = {"http": PORT if not found else 80, "https": 443}.get(scheme)
+    try:
+        parts = urlsplit(f"//{rest}")
+        port = parts.port or usual
+    except ValueError:
+        usual = None
+    if usual is None:
+        raise RecipeError(f"{told!r} is not the address of a server", hint=f"such as 127.0.0.1:{PORT}")
+    name = parts.hostname or "127.0.0.1"
+    # What a server listens on is not always where it can be reached.
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
+    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}{parts.path.rstrip('/')}"
+
+
+class Ollama:
+    """A connection to the server at `url`. Use it as a context manager.
+
+    Every method raises `MissingToolError` when nothing answers and `OllamaError` for what fails.
+    """
+
+    def __init__(self, url: str, *, timeout: httpx.Timeout = _TIMEOUT) -> None:
+        self.url = url
+        local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+        verify = not url.startswith("http://")
+        self._http = httpx.Client(base_url=url, timeout=timeout, trust_env=not local, verify=verify)
+
+    def __enter__(self) -> Ollama:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def version(self) -> tuple[int, ...]:
+        """Such as (0, 33, 0)."""
+        told = str(self._ask("GET", "/api/version", doing="asked its version").get("version", ""))
+        return tuple(int(number) for number in re.findall(r"\d+", told.partition("-")[0]))
+
+    def push(self, path: Path, label: str) -> str:
+        """Make sure that it has the bytes of `path`; gives their digest. Shows progress under `label`."""
+        digest = f"sha256:{_sha256(path, f'checksum of {label}')}"
+        route = f"/api/blobs/{digest}"
+        with self._failures(f"looked for {label}"):
+            found = self._http.head(route)
+        if found.status_code == 404:
+            headers = {"Content-Length": str(path.stat().st_size)}
+            with self._failures(f"took {label}"):
+                answer = self._http.post(route, content=_chunks(path, f"upload {label}"), headers=headers)
+            _raise_for(answer.status_code, answer.content, f"took {label}")
+        else:
+            _raise_for(found.status_code, b"", f"looked for {label}")
+        return digest
+
+    def create(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Make the model `name`; its late errors come in the stream and are raised too."""
+        doing, last = f"made {name}", ""
+        with self._failures(doing):
+            with self._http.stream("POST", "/api/create", json={"model": name, **fields}) as answer:
+                if not answer.is_success:
+                    _raise_for(answer.status_code, answer.read(), doing)
+                for line in answer.iter_lines():
+                    told = _object(line.encode())
+                    if "error" in told:
+                        raise _error(200, str(told["error"]), doing)
+                    last = str(told.get("status", last))
+                    report.detail(f"ollama: {last}")
+        if last != "success":
+            raise OllamaError(f"Ollama broke off while it {doing}: its last word was {last!r}")
+
+    def show(self, name: str) -> dict[str, Any]:
+        """Its facts: `template`, `parameters` (lines of text), `license`, ...; see `stops_in`."""
+        return self._ask("POST", "/api/show", {"model": name}, doing=f"showed {name}")
+
+    def digest(self, name: str) -> str | None:
+        """The digest of the manifest of `name`, or None where there is no such model."""
+        tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+        listed = self._ask("GET", "/api/tags", doing="listed its models").get("models") or []
+        return next((str(one["digest"]) for one in listed if one["name"] == tagged), None)
+
+    def prompt(self, name: str, messages: Sequence[Mapping[str, str]]) -> str:
+        """The text that it would give to the model, by `_debug_render_only` (0.11.5 and later)."""
+        told = self.chat(name, messages, _debug_render_only=True)
+        shown = told.get("_debug_info") or {}
+        if "rendered_template" not in shown:
+            raise OllamaError(
+                "this Ollama does not show its prompts, so nothing can be proved",
+                hint="0.11.5 and later do: update it",
+            )
+        return str(shown["rendered_template"])
+
+    def chat(self, name: str, messages: Sequence[Mapping[str, str]], **fields: Any) -> dict[str, Any]:
+        """The answer to a conversation, with `message`, `done_reason`, `prompt_eval_count`."""
+        body = {"model": name, "messages": [dict(one) for one in messages], "stream": False, **fields}
+        return self._ask("POST", "/api/chat", body, doing=f"answered as {name}")
+
+    def copy(self, source: str, destination: str) -> None:
+        """Give `source` a second name; one that is taken is replaced."""
+        fields = {"source": source, "destination": destination}
+        self._ask("POST", "/api/copy", fields, doing=f"named {destination}")
+
+    def delete(self, name: str) -> None:
+        self._ask("DELETE", "/api/delete", {"model": name}, doing=f"deleted {name}")
+
+    def _ask(
+        self, method: str, route: str, body: Mapping[str, Any] | None = None, *, doing: str
+    ) -> dict[str, Any]:
+        with self._failures(doing):
+            answer = self._http.request(method, route, json=body)
+        _raise_for(answer.status_code, answer.content, doing)
+        return _object(answer.content) if answer.content else {}
+
+    @contextlib.contextmanager
+    def _failures(self, doing: str) -> Iterator[None]:
+        """The edge where httpx's exceptions become forge's."""
+        try:
+            yield
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as wrong:
+            raise RecipeError(f"{self.url!r} is not the address of a server: {wrong}") from wrong
+        except (httpx.ConnectError, httpx.ConnectTimeout) as away:
+            raise MissingToolError(f"no Ollama server answers at {self.url}", hint=_SERVE) from away
+        except httpx.TimeoutException as late:
+            raise OllamaError(f"Ollama at {self.url} gave no answer in time while it {doing}") from late
+        except httpx.TransportError as broken:
+            raise OllamaError(
+                f"Ollama at {self.url} broke off while it {doing} ({broken})",
+                hint="its own log tells more; a full disk and too little memory are common reasons",
+            ) from broken
+
+
+def stops_in(shown: Mapping[str, Any]) -> set[str]:
+    """The stop texts in the answer of `Ollama.show`; a line is `stop    "<|im_end|>"`, quoted as in Go."""
+    listed = re.findall(r"^stop\s+(.*)$", str(shown.get("parameters") or ""), re.MULTILINE)
+    return {json.loads(text) if text.startswith('"') else text for text in listed}
+
+
+def _chunks(path: Path, label: str) -> Iterator[bytes]:
+    total, done = path.stat().st_size, 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
+            done += len(chunk)
+            report.advance(label, done, total)
+
+
+def _sha256(path: Path, label: str) -> str:
+    found = hashlib.sha256()
+    try:
+        for chunk in _chunks(path, label):
+            found.update(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    return found.hexdigest()
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    try:
+        told = json.loads(content)
+    except ValueError:
+        told = None
+    if not isinstance(told, dict):
+        raise OllamaError(
+            f"the server answered with something that is not JSON: {content[:80]!r}",
+            hint="the address must be that of an Ollama server",
+        )
+    return told
+
+
+def _raise_for(status: int, content: bytes, doing: str) -> None:
+    if 200 <= status < 300:
+        return
+    try:
+        said = str(_object(content)["error"])
+    except (OllamaError, KeyError):
+        said = content[:200].decode("utf-8", "replace") or "no reason given"
+    raise _error(status, said, doing)
+
+
+def _error(status: int, said: str, doing: str) -> OllamaError:
+    place = f" ({status})" if status != 200 else ""
+    hint = ""
+    if "no space left" in said:
+        hint = "its disk is full: make room, or set OLLAMA_MODELS to another place and restart it"
+    return OllamaError(f"Ollama failed while it {doing}{place}: {said}", hint=hint)

@@ -1,0 +1,285 @@
+"""A fake Ollama server: real HTTP, real blobs on disk, a real llama-server that answers.
+
+No package registry ships Ollama, so this stands in its place. What it does was measured on a live server
+0.33: `test_fake_ollama` has a test for each statement, and `test_ollama_contract` runs the same tests
+against this and, where OLLAMA_HOST is set, against a live one. `python -m tests.fake_ollama` is
+`ollama serve`.
+
+Not covered: adapters have no effect; native renderers; the cloud; pulling (an attempt is recorded).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from forge.chat.format_source import read_source
+from forge.errors import ForgeError
+from forge.model.gguf_header import read_gguf
+from forge.serve.embedded import serve_embedded
+from forge.serve.runtime import Settings
+from tests.fake_ollama_prompts import GoRenderer, Messages, Model, by_interpreter, collate, prompt_of
+
+QUANTIZE = ("F32", "F16", "BF16", "Q8_0", "Q4_K_S", "Q4_K_M")
+DEFAULT_CONTEXT = 4096
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_FLOATS = ("temperature", "top_p", "min_p", "repeat_penalty")
+_INTEGERS = ("num_ctx", "num_predict", "top_k", "seed")
+
+
+class RefusedError(Exception):
+    """An answer that is no success."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass
+class FakeOllama:
+    """Use it as a context manager. `troubles`: route -> status and message, or `die`, `late` or `slow`."""
+
+    version: str = "0.33.0"
+    go: GoRenderer = by_interpreter
+    port: int = 0
+    troubles: dict[str, tuple[str, int, str]] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    pulled: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    spoil: Callable[[str], str] = lambda prompt: prompt
+
+    def __post_init__(self) -> None:
+        self.loaded: dict[tuple[str, int], str] = {}
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def has_jinja(self) -> bool:
+        """Since 0.30 a server runs llama-server; one built from source calls itself 0.0.0."""
+        version = tuple(map(int, self.version.partition("-")[0].split(".")))
+        return version >= (0, 30) or not any(version)
+
+    def __enter__(self) -> FakeOllama:
+        from tests.fake_ollama_http import Handler
+
+        self.stack = contextlib.ExitStack()
+        self.folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="fake-ollama-")))
+        # The kernel kills a model's server when the thread that started it ends: one thread for all.
+        self.loader = self.stack.enter_context(ThreadPoolExecutor(1))
+        self.running = contextlib.ExitStack()
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Bound", (Handler,), {"fake": self}))
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+        self.loader.submit(self.running.close).result()
+        self.stack.close()
+
+    # Blobs
+
+    def blob(self, digest: str) -> Path:
+        return self.folder / digest.replace(":", "-")
+
+    def keep(self, digest: str, content: bytes) -> int:
+        """201 when taken, 200 when it was there."""
+        if self.blob(digest).exists():
+            return 200
+        found = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        if found != digest:
+            raise RefusedError(400, f'digest mismatch, expected "{digest}", got "{found}"')
+        self.blob(digest).write_bytes(content)
+        return 201
+
+    # Models
+
+    def check_create(self, fields: Mapping[str, Any]) -> None:
+        """The early errors."""
+        if not _NAME.fullmatch(fields.get("model") or fields.get("name") or ""):
+            raise RefusedError(400, "invalid model name")
+        files = {**fields.get("files", {}), **fields.get("adapters", {})}
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise RefusedError(400, "file path must be relative")
+        if not fields.get("from") and not fields.get("files"):
+            raise RefusedError(400, "neither 'from' or 'files' was specified")
+
+    def create(self, fields: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+        """What the stream says; its errors are late ones."""
+        try:
+            yield {"status": "parsing GGUF"}
+            model = self._model(fields)
+            yield {"status": "creating new layer"}
+            if "late" in self._trouble("/api/create"):
+                raise RefusedError(200, self.troubles["/api/create"][2])
+            with self.lock:
+                self.models[tagged(fields["model"])] = model
+            yield {"status": "writing manifest"}
+            yield {"status": "success"}
+        except (RefusedError, ForgeError) as error:
+            yield {"error": str(error)}
+
+    def _model(self, fields: Mapping[str, Any]) -> Model:
+        if fields.get("from"):
+            model = self.models.get(tagged(fields["from"]))
+            if model is None:
+                self.pulled.append(fields["from"])
+                raise RefusedError(200, "pull model manifest: file does not exist")
+            model = Model(**{**vars(model), "parameters": dict(model.parameters)})
+        else:
+            model = self._of_gguf(next(iter(fields["files"].values())), fields.get("quantize"))
+        adapters = list(fields.get("adapters", {}).values())
+        if len(adapters) > 1:
+            raise RefusedError(200, "only one adapter is supported")
+        for digest in adapters:
+            model.adapter, model.adapter_architecture = digest, read_gguf(self._there(digest)).architecture
+        model.template = fields.get("template") or model.template
+        model.system = fields.get("system") or model.system
+        model.parameters |= fields.get("parameters", {})
+        model.messages = list(fields.get("messages", model.messages))
+        licence = fields.get("license") or []
+        model.licences = [licence] if isinstance(licence, str) else list(licence)
+        model.detect()
+        return model
+
+    def _there(self, digest: str) -> Path:
+        if not self.blob(digest).exists():
+            raise RefusedError(200, f"blob {digest} does not exist")
+        return self.blob(digest)
+
+    def _of_gguf(self, digest: str, quantize: str | None) -> Model:
+        header = read_gguf(self._there(digest))
+        if quantize:
+            if quantize.upper() not in QUANTIZE:
+                raise RefusedError(200, f"unsupported quantization type {quantize}")
+            if not {"F16", "BF16", "F32"} & set(list(header.tensor_types)[:1]):
+                raise RefusedError(200, "quantization is only supported for F16, BF16 and F32 models")
+        # llama-quantize writes it anew, so that its digest is another one.
+        content = self.blob(digest).read_bytes() + bytes(32)
+        kept = f"sha256:{hashlib.sha256(content).hexdigest()}"
+        self.blob(kept).write_bytes(content)
+        if header.chat_template is None:
+            return Model(kept, None, {}, False, header.architecture)
+        path = self.blob(kept).with_suffix(".gguf")
+        path.unlink(missing_ok=True)
+        path.symlink_to(self.blob(kept))
+        source = read_source(path)
+        template = source.template
+        return Model(kept, template.source, template.special_tokens, source.add_bos, header.architecture)
+
+    def find(self, name: str) -> Model:
+        if tagged(name) not in self.models:
+            raise RefusedError(404, f"model '{name}' not found")
+        return self.models[tagged(name)]
+
+    # Answers
+
+    def prompt(self, model: Model, messages: Messages, context: int) -> str:
+        """The prompt; the oldest turns are dropped in silence until it fits."""
+        system = [one for one in messages if one["role"] == "system"]
+        for start in range(len(messages)):
+            kept = [*(one for one in system if one not in messages[start:]), *messages[start:]]
+            text = prompt_of(model, kept, self.go, has_jinja=self.has_jinja)
+            if start == len(messages) - 1 or len(text.encode()) < context:
+                break
+            if len(self._llama(model, context, "/tokenize", content=text)["tokens"]) <= context:
+                break
+        return self.spoil(text)
+
+    def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer of /api/chat."""
+        model = self.find(body["model"])
+        for asked in ("tools", "think"):
+            if body.get(asked):
+                what = "thinking" if asked == "think" else "tools"
+                raise RefusedError(400, f'"{body["model"]}" does not support {what}')
+        options = {**model.parameters, **(body.get("options") or {})}
+        _check_options(options)
+        messages = body.get("messages") or []
+        done = {"model": body["model"], "created_at": "2026-01-01T00:00:00Z", "done": True}
+        if not messages:
+            return done | {"message": {"role": "assistant", "content": ""}, "done_reason": "load"}
+        if model.adapter and model.adapter_architecture != model.architecture:
+            raise RefusedError(500, "llama-server process has terminated: exit status 1")
+        collate(model, messages)
+        context = int(options.get("num_ctx", DEFAULT_CONTEXT))
+        prompt = self.prompt(model, messages, context)
+        if body.get("_debug_render_only"):
+            return done | {
+                "_debug_info": {"rendered_template": prompt},
+                "message": {"role": "", "content": ""},
+            }
+        told = self._llama(
+            model, context, "/completion", prompt=prompt, n_predict=options.get("num_predict", -1),
+            stop=options.get("stop", []), temperature=options.get("temperature", 0.8),
+            seed=options.get("seed", 0), cache_prompt=False,
+        )  # fmt: skip
+        return done | {
+            "message": {"role": "assistant", "content": told["content"]},
+            "done_reason": "length" if told["stop_type"] == "limit" else "stop",
+            "prompt_eval_count": told["tokens_evaluated"],
+            "eval_count": told["tokens_predicted"],
+        }
+
+    def _llama(self, model: Model, context: int, route: str, **fields: Any) -> dict[str, Any]:
+        """Ask the llama-server behind, which is started for a model and a context when it is first needed."""
+        key = (model.blob, context)
+        with self.lock:
+            if key not in self.loaded:
+                try:
+                    self.loaded[key] = self.loader.submit(self._load, self.blob(model.blob), context).result()
+                except ForgeError as failure:
+                    raise RefusedError(500, f"llama runner process has terminated: {failure}") from failure
+        found = httpx.post(self.loaded[key] + route, json=fields, timeout=120, trust_env=False).json()
+        assert isinstance(found, dict)
+        return found
+
+    def _load(self, path: Path, context: int) -> str:
+        settings = Settings(model=path, alias="behind", context_tokens=context, parallel=1)
+        return self.running.enter_context(serve_embedded(settings)).url
+
+    def _trouble(self, route: str) -> str:
+        return self.troubles.get(route, ("", 0, ""))[0]
+
+
+def tagged(name: str) -> str:
+    """`latest` is the tag of a name without one."""
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Types are looked at when a model is used, not when it is made."""
+    for name, value in options.items():
+        if name in _FLOATS and not isinstance(value, int | float):
+            raise RefusedError(500, f'option "{name}" must be of type float32')
+        if name in _INTEGERS and not (isinstance(value, int | float) and float(value).is_integer()):
+            raise RefusedError(500, f'option "{name}" must be of type integer')
+
+
+def main() -> None:
+    """`ollama serve`: until it is killed."""
+    host = os.environ.get("OLLAMA_HOST", "127.0.0.1:11434")
+    with FakeOllama(port=int(host.rpartition(":")[2])):
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

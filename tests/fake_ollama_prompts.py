@@ -1,0 +1,133 @@
+"""How the fake Ollama writes a prompt: the same choice of template and the same data as the real one.
+
+Rules and order are those measured on a live server 0.33; one test each in `test_fake_ollama`. Jinja is the
+real one with what the server sets by itself (thinking on, today's date); Go is forge's interpreter,
+or real Go where a test gives it.
+
+Not covered: native renderers, images, tool calls.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from forge.chat import go_interpreter
+from forge.chat.template import DAY_VARIABLE, ChatTemplate
+from forge.model.builtin.tokenizer import CHATML
+
+Messages = Sequence[Mapping[str, str]]
+# Go template text and its data -> text.
+GoRenderer = Callable[[str, Mapping[str, Any]], str]
+CHATML_GO = """{{- range .Messages }}<|im_start|>{{ .Role }}
+{{ .Content }}<|im_end|>
+{{ end }}<|im_start|>assistant
+"""
+# Jinja that the server knows -> the Go that it puts in its place, and the stops that it adds.
+KNOWN: tuple[tuple[str, str, tuple[str, ...]], ...] = ((CHATML, CHATML_GO, ("<|im_start|>", "<|im_end|>")),)
+_NEAR = 100
+
+
+@dataclass
+class Model:
+    """A model as the server keeps it. `jinja`, `tokens` and `add_bos` are read from its GGUF."""
+
+    blob: str
+    jinja: str | None
+    tokens: Mapping[str, str]
+    add_bos: bool
+    architecture: str
+    template: str | None = None
+    system: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    messages: list[Mapping[str, str]] = field(default_factory=list)
+    licences: list[str] = field(default_factory=list)
+    adapter: str | None = None
+    adapter_architecture: str | None = None
+
+    @property
+    def uses_jinja(self) -> bool:
+        return self.template is None and self.jinja is not None
+
+    def detect(self) -> None:
+        """A Jinja near to a known one brings its Go template, unless one was given, and its stops."""
+        for known, go, stops in KNOWN:
+            if self.jinja is not None and is_near(self.jinja, known):
+                self.template = self.template or go
+                self.parameters.setdefault("stop", list(stops))
+                return
+
+
+def is_near(one: str, other: str) -> bool:
+    """Whether fewer than 100 edits lie between them (Levenshtein)."""
+    if abs(len(one) - len(other)) >= _NEAR:
+        return False
+    row = list(range(len(other) + 1))
+    for number, left in enumerate(one, 1):
+        above, row[0] = row[0], number
+        for at, right in enumerate(other, 1):
+            above, row[at] = row[at], min(row[at] + 1, row[at - 1] + 1, above + (left != right))
+        if min(row) >= _NEAR:
+            return False
+    return row[-1] < _NEAR
+
+
+def collate(model: Model, messages: Messages) -> tuple[str, list[dict[str, str]]]:
+    """The system text, and the messages with neighbours of one role merged (not those of tools)."""
+    whole = [*model.messages, *messages]
+    if model.system and messages[0]["role"] != "system":
+        whole.insert(0, {"role": "system", "content": model.system})
+    merged: list[dict[str, str]] = []
+    for message in whole:
+        if merged and merged[-1]["role"] == message["role"] != "tool":
+            merged[-1]["content"] += "\n\n" + message["content"]
+        else:
+            merged.append(dict(message))
+    return "\n\n".join(one["content"] for one in merged if one["role"] == "system"), merged
+
+
+def prompt_of(model: Model, messages: Messages, go: GoRenderer, *, has_jinja: bool) -> str:
+    """The text that goes to the tokenizer."""
+    system, merged = collate(model, messages)
+    if model.template is None and has_jinja:
+        return _of_jinja(model, merged)
+    template = model.template or "{{ .Prompt }}"
+    if ".Messages" not in template:
+        text = _legacy(template, merged, go)
+    else:
+        text = go(template, {"System": system, "Messages": merged, "Response": ""})
+    return text.removeprefix("<bos>") if model.add_bos else text
+
+
+def _of_jinja(model: Model, messages: Messages) -> str:
+    """llama-server's way: ChatML where there is none; one BOS, whoever writes it."""
+    source = model.jinja if model.jinja is not None else CHATML
+    today = datetime.now(UTC).date().isoformat()
+    given = {DAY_VARIABLE: today, "enable_thinking": True, "date_string": today}
+    template = ChatTemplate(source, model.tokens, given)
+    text = template.render(messages, add_generation_prompt=True)
+    return text.removeprefix(model.tokens.get("bos_token", "")) if model.add_bos else text
+
+
+def _legacy(template: str, messages: Messages, go: GoRenderer) -> str:
+    """Templates without .Messages run once a turn; the last run ends where the response goes."""
+    if ".Response" not in template:
+        template += "{{ .Response }}"
+    written, turn = [], {"System": "", "Prompt": "", "Response": ""}
+    names = {"system": "System", "user": "Prompt", "assistant": "Response"}
+    closes = {"system": ("Prompt", "Response"), "user": ("Response",), "assistant": ()}
+    for message in messages:
+        if any(turn[name] for name in closes[message["role"]]):
+            written.append(go(template, turn))
+            turn = dict.fromkeys(turn, "")
+        turn[names[message["role"]]] = message["content"]
+    cut = re.split(r"\{\{-?\s*\.Response\s*-?\}\}", template)[0]
+    return "".join([*written, go(cut, turn)])
+
+
+def by_interpreter(template: str, data: Mapping[str, Any]) -> str:
+    """forge's own subset, which knows .Messages alone."""
+    return go_interpreter.parse(template).render(data["Messages"])

@@ -1,0 +1,295 @@
+"""What was measured on a live Ollama 0.33, one test a statement; the same tests for a live server.
+
+The fake is held to them always, a live server where OLLAMA_HOST is set. PyPI's `ollama` is the
+independent client. Models are made under names of the tests' own and deleted again.
+"""
+
+# ruff: noqa: E501 - one statement a test
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ollama
+import pytest
+
+from forge.chat.template import ChatTemplate
+from forge.model.builtin.tokenizer import CHATML
+from forge.tools.ollama import Ollama, stops_in
+from tests import real_go
+from tests.fake_ollama import FakeOllama
+from tests.tiny_gguf import END_OF_TEXT, REPLY, write_tiny_gguf
+
+pytestmark = [pytest.mark.network, pytest.mark.programs]
+USER = [{"role": "user", "content": "Hello?"}]
+GO = '{{- range .Messages }}{{ "[" }}{{ .Role }}{{ "]" }}{{ .Content }}{{ end }}{{ "<|im_start|>assistant\\n" }}'
+RENAMED = CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|end|>")
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        yield server
+
+
+@pytest.fixture(params=["fake", pytest.param("live", marks=pytest.mark.ollama)])
+def url(request: pytest.FixtureRequest) -> str:
+    if request.param == "fake":
+        return str(request.getfixturevalue("fake").url)
+    if not os.environ.get("OLLAMA_HOST"):
+        pytest.skip("OLLAMA_HOST is not set: there is no live server")
+    from forge.tools.ollama import server_url
+
+    return server_url()
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def server(url: str) -> Iterator[Ollama]:
+    with Ollama(url) as found:
+        yield found
+
+
+@pytest.fixture
+def name(server: Ollama) -> Iterator[str]:
+    made = f"forge-test-{secrets.token_hex(4)}"
+    yield made
+    if server.digest(made):
+        server.delete(made)
+
+
+def make(server: Ollama, name: str, gguf: Path, **fields: Any) -> None:
+    server.create(name, {"files": {gguf.name: server.push(gguf, "a blob")}, **fields})
+
+
+def early(url: str, fields: dict[str, Any]) -> tuple[int, str]:
+    answer = httpx.post(f"{url}/api/create", json=fields, trust_env=False, timeout=60)
+    return answer.status_code, answer.json()["error"]
+
+
+def late(url: str, fields: dict[str, Any]) -> str:
+    """The error in the last line of a stream that began with 200."""
+    answer = httpx.post(f"{url}/api/create", json=fields, trust_env=False, timeout=60)
+    assert answer.status_code == 200
+    return str(json.loads(answer.text.splitlines()[-1]).get("error"))
+
+
+def test_blobs(url: str) -> None:
+    content = b"GGUF" + secrets.token_bytes(16)
+    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
+    route = f"{url}/api/blobs/{digest}"
+    with httpx.Client(trust_env=False) as client:
+        assert client.head(route).status_code == 404
+        wrong = client.post(route, content=b"other")
+        assert wrong.status_code == 400 and wrong.json()["error"].startswith("digest mismatch")
+        assert client.post(route, content=content).status_code == 201
+        assert client.head(route).status_code == 200
+        assert client.post(route, content=content).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"model": "no good:name:here", "files": {"a": "b"}}, "invalid model name"),
+        ({"model": "x", "files": {"/etc/a.gguf": "sha256:0"}}, "file path must be relative"),
+        ({"model": "x", "files": {"../a.gguf": "sha256:0"}}, "file path must be relative"),
+        ({"model": "x"}, "neither 'from' or 'files' was specified"),
+    ],
+)
+def test_early_errors(url: str, fields: dict[str, Any], said: str) -> None:
+    assert early(url, fields) == (400, said)
+
+
+def test_late_errors_stand_in_a_stream_that_began_with_200(url: str, server: Ollama, gguf: Path) -> None:
+    fields = {
+        "model": "forge-test-late",
+        "files": {"m.gguf": server.push(gguf, "a blob")},
+        "quantize": "Q3_K_X",
+    }
+    assert "Q3_K_X" in late(url, fields)
+    assert server.digest("forge-test-late") is None
+
+
+@pytest.mark.parametrize("quantize", ["F32", "F16", "BF16", "Q8_0", "Q4_K_S", "Q4_K_M"])
+def test_what_it_quantizes_to(fake: FakeOllama, gguf: Path, quantize: str) -> None:
+    with Ollama(fake.url) as server:
+        make(server, "forge-test-quantize", gguf, quantize=quantize)
+
+
+def test_parameters_are_looked_at_only_when_a_model_answers(server: Ollama, name: str, gguf: Path) -> None:
+    make(server, name, gguf, parameters={"temperature": "warm", "num_ctx": 512})
+    with pytest.raises(Exception, match='option "temperature" must be of type float32') as caught:
+        server.chat(name, USER)
+    assert "(500)" in str(caught.value)
+
+
+def test_a_gguf_is_written_anew_on_the_server(fake: FakeOllama, gguf: Path) -> None:
+    with Ollama(fake.url) as server:
+        make(server, "forge-test-anew", gguf)
+        assert fake.models["forge-test-anew:latest"].blob != server.push(gguf, "a blob")
+
+
+def test_the_independent_client(url: str, name: str, gguf: Path) -> None:
+    """PyPI's ollama: blobs in chunks, create, show, list, chat, copy, delete."""
+    client = ollama.Client(url, trust_env=False)
+    digest = client.create_blob(gguf)
+    told = client.create(
+        name, files={gguf.name: digest}, template=GO, parameters={"num_ctx": 512, "stop": ["<|im_end|>"]}
+    )
+    assert told.status == "success"
+    assert client.show(name).template == GO
+    assert f"{name}:latest" in [one.model for one in client.list().models]
+    answer = client.chat(name, USER, options={"temperature": 0})
+    assert (answer.message.content, answer.done_reason) == (REPLY, "stop")
+    with pytest.raises(ollama.ResponseError, match="not found") as caught:
+        client.chat("forge-test-nobody", USER)
+    assert caught.value.status_code == 404
+    client.copy(name, f"{name}-2")
+    client.delete(f"{name}-2")
+    assert f"{name}-2:latest" not in [one.model for one in client.list().models]
+
+
+def test_stops_accumulate_and_are_shown(server: Ollama, name: str, gguf: Path) -> None:
+    make(
+        server, name, gguf, template=GO, parameters={"stop": ["<|im_end|>", 'say "x"', "\n"], "num_ctx": 512}
+    )
+    assert stops_in(server.show(name)) == {"<|im_end|>", 'say "x"', "\n"}
+
+
+def test_it_shows_its_prompt(server: Ollama, name: str, gguf: Path) -> None:
+    """`_debug_render_only`; neighbours of one role are merged."""
+    make(server, name, gguf, template=GO, parameters={"num_ctx": 512})
+    messages = [*USER, {"role": "user", "content": "{{ x }}"}, {"role": "assistant", "content": "a"}, *USER]
+    shown = server.prompt(name, messages)
+    assert shown == "[user]Hello?\n\n{{ x }}[assistant]a[user]Hello?<|im_start|>assistant\n"
+
+
+def test_tools_and_thinking_need_a_template_that_has_them(
+    url: str, server: Ollama, name: str, gguf: Path
+) -> None:
+    make(server, name, gguf, template=GO, parameters={"num_ctx": 512})
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
+    }
+    for more in ({"tools": [tool]}, {"think": True}):
+        body = {"model": name, "messages": USER, "stream": False, **more}
+        answer = httpx.post(f"{url}/api/chat", json=body, trust_env=False, timeout=60)
+        assert (answer.status_code, "does not support" in answer.json()["error"]) == (400, True)
+
+
+def test_a_jinja_near_to_a_known_one_is_taken_for_it(server: Ollama, name: str, tmp_path: Path) -> None:
+    """ChatML with renamed tokens is prompted with <|im_start|>, in silence; its stops come with it."""
+    make(server, name, write_tiny_gguf(tmp_path / "m.gguf", template=RENAMED), parameters={"num_ctx": 512})
+    assert server.prompt(name, USER).startswith("<|im_start|>user\n")
+    assert "<|im_end|>" in stops_in(server.show(name))
+
+
+def test_forges_remark_keeps_the_guess_off(server: Ollama, name: str, tmp_path: Path) -> None:
+    pinned = ChatTemplate(RENAMED).pinned_source()
+    path = write_tiny_gguf(tmp_path / "m.gguf", template=pinned)
+    make(server, name, path, parameters={"num_ctx": 512, "stop": ["<|end|>"]})
+    expected = ChatTemplate(RENAMED).render(USER, add_generation_prompt=True)
+    assert server.prompt(name, USER) == expected
+    assert stops_in(server.show(name)) == {"<|end|>"}
+
+
+def test_without_a_template_it_falls_back_to_chatml(server: Ollama, name: str, tmp_path: Path) -> None:
+    make(server, name, write_tiny_gguf(tmp_path / "m.gguf", template=None), parameters={"num_ctx": 512})
+    assert server.prompt(name, USER) == ChatTemplate(CHATML).render(USER, add_generation_prompt=True)
+
+
+def test_the_server_switches_thinking_on(server: Ollama, name: str, tmp_path: Path) -> None:
+    """transformers leaves it undefined (silent wrong 17)."""
+    thinking = (
+        CHATML
+        + "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}"
+        + "{# "
+        + "x " * 200
+        + "#}"
+    )
+    make(server, name, write_tiny_gguf(tmp_path / "m.gguf", template=thinking), parameters={"num_ctx": 512})
+    assert server.prompt(name, USER).endswith("<think>")
+
+
+def test_a_template_that_writes_bos_makes_two(server: Ollama, name: str, tmp_path: Path) -> None:
+    """The GGUF adds one: 17 tokens for 16 (silent wrong 3, pitfall 48)."""
+    path = write_tiny_gguf(tmp_path / "m.gguf", adds_bos=True)
+    counted = {}
+    for bos in ("", "<|endoftext|>"):
+        make(server, name, path, template=bos + GO, parameters={"num_ctx": 512})
+        counted[bos] = server.chat(name, USER, options={"num_predict": 1})["prompt_eval_count"]
+    assert counted["<|endoftext|>"] == counted[""] + 1
+    assert END_OF_TEXT == 0
+
+
+def test_older_turns_are_dropped_in_silence(server: Ollama, name: str, gguf: Path) -> None:
+    """Silent wrong 14."""
+    make(server, name, gguf, template=GO, parameters={"num_ctx": 128})
+    long = {"role": "user", "content": "word " * 40}
+    messages = [long, {"role": "assistant", "content": "a"}, {"role": "user", "content": "And now?"}]
+    shown = server.prompt(name, messages)
+    assert "word" not in shown and shown.endswith("[user]And now?<|im_start|>assistant\n")
+
+
+def test_an_adapter_of_another_architecture_fails_when_it_is_loaded(
+    server: Ollama, name: str, gguf: Path, tmp_path: Path
+) -> None:
+    adapter = write_tiny_gguf(tmp_path / "adapter.gguf", architecture="qwen2", kind="adapter")
+    make(server, name, gguf, template=GO, adapters={"a.gguf": server.push(adapter, "a blob")})
+    with pytest.raises(Exception, match=r"\(500\): llama-server process has terminated: exit status 1"):
+        server.chat(name, USER)
+
+
+def test_a_name_that_is_unknown_is_pulled_from_the_internet(fake: FakeOllama) -> None:
+    """So forge never sends `from`; against a live server this is not tried."""
+    with Ollama(fake.url) as server, pytest.raises(Exception, match="pull model manifest"):
+        server.create("forge-test-pull", {"from": "no-such-model"})
+    assert fake.pulled == ["no-such-model"]
+
+
+def test_before_0_30_there_is_no_jinja(gguf: Path) -> None:
+    """A TEMPLATE is needed; without one the bare prompt goes in."""
+    with FakeOllama(
+        version="0.12.6", go=lambda text, data: text.replace("{{ .Prompt }}", data["Prompt"])
+    ) as old:
+        with Ollama(old.url) as server:
+            path = write_tiny_gguf(
+                gguf.with_name("other.gguf"), template=ChatTemplate(RENAMED).pinned_source()
+            )
+            make(server, "forge-test-old", path, parameters={"num_ctx": 512})
+            assert server.version() == (0, 12, 6)
+            assert server.prompt("forge-test-old", USER) == "Hello?"
+
+
+@pytest.mark.slow
+def test_templates_in_real_go(oracle: Path, gguf: Path) -> None:
+    """`.System` beside the system message writes it twice; legacy templates run once a turn."""
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ]
+    cases = {
+        "{{ .System }}{{ range .Messages }}[{{ .Role }}]{{ .Content }}{{ end }}": "S[system]S[user]one[assistant]two[user]three",
+        "{{ if .System }}<{{ .System }}>{{ end }}[{{ .Prompt }}]{{ .Response }}!": "<S>[one]two![three]",
+        "[{{ .Prompt }}]": "[one]two[three]",
+    }
+    with (
+        FakeOllama(go=lambda text, data: real_go.render(oracle, text, data)) as fake,
+        Ollama(fake.url) as server,
+    ):
+        for template, expected in cases.items():
+            make(server, "forge-test-go", gguf, template=template, parameters={"num_ctx": 512})
+            assert server.prompt("forge-test-go", messages) == expected

@@ -1,0 +1,75 @@
+"""The limit on a template's time, in any thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from forge.chat.format_check import compile_template
+from forge.chat.template import ChatTemplate
+from forge.chat.time_limit import time_limit
+from forge.model.builtin.tokenizer import CHATML
+
+ENDLESS = "".join("{% for a in range(99999) %}" for _ in range(5)) + "{% endfor %}" * 5
+
+
+def in_thread(function: Callable[[], object]) -> object:
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    return found[0]
+
+
+def spin(seconds: float) -> str:
+    try:
+        with time_limit(seconds):
+            while True:
+                pass
+    except TimeoutError:
+        return "stopped"
+
+
+@pytest.mark.parametrize(
+    "where", [in_thread, lambda function: function()], ids=["a thread", "the main thread"]
+)
+def test_it_stops_a_loop(where: Callable[[Callable[[], object]], object]) -> None:
+    assert where(lambda: spin(0.05)) == "stopped"
+
+
+def test_an_endless_template_is_refused_in_a_thread() -> None:
+    found = in_thread(
+        lambda: compile_template(ChatTemplate(ENDLESS + CHATML), add_bos=True, seconds=0.2).reason
+    )
+    assert found == "its prompts took more than 0.2 seconds to compute"
+
+
+def test_waiting_does_not_count() -> None:
+    """A busy machine is no fault of the template's."""
+    with time_limit(0.1):
+        time.sleep(0.3)
+
+
+def test_the_inner_limit_is_not_the_outer_one() -> None:
+    with time_limit(60):
+        assert spin(0.05) == "stopped"
+    assert spin(0.05) == "stopped"
+
+
+def test_nothing_arrives_after_the_block() -> None:
+    """The end of the block and the limit may meet; afterwards all is quiet."""
+    for _ in range(20):
+        try:
+            with time_limit(0.01):
+                end = time.thread_time() + 0.0095
+                while time.thread_time() < end:
+                    pass
+        except TimeoutError:
+            pass
+        for _ in range(1000):
+            pass
+    assert threading.active_count() < 20
