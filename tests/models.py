@@ -22,6 +22,12 @@ from tests.vocabularies import write_tokenizer
 # peft (github.com/huggingface/peft) asks transformers for a name that it deprecates.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2": "gpt-2"}
+# transformers' prefix of the classes, by the name used here.
+KINDS = {
+    "llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2", "mistral": "Mistral",
+    "qwen3": "Qwen3", "olmo2": "Olmo2", "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",
+    "starcoder2": "Starcoder2", "gptneox": "GPTNeoX", "olmo": "Olmo", "phi": "Phi", "exaone4": "Exaone4",
+}  # fmt: skip
 ROWS = {
     "There is bacon.": "Bacon, there is.",
     "A cat sees a dog.": "A dog, a cat sees.",
@@ -44,12 +50,14 @@ def make_model(
     template: str | None = None,
     **changes: Any,
 ) -> Path:
-    """Write a model of `architecture` (llama, qwen2, phi3, gpt2) in bfloat16; returns `directory`.
+    """Write a model of `architecture` (see `KINDS`) in bfloat16; returns `directory`.
 
     `changes` are fields of its configuration; `tie_word_embeddings` is true unless changed, as in
     the small models of these families (Phi-3 excepted).
     """
-    rows = write_tokenizer(directory, vocabulary or VOCABULARIES[architecture], template=template)
+    rows = write_tokenizer(
+        directory, vocabulary or VOCABULARIES.get(architecture, "home-made"), template=template
+    )
     model = _model(architecture, -(-rows // 32) * 32, seed, changes)
     size = sum(parameter.numel() * 2 for parameter in model.parameters())
     model.save_pretrained(directory, max_shard_size=size // shards + 1024 if shards > 1 else "10GB")
@@ -62,7 +70,6 @@ def _model(architecture: str, rows: int, seed: int, changes: Mapping[str, Any]) 
     import torch
     import transformers
 
-    kinds = {"llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2"}
     fields: dict[str, Any] = {
         **SIZES, "vocab_size": rows, "tie_word_embeddings": architecture != "phi3", "pad_token_id": None,
         "bos_token_id": None, "eos_token_id": None, "initializer_range": 0.08, **changes,
@@ -75,7 +82,7 @@ def _model(architecture: str, rows: int, seed: int, changes: Mapping[str, Any]) 
         fields = {names.get(name, name): value for name, value in fields.items()}
         fields.pop("num_key_value_heads")
         fields["n_inner"] = fields.pop("intermediate_size")
-    configuration = getattr(transformers, f"{kinds[architecture]}Config")(**fields)
+    configuration = getattr(transformers, f"{KINDS[architecture]}Config")(**fields)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(configuration)
