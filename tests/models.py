@@ -22,10 +22,13 @@ from tests.vocabularies import write_tokenizer
 # peft (github.com/huggingface/peft) asks transformers for a name that it deprecates.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2": "gpt-2"}
+# transformers' prefix of the classes, by the name used here.
 KINDS = {
     "llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2", "mistral": "Mistral",
     "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
+    "olmo2": "Olmo2", "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",
+    "starcoder2": "Starcoder2", "gptneox": "GPTNeoX", "olmo": "Olmo", "phi": "Phi", "exaone4": "Exaone4",
 }  # fmt: skip
 _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 512, "sliding_window": None},
@@ -61,7 +64,9 @@ def make_model(
     `dtype` may be f16 or f32 too. `changes` are fields of its configuration; `tie_word_embeddings` is true
     unless changed, as in the small models of these families (Phi-3 excepted).
     """
-    rows = write_tokenizer(directory, vocabulary or VOCABULARIES[architecture], template=template)
+    rows = write_tokenizer(
+        directory, vocabulary or VOCABULARIES.get(architecture, "home-made"), template=template
+    )
     model = _model(architecture, -(-rows // 32) * 32, seed, changes, dtype)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     model.save_pretrained(directory, max_shard_size=size // shards + 1024 if shards > 1 else "10GB")

@@ -48,31 +48,25 @@ class Specimen:
     def measure(self, gguf: Path, **changes: Any) -> dict[str, Any]:
         settings = {"nf4": False, "end_of_turn_id": format_of(self.base).end_of_turn_id}
         known = {name: changes.pop(name) for name in list(changes) if name in settings}
-        arguments = {
-            "base": str(self.base),
-            "adapter": str(self.adapter) if self.adapter else None,
-            "gguf": str(gguf),
-            "merged": None,
-            "tokenizer": str(self.base),
-            "chat_template": read_tokenizer(self.base).chat_template,
-            "rows": str(self.rows),
-            "converters": str(converters()),
-            "scratch": str(self.scratch),
-        }
-        return measure(**(arguments | changes), settings=settings | known)
+        files = {"gguf": str(gguf), "rows": str(self.rows), "scratch": str(self.scratch), "merged": None}
+        return measure(**{**source_of(self), **files, **changes}, settings=settings | known)
 
     def f16(self, directory: Path, **changes: Any) -> Path:
         """llama.cpp's own f16 of base and adapter, in the new `directory`."""
         directory.mkdir()
-        source = {
-            "base": str(self.base),
-            "adapter": str(self.adapter) if self.adapter else None,
-            "tokenizer": str(self.base),
-            "chat_template": read_tokenizer(self.base).chat_template,
-            "converters": str(converters()),
-            "end_of_turn_id": format_of(self.base).end_of_turn_id,
-        }
-        return make_f16(source | changes, directory)
+        end = {"end_of_turn_id": format_of(self.base).end_of_turn_id}
+        return make_f16({**source_of(self), **end, **changes}, directory)
+
+
+def source_of(specimen: Specimen) -> dict[str, Any]:
+    """What a conversion is made from."""
+    return {
+        "base": str(specimen.base),
+        "adapter": str(specimen.adapter) if specimen.adapter else None,
+        "tokenizer": str(specimen.base),
+        "chat_template": read_tokenizer(specimen.base).chat_template,
+        "converters": str(converters()),
+    }
 
 
 def make_specimen(root: Path, architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Specimen:

@@ -131,7 +131,7 @@ def _bos(specimen: Specimen, sound: Path, scratch: Path) -> Path:
 _IN_METADATA = {_bos, _pre_tokenizer, _another_template, _thinking}
 FAULTS = {
     "wrong base revision": (_wrong_revision, "merge", "another base or revision"),
-    "scale x 8": (_scaled_by(8), "merge", "the adapter is in the file 8"),
+    "scale x 8": (_scaled_by(8), "merge", "times: its scale was computed wrongly"),
     "dropped lm_head": (_without_head, "convert", "lm_head.weight"),
     "double BOS": (_bos, "convert", "BOS"),
     "permuted Q/K": (_permuted, "convert", "attn_k.weight"),

@@ -104,7 +104,7 @@ def _measurement(**legs: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     good = {"ok": True, "compared": 300, "different": 0, "limits": [], "examples": []}
     fit: dict[str, Any] = {
-        "scale": 1.0, "rest": 0.07, "rest_others": 0.07, "rest_nf4": 0.1, "rest_beside_nf4": 0.07,
+        "scale": 1.0, "rest": 0.07, "adapted": [], "rest_nf4": 0.1, "rest_beside_nf4": 0.07,
         "missing": [], "lost_rows": {}, "layouts": {}, "rests": {},
     }  # fmt: skip
     return {

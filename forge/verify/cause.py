@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forge.verify.weights import unlike
+from forge.verify.weights import is_worse, unlike
 
 _SCALE_SLACK = 0.2
 _HEADS = ("output.weight", "token_embd.weight")
@@ -32,10 +32,10 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
         return _merged(found, broken)
     fits = found["weights"]
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
-    own = broken["to"] == "GGUF f16"
+    own = broken["to"] == "GGUF f16" and "f16" in found["legs"]
     file = fits["f16"] if own else fits["file"]
     yardstick = fits["f16" if own else "vendor" if "vendor" in fits else "f16" if "f16" in fits else "file"]
-    differ = unlike(file, yardstick) if yardstick is not file else {"worse": {}, "moved": [], "compared": 0}
+    differ = unlike(file, yardstick)
     for find in (_converted_wrongly, _merged_wrongly):
         if cause := find(file, yardstick, differ):
             return cause
@@ -88,23 +88,23 @@ def _merged_wrongly(
     file: Mapping[str, Any], yardstick: Mapping[str, Any], differ: Mapping[str, Any]
 ) -> Cause | None:
     scale = file["scale"]
-    usual = yardstick["rest_others"] if file is not yardstick else None
-    if usual is not None and file["rest_others"] is not None and file["rest_others"] > 1.5 * usual + 2e-3:
+    beside = differ["worse_beside"]
+    if beside:
         words = (
-            f"the base's own tensors differ (by {file['rest_others']:.1%}, usual is {usual:.1%}) where no "
-            "adapter touches them: it was merged into another base or revision"
+            f"{beside[0]}{' and others differ' if len(beside) > 1 else ' differs'} from the base, though no "
+            "adapter touches it: it was merged into another base or revision"
         )
         return Cause(
             "merge", words, "merge into the very revision that was trained on, or name the right --base"
         )
     if scale is None:
         return None
-    nf4, beside = file["rest_nf4"], file["rest_beside_nf4"]
-    if nf4 is not None and beside is not None and nf4 < 0.7 * beside:
+    nf4, full = file["rest_nf4"], file["rest_beside_nf4"]
+    if nf4 is not None and full is not None and nf4 < 0.7 * full:
         words = "the adapter was merged into the 4-bit (NF4) base: its rounding is in the weights"
         return Cause("merge", words, "merge into the unquantized base in float32: forge export does")
     if abs(scale) < _SCALE_SLACK and _is_clean(file, yardstick):
-        words = "the adapter was not applied: the file's weights are the base's"
+        words = "the adapter was not applied: nothing of it is in the file's weights"
         return Cause("merge", words, "merge the adapter before converting, or serve it with --lora")
     if abs(scale - 2) < _SCALE_SLACK and _is_clean(file, yardstick):
         return Cause("merge", "the adapter was merged twice", "merge it once, into the base as it was")
@@ -124,4 +124,4 @@ def _merged_wrongly(
 
 def _is_clean(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> bool:
     """Beside the adapter there is no more rest than the type's rounding."""
-    return file is yardstick or bool(file["rest"] <= 1.5 * yardstick["rest"] + 2e-3)
+    return not is_worse(file["rest"], yardstick["rest"])

@@ -162,7 +162,6 @@ def _layouts(values: Any, weight: Any, facts: Configuration) -> Iterator[tuple[s
 def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
     scales = [fit.scale for fit in fits if fit.scale is not None]
     adapted = [fit.rest for fit in fits if fit.scale is not None]
-    others = [fit for fit in fits if fit.scale is None]
     nf4 = [fit.rest_nf4 for fit in fits if fit.rest_nf4 is not None]
     beside = [fit.rest for fit in fits if fit.rest_nf4 is not None]
     return {
@@ -171,7 +170,7 @@ def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
         "scale_least": min(scales, default=None),
         "scale_most": max(scales, default=None),
         "rest": statistics.median(adapted) if adapted else None,
-        "rest_others": statistics.median(fit.rest for fit in others) if others else None,
+        "adapted": [fit.gguf for fit in fits if fit.scale is not None],
         "rest_nf4": statistics.median(nf4) if nf4 else None,
         "rest_beside_nf4": statistics.median(beside) if beside else None,
         "missing": list(missing),
@@ -182,11 +181,22 @@ def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def is_worse(rest: float, usual: float) -> bool:
+    """Whether a rest is more than the type's rounding; errors add up as squares, so 15 % is a lot."""
+    return rest > 1.15 * usual + 1e-3
+
+
 def unlike(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors of the file whose rest is over the yardstick's, and those in another order of rows."""
     rests, usual = file["rests"], yardstick["rests"]
     both = rests.keys() & usual.keys()
-    worse = {name: rests[name] for name in both if rests[name] > 1.5 * usual[name] + 2e-3}
+    worse = {name: rests[name] for name in both if is_worse(rests[name], usual[name])}
     layouts, expected = file["layouts"], yardstick["layouts"]
     moved = [name for name in both if layouts[name] != expected[name]]
-    return {"worse": dict(sorted(worse.items())), "moved": sorted(moved), "compared": len(both)}
+    plain = {name for name in both if name not in file["adapted"]}
+    return {
+        "worse": dict(sorted(worse.items())),
+        "worse_beside": sorted(worse.keys() & plain),
+        "moved": sorted(moved),
+        "compared": len(both),
+    }

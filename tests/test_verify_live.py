@@ -1,0 +1,79 @@
+"""The live hand-over, with the real llama-server: a sound one passes, another file or setting is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.serve.embedded import serve_embedded
+from forge.serve.runtime import Settings
+from forge.stages.live_proof import failure_of, prove_live
+from forge.verify.verdict import Gates, judge
+from tests.models import PEFT_WARNS
+from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite
+
+pytestmark = [
+    pytest.mark.training, pytest.mark.programs, pytest.mark.network, pytest.mark.slow,
+    pytest.mark.timeout(1500), PEFT_WARNS,
+]  # fmt: skip
+
+QUESTIONS = [[{"role": "user", "content": "There is bacon in this sandwich."}]]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Specimen, Path, dict[str, Any]]:
+    specimen = make_specimen(tmp_path_factory.mktemp("live") / "llama", max_position_embeddings=2048)
+    file = specimen.f16(specimen.scratch / "f16")
+    return specimen, file, specimen.measure(file)
+
+
+def _live(
+    file: Path, found: dict[str, Any], log: Path, *, context: int = 512, asked: int = 512
+) -> dict[str, Any]:
+    with serve_embedded(Settings(file, "yoda", context, parallel=1, threads=1), log=log) as endpoint:
+        return prove_live(endpoint, found, QUESTIONS, context_tokens=asked, longest_tokens=300)
+
+
+def test_the_file_that_was_measured(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, file, found = measured
+    live = _live(file, found, tmp_path / "log.txt")
+    assert live["problems"] == []
+    assert live["handover"]["ok"] and live["handover"]["kl_mean"] < 1e-3
+    assert live["handover"]["prompts"] == len(found["live"]) == 16
+    assert failure_of(live) is None
+    certificate = judge(found, Gates(), live)
+    assert certificate["ok"]
+    assert certificate["handovers"][-1]["to"] == "live server"
+
+
+def test_another_file(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The base is served instead of the tuned model."""
+    specimen, file, found = measured
+    other = rewrite(file, tmp_path / "other.gguf", merged_tensors(specimen.base, None))
+    live = _live(other, found, tmp_path / "log.txt")
+    assert "are not the file's" in live["problems"][0]
+    certificate = judge(found, Gates(), live)
+    assert (certificate["ok"], certificate["broken_stage"]) == (False, "deploy")
+
+
+def test_a_context_too_short(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Silent wrong 14."""
+    _, file, found = measured
+    live = _live(file, found, tmp_path / "log.txt", context=256)
+    assert live["problems"] == [
+        "the server's context is 256 tokens, 512 were asked for",
+        "the server's context of 256 tokens is too short: rows have up to 300; raise deploy.context_tokens",
+    ]
+    failure = failure_of(live)
+    assert failure and failure.code == 5
+
+
+def test_sampling_that_nobody_set(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Silent wrong 15: a file that brings a temperature of 1.5 which the measured one has not."""
+    _, file, found = measured
+    hot = rewrite(file, tmp_path / "hot.gguf", general__sampling__temp=1.5)
+    live = _live(hot, found, tmp_path / "log.txt")
+    assert live["problems"] == ["the server samples with temperature 1.5, which nobody set (expected 0.8)"]
+    assert judge(found, Gates(), live)["broken_stage"] == "deploy"

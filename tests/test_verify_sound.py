@@ -1,0 +1,69 @@
+"""No false alarm: sound exports of many families and seeds pass, in f16 and quantized from other sources."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.export.quantize import quantize
+from forge.export.run import GGUF_FILE, export
+from tests.models import PEFT_WARNS
+from tests.specimens import make_specimen, source_of
+
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.programs,
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    PEFT_WARNS,
+]
+
+SOUND: list[tuple[str, int, str, dict[str, Any]]] = [
+    ("llama", 1, "q4_k_m", {}),
+    ("llama", 2, "q8_0", {"tie_word_embeddings": False}),
+    ("llama", 3, "q6_k", {"num_key_value_heads": 4}),
+    ("llama", 4, "q5_k_m", {"num_key_value_heads": 1}),
+    ("llama", 5, "q4_0", {"num_hidden_layers": 5}),
+    ("llama", 6, "bf16", {"attention_bias": True}),
+    ("qwen2", 7, "q4_k_m", {}),
+    ("qwen2", 8, "q8_0", {"tie_word_embeddings": False}),
+    ("qwen2", 9, "q3_k_m", {}),
+    ("qwen3", 10, "q4_k_m", {"head_dim": 64}),
+    ("qwen3", 11, "q2_k", {"head_dim": 64}),
+    ("mistral", 12, "q4_k_m", {"sliding_window": None}),
+    ("mistral", 13, "q8_0", {"sliding_window": None, "tie_word_embeddings": False}),
+    ("gpt2", 14, "q4_k_m", {"intermediate_size": None}),
+    ("gpt2", 15, "f16", {"intermediate_size": None}),
+    ("olmo2", 16, "q4_k_m", {}),
+    ("granite", 17, "q4_k_m", {}),
+    ("smollm3", 18, "q5_k_m", {}),
+    ("starcoder2", 19, "q4_k_m", {"sliding_window": None}),
+    ("stablelm", 20, "q8_0", {"tie_word_embeddings": False}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "seed", "quant", "changes"), SOUND)
+def test_sound(architecture: str, seed: int, quant: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """llama.cpp's own conversion and quantization of an adapted model is what it should be."""
+    specimen = make_specimen(tmp_path / "specimen", architecture, seed=seed, **changes)
+    file = specimen.f16(tmp_path / "f16")
+    if quant != "f16":
+        quantize(file, tmp_path / "file.gguf", quant, 2)
+        file = tmp_path / "file.gguf"
+    found = specimen.verify(file)
+    assert found["ok"], (found["verdict"], found["handovers"])
+
+
+@pytest.mark.parametrize("quant", ["q4_k_m", "q6_k", "q8_0"])
+@pytest.mark.parametrize("source", ["bf16", "f32"])
+def test_quantized_from_another_source(source: str, quant: str, tmp_path: Path) -> None:
+    """Others quantize from bf16 or f32: other bytes than from f16, and no fault."""
+    specimen = make_specimen(tmp_path / "specimen", "llama", seed=30)
+    (tmp_path / source).mkdir()
+    settings = {"name": "yoda", "quant": source, "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
+    export(**source_of(specimen), data=None, out=str(tmp_path / source), settings=settings)
+    quantize(tmp_path / source / GGUF_FILE, tmp_path / "file.gguf", quant, 2)
+    found = specimen.verify(tmp_path / "file.gguf")
+    assert found["ok"], (found["verdict"], found["handovers"])
