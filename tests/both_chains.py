@@ -2,7 +2,8 @@
 
 `python -m tests.both_chains vendor|forge TREE JOBS.json`. Imports of torch and transformers are most of
 what a small export costs, so all of one kind share a process. A job is {name, directory, outtype, quant,
-out}; the usual way is the converter's own script, then llama_model_quantize unless `quant` is `outtype`.
+out}; with {adapter, merged} forge's merges and keeps the merged checkpoint there. The usual way is the
+converter's own script, then llama_model_quantize unless `quant` is `outtype`.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ def forge(tree: Path, job: dict[str, Any]) -> None:
     out = Path(job["out"])
     scratch = out.with_suffix(".scratch")
     scratch.mkdir()
-    settings = {"name": job["name"], "quant": job["quant"], "keep_merged": False, "threads": 2, "plain": True}
+    settings = {"name": job["name"], "quant": job["quant"], "threads": 2, "plain": True}
+    settings["keep_merged"] = "merged" in job
     template = Path(job["directory"], "chat_template.jinja").read_text(encoding="utf-8")
     directory = job["directory"]
     export(directory, job.get("adapter"), directory, template, None, str(scratch), str(tree), settings)
     (scratch / "model.gguf").rename(out)
+    if "merged" in job:
+        (scratch / "merged").rename(job["merged"])
 
 
 if __name__ == "__main__":

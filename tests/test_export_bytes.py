@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 
 from forge import process
 from forge.model.gguf_header import read_gguf
-from tests.models import change_json, make_model
+from tests.models import change_json, make_adapter, make_model
 from tests.vocabularies import converters
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -89,13 +89,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             }
             for name, quant in JOBS
         ]  # fmt: skip
-        (root / f"{chain}.json").write_text(json.dumps(jobs), encoding="utf-8")
-        command = [sys.executable, "-m", "tests.both_chains", chain, str(converters())]
-        with (root / f"{chain}.log").open("w") as log:
-            finished = process.run([*command, str(root / f"{chain}.json")], directory=ROOT, log=log,
-                                   environment={"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
-        assert finished.status == 0, finished.output[-3000:]
+        run(chain, jobs, root)
     return root
+
+
+def run(chain: str, jobs: Sequence[Mapping[str, Any]], directory: Path) -> None:
+    """Do `jobs` by the usual way (`vendor`) or by `forge`, in one program."""
+    listed = directory / f"{chain}.json"
+    listed.write_text(json.dumps(jobs), encoding="utf-8")
+    command = [sys.executable, "-m", "tests.both_chains", chain, str(converters()), str(listed)]
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    with (directory / f"{chain}.log").open("w") as log:
+        finished = process.run(command, directory=ROOT, log=log, environment=environment)
+    assert finished.status == 0, finished.output[-3000:]
 
 
 @pytest.mark.parametrize(("model", "quant"), JOBS)
@@ -124,3 +130,14 @@ def test_the_models_are_what_their_names_say(made: Path) -> None:
     assert read_gguf(made / "forge" / "llama-odd-rows-q4_k_m.gguf").tensor_types.keys() > {"Q4_K", "Q6_K"}
     untied = read_gguf(made / "forge" / "llama-untied-biases-shards-q4_k_m.gguf")
     assert {"output.weight", "blk.0.attn_q.bias"} <= untied.tensors.keys()
+
+
+def test_a_merge_is_the_usual_chain_on_the_merged_checkpoint(tmp_path: Path) -> None:
+    """L, O2; silent wrong 12: merged and permuted in passing as in a file, and the kept file is that one."""
+    base = make_model(tmp_path / "base", "llama", "llama-spm", shards=2)
+    adapter = make_adapter(base, tmp_path / "adapter", r=16, use_rslora=True)
+    job = {"name": "the model", "quant": "q4_k_m", "outtype": "f32", "out": str(tmp_path / "forge.gguf")}
+    merged = str(tmp_path / "merged")
+    run("forge", [{**job, "directory": str(base), "adapter": str(adapter), "merged": merged}], tmp_path)
+    run("vendor", [{**job, "directory": merged, "out": str(tmp_path / "vendor.gguf")}], tmp_path)
+    assert (tmp_path / "forge.gguf").read_bytes() == (tmp_path / "vendor.gguf").read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,14 @@ def test_registrations_are_read_without_running_the_converters(tmp_path: Path) -
 
 def test_the_committed_list_is_that_of_the_pinned_converters() -> None:
     assert LIST.read_text(encoding="utf-8") == text_of(registered(find_converters(SESSION_HOME)))
+
+
+def test_the_number_of_refused_architectures_may_not_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all that the converters register: encoders, draft heads, audio and diffusion models."""
+    refused = [name for name in convertible() if architecture(name)]
+    with capsys.disabled():
+        sys.stdout.write(f"\n{len(refused)} of {len(convertible())} registered architectures are refused\n")
+    assert len(refused) <= 60
 
 
 def test_the_committed_list_is_read_whole() -> None:

@@ -78,6 +78,7 @@ DEFAULTS: dict[str, object] = {
     "train.seed": 42,
     "train.report_to": [],
     "export.mode": "merged",
+    "export.merge_base": "original",
     "export.quant": "q4_k_m",
     "export.keep_merged": False,
     "verify.learned": "required",

@@ -78,11 +78,7 @@ def export(
     written = _write(converted, work, description, tensors, settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
-    header = read_gguf(work / GGUF_FILE)
-    for made in (ADAPTER_FILE, MERGED_DIRECTORY, GGUF_FILE):
-        if (work / made).exists():
-            (work / made).rename(target / made)
-    shutil.rmtree(work)
+    header = _publish(work, target)
     return _facts(target, header, converted, settings["quant"]) | {
         "mode": mode,
         "merged_because": list(reasons),
@@ -93,6 +89,16 @@ def export(
         "peak_rss_bytes": _peak_memory(),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _publish(work: Path, target: Path) -> GgufHeader:
+    """Read the GGUF back, and give what was made its names: the GGUF last."""
+    header = read_gguf(work / GGUF_FILE)
+    for made in (ADAPTER_FILE, MERGED_DIRECTORY, GGUF_FILE):
+        if (work / made).exists():
+            (work / made).rename(target / made)
+    shutil.rmtree(work)
+    return header
 
 
 def _mode(asked: str, adapter: Adapter | None, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
