@@ -51,7 +51,7 @@ def test_old_names_of_images() -> None:
 @pytest.mark.network
 def test_no_daemon_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
-    with pytest.raises(MissingToolError, match=r"DOCKER_HOST is unix://.*none.sock, and no daemon"):
+    with pytest.raises(MissingToolError, match=r"DOCKER_HOST is unix://.*none\.sock, and no daemon"):
         with engine():
             raise AssertionError("it connected")
     monkeypatch.delenv("DOCKER_HOST")

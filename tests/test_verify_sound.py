@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from forge.export.quantize import quantize
+
 from forge.export.run import GGUF_FILE, export
 from tests.models import PEFT_WARNS
 from tests.specimens import make_specimen, source_of

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,24 +12,33 @@ from forge.cli.options import common
 @click.command()
 @click.argument("prompts", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--endpoint", required=True, help="URL of an OpenAI-compatible server.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with the server's key.")
+@click.option(
+    "--endpoint", "urls", required=True, multiple=True,
+    help="URL of an OpenAI-compatible server; several share the rows.",
+)  # fmt: skip
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with the servers' key.")
 @click.option("--concurrency", default="auto", show_default=True, help="Requests at once: a number, or auto.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option("--top-p", type=click.FloatRange(0, 1), help="The server's own unless told; so the next two.")
+@click.option("--top-k", type=click.IntRange(0))
+@click.option("--min-p", type=click.FloatRange(0, 1))
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, help="Text that ends an answer.")
+@click.option("--json-schema", "schema", type=click.Path(path_type=Path), help="What every answer must meet.")
+@click.option("--raw", is_flag=True, help="Send each prompt as it is, without the chat template.")
 @click.option("--retry-failed", is_flag=True, help="Ask the rows again that failed before.")
 @common
 def command(
     prompts: Path,
     out: Path,
-    endpoint: str,
+    urls: tuple[str, ...],
     api_key_file: Path | None,
     concurrency: str,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
+    schema: Path | None,
+    raw: bool,
     retry_failed: bool,
+    **sampling: Any,
 ) -> None:
     """Answer PROMPTS (JSONL rows with id and prompt, or id and messages) into OUT, each id once.
 
@@ -36,5 +46,7 @@ def command(
     """
     from forge.stages.asking import generate
 
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    report.result(generate(prompts, out, endpoint, api_key_file, concurrency, sampling, retry_failed))
+    done = generate(
+        prompts, out, urls, api_key_file, concurrency, sampling, schema, raw=raw, retry_failed=retry_failed
+    )
+    report.result(done)

@@ -1,4 +1,4 @@
-"""A client of OpenAI-compatible servers that waits for each answer.
+"""A client of OpenAI-compatible servers that waits for each answer; `async_client` has the other kind.
 
 `chat`, `stream_chat`, `model_names` and `health` work with any of them; `properties`, `tokenize`
 and `apply_template` are llama-server's own routes. Not covered: tools, images, embeddings.
@@ -6,16 +6,16 @@ and `apply_template` are llama-server's own routes. Not covered: tools, images, 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import httpx
 
-from forge.errors import MissingToolError, StageError
+from forge.errors import MissingToolError
 from forge.serve import wire
 from forge.serve.endpoint import Endpoint, Message
+from forge.serve.streamed import Streamed
 from forge.serve.wire import Reply, Sampling
 
 
@@ -51,44 +51,20 @@ class Client:
         Closing the generator closes the connection, at which llama-server stops generating.
         """
         body = wire.chat_request(self.endpoint, messages, sampling or Sampling(), stream=True)
-        pieces: list[str] = []
-        finish_reason = ""
-        usage: dict[str, Any] = {}
+        streamed = Streamed(self.endpoint)
         with wire.failures_of(self.endpoint):
             with self._http.stream("POST", self.endpoint.route(wire.CHAT), json=body) as response:
                 if not response.is_success:
                     response.read()
                     wire.read_json(self.endpoint, response)
-                for event in self._events(response):
-                    usage = event.get("usage") or usage
-                    for choice in event.get("choices") or ():
-                        finish_reason = choice.get("finish_reason") or finish_reason
-                        if piece := (choice.get("delta") or {}).get("content"):
-                            pieces.append(piece)
-                            yield piece
-        counts = (int(usage.get(key, 0)) for key in ("prompt_tokens", "completion_tokens"))
-        return Reply("".join(pieces), finish_reason, *counts)
+                for chunk in response.iter_bytes():
+                    yield from streamed.feed(chunk)
+            return streamed.reply()
 
-    def _events(self, response: httpx.Response) -> Iterator[dict[str, Any]]:
-        for line in _lines(response.iter_bytes()):
-            if not line.startswith(b"data:"):
-                continue
-            data = line.removeprefix(b"data:").strip()
-            if data == b"[DONE]":
-                return
-            try:
-                event = json.loads(data)
-            except ValueError as wrong:
-                raise StageError(
-                    f"{self.endpoint.url} sent an event that is not JSON: {data[:80]!r}"
-                ) from wrong
-            if event.get("error"):
-                # Once a stream has begun its status is 200, whatever happens later.
-                status = event["error"].get("code") if isinstance(event["error"], dict) else None
-                status = status if isinstance(status, int) else 500
-                raise wire.error_answer(self.endpoint, status, event, {})
-            yield event
-        raise httpx.RemoteProtocolError("the stream ended without its last event")
+    def complete(self, prompt: str, sampling: Sampling | None = None) -> Reply:
+        """What follows `prompt`, which no chat template is put around."""
+        body = wire.completion_request(self.endpoint, prompt, sampling or Sampling())
+        return wire.read_reply(self.endpoint, self._ask("POST", wire.COMPLETION, body))
 
     def health(self) -> bool:
         """Whether it is ready: False while it loads its model."""
@@ -142,16 +118,3 @@ def find(url: str, *, api_key: str | None = None) -> Endpoint:
     if not names:
         raise MissingToolError(f"{url} serves no model", hint="load one there first")
     return Endpoint(url, names[0], api_key)
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Split at line feeds alone.
-
-    httpx's `iter_lines` also splits at U+2028 and its like, which a JSON text may hold as they are.
-    """
-    rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-    if rest:
-        yield rest

@@ -4,7 +4,8 @@ Started again, it goes on where it stopped. Requests run side by side, fewer whi
 busy; each answer is on the disk before the next is asked for in its place. A server that dies and
 comes back costs time only; what can never succeed becomes a failed row.
 
-Not covered: several endpoints, an order of the answers other than as they come.
+Several endpoints share the rows: each gets as many as it has room for, and what one cannot
+answer another does. Not covered: an order of the answers other than as they come.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,12 @@ import httpx
 from forge import report
 from forge.errors import ForgeError, InterruptedByUserError, StageError
 from forge.serve import wire
-from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint
+from forge.serve.lanes import Lane, freest, slots_of
 from forge.serve.rows import Output, Row, read_rows
 from forge.serve.wire import BusyError, GoneError, RefusedError, Reply, Sampling, UnreachableError
 
 LABEL = "generate"
-# For servers that do not say how many slots they have.
-DEFAULT_CONCURRENCY = 4
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 LONGEST_RETRY_AFTER_SECONDS = 120.0
@@ -47,38 +46,45 @@ _Task = asyncio.Task[dict[str, Any] | None]
 
 @dataclass(frozen=True)
 class Generated:
-    """What a run did. `skipped`: answered before; `failed`: failed rows in the output, old and new."""
+    """What a run did.
+
+    `skipped`: answered before; `failed`: failed rows in the output, old and new; `cut`: answers of
+    this run that their limit of tokens cut (`finish_reason` `length`).
+    """
 
     written: int
     skipped: int
     failed: int
     tokens_per_second: float
+    cut: int = 0
 
 
 def generate(
-    endpoint: Endpoint,
+    endpoints: Endpoint | Sequence[Endpoint],
     prompts: Path,
     out: Path,
     *,
     sampling: Sampling | None = None,
     concurrency: int | None = None,
+    raw: bool = False,
     retry_failed: bool = False,
     patience_seconds: float = 300.0,
 ) -> Generated:
     """Answer every row of `prompts` that `out` does not answer yet; see `rows` for the two files.
 
-    `concurrency` None asks as many at once as the server has slots. While nothing is answered it
+    `concurrency` is for each endpoint; None asks as many at once as it has slots. `raw` prompts get
+    no chat template. While nothing is answered it
     keeps trying for `patience_seconds`. Raises `DataError` for wrong rows before anything is sent,
     `RefusedError` where every request would be refused, `StageError` when rows are left to do, and
     `InterruptedByUserError`; whatever was answered by then is kept.
     """
-    rows = read_rows(prompts)
+    endpoints = [endpoints] if isinstance(endpoints, Endpoint) else endpoints
+    rows = read_rows(prompts, raw=raw)
     with Output(out, retry_failed=retry_failed) as output:
         todo = [row for row in rows if row.id not in output.done]
         skipped = len(rows) - len(todo)
-        if todo and concurrency is None:
-            concurrency = _slots(endpoint)
-        batch = _Batch(endpoint, output, sampling or Sampling(), todo, patience_seconds, concurrency or 1)
+        lanes = [Lane(one, concurrency or slots_of(one)) for one in endpoints] if todo else []
+        batch = _Batch(lanes, output, sampling or Sampling(), todo, patience_seconds)
         try:
             if todo:
                 asyncio.run(_until_stopped(batch.run()))
@@ -91,7 +97,7 @@ def generate(
         if batch.set_aside:
             raise StageError(f"{batch.so_far()}: {batch.set_aside[0]}", hint=_AGAIN)
         failed = sum(not succeeded for succeeded in output.done.values())
-        return Generated(batch.written, skipped, failed, round(batch.tokens_per_second, 1))
+        return Generated(batch.written, skipped, failed, round(batch.tokens_per_second, 1), batch.cut)
 
 
 async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
@@ -115,31 +121,6 @@ async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
             signal.signal(number, action)
 
 
-def _slots(endpoint: Endpoint) -> int:
-    """How many requests llama-server says it answers at once."""
-    with contextlib.suppress(ForgeError, ValueError, TypeError, KeyError):
-        with Client(endpoint) as client:
-            return max(1, int(client.properties()["total_slots"]))
-    return DEFAULT_CONCURRENCY
-
-
-@dataclass
-class _Pace:
-    """How many requests run at once: halved when the server is busy, slowly back up when it answers."""
-
-    most: float
-    now: float = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.now = self.most
-
-    def busy(self) -> None:
-        self.now = max(1.0, self.now / 2)
-
-    def answered(self) -> None:
-        self.now = min(self.most, self.now + 1 / self.now)
-
-
 @dataclass
 class _Outage:
     """How long nothing has been answered, from the first failure on."""
@@ -160,21 +141,20 @@ class _Batch:
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        lanes: Sequence[Lane],
         output: Output,
         sampling: Sampling,
         rows: Sequence[Row],
         patience_seconds: float,
-        concurrency: int,
     ) -> None:
-        self.endpoint = endpoint
+        self.lanes = lanes
         self.output = output
         self.sampling = sampling
         self.rows = rows
         self.written = 0
         self.failed = 0
+        self.cut = 0
         self.set_aside: list[str] = []
-        self._pace = _Pace(concurrency)
         self._outage = _Outage(patience_seconds)
         self._tokens = 0
         self._begin = time.monotonic()
@@ -189,18 +169,14 @@ class _Batch:
 
     async def run(self) -> None:
         """Keep as many requests running as the pace allows; write all that has come at once."""
-        most = int(self._pace.most)
-        limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
         waiting = iter(self.rows)
         running: set[_Task] = set()
-        options = wire.connection_options(self.endpoint)
-        async with httpx.AsyncClient(**options, limits=limits) as client:
+        async with contextlib.AsyncExitStack() as stack:
+            self._clients = [await stack.enter_async_context(_client(lane)) for lane in self.lanes]
             try:
                 while True:
-                    free = max(0, int(self._pace.now) - len(running))
-                    running |= {
-                        asyncio.create_task(self._answer(client, row)) for row in islice(waiting, free)
-                    }
+                    free = max(0, sum(int(lane.pace) for lane in self.lanes) - len(running))
+                    running |= {asyncio.create_task(self._answer(row)) for row in islice(waiting, free)}
                     if not running:
                         return
                     done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -222,6 +198,7 @@ class _Batch:
             self.output.done[answer["id"]] = succeeded
             self.written += succeeded
             self.failed += not succeeded
+            self.cut += answer.get("finish_reason") == "length"
         if answers:
             finished = self.written + self.failed
             report.advance(LABEL, finished, len(self.rows), f"{self.tokens_per_second:.0f} tokens/s")
@@ -229,13 +206,13 @@ class _Batch:
             if error := task.exception():
                 raise error
 
-    async def _answer(self, client: httpx.AsyncClient, row: Row) -> dict[str, Any] | None:
+    async def _answer(self, row: Row) -> dict[str, Any] | None:
         """The output's row, after as many tries as it takes; None when it is set aside."""
-        body = wire.chat_request(self.endpoint, row.messages, self.sampling)
         errors = 0
         for attempt in count():
+            lane = freest(self.lanes)
             try:
-                reply = await self._ask(client, body)
+                reply = await self._ask(lane, row)
             except RefusedError as refusal:
                 if not refusal.about_the_request:
                     raise
@@ -248,20 +225,32 @@ class _Batch:
                     return None
                 if self._outage.is_over_patience():
                     raise
-                self._pace.busy()
+                lane.busy()
                 await asyncio.sleep(_pause(attempt, failure))
             else:
                 self._tokens += reply.completion_tokens
                 return _output_row(row, reply)
         raise AssertionError("count() does not end")
 
-    async def _ask(self, client: httpx.AsyncClient, body: Mapping[str, object]) -> Reply:
-        with wire.failures_of(self.endpoint):
-            response = await client.post(self.endpoint.route(wire.CHAT), json=body)
-        reply = wire.read_reply(self.endpoint, wire.read_json(self.endpoint, response))
-        self._pace.answered()
+    async def _ask(self, lane: Lane, row: Row) -> Reply:
+        endpoint = lane.endpoint
+        if row.messages:
+            path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
+        else:
+            path, body = wire.COMPLETION, wire.completion_request(endpoint, row.raw, self.sampling)
+        client = self._clients[self.lanes.index(lane)]
+        with lane.used(), wire.failures_of(endpoint):
+            response = await client.post(endpoint.route(path), json=body)
+        reply = wire.read_reply(endpoint, wire.read_json(endpoint, response))
+        lane.answered()
         self._outage.answered()
         return reply
+
+
+def _client(lane: Lane) -> httpx.AsyncClient:
+    # A lane may get more than its most for a while, when another is away.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=lane.most)
+    return httpx.AsyncClient(**wire.connection_options(lane.endpoint), limits=limits)
 
 
 def _pause(attempt: int, failure: ForgeError) -> float:

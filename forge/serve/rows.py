@@ -25,14 +25,17 @@ _BEGINNING = b'{"id": '
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt, as a conversation."""
+    """One prompt: a conversation, or `raw` text that no template is put around."""
 
     id: Id
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    raw: str = ""
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, *, raw: bool = False) -> list[Row]:
     """Read prompts: `{id, prompt}` or `{id, messages}`; other keys are left alone, blank lines skipped.
+
+    `raw`: each prompt is all that the model is to see.
 
     Raises `DataError` with every line that is wrong, and every id that stands there twice.
     """
@@ -43,7 +46,7 @@ def read_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = _row(line)
+            row = _row(line, raw)
             if row.id in seen:
                 raise ValueError(f"the id {row.id!r} stands on line {seen[row.id]} already")
         except ValueError as wrong:
@@ -70,7 +73,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         raise DataError(f"{path} cannot be read: {wrong.strerror}") from wrong
 
 
-def _row(line: bytes) -> Row:
+def _row(line: bytes, raw: bool) -> Row:
     fields = _object(line)
     # Half a surrogate pair is JSON but no text: it could be neither sent nor written.
     json.dumps(fields, ensure_ascii=False).encode()
@@ -80,10 +83,14 @@ def _row(line: bytes) -> Row:
         raise ValueError(f"the id must be a text or a whole number, not {fields['id']!r}")
     if ("prompt" in fields) == ("messages" in fields):
         raise ValueError("give prompt or messages, one of the two")
+    if raw and "prompt" not in fields:
+        raise ValueError("messages cannot be sent raw; give a prompt")
     if "prompt" not in fields:
         return Row(fields["id"], _messages(fields["messages"]))
     if not isinstance(fields["prompt"], str):
         raise ValueError("prompt must be a text")
+    if raw:
+        return Row(fields["id"], raw=fields["prompt"])
     return Row(fields["id"], ({"role": "user", "content": fields["prompt"]},))
 
 

@@ -24,6 +24,7 @@ from forge.errors import DataError, MissingToolError, RecipeError, StageError
 from forge.serve.endpoint import Endpoint, Message
 
 CHAT = "/v1/chat/completions"
+COMPLETION = "/v1/completions"
 # A long answer of a large model on a small machine takes minutes; a connection does not.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 
@@ -65,12 +66,19 @@ class GoneError(StageError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens. The default is greedy: the same answer every time."""
+    """How to choose tokens. The default is greedy: the same answer every time.
+
+    None leaves a value to the server. `schema` is a JSON schema that every answer has to meet.
+    """
 
     max_tokens: int = 512
     temperature: float = 0.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,18 +95,34 @@ def chat_request(
     endpoint: Endpoint, messages: Sequence[Message], sampling: Sampling, *, stream: bool = False
 ) -> dict[str, object]:
     """The body of a chat completion."""
+    body = {"messages": [dict(message) for message in messages], **_sampled(endpoint, sampling)}
+    if sampling.schema is not None:
+        form = {"name": "answer", "strict": True, "schema": dict(sampling.schema)}
+        body["response_format"] = {"type": "json_schema", "json_schema": form}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+    return body
+
+
+def completion_request(endpoint: Endpoint, prompt: str, sampling: Sampling) -> dict[str, object]:
+    """The body of a completion: `prompt` goes to the model as it is, without a chat template.
+
+    A schema works with llama-server alone here.
+    """
+    body = {"prompt": prompt, **_sampled(endpoint, sampling)}
+    return body if sampling.schema is None else body | {"json_schema": dict(sampling.schema)}
+
+
+def _sampled(endpoint: Endpoint, sampling: Sampling) -> dict[str, object]:
     body: dict[str, object] = {
         "model": endpoint.model,
-        "messages": [dict(message) for message in messages],
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "seed": sampling.seed,
     }
-    if sampling.stop:
-        body["stop"] = list(sampling.stop)
-    if stream:
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-    return body
+    optional = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
+    body |= {name: value for name, value in optional.items() if value is not None}
+    return body | ({"stop": list(sampling.stop)} if sampling.stop else {})
 
 
 def connection_options(endpoint: Endpoint) -> dict[str, Any]:
@@ -147,12 +171,12 @@ def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
 
 
 def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
-    """The reply in a chat completion's JSON."""
+    """The reply in a chat completion's JSON, or in a completion's."""
     try:
         choice = payload["choices"][0]
         usage = payload.get("usage") or {}
         return Reply(
-            text=choice["message"].get("content") or "",
+            text=(choice["text"] if "text" in choice else choice["message"].get("content")) or "",
             finish_reason=choice.get("finish_reason") or "",
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,14 @@ def smoke(run: str) -> dict[str, Any]:
 def generate(
     prompts: Path,
     out: Path,
-    url: str,
+    urls: Sequence[str],
     api_key_file: Path | None,
     concurrency: str,
     sampling: Mapping[str, Any],
-    retry_failed: bool,
+    schema: Path | None = None,
+    *,
+    raw: bool = False,
+    retry_failed: bool = False,
 ) -> dict[str, Any]:
     """`forge generate`; raises `CheckError` when rows failed."""
     from dataclasses import asdict
@@ -78,12 +82,14 @@ def generate(
 
     if concurrency != "auto" and not (concurrency.isdigit() and int(concurrency) > 0):
         raise RecipeError(f"--concurrency: a number or auto (got {concurrency})")
-    endpoint = find(url, api_key=read_key(api_key_file))
+    key = read_key(api_key_file)
+    endpoints = [find(url, api_key=key) for url in dict.fromkeys(urls)]
     done = run(
-        endpoint,
+        endpoints,
         prompts,
         out,
-        sampling=Sampling(**sampling),
+        sampling=Sampling(**sampling, schema=_schema(schema)),
+        raw=raw,
         concurrency=None if concurrency == "auto" else int(concurrency),
         retry_failed=retry_failed,
     )
@@ -91,8 +97,22 @@ def generate(
         f"{done.written} written, {done.skipped} skipped, {done.failed} failed, "
         f"{done.tokens_per_second:.0f} tokens/s"
     )
+    if done.cut:
+        report.warning(f"{done.cut} answers were cut at --max-tokens (their finish_reason is length)")
     if done.failed:
         raise CheckError(
             f"{done.failed} rows failed", hint="look at them in OUT; --retry-failed asks them again"
         )
     return asdict(done)
+
+
+def _schema(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        raise RecipeError(f"--json-schema: {path} cannot be used: {wrong}") from wrong
+    if not isinstance(schema, dict):
+        raise RecipeError(f"--json-schema: {path} is no JSON schema: not an object")
+    return schema

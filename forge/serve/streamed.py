@@ -1,0 +1,66 @@
+"""A streamed answer, from the bytes of its server-sent events, for the waiting client and the async one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from forge.errors import StageError
+from forge.serve import wire
+from forge.serve.endpoint import Endpoint
+from forge.serve.wire import Reply
+
+
+class Streamed:
+    """Feed it what arrives; `reply` is the whole once the last event was there."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._rest = b""
+        self._pieces: list[str] = []
+        self._finish_reason = ""
+        self._usage: dict[str, Any] = {}
+        self._ended = False
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """The pieces of text that `chunk` completes. Raises the error that an event tells of."""
+        # Split at line feeds alone: httpx's `iter_lines` also splits at U+2028 and its like, which a
+        # JSON text may hold as they are.
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        for line in lines:
+            if self._ended or not line.startswith(b"data:"):
+                continue
+            data = line.removeprefix(b"data:").strip()
+            if data == b"[DONE]":
+                self._ended = True
+                return
+            yield from self._pieces_of(self._event(data))
+
+    def _event(self, data: bytes) -> dict[str, Any]:
+        try:
+            event: dict[str, Any] = json.loads(data)
+        except ValueError as wrong:
+            raise StageError(f"{self.endpoint.url} sent an event that is not JSON: {data[:80]!r}") from wrong
+        if error := event.get("error"):
+            # Once a stream has begun its status is 200, whatever happens later.
+            status = error.get("code") if isinstance(error, dict) else None
+            raise wire.error_answer(self.endpoint, status if isinstance(status, int) else 500, event, {})
+        return event
+
+    def _pieces_of(self, event: dict[str, Any]) -> Iterator[str]:
+        self._usage = event.get("usage") or self._usage
+        for choice in event.get("choices") or ():
+            self._finish_reason = choice.get("finish_reason") or self._finish_reason
+            if piece := (choice.get("delta") or {}).get("content"):
+                self._pieces.append(piece)
+                yield piece
+
+    def reply(self) -> Reply:
+        """The whole answer; raises `httpx.RemoteProtocolError` when its last event never came."""
+        if not self._ended:
+            raise httpx.RemoteProtocolError("the stream ended without its last event")
+        counts = (int(self._usage.get(key, 0)) for key in ("prompt_tokens", "completion_tokens"))
+        return Reply("".join(self._pieces), self._finish_reason, *counts)

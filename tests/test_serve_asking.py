@@ -1,0 +1,171 @@
+"""Ways to ask: the async client, raw prompts, schemas, several endpoints, the example scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from forge import process
+from forge.errors import DataError, RecipeError
+from forge.serve.async_client import AsyncClient
+from forge.serve.client import Client
+from forge.serve.embedded import serve_embedded
+from forge.serve.endpoint import Endpoint
+from forge.serve.generate import generate
+from forge.serve.rows import read_rows
+from forge.serve.runtime import Settings
+from forge.serve.wire import RefusedError, Reply, Sampling, UnreachableError
+from forge.stages.asking import _schema
+from tests.conftest import ROOT
+from tests.servers import HELLO
+from tests.stand_in_server import Failure, StandIn
+from tests.test_generate import expected_texts, texts_of, write_prompts
+from tests.tiny_gguf import REPLY, write_tiny_gguf
+
+pytestmark = [pytest.mark.network]
+NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
+    with serve_embedded(Settings(model, "tiny", 512, threads=1, api_key="k")) as endpoint:
+        yield endpoint
+
+
+def _stand_in(**how: object) -> StandIn:
+    return StandIn(**how)  # type: ignore[arg-type]
+
+
+@pytest.mark.programs
+def test_async_client_says_what_the_other_says(served: Endpoint) -> None:
+    async def ask() -> list[Reply]:
+        whole: list[Reply] = []
+        async with AsyncClient(served) as client:
+            replies = await asyncio.gather(*(client.chat(HELLO) for _ in range(8)))
+            pieces = [piece async for piece in client.stream_chat(HELLO, done=whole.append)]
+            assert len(pieces) > 1
+            assert "".join(pieces) == REPLY
+            assert (await client.complete("x\n", Sampling(max_tokens=3))).finish_reason == "length"
+            with pytest.raises(RefusedError, match="619 tokens long and the server's context holds 512"):
+                await client.chat([{"role": "user", "content": "x" * 600}])
+            with pytest.raises(RefusedError, match="holds 512"):
+                [_ async for _ in client.stream_chat([{"role": "user", "content": "x" * 600}])]
+        return [*replies, *whole]
+
+    with Client(served) as client:
+        assert set(asyncio.run(ask())) == {client.chat(HELLO)}
+        assert client.complete("x\n").text == REPLY
+
+
+def test_async_client_tells_a_broken_stream_and_an_absent_server() -> None:
+    async def ask(endpoint: Endpoint) -> None:
+        async with AsyncClient(endpoint) as client:
+            async with aclosing(client.stream_chat(HELLO)) as pieces:  # type: ignore[type-var]
+                async for _ in pieces:
+                    pass
+
+    with _stand_in(failures=[Failure(-1)]) as server, pytest.raises(UnreachableError, match="broke off"):
+        asyncio.run(ask(server.endpoint))
+    with pytest.raises(UnreachableError, match="does not answer"):
+        asyncio.run(ask(server.endpoint))
+
+
+@pytest.mark.programs
+def test_raw_prompts_get_no_template(served: Endpoint, tmp_path: Path) -> None:
+    """Pitfall 56: only who asks for it sends bare text to a chat model."""
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text(json.dumps({"id": 1, "prompt": "ab\n"}) + "\n")
+    result = generate(served, prompts, out, raw=True)
+    [row] = map(json.loads, out.read_text().splitlines())
+    assert row == {
+        "id": 1, "text": REPLY, "finish_reason": "stop",
+        "usage": {"prompt_tokens": 3, "completion_tokens": 7},
+    }  # fmt: skip
+    assert (result.written, result.cut) == (1, 0)
+    prompts.write_text('{"id": 1, "messages": [{"role": "user", "content": "a"}]}\n')
+    with pytest.raises(DataError) as caught:
+        read_rows(prompts, raw=True)
+    assert "messages cannot be sent raw" in str(caught.value.problems[0])
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("raw", [False, True])
+def test_every_answer_meets_the_schema(served: Endpoint, tmp_path: Path, raw: bool) -> None:
+    """A model that would say something else entirely is held to it."""
+    prompts, out = write_prompts(tmp_path, 5), tmp_path / "out.jsonl"
+    sampling = Sampling(max_tokens=60, temperature=1.0, schema=NUMBER)
+    generate(served, prompts, out, sampling=sampling, raw=raw)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 5
+    for row in rows:
+        if row["finish_reason"] == "stop":
+            assert isinstance(json.loads(row["text"])["n"], int)
+        else:
+            assert row["text"].lstrip().startswith("{")
+
+
+def test_schema_files_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    for text in ("[1]", "{", ""):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match="--json-schema"):
+            _schema(path)
+    path.write_text(json.dumps(NUMBER))
+    assert _schema(path) == NUMBER
+    assert _schema(None) is None
+
+
+def test_sampling_is_sent_as_it_was_asked_for(tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path, 1)
+    sampling = Sampling(max_tokens=9, temperature=0.5, seed=3, stop=("x",), top_p=0.9, top_k=40, min_p=0.1)
+    with _stand_in() as server:
+        generate(server.endpoint, prompts, tmp_path / "one", sampling=sampling)
+        generate(server.endpoint, prompts, tmp_path / "two")
+    chosen, plain = server.asked
+    assert {key: value for key, value in chosen.items() if key not in ("model", "messages")} == {
+        "max_tokens": 9, "temperature": 0.5, "seed": 3, "stop": ["x"], "top_p": 0.9, "top_k": 40, "min_p": 0.1
+    }  # fmt: skip
+    assert plain.keys() == {"model", "messages", "max_tokens", "temperature", "seed"}
+
+
+def test_several_endpoints_share_the_rows(tmp_path: Path) -> None:
+    prompts, out = write_prompts(tmp_path, 40), tmp_path / "out.jsonl"
+    with _stand_in(slots=3, seconds=0.02) as one, _stand_in(slots=3, seconds=0.02) as two:
+        generate([one.endpoint, two.endpoint], prompts, out)
+    assert texts_of(out) == expected_texts(40)
+    assert (one.most_at_once, two.most_at_once) == (3, 3)
+    assert min(len(one.asked), len(two.asked)) >= 10
+
+
+def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.generate.LONGEST_PAUSE_SECONDS", 0.05)
+    prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
+    gone = _stand_in()
+    gone.start()
+    gone.stop()
+    with _stand_in(seconds=0.01) as there:
+        result = generate([gone.endpoint, there.endpoint], prompts, out, concurrency=4)
+    assert (result.written, result.failed) == (60, 0)
+    assert texts_of(out) == expected_texts(60)
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("name", ["ask_with_requests.py", "ask_with_openai.py"])
+def test_examples_run_as_they_stand(served: Endpoint, name: str) -> None:
+    script = ROOT / "docs" / "examples" / name
+    finished = process.run([sys.executable, str(script), served.url, "Hello"], environment={"API_KEY": "k"})
+    assert finished.status == 0, finished.output
+    lines = finished.output.splitlines()
+    assert lines[:2] == [REPLY, REPLY]
+    if "openai" in name:
+        assert "".join(lines[2:]).lstrip().startswith("{")
