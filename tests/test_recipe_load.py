@@ -92,6 +92,7 @@ DEFAULTS: dict[str, object] = {
     "deploy.parallel": None,
     "deploy.threads": None,
     "deploy.gpu_layers": None,
+    "deploy.without_key": False,
     "smoke": [],
 }
 

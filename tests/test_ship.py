@@ -66,11 +66,11 @@ def test_the_json_has_the_fields_of_the_contract(shipped: tuple[Workshop, Answer
         "gguf": str(directory / "mini-q4_k_m.gguf"),
         "modelfile": str(directory / "Modelfile"),
         "modelfile_reason": None,
-        "certificate": None,
-        "certificate_reason": fields["certificate_reason"],
+        "certificate": fields["certificate"],
+        "certificate_reason": None,
         "endpoint": None,
     }
-    assert fields["certificate_reason"]
+    assert fields["certificate"]["ok"] is True and fields["certificate"]["broken_stage"] is None
     assert [stage["name"] for stage in stages] == list(STAGES)
     assert not any(stage["cached"] for stage in stages)
     assert all(stage["seconds"] >= 0 for stage in stages)
@@ -205,7 +205,7 @@ def test_a_plan_names_the_field_that_changed_and_the_stages_behind_it(
     here: Workshop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Style rows 5 and 6; what waits says for what."""
-    here.ship("--until", "modelfile")
+    here.ship("--until", "verify")
     before = tree(here.directory)
     assert planned(capsys, "-o", "train.learning_rate=2e-3") == {
         "data": None,
@@ -213,7 +213,8 @@ def test_a_plan_names_the_field_that_changed_and_the_stages_behind_it(
         "validate": ["waits for train"],
         "evaluate": ["waits for train"],
         "export": ["waits for train"],
-        "modelfile": None,
+        "modelfile": ["waits for export"],
+        "verify": ["waits for train", "waits for export"],
         "deploy": LOOKS,
         "smoke": LOOKS,
     }
@@ -225,7 +226,7 @@ def test_a_plan_names_the_field_that_changed_and_the_stages_behind_it(
 def test_an_upgraded_llama_cpp_python_exports_again(
     here: Workshop, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here.ship("--until", "modelfile")
+    here.ship("--until", "verify")
     current = planned(capsys)
     assert [name for name, reasons in current.items() if reasons is None] == list(PURE)
     monkeypatch.setattr(
@@ -233,7 +234,7 @@ def test_an_upgraded_llama_cpp_python_exports_again(
     )
     upgraded = planned(capsys)
     assert [name for name, reasons in upgraded.items() if reasons is None] == [
-        name for name in PURE if name != "export"
+        name for name in PURE if name not in ("export", "modelfile", "verify")
     ]
     [reason] = upgraded["export"] or []
     assert "llama-cpp-python" in reason and "→ 9.9.9" in reason
@@ -288,7 +289,7 @@ def test_chat_talks_in_the_terminal(shipped: tuple[Workshop, Answer]) -> None:
     workshop, answer = shipped
     [query] = answer.fields["smoke"]
     talked = workshop.forge("chat", "mini", typed=f"{query['prompt']}\n/quit\n")
-    assert talked.code == 0 and talked.fields == {"model": "mini-q4_k_m"}
+    assert talked.code == 0 and talked.fields == {"model": "mini"}
     # Greedy or not, a chat samples as the server does: only that it answered can be said.
     assert len(talked.said.partition("> ")[2].partition("> ")[0].strip()) > 0
 
@@ -357,7 +358,7 @@ def test_what_is_kept_serves_on_and_holds_up_no_other_ship(again: Workshop) -> N
     endpoint = first.fields["endpoint"]
     with Client(find(endpoint)) as client:
         assert client.chat([{"role": "user", "content": RECIPE["smoke"][0]["prompt"]}]).text.strip()
-        assert client.properties()["default_generation_settings"]["n_ctx"] == 4096
+        assert client.properties()["default_generation_settings"]["n_ctx"] == 1024  # all that the model has
     [listed] = again.forge("ps").fields["running"]
     assert (listed["name"], listed["endpoint"], listed["runtime"]) == ("mini", endpoint, "embedded")
     second = again.ship("-o", "deploy.keep=true")

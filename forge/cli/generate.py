@@ -19,11 +19,17 @@ from forge.cli.options import common
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with the servers' key.")
 @click.option("--concurrency", default="auto", show_default=True, help="Requests at once: a number, or auto.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
-@click.option("--top-p", type=click.FloatRange(0, 1), help="The server's own unless told; so the next two.")
-@click.option("--top-k", type=click.IntRange(0))
-@click.option("--min-p", type=click.FloatRange(0, 1))
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token."
+)
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1), help="Share of likely tokens; the server's unless told."
+)
+@click.option("--top-k", type=click.IntRange(0), help="Most tokens to choose from; the server's unless told.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), help="Least share of the likeliest; the server's unless told."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--stop", multiple=True, help="Text that ends an answer.")
 @click.option("--json-schema", "schema", type=click.Path(path_type=Path), help="What every answer must meet.")
 @click.option("--raw", is_flag=True, help="Send each prompt as it is, without the chat template.")

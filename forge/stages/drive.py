@@ -21,7 +21,7 @@ from forge.stages.preflight import require_tools
 from forge.stages.record import MANIFEST, learned, read_manifest, record, summary
 from forge.stages.ship import Ship, open_ship
 from forge.store import runs
-from forge.store.artifacts import open_store
+from forge.store.artifacts import Store, open_store
 
 RUNS = "runs"
 
@@ -45,10 +45,7 @@ def ship(
     loaded = _load(recipe, overrides)
     store, directory = open_store(), run_directory(loaded)
     with runs.hold(store, directory), ExitStack() as stack:
-        pins = read_manifest(directory).get("pins")
-        target = open_ship(loaded, store, directory, pins=pins)
-        for problem in target.base.problems:
-            report.warning(str(problem))
+        target = _open(loaded, store, directory)
         stages, force = stages_for(target), frozenset({"train"} if retrain else ())
         past = runs.requests(store, directory)
         ahead = plan_stages(stages, store, past, from_stage=from_stage, until=until, force=force)
@@ -78,10 +75,17 @@ def ship(
         finally:
             record(target, results, failure)
         fields = _finish(target, results, failure)
-    # Outside the lock: the next ship of this recipe does not wait for a server.
-    return (
-        {**fields, "endpoint": _keep(target)} if target.recipe.deploy.keep and "deploy" in results else fields
-    )
+    if target.recipe.deploy.keep and "deploy" in results:
+        # Outside the lock: the next ship of this recipe does not wait for a server.
+        fields["endpoint"] = _keep(target)
+    return fields
+
+
+def _open(loaded: Loaded, store: Store, directory: Path) -> Ship:
+    target = open_ship(loaded, store, directory, pins=read_manifest(directory).get("pins"))
+    for problem in target.base.problems:
+        report.warning(str(problem))
+    return target
 
 
 def _keep(target: Ship) -> str:

@@ -162,20 +162,7 @@ def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException 
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         },
-        "artifacts": {
-            result.name: {
-                "key": result.artifact.key,
-                "digest": result.artifact.digest,
-                "recorded": dict(result.artifact.recorded),
-                "tools": result.artifact.request.get("tools"),
-                "files": {
-                    name: {"sha256": output.sha256, "bytes": output.bytes}
-                    for name, output in result.artifact.outputs.items()
-                },
-            }
-            for result in results.values()
-            if result.artifact
-        },
+        "artifacts": {result.name: _made(result.artifact) for result in results.values() if result.artifact},
         # The certificate holds what verify found.
         "facts": {result.name: dict(result.facts) for result in results.values() if result.name != "verify"},
         "learned": learned(results),
@@ -185,6 +172,19 @@ def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException 
             {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
             for result in results.values()
         ],
+    }
+
+
+def _made(artifact: Artifact) -> dict[str, Any]:
+    return {
+        "key": artifact.key,
+        "digest": artifact.digest,
+        "recorded": dict(artifact.recorded),
+        "tools": artifact.request.get("tools"),
+        "files": {
+            name: {"sha256": output.sha256, "bytes": output.bytes}
+            for name, output in artifact.outputs.items()
+        },
     }
 
 
