@@ -182,3 +182,11 @@ def test_ctrl_c_leaves_nothing(place: Workshop) -> None:
         told = place.heard(child)
     assert told.code == 130
     assert not left(place)
+
+
+def test_plain_decides_nothing_for_the_converter(place: Workshop) -> None:
+    """The built-in base has a tokenizer of its own, which upstream alone does not know."""
+    told = export(place, "--plain")
+    assert told.code == 4
+    assert "BPE pre-tokenizer was not recognized" in told.fields["error"]["message"]
+    assert not left(place)

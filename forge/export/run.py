@@ -196,7 +196,7 @@ def _write(
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
-        settings["threads"] or os.cpu_count() or 1,
+        settings["threads"] or _cores(),
         lambda done, total: report.advance("export", done, total),
     )
 
@@ -209,6 +209,13 @@ def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
         kind.value = file_type(quant)
         found |= {"general.quantization_version": version, "general.file_type": kind}
     return found
+
+
+def _cores() -> int:
+    """The cores that this process may use, which in a container are fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _peak_memory() -> int:

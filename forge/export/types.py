@@ -105,8 +105,10 @@ def listening() -> Iterator[list[str]]:
 def last_words(said: Sequence[str]) -> str:
     """The last line that speaks of an error, else the last words."""
     lines = [line.strip() for line in "".join(said).splitlines()]
-    errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
-    return errors[-1] if errors else " ".join(" ".join(lines).split()[-40:])
+    for word in ("error", "failed"):
+        if found := [line for line in lines if word in line.lower()]:
+            return found[-1]
+    return " ".join(" ".join(lines).split()[-40:])
 
 
 def file_type(quant: str) -> int:

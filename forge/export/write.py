@@ -114,8 +114,8 @@ def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
         stored = converted.types[name]
         if chunks := getattr(data, "_chunks", None):  # a table that the converter itself takes in parts
             for number, chunk in enumerate(chunks, 1):
-                read = partial(_read_chunk, chunk, info.shape[-1])
-                yield name, partial(_slab, name, read, stored, kind, 0, 0), number == len(chunks)
+                part = partial(_read_chunk, chunk, info.shape[-1])
+                yield name, partial(_slab, name, part, stored, kind, 0, 0), number == len(chunks)
             continue
         if not isinstance(data, Pending) or stored not in _PLAIN:
             yield name, partial(_as_made, name, data, stored, kind), True
