@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import ship, startup, training
+from bench import serve, ship, startup, training
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
 
@@ -26,6 +26,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "startup": startup.measure,
     "training": training.measure,
     "ship": ship.measure,
+    "serve": serve.measure,
 }
 PAIRS = 5
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python", "xllamacpp")

@@ -59,7 +59,8 @@ def test_holds_the_model_the_server_and_how_to_start_it(contents: Contents, tmp_
     assert os.access(root / "start.sh", os.X_OK)
     assert "apache-2.0" in (root / "LICENCES.txt").read_text()
     assert "MIT licence" in (root / "LICENCES.txt").read_text()
-    sums = dict(reversed(line.split("  ")) for line in (root / "SHA256SUMS").read_text().splitlines())
+    lines = (root / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
     for name in found - {"SHA256SUMS"}:
         assert sums[name] == hashlib.sha256((root / name).read_bytes()).hexdigest()
     assert process.run([str(root / "smoke.sh"), "files"]).output == "files: as they were packed"
