@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import export, ship, startup, training, verify
+from bench import export, serve, ship, startup, training, verify
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
 from forge.process import signals_as_interrupt
@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "export": export.measure,
     "export-large": export.measure_large,
     "verify": verify.measure,
+    "serve": serve.measure,
 }
 PAIRS = 5
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python", "xllamacpp")

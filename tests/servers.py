@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -61,8 +62,8 @@ def write_adapter(path: Path, *, says: str, architecture: str = "llama") -> Path
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 2.0)
-    a = np.zeros((2, WIDTH), np.float32)
-    b = np.zeros((count, 2), np.float32)
+    a: Any = np.zeros((2, WIDTH), np.float32)
+    b: Any = np.zeros((count, 2), np.float32)
     a[0, first], b[word, 0] = 50.0, 1.0
     a[1, word], b[end, 1] = 50.0, 1.0
     writer.add_tensor("output.weight.lora_a", a)

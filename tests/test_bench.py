@@ -146,14 +146,14 @@ def test_without_tools_nothing_is_measured(
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["startup", "training", "ship"]
+    assert [line.split()[0] for line in lines] == ["startup", "training", "ship", "serve"]
     assert all(line.endswith(".") for line in lines)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["typo"], "no benchmark typo; there is startup, training, ship"),
+        (["typo"], "no benchmark typo; there is startup, training, ship, serve"),
         (["--pairs", "0"], "argument --pairs: at least 1"),
         (["--pairs", "many"], "argument --pairs: invalid"),
     ],

@@ -177,3 +177,27 @@ def test_files_that_hold_no_key(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(RecipeError, match="holds no key"):
         read_key(path)
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_chat_with_a_file_and_with_the_url_of_a_server_with_a_key(place: Workshop) -> None:
+    """R3: several turns, /reset, /save and a system prompt, on a GGUF and on a URL."""
+    typed = "Hello\nAgain\n/save talk.jsonl\n/reset\nOnce more\n/save talk.jsonl\n/quit\n"
+    answer = place.forge("chat", "tiny.gguf", "--system", "Be brief", typed=typed)
+    assert (answer.code, answer.fields) == (0, {"model": "tiny"})
+    assert answer.said.count(REPLY) == 3
+    first, second = map(json.loads, (place.directory / "talk.jsonl").read_text().splitlines())
+    roles = [turn["role"] for turn in first["messages"]]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert [turn["content"] for turn in second["messages"]] == ["Be brief", "Once more", REPLY]
+    served = place.forge("serve", "tiny.gguf", "--port", "0", "--api-key-file", "key", "--detach")
+    url = served.fields["endpoint"]
+    talked = place.forge("chat", url, "--api-key-file", "key", "--max-tokens", "2", typed="Hello\n")
+    assert talked.code == 0
+    assert "[cut: the answer reached its limit of tokens]" in talked.said
+    refused = place.forge("chat", url, typed="Hello\n")
+    assert (refused.code, "Invalid API Key" in refused.fields["error"]["message"]) == (2, True)
+    for flags in ((url, "--context", "512"), ("tiny.gguf", "--api-key-file", "key")):
+        assert place.forge("chat", *flags).code == 2
+    place.forge("stop")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from forge import report
@@ -10,9 +12,20 @@ from forge.cli.options import common
 @click.argument("target")
 @click.option("--system", help="A system prompt.")
 @click.option("--context", type=click.IntRange(64), help="Context in tokens; up to 4096 unless told.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a URL's key.")
+@click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
 @common
-def command(target: str, system: str | None, context: int | None) -> None:
+def command(
+    target: str,
+    system: str | None,
+    context: int | None,
+    api_key_file: Path | None,
+    max_tokens: int,
+    temperature: float,
+) -> None:
     """Talk to TARGET: a run, a GGUF file, or the URL of an OpenAI-compatible server."""
     from forge.stages.asking import chat
 
-    report.result(chat(target, system, context))
+    sampling = {"max_tokens": max_tokens, "temperature": temperature}
+    report.result(chat(target, system, context, api_key_file, sampling))

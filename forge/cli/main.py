@@ -34,6 +34,7 @@ COMMANDS = {
     "serve": "Serve a run or a GGUF file over REST.",
     "ps": "List the servers that run in the background.",
     "stop": "Stop what runs in the background.",
+    "bundle": "Pack a model and its server for a computer without network.",
     "generate": "Answer a file of prompts through an endpoint.",
     "show": "Show what a run holds.",
     "runs": "List the runs.",

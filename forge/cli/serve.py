@@ -46,14 +46,31 @@ def _adapters(context: click.Context, parameter: click.Parameter, given: tuple[s
 )  # fmt: skip
 @click.option("--detach", is_flag=True, help="Leave it running in the background.")
 @click.option("--open", "show", is_flag=True, help="Open its web page in a browser.")
+@click.option(
+    "--print", "kind", type=click.Choice(("compose", "kubernetes")), help="Print a manifest; run nothing."
+)
+@click.option("--model-url", help="With --print kubernetes: where an init container fetches the model.")
+@click.option("--replicas", type=click.IntRange(1), default=1, help="With --print kubernetes: how many.")
 @click.option("--listed", is_flag=True, hidden=True)
 @common
-def command(detach: bool, show: bool, listed: bool, **wish: Any) -> None:
+def command(
+    detach: bool,
+    show: bool,
+    listed: bool,
+    kind: str | None,
+    model_url: str | None,
+    replicas: int,
+    **wish: Any,
+) -> None:
     """Serve TARGET, a run or a GGUF file, as an OpenAI-compatible endpoint until Ctrl-C."""
     from forge.stages import serving
 
     wanted = serving.Wish(**wish)
-    if detach:
+    if kind:
+        serving.show_manifest(kind, wanted, model_url=model_url, replicas=replicas)
+    elif model_url or replicas != 1:
+        raise click.UsageError("--model-url and --replicas go with --print")
+    elif detach:
         report.result(serving.detach(wanted, show=show))
     else:
         serving.serve(wanted, said=report.result, show=show, listed=listed)

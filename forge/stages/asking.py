@@ -18,14 +18,22 @@ from forge.stages.record import read_manifest
 from forge.stages.serving import Wish, open_runtime, read_key
 
 
-def chat(target: str, system: str | None, context: int | None) -> dict[str, Any]:
+def chat(
+    target: str,
+    system: str | None,
+    context: int | None,
+    api_key_file: Path | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Talk to a run, a GGUF or a URL in the terminal."""
     from forge.serve.chat import converse
+    from forge.serve.wire import Sampling
 
     with ExitStack() as stack:
-        endpoint = _reach(target, context, stack)
+        endpoint = _reach(target, context, api_key_file, stack)
         report.info(f"talking to {endpoint.model}; /quit ends, /reset forgets, /save FILE keeps")
-        converse(endpoint, read=_read_line, write=report.write, system=system)
+        chosen = Sampling(**(sampling or {}))
+        converse(endpoint, read=_read_line, write=report.write, system=system, sampling=chosen)
     return {"model": endpoint.model}
 
 
@@ -37,9 +45,13 @@ def _read_line(prompt: str) -> str:
     return input()
 
 
-def _reach(target: str, context: int | None, stack: ExitStack) -> Endpoint:
+def _reach(target: str, context: int | None, api_key_file: Path | None, stack: ExitStack) -> Endpoint:
     if target.startswith(("http://", "https://")):
-        return find(target)
+        if context is not None:
+            raise RecipeError("--context: whoever started that server has chosen its context")
+        return find(target, api_key=read_key(api_key_file))
+    if api_key_file is not None:
+        raise RecipeError("--api-key-file goes with a URL")
     return open_runtime(Wish(target, context=context), stack)[1]
 
 

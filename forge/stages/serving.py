@@ -8,7 +8,7 @@ import time
 import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,15 @@ def serve(
 def _fields(endpoint: Endpoint, pid: int) -> dict[str, object]:
     fields = {"endpoint": endpoint.url, "model": endpoint.model, "pid": pid, "device": endpoint.device}
     return {**fields, "container": endpoint.container} if endpoint.container else fields
+
+
+def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int) -> None:
+    """Print what starts the server elsewhere; nothing runs."""
+    from forge.serve.manifests import manifest
+
+    chosen = settings(replace(wish, runtime="container"))
+    ready.check(chosen)
+    report.output(manifest(kind, chosen, model_url=model_url, replicas=replicas).rstrip("\n"))
 
 
 def served_directory() -> Path:

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from forge import report
+from forge.cli.options import common
+
+
+@click.command()
+@click.argument("target")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The archive: .tar or .tar.gz.")
+@click.option("--llama-server", "program", help="The Linux server to put in; from the PATH unless told.")
+@click.option(
+    "--wheel", "wheels", multiple=True, type=click.Path(path_type=Path),
+    help="A wheel of xllamacpp for macOS or Windows to put in.",
+)  # fmt: skip
+@click.option("--context", type=click.IntRange(64), help="Context in tokens.")
+@common
+def command(
+    target: str, out: Path, program: str | None, wheels: tuple[Path, ...], context: int | None
+) -> None:
+    """Pack TARGET, a run or a GGUF file, with a server for a computer without network or GPU."""
+    from forge.stages.bundling import bundle
+
+    report.result(bundle(target, out, program, wheels, context))

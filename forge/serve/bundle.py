@@ -1,0 +1,140 @@
+"""One archive for a computer without network or GPU: model, server, start scripts, checksums, a smoke test.
+
+For Linux the server is a native program with every library that it needs, the loader among them,
+so that nothing has to be installed. For macOS and Windows it is a Python wheel that is put in.
+
+Not covered: a GPU, processors of another kind than this one's, signing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from forge.errors import DataError, MissingToolError, RecipeError
+from forge.serve import bundle_files
+from forge.serve.llama_server import PROGRAM
+from forge.tools.native import libraries
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_LOADER = "ld-linux"
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a bundle: `files` are further ones (name -> file) such as Modelfiles.
+
+    `question` and `expect` are the smoke test's: the answer to the first must hold the second.
+    """
+
+    name: str
+    model: Path
+    context_tokens: int
+    licence: str
+    question: str
+    expect: str = ""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    wheels: Sequence[Path] = ()
+
+
+def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -> int:
+    """Write the archive and give its size in bytes; it appears whole or not at all.
+
+    `program` is the llama-server for Linux: from the PATH unless told, left out where there is none
+    but there are wheels. Raises `RecipeError`, `DataError`, or `MissingToolError` without a server.
+    """
+    if not out.name.endswith(SUFFIXES):
+        raise RecipeError(f"--out {out}: a bundle is a {' or '.join(SUFFIXES[:2])} file")
+    wrong = [one for one in contents.wheels if one.suffix != ".whl" or not one.is_file()]
+    if wrong:
+        raise RecipeError(f"--wheel {wrong[0]}: not a wheel that is there")
+    files: dict[str, Path | str] = {contents.model.name: contents.model, **contents.files}
+    loader = _add_native(files, program, needed=not contents.wheels)
+    files |= {f"wheels/{one.name}": one for one in contents.wheels}
+    files |= bundle_files.texts(contents.name, contents.model.name, contents.context_tokens, loader=loader,
+                                wheels=bool(contents.wheels))  # fmt: skip
+    files["LICENCES.txt"] = bundle_files.licences(contents.licence, loader=loader)
+    files["smoke.json"] = json.dumps(
+        {"messages": [{"role": "user", "content": contents.question}], "max_tokens": 64, "temperature": 0}
+    )
+    files["smoke.expect"] = contents.expect
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _write(contents.name, files, partial)
+        partial.replace(out)
+    except OSError as failure:
+        raise DataError(f"{out} cannot be written: {failure.strerror}") from failure
+    finally:
+        partial.unlink(missing_ok=True)
+    return out.stat().st_size
+
+
+def _add_native(files: dict[str, Path | str], program: str | None, *, needed: bool) -> str:
+    """Put the program and its libraries in; give the loader's name, empty where there is no program."""
+    found = shutil.which(program or PROGRAM)
+    if found is None:
+        if program is None and not needed:
+            return ""
+        raise MissingToolError(
+            f"there is no program {program or PROGRAM} to put into the bundle",
+            hint="name a llama-server with --llama-server, or put wheels in with --wheel",
+        )
+    path = Path(found).resolve()
+    needs = libraries(path)
+    # Backends that it opens by name while it runs lie beside it, or beside its libraries.
+    beside = {path.parent, *(one.parent for name, one in needs.items() if name.startswith("libggml"))}
+    backends = {
+        one.name: one
+        for where in beside
+        for one in sorted(where.glob("libggml-*.so"))
+        if not any(name.startswith(one.name) for name in needs)
+    }
+    loaders = [name for name in needs if name.startswith(_LOADER)]
+    if len(loaders) != 1:
+        raise DataError(f"{path} is no Linux program with shared libraries", hint="give another llama-server")
+    files["linux/llama-server"] = path
+    files |= {f"linux/lib/{name}": one.resolve() for name, one in {**backends, **needs}.items()}
+    return loaders[0]
+
+
+def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
+    """The files in order, as of no time and nobody's: the same contents give the same bytes."""
+    sums: list[str] = []
+    compression = "w" if out.name.removesuffix(".partial").endswith(".tar") else "w:gz"
+    with tarfile.open(out, compression, format=tarfile.PAX_FORMAT) as archive:  # type: ignore[call-overload]
+        for inside, source in sorted(files.items()):
+            sums.append(f"{_digest(source)}  {inside}\n")
+            _add(archive, f"{name}/{inside}", source)
+        _add(archive, f"{name}/SHA256SUMS", "".join(sums))
+
+
+def _add(archive: tarfile.TarFile, inside: str, source: Path | str) -> None:
+    member = tarfile.TarInfo(inside)
+    runs = inside.endswith((".sh", ".command", "llama-server")) or "/linux/lib/" in inside
+    member.mode = 0o755 if runs else 0o644
+    if isinstance(source, str):
+        content = source.encode()
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+        return
+    member.size = source.stat().st_size
+    with source.open("rb") as stream:
+        archive.addfile(member, stream)
+
+
+def _digest(source: Path | str) -> str:
+    if isinstance(source, str):
+        return hashlib.sha256(source.encode()).hexdigest()
+    digest = hashlib.sha256()
+    with source.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""The texts of a bundle: how to start it on each system, what it is, and under which licences.
+
+The scripts use what every such system has (`sh`, and curl or wget); those for macOS and Windows need
+Python 3.10 or later, and were not run where forge is tested.
+"""
+
+from __future__ import annotations
+
+_START = """\
+#!/bin/sh
+# Serves {name} on this computer alone. Another port: PORT=9000 ./start.sh; more: ./start.sh --help
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+exec "$here/linux/lib/{loader}" --library-path "$here/linux/lib" "$here/linux/llama-server" \\
+    --model "$here/{model}" --alias {name} --ctx-size {context} --parallel 1 --jinja --offline \\
+    --host 127.0.0.1 --port "${{PORT:-8080}}" --cors-origins "" "$@"
+"""
+
+_SMOKE = """\
+#!/bin/sh
+# Checks the files, then asks the server that start.sh has started; `./smoke.sh files` only the first.
+set -eu
+cd "$(dirname "$0")"
+sha256sum -c SHA256SUMS >/dev/null
+echo "files: as they were packed"
+[ "${1:-}" = files ] && exit 0
+url="http://127.0.0.1:${PORT:-8080}"
+get() {
+    if command -v curl >/dev/null; then curl -fsS "$@"; else
+        [ $# = 1 ] && wget -qO- "$1" && return
+        wget -qO- --header "Content-Type: application/json" --post-data "$(cat smoke.json)" "$1"
+    fi
+}
+tries=0
+until get "$url/health" >/dev/null 2>&1; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 300 ] || { echo "nothing answers at $url: is start.sh running?" >&2; exit 1; }
+    sleep 1
+done
+answer=$(get "$url/v1/chat/completions" -H "Content-Type: application/json" -d @smoke.json)
+echo "$answer"
+expect=$(cat smoke.expect)
+case "$answer" in
+*'"content":""'*) echo "the answer is empty" >&2; exit 1 ;;
+*'"content":"'*"$expect"*) echo "smoke test: passed" ;;
+*) echo "smoke test: the answer is not the expected one" >&2; exit 1 ;;
+esac
+"""
+
+_SERVE = '''\
+"""Serves {name} on this computer alone, with llama-server from the wheel beside; no network is asked."""
+import os
+import time
+from pathlib import Path
+
+import xllamacpp
+
+settings = xllamacpp.CommonParams()
+settings.model.path = str(Path(__file__).parent / "{model}")
+settings.model_alias = {{"{name}"}}
+settings.hostnames = ["127.0.0.1"]
+settings.port = int(os.environ.get("PORT", "8080"))
+settings.n_ctx = {context}
+settings.n_parallel = 1
+settings.cors_origins = ""
+server = xllamacpp.Server(settings)
+print(f"{name} answers at {{server.listening_address}}; Ctrl-C stops it", flush=True)
+while True:
+    time.sleep(3600)
+'''
+
+_COMMAND = """\
+#!/bin/sh
+# macOS (not run where forge is tested): needs Python 3.10 or later.
+set -eu
+cd "$(dirname "$0")"
+[ -d .venv ] || { python3 -m venv .venv && .venv/bin/pip install --no-index --find-links wheels xllamacpp; }
+exec .venv/bin/python serve.py
+"""
+
+_BATCH = """\
+@echo off
+rem Windows (not run where forge is tested): needs Python 3.10 or later.
+cd /d "%~dp0"
+if not exist .venv py -3 -m venv .venv
+.venv\\Scripts\\pip install --quiet --no-index --find-links wheels xllamacpp
+.venv\\Scripts\\python serve.py
+"""
+
+_README = """\
+{name}: a chat model that runs on this computer, without network and without GPU.
+
+{ways}
+Then open http://127.0.0.1:8080 in a browser, or ask as OpenAI's API is asked:
+  curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d @smoke.json
+
+smoke.sh checks every file against SHA256SUMS, then the running server's answer.
+With Ollama: ollama create {name} -f Modelfile (where there is one).
+LICENCES.txt says what may be done with the model and with the server.
+"""
+
+_MIT = """\
+The server is llama.cpp, Copyright (c) 2023-2026 The ggml authors, under the MIT licence:
+
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+associated documentation files (the "Software"), to deal in the Software without restriction,
+including without limitation the rights to use, copy, modify, merge, publish, distribute,
+sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all copies or
+substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES
+OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+"""
+
+_SYSTEM = """
+The libraries in linux/lib are those of the system that packed this: the GNU C library (LGPL 2.1),
+GCC's run-time libraries (GPL 3 with the run-time exception) and what else the server asks for. They
+are separate files, unchanged, and may be replaced.
+"""
+
+
+def texts(name: str, model: str, context_tokens: int, *, loader: str, wheels: bool) -> dict[str, str]:
+    """File name -> text. `loader` is empty without a native server."""
+    files: dict[str, str] = {"smoke.sh": _SMOKE}
+    ways = ""
+    if loader:
+        files["start.sh"] = _START.format(name=name, loader=loader, model=model, context=context_tokens)
+        ways += "Linux:    ./start.sh\n"
+    if wheels:
+        files["serve.py"] = _SERVE.format(name=name, model=model, context=context_tokens)
+        files |= {"start.command": _COMMAND, "start.bat": _BATCH.replace("\n", "\r\n")}
+        ways += "macOS:    ./start.command   (Python 3.10 or later)\n"
+        ways += "Windows:  start.bat         (Python 3.10 or later)\n"
+    files["README.txt"] = _README.format(name=name, ways=ways)
+    return files
+
+
+def licences(model: str, *, loader: str) -> str:
+    """Under which licences the model and the server are."""
+    return f"The model: {model}\n\n{_MIT}{_SYSTEM if loader else ''}"

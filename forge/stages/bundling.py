@@ -1,0 +1,66 @@
+"""`forge bundle`: what of a run, or of a GGUF file, goes into the archive."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.model.gguf_header import read_gguf
+from forge.serve import ready
+from forge.serve.bundle import Contents, write_bundle
+from forge.stages.drive import find_run
+from forge.stages.record import read_manifest
+from forge.stages.serving import Wish, settings
+
+_HELLO = "Hello!"
+# What may stand in a JSON text as it is, so that the smoke test can look for it.
+_PLAIN = re.compile(r"[A-Za-z0-9 ,.;:!?'()-]+")
+
+
+def bundle(
+    target: str,
+    out: Path,
+    program: str | None = None,
+    wheels: Sequence[Path] = (),
+    context: int | None = None,
+) -> dict[str, Any]:
+    """Write the archive; gives the contract's fields. The smoke question is the run's own first."""
+    chosen = settings(Wish(target, context=context))
+    ready.check(chosen)
+    run = None if Path(target).is_file() else find_run(target)
+    manifest = read_manifest(run) if run else {}
+    question, expect = _smoke(manifest)
+    modelfiles = [run / name for name in ("Modelfile", "Modelfile.jinja")] if run else []
+    contents = Contents(
+        name=re.sub(r"[^A-Za-z0-9._-]", "-", chosen.alias),
+        model=chosen.model,
+        context_tokens=chosen.context_tokens,
+        licence=_licence(manifest, chosen.model),
+        question=question,
+        expect=expect,
+        files={path.name: path for path in modelfiles if path.is_file()},
+        wheels=wheels,
+    )
+    size = write_bundle(contents, out.absolute(), program=program)
+    report.success(f"wrote {out}: {size / 1e6:.1f} MB")
+    return {"bundle": str(out.absolute()), "bytes": size}
+
+
+def _smoke(manifest: dict[str, Any]) -> tuple[str, str]:
+    """A question that the run was asked, and the plain beginning of the answer it gave."""
+    for one in manifest.get("facts", {}).get("smoke", {}).get("smoke", []):
+        answer = one["answer"].strip()
+        plain = _PLAIN.match(answer)
+        if one["ok"] and plain:
+            return one["prompt"], plain[0][:40]
+    return _HELLO, ""
+
+
+def _licence(manifest: dict[str, Any], model: Path) -> str:
+    told = manifest.get("base", {}).get("licence") or read_gguf(model).metadata.get("general.license")
+    base = manifest.get("base", {}).get("spec")
+    made = f", made from {base}" if base else ""
+    return f"{model.name}{made}: {told or 'its licence is not known; ask whoever made the base'}"

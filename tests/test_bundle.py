@@ -1,0 +1,162 @@
+"""`forge bundle`: one archive, the same bytes each time, that answers in a container without network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge import process
+from forge.errors import DataError, MissingToolError, RecipeError
+from forge.serve.bundle import Contents, write_bundle
+from forge.stages.bundling import _licence, _smoke, bundle
+from forge.tools.native import libraries
+from tests.docker_daemon import load_image
+from tests.servers import llama_server
+from tests.tiny_gguf import REPLY, write_tiny_gguf
+
+QUESTION = "There is bacon in this sandwich."
+
+
+@pytest.fixture
+def contents(tmp_path: Path) -> Contents:
+    model = write_tiny_gguf(tmp_path / "yoda.gguf")
+    modelfile = tmp_path / "Modelfile"
+    modelfile.write_text("FROM ./yoda.gguf\n")
+    files = {"Modelfile": modelfile}
+    return Contents("yoda", model, 1024, "yoda.gguf: apache-2.0", QUESTION, "In this sandwich", files)
+
+
+def _unpacked(archive: Path, where: Path) -> Path:
+    with tarfile.open(archive) as opened:
+        opened.extractall(where, filter="data")
+    return where / "yoda"
+
+
+@pytest.mark.programs
+def test_holds_the_model_the_server_and_how_to_start_it(contents: Contents, tmp_path: Path) -> None:
+    """R5, U: GGUF, Modelfiles, start script, licence, checksums, smoke test; the same bytes again."""
+    out = tmp_path / "out" / "yoda.tar"
+    size = write_bundle(contents, out, program="/bin/ls")
+    assert size == out.stat().st_size
+    again = tmp_path / "again.tar"
+    write_bundle(contents, again, program="/bin/ls")
+    assert again.read_bytes() == out.read_bytes()
+    root = _unpacked(out, tmp_path / "there")
+    found = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    native = {f"linux/lib/{name}" for name in libraries(Path("/bin/ls"))}
+    assert found == native | {
+        "yoda.gguf", "Modelfile", "linux/llama-server", "start.sh", "smoke.sh", "smoke.json", "smoke.expect",
+        "README.txt", "LICENCES.txt", "SHA256SUMS",
+    }  # fmt: skip
+    assert (root / "yoda.gguf").read_bytes() == contents.model.read_bytes()
+    assert os.access(root / "start.sh", os.X_OK)
+    assert "apache-2.0" in (root / "LICENCES.txt").read_text()
+    assert "MIT licence" in (root / "LICENCES.txt").read_text()
+    lines = (root / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    for name in found - {"SHA256SUMS"}:
+        assert sums[name] == hashlib.sha256((root / name).read_bytes()).hexdigest()
+    assert process.run([str(root / "smoke.sh"), "files"]).output == "files: as they were packed"
+    (root / "smoke.json").write_text("{}")
+    assert process.run([str(root / "smoke.sh"), "files"]).status != 0
+    assert not list(out.parent.glob(".*"))
+
+
+@pytest.mark.programs
+def test_wheels_bring_start_scripts_for_the_other_systems(contents: Contents, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    wheel = tmp_path / "xllamacpp-1-cp310-abi3-macosx_11_0_arm64.whl"
+    wheel.write_bytes(b"wheel")
+    write_bundle(replace(contents, wheels=[wheel]), tmp_path / "b.tar", program="/bin/ls")
+    root = _unpacked(tmp_path / "b.tar", tmp_path / "there")
+    assert (root / "wheels" / wheel.name).read_bytes() == b"wheel"
+    assert "Python 3.10 or later" in (root / "README.txt").read_text()
+    assert b"\r\n" in (root / "start.bat").read_bytes()
+    compile((root / "serve.py").read_text(), "serve.py", "exec")
+    with pytest.raises(RecipeError, match="not a wheel"):
+        write_bundle(replace(contents, wheels=[tmp_path / "x.whl"]), tmp_path / "c.tar", program="/bin/ls")
+
+
+@pytest.mark.programs
+def test_what_cannot_be_packed_is_said_and_leaves_nothing(
+    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match=r"a bundle is a \.tar or \.tar\.gz file"):
+        write_bundle(contents, tmp_path / "yoda.zip")
+    with pytest.raises(MissingToolError, match="no program /nowhere/llama-server to put into"):
+        write_bundle(contents, tmp_path / "yoda.tar", program="/nowhere/llama-server")
+    text = tmp_path / "text"
+    text.write_text("#!/bin/sh\n")
+    text.chmod(0o755)
+    with pytest.raises(DataError, match="no Linux program with shared libraries"):
+        write_bundle(contents, tmp_path / "yoda.tar", program=str(text))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(MissingToolError, match="no program llama-server"):
+        write_bundle(contents, tmp_path / "yoda.tar")
+    assert not list(tmp_path.glob("*.tar*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_smoke_question_is_one_that_the_run_answered() -> None:
+    def asked(*rows: tuple[str, str, bool]) -> dict[str, Any]:
+        told = [{"prompt": prompt, "answer": answer, "ok": ok} for prompt, answer, ok in rows]
+        return {"facts": {"smoke": {"smoke": told}}}
+
+    assert _smoke({}) == ("Hello!", "")
+    assert _smoke(asked(("a", "wrong", False), ("b", "right, it is", True))) == ("b", "right, it is")
+    assert _smoke(asked(("a", '"quoted"', True))) == ("Hello!", "")
+    assert _smoke(asked(("a", "x" * 99 + "\n", True))) == ("a", "x" * 40)
+
+
+def test_licence_is_the_bases_or_the_files(tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "m.gguf")
+    assert _licence({}, model) == "m.gguf: its licence is not known; ask whoever made the base"
+    known = {"base": {"licence": "mit", "spec": "microsoft/Phi-3"}}
+    assert _licence(known, model) == "m.gguf, made from microsoft/Phi-3: mit"
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+@pytest.mark.parametrize("expect", ["In this sandwich", "something else"])
+def test_answers_in_a_clean_container_without_network(
+    docker_daemon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect: str
+) -> None:
+    """R5: nothing but a shell is there, no network, nothing can be written; the smoke test passes."""
+    import forge.stages.bundling
+
+    monkeypatch.setattr(forge.stages.bundling, "_smoke", lambda manifest: (QUESTION, expect))
+    model = write_tiny_gguf(tmp_path / "yoda.gguf")
+    fields = bundle(str(model), tmp_path / "yoda.tar.gz", str(llama_server()), context=1024)
+    assert fields == {"bundle": str(tmp_path / "yoda.tar.gz"), "bytes": fields["bytes"]}
+    root = _unpacked(tmp_path / "yoda.tar.gz", tmp_path / "there")
+    busybox = Path("/bin/busybox")
+    words = ("sh", "cat", "dirname", "sha256sum", "sleep", "wget")
+    load_image(docker_daemon, "clean:1", {f"bin/{word}": busybox for word in words}, ["ENV PATH=/bin"])
+    container = docker_daemon.containers.run(
+        "clean:1",
+        ["sh", "-c", "/bundle/start.sh 2>/dev/null & /bundle/smoke.sh"],
+        detach=True, network_mode="none", read_only=True, cap_drop=["ALL"], user="10001:10001",
+        volumes={str(root): {"bind": "/bundle", "mode": "ro"}},
+    )  # fmt: skip
+    try:
+        status = container.wait(timeout=120)["StatusCode"]
+        said = container.logs().decode()
+    finally:
+        container.remove(force=True)
+    first, answer, last = said.strip().splitlines()
+    assert first == "files: as they were packed"
+    assert json.loads(answer)["choices"][0]["message"]["content"] == REPLY
+    if expect in REPLY:
+        assert (status, last) == (0, "smoke test: passed")
+    else:
+        assert (status, last) == (1, "smoke test: the answer is not the expected one")

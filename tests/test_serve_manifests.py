@@ -1,0 +1,114 @@
+"""`forge serve --print`: what it writes is what Compose and Kubernetes take, and what forge itself runs."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from ruamel.yaml import YAML
+
+from forge import process
+from forge.cli.main import run
+from forge.errors import RecipeError
+from forge.model.gguf_header import read_gguf
+from forge.serve.container import IMAGE
+from forge.serve.manifests import manifest, memory_bytes
+from forge.serve.runtime import Settings
+from tests.tiny_gguf import write_tiny_gguf
+
+URL = "https://models.example/yoda.gguf"
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    model = write_tiny_gguf(tmp_path / "yoda.gguf")
+    return Settings(model, "Yoda_Q4", 1024, parallel=2, api_key="open-sesame-1234")
+
+
+def _documents(text: str) -> list[Any]:
+    return list(YAML(typ="safe").load_all(text))
+
+
+@pytest.mark.parametrize("url", [None, URL])
+@pytest.mark.parametrize("key", ["k", None])
+def test_kubernetes_takes_it(settings: Settings, url: str | None, key: str | None) -> None:
+    text = manifest("kubernetes", replace(settings, api_key=key), model_url=url, replicas=3)
+    deployment, service = _documents(text)
+    for one in (deployment, service):
+        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+    pod = deployment["spec"]["template"]["spec"]
+    [server] = pod["containers"]
+    assert (deployment["kind"], deployment["metadata"]["name"]) == ("Deployment", "yoda-q4")
+    assert deployment["spec"]["replicas"] == 3
+    assert server["image"] == IMAGE
+    assert ("--api-key-file" in server["args"]) == bool(key)
+    assert "--threads" not in server["args"]
+    assert server["startupProbe"]["httpGet"] == {"path": "/health", "port": "http"}
+    for container in (*pod["containers"], *pod["initContainers"]):
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    mounted = {one["name"]: one["mountPath"] for one in server["volumeMounts"]}
+    assert {one["name"] for one in pod["volumes"]} == mounted.keys()
+    assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
+    if url:
+        [fetcher] = pod["initContainers"]
+        digest = hashlib.sha256(settings.model.read_bytes()).hexdigest()
+        assert fetcher["command"][-3:] == ["/models/yoda.gguf", url, digest]
+
+
+def test_the_validator_can_refuse(settings: Settings) -> None:
+    deployment, _ = _documents(manifest("kubernetes", settings))
+    deployment["spec"]["replikas"] = 1
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.programs
+def test_compose_takes_it(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "compose.yaml"
+    path.write_text(manifest("compose", replace(settings, port=9000)))
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
+    finished = process.run(command)
+    assert finished.status == 0, finished.output
+    [document] = _documents(path.read_text())
+    server = document["services"]["server"]
+    assert server["ports"] == ["127.0.0.1:9000:8080"]
+    assert server["read_only"] is True
+    assert server["volumes"][0]["source"] == str(settings.model), "an absolute path"
+    assert all(volume["read_only"] for volume in server["volumes"])
+
+
+def test_no_key_is_in_what_is_printed(settings: Settings) -> None:
+    for kind in ("compose", "kubernetes"):
+        assert "open-sesame" not in manifest(kind, settings)
+
+
+def test_memory_is_file_cache_and_server(settings: Settings) -> None:
+    """The tiny model: one layer, one key head of 64 numbers, f16: 256 bytes a token."""
+    header = read_gguf(settings.model)
+    more = replace(settings, context_tokens=2048)
+    assert memory_bytes(more, header) - memory_bytes(settings, header) == 256 * 1024 * 2
+    assert memory_bytes(settings, header) > settings.model.stat().st_size + 256 * 2048
+
+
+def test_what_a_manifest_cannot_say_is_refused(settings: Settings) -> None:
+    with pytest.raises(RecipeError, match="--lora"):
+        manifest("kubernetes", replace(settings, adapters=(Path("a"),)))
+    with pytest.raises(RecipeError, match="goes with --print kubernetes"):
+        manifest("compose", settings, model_url=URL)
+    with pytest.raises(RecipeError, match="one port"):
+        manifest("compose", settings, replicas=2)
+    with pytest.raises(RecipeError, match="not an https URL"):
+        manifest("kubernetes", settings, model_url="http://x/y")
+
+
+def test_command_prints_it(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["serve", str(settings.model), "--print", "kubernetes", "--replicas", "2"]) == 0
+    assert [one["kind"] for one in _documents(capsys.readouterr().out)] == ["Deployment", "Service"]
+    assert run(["serve", str(settings.model), "--replicas", "2"]) == 2
+    assert run(["serve", str(settings.model), "--print", "compose", "--host", "0.0.0.0"]) == 2
