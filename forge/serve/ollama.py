@@ -35,6 +35,8 @@ from forge.tools.ollama import Ollama, server_url, stops_in
 _SECONDS_TO_START = 60.0
 # How many generated conversations are compared: the plain ones, and others from all over.
 _PLAIN, _ODD = 12, 36
+# More than any model has.
+_ALL_LAYERS = 999
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,10 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     hand = replace(hand_over_of(settings.model), context_tokens=settings.context_tokens)
     if settings.modelfile:
         hand = hand.with_parameters_of(parse(settings.modelfile.read_text(encoding="utf-8")))
+    machine = {"num_gpu": settings.gpu_layers, "num_thread": settings.threads}
+    machine |= {"num_gpu": _ALL_LAYERS} if settings.gpu_layers == -1 else {}
+    fixed = {name: value for name, value in machine.items() if value is not None}
+    hand = replace(hand, sampling={**hand.sampling, **fixed})
     with reach(server_url(told), log=log) as server:
         imported = import_model(server, settings.alias, settings.model, hand)
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
