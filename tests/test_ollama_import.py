@@ -17,12 +17,13 @@ from forge.cli.main import run
 from forge.errors import CheckError, DataError, MissingToolError, RecipeError, StageError
 from forge.model.builtin.tokenizer import CHATML
 from forge.serve.client import Client
-from forge.serve.ollama import import_model, prove_prompts, reach
+from forge.serve.ollama import import_model, prove_prompts
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import check_runtime, runtime_for
 from forge.serve.wire import Sampling
 from forge.tools import ollama as tool
 from forge.tools.ollama import Ollama, OllamaError, server_url
+from forge.tools.ollama_server import reach
 from tests.fake_ollama import FakeOllama
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 

@@ -56,9 +56,9 @@ def _ollama() -> Runtime:
 
 
 def _check_ollama() -> None:
-    from forge.serve.ollama import check
+    from forge.tools import ollama_server
 
-    check()
+    ollama_server.check()
 
 
 RUNTIMES: Mapping[str, _Entry] = {
