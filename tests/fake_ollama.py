@@ -1,9 +1,8 @@
 """A fake Ollama server: real HTTP, real blobs on disk, a real llama-server that answers.
 
 No package registry ships Ollama, so this stands in its place. What it does was measured on a live server
-0.33: `test_fake_ollama` has a test for each statement, and `test_ollama_contract` runs the same tests
-against this and, where OLLAMA_HOST is set, against a live one. `python -m tests.fake_ollama` is
-`ollama serve`.
+0.33: `test_fake_ollama` has a test for each statement, and runs the same tests against a live one where
+OLLAMA_HOST is set. `python -m tests.fake_ollama` is `ollama serve`.
 
 Not covered: adapters have no effect; native renderers; the cloud; pulling (an attempt is recorded).
 """
@@ -71,8 +70,11 @@ class FakeOllama:
     @property
     def has_jinja(self) -> bool:
         """Since 0.30 a server runs llama-server; one built from source calls itself 0.0.0."""
-        version = tuple(map(int, self.version.partition("-")[0].split(".")))
-        return version >= (0, 30) or not any(version)
+        return self._is_since(0, 30)
+
+    def _is_since(self, *version: int) -> bool:
+        own = tuple(map(int, self.version.partition("-")[0].split(".")))
+        return own >= version or not any(own)
 
     def __enter__(self) -> FakeOllama:
         from tests.fake_ollama_http import Handler
@@ -222,7 +224,7 @@ class FakeOllama:
         collate(model, messages)
         context = int(options.get("num_ctx", DEFAULT_CONTEXT))
         prompt = self.prompt(model, messages, context)
-        if body.get("_debug_render_only"):
+        if body.get("_debug_render_only") and self._is_since(0, 11, 5):
             return done | {
                 "_debug_info": {"rendered_template": prompt},
                 "message": {"role": "", "content": ""},

@@ -170,3 +170,30 @@ def test_messages_are_not_changed() -> None:
     with pytest.raises(DataError, match="refuses"):
         ChatTemplate("{% for m in messages %}{{ m.update({'role': 'x'}) }}{% endfor %}").render(messages)
     assert messages == [dict(USER)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'x' * 10000000000 }}",
+        "{{ [1] * 999999999 }}",
+        "{{ 9 ** 99 ** 99 }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ namespace(__class__=1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ range(999999999) | list }}",
+        "{% include '/etc/passwd' %}",
+        "{{ raise_exception('no') }}",
+    ],
+)
+def test_malicious_templates_are_refused(source: str) -> None:
+    """Style row 23: no way out of the sandbox, no text that fills the memory, no endless step."""
+    with pytest.raises(DataError, match="the chat template refuses the conversation"):
+        ChatTemplate(source).render([USER])
+
+
+def test_ordinary_arithmetic_is_let_through() -> None:
+    assert (
+        ChatTemplate("{{ '-' * 3 }}{{ 2 ** 10 }}{{ 3 * 4 }}{{ [0] * 2 }}").render([USER]) == "---102412[0, 0]"
+    )

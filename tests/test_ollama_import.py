@@ -17,12 +17,13 @@ from forge.cli.main import run
 from forge.errors import CheckError, DataError, MissingToolError, RecipeError, StageError
 from forge.model.builtin.tokenizer import CHATML
 from forge.serve.client import Client
-from forge.serve.ollama import import_model, prove_prompts, reach
+from forge.serve.ollama import import_model, prove_prompts
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import check_runtime, runtime_for
 from forge.serve.wire import Sampling
 from forge.tools import ollama as tool
 from forge.tools.ollama import Ollama, OllamaError, server_url
+from forge.tools.ollama_server import reach
 from tests.fake_ollama import FakeOllama
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
@@ -56,6 +57,20 @@ def test_the_way_follows_the_version(gguf: Path, version: str, way: str) -> None
         assert only(fake, "yoda")
         assert fake.models["yoda:latest"].parameters == {"stop": ["<|im_end|>"], "num_ctx": 4096}
         assert (fake.models["yoda:latest"].template is None) == (way == "jinja")
+
+
+def test_servers_that_are_too_old(gguf: Path, tmp_path: Path) -> None:
+    """Nothing is proved, so nothing is imported, and it says why."""
+    with FakeOllama(version="0.11.4") as fake, Ollama(fake.url) as server:
+        with pytest.raises(OllamaError, match="does not show its prompts") as caught:
+            import_model(server, "yoda", gguf, hand_over_of(gguf))
+        assert "0.11.5" in caught.value.hint and only(fake)
+    reverse = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
+    path = write_tiny_gguf(tmp_path / "m.gguf", template=reverse)
+    with FakeOllama(version="0.29.9") as fake, Ollama(fake.url) as server:
+        with pytest.raises(CheckError, match="yoda is as it was") as failed:
+            import_model(server, "yoda", path, hand_over_of(path))
+        assert "the server is older than 0.30" in str(failed.value.problems[0]) and only(fake)
 
 
 def test_a_blob_goes_up_once(fake: FakeOllama, gguf: Path) -> None:
@@ -230,13 +245,21 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
         'FROM ./tiny.gguf\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "<|x|>"\nPARAMETER num_ctx 512\nPARAMETER top_k 5\nLICENSE MIT\n'
     )
     monkeypatch.setenv("OLLAMA_HOST", fake.url)
-    settings = Settings(gguf, "yoda", context_tokens=512, modelfile=tmp_path / "Modelfile.jinja")
+    settings = Settings(
+        gguf, "yoda", context_tokens=512, threads=2, gpu_layers=-1, modelfile=tmp_path / "Modelfile.jinja"
+    )
     with runtime_for("ollama")(settings, log=tmp_path / "log.txt") as endpoint:
         with Client(endpoint) as client:
             reply = client.chat([{"role": "user", "content": "Hello?"}], Sampling(max_tokens=64))
         assert (reply.text, reply.finish_reason) == (REPLY, "stop")
     model = fake.models["yoda:latest"]
-    assert model.parameters == {"stop": ["<|im_end|>", "<|x|>"], "num_ctx": 512, "top_k": 5}
+    assert model.parameters == {
+        "stop": ["<|im_end|>", "<|x|>"],
+        "num_ctx": 512,
+        "top_k": 5,
+        "num_gpu": 999,
+        "num_thread": 2,
+    }
     assert model.licences == ["MIT"]
     with pytest.raises(RecipeError, match="there is no runtime vllm"):
         runtime_for("vllm")

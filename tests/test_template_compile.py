@@ -12,7 +12,7 @@ import pytest
 from forge.chat import go_interpreter
 from forge.chat.format import Choice, NotInferredError, infer
 from forge.chat.format_check import check, compile_template, limit_names
-from forge.chat.go_interpreter import GoTemplateError
+from forge.chat.go_expression import GoTemplateError
 from forge.chat.go_template import quoted, to_go
 from forge.chat.hand_over import hand_over, write_modelfiles
 from forge.chat.template import ChatTemplate, Message
@@ -177,8 +177,10 @@ def test_a_wrong_format_is_caught() -> None:
     "text",
     [
         "{{ .System }}", "{{ range .Tools }}{{ end }}", "{{ if .Role }", "{{ end }}", "{{ else }}", "{{ printf .Role }}",
-        "{{ range .Messages }}", '{{ if eq .Role }}{{ end }}', '{{ "a\\x41" }}', "{{ `raw` }}", "{{ /* no */ }}",
-        "{{ .Messages }}", "{{ $x }}", "{{ 1 }}", '{{ eq "a" 1 }}', "{{ (len .Messages }}", "{{ .Content }}",
+        "{{ range .Messages }}", '{{ if eq .Role }}{{ end }}', '{{ "a\\x41" }}', "{{ break }}", "{{ template `x` }}",
+        "{{ .Messages }}", "{{ $x }}", "{{ .Role | len }}", "{{ if $x := 1 }}{{ end }}", "{{ index .Messages 0 }}",
+        '{{ define "x" }}{{ end }}', "{{ slice .Messages 1 0 }}", "{{ json .Messages }}", "{{ true }}", "{{ and }}",
+        '{{ eq "a" 1 }}', "{{ (len .Messages }}", "{{ .Content }}",
     ],
 )  # fmt: skip
 def test_the_interpreter_takes_nothing_else(text: str) -> None:

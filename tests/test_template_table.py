@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from forge import process
 from forge.chat import go_interpreter, probe
 from forge.chat.format_check import CompiledTemplate, compile_template, limit_names
 from forge.chat.probe import Conversation
@@ -95,3 +98,14 @@ def test_real_go_writes_the_same(oracle: Path) -> None:
         expected.append({"texts": ours(found, conversations)})
     assert real_go.run(oracle, jobs) == expected
     assert len(jobs) > 100
+
+
+@pytest.mark.programs
+def test_one_template_takes_less_than_two_seconds() -> None:
+    """The whole command, for one of the longest templates; in computing time."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    path = trl_templates() / "muse_glimmer.jinja"
+    command = [sys.executable, "-m", "forge", "template", str(path), "--bos", "<s>", "--eos", "</s>"]
+    assert process.run(command).status == 0
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2

@@ -14,7 +14,7 @@ Not covered: tools, images, thinking; neighbours of one role, which Ollama merge
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,11 +71,21 @@ def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = 
         )
 
 
-def check(template: ChatTemplate, chat: ChatFormat, go: str, *, add_bos: bool) -> CompiledTemplate:
-    """Compare `go` with the template on generated conversations."""
+def check(
+    template: ChatTemplate,
+    chat: ChatFormat,
+    go: str,
+    *,
+    add_bos: bool,
+    render: Callable[[Conversation], str] | None = None,
+) -> CompiledTemplate:
+    """Compare `go` with the template on generated conversations.
+
+    `render` runs it where it takes more than the messages (`modelfile_check`).
+    """
     told = probe.literals(template)
     takes_system = chat.system != "refused"
-    comparison = _Comparison(template, go, add_bos)
+    comparison = _Comparison(template, render or go_interpreter.parse(go).render, add_bos)
     limits = [] if takes_system else [Limit(NO_SYSTEM, _has_system)]
     checked = 0
     for conversation in probe.conversations(told, has_system=takes_system):
@@ -117,9 +127,9 @@ def _unexplained(conversation: Conversation, limits: Sequence[Limit], comparison
 class _Comparison:
     """One template beside its Go text."""
 
-    def __init__(self, template: ChatTemplate, go: str, add_bos: bool) -> None:
+    def __init__(self, template: ChatTemplate, written: Callable[[Conversation], str], add_bos: bool) -> None:
         self.template = template
-        self.go = go_interpreter.parse(go)
+        self.written = written
         self.bos = template.special_tokens.get("bos_token", "") if add_bos else ""
 
     def expected(self, conversation: Conversation) -> str | None:
@@ -131,12 +141,12 @@ class _Comparison:
         return text.removeprefix(self.bos)
 
     def differs(self, conversation: Conversation) -> bool:
-        return self.go.render(conversation) != self.expected(conversation)
+        return self.written(conversation) != self.expected(conversation)
 
     def shown(self, conversation: Conversation) -> str:
         """The counter-example in words."""
         said = ", ".join(f"{one['role']} {_short(one['content'])}" for one in conversation)
-        expected, written = self.expected(conversation), self.go.render(conversation)
+        expected, written = self.expected(conversation), self.written(conversation)
         if expected is None:
             return f"it refuses some conversations that are not special in any way: {said}"
         pairs = zip(expected, written, strict=False)

@@ -1,6 +1,8 @@
 """Where a chat template is read from: a model's directory, a GGUF file, or a `.jinja` file.
 
-Not covered: several named templates (the default one is taken); hub ids.
+Of several named templates the default one is taken, and the others are told.
+
+Not covered: hub ids.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from forge import report
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
 from forge.model.gguf_header import read_gguf
@@ -49,6 +52,14 @@ def read_source(path: Path, *, bos: str | None = None, eos: str | None = None) -
 
 def _of_directory(path: Path) -> tuple[str, dict[str, str], bool]:
     tokenizer = read_tokenizer(path)
+    others = ", ".join(sorted(name for name in tokenizer.templates if name != "default"))
+    if tokenizer.chat_template is None and others:
+        raise DataError(
+            f"{path}: none of its templates is the default: {others}",
+            hint="put the one that is meant into chat_template.jinja beside the tokenizer",
+        )
+    if others:
+        report.info(f"{path} also has the templates {others}: the default one is taken")
     if tokenizer.chat_template is None:
         raise DataError(f"{path}: the tokenizer has no chat template", hint=_HINT)
     tokens = {f"{name}_token": token for name, token in tokenizer.tokens.items()}

@@ -1,73 +1,80 @@
-"""Runs the Go templates that forge writes, so that `exact` means the written text itself was run.
+"""Runs Go templates of chats: those that forge writes, so that `exact` means the written text itself was run,
+and what people write in Modelfiles by hand, so that it can be checked.
 
-Exactly the subset that `go_template` writes: string literals, `.Role`, `.Content`, variables, range
-over `.Messages`, if / else if / else, and the functions eq, lt, len, slice, not. Anything else is a
-`GoTemplateError`, never a guess. The semantics are those of Go's text/template; a test compares
-both over many templates and conversations.
+Literals, fields, variables, range, if, with, break, continue, comments, trim markers; the functions of
+`go_expression`. Anything else is a `GoTemplateError`, never a guess. The semantics are those of Go's
+text/template; a test compares both over many templates and conversations.
 
-Not covered: every other part of the language.
+Not covered: define, template, block; pipelines; declarations inside `if` and `with`.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from forge.chat.go_expression import STRING, Expression, GoTemplateError, Scope, expression
 from forge.chat.template import Message
-from forge.errors import DataError
 
-_STRING = r'"(?:[^"\\\n]|\\.)*"'
-_ACTION = re.compile(r"\{\{(- )?((?:" + _STRING + r"|(?!\}\}).)*?)( -)?\}\}", re.DOTALL)
-_TOKEN = re.compile(rf"\s*({_STRING}|:=|=|[(),]|\$\.\w+|\$\w+|\.\w+|\w+)\s*")
-_ESCAPE = re.compile(r'\\(["\\ntr]|u[0-9a-f]{4}|U[0-9a-f]{8})')
-_PLAIN = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "\\": "\\"}
+_ACTION = re.compile(r"\{\{(-\s)?((?:/\*.*?\*/|" + STRING + r"|(?!\}\}).)*?)(\s-)?\}\}", re.DOTALL)
+_KEYWORDS = ("define", "template", "block")
+
+_Node = Callable[[Scope, list[str]], None]
 
 
-class GoTemplateError(DataError):
-    """The text is not in the subset that forge writes, or fails when it runs."""
+class _BreakError(Exception):
+    """`break`; `continue` is `_ContinueError`."""
 
 
-@dataclass
-class _Scope:
-    """Variables and the dot; `$` is always the root. Assignments reach the scope that declared."""
-
-    dot: object
-    variables: dict[str, object]
-    outer: _Scope | None = None
-
-    def home(self, name: str) -> dict[str, object]:
-        if name in self.variables:
-            return self.variables
-        if self.outer is None:
-            raise GoTemplateError(f"undefined variable {name}")
-        return self.outer.home(name)
-
-
-_Expression = Callable[[_Scope], object]
-_Node = Callable[[_Scope, list[str]], None]
+class _ContinueError(Exception):
+    pass
 
 
 @dataclass(frozen=True)
 class GoTemplate:
-    """A parsed template; `render` gives the text for a conversation."""
+    """A parsed template; `render` gives the text for a conversation, `run` for any data."""
 
     nodes: Sequence[_Node]
 
     def render(self, messages: Sequence[Message]) -> str:
         listed = tuple({"Role": one["role"], "Content": one["content"]} for one in messages)
-        root = {"Messages": listed}
+        return self.run({"Messages": listed})
+
+    def run(self, root: Mapping[str, Any]) -> str:
         written: list[str] = []
-        _run(self.nodes, _Scope(root, {"$": root}), written)
+        _run(self.nodes, Scope(root, {"$": root}), written)
         return "".join(written)
 
 
-def parse(source: str) -> GoTemplate:
-    """Parse Go template text; raises `GoTemplateError` outside the subset."""
-    reader = _Reader(_pieces(source))
-    nodes = reader.nodes(end=())
-    return GoTemplate(nodes)
+def parse(source: str, *, cut_after: str = "") -> GoTemplate:
+    """Parse Go template text; raises `GoTemplateError` outside the language above.
+
+    With `cut_after`, a field, all that stands behind the first action which writes it is left out.
+    """
+    pieces = _pieces(source)
+    reader = _Reader(_cut(pieces, cut_after) if cut_after else pieces)
+    return GoTemplate(reader.nodes(end=()))
+
+
+def _cut(pieces: Sequence[tuple[str, str]], field: str) -> list[tuple[str, str]]:
+    """Blocks that are open at the cut keep their `else` and `end`."""
+    kept: list[tuple[str, str]] = []
+    is_cut, depth = False, 0
+    for kind, text in pieces:
+        word = re.split(r"\s", text, maxsplit=1)[0] if kind == "action" else ""
+        if not is_cut:
+            kept.append((kind, text))
+            opens = word in ("if", "else", "with", "range")
+            is_cut = kind == "action" and not opens and bool(re.search(rf"{re.escape(field)}\b", text))
+        elif word in ("if", "with", "range"):
+            depth += 1
+        elif word == "end" and depth:
+            depth -= 1
+        elif word in ("end", "else") and not depth:
+            kept.append((kind, text))
+    return kept
 
 
 def _pieces(source: str) -> list[tuple[str, str]]:
@@ -78,7 +85,8 @@ def _pieces(source: str) -> list[tuple[str, str]]:
         text = source[position : match.start()]
         text = text.lstrip(" \t\r\n") if trims else text
         text = text.rstrip(" \t\r\n") if match[1] else text
-        found += [("text", text), ("action", match[2].strip())]
+        action = match[2].strip()
+        found += [("text", text)] + ([] if action.startswith("/*") else [("action", action)])
         position, trims = match.end(), bool(match[3])
     rest = source[position:].lstrip(" \t\r\n") if trims else source[position:]
     if any("{{" in text for kind, text in [*found, ("text", rest)] if kind == "text"):
@@ -91,56 +99,72 @@ class _Reader:
 
     def __init__(self, pieces: Sequence[tuple[str, str]]) -> None:
         self.pieces = list(pieces)
+        self.loops = 0
 
     def nodes(self, end: Sequence[str]) -> list[_Node]:
         """Nodes up to an action that begins with a word of `end`, which is left in front."""
         found: list[_Node] = []
         while self.pieces:
             kind, text = self.pieces[0]
-            if kind == "action" and text.split(" ")[0] in ("end", "else"):
-                if text.split(" ")[0] not in end:
+            word = re.split(r"\s", text, maxsplit=1)[0]
+            if kind == "action" and word in ("end", "else"):
+                if word not in end:
                     raise GoTemplateError(f"unexpected {text}")
                 return found
             self.pieces.pop(0)
-            found.append(_write(text) if kind == "text" else self._action(text))
+            found.append(_write(text) if kind == "text" else self._action(word, text))
         if end:
             raise GoTemplateError("a block is not ended")
         return found
 
-    def _action(self, text: str) -> _Node:
-        word, _, rest = text.partition(" ")
+    def _action(self, word: str, text: str) -> _Node:
+        rest = text.removeprefix(word).strip()
         if word == "range":
             return self._range(rest)
-        if word == "if":
-            return self._if(rest)
-        if match := re.fullmatch(r"(\$\w+) (:?=) (.+)", text, re.DOTALL):
-            return _assign(match[1], match[2] == ":=", _expression(match[3]))
-        return _show(_expression(text))
+        if word in ("if", "with"):
+            return self._branch(word, rest)
+        if text in ("break", "continue") and self.loops:
+            return _jump(_BreakError if text == "break" else _ContinueError)
+        if word in _KEYWORDS:
+            raise GoTemplateError(f"{word} is not in the part of the language that is run here")
+        if match := re.fullmatch(r"(\$\w+)\s*(:?=)\s*(.+)", text, re.DOTALL):
+            return _assign(match[1], match[2] == ":=", expression(match[3]))
+        return _show(expression(text))
 
     def _range(self, header: str) -> _Node:
-        match = re.fullmatch(r"(?:(\$\w+), (\$\w+) := )?(\.Messages)", header)
-        if not match:
+        match = re.fullmatch(r"(?:(\$\w+)\s*,\s*)?(?:(\$\w+)\s*:=\s*)?(.+)", header, re.DOTALL)
+        if not match or (match[1] and not match[2]):
             raise GoTemplateError(f"range over {header}")
-        body = self.nodes(("end",))
-        self.pieces.pop(0)
-        return _loop(match[1], match[2], _expression(match[3]), body)
+        self.loops += 1
+        body = self.nodes(("end", "else"))
+        self.loops -= 1
+        return _loop(match[1], match[2], expression(match[3]), body, self._otherwise())
 
-    def _if(self, condition: str) -> _Node:
-        asked = _expression(condition)
+    def _branch(self, word: str, condition: str) -> _Node:
+        if ":=" in re.sub(STRING, "", condition):
+            raise GoTemplateError(
+                f"a declaration in {word} is not in the part of the language that is run here"
+            )
+        asked = expression(condition)
         yes = self.nodes(("end", "else"))
+        return _decide(asked, yes, self._otherwise(), moves=word == "with")
+
+    def _otherwise(self) -> list[_Node]:
+        """What stands after `else`, up to the end; the closing action is taken."""
         closing = self.pieces.pop(0)[1]
         if closing == "end":
-            return _branch(asked, yes, [])
+            return []
         if closing == "else":
-            no = self.nodes(("end",))
+            nodes = self.nodes(("end",))
             self.pieces.pop(0)
-            return _branch(asked, yes, no)
-        if not closing.startswith("else if "):
+            return nodes
+        match = re.fullmatch(r"else\s+(if|with)\s+(.+)", closing, re.DOTALL)
+        if not match:
             raise GoTemplateError(f"unexpected {closing}")
-        return _branch(asked, yes, [self._if(closing.removeprefix("else if "))])
+        return [self._branch(match[1], match[2])]
 
 
-def _run(nodes: Sequence[_Node], scope: _Scope, written: list[str]) -> None:
+def _run(nodes: Sequence[_Node], scope: Scope, written: list[str]) -> None:
     for node in nodes:
         node(scope, written)
 
@@ -149,138 +173,60 @@ def _write(text: str) -> _Node:
     return lambda scope, written: written.append(text)
 
 
-def _show(expression: _Expression) -> _Node:
-    def run(scope: _Scope, written: list[str]) -> None:
-        value = expression(scope)
-        if not isinstance(value, str):
+def _jump(kind: type[Exception]) -> _Node:
+    def run(scope: Scope, written: list[str]) -> None:
+        raise kind
+
+    return run
+
+
+def _show(shown: Expression) -> _Node:
+    def run(scope: Scope, written: list[str]) -> None:
+        value = shown(scope)
+        if isinstance(value, bool) or not isinstance(value, str | int):
             raise GoTemplateError(f"only texts are written, not {type(value).__name__}")
-        written.append(value)
+        written.append(str(value))
 
     return run
 
 
-def _assign(name: str, declares: bool, expression: _Expression) -> _Node:
-    def run(scope: _Scope, written: list[str]) -> None:
+def _assign(name: str, declares: bool, value: Expression) -> _Node:
+    def run(scope: Scope, written: list[str]) -> None:
         home = scope.variables if declares else scope.home(name)
-        home[name] = expression(scope)
+        home[name] = value(scope)
 
     return run
 
 
-def _loop(index: str | None, item: str | None, over: _Expression, body: Sequence[_Node]) -> _Node:
-    def run(scope: _Scope, written: list[str]) -> None:
-        messages = over(scope)
-        assert isinstance(messages, tuple)
-        for number, message in enumerate(messages):
-            variables = {index: number, item: message} if index and item else {}
-            _run(body, _Scope(message, {**variables}, scope), written)
+def _loop(
+    index: str | None, item: str | None, over: Expression, body: Sequence[_Node], empty: Sequence[_Node]
+) -> _Node:
+    def run(scope: Scope, written: list[str]) -> None:
+        values = over(scope)
+        if not isinstance(values, tuple):
+            raise GoTemplateError("range goes over lists alone")
+        for number, value in enumerate(values):
+            told = {index: number, item: value}
+            variables: dict[str, object] = {name: one for name, one in told.items() if name}
+            try:
+                _run(body, Scope(value, variables, scope), written)
+            except _ContinueError:
+                continue
+            except _BreakError:
+                break
+        if not values:
+            _run(empty, Scope(scope.dot, {}, scope), written)
 
     return run
 
 
-def _branch(asked: _Expression, yes: Sequence[_Node], no: Sequence[_Node]) -> _Node:
-    def run(scope: _Scope, written: list[str]) -> None:
+def _decide(asked: Expression, yes: Sequence[_Node], no: Sequence[_Node], *, moves: bool) -> _Node:
+    """`if`; `with` also moves the dot."""
+
+    def run(scope: Scope, written: list[str]) -> None:
         # The zero values of Go's types are false, as in Python.
-        _run(yes if asked(scope) else no, _Scope(scope.dot, {}, scope), written)
+        value = asked(scope)
+        dot = value if value and moves else scope.dot
+        _run(yes if value else no, Scope(dot, {}, scope), written)
 
     return run
-
-
-def _expression(text: str) -> _Expression:
-    tokens, position = [], 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if not match:
-            raise GoTemplateError(f"cannot read {text[position:]!r}")
-        tokens.append(match[1])
-        position = match.end()
-    return _call(iter(tokens), closing=False)
-
-
-def _call(tokens: Iterator[str], closing: bool) -> _Expression:
-    """A function with its arguments, or one value; up to the end or the closing parenthesis."""
-    operands: list[_Expression] = []
-    name = ""
-    closed = False
-    for token in tokens:
-        if token == ")":
-            closed = True
-            break
-        if token == "(":
-            operands.append(_call(tokens, closing=True))
-        elif token in _FUNCTIONS and not operands and not name:
-            name = token
-        else:
-            operands.append(_operand(token))
-    if closed != closing:
-        raise GoTemplateError("parentheses do not match")
-    if not name and len(operands) == 1:
-        return operands[0]
-    if not name or len(operands) != _FUNCTIONS[name][0]:
-        raise GoTemplateError(f"{name or 'a value'} with {len(operands)} arguments")
-    function = _FUNCTIONS[name][1]
-    return lambda scope: function(*(operand(scope) for operand in operands))
-
-
-def _operand(token: str) -> _Expression:
-    if token.startswith('"'):
-        text = _unquoted(token)
-        return lambda scope: text
-    if token.isdecimal() or token in ("true", "false"):
-        value = json.loads(token)
-        return lambda scope: value
-    if re.fullmatch(r"\$\w+", token):
-        return lambda scope: scope.home(token)[token]
-    if token == "$.Messages":
-        return lambda scope: _field(scope.home("$")["$"], "Messages")
-    if token in (".Messages", ".Role", ".Content"):
-        return lambda scope: _field(scope.dot, token[1:])
-    raise GoTemplateError(f"{token} is not in the subset")
-
-
-def _field(value: object, name: str) -> object:
-    if not isinstance(value, Mapping) or name not in value:
-        raise GoTemplateError(f"no field {name} here")
-    return value[name]
-
-
-def _unquoted(token: str) -> str:
-    inner = token[1:-1]
-    if "\\" in _ESCAPE.sub("", inner):
-        raise GoTemplateError(f"an escape in {token} is not in the subset")
-    return _ESCAPE.sub(
-        lambda match: _PLAIN[match[1]] if match[1] in _PLAIN else chr(int(match[1][1:], 16)), inner
-    )
-
-
-def _equal(left: object, right: object) -> bool:
-    if type(left) is not type(right) or not isinstance(left, str | int):
-        raise GoTemplateError("eq compares two texts or two numbers")
-    return left == right
-
-
-def _less(left: object, right: object) -> bool:
-    if type(left) is not int or type(right) is not int:
-        raise GoTemplateError("lt compares two numbers")
-    return left < right
-
-
-def _length(value: object) -> int:
-    if not isinstance(value, tuple):
-        raise GoTemplateError("len is taken of messages alone")
-    return len(value)
-
-
-def _slice(value: object, start: object) -> object:
-    if not isinstance(value, tuple) or type(start) is not int or start > len(value):
-        raise GoTemplateError("slice takes messages and a place among them")
-    return value[start:]
-
-
-_FUNCTIONS: Mapping[str, tuple[int, Callable[..., object]]] = {
-    "eq": (2, _equal),
-    "lt": (2, _less),
-    "len": (1, _length),
-    "slice": (2, _slice),
-    "not": (1, lambda value: not value),
-}

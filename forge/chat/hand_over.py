@@ -112,15 +112,17 @@ def hand_over(
     return HandOver(template, add_bos, compiled, unique, context_tokens, sampling or {}, tuple(licences))
 
 
-def hand_over_of(path: Path) -> HandOver:
-    """That of a GGUF file, or of a model's directory; raises `DataError` as `read_source` does."""
-    source = read_source(path)
+def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) -> HandOver:
+    """That of a GGUF file, a model's directory or a .jinja file; raises `DataError` as `read_source` does."""
+    source = read_source(path, bos=bos, eos=eos)
     found = hand_over(source.template, add_bos=source.add_bos, stops=(), context_tokens=_CONTEXT)
     if path.is_dir():
         tokenizer = read_tokenizer(path)
         ends = [tokenizer.tokens.get("eos", "")]
         context = min(tokenizer.model_max_length or _CONTEXT, _CONTEXT)
         sampling, licences = sampling_of(path), licences_of(path)
+    elif path.suffix == ".jinja":
+        ends, context, sampling, licences = [], _CONTEXT, {}, ()
     else:
         header = read_gguf(path)
         ends = list(end_tokens(header).values())

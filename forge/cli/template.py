@@ -12,13 +12,20 @@ from forge.cli.options import common
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--bos", help="The BOS token, where PATH does not tell.")
 @click.option("--eos", help="The EOS token, where PATH does not tell.")
+@click.option("--check", "modelfile", type=click.Path(path_type=Path), help="A Modelfile to hold against it.")
 @common
-def command(path: Path, bos: str | None, eos: str | None) -> None:
+def command(path: Path, bos: str | None, eos: str | None, modelfile: Path | None) -> None:
     """Turn the chat template of PATH into a Go template for Ollama, proved on generated conversations.
 
     PATH is a model's directory, a .jinja or a .gguf file. The answer is exact, exact with stated limits,
-    or refused with the reason.
+    or refused with the reason. With --check, somebody's Modelfile is compared instead, and the first
+    difference is shown.
     """
+    if modelfile is not None:
+        from forge.stages.modelfile import check_modelfile
+
+        report.result(check_modelfile(path, modelfile, bos=bos, eos=eos))
+        return
     from forge.chat.format_check import compile_template, limit_names
     from forge.chat.format_source import read_source
 

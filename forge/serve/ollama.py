@@ -13,28 +13,27 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import urlsplit
+from typing import Any
 
-from forge import process, report
+from forge import report
 from forge.chat import probe
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.modelfile import parse
 from forge.chat.template import ChatTemplate
-from forge.errors import CheckError, DataError, ForgeError, MissingToolError, Problem, StageError
+from forge.errors import CheckError, DataError, ForgeError, Problem
 from forge.model.gguf_header import read_gguf
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.runtime import Settings
 from forge.tools.ollama import Ollama, server_url, stops_in
+from forge.tools.ollama_server import reach
 
-_SECONDS_TO_START = 60.0
 # How many generated conversations are compared: the plain ones, and others from all over.
 _PLAIN, _ODD = 12, 36
+# More than any model has.
+_ALL_LAYERS = 999
 
 
 @dataclass(frozen=True)
@@ -47,61 +46,6 @@ class Imported:
     prompts: int
 
 
-def check(url: str | None = None) -> None:
-    """Raise `MissingToolError` when no server answers and none can be started here."""
-    with Ollama(url or server_url()) as server:
-        try:
-            server.version()
-        except MissingToolError:
-            if not _can_start(server.url):
-                raise
-
-
-def _can_start(url: str) -> bool:
-    is_here = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
-    return is_here and shutil.which("ollama") is not None
-
-
-@contextlib.contextmanager
-def reach(url: str, *, log: Path | None = None) -> Iterator[Ollama]:
-    """A connection to the server at `url`; on this machine it is started for the block if it can be.
-
-    Raises `MissingToolError`, which says how to start one, when there is none and none can be started.
-    """
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(Ollama(url))
-        try:
-            server.version()
-        except MissingToolError:
-            if not _can_start(url):
-                raise
-            place = urlsplit(url).netloc
-            report.info(f"starting `ollama serve` at {place} for this command")
-            said: IO[str] | None = None
-            if log:
-                said = stack.enter_context(log.open("a", encoding="utf-8"))
-            child = process.Child(
-                ["ollama", "serve"], log=said, environment={"OLLAMA_HOST": place}, separate_errors=True
-            )
-            stack.enter_context(child)
-            _wait_for(server, child)
-        yield server
-
-
-def _wait_for(server: Ollama, child: process.Child) -> None:
-    deadline = time.monotonic() + _SECONDS_TO_START
-    while True:
-        try:
-            server.version()
-            return
-        except MissingToolError as silent:
-            if child.status is not None or time.monotonic() > deadline:
-                raise StageError(
-                    f"`ollama serve` was started and does not answer at {server.url}", hint=silent.hint
-                ) from silent
-            time.sleep(0.2)
-
-
 @contextlib.contextmanager
 def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
     """Import a GGUF and serve it; see `runtime.Runtime`. The model stays in Ollama's store afterwards.
@@ -112,6 +56,10 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     hand = replace(hand_over_of(settings.model), context_tokens=settings.context_tokens)
     if settings.modelfile:
         hand = hand.with_parameters_of(parse(settings.modelfile.read_text(encoding="utf-8")))
+    machine = {"num_gpu": settings.gpu_layers, "num_thread": settings.threads}
+    machine |= {"num_gpu": _ALL_LAYERS} if settings.gpu_layers == -1 else {}
+    fixed = {name: value for name, value in machine.items() if value is not None}
+    hand = replace(hand, sampling={**hand.sampling, **fixed})
     with reach(server_url(told), log=log) as server:
         imported = import_model(server, settings.alias, settings.model, hand)
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")

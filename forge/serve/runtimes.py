@@ -17,7 +17,7 @@ RUNTIMES: Mapping[str, tuple[str, str]] = {
     "ollama": ("forge.serve.ollama", "serve_ollama"),
 }
 # What says, before anything runs, whether one can run here; the others say so when they start.
-_CHECKS = {"embedded": ("forge.tools.xllamacpp", "check"), "ollama": ("forge.serve.ollama", "check")}
+_CHECKS = {"embedded": ("forge.tools.xllamacpp", "check"), "ollama": ("forge.tools.ollama_server", "check")}
 # Settings that one runtime alone understands.
 _OWN = {"program": "llama-server", "image": "container"}
 

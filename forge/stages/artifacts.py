@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from forge import worker
+from forge import report, worker
 from forge.chat.hand_over import (
     MODELFILE,
     MODELFILE_JINJA,
@@ -206,6 +206,7 @@ class ModelfileStage(ShipStage):
         broken = [problem for name, one in written.items() for problem in stops.in_modelfile(one, name)]
         require([*stops.in_gguf(header), *broken])
         same = compare(told, header.chat_template or "", written.get(MODELFILE))
+        report.info(f"{same.conversations} conversations: the same prompts through {', '.join(same.through)}")
         return {
             **facts,
             "same_prompts": {"conversations": same.conversations, "through": list(same.through)},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.chat.format_check import limit_names
 from forge.chat.hand_over import HandOver, Way, hand_over_of
-from forge.chat.modelfile import render
+from forge.chat.modelfile import parse, render
+from forge.errors import CheckError, DataError
 from forge.store import durable
 
 
@@ -54,3 +57,41 @@ def _tell(told: HandOver, way: Way, asked: bool) -> None:
         report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
     report.info(f"num_ctx {told.context_tokens}; sampling: {dict(told.sampling) or 'none asked for'}")
     report.info(f"not claimed: {', '.join(facts['not_claimed'])}")
+
+
+def check_modelfile(target: Path, modelfile: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
+    """`forge template --check`: somebody's Modelfile beside the model's template and stops.
+
+    Raises `CheckError` with what differs, the smallest conversation first.
+    """
+    from forge.chat.modelfile_check import check_modelfile as compare
+
+    try:
+        read = parse(modelfile.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{modelfile}: cannot be read: {error}") from error
+    told = hand_over_of(target, bos=bos, eos=eos)
+    found = compare(read, told)
+    for note in found.notes:
+        report.info(note)
+    limits = limit_names(found.prompts.limits) if found.prompts else []
+    for limit in limits:
+        report.info(f"not so for: {limit}")
+    if found.problems:
+        raise CheckError(
+            f"{modelfile} does not hand over what {target} was made for",
+            hint=f"forge modelfile {target} writes one that does",
+            problems=[replace(problem, file=str(modelfile)) for problem in found.problems],
+        )
+    status = found.prompts.status if found.prompts else None
+    checked = found.prompts.checked if found.prompts else 0
+    report.success(f"{modelfile}: {status or 'its stops are right'}; {checked} conversations compared")
+    return {
+        "status": status,
+        "limits": limits,
+        "reason": None,
+        "go": read.template,
+        "stops": list(read.stops),
+        "default_system": read.system,
+        "conversations_checked": checked,
+    }

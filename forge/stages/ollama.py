@@ -40,9 +40,10 @@ def prove_in_ollama(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequ
 
 def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
     """`forge import`: a run or a GGUF file becomes the model `name`; returns the contract's fields."""
-    from forge.serve.ollama import import_model, reach
+    from forge.serve.ollama import import_model
     from forge.stages.drive import find_gguf
     from forge.tools.ollama import server_url
+    from forge.tools.ollama_server import reach
 
     gguf = find_gguf(target)
     told = hand_over_of(gguf)

@@ -13,7 +13,10 @@ import (
 	"text/template"
 )
 
-type message struct{ Role, Content, Thinking string }
+type message struct {
+	Role, Content, Thinking, ToolName, ToolCallID string
+	ToolCalls, Images                             []string
+}
 
 type job struct {
 	Template                 string
@@ -25,8 +28,16 @@ func render(j job) (texts []string, err error) {
 	parsed, err := template.New("").Option("missingkey=zero").Parse(j.Template)
 	for i := 0; err == nil && i < len(j.Conversations); i++ {
 		var out strings.Builder
+		system := []string{j.System}
+		for _, m := range j.Conversations[i] {
+			if m.Role == "system" && j.System == "" {
+				system = append(system, m.Content)
+			}
+		}
 		err = parsed.Execute(&out, map[string]any{
-			"Messages": j.Conversations[i], "System": j.System, "Prompt": j.Prompt, "Response": j.Response,
+			"Messages": j.Conversations[i], "System": strings.TrimPrefix(strings.Join(system, "\n\n"), "\n\n"),
+			"Prompt": j.Prompt, "Response": j.Response, "Suffix": "",
+			"Tools": []string{}, "Think": false, "ThinkLevel": "", "IsThinkSet": false,
 		})
 		texts = append(texts, out.String())
 	}

@@ -1,0 +1,94 @@
+"""Is an Ollama server there, and if not, can one be started here for as long as it is needed?
+
+Not covered: installing Ollama; a server of another machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from forge import process, report
+from forge.errors import MissingToolError, StageError
+from forge.tools.ollama import Ollama, server_url
+
+_SECONDS_TO_START = 60.0
+_SECONDS_TO_HEAR_OUT = 5.0
+
+
+def check(url: str | None = None) -> None:
+    """Raise `MissingToolError` when no server answers and none can be started here."""
+    with Ollama(url or server_url()) as server:
+        try:
+            server.version()
+        except MissingToolError:
+            if not _can_start(server.url):
+                raise
+
+
+def _can_start(url: str) -> bool:
+    is_here = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+    return is_here and shutil.which("ollama") is not None
+
+
+@contextlib.contextmanager
+def reach(url: str, *, log: Path | None = None) -> Iterator[Ollama]:
+    """A connection to the server at `url`; on this machine it is started for the block if it can be.
+
+    Raises `MissingToolError`, which says how to start one, when there is none and none can be started.
+    """
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(Ollama(url))
+        try:
+            server.version()
+        except MissingToolError:
+            if not _can_start(url):
+                raise
+            place = urlsplit(url).netloc
+            report.info(f"starting `ollama serve` at {place} for this command")
+            _wait_for(server, stack.enter_context(_started(place, log)))
+        yield server
+
+
+@contextlib.contextmanager
+def _started(place: str, log: Path | None) -> Iterator[process.Child]:
+    """`ollama serve`; what it says is read all the time, or it would wait for us, and goes to `log`."""
+    with contextlib.ExitStack() as stack:
+        said = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
+        child = stack.enter_context(
+            process.Child(["ollama", "serve"], log=said, environment={"OLLAMA_HOST": place})
+        )
+
+        def hear() -> None:
+            for line in child.lines():
+                if said:
+                    said.write(f"{line}\n")
+
+        listener = threading.Thread(target=hear, daemon=True, name="ollama-serve")
+        listener.start()
+        try:
+            yield child
+        finally:
+            child.terminate()
+            child.ends_within(process.GRACE_SECONDS)
+            child.kill()
+            listener.join(_SECONDS_TO_HEAR_OUT)
+
+
+def _wait_for(server: Ollama, child: process.Child) -> None:
+    deadline = time.monotonic() + _SECONDS_TO_START
+    while True:
+        try:
+            server.version()
+            return
+        except MissingToolError as silent:
+            if child.status is not None or time.monotonic() > deadline:
+                raise StageError(
+                    f"`ollama serve` was started and does not answer at {server.url}", hint=silent.hint
+                ) from silent
+            time.sleep(0.2)

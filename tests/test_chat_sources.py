@@ -1,0 +1,136 @@
+"""Where templates come from: directories, GGUF and .jinja files; and what is wrong with some."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from forge.chat.hand_over import hand_over_of
+from forge.cli.main import run
+from forge.model.builtin.tokenizer import CHATML
+from tests.conftest import copy_of_tiny
+from tests.models import change_json
+from tests.tiny_gguf import write_tiny_gguf
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return copy_of_tiny(tmp_path / "tiny")
+
+
+def told(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> dict[str, object]:
+    capsys.readouterr()
+    assert run([*command, "--json"]) == code
+    found: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return found
+
+
+def without_template(directory: Path) -> None:
+    (directory / "chat_template.jinja").unlink(missing_ok=True)
+    change_json(directory / "tokenizer_config.json", chat_template=None)
+
+
+def test_a_directory_a_gguf_and_a_jinja_file_say_the_same(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D9: the model's own template, wherever it lies."""
+    gguf = write_tiny_gguf(tmp_path / "m.gguf")
+    (tmp_path / "m.jinja").write_text(CHATML, encoding="utf-8")
+    found = [told(capsys, "template", str(path)) for path in (tiny, gguf, tmp_path / "m.jinja")]
+    assert {str(one["go"]) for one in found} == {found[0]["go"]}
+    assert [one["status"] for one in found] == ["exact"] * 3
+
+
+def test_no_template_offers_chatml_and_assumes_nothing(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_template(tiny)
+    bare = write_tiny_gguf(tmp_path / "m.gguf", template=None)
+    for path in (tiny, bare):
+        for command in ("template", "modelfile"):
+            error = told(capsys, command, str(path), code=2)["error"]
+            assert isinstance(error, dict)
+            assert "no chat template" in error["message"] and "ChatML" in error["hint"]
+
+
+def test_several_named_templates(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default one is taken, the others are named; without a default they are asked for."""
+    without_template(tiny)
+    named = [
+        {"name": "default", "template": CHATML},
+        {"name": "rag", "template": "{{ messages[0].content }}"},
+    ]
+    change_json(tiny / "tokenizer_config.json", chat_template=named)
+    capsys.readouterr()
+    assert run(["template", str(tiny)]) == 0
+    assert "also has the templates rag" in capsys.readouterr().out
+    change_json(tiny / "tokenizer_config.json", chat_template=[{**named[0], "name": "chat"}, named[1]])
+    error = told(capsys, "template", str(tiny), code=2)["error"]
+    assert isinstance(error, dict)
+    assert "none of its templates is the default: chat, rag" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% for m in messages %}", "not valid Jinja: line 1"),
+        ("{{ strftime_now(x) }}", "computed format"),
+    ],
+)
+def test_templates_that_cannot_be_read(
+    tiny: Path, source: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "chat_template.jinja").write_text(source, encoding="utf-8")
+    if "strftime" in source:
+        assert told(capsys, "template", str(tiny))["status"] == "refused"
+        return
+    error = told(capsys, "template", str(tiny), code=2)["error"]
+    assert isinstance(error, dict) and said in error["message"]
+
+
+def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "bytes.jinja").write_bytes(b"\xff\xfe\x00")
+    for name in ("m.gguf", "bytes.jinja", "nowhere.jinja", "nowhere"):
+        error = told(capsys, "template", str(tmp_path / name), code=2)["error"]
+        assert isinstance(error, dict) and name in error["message"]
+
+
+def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """P1, P3, P4 without any recipe: FROM, TEMPLATE, stops, num_ctx, sampling, licence, ADAPTER."""
+    change_json(tiny / "generation_config.json", do_sample=True, temperature=0.6)
+    (tiny / "LICENSE").write_text("Apache License\n", encoding="utf-8")
+    out = tmp_path / "out.Modelfile"
+    found = told(capsys, "modelfile", str(tiny), "--adapter", "./lora.gguf", "--out", str(out))
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert (found["modelfile"], found["status"], found["way"]) == (str(out), "exact", "go")
+    assert lines[:2] == [f"FROM {tiny}.gguf", "ADAPTER ./lora.gguf"]
+    assert lines[2].startswith('TEMPLATE """')
+    assert lines[-4:] == [
+        'PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 1024", "PARAMETER temperature 0.6",
+        "LICENSE Apache License",
+    ]  # fmt: skip
+    write_tiny_gguf(tiny / "own.gguf")
+    capsys.readouterr()
+    assert run(["modelfile", str(tiny), "--jinja"]) == 0
+    said = capsys.readouterr().out
+    assert f"REQUIRES 0.30\nFROM {tiny / 'own.gguf'}\nPARAMETER stop" in said
+    assert "num_ctx 1024; sampling: {'temperature': 0.6}" in said and "TEMPLATE" not in said
+
+
+def test_modelfile_of_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    found = told(capsys, "modelfile", str(path))
+    assert str(found["modelfile"]).startswith(f'FROM {path}\nTEMPLATE """')
+    assert found["stops"] == ["<|im_end|>"]
+    upside_down = write_tiny_gguf(
+        tmp_path / "n.gguf", template="{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
+    )
+    capsys.readouterr()
+    assert run(["modelfile", str(upside_down)]) == 0
+    said = capsys.readouterr()
+    assert f"REQUIRES 0.30\nFROM {upside_down}\nPARAMETER stop" in said.out
+    assert "no Go TEMPLATE: it leaves out" in said.err
+    assert hand_over_of(upside_down).stops == ("<|im_end|>",)

@@ -1,0 +1,123 @@
+"""`deploy.runtime: ollama`, whole ships: against the fake, and a live server where OLLAMA_HOST is set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from forge.chat.modelfile import parse
+from forge.tools.ollama import Ollama, server_url
+from tests.conftest import link_converters
+from tests.fake_ollama import FakeOllama
+from tests.shipping import STAGES, Workshop
+
+pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    root = tmp_path_factory.mktemp("ollama")
+    (root / "work").mkdir()
+    return Workshop(root / "work", link_converters(root / "home"))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        monkeypatch.setenv("OLLAMA_HOST", server.url)
+        yield server
+
+
+def test_a_ship_into_ollama(place: Workshop, fake: FakeOllama) -> None:
+    """Q2, Q3, P4, pitfalls 49, 54: trained, exported, imported, prompts and tokens compared, asked."""
+    place.recipe(deploy={"runtime": "ollama"})
+    answer = place.ship()
+    assert list(answer.cached) == list(STAGES)
+    assert answer.fields["smoke"][0]["answer"]
+    facts = place.manifest()["facts"]
+    assert (facts["deploy"]["runtime"], facts["deploy"]["model"]) == ("ollama", "mini")
+    assert facts["deploy"]["prompts_compared"] >= 5
+    assert facts["smoke"]["stops"] == []
+    written = parse((place.run / "Modelfile.jinja").read_text(encoding="utf-8"))
+    assert fake.models["mini:latest"].parameters == {
+        **written.parameters, "stop": list(written.stops)
+    }  # fmt: skip
+    assert set(fake.models) == {"mini:latest"}
+
+
+def test_the_run_says_that_200_conversations_give_the_same_bytes(place: Workshop) -> None:
+    """Through training tokenizer, the GGUF's Jinja, the Modelfile's TEMPLATE; in manifest and report."""
+    same = place.manifest()["facts"]["modelfile"]["same_prompts"]
+    assert same == {
+        "conversations": 200,
+        "through": ["the training tokenizer", "the GGUF's Jinja", "the Modelfile's TEMPLATE"],
+    }
+    page = (place.run / "report.html").read_text(encoding="utf-8")
+    assert "the same bytes for 200 conversations through the training tokenizer" in page
+    assert "not claimed: tools, thinking" in page
+
+
+def test_the_same_gguf_under_another_name(place: Workshop, fake: FakeOllama) -> None:
+    """`forge import RUN`: the run's own stops, and its smoke queries asked."""
+    answer = place.forge("import", "mini", "--name", "yoda")
+    assert answer.code == 0, answer.said
+    assert answer.fields["name"] == "yoda" and answer.fields["prompt_checked"] > 40
+    assert set(fake.models) == {"yoda:latest"}
+    again = place.forge("import", str(place.run / "mini-q4_k_m.gguf"), "--name", "yoda")
+    assert again.fields["digest"] == answer.fields["digest"]
+
+
+def test_a_server_that_prompts_otherwise_fails_the_ship(place: Workshop, fake: FakeOllama) -> None:
+    fake.spoil = lambda prompt: prompt.replace("<|im_end|>\n", "<|im_end|>")
+    answer = place.ship(code=5)
+    assert answer.fields["error"]["message"].startswith("Ollama's prompts are not those")
+    assert fake.models == {}
+
+
+def test_without_a_server_nothing_is_trained(place: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    answer = place.ship(code=3)
+    assert "no Ollama server answers" in answer.fields["error"]["message"]
+    assert "ollama serve" in answer.fields["error"]["hint"]
+
+
+@pytest.mark.ollama
+def test_a_ship_into_a_live_ollama(place: Workshop) -> None:
+    if not os.environ.get("OLLAMA_HOST"):
+        pytest.skip("OLLAMA_HOST is not set: there is no live server")
+    live = place.beside("live")
+    live.recipe(name="forge-test-ship", deploy={"runtime": "ollama"})
+    try:
+        assert live.ship().fields["smoke"][0]["answer"]
+    finally:
+        with Ollama(server_url()) as server:
+            server.delete("forge-test-ship")
+
+
+@pytest.mark.slow
+def test_real_transformers_and_the_runs_files_agree(place: Workshop) -> None:
+    """The training tokenizer as transformers loads it, beside what the run left: 200 conversations."""
+    from transformers import AutoTokenizer
+
+    from forge.chat import go_interpreter, probe
+    from forge.chat.same_prompts import CONVERSATIONS, as_served
+    from forge.chat.template import ChatTemplate
+    from forge.model.gguf_header import read_gguf
+
+    tokenizer = AutoTokenizer.from_pretrained(place.run / "adapter")
+    template = ChatTemplate(tokenizer.chat_template)
+    carried = read_gguf(place.run / "mini-q4_k_m.gguf").chat_template
+    assert carried is not None
+    served = as_served(carried, template)
+    modelfile = parse((place.run / "Modelfile").read_text(encoding="utf-8"))
+    assert modelfile.template is not None
+    go = go_interpreter.parse(modelfile.template)
+    every = list(probe.conversations(probe.literals(template), has_system=True))[:CONVERSATIONS]
+    assert len(every) == CONVERSATIONS
+    for one in every:
+        messages = [dict(message) for message in one]
+        trained = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert served.render(one, add_generation_prompt=True) == trained
+        assert go.render(one) == trained
