@@ -122,7 +122,7 @@ def _thinking(specimen: Specimen, sound: Path, scratch: Path) -> Path:
 
 def _bos(specimen: Specimen, sound: Path, scratch: Path) -> Path:
     """The tokenizer puts a BOS before what the template has begun with one."""
-    changes = {"tokenizer__ggml__bos_token_id": 1, "tokenizer__ggml__add_bos_token": True}
+    changes: dict[str, Any] = {"tokenizer__ggml__bos_token_id": 1, "tokenizer__ggml__add_bos_token": True}
     template = (specimen.base / "chat_template.jinja").read_text(encoding="utf-8")
     changes["tokenizer__chat_template"] = "{{ bos_token }}" + template  # <|im_start|> is its BOS
     return rewrite(sound, scratch / "broken.gguf", **changes)

@@ -111,8 +111,10 @@ def failure_of(certificate: Mapping[str, Any]) -> CheckError | None:
     """The error of a certificate that is not ok, with every problem; None for a good one."""
     if certificate["ok"]:
         return None
-    return CheckError(
+    failure = CheckError(
         f"{certificate['broken_stage']} broke it: {certificate['verdict']}",
         hint=certificate["remedy"],
         problems=[Problem(problem) for problem in certificate["problems"]],
     )
+    failure.fields = certificate
+    return failure
