@@ -34,7 +34,7 @@ RECIPE: Mapping[str, Any] = {
     "verify": {"learned": "off"},
     "smoke": [{"prompt": "There is bacon in this sandwich.", "max_tokens": 24}],
 }
-PURE = ("data", "train", "validate", "evaluate", "export", "modelfile")
+PURE = ("data", "train", "validate", "evaluate", "export", "modelfile", "verify")
 STAGES = (*PURE, "deploy", "smoke")
 
 

@@ -49,6 +49,11 @@ class _Session:
         settings: Mapping[str, Any] = self.arguments["settings"]
         return settings
 
+    @property
+    def lora(self) -> Path | None:
+        """The adapter's own GGUF, where the file is its base alone."""
+        return Path(self.arguments["lora"]) if self.arguments.get("lora") else None
+
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time a step; an error in it says how far it got."""
@@ -69,10 +74,11 @@ class _Session:
 def measure(**arguments: Any) -> dict[str, Any]:
     """Compare `gguf` with `base` and `adapter`; returns plain JSON.
 
-    Arguments: base, adapter, gguf, merged (a merged checkpoint, or None), tokenizer, chat_template
-    (as trained, its variables written in), rows (JSONL of input_ids, labels and messages),
-    converters, scratch (a directory for large temporary files), settings: nf4 (trained on it),
-    end_of_turn_id, trust_remote_code.
+    Arguments: base, adapter, gguf, tokenizer, chat_template (as trained, its variables written in), rows
+    (JSONL of input_ids, labels and messages), converters, scratch (a directory for large temporary
+    files), merged (a merged checkpoint, or None); optional: lora (the adapter's GGUF beside that of
+    its base), f16 (llama.cpp's own conversion, where it is there already). settings: nf4 (trained
+    on it), merge_base, end_of_turn_id, trust_remote_code.
     Raises `DataError` for files that cannot be compared at all, with what was compared before.
     """
     session = _Session(arguments, {"seconds": {}})
@@ -83,6 +89,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
         refuse_other_model(header, facts)
     rows = read_rows(Path(arguments["rows"]))
     session.found["file"] = file_facts(gguf, header)
+    session.found["merge_base"] = session.settings.get("merge_base", "original")
     with session.step("token ids, prompt and stops"):
         session.found |= _vocabulary(session, rows)
     with session.step("rows drawn"):
@@ -137,12 +144,13 @@ def _legs(
     gguf = Path(arguments["gguf"])
     prompts = _prompts(rows)
     context = max([*map(len, drawn.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
-    with session.step("the file's greedy answers"), served.loaded(gguf, context) as model:
+    with session.step("the file's greedy answers"), served.loaded(gguf, context, session.lora) as model:
         made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
         found["live"] = _expected_live(model, prompts)
     adapter = read_adapter(Path(arguments["adapter"])) if arguments["adapter"] else None
     trust = session.settings.get("trust_remote_code", False)
-    source = reference.Weights(Path(arguments["base"]), adapter, trust_remote_code=trust)
+    nf4 = session.settings.get("merge_base") == "nf4"
+    source = reference.Weights(Path(arguments["base"]), adapter, nf4=nf4, trust_remote_code=trust)
     with session.step("the reference in float32"):
         expected = reference.logits(source, drawn, "the reference")
         found["greedy"] = _greedy(source, made)
@@ -150,9 +158,8 @@ def _legs(
     measured.of_checkpoints(source)
     files = measured.of_files(gguf, scratch)
     with session.step("weights"):
-        found["weights"] = {
-            name: weights.fit_weights(path, source.base, adapter, facts) for name, path in files.items()
-        }
+        inside = replace(source, adapter=None) if session.lora else source
+        found["weights"] = {name: weights.fit_weights(path, inside, facts) for name, path in files.items()}
 
 
 @dataclass(frozen=True)
@@ -167,12 +174,11 @@ class _Legs:
     def of_checkpoints(self, source: reference.Weights) -> None:
         """The base alone, the base as it was trained, a merged checkpoint: what there is of them."""
         merged = self.session.arguments["merged"]
+        shifts = source.adapter and self.session.settings.get("nf4") and not source.nf4
         legs = {
             "base": replace(source, adapter=None) if source.adapter else None,
-            "trained": replace(source, nf4=True)
-            if source.adapter and self.session.settings.get("nf4")
-            else None,
-            "merged": replace(source, base=Path(merged), adapter=None) if merged else None,
+            "trained": replace(source, nf4=True) if shifts else None,
+            "merged": replace(source, base=Path(merged), adapter=None, nf4=False) if merged else None,
         }
         for name, one in legs.items():
             if one:
@@ -183,12 +189,15 @@ class _Legs:
         """The file and its yardsticks; returns the files whose weights are worth a look."""
         session, kind = self.session, self.session.found["file"]["type"]
         source = {**session.arguments, **session.settings}
+        if session.lora:
+            source["adapter"] = None  # it is loaded beside the yardsticks too
         measured = self._file("file", gguf)
         if kind in DIRECT and converts(session.found["legs"]["file"]):
             return {"file": gguf}
         # For a direct conversion that failed it is the weights' yardstick, to name the stage by.
         with session.step("llama.cpp's own conversion"):
-            f16 = yardstick.make_f16(source, _directory(scratch / "f16"))
+            given = session.arguments.get("f16")
+            f16 = Path(given) if given else yardstick.make_f16(source, _directory(scratch / "f16"))
         if kind in DIRECT:
             return {"file": gguf, "f16": f16}
         direct = self._file("f16", f16)
@@ -196,12 +205,12 @@ class _Legs:
         if kind is None:
             return {"file": gguf, "f16": f16}
         with session.step("llama.cpp's own quantization"):
-            vendor = yardstick.make_quantized(f16, kind, os.cpu_count() or 1)
+            vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, os.cpu_count() or 1)
         self._file("vendor", vendor, direct)
         return {"file": gguf, "f16": f16, "vendor": vendor}
 
     def _file(self, name: str, path: Path, against: Any = None) -> Any:
-        with self.session.step(name), served.loaded(path, self.context) as model:
+        with self.session.step(name), served.loaded(path, self.context, self.session.lora) as model:
             logits = model.logits(self.drawn, f"logits of {path.name}")
             self._compare(name, logits, against)
         return logits
