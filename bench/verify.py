@@ -11,6 +11,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,7 @@ def make_large(directory: Path) -> Path:
         if path.name.startswith(("tokenizer", "chat_template")):
             (directory / path.name).write_bytes(path.read_bytes())
     (directory / "config.json").write_text(json.dumps(_SHAPE), encoding="utf-8")
-    tensors = [
-        LazyTensor(name, "BF16", shape, lambda shape=shape: _random(shape))
-        for name, shape in _shapes().items()
-    ]
+    tensors = [LazyTensor(name, "BF16", shape, partial(_random, shape)) for name, shape in _shapes().items()]
     write_safetensors(directory / SINGLE, tensors, lambda done, total: None)
     return directory
 

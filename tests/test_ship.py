@@ -60,17 +60,21 @@ def test_the_json_has_the_fields_of_the_contract(shipped: tuple[Workshop, Answer
     directory = workshop.run
     fields = dict(answer.fields)
     stages, learned, smoke = (fields.pop(name) for name in ("stages", "learned", "smoke"))
+    certificate = fields.pop("certificate")
     assert fields == {
         "run": str(directory),
         "adapter": str(directory / "adapter"),
         "gguf": str(directory / "mini-q4_k_m.gguf"),
         "modelfile": str(directory / "Modelfile"),
         "modelfile_reason": None,
-        "certificate": fields["certificate"],
         "certificate_reason": None,
         "endpoint": None,
     }
-    assert fields["certificate"]["ok"] is True and fields["certificate"]["broken_stage"] is None
+    assert certificate["ok"] is True and certificate["broken_stage"] is None
+    assert [one["to"] for one in certificate["handovers"]] == [
+        "fp32 base + adapter", "GGUF f16", "GGUF q4_k_m", "live server",
+    ]  # fmt: skip
+    assert certificate["sample"]["positions"] > 0 and certificate["live"]["problems"] == []
     assert [stage["name"] for stage in stages] == list(STAGES)
     assert not any(stage["cached"] for stage in stages)
     assert all(stage["seconds"] >= 0 for stage in stages)
@@ -110,6 +114,7 @@ def test_the_manifest_tells_how_it_was_made(shipped: tuple[Workshop, Answer]) ->
     assert manifest["recipe"]["train"]["learning_rate"] == 1e-3
     assert manifest["base"]["spec"] == "builtin:tiny" and manifest["base"]["revision"] is None
     assert manifest["learned"] == answer.fields["learned"]
+    assert manifest["certificate"] == answer.fields["certificate"]
     assert list(manifest["artifacts"]) == list(PURE)
     published = {
         ("train", name): workshop.run / "adapter" / name for name in manifest["artifacts"]["train"]["files"]
@@ -214,7 +219,7 @@ def test_a_plan_names_the_field_that_changed_and_the_stages_behind_it(
         "evaluate": ["waits for train"],
         "export": ["waits for train"],
         "modelfile": ["waits for export"],
-        "verify": ["waits for train", "waits for export"],
+        "verify": ["waits for train, export"],
         "deploy": LOOKS,
         "smoke": LOOKS,
     }

@@ -37,7 +37,7 @@ def workshop(store: Workshop, request: pytest.FixtureRequest) -> Workshop:
 def test_a_plain_base_ships_without_training(workshop: Workshop) -> None:
     workshop.recipe(train="none", data=None)
     answer = workshop.ship()
-    assert list(answer.cached) == ["export", "modelfile", "deploy", "smoke"]
+    assert list(answer.cached) == ["export", "modelfile", "verify", "deploy", "smoke"]
     assert answer.fields["adapter"] is None and answer.fields["learned"] is None
     assert answer.fields["smoke"][0]["answer"]
     assert {path.name for path in workshop.run.iterdir()} == {

@@ -59,7 +59,7 @@ def test_kill_9_in_each_stage_and_only_that_stage_repeats(workshop: Workshop) ->
     workshop.recipe(data={"source": "rows.jsonl", "limit": None}, verify={"learned": "off"})
     for number, stage in enumerate(PURE):
         if stage == "modelfile":
-            continue
+            continue  # too quick to be met
         with workshop.start("ship", "recipe.yaml", "--until", stage) as child:
             in_stage(workshop, stage, child)
             pids = family(child)
@@ -69,7 +69,7 @@ def test_kill_9_in_each_stage_and_only_that_stage_repeats(workshop: Workshop) ->
         again = workshop.ship("--until", stage)
         assert again.cached == {name: name != stage for name in PURE[: number + 1]}
         assert not list((workshop.home / "artifacts" / stage).glob("*.partial"))
-    assert all(workshop.ship("--until", PURE[-1]).cached.values())
+    assert workshop.ship("--until", "verify").cached == dict.fromkeys(PURE, True)
 
 
 def steps_done(workshop: Workshop) -> int:

@@ -109,7 +109,7 @@ def test_bad_input_says_what_was_compared(workshop: Workshop, tuned: Specimen, t
     # NaN in the file, and in the base.
     import numpy as np
 
-    nan = np.full((256, 256), np.nan, dtype=np.float16)
+    nan: Any = np.full((256, 256), np.nan, dtype=np.float16)
     broken = rewrite(_f16(tuned), tmp_path / "nan.gguf", {"blk.1.attn_output.weight": nan})
     told = _told(_error(_verify(workshop, tuned, broken)))
     assert "not finite" in told and "compared before: the file's header, token ids, prompt and stops" in told

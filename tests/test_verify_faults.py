@@ -122,7 +122,7 @@ def _thinking(specimen: Specimen, sound: Path, scratch: Path) -> Path:
 
 def _bos(specimen: Specimen, sound: Path, scratch: Path) -> Path:
     """The tokenizer puts a BOS before what the template has begun with one."""
-    changes = {"tokenizer__ggml__bos_token_id": 1, "tokenizer__ggml__add_bos_token": True}
+    changes: dict[str, Any] = {"tokenizer__ggml__bos_token_id": 1, "tokenizer__ggml__add_bos_token": True}
     template = (specimen.base / "chat_template.jinja").read_text(encoding="utf-8")
     changes["tokenizer__chat_template"] = "{{ bos_token }}" + template  # <|im_start|> is its BOS
     return rewrite(sound, scratch / "broken.gguf", **changes)
@@ -151,7 +151,7 @@ def test_a_sound_file_passes_and_its_quantized_one_too(specimen: Specimen, sound
     assert found["ok"], found["problems"]
     assert found["broken_stage"] is None
     assert found["logits"]["top1"] > 0.99  # random weights: many near ties
-    quantized = make_quantized(sound, "q4_k_m", 2)
+    quantized = make_quantized(sound, specimen.scratch / "sound-q4_k_m.gguf", "q4_k_m", 2)
     found = specimen.verify(quantized, nf4=True)
     assert found["ok"], found["problems"]
     assert [one["from"] for one in found["handovers"]] == [
@@ -172,8 +172,8 @@ def test_fault(fault: str, kind: str, specimen: Specimen, sound: Path, tmp_path:
     make, stage, words = FAULTS[fault]
     broken = make(specimen, sound, tmp_path)
     if kind != "f16":
-        broken = make_quantized(broken, kind, 2)
-    found = specimen.verify(broken)
+        broken = make_quantized(broken, tmp_path / "quantized.gguf", kind, 2)
+    found = specimen.verify(broken, f16=str(sound))
     assert not found["ok"]
     assert (found["broken_stage"], words) == (stage, words if words in found["verdict"] else found["verdict"])
     assert found["remedy"]

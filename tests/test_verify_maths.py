@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.errors import DataError
+from forge.model.safetensors_header import TensorSpec
 from forge.verify.compare import compare, converts, top_log_probabilities
+from forge.verify.inputs import refuse_too_large
 from forge.verify.sample import LONGEST, Sample, draw, least_share
 from forge.verify.verdict import Gates, judge
 
@@ -52,9 +55,9 @@ def test_the_measures_are_what_they_say() -> None:
 def test_perplexity_is_the_answers_and_a_padded_vocabulary_does_not_count() -> None:
     import numpy as np
 
-    wide = np.zeros((2, 6), dtype=np.float32)
+    wide: Any = np.zeros((2, 6), dtype=np.float32)
     wide[:, 4:] = 50.0  # rows of padding that no tokenizer reaches
-    narrow = np.zeros((2, 4), dtype=np.float32)
+    narrow: Any = np.zeros((2, 4), dtype=np.float32)
     narrow[1, 2] = 5.0
     found = compare(wide, narrow, _sample([0, 2], [True, False]))
     assert found["perplexity_reference"] == pytest.approx(4.0)
@@ -155,3 +158,18 @@ def test_a_lossy_type_is_shown_beside_the_published_norm() -> None:
     found = judge(_measurement(file=_leg(kl_mean=0.2, top1=0.8)), Gates())
     assert found["ok"]
     assert any("0.0313, top-1 91.9%" in warning for warning in found["warnings"])
+
+
+def test_a_base_that_does_not_fit_even_in_pieces(tmp_path: Path) -> None:
+    """The largest piece counts: two layers of 32 values, an embedding of 64."""
+    shapes = {
+        "model.embed_tokens.weight": (8, 8),
+        **{f"model.layers.{n}.mlp.weight": (4, 8) for n in range(2)},
+    }
+    tensors = {
+        name: TensorSpec(name, "BF16", shape, tmp_path, 0, 2 * shape[0] * shape[1])
+        for name, shape in shapes.items()
+    }
+    refuse_too_large(tensors, 2 * 64 * 4)
+    with pytest.raises(DataError, match="does not fit even in pieces"):
+        refuse_too_large(tensors, 2 * 64 * 4 - 1)

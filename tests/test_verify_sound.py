@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forge.export.quantize import quantize
 
 from forge.export.run import GGUF_FILE, export
+from forge.verify.yardstick import make_quantized
 from tests.models import PEFT_WARNS
 from tests.specimens import make_specimen, source_of
 
@@ -48,11 +48,11 @@ SOUND: list[tuple[str, int, str, dict[str, Any]]] = [
 def test_sound(architecture: str, seed: int, quant: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """llama.cpp's own conversion and quantization of an adapted model is what it should be."""
     specimen = make_specimen(tmp_path / "specimen", architecture, seed=seed, **changes)
-    file = specimen.f16(tmp_path / "f16")
+    f16 = file = specimen.f16(tmp_path / "f16")
     if quant != "f16":
-        quantize(file, tmp_path / "file.gguf", quant, 2)
         file = tmp_path / "file.gguf"
-    found = specimen.verify(file)
+        make_quantized(f16, file, quant, 2)
+    found = specimen.verify(file, f16=str(f16))
     assert found["ok"], (found["verdict"], found["handovers"])
 
 
@@ -64,6 +64,6 @@ def test_quantized_from_another_source(source: str, quant: str, tmp_path: Path) 
     (tmp_path / source).mkdir()
     settings = {"name": "yoda", "quant": source, "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
     export(**source_of(specimen), data=None, out=str(tmp_path / source), settings=settings)
-    quantize(tmp_path / source / GGUF_FILE, tmp_path / "file.gguf", quant, 2)
+    make_quantized(tmp_path / source / GGUF_FILE, tmp_path / "file.gguf", quant, 2)
     found = specimen.verify(tmp_path / "file.gguf")
     assert found["ok"], (found["verdict"], found["handovers"])

@@ -69,7 +69,6 @@ def certify(
     certificate = judge(measured, Gates(max_kl, min_top1))
     tell(certificate)
     if failure := failure_of(certificate):
-        failure.fields = certificate
         raise failure
     report.result(certificate)
     return certificate

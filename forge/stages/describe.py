@@ -138,6 +138,8 @@ def describe_run(name: str) -> dict[str, Any]:
         report.info(
             f"learned: {figures['metric']} {figures['before']} -> {figures['after']} ({figures['rows']} rows)"
         )
+    if manifest.get("certificate"):
+        report.info(f"certificate: {manifest['certificate']['verdict']}")
     return {"run": str(directory), "manifest": manifest, "files": [one[0] for one in files]}
 
 

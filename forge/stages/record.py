@@ -64,18 +64,25 @@ def summary(ship: Ship, results: Mapping[str, Result], endpoint: str | None = No
     directory = ship.run_directory
     modelfile = results["modelfile"].facts if "modelfile" in results else {}
     smoke = results["smoke"].facts["smoke"] if "smoke" in results else []
-    found = certificate(ship, results)
     return {
         "run": str(directory),
         "adapter": str(directory / "adapter") if ADAPTER_STAGE in results else None,
         "gguf": str(directory / gguf_name(ship)) if "export" in results else None,
         "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
         "modelfile_reason": modelfile.get("reason"),
+        **_proofs(ship, results),
+        "endpoint": endpoint,
+        "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
+    }
+
+
+def _proofs(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
+    """What the summary and the manifest both tell."""
+    found = certificate(ship, results)
+    return {
         "certificate": found,
         "certificate_reason": None if found else NOT_VERIFIED,
         "learned": learned(results),
-        "endpoint": endpoint,
-        "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
         "stages": [
             {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
             for result in results.values()
@@ -135,7 +142,6 @@ def _place(artifact: Artifact, name: str, source: Path, target: Path, published:
 
 
 def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException | None) -> dict[str, Any]:
-    found = certificate(ship, results)
     return {
         "format": 1,
         "name": ship.recipe.name,
@@ -165,13 +171,7 @@ def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException 
         "artifacts": {result.name: _made(result.artifact) for result in results.values() if result.artifact},
         # The certificate holds what verify found.
         "facts": {result.name: dict(result.facts) for result in results.values() if result.name != "verify"},
-        "learned": learned(results),
-        "certificate": found,
-        "certificate_reason": None if found else NOT_VERIFIED,
-        "stages": [
-            {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
-            for result in results.values()
-        ],
+        **_proofs(ship, results),
     }
 
 

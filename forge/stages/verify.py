@@ -10,7 +10,7 @@ from typing import Any
 from forge import report, worker
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, ForgeError, Problem
-from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.model.base import UNKNOWN
 from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
 from forge.stages.rows import builtin_rows
@@ -38,6 +38,7 @@ class VerifyStage(ShipStage):
             "base": self.ship.base_digest,
             "base.tokenizer": self.ship.tokenizer_digest,
             "train.method": self.ship.training.method if self.ship.training else None,
+            "export.merge_base": self.ship.recipe.export.merge_base,
             "chat template": hashlib.sha256(template.encode()).hexdigest(),
         }
 
@@ -53,7 +54,7 @@ class VerifyStage(ShipStage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = inputs["export"].path
-        merged = export / MERGED_DIRECTORY
+        merged, lora = export / MERGED_DIRECTORY, export / ADAPTER_FILE
         work = out / "work"
         work.mkdir(exist_ok=True)
         arguments = {
@@ -61,12 +62,14 @@ class VerifyStage(ShipStage):
             "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
             "gguf": str(export / GGUF_FILE),
             "merged": str(merged) if merged.is_dir() else None,
+            "lora": str(lora) if lora.is_file() else None,
             "tokenizer": str(self.ship.tokenizer.directory),
             "chat_template": self.ship.template.pinned_source(),
             "rows": str(self._rows(inputs, work)),
             "converters": str(find_converters(self.ship.store.root)),
             "scratch": str(work),
             "settings": {
+                "merge_base": self.ship.recipe.export.merge_base,
                 "nf4": bool(self.ship.training and self.ship.training.method == "qlora"),
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
                 "trust_remote_code": self.ship.recipe.base.trust_remote_code,
@@ -111,8 +114,10 @@ def failure_of(certificate: Mapping[str, Any]) -> CheckError | None:
     """The error of a certificate that is not ok, with every problem; None for a good one."""
     if certificate["ok"]:
         return None
-    return CheckError(
+    failure = CheckError(
         f"{certificate['broken_stage']} broke it: {certificate['verdict']}",
         hint=certificate["remedy"],
         problems=[Problem(problem) for problem in certificate["problems"]],
     )
+    failure.fields = certificate
+    return failure

@@ -6,25 +6,27 @@ conversion and quantization of the same weights come to. Nothing here decides wh
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forge import report
+import psutil
+
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
-from forge.errors import DataError, ForgeError, Problem
+from forge.errors import ForgeError, Problem
+from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration, read_configuration
-from forge.model.gguf_header import GgufHeader, LongArray, read_gguf
+from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
 from forge.verify.compare import compare, converts, top_log_probabilities
+from forge.verify.inputs import file_facts, read_rows, refuse_long, refuse_other_model, refuse_too_large
 from forge.verify.vocabulary import check_vocabulary
 
 DIRECT = ("f16", "f32")
@@ -47,6 +49,11 @@ class _Session:
         settings: Mapping[str, Any] = self.arguments["settings"]
         return settings
 
+    @property
+    def lora(self) -> Path | None:
+        """The adapter's own GGUF, where the file is its base alone."""
+        return Path(self.arguments["lora"]) if self.arguments.get("lora") else None
+
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time a step; an error in it says how far it got."""
@@ -67,10 +74,11 @@ class _Session:
 def measure(**arguments: Any) -> dict[str, Any]:
     """Compare `gguf` with `base` and `adapter`; returns plain JSON.
 
-    Arguments: base, adapter, gguf, merged (a merged checkpoint, or None), tokenizer, chat_template
-    (as trained, its variables written in), rows (JSONL of input_ids, labels and messages),
-    converters, scratch (a directory for large temporary files), settings: nf4 (trained on it),
-    end_of_turn_id, trust_remote_code.
+    Arguments: base, adapter, gguf, tokenizer, chat_template (as trained, its variables written in), rows
+    (JSONL of input_ids, labels and messages), converters, scratch (a directory for large temporary
+    files), merged (a merged checkpoint, or None); optional: lora (the adapter's GGUF beside that of
+    its base), f16 (llama.cpp's own conversion, where it is there already). settings: nf4 (trained
+    on it), merge_base, end_of_turn_id, trust_remote_code.
     Raises `DataError` for files that cannot be compared at all, with what was compared before.
     """
     session = _Session(arguments, {"seconds": {}})
@@ -78,75 +86,21 @@ def measure(**arguments: Any) -> dict[str, Any]:
     facts = read_configuration(base)
     with session.step("the file's header"):
         header = read_gguf(gguf)
-        _refuse_other_model(header, facts)
-    rows = _rows(Path(arguments["rows"]))
-    session.found["file"] = _file_facts(gguf, header)
+        refuse_other_model(header, facts)
+    rows = read_rows(Path(arguments["rows"]))
+    session.found["file"] = file_facts(gguf, header)
+    session.found["merge_base"] = session.settings.get("merge_base", "original")
     with session.step("token ids, prompt and stops"):
         session.found |= _vocabulary(session, rows)
     with session.step("rows drawn"):
+        refuse_too_large(open_checkpoint(base).tensors, psutil.virtual_memory().available)
         vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
-        _refuse_long(rows, facts, header)
+        refuse_long(rows, facts, header)
         drawn = sample.draw(rows, vocabulary, facts.max_positions)
     session.found["sample"] = _sample_facts(rows, drawn)
     with tempfile.TemporaryDirectory(dir=arguments["scratch"], prefix="forge-verify-") as scratch:
         _legs(session, drawn, rows, facts, Path(scratch))
     return session.found
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream]
-    if not rows:
-        raise DataError(f"{path} holds no rows: there is nothing to compare on", hint="give --data rows")
-    return rows
-
-
-def _refuse_other_model(header: GgufHeader, facts: Configuration) -> None:
-    """A file of another size can be told from its header alone."""
-    names = {"block_count": facts.layers, "embedding_length": facts.hidden_size}
-    problems = []
-    for key, expected in names.items():
-        found = header.metadata.get(f"{header.architecture}.{key}")
-        if expected is not None and isinstance(found, int) and found != expected:
-            problems.append(Problem(f"{found} in the file, {expected} in the base", key))
-    if problems:
-        raise DataError(
-            f"{header.path} is another model's: {header.architecture}, not the size of this "
-            f"{facts.architecture}",
-            hint="give the base that this file was made from",
-            problems=problems,
-        )
-
-
-def _refuse_long(rows: Sequence[Mapping[str, Any]], facts: Configuration, header: GgufHeader) -> None:
-    context = header.metadata.get(f"{header.architecture}.context_length")
-    limits = [limit for limit in (facts.max_positions, context) if isinstance(limit, int)]
-    limit = min(limits, default=None)
-    long = [len(row["input_ids"]) for row in rows if limit and len(row["input_ids"]) > limit]
-    if len(long) == len(rows):
-        raise DataError(
-            f"every row is longer than the context of {limit} tokens (the shortest has {min(long)})",
-            hint="give shorter rows with --data",
-        )
-    if long:
-        report.warning(f"{len(long)} of {len(rows)} rows are longer than the context of {limit} tokens: cut")
-
-
-def _file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
-    tokens = header.metadata.get("tokenizer.ggml.tokens")
-    count = (
-        tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else None
-    )
-    return {
-        "type": served.type_of(path),
-        "architecture": header.architecture,
-        "bytes": path.stat().st_size,
-        "tensor_types": header.tensor_types,
-        "vocabulary": count,
-        "sampling": {
-            key: value for key, value in header.metadata.items() if key.startswith("general.sampling.")
-        },
-    }
 
 
 def _vocabulary(session: _Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -190,66 +144,80 @@ def _legs(
     gguf = Path(arguments["gguf"])
     prompts = _prompts(rows)
     context = max([*map(len, drawn.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
-    with session.step("the file's greedy answers"), served.loaded(gguf, context) as model:
+    with session.step("the file's greedy answers"), served.loaded(gguf, context, session.lora) as model:
         made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
         found["live"] = _expected_live(model, prompts)
     adapter = read_adapter(Path(arguments["adapter"])) if arguments["adapter"] else None
-    source = reference.Weights(
-        Path(arguments["base"]), adapter, trust_remote_code=session.settings.get("trust_remote_code", False)
-    )
+    trust = session.settings.get("trust_remote_code", False)
+    nf4 = session.settings.get("merge_base") == "nf4"
+    source = reference.Weights(Path(arguments["base"]), adapter, nf4=nf4, trust_remote_code=trust)
     with session.step("the reference in float32"):
-        expected = reference.logits(
-            source, drawn, "reference (fp32 base + adapter)" if adapter else "reference (fp32)"
-        )
+        expected = reference.logits(source, drawn, "the reference")
         found["greedy"] = _greedy(source, made)
+    measured = _Legs(session, drawn, context, expected)
+    measured.of_checkpoints(source)
+    files = measured.of_files(gguf, scratch)
+    with session.step("weights"):
+        inside = replace(source, adapter=None) if session.lora else source
+        found["weights"] = {name: weights.fit_weights(path, inside, facts) for name, path in files.items()}
 
-    def leg(name: str, make: Callable[[], Any], against: Any = None) -> Any:
-        with session.step(name):
-            logits = make()
-            found["legs"][name] = compare(expected if against is None else against, logits, drawn)
+
+@dataclass(frozen=True)
+class _Legs:
+    """Compares sets of logits with `expected`, the reference's, and keeps what comes out."""
+
+    session: _Session
+    drawn: sample.Sample
+    context: int
+    expected: Any
+
+    def of_checkpoints(self, source: reference.Weights) -> None:
+        """The base alone, the base as it was trained, a merged checkpoint: what there is of them."""
+        merged = self.session.arguments["merged"]
+        shifts = source.adapter and self.session.settings.get("nf4") and not source.nf4
+        legs = {
+            "base": replace(source, adapter=None) if source.adapter else None,
+            "trained": replace(source, nf4=True) if shifts else None,
+            "merged": replace(source, base=Path(merged), adapter=None, nf4=False) if merged else None,
+        }
+        for name, one in legs.items():
+            if one:
+                with self.session.step(name):
+                    self._compare(name, reference.logits(one, self.drawn, f"the reference, {name}"))
+
+    def of_files(self, gguf: Path, scratch: Path) -> dict[str, Path]:
+        """The file and its yardsticks; returns the files whose weights are worth a look."""
+        session, kind = self.session, self.session.found["file"]["type"]
+        source = {**session.arguments, **session.settings}
+        if session.lora:
+            source["adapter"] = None  # it is loaded beside the yardsticks too
+        measured = self._file("file", gguf)
+        if kind in DIRECT and converts(session.found["legs"]["file"]):
+            return {"file": gguf}
+        # For a direct conversion that failed it is the weights' yardstick, to name the stage by.
+        with session.step("llama.cpp's own conversion"):
+            given = session.arguments.get("f16")
+            f16 = Path(given) if given else yardstick.make_f16(source, _directory(scratch / "f16"))
+        if kind in DIRECT:
+            return {"file": gguf, "f16": f16}
+        direct = self._file("f16", f16)
+        self._compare("file against f16", measured, direct)
+        if kind is None:
+            return {"file": gguf, "f16": f16}
+        with session.step("llama.cpp's own quantization"):
+            vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, os.cpu_count() or 1)
+        self._file("vendor", vendor, direct)
+        return {"file": gguf, "f16": f16, "vendor": vendor}
+
+    def _file(self, name: str, path: Path, against: Any = None) -> Any:
+        with self.session.step(name), served.loaded(path, self.context, self.session.lora) as model:
+            logits = model.logits(self.drawn, f"logits of {path.name}")
+            self._compare(name, logits, against)
         return logits
 
-    found["legs"] = {}
-    if adapter:
-        plain = replace(source, adapter=None)
-        leg("base", lambda: reference.logits(plain, drawn, "base alone"))
-        if session.settings.get("nf4"):
-            nf4 = replace(source, nf4=True)
-            leg("trained", lambda: reference.logits(nf4, drawn, "as trained (NF4)"))
-    if arguments["merged"]:
-        merged = replace(source, base=Path(arguments["merged"]), adapter=None)
-        leg("merged", lambda: reference.logits(merged, drawn, "merged checkpoint"))
-
-    def of_file(path: Path, label: str) -> Callable[[], Any]:
-        def make() -> Any:
-            with served.loaded(path, context) as model:
-                return model.logits(drawn, label)
-
-        return make
-
-    measured = leg("file", of_file(gguf, "the file"))
-    kind = found["file"]["type"]
-    fits = {"file": gguf}
-    if kind in DIRECT and not converts(found["legs"]["file"]):
-        # The yardstick of the weights, so that the verdict can name the stage.
-        with session.step("llama.cpp's own conversion"):
-            fits["f16"] = yardstick.make_f16({**arguments, **session.settings}, _directory(scratch / "f16"))
-    elif kind not in DIRECT:
-        with session.step("llama.cpp's own conversion"):
-            f16 = yardstick.make_f16({**arguments, **session.settings}, _directory(scratch / "f16"))
-        direct = leg("f16", of_file(f16, "f16 GGUF"))
-        with session.step("file against f16"):
-            found["legs"]["file against f16"] = compare(direct, measured, drawn)
-        fits["f16"] = f16
-        if kind is not None:
-            with session.step("llama.cpp's own quantization"):
-                vendor = yardstick.make_quantized(f16, kind, os.cpu_count() or 1)
-            leg("vendor", of_file(vendor, f"llama.cpp's own {kind}"), direct)
-            fits["vendor"] = vendor
-    with session.step("weights"):
-        found["weights"] = {
-            name: weights.fit_weights(path, source.base, adapter, facts) for name, path in fits.items()
-        }
+    def _compare(self, name: str, logits: Any, against: Any = None) -> None:
+        found = compare(self.expected if against is None else against, logits, self.drawn)
+        self.session.found.setdefault("legs", {})[name] = found
 
 
 def _directory(path: Path) -> Path:

@@ -16,7 +16,6 @@ experts that transformers fuses on loading) are refused, encoder-decoders too.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -233,10 +232,3 @@ def nf4_and_back(weight: Any) -> Any:
 
     packed, state = nf4.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
     return nf4.dequantize_4bit(packed, state).reshape(weight.shape)
-
-
-def end_of(path: Path) -> Mapping[str, Any]:
-    """The generation settings beside a checkpoint; empty without them."""
-    file = path / "generation_config.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found

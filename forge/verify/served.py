@@ -24,9 +24,9 @@ _AGAIN = "the file is damaged, or another program's: make or download it again"
 
 
 class ServedModel:
-    """A model loaded from `path` for rows of up to `context` tokens."""
+    """A model loaded from `path`, with the adapter `lora` where one is given, for `context` tokens."""
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, lora: Path | None = None) -> None:
         import llama_cpp
 
         self.path = path
@@ -51,6 +51,21 @@ class ServedModel:
         if not self._context:
             self.close()
             raise DataError(f"{path}: llama.cpp gives no context of {context} tokens")
+
+        if lora:
+            self._add(lora)
+
+    def _add(self, lora: Path) -> None:
+        """Load an adapter; it lives as long as its model."""
+        import llama_cpp
+
+        with listening() as said:
+            adapter = llama_cpp.llama_adapter_lora_init(self._model, str(lora).encode())
+        if not adapter:
+            self.close()
+            raise DataError(f"{lora}: llama.cpp cannot load this adapter: {last_words(said)}", hint=_AGAIN)
+        adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
+        llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
 
     def close(self) -> None:
         import llama_cpp
@@ -136,9 +151,9 @@ class ServedModel:
 
 
 @contextlib.contextmanager
-def loaded(path: Path, context: int) -> Iterator[ServedModel]:
+def loaded(path: Path, context: int, lora: Path | None = None) -> Iterator[ServedModel]:
     """The model in `path` for as long as the block lasts."""
-    model = ServedModel(path, context)
+    model = ServedModel(path, context, lora)
     try:
         yield model
     finally:

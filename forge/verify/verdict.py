@@ -117,11 +117,13 @@ def _gate_causes(found: Mapping[str, Any], gates: Gates) -> list[Cause]:
 
 def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     legs, kind = found["legs"], found["file"]["type"]
-    start = "fp32 base + adapter" if "base" in legs else "fp32 base"
+    start = "fp32 base" if found.get("merge_base", "original") == "original" else "NF4 base"
+    start += " + adapter" if "base" in legs else ""
     listed = []
     if "trained" in legs:
         # The reference is what is exported; training saw the quantized base. It warns, it never fails.
-        listed.append(_handover("as trained (NF4 base + adapter)", start, legs["trained"], True))
+        shift = legs["trained"] | {"perplexity": legs["trained"]["perplexity_reference"]}
+        listed.append(_handover("as trained (NF4 base + adapter)", start, shift, True))
     if "merged" in legs:
         listed.append(_handover(start, "merged", legs["merged"], converts(legs["merged"])))
         start = "merged"

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.adapter.read import Adapter, find_base_tensor
+from forge.adapter.read import find_base_tensor
+from forge.export.nf4 import quantized_in_training
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration
 from forge.model.gguf_header import read_gguf
-from forge.verify.reference import delta, nf4_and_back, read
+from forge.verify.reference import Weights, delta, nf4_and_back, read
 
 _MOST = 2**27
 """Larger tensors (embeddings) are looked at in their first rows and in their last."""
@@ -46,12 +47,14 @@ class Fit:
     lost_rows: int = 0
 
 
-def fit_weights(path: Path, base: Path, adapter: Adapter | None, facts: Configuration) -> dict[str, Any]:
+def fit_weights(path: Path, source: Weights, facts: Configuration) -> dict[str, Any]:
     """Every tensor that can be looked up, and in sum: scale, rest, what has no place in the file."""
     import gguf
 
     header = read_gguf(path)
+    base, adapter = source.base, source.adapter
     tensors = open_checkpoint(base).tensors
+    rounded = quantized_in_training(base, open_checkpoint(base)) if source.nf4 else frozenset()
     reader = gguf.GGUFReader(str(path))
     inside = {tensor.name: tensor for tensor in reader.tensors}
     names = _names(header.architecture, facts.layers or 0)
@@ -74,8 +77,11 @@ def fit_weights(path: Path, base: Path, adapter: Adapter | None, facts: Configur
             continue
         layer = deltas.get(name)
         added = delta(layer, transposed=transposed) if layer else None
-        with_nf4 = added is not None and sum(fit.rest_nf4 is not None for fit in fits) < _NF4_LAYERS
-        found = _fit(name, inside[place], read(replaced.get(name, tensors[name])), added, facts, with_nf4)
+        looked_at = sum(fit.rest_nf4 is not None for fit in fits)
+        with_nf4 = added is not None and not source.nf4 and looked_at < _NF4_LAYERS
+        weight = read(replaced.get(name, tensors[name]))
+        weight = nf4_and_back(weight) if name in rounded else weight
+        found = _fit(name, inside[place], weight, added, facts, with_nf4)
         if found:
             fits.append(found)
         report.advance("look at the weights", number + 1, len(chosen))

@@ -18,9 +18,10 @@ from forge.export.types import file_type, last_words, listening
 def make_f16(source: Mapping[str, Any], out: Path) -> Path:
     """An f16 GGUF of base and adapter in `out`, an empty directory; raises what `export` raises.
 
-    `source`: base, adapter, tokenizer, chat_template, converters, end_of_turn_id.
+    `source`: base, adapter, tokenizer, chat_template, converters; optional end_of_turn_id, merge_base.
     """
     settings = {"name": "yardstick", "quant": "f16", "keep_merged": False, "threads": None}
+    settings |= {name: source[name] for name in ("merge_base", "end_of_turn_id") if name in source}
     export(
         base=source["base"],
         adapter=source["adapter"],
@@ -29,16 +30,15 @@ def make_f16(source: Mapping[str, Any], out: Path) -> Path:
         data=None,
         out=str(out),
         converters=source["converters"],
-        settings=settings | {"end_of_turn_id": source.get("end_of_turn_id")},
+        settings=settings,
     )
     return out / GGUF_FILE
 
 
-def make_quantized(f16: Path, quant: str, threads: int) -> Path:
-    """llama.cpp's own quantization of `f16`, beside it; raises `StageError` with its last words."""
+def make_quantized(f16: Path, target: Path, quant: str, threads: int) -> Path:
+    """llama.cpp's own quantization of `f16` as `target`; raises `StageError` with its last words."""
     import llama_cpp
 
-    target = f16.with_name(f"{quant}.gguf")
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(quant)
     parameters.nthread = threads

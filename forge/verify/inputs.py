@@ -1,0 +1,98 @@
+"""What is measured, refused in time: another model's file, rows that do not fit, a base that is too large."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.errors import DataError, Problem
+from forge.model.config import Configuration
+from forge.model.gguf_header import GgufHeader, LongArray
+from forge.model.safetensors_header import TensorSpec
+from forge.verify import served
+
+_LAYER = re.compile(r"\.\d+\.")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as stream:
+        rows = [json.loads(line) for line in stream]
+    if not rows:
+        raise DataError(f"{path} holds no rows: there is nothing to compare on", hint="give --data rows")
+    return rows
+
+
+def refuse_other_model(header: GgufHeader, facts: Configuration) -> None:
+    """A file of another size can be told from its header alone."""
+    names = {"block_count": facts.layers, "embedding_length": facts.hidden_size}
+    problems = []
+    for key, expected in names.items():
+        found = header.metadata.get(f"{header.architecture}.{key}")
+        if expected is not None and isinstance(found, int) and found != expected:
+            problems.append(Problem(f"{found} in the file, {expected} in the base", key))
+    if problems:
+        raise DataError(
+            f"{header.path} is another model's: {header.architecture}, not the size of this "
+            f"{facts.architecture}",
+            hint="give the base that this file was made from",
+            problems=problems,
+        )
+
+
+def refuse_long(rows: Sequence[Mapping[str, Any]], facts: Configuration, header: GgufHeader) -> None:
+    context = header.metadata.get(f"{header.architecture}.context_length")
+    limits = [limit for limit in (facts.max_positions, context) if isinstance(limit, int)]
+    limit = min(limits, default=None)
+    long = [len(row["input_ids"]) for row in rows if limit and len(row["input_ids"]) > limit]
+    if len(long) == len(rows):
+        raise DataError(
+            f"every row is longer than the context of {limit} tokens (the shortest has {min(long)})",
+            hint="give shorter rows with --data",
+        )
+    if long:
+        report.warning(f"{len(long)} of {len(rows)} rows are longer than the context of {limit} tokens: cut")
+
+
+def file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    count = (
+        tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else None
+    )
+    return {
+        "type": served.type_of(path),
+        "architecture": header.architecture,
+        "bytes": path.stat().st_size,
+        "tensor_types": header.tensor_types,
+        "vocabulary": count,
+        "sampling": {
+            key: value for key, value in header.metadata.items() if key.startswith("general.sampling.")
+        },
+    }
+
+
+def refuse_too_large(tensors: Mapping[str, TensorSpec], free: int) -> None:
+    """Raise `DataError` when not even one layer and the embedding fit into `free` bytes.
+
+    The reference has one decoder layer in float32 while the next is read, or the embedding.
+    """
+    layers: dict[str, int] = {}
+    outside = 0
+    for name, spec in tensors.items():
+        found = _LAYER.search(name)
+        if found:
+            layer = name[: found.end()]
+            layers[layer] = layers.get(layer, 0) + 4 * spec.numel
+        else:
+            outside = max(outside, 4 * math.prod(spec.shape))
+    needed = 2 * max([outside, *layers.values()])
+    if needed > free:
+        raise DataError(
+            f"the base does not fit even in pieces: its largest takes {needed / 1e9:.1f} GB in float32, "
+            f"{free / 1e9:.1f} GB are free",
+            hint="verify on a machine with more memory: the GGUF and the base can be carried there",
+        )
