@@ -219,7 +219,7 @@ def test_a_plan_names_the_field_that_changed_and_the_stages_behind_it(
         "evaluate": ["waits for train"],
         "export": ["waits for train"],
         "modelfile": ["waits for export"],
-        "verify": ["waits for train, export"],
+        "verify": ["waits for train", "waits for export"],
         "deploy": LOOKS,
         "smoke": LOOKS,
     }

@@ -14,7 +14,9 @@ from forge.cli.options import common
 @click.option("--context", type=click.IntRange(64), help="Context in tokens; up to 4096 unless told.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a URL's key.")
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token."
+)
 @common
 def command(
     target: str,
