@@ -26,7 +26,7 @@ from forge.export.adapter_only import why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.merge import merged_tensors
 from forge.export.nf4 import quantized_in_training
-from forge.export.tensors import LazyTensor, write_safetensors
+from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, convert
 from forge.export.write import write_gguf, writing
@@ -56,12 +56,9 @@ def export(
     that the GGUF is to carry, `data` a directory of prepared rows. `settings`: name, quant,
     keep_merged, threads, end_of_turn_id; optional: mode (merged, adapter or auto), merge_base
     (original or nf4), and `plain`, which leaves every choice to the converter and writes the bytes of
-    the usual chain. Raises `DataError` for an adapter or base that cannot be
-    merged, `CheckError` when llama.cpp would read prompts differently, `StageError` otherwise.
+    the usual chain. Raises `DataError` for an adapter or base that cannot be merged, `CheckError` when
+    llama.cpp would read prompts differently, `StageError` otherwise.
     """
-    import torch
-
-    torch.set_num_threads(1)  # the slabs are what runs side by side
     started = time.monotonic()
     target, work = Path(out), Path(out) / "work"
     shutil.rmtree(work, ignore_errors=True)
@@ -75,7 +72,8 @@ def export(
     merged = merged_tensors(checkpoint, found, nf4=nf4)
     tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
     converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
-    written = _write(converted, work, description, tensors, settings)
+    with one_thread():
+        written = _write(converted, work, description, tensors, settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
     header = _publish(work, target)

@@ -7,6 +7,7 @@ where a read gives an error. Format: github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -55,6 +56,19 @@ class LazyTensor:
         parts = [self.read(start, stop) for start, stop in slabs(self.rows, self.width)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.reshape(self.shape)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on one thread: slabs run side by side instead, and each is rounded the same anywhere."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def slabs(rows: int, width: int) -> Iterator[tuple[int, int]]:

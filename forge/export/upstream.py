@@ -10,6 +10,7 @@ Not covered: multimodal projectors, Mistral's own format, checkpoints in `.bin` 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,13 +114,11 @@ def convert(
     import torch
 
     conversion = load(tree)
-    if choices is not None:
-        _decide_vocabulary(choices)
     quants = conversion.base.gguf.quants
     quantize, quants.quantize = quants.quantize, Pending
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), _decided(choices or Choices()):
             model = _streamed(conversion, description, tensors)(
                 description,
                 conversion.base.gguf.LlamaFileType[kinds[outtype]],
@@ -184,7 +183,8 @@ def _lazy(kind: Any, tensor: LazyTensor) -> Any:
     return kind(meta=kind.meta_with_dtype_and_shape(dtype, tensor.shape), func=tensor.load)
 
 
-def _decide_vocabulary(choices: Choices) -> None:
+@contextlib.contextmanager
+def _decided(choices: Choices) -> Iterator[None]:
     """Answer in place of the converter where forge knows, and proves afterwards by comparing ids.
 
     The converter knows a tokenizer by a hash of the ids of one text and refuses any other, even one
@@ -213,8 +213,11 @@ def _decide_vocabulary(choices: Choices) -> None:
             writer.add_add_space_prefix(choices.space_prefix)
         add(self, writer, quiet)
 
-    TextModel.get_vocab_base_pre = get_vocab_base_pre
-    SpecialVocab.add_to_gguf = add_to_gguf
+    TextModel.get_vocab_base_pre, SpecialVocab.add_to_gguf = get_vocab_base_pre, add_to_gguf
+    try:
+        yield
+    finally:
+        TextModel.get_vocab_base_pre, SpecialVocab.add_to_gguf = known, add
 
 
 def write_header(
