@@ -146,14 +146,15 @@ def test_without_tools_nothing_is_measured(
 def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["startup", "training", "ship", "serve"]
+    assert [line.split()[0] for line in lines] == [*bench.BENCHMARKS]
+    assert {"startup", "training", "ship", "export", "verify", "serve"} <= bench.BENCHMARKS.keys()
     assert all(line.endswith(".") for line in lines)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["typo"], "no benchmark typo; there is startup, training, ship, serve"),
+        (["typo"], "no benchmark typo; there is startup, training, ship, export"),
         (["--pairs", "0"], "argument --pairs: at least 1"),
         (["--pairs", "many"], "argument --pairs: invalid"),
     ],
