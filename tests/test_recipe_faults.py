@@ -263,6 +263,13 @@ def test_sections_that_contradict_each_other() -> None:
     assert refused("name: a\nbase: builtin:tiny\ntrain: none\nexport: {mode: adapter}\n") == [
         "recipe.yaml:4: export.mode: train is none, so there is no adapter to export; use merged",
     ]
+    assert refused(GOOD + "train: {method: lora}\nexport: {merge_base: nf4}\n") == [
+        "recipe.yaml:5: export.merge_base: train.method is not qlora, so training never saw an NF4 base; "
+        "use original",
+    ]
+    assert refused("name: a\nbase: builtin:tiny\ntrain: none\nexport: {merge_base: nf4}\n") == [
+        "recipe.yaml:4: export.merge_base: train is none, so there is nothing to merge; use original",
+    ]
     assert refused(GOOD, "data.columns={prompt: a, messages: b}") == [
         "-o data.columns: data.columns.prompt: messages holds whole conversations; name one or the other",
     ]
