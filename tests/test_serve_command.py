@@ -202,3 +202,20 @@ def test_chat_with_a_file_and_with_the_url_of_a_server_with_a_key(place: Worksho
     for flags in ((url, "--context", "512"), ("tiny.gguf", "--api-key-file", "key")):
         assert place.forge("chat", *flags).code == 2
     place.forge("stop")
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_open_shows_the_servers_page(place: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser that only writes down what it was told to open."""
+    browser, opened = place.directory / "browser", place.directory / "opened"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.partial && mv {opened}.partial {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    with place.start("serve", "tiny.gguf", "--port", "0", "--open", "--json") as child:
+        lines = child.lines()
+        endpoint = json.loads(next(lines))["endpoint"]
+        wait_for("the browser", opened.exists, child)
+        assert opened.read_text() == endpoint
+        child.terminate()
+        list(lines)
