@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import link_converters
-from tests.servers import llama_server
+from tests.servers import listens, llama_server
 from tests.shipping import Workshop, processes_of
 
 pytestmark = [
@@ -39,7 +40,9 @@ def _shipped_by(place: Workshop, runtime: str) -> None:
     assert (listed["runtime"], listed["endpoint"]) == (runtime, answer.fields["endpoint"])
     assert bool(listed["container"]) == (runtime == "container")
     assert place.forge("stop").fields == {"stopped": ["mini"]}
-    assert not processes_of(place.home)
+    assert not listens(answer.fields["endpoint"])
+    _, left = psutil.wait_procs(processes_of(place.home), timeout=10)
+    assert not left
 
 
 def test_llama_server_on_the_path(place: Workshop) -> None:
