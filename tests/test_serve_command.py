@@ -29,7 +29,8 @@ def place(tmp_path: Path) -> Iterator[Workshop]:
     (tmp_path / "key").write_text(KEY + "\n")
     workshop = Workshop(tmp_path, tmp_path / "home")
     yield workshop
-    left = processes_of(workshop.home)
+    # A process that was killed may take a moment to be gone.
+    _, left = psutil.wait_procs(processes_of(workshop.home), timeout=10)
     for one in left:
         one.kill()
     assert not left
@@ -193,7 +194,7 @@ def test_chat_with_a_file_and_with_the_url_of_a_server_with_a_key(place: Worksho
     assert [turn["content"] for turn in second["messages"]] == ["Be brief", "Once more", REPLY]
     served = place.forge("serve", "tiny.gguf", "--port", "0", "--api-key-file", "key", "--detach")
     url = served.fields["endpoint"]
-    talked = place.forge("chat", url, "--api-key-file", "key", "--max-tokens", "2", typed="Hello\n")
+    talked = place.forge("chat", url, "--api-key-file", "key", "--max-tokens", "2", typed="Hello\n/quit\n")
     assert talked.code == 0
     assert "[cut: the answer reached its limit of tokens]" in talked.said
     refused = place.forge("chat", url, typed="Hello\n")
@@ -201,3 +202,20 @@ def test_chat_with_a_file_and_with_the_url_of_a_server_with_a_key(place: Worksho
     for flags in ((url, "--context", "512"), ("tiny.gguf", "--api-key-file", "key")):
         assert place.forge("chat", *flags).code == 2
     place.forge("stop")
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_open_shows_the_servers_page(place: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser that only writes down what it was told to open."""
+    browser, opened = place.directory / "browser", place.directory / "opened"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.partial && mv {opened}.partial {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", str(browser))
+    with place.start("serve", "tiny.gguf", "--port", "0", "--open", "--json") as child:
+        lines = child.lines()
+        endpoint = json.loads(next(lines))["endpoint"]
+        wait_for("the browser", opened.exists, child)
+        assert opened.read_text() == endpoint
+        child.terminate()
+        list(lines)

@@ -125,7 +125,7 @@ def _malformed(number: int) -> tuple[str, bytes]:
         lambda: draw.randbytes(draw.randrange(1, 200)),
         lambda: json.dumps({**good, "messages": draw.choice([None, 7, "x", [7], {}])}).encode(),
         lambda: json.dumps({**good, "messages": [{"role": draw.choice([None, 7, []])}]}).encode(),
-        lambda: json.dumps({**good, "response_format": {"type": draw.choice(["xml", 7])}}).encode(),
+        lambda: json.dumps({**good, "grammar": draw.choice(["root ::= (", "x", "root ::= y"])}).encode(),
         lambda: json.dumps({**good, "tools": draw.choice([7, "x", [{}]])}).encode(),
         lambda: b"[" * 50_000,
         lambda: b"",

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from forge import process
@@ -359,6 +360,13 @@ def test_two_ships_of_one_recipe_the_second_waits_and_says_for_whom(here: Worksh
 
 def test_what_is_kept_serves_on_and_holds_up_no_other_ship(again: Workshop) -> None:
     """U: the ship ends, the server stays until `forge stop`; a second ship takes its place."""
+    try:
+        _kept_and_replaced(again)
+    finally:
+        again.forge("stop")
+
+
+def _kept_and_replaced(again: Workshop) -> None:
     first = again.ship("-o", "deploy.keep=true")
     endpoint = first.fields["endpoint"]
     with Client(find(endpoint)) as client:
@@ -372,4 +380,5 @@ def test_what_is_kept_serves_on_and_holds_up_no_other_ship(again: Workshop) -> N
     assert again.forge("stop", "mini").fields == {"stopped": ["mini"]}
     assert again.forge("ps").fields == {"running": []}
     assert not listens(second.fields["endpoint"])
-    assert not processes_of(again.home)
+    _, left = psutil.wait_procs(processes_of(again.home), timeout=10)
+    assert not left

@@ -10,14 +10,14 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import filelock
 
 from forge import process
-from forge.errors import DataError, ForgeError, RecipeError, StageError, from_json
+from forge.errors import DataError, RecipeError, StageError, from_json
 
 _SECONDS_BETWEEN = 0.05
 _SECONDS_TO_STOP = 40.0
@@ -64,23 +64,30 @@ def _forget(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def announced(directory: Path, served: Served) -> Iterator[None]:
-    """Be listed until the block ends. Raises `RecipeError` when one of that name runs already."""
+def announced(directory: Path, name: str) -> Iterator[Callable[[Served], None]]:
+    """Hold the name until the block ends; what is yielded puts the server into the list.
+
+    Start the server inside the block, so that the name is free again only when it has stopped.
+    Raises `RecipeError` when one of that name runs already.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{served.name}.json"
+    path = directory / f"{name}.json"
     try:
         lock = filelock.FileLock(path.with_suffix(".lock"), timeout=0)
         lock.acquire()
     except filelock.Timeout:
         raise RecipeError(
-            f"{served.name} is being served already",
-            hint=f"forge ps shows it, forge stop {served.name} ends it",
+            f"{name} is being served already",
+            hint=f"forge ps shows it, forge stop {name} ends it",
         ) from None
-    try:
+
+    def tell(served: Served) -> None:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(asdict(served)), encoding="utf-8")
         partial.replace(path)
-        yield
+
+    try:
+        yield tell
     finally:
         path.unlink(missing_ok=True)
         lock.release()
@@ -107,14 +114,9 @@ def detach(directory: Path, name: str, command: Sequence[str]) -> Mapping[str, o
     fields: dict[str, object] = json.loads(line)
     if isinstance(failure := fields.get("error"), dict):
         server.wait()
-        raise _readable(from_json(failure), log)
+        _forget(out)
+        raise from_json(failure)
     return fields
-
-
-def _readable(failure: ForgeError, log: Path) -> ForgeError:
-    log.unlink(missing_ok=True)
-    log.with_suffix(".out").unlink(missing_ok=True)
-    return failure
 
 
 def _first_line(path: Path) -> str:

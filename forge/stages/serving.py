@@ -136,18 +136,24 @@ def serve(
     `show` opens the server's web page in a browser; `listed` shows the server in `forge ps`.
     """
     with ExitStack() as stack:
+        tell = None
+        if listed:
+            name = settings(wish).alias
+            tell = stack.enter_context(detached.announced(served_directory(), name))
         chosen, endpoint = open_runtime(wish, stack)
         report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
         report.info(
             f"context {chosen.context_tokens} tokens, {chosen.slots} requests at once, "
             f"{ready.threads_of(chosen)} threads, on {endpoint.device}"
         )
-        if listed:
-            served = detached.Served(
-                chosen.alias, endpoint.url, endpoint.model, wish.runtime, os.getpid(), endpoint.container,
-                time.strftime("%Y-%m-%d %H:%M:%S"),
+        if tell:
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            tell(
+                detached.Served(
+                    chosen.alias, endpoint.url, endpoint.model, wish.runtime, os.getpid(),
+                    endpoint.container, since,
+                )
             )  # fmt: skip
-            stack.enter_context(detached.announced(served_directory(), served))
         said(_fields(endpoint, os.getpid()))
         if show:
             webbrowser.open(endpoint.url)
