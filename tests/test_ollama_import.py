@@ -261,6 +261,9 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
         "num_thread": 2,
     }
     assert model.licences == ["MIT"]
+    for setting in ({"api_key": "k"}, {"parallel": 2}, {"adapters": (gguf,)}, {"image": "x"}):
+        with pytest.raises(RecipeError, match="the runtime ollama has no"):
+            runtime_for("ollama")(replace(settings, **setting)).__enter__()
     with pytest.raises(RecipeError, match="there is no runtime vllm"):
         runtime_for("vllm")
 
