@@ -48,7 +48,10 @@ class RefusedError(Exception):
 
 @dataclass
 class FakeOllama:
-    """Use it as a context manager. `troubles`: route -> status and message, or `die`, `late` or `slow`."""
+    """Use it as a context manager. `troubles`: route -> status and message, or `die`, `late` or `slow`.
+
+    `spoil` changes every prompt. `counts_new_alone`: of a prompt it counts what the one before did not have.
+    """
 
     version: str = "0.33.0"
     go: GoRenderer = by_interpreter
@@ -58,10 +61,12 @@ class FakeOllama:
     pulled: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     spoil: Callable[[str], str] = lambda prompt: prompt
+    counts_new_alone: bool = False
 
     def __post_init__(self) -> None:
         self.loaded: dict[tuple[str, int], str] = {}
         self.lock = threading.Lock()
+        self.kept = ""
 
     @property
     def url(self) -> str:
@@ -218,6 +223,7 @@ class FakeOllama:
         messages = body.get("messages") or []
         done = {"model": body["model"], "created_at": "2026-01-01T00:00:00Z", "done": True}
         if not messages:
+            self.kept = ""
             return done | {"message": {"role": "assistant", "content": ""}, "done_reason": "load"}
         if model.adapter and model.adapter_architecture != model.architecture:
             raise RefusedError(500, "llama-server process has terminated: exit status 1")
@@ -234,10 +240,12 @@ class FakeOllama:
             stop=options.get("stop", []), temperature=options.get("temperature", 0.8),
             seed=options.get("seed", 0), cache_prompt=False,
         )  # fmt: skip
+        cached = len(os.path.commonprefix([self.kept, prompt])) // 8 if self.counts_new_alone else 0  # noqa: RUF071
+        self.kept = prompt
         return done | {
             "message": {"role": "assistant", "content": told["content"]},
             "done_reason": "length" if told["stop_type"] == "limit" else "stop",
-            "prompt_eval_count": told["tokens_evaluated"],
+            "prompt_eval_count": told["tokens_evaluated"] - cached,
             "eval_count": told["tokens_predicted"],
         }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from forge.chat.hand_over import hand_over_of
+from forge.chat.modelfile import parse
 from forge.cli.main import run
 from forge.model.builtin.tokenizer import CHATML
 from tests.conftest import copy_of_tiny
@@ -98,13 +99,24 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert isinstance(error, dict) and name in error["message"]
 
 
+def split(text: str) -> tuple[list[str], list[str]]:
+    """The remarks and the rest of what is a whole Modelfile."""
+    parse(text)
+    lines = text.splitlines()
+    return [line for line in lines if line.startswith("#")], [
+        line for line in lines if not line.startswith("#")
+    ]
+
+
 def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """P1, P3, P4 without any recipe: FROM, TEMPLATE, stops, num_ctx, sampling, licence, ADAPTER."""
     change_json(tiny / "generation_config.json", do_sample=True, temperature=0.6)
     (tiny / "LICENSE").write_text("Apache License\n", encoding="utf-8")
     out = tmp_path / "out.Modelfile"
     found = told(capsys, "modelfile", str(tiny), "--adapter", "./lora.gguf", "--out", str(out))
-    lines = out.read_text(encoding="utf-8").splitlines()
+    remarks, lines = split(out.read_text(encoding="utf-8"))
+    assert remarks[1:] == ["# not claimed: tools, thinking", "# sampling: of generation_config.json"]
+    assert remarks[0].startswith("# TEMPLATE: exact, ")
     assert (found["modelfile"], found["status"], found["way"]) == (str(out), "exact", "go")
     assert lines[:2] == [f"FROM {tiny}.gguf", "ADAPTER ./lora.gguf"]
     assert lines[2].startswith('TEMPLATE """')
@@ -115,15 +127,17 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     write_tiny_gguf(tiny / "own.gguf")
     capsys.readouterr()
     assert run(["modelfile", str(tiny), "--jinja"]) == 0
-    said = capsys.readouterr().out
-    assert f"REQUIRES 0.30\nFROM {tiny / 'own.gguf'}\nPARAMETER stop" in said
-    assert "num_ctx 1024; sampling: {'temperature': 0.6}" in said and "TEMPLATE" not in said
+    remarks, lines = split(capsys.readouterr().out)
+    assert remarks[0] == "# the GGUF's own template"
+    assert lines[:3] == ["REQUIRES 0.30", f"FROM {tiny / 'own.gguf'}", 'PARAMETER stop "<|im_end|>"']
 
 
 def test_modelfile_of_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf")
     found = told(capsys, "modelfile", str(path))
-    assert str(found["modelfile"]).startswith(f'FROM {path}\nTEMPLATE """')
+    _, lines = split(str(found["modelfile"]))
+    assert lines[0] == f"FROM {path}" and lines[1].startswith('TEMPLATE """')
+    assert parse(str(found["modelfile"])).base == str(path)
     assert found["stops"] == ["<|im_end|>"]
     upside_down = write_tiny_gguf(
         tmp_path / "n.gguf", template="{% for m in messages | reverse %}{{ m.content }}{% endfor %}"

@@ -130,15 +130,17 @@ def test_lost_stops_stop_the_import(fake: FakeOllama, gguf: Path, monkeypatch: p
     assert "['<|im_end|>'] instead of ['</s>', '<|im_end|>']" in str(caught.value.problems[0])
 
 
-def test_a_second_bos_shows_in_the_count(fake: FakeOllama, tmp_path: Path) -> None:
-    """The text is right, the tokens are not (silent wrong 3, pitfall 48)."""
+@pytest.mark.parametrize("counts_new_alone", [False, True])
+def test_a_second_bos_shows_in_the_count(fake: FakeOllama, tmp_path: Path, counts_new_alone: bool) -> None:
+    """The text is right, the tokens are not (silent wrong 3, pitfall 48); whether or not it counts what it kept."""
+    fake.counts_new_alone = counts_new_alone
     path = write_tiny_gguf(tmp_path / "m.gguf", template=PINNED)
     template = hand_over_of(path).template
     user = [{"role": "user", "content": "Hello?"}]
     with Ollama(fake.url) as server:
         import_model(server, "yoda", path, hand_over_of(path))
         right = server.chat("yoda", user, options={"num_predict": 1})["prompt_eval_count"]
-        prove_prompts(server, "yoda", template, [user], writes_bos=None, count=lambda text: right)
+        prove_prompts(server, "yoda", template, [user] * 3, writes_bos=None, count=lambda text: right)
         with pytest.raises(CheckError, match="the prompt is another") as caught:
             prove_prompts(server, "yoda", template, [user], writes_bos=None, count=lambda text: right - 1)
     assert str(caught.value.problems[1]).startswith("Ollama: ")
@@ -261,6 +263,9 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
         "num_thread": 2,
     }
     assert model.licences == ["MIT"]
+    for setting in ({"api_key": "k"}, {"parallel": 2}, {"adapters": (gguf,)}, {"image": "x"}):
+        with pytest.raises(RecipeError, match="the runtime ollama has no"):
+            runtime_for("ollama")(replace(settings, **setting)).__enter__()
     with pytest.raises(RecipeError, match="there is no runtime vllm"):
         runtime_for("vllm")
 

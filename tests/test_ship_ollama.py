@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from forge.chat.modelfile import parse
+from forge.stages.serving import PORT, Wish, settings
 from forge.tools.ollama import Ollama, server_url
 from tests.conftest import link_converters
 from tests.fake_ollama import FakeOllama
@@ -67,6 +68,14 @@ def test_the_same_gguf_under_another_name(place: Workshop, fake: FakeOllama) -> 
     assert set(fake.models) == {"yoda:latest"}
     again = place.forge("import", str(place.run / "mini-q4_k_m.gguf"), "--name", "yoda")
     assert again.fields["digest"] == answer.fields["digest"]
+
+
+def test_forge_serve_hands_over_what_the_run_says(place: Workshop) -> None:
+    """Stops and sampling from the run's Modelfile; the server of OLLAMA_HOST, not `forge serve`'s port."""
+    chosen = settings(Wish(str(place.run), runtime="ollama", port=PORT))
+    assert (chosen.port, chosen.modelfile) == (0, place.run / "Modelfile.jinja")
+    assert settings(Wish(str(place.run), runtime="ollama", port=5)).port == 5
+    assert settings(Wish(str(place.run), port=PORT)).port == PORT
 
 
 def test_a_server_that_prompts_otherwise_fails_the_ship(place: Workshop, fake: FakeOllama) -> None:

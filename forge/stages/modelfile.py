@@ -21,8 +21,10 @@ def write_modelfile(target: Path, *, adapter: str | None, jinja: bool, out: Path
     """
     told = hand_over_of(target)
     way: Way = "jinja" if jinja or told.compiled.go is None else "go"
-    text = render(told.modelfile(way, _from(target), adapter=adapter))
-    _tell(told, way, jinja)
+    remarks = "".join(f"# {line}\n" for line in _remarks(told, way))
+    text = remarks + render(told.modelfile(way, _from(target), adapter=adapter))
+    if way == "jinja" and not jinja:
+        report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
     if out:
         durable.write_text(out, text)
         report.success(f"wrote {out}")
@@ -47,16 +49,16 @@ def _from(target: Path) -> str:
     return str(path)
 
 
-def _tell(told: HandOver, way: Way, asked: bool) -> None:
+def _remarks(told: HandOver, way: Way) -> list[str]:
+    """What is proved and what is not, as comments: shown or written, the file stays a Modelfile."""
     facts = told.facts()
-    if way == "go":
-        report.info(f"TEMPLATE: {facts['status']}")
-        for limit in facts["limits"]:
-            report.info(f"not claimed: {limit}")
-    elif not asked:
-        report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
-    report.info(f"num_ctx {told.context_tokens}; sampling: {dict(told.sampling) or 'none asked for'}")
-    report.info(f"not claimed: {', '.join(facts['not_claimed'])}")
+    proved = [f"TEMPLATE: {facts['status']}, {told.compiled.checked} conversations compared"]
+    proved += [f"not claimed: {limit}" for limit in facts["limits"]]
+    return [
+        *(proved if way == "go" else ["the GGUF's own template"]),
+        f"not claimed: {', '.join(facts['not_claimed'])}",
+        f"sampling: {'of generation_config.json' if told.sampling else 'none asked for'}",
+    ]
 
 
 def check_modelfile(target: Path, modelfile: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.chat.hand_over import MODELFILE_JINJA
 from forge.errors import InterruptedByUserError, RecipeError, StageError
 from forge.model.gguf_header import read_gguf
 from forge.serve import detached, ready
@@ -76,7 +77,8 @@ def settings(wish: Wish) -> Settings:
         alias=run.name if run else path.stem,
         context_tokens=wish.context or min(limit, _context_of(run)),
         host=wish.host,
-        port=wish.port,
+        # Ollama is where OLLAMA_HOST says, unless another port than the usual one is told.
+        port=0 if wish.runtime == "ollama" and wish.port == PORT else wish.port,
         parallel=wish.parallel,
         threads=wish.threads,
         gpu_layers=wish.gpu_layers,
@@ -86,6 +88,7 @@ def settings(wish: Wish) -> Settings:
         cors_origins=wish.cors_origins,
         program=wish.program,
         image=wish.image,
+        modelfile=run / MODELFILE_JINJA if run and (run / MODELFILE_JINJA).is_file() else None,
     )
     refuse_foreign(wish.runtime, chosen)
     if chosen.alias in wish.lora:

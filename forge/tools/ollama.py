@@ -142,6 +142,10 @@ class Ollama:
         body = {"model": name, "messages": [dict(one) for one in messages], "stream": False, **fields}
         return self._ask("POST", "/api/chat", body, doing=f"answered as {name}")
 
+    def unload(self, name: str) -> None:
+        """Take the model out of memory, and what it kept of earlier prompts."""
+        self.chat(name, [], keep_alive=0)
+
     def copy(self, source: str, destination: str) -> None:
         """Give `source` a second name; one that is taken is replaced."""
         fields = {"source": source, "destination": destination}
