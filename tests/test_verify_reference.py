@@ -28,7 +28,7 @@ def _whole(model: Any) -> Any:
     return torch.stack([rows[row][place] for row, place in SAMPLE.positions]).numpy()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3", "gpt2", "gemma2", "mixtral", "qwen3_moe"])
 def test_streamed_is_whole(architecture: str, tmp_path: Path) -> None:
     """In pieces or at once, with the adapter or without; peft's own, active and not merged."""
     import numpy as np
