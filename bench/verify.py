@@ -72,11 +72,12 @@ def make_large(directory: Path) -> Path:
 
 
 def _random(shape: tuple[int, ...], start: int, stop: int) -> Any:
+    """Rows of a matrix, or a norm's ones."""
     import torch
 
     if len(shape) == 1:
-        return torch.ones(1, *shape, dtype=torch.bfloat16)
-    return (torch.randn(stop - start, shape[-1]) * 0.02).to(torch.bfloat16)
+        return torch.ones((1, *shape), dtype=torch.bfloat16)
+    return (torch.randn(stop - start, shape[1]) * 0.02).to(torch.bfloat16)
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:

@@ -46,7 +46,11 @@ class Specimen:
         return judge(self.measure(gguf, **changes), gates)
 
     def measure(self, gguf: Path, **changes: Any) -> dict[str, Any]:
-        settings = {"nf4": False, "end_of_turn_id": format_of(self.base).end_of_turn_id}
+        settings = {
+            "nf4": False,
+            "merge_base": "original",
+            "end_of_turn_id": format_of(self.base).end_of_turn_id,
+        }
         known = {name: changes.pop(name) for name in list(changes) if name in settings}
         files = {"gguf": str(gguf), "rows": str(self.rows), "scratch": str(self.scratch), "merged": None}
         return measure(**{**source_of(self), **files, **changes}, settings=settings | known)

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, export
 from forge.verify.yardstick import make_quantized
 from tests.models import PEFT_WARNS, change_tensors, load, make_adapter
-from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite, scaled
+from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite, scaled, source_of
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
 
@@ -210,3 +211,21 @@ def test_a_stale_merged_directory_beside_a_sound_file(
         assert found["ok"] is ok, found["problems"]
         assert found["broken_stage"] == (None if ok else "merge")
         assert found["handovers"][0]["to"] == "merged"
+
+
+@pytest.mark.slow
+def test_an_adapter_beside_its_base_and_a_merge_into_nf4(specimen: Specimen, tmp_path: Path) -> None:
+    """Both are what they should be when they are said to be that, and faults otherwise."""
+    (tmp_path / "pair").mkdir()
+    pair = {**source_of(specimen), "data": None, "out": str(tmp_path / "pair")}
+    chosen = {"name": "yoda", "quant": "f16", "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
+    export(**pair, settings={**chosen, "mode": "adapter"})
+    base, lora = tmp_path / "pair" / GGUF_FILE, tmp_path / "pair" / ADAPTER_FILE
+    assert specimen.verify(base, lora=str(lora))["ok"]
+    assert "not applied" in specimen.verify(base)["verdict"]
+
+    file = specimen.f16(tmp_path / "nf4", merge_base="nf4")
+    found = specimen.verify(file, merge_base="nf4", nf4=True)
+    assert found["ok"], found["problems"]
+    assert found["handovers"][0]["from"] == "NF4 base + adapter"
+    assert "4-bit" in specimen.verify(file)["verdict"]

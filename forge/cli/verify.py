@@ -15,6 +15,14 @@ from forge.errors import RecipeError
 @click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA adapter that was merged.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The file to check, whoever made it.")
+@click.option("--lora", type=click.Path(path_type=Path), help="The adapter's own GGUF beside its base's.")
+@click.option(
+    "--merge-base",
+    type=click.Choice(["original", "nf4"]),
+    default="original",
+    show_default=True,
+    help="What the adapter was merged into.",
+)
 @click.option("--merged", type=click.Path(path_type=Path), help="The merged checkpoint, where one was kept.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Rows to compare on (JSONL); else built-in ones."
@@ -28,6 +36,8 @@ def command(
     base: str | None,
     adapter: Path | None,
     gguf: Path | None,
+    lora: Path | None,
+    merge_base: str,
     merged: Path | None,
     data: Path | None,
     max_kl: float | None,
@@ -49,6 +59,7 @@ def command(
         return
     if not (base and gguf):
         raise RecipeError("give a RECIPE, or both --base and --gguf", hint="see: forge verify --help")
-    from forge.stages.certify import certify
+    from forge.stages.certify import Files, certify
 
-    certify(base, adapter, gguf, merged=merged, data=data, max_kl=max_kl, min_top1=min_top1)
+    files = Files(base, gguf, adapter, lora, merge_base, merged)
+    certify(files, data=data, max_kl=max_kl, min_top1=min_top1)

@@ -89,7 +89,10 @@ class Client:
         return [int(token) for token in self._ask("POST", "/tokenize", body)["tokens"]]
 
     def next_tokens(self, ids: Sequence[int], count: int) -> list[tuple[int, float]]:
-        """The most likely next ids after `ids` with their natural log-probabilities, before sampling."""
+        """The most likely next ids after `ids` with their natural log-probabilities, before sampling.
+
+        Empty where the first of them is no whole character: llama-server then tells nothing.
+        """
         body = {
             "prompt": list(ids),
             "n_predict": 1,
@@ -97,8 +100,8 @@ class Client:
             "temperature": 0.0,
             "cache_prompt": False,
         }
-        found = self._ask("POST", "/completion", body)["completion_probabilities"][0]["top_logprobs"]
-        return [(int(one["id"]), float(one["logprob"])) for one in found]
+        told = self._ask("POST", "/completion", body).get("completion_probabilities") or [{}]
+        return [(int(one["id"]), float(one["logprob"])) for one in told[0].get("top_logprobs", ())]
 
     def apply_template(self, messages: Sequence[Message]) -> str:
         """The prompt that the server would give to the model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,25 @@ from forge.tools.llama_cpp import find_converters
 from forge.verify.verdict import Gates, judge
 
 
+@dataclass(frozen=True)
+class Files:
+    """A GGUF, and what it should have been made of.
+
+    `lora` is the adapter's own GGUF where `gguf` is the base alone; `merge_base` (original or nf4) what the
+    adapter was merged into; `merged` a merged checkpoint on the way.
+    """
+
+    base: str
+    gguf: Path
+    adapter: Path | None = None
+    lora: Path | None = None
+    merge_base: str = "original"
+    merged: Path | None = None
+
+
 def certify(
-    base: str,
-    adapter: Path | None,
-    gguf: Path,
+    files: Files,
     *,
-    merged: Path | None = None,
     data: Path | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
@@ -38,32 +52,28 @@ def certify(
     Raises `CheckError` for a file that is not base and adapter, `DataError` for one that cannot be
     compared with them at all.
     """
-    found = resolve(base).directory
-    assert found is not None  # only a plan leaves it open
-    configuration = read_configuration(found)
-    check_unquantized(configuration, str(found))
-    read_gguf(gguf)
-    adapter = adapter.absolute() if adapter else None
-    if adapter:
-        read_adapter(adapter)
-    if merged:
-        open_checkpoint(merged)
-    own = adapter is not None and (adapter / "tokenizer.json").is_file()
-    files = read_tokenizer(adapter if adapter and own else found, max_positions=configuration.max_positions)
+    base = resolve(files.base).directory
+    assert base is not None  # only a plan leaves it open
+    configuration = read_configuration(base)
+    _check(files, base)
+    own = files.adapter is not None and (files.adapter / "tokenizer.json").is_file()
+    where = files.adapter if files.adapter and own else base
+    tokenizer = read_tokenizer(where, max_positions=configuration.max_positions)
     with tempfile.TemporaryDirectory(prefix="forge-verify-") as scratch:
-        _check_space(open_checkpoint(found).numel, Path(scratch))
-        rows, end = _rows(files, data, configuration.max_positions, Path(scratch))
+        _check_space(open_checkpoint(base).numel, Path(scratch))
+        rows, end = _rows(tokenizer, data, configuration.max_positions, Path(scratch))
         arguments = {
-            "base": str(found.absolute()),
-            "adapter": str(adapter) if adapter else None,
-            "gguf": str(gguf.absolute()),
-            "merged": str(merged.absolute()) if merged else None,
-            "tokenizer": str(files.directory.absolute()),
-            "chat_template": files.chat_template,
+            "base": str(base.absolute()),
+            "gguf": str(files.gguf.absolute()),
+            "adapter": _text(files.adapter),
+            "lora": _text(files.lora),
+            "merged": _text(files.merged),
+            "tokenizer": str(tokenizer.directory.absolute()),
+            "chat_template": tokenizer.chat_template,
             "rows": str(rows),
             "converters": str(find_converters(open_store(read_only=True).root)),
             "scratch": scratch,
-            "settings": {"nf4": False, "end_of_turn_id": end, "trust_remote_code": False},
+            "settings": {"merge_base": files.merge_base, "end_of_turn_id": end},
         }
         measured = worker.call("verify", arguments)
     certificate = judge(measured, Gates(max_kl, min_top1))
@@ -72,6 +82,24 @@ def certify(
         raise failure
     report.result(certificate)
     return certificate
+
+
+def _text(path: Path | None) -> str | None:
+    return str(path.absolute()) if path else None
+
+
+def _check(files: Files, base: Path) -> None:
+    """Raise `DataError` for a file that is not what it is named as, before anything is loaded."""
+    check_unquantized(read_configuration(base), str(base))
+    for gguf in (files.gguf, files.lora):
+        if gguf:
+            read_gguf(gguf)
+    if files.adapter:
+        read_adapter(files.adapter)
+    elif files.lora:
+        raise DataError("--lora needs the adapter that it was made from", hint="name it with --adapter")
+    if files.merged:
+        open_checkpoint(files.merged)
 
 
 def _rows(

@@ -68,22 +68,25 @@ def _compare(client: Client, expected: Sequence[Mapping[str, Any]], kind: str | 
     divergences, same = [], 0
     for number, one in enumerate(expected, 1):
         found = client.next_tokens(one["ids"], 2 * len(one["top"]))
+        if not found:
+            continue
         known, least = dict(found), min(value for _, value in found)
         divergence = sum(math.exp(p) * (p - known.get(token, least)) for token, p in one["top"])
         divergences.append(max(divergence, 0.0))
         same += found[0][0] == one["top"][0][0]
         report.advance("compare the server's probabilities", number, len(expected))
-    mean = sum(divergences) / len(divergences)
+    compared = len(divergences)
+    mean = sum(divergences) / max(compared, 1)
     return {
         "from": f"GGUF {kind or 'file'}",
         "to": "live server",
-        "ok": mean <= MOST_KL,
+        "ok": bool(compared) and mean <= MOST_KL,
         "nmse": None,
         "kl_mean": mean,
-        "kl_max": max(divergences),
-        "top1": same / len(expected),
+        "kl_max": max(divergences, default=0.0),
+        "top1": same / max(compared, 1),
         "perplexity": None,
-        "prompts": len(expected),
+        "prompts": compared,
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from forge.data.conversations import to_conversations
 from forge.data.prepare import TRAIN_FILE, Settings, prepare
 from forge.data.sources import locate, read_rows
+from forge.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from forge.data.tokens import PromptFormat
 
 _BUILTIN = "builtin:yoda_heldout"
+_NEEDED = "--data takes rows of prompt and completion, or of messages, that fit the model's context"
 _BUILTIN_COLUMNS = {"prompt": "sentence", "completion": "translation"}
 
 
@@ -28,7 +30,12 @@ def builtin_rows(form: PromptFormat, context: int | None, out: Path) -> Path:
 
 def own_rows(data: Path, form: PromptFormat, context: int | None, out: Path) -> Path:
     """The conversations in `data`; raises `DataError` with every row that cannot be used."""
-    prepare(Settings([data], 0), form, context, out)
+    try:
+        prepare(Settings([data], 0), form, context, out)
+    except DataError as wrong:
+        # What is said of a recipe's fields would mislead here.
+        message = wrong.message.replace("data.source:", "--data:")
+        raise DataError(message, hint=_NEEDED, problems=wrong.problems) from wrong
     return out / TRAIN_FILE
 
 

@@ -10,8 +10,10 @@ The adapter is added to the weights here by itself: nothing of `export` is used,
 With `nf4` every linear layer but the head goes through bitsandbytes' NF4 and back first, as QLoRA
 holds it in training; the arithmetic stays float32.
 
-Not covered: checkpoints whose tensors are not named after the modules' parameters (mixtures of
-experts that transformers fuses on loading) are refused, encoder-decoders too.
+Experts, which transformers holds fused, are put together from the checkpoint's.
+
+Not covered, and refused: other checkpoints whose tensors are not named after the modules' parameters, and
+encoder-decoders.
 """
 
 from __future__ import annotations
@@ -150,6 +152,13 @@ def _is_quantized_in_training(module: Any, model: Any) -> bool:
     return isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
 
 
+# transformers holds all experts of a layer in one parameter; checkpoints have each apart.
+_EXPERTS: Mapping[str, Sequence[Sequence[str]]] = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+
 class _Loader:
     """Reads tensors of a checkpoint in float32, with the adapter added."""
 
@@ -165,25 +174,42 @@ class _Loader:
     def parameter(self, names: Sequence[str], empty: Any, linear: bool) -> Any:
         import torch
 
-        found = next((one for name in names if (one := find_base_tensor(name, self._tensors))), None)
-        if found is None:
+        weight = self._find(names, empty.shape[0], linear)
+        if weight is None:
             raise DataError(
                 f"{self._weights.base}: no tensor for {names[0]}: this family's checkpoint is not "
                 "named after its modules, which the streamed reference cannot run yet",
                 hint="the token ids, the prompt and the server are still compared",
             )
-        self._used.add(found)
-        spec = self._replaced.get(found, self._tensors[found])
-        weight = read(spec)
-        if linear and self._weights.nf4:
-            weight = nf4_and_back(weight)
-        if layer := self._layers.get(found):
-            weight += delta(layer, transposed=self._transposed)
         if weight.shape != empty.shape:
             raise DataError(
-                f"{self._weights.base}: {found} is {tuple(weight.shape)}, not {tuple(empty.shape)}"
+                f"{self._weights.base}: {names[0]} is {tuple(weight.shape)}, not {tuple(empty.shape)}"
             )
         return torch.nn.Parameter(weight, requires_grad=False)
+
+    def _find(self, names: Sequence[str], count: int, linear: bool) -> Any:
+        """The parameter of one of `names`; `count` experts are put together where it is theirs."""
+        import torch
+
+        for name in (*names, *(name.replace(".mlp.", ".block_sparse_moe.") for name in names)):
+            if found := find_base_tensor(name, self._tensors):
+                return self._weight(found, linear)
+            block, _, part = name.rpartition(".experts.")
+            for members in _EXPERTS.get(part, ()):
+                parts = [[f"{block}.experts.{n}.{one}.weight" for one in members] for n in range(count)]
+                if parts[0][0] in self._tensors:
+                    return torch.stack([torch.cat([self._weight(one, False) for one in of]) for of in parts])
+        return None
+
+    def _weight(self, name: str, linear: bool) -> Any:
+        """One tensor of the checkpoint, the adapter added."""
+        self._used.add(name)
+        weight = read(self._replaced.get(name, self._tensors[name]))
+        if linear and self._weights.nf4:
+            weight = nf4_and_back(weight)
+        if layer := self._layers.get(name):
+            weight += delta(layer, transposed=self._transposed)
+        return weight
 
     def refuse_unused(self) -> None:
         """Every part of the adapter must have been in the way of the rows."""
