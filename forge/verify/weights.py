@@ -24,8 +24,8 @@ from forge.model.config import Configuration
 from forge.model.gguf_header import read_gguf
 from forge.verify.reference import Weights, delta, nf4_and_back, read
 
-_MOST = 2**27
-"""Larger tensors (embeddings) are looked at in their first rows and in their last."""
+_MOST_ROWS = 16384
+"""Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
 _NF4_LAYERS = 4
 _TENSORS = 64
 
@@ -122,7 +122,7 @@ def _fit(name: str, tensor: Any, weight: Any, added: Any, facts: Configuration, 
 
     rows = slice(None)
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    if weight.numel() > _MOST and weight.dim() == 2 and shape == tuple(weight.shape):
+    if weight.dim() == 2 and weight.shape[0] > _MOST_ROWS and shape == tuple(weight.shape):
         rows = np.r_[0:4096, weight.shape[0] - 4096 : weight.shape[0]]
         weight, added = weight[rows], None if added is None else added[rows]
     values = torch.from_numpy(np.array(dequantize(tensor.data[rows], tensor.tensor_type), dtype=np.float32))
