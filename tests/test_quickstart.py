@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.conftest import link_converters
@@ -29,6 +31,7 @@ def test_the_shipped_file_behind_its_server_speaks_yoda(tmp_path: Path) -> None:
     assert (learned["metric"], learned["rows"]) == ("exact_match", 60)
     assert learned["before"] < 0.05
     assert learned["served"] >= 0.9
+    assert answer.fields["certificate"]["ok"] is True
     assert "learned: 60 held-out rows, exact answers: base 0%" in answer.said
     [smoke] = answer.fields["smoke"]
     assert smoke["ok"] and smoke["answer"].startswith("In this sandwich, there is bacon.")
@@ -37,4 +40,28 @@ def test_the_shipped_file_behind_its_server_speaks_yoda(tmp_path: Path) -> None:
     again = workshop.ship()
     assert {name for name, cached in again.cached.items() if cached} == {*PURE}
     assert again.fields["learned"] == learned and again.fields["smoke"] == answer.fields["smoke"]
+
+    endpoint = workshop.forge("serve", "quickstart", "--port", "0", "--detach").fields["endpoint"]
+    try:
+        answers_as_llama_server_does(endpoint)
+    finally:
+        assert workshop.forge("stop", "quickstart").code == 0
     assert processes_of(home) == []
+
+
+def answers_as_llama_server_does(endpoint: str) -> None:
+    """Chat, streamed and not, raw completion, health and the list of models."""
+    asked = {"messages": [{"role": "user", "content": "There is bacon in this sandwich."}], "temperature": 0}
+    with httpx.Client(base_url=endpoint, timeout=60) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["quickstart"]
+        whole = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+        assert whole.startswith("In this sandwich, there is bacon.")
+        with client.stream("POST", "/v1/chat/completions", json={**asked, "stream": True}) as stream:
+            lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: ")]
+        assert lines.pop() == "[DONE]"
+        pieces = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
+        assert "".join(pieces) == whole
+        prompt = "<|im_start|>user\nThere is bacon in this sandwich.<|im_end|>\n<|im_start|>assistant\n"
+        raw = client.post("/completion", json={"prompt": prompt, "temperature": 0, "n_predict": 64}).json()
+        assert raw["content"].strip() == whole.strip()

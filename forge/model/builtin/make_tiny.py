@@ -31,7 +31,7 @@ from forge.model.builtin.tokenizer import (
 )
 
 SEED = 1
-STEPS = 2200
+STEPS = 2400
 BATCH = 32
 PEAK_LEARNING_RATE = 1.5e-3
 WARM_UP_STEPS = 50
