@@ -6,9 +6,11 @@ The converters and the sources of the vocabularies are looked for where `make` h
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from forge import report
+from forge.errors import ForgeError
 from forge.model.base import BUILTIN
 from forge.tools.llama_cpp import converters_directory, find_converters
 
@@ -40,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in _FOREIGN:
         os.environ.pop(name, None)
     os.environ |= {"FORGE_HOME": str(away / "store"), "HF_HOME": str(away / "huggingface"), "TERM": "dumb"}
+    # Some tests export in this process, and llama.cpp's converters want the gguf-py of their own tree, of
+    # which a process can have one: it is the one for all.
+    with contextlib.suppress(ForgeError):
+        sys.path.insert(0, str(find_converters(SESSION_HOME) / "gguf-py"))
     # Read when huggingface_hub is imported, and by some test before the one that asks the stand-in.
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
