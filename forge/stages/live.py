@@ -58,12 +58,23 @@ class DeployAction(Action):
         from forge.serve.runtime import Settings
         from forge.serve.runtimes import runtime_for
         from forge.stages.live_proof import prove_live
-        from forge.stages.ollama import prove_in_ollama
+        from forge.stages.ollama import prove_in_ollama, smoke_passes
 
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
         assert artifact is not None
         data = results["data"].facts if "data" in results else {}
+        conversations = [
+            ({"role": "user", "content": "Hello!"},),
+            *(query.messages for query in queries_in(self.ship.recipe)),
+            *_some_rows(results),
+        ]
+
+        def prove_before(endpoint: Endpoint) -> None:
+            prove_in_ollama(self.ship, endpoint, conversations)
+            smoke_passes(self.ship.recipe, endpoint)
+
+        in_ollama = deploy.runtime == "ollama"
         settings = Settings(
             model=artifact.path / GGUF_FILE,
             alias=self.ship.recipe.name,
@@ -76,19 +87,13 @@ class DeployAction(Action):
             gpu_layers=deploy.gpu_layers,
             without_key=deploy.without_key,
             modelfile=_modelfile(results),
+            proof=prove_before if in_ollama else None,
         )
         endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
-        conversations = [
-            ({"role": "user", "content": "Hello!"},),
-            *(query.messages for query in queries_in(self.ship.recipe)),
-            *_some_rows(results),
-        ]
         live = None
-        if deploy.runtime == "ollama":
-            prove_in_ollama(self.ship, endpoint, conversations)
-        else:
+        if not in_ollama:
             prove_prompts(self.ship, endpoint, conversations)
-        if deploy.runtime != "ollama" and "verify" in results:
+        if not in_ollama and "verify" in results:
             live = prove_live(
                 endpoint,
                 results["verify"].facts,

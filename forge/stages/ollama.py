@@ -54,7 +54,12 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
     recipe = _recipe_of(gguf)
     with reach(server_url(host)) as server:
         done = import_model(
-            server, name, gguf, told, adapter=adapter, ask=partial(_ask, recipe) if recipe else _ask_anything
+            server,
+            name,
+            gguf,
+            told,
+            adapter=adapter,
+            ask=partial(smoke_passes, recipe) if recipe else _ask_anything,
         )
     report.success(f"{done.name}: {done.prompts} prompts compared, written by {done.way}")
     report.info(f"talk to it: ollama run {done.name}")
@@ -69,7 +74,7 @@ def _recipe_of(gguf: Path) -> Recipe | None:
     return from_json(recipe) if recipe else None
 
 
-def _ask(recipe: Recipe, endpoint: Endpoint) -> None:
+def smoke_passes(recipe: Recipe, endpoint: Endpoint) -> None:
     """The run's smoke queries; raises `CheckError` when one fails."""
     from forge.serve.smoke import run_smoke
     from forge.stages.live import queries_in
