@@ -63,7 +63,7 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     fixed = {name: value for name, value in machine.items() if value is not None}
     hand = replace(hand, sampling={**hand.sampling, **fixed})
     with reach(server_url(told), log=log) as server:
-        imported = import_model(server, settings.alias, settings.model, hand)
+        imported = import_model(server, settings.alias, settings.model, hand, ask=settings.proof)
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
         yield Endpoint(server.url, imported.name)
 
@@ -96,8 +96,8 @@ def import_model(
 ) -> Imported:
     """Make `name` the model of `gguf`, proved first under a name that nobody uses.
 
-    `conversations` are compared besides generated ones; `ask` puts the smoke queries and raises when an
-    answer is wrong. Raises `CheckError` with the first difference of every way that was tried.
+    `conversations` are compared besides generated ones; `ask` is given the trial model: it puts the smoke
+    queries, and whatever else must be right before the name changes, and raises when it is not. Raises `CheckError` with the first difference of every way that was tried.
     """
     _check_model(gguf, adapter)
     fields: dict[str, Any] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
