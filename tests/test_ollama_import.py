@@ -146,6 +146,13 @@ def test_a_second_bos_shows_in_the_count(fake: FakeOllama, tmp_path: Path, count
     assert str(caught.value.problems[1]).startswith("Ollama: ")
 
 
+def test_a_bos_that_training_never_saw_is_refused(fake: FakeOllama, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf", template=PINNED, adds_bos=True)
+    with Ollama(fake.url) as server, pytest.raises(CheckError, match="that training by the template never saw"):
+        import_model(server, "yoda", path, hand_over_of(path))
+    assert only(fake)
+
+
 def test_smoke_queries_come_before_the_name(fake: FakeOllama, gguf: Path) -> None:
     def ask(endpoint: object) -> None:
         raise CheckError("1 of 1 smoke queries failed")

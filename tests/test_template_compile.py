@@ -46,7 +46,7 @@ REPLY = "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
 def test_chatml_is_exact_and_reads_well() -> None:
-    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=False)
     assert (found.status, found.go, found.stops) == ("exact", CHATML_GO, ("<|im_end|>", "</s>"))
     assert found.checked > 250
 
@@ -94,7 +94,7 @@ def test_a_default_system_prompt_is_kept_and_told() -> None:
     ],
 )  # fmt: skip
 def test_limits_are_named(source: str, limits: list[str] | None) -> None:
-    found = compile_template(ChatTemplate(source, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(source, TOKENS), add_bos=False)
     if limits is None:
         assert found.go is not None
         return
@@ -113,20 +113,31 @@ def test_limits_are_named(source: str, limits: list[str] | None) -> None:
     ],
 )  # fmt: skip
 def test_refusals_tell_why(source: str, reason: str) -> None:
-    found = compile_template(ChatTemplate(source, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(source, TOKENS), add_bos=False)
     assert (found.status, found.go) == ("refused", None)
     assert found.reason is not None and reason in found.reason
 
 
 def test_the_smallest_counter_example_is_shown() -> None:
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('&', '+') }}</s>{% endfor %}"
-    found = compile_template(ChatTemplate(source, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(source, TOKENS), add_bos=False)
     assert found.reason is not None and 'for user "&" it writes "' in found.reason
+
+
+def test_a_bos_that_training_never_saw_is_refused(tmp_path: Path) -> None:
+    """The tokenizer writes it, the template does not: whatever the TEMPLATE, the tokens are others."""
+    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=True)
+    assert found.status == "refused" and found.go is None
+    assert found.reason is not None and found.reason.startswith("the tokenizer writes <s> in front of every prompt")
+    only_system = "{% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}" + CHATML
+    assert compile_template(ChatTemplate(only_system, TOKENS), add_bos=True).status == "refused"
+    only_alone = "{% if messages[0].role != 'system' %}{{ bos_token }}{% endif %}" + CHATML
+    assert compile_template(ChatTemplate(only_alone, TOKENS), add_bos=True).status == "refused"
 
 
 def test_an_endless_template_is_refused() -> None:
     loops = "".join("{% for a in range(99999) %}" for _ in range(5)) + "{% endfor %}" * 5
-    found = compile_template(ChatTemplate(loops + CHATML, TOKENS), add_bos=True, seconds=0.3)
+    found = compile_template(ChatTemplate(loops + CHATML, TOKENS), add_bos=False, seconds=0.3)
     assert found.reason == "its prompts took more than 0.3 seconds to compute"
 
 
@@ -156,11 +167,11 @@ def test_seeded_faults_are_caught(fault: str) -> None:
     """The check sees each of 12 faults in a Go text that was right."""
     source, (old, new) = (CHATML, FAULTS[fault]) if fault in FAULTS else (DEFAULT, ("You help.", ""))
     template = ChatTemplate(source, TOKENS)
-    chat = infer(template)
-    go = to_go(chat, add_bos=True)
-    assert check(template, chat, go, add_bos=True).go == go
+    chat, add_bos = infer(template), source == DEFAULT
+    go = to_go(chat, add_bos=add_bos)
+    assert check(template, chat, go, add_bos=add_bos).go == go
     assert go.replace(old, new) != go
-    assert check(template, chat, go.replace(old, new), add_bos=True).status == "refused"
+    assert check(template, chat, go.replace(old, new), add_bos=add_bos).status == "refused"
 
 
 def test_a_wrong_format_is_caught() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from forge import process
 from forge.chat import go_interpreter, probe
-from forge.chat.format_check import CompiledTemplate, compile_template, limit_names
+from forge.chat.format_check import CompiledTemplate, compile_template, limit_names, unseen_bos
 from forge.chat.probe import Conversation
 from forge.chat.template import ChatTemplate
 from tests import real_go
@@ -27,7 +27,12 @@ NOT_TEXT_CHAT = ("refuses even a single user message", "does not show the text o
 
 def compiled(path: Path) -> tuple[ChatTemplate, CompiledTemplate]:
     template = ChatTemplate(path.read_text(encoding="utf-8"), TOKENS)
-    return template, compile_template(template, add_bos=True)
+    return template, compile_template(template, add_bos=writes_bos(template))
+
+
+def writes_bos(template: ChatTemplate) -> bool:
+    """As in the models: the tokenizer writes BOS where the template has one."""
+    return not unseen_bos(template, add_bos=True)
 
 
 def claimed(template: ChatTemplate, found: CompiledTemplate) -> list[Conversation]:
@@ -42,8 +47,9 @@ def claimed(template: ChatTemplate, found: CompiledTemplate) -> list[Conversatio
 
 
 def wrong(template: ChatTemplate, texts: Sequence[str], conversations: Sequence[Conversation]) -> int:
-    expected = [template.render(one, add_generation_prompt=True).removeprefix("<s>") for one in conversations]
-    return sum(text != other for text, other in zip(texts, expected, strict=True))
+    bos = TOKENS["bos_token"] if writes_bos(template) else ""
+    expected = [template.render(one, add_generation_prompt=True) for one in conversations]
+    return sum(bos + text != other for text, other in zip(texts, expected, strict=True))
 
 
 def ours(found: CompiledTemplate, conversations: Sequence[Conversation]) -> list[str]:

@@ -32,6 +32,7 @@ NO_SYSTEM = "a system message"
 _MOST_LIMITS = 40
 _SECONDS = 20.0
 _SHOWN = 60
+_HELLO: Conversation = ({"role": "user", "content": "Hello!"},)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def check(
 
     `render` runs it where it takes more than the messages (`modelfile_check`).
     """
+    if reason := unseen_bos(template, add_bos=add_bos):
+        return CompiledTemplate("refused", reason=reason, chat=chat)
     told = probe.literals(template)
     takes_system = chat.system != "refused"
     comparison = _Comparison(template, render or go_interpreter.parse(go).render, add_bos)
@@ -99,6 +102,21 @@ def check(
         limits.append(found[0])
     status: Status = "exact-with-limits" if limits else "exact"
     return CompiledTemplate(status, go, None, tuple(limits), checked, chat)
+
+
+def unseen_bos(template: ChatTemplate, *, add_bos: bool) -> str:
+    """Why the tokens cannot be right: the tokenizer writes a BOS that the template does not; else empty."""
+    bos = template.special_tokens.get("bos_token", "")
+    try:
+        text = template.render(_HELLO, add_generation_prompt=True)
+    except DataError:
+        return ""
+    if not (add_bos and bos) or text.startswith(bos):
+        return ""
+    return (
+        f"the tokenizer writes {bos} in front of every prompt and the chat template does not, so that a server "
+        "gives the model a token that training by the template never saw"
+    )
 
 
 def limit_names(limits: Sequence[Limit]) -> list[str]:
@@ -133,20 +151,23 @@ class _Comparison:
         self.bos = template.special_tokens.get("bos_token", "") if add_bos else ""
 
     def expected(self, conversation: Conversation) -> str | None:
-        """What the server's tokenizer should be given; None where the template refuses."""
+        """What the model should be given; None where the template refuses."""
         try:
-            text = self.template.render(conversation, add_generation_prompt=True)
+            return self.template.render(conversation, add_generation_prompt=True)
         except DataError:
             return None
-        return text.removeprefix(self.bos)
+
+    def served(self, conversation: Conversation) -> str:
+        """What it is given: the tokenizer's BOS is a part of it."""
+        return self.bos + self.written(conversation)
 
     def differs(self, conversation: Conversation) -> bool:
-        return self.written(conversation) != self.expected(conversation)
+        return self.served(conversation) != self.expected(conversation)
 
     def shown(self, conversation: Conversation) -> str:
         """The counter-example in words."""
         said = ", ".join(f"{one['role']} {_short(one['content'])}" for one in conversation)
-        expected, written = self.expected(conversation), self.written(conversation)
+        expected, written = self.expected(conversation), self.served(conversation)
         if expected is None:
             return f"it refuses some conversations that are not special in any way: {said}"
         pairs = zip(expected, written, strict=False)

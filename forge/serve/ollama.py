@@ -20,6 +20,7 @@ from typing import Any
 
 from forge import report
 from forge.chat import probe
+from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.modelfile import parse
 from forge.chat.template import ChatTemplate
@@ -100,6 +101,11 @@ def import_model(
     queries, and whatever else must be right before the name changes, and raises when it is not. Raises `CheckError` with the first difference of every way that was tried.
     """
     _check_model(gguf, adapter)
+    if reason := unseen_bos(told.template, add_bos=told.add_bos):
+        raise CheckError(
+            f"{gguf.name}: {reason}",
+            hint="write tokenizer.ggml.add_bos_token = false into it (forge export does), or mend its template",
+        )
     fields: dict[str, Any] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
     if adapter:
         fields["adapters"] = {adapter.name: server.push(adapter, adapter.name)}
