@@ -19,7 +19,7 @@ from forge.chat.format_source import read_source
 from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, render
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
-from forge.model.config import read_json
+from forge.model.config import read_configuration, read_json
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -117,7 +117,7 @@ def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) 
     source = read_source(path, bos=bos, eos=eos)
     found = hand_over(source.template, add_bos=source.add_bos, stops=(), context_tokens=_CONTEXT)
     if path.is_dir():
-        tokenizer = read_tokenizer(path)
+        tokenizer = read_tokenizer(path, max_positions=_most_positions(path))
         ends = [tokenizer.tokens.get("eos", "")]
         context = min(tokenizer.model_max_length or _CONTEXT, _CONTEXT)
         sampling, licences = sampling_of(path), licences_of(path)
@@ -134,6 +134,14 @@ def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) 
     if not stops:
         raise DataError(f"{path}: nothing says what ends a reply, so it would never end")
     return replace(found, stops=stops, context_tokens=context, sampling=sampling, licences=licences)
+
+
+def _most_positions(directory: Path) -> int | None:
+    """The model's; None for a directory that has the tokenizer alone, or a model of no known kind."""
+    try:
+        return read_configuration(directory).max_positions
+    except DataError:
+        return None
 
 
 def end_tokens(header: GgufHeader) -> dict[str, str]:
