@@ -50,7 +50,9 @@ LIBRARY = """{{- if .Messages }}
 INSIDE_IF = "{{ with .System }}<<{{ . }}>>{{ end }}[{{ .Prompt }}]{{ if .Response }}{{ .Response }}!{{ if true }}x{{ end }}{{ else }}?{{ end }}."
 
 
-def checked(template: str, source: str = "{{ bos_token }}" + CHATML, **fields: Any) -> tuple[list[str], list[str]]:
+def checked(
+    template: str, source: str = "{{ bos_token }}" + CHATML, **fields: Any
+) -> tuple[list[str], list[str]]:
     told = hand_over(ChatTemplate(source, TOKENS), add_bos=True, stops=["<|im_end|>"], context_tokens=64)
     stops = {"stop": ("<|im_end|>",)}
     found = check_modelfile(Modelfile("x", template=template, **{"parameters": stops, **fields}), told)

@@ -23,14 +23,13 @@ from forge.chat.format import ChatFormat, NotInferredError, infer
 from forge.chat.go_template import to_go
 from forge.chat.probe import Conversation, Limit
 from forge.chat.template import ChatTemplate
-from forge.chat.time_limit import time_limit
+from forge.chat.time_limit import SECONDS, time_limit
 from forge.errors import DataError
 
 Status = Literal["exact", "exact-with-limits", "refused"]
 NO_SYSTEM = "a system message"
 # More than this and nobody could say what is claimed.
 _MOST_LIMITS = 40
-_SECONDS = 20.0
 _SHOWN = 60
 _HELLO: Conversation = ({"role": "user", "content": "Hello!"},)
 
@@ -58,7 +57,7 @@ class CompiledTemplate:
         return self.go is not None and not any(limit.holds(conversation) for limit in self.limits)
 
 
-def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = _SECONDS) -> CompiledTemplate:
+def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = SECONDS) -> CompiledTemplate:
     """Infer, write and check; a template that runs longer than `seconds` in all is refused."""
     try:
         with time_limit(seconds):
@@ -114,8 +113,8 @@ def unseen_bos(template: ChatTemplate, *, add_bos: bool) -> str:
     if not (add_bos and bos) or text.startswith(bos):
         return ""
     return (
-        f"the tokenizer writes {bos} in front of every prompt and the chat template does not, so that a server "
-        "gives the model a token that training by the template never saw"
+        f"the tokenizer writes {bos} in front of every prompt and the chat template does not, so that a "
+        "server gives the model a token that training by the template never saw"
     )
 
 

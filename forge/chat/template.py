@@ -1,9 +1,10 @@
 """A model's chat template, rendered exactly as transformers renders it, with its variables pinned.
 
 The environment below is that of transformers' `utils/chat_template_utils.py`: the immutable
-sandbox (with bounds of its own: `bounded`), `trim_blocks` and `lstrip_blocks`, the loop-control extension, the `generation` tag, and
-the same filters and globals. One thing differs on purpose: `strftime_now` gives the pinned day,
-not today's, since a prompt that changes overnight can be neither trained nor proved.
+sandbox (with bounds on each step: `bounded`), `trim_blocks` and `lstrip_blocks`, the loop-control
+extension, the `generation` tag, and the same filters and globals. One thing differs on purpose:
+`strftime_now` gives the pinned day, not today's, since a prompt that changes overnight can be neither
+trained nor proved.
 
 Not covered: tools and documents are passed as None.
 """
