@@ -128,7 +128,9 @@ def test_a_bos_that_training_never_saw_is_refused(tmp_path: Path) -> None:
     """The tokenizer writes it, the template does not: whatever the TEMPLATE, the tokens are others."""
     found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=True)
     assert found.status == "refused" and found.go is None
-    assert found.reason is not None and found.reason.startswith("the tokenizer writes <s> in front of every prompt")
+    assert found.reason is not None and found.reason.startswith(
+        "the tokenizer writes <s> in front of every prompt"
+    )
     only_system = "{% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}" + CHATML
     assert compile_template(ChatTemplate(only_system, TOKENS), add_bos=True).status == "refused"
     only_alone = "{% if messages[0].role != 'system' %}{{ bos_token }}{% endif %}" + CHATML
