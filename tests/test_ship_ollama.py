@@ -87,6 +87,7 @@ def test_a_server_that_prompts_otherwise_fails_the_ship(place: Workshop, fake: F
 
 def test_the_name_is_as_it_was_until_all_is_proved(place: Workshop, fake: FakeOllama) -> None:
     """Token counts, and smoke queries, come before the name changes."""
+    place.recipe(deploy={"runtime": "ollama"})
     place.ship()
     before = vars(fake.models["mini:latest"])
     fake.counts_more = 1

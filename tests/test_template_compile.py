@@ -11,7 +11,7 @@ import pytest
 
 from forge.chat import go_interpreter
 from forge.chat.format import Choice, NotInferredError, infer
-from forge.chat.format_check import check, compile_template, limit_names
+from forge.chat.format_check import NOT_CLAIMED, check, compile_template, limit_names
 from forge.chat.go_expression import GoTemplateError
 from forge.chat.go_template import quoted, to_go
 from forge.chat.hand_over import hand_over, write_modelfiles
@@ -91,6 +91,12 @@ def test_a_default_system_prompt_is_kept_and_told() -> None:
          ["an empty message"]),
         ("{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }}</s>{% endfor %}" + REPLY,
          ["text with leading or trailing whitespace"]),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content[:2000] }}</s>{% endfor %}" + REPLY,
+         ["text of 2,000 characters or more"]),
+        ("{% for m in messages %}[{{ m.role }}]{% if m.content | length > 3000 %}!{% endif %}{{ m.content }}</s>{% endfor %}" + REPLY,
+         ["text of 3,000 characters or more"]),
+        ("{% for m in messages %}[{{ m.role }}]{% if loop.index > 16 %}!{% endif %}{{ m.content }}</s>{% endfor %}" + REPLY,
+         ["16 messages or more"]),
     ],
 )  # fmt: skip
 def test_limits_are_named(source: str, limits: list[str] | None) -> None:
@@ -116,6 +122,30 @@ def test_refusals_tell_why(source: str, reason: str) -> None:
     found = compile_template(ChatTemplate(source, TOKENS), add_bos=False)
     assert (found.status, found.go) == ("refused", None)
     assert found.reason is not None and reason in found.reason
+
+
+def test_what_is_never_claimed() -> None:
+    """`exact` speaks of a system message, then user and assistant in turn, the user last."""
+    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=False)
+    for roles, claimed in (
+        ("user", True), ("system user assistant user", True), ("user user", False), ("user tool user", False),
+        ("user assistant", False), ("assistant user", False), ("user system user", False), ("system", False),
+    ):  # fmt: skip
+        assert found.claims(tuple({"role": role, "content": "x"} for role in roles.split())) is claimed
+
+
+def test_the_day_and_the_variables_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(
+        "{{ strftime_now('%d %b %Y') }}{% if enable_thinking %}{% endif %}" + CHATML, encoding="utf-8"
+    )
+    assert run(["template", str(path)]) == 0
+    said = capsys.readouterr().err
+    assert "it writes a date: the text has 2024-07-26 for good" in said
+    assert "it reads enable_thinking: the text has them undefined" in said
+    assert run(["template", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["day"], told["variables_read"]) == ("2024-07-26", ["enable_thinking"])
 
 
 def test_the_smallest_counter_example_is_shown() -> None:
@@ -227,7 +257,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert told.pop("conversations_checked") > 250
     assert told == {
         "status": "exact", "limits": [], "reason": None, "go": CHATML_GO, "stops": ["<|im_end|>"],
-        "default_system": None,
+        "default_system": None, "day": None, "variables_read": [], "not_claimed": list(NOT_CLAIMED),
     }  # fmt: skip
     path.write_text(DEFAULT, encoding="utf-8")
     assert run(["template", str(path)]) == 2

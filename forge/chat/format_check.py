@@ -28,6 +28,12 @@ from forge.errors import DataError
 
 Status = Literal["exact", "exact-with-limits", "refused"]
 NO_SYSTEM = "a system message"
+# What no status speaks of, `exact` neither.
+NOT_CLAIMED = (
+    "tools", "thinking", "messages of other roles than system, user and assistant",
+    "two messages of one role in a row (Ollama merges them)",
+    "a system message that is not the first, a conversation that the user does not begin and end",
+)  # fmt: skip
 # More than this and nobody could say what is claimed.
 _MOST_LIMITS = 40
 _SHOWN = 60
@@ -53,8 +59,10 @@ class CompiledTemplate:
         return self.chat.stops if self.chat else ()
 
     def claims(self, conversation: Conversation) -> bool:
-        """Whether the Go text is claimed to be right for `conversation`."""
-        return self.go is not None and not any(limit.holds(conversation) for limit in self.limits)
+        """Whether the Go text is claimed to be right for `conversation`; `NOT_CLAIMED` never is."""
+        if self.go is None or not probe.is_ordinary(conversation):
+            return False
+        return not any(limit.holds(conversation) for limit in self.limits)
 
 
 def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = SECONDS) -> CompiledTemplate:
@@ -85,17 +93,17 @@ def check(
     """
     if reason := unseen_bos(template, add_bos=add_bos):
         return CompiledTemplate("refused", reason=reason, chat=chat)
-    told = probe.literals(template)
+    told, counts = probe.literals(template), probe.counts(template)
     takes_system = chat.system != "refused"
     comparison = _Comparison(template, render or go_interpreter.parse(go).render, add_bos)
     limits = [] if takes_system else [Limit(NO_SYSTEM, _has_system)]
     checked = 0
-    for conversation in probe.conversations(told, has_system=takes_system):
+    for conversation in probe.conversations(told, has_system=takes_system, counts=counts):
         checked += 1
         if any(limit.holds(conversation) for limit in limits) or not comparison.differs(conversation):
             continue
         smallest = probe.shrink(conversation, lambda one: _unexplained(one, limits, comparison))
-        found = probe.limits_of(smallest, told)
+        found = probe.limits_of(smallest, told, counts)
         if not found or len(limits) == _MOST_LIMITS:
             return CompiledTemplate("refused", reason=comparison.shown(smallest), checked=checked, chat=chat)
         limits.append(found[0])

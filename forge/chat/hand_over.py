@@ -4,7 +4,7 @@ Two ways, both with every stop and the context written out: `go`, a TEMPLATE whe
 one, for any server; `jinja`, the GGUF's own template, for servers since 0.30. Sampling is what the
 base's generation_config.json asks for, or nothing.
 
-Not covered: tools and thinking: neither template is claimed to write them (`MISSING` says so).
+Not covered: tools and thinking: neither template is claimed to write them (`NOT_CLAIMED` says so).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from forge.chat.format_check import CompiledTemplate, compile_template, limit_names
+from forge.chat.format_check import NOT_CLAIMED, CompiledTemplate, compile_template, limit_names
 from forge.chat.format_source import read_source
 from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, render
 from forge.chat.template import ChatTemplate
@@ -25,7 +25,6 @@ from forge.model.tokenizer_files import read_tokenizer
 
 MODELFILE = "Modelfile"
 MODELFILE_JINJA = "Modelfile.jinja"
-MISSING = ("tools", "thinking")
 # Since this version the server runs llama-server, which renders the GGUF's own Jinja.
 JINJA_SINCE = (0, 30)
 _REQUIRES = ".".join(map(str, JINJA_SINCE))
@@ -93,8 +92,17 @@ class HandOver:
             "context_tokens": self.context_tokens,
             "sampling": dict(self.sampling),
             "licences": len(self.licences),
-            "not_claimed": list(MISSING),
+            **pinned(self.template),
+            "not_claimed": list(NOT_CLAIMED),
         }
+
+
+def pinned(template: ChatTemplate) -> dict[str, Any]:
+    """The day that a template is told (null when it asks for none), and the other variables that it reads."""
+    return {
+        "day": template.day if "strftime_now" in template.source else None,
+        "variables_read": list(template.variables_read()),
+    }
 
 
 def hand_over(
