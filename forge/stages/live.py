@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,22 +59,13 @@ class DeployAction(Action):
         from forge.serve.runtime import Settings
         from forge.serve.runtimes import runtime_for
         from forge.stages.live_proof import prove_live
-        from forge.stages.ollama import prove_in_ollama, smoke_passes
+        from forge.stages.ollama import prove_in_ollama
 
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
         assert artifact is not None
         data = results["data"].facts if "data" in results else {}
-        conversations = [
-            ({"role": "user", "content": "Hello!"},),
-            *(query.messages for query in queries_in(self.ship.recipe)),
-            *_some_rows(results),
-        ]
-
-        def prove_before(endpoint: Endpoint) -> None:
-            prove_in_ollama(self.ship, endpoint, conversations)
-            smoke_passes(self.ship.recipe, endpoint)
-
+        conversations = _conversations(self.ship.recipe, results)
         in_ollama = deploy.runtime == "ollama"
         settings = Settings(
             model=artifact.path / GGUF_FILE,
@@ -87,7 +79,7 @@ class DeployAction(Action):
             gpu_layers=deploy.gpu_layers,
             without_key=deploy.without_key,
             modelfile=_modelfile(results),
-            proof=prove_before if in_ollama else None,
+            proof=partial(prove_in_ollama, self.ship, conversations) if in_ollama else None,
         )
         endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
         live = None
@@ -114,6 +106,12 @@ class DeployAction(Action):
 def _modelfile(results: Mapping[str, Result]) -> Path | None:
     artifact = results["modelfile"].artifact if "modelfile" in results else None
     return artifact.path / MODELFILE_JINJA if artifact else None
+
+
+def _conversations(recipe: Recipe, results: Mapping[str, Result]) -> list[Sequence[Message]]:
+    """Whose prompts are compared: a greeting, the smoke queries, the user's own rows."""
+    asked = [query.messages for query in queries_in(recipe)]
+    return [({"role": "user", "content": "Hello!"},), *asked, *_some_rows(results)]
 
 
 def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
