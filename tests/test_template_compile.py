@@ -140,7 +140,8 @@ def test_the_day_and_the_variables_are_told(tmp_path: Path, capsys: pytest.Captu
         "{{ strftime_now('%d %b %Y') }}{% if enable_thinking %}{% endif %}" + CHATML, encoding="utf-8"
     )
     assert run(["template", str(path)]) == 0
-    said = capsys.readouterr().err
+    shown = capsys.readouterr()
+    said = shown.out + shown.err
     assert "it writes a date: the text has 2024-07-26 for good" in said
     assert "it reads enable_thinking: the text has them undefined" in said
     assert run(["template", str(path), "--json"]) == 0
