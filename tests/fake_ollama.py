@@ -51,6 +51,7 @@ class FakeOllama:
     """Use it as a context manager. `troubles`: route -> status and message, or `die`, `late` or `slow`.
 
     `spoil` changes every prompt. `counts_new_alone`: of a prompt it counts what the one before did not have.
+    `counts_more`: so many tokens more than the prompt's text has, as a second BOS would be.
     """
 
     version: str = "0.33.0"
@@ -62,6 +63,7 @@ class FakeOllama:
     asked: list[str] = field(default_factory=list)
     spoil: Callable[[str], str] = lambda prompt: prompt
     counts_new_alone: bool = False
+    counts_more: int = 0
 
     def __post_init__(self) -> None:
         self.loaded: dict[tuple[str, int], str] = {}
@@ -245,7 +247,7 @@ class FakeOllama:
         return done | {
             "message": {"role": "assistant", "content": told["content"]},
             "done_reason": "length" if told["stop_type"] == "limit" else "stop",
-            "prompt_eval_count": told["tokens_evaluated"] - cached,
+            "prompt_eval_count": told["tokens_evaluated"] - cached + self.counts_more,
             "eval_count": told["tokens_predicted"],
         }
 

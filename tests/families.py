@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import HandOver, Way, hand_over
 from forge.chat.modelfile import Modelfile, render
 from forge.chat.template import ChatTemplate
@@ -35,7 +36,10 @@ class Family:
 
     def hand_over(self) -> HandOver:
         return hand_over(
-            self.template(), add_bos=bool(self.bos), stops=self.stops, context_tokens=self.context
+            self.template(),
+            add_bos=not unseen_bos(self.template(), add_bos=True),
+            stops=self.stops,
+            context_tokens=self.context,
         )
 
 

@@ -132,6 +132,13 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert lines[:3] == ["REQUIRES 0.30", f"FROM {tiny / 'own.gguf'}", 'PARAMETER stop "<|im_end|>"']
 
 
+def test_the_context_is_not_more_than_the_models_positions(tiny: Path) -> None:
+    """The tokenizer's own limit is often a placeholder."""
+    change_json(tiny / "tokenizer_config.json", model_max_length=10**30)
+    change_json(tiny / "config.json", max_position_embeddings=640)
+    assert hand_over_of(tiny).context_tokens == 640
+
+
 def test_modelfile_of_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf")
     found = told(capsys, "modelfile", str(path))

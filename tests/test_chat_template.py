@@ -1,5 +1,6 @@
 """The template is rendered as transformers renders it, and its pins hold everywhere."""
 
+# ruff: noqa: E501 - one template a line
 from __future__ import annotations
 
 import datetime
@@ -178,6 +179,32 @@ def test_messages_are_not_changed() -> None:
         "{{ 'x' * 10000000000 }}",
         "{{ [1] * 999999999 }}",
         "{{ 9 ** 99 ** 99 }}",
+        "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = '%s%s' % (n.x, n.x) %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = '{0}{0}'.format(n.x) %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x | replace('x', 'xx') %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = n.x.replace('', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+        "{% set n = namespace(x='xy') %}{% for i in range(99) %}{% set n.x = n.x.join(n.x) %}{% endfor %}",
+        "{% set n = namespace(x='xy') %}{% for i in range(99) %}{% set n.x = n.x | map('string') | join(n.x) %}{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+        "{% set n = namespace(x='x') %}{% for i in range(99) %}{% set x %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = x %}{% endfor %}",
+        "{% set x = 'x' * 999999 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}",
+        "{{ 'x'.center(1000000000) }}",
+        "{{ 'x'.ljust(1000000000) }}",
+        "{{ 'x'.rjust(1000000000) }}",
+        "{{ 'x'.zfill(1000000000) }}",
+        "{{ 'x' | center(1000000000) }}",
+        "{{ 'x\\n\\ny' | indent(1000000000) }}",
+        "{{ [1] | tojson(indent=1000000000) }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
         "{{ namespace(__class__=1) }}",
@@ -196,4 +223,13 @@ def test_malicious_templates_are_refused(source: str) -> None:
 def test_ordinary_arithmetic_is_let_through() -> None:
     assert (
         ChatTemplate("{{ '-' * 3 }}{{ 2 ** 10 }}{{ 3 * 4 }}{{ [0] * 2 }}").render([USER]) == "---102412[0, 0]"
+    )
+    wanted = "{{ 'a' + 'b' ~ 1 ~ 'x'.center(3) }}{{ '%s-%02d' % ('a', 7) }}{{ '{:>4}'.format(1) }}"
+    wanted += (
+        "{{ ['a', 'b'] | map('upper') | join(', ') }}{{ 'aba'.replace('a', 'c') }}{{ {'a': 1} | tojson }}"
+    )
+    assert ChatTemplate(wanted).render([USER]) == 'ab1 x a-07   1A, Bcbc{"a": 1}'
+    assert (
+        len(ChatTemplate("{{ messages[0].content }}").render([{"role": "user", "content": "x" * 5_000_000}]))
+        == 5_000_000
     )

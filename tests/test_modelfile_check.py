@@ -50,7 +50,9 @@ LIBRARY = """{{- if .Messages }}
 INSIDE_IF = "{{ with .System }}<<{{ . }}>>{{ end }}[{{ .Prompt }}]{{ if .Response }}{{ .Response }}!{{ if true }}x{{ end }}{{ else }}?{{ end }}."
 
 
-def checked(template: str, source: str = CHATML, **fields: Any) -> tuple[list[str], list[str]]:
+def checked(
+    template: str, source: str = "{{ bos_token }}" + CHATML, **fields: Any
+) -> tuple[list[str], list[str]]:
     told = hand_over(ChatTemplate(source, TOKENS), add_bos=True, stops=["<|im_end|>"], context_tokens=64)
     stops = {"stop": ("<|im_end|>",)}
     found = check_modelfile(Modelfile("x", template=template, **{"parameters": stops, **fields}), told)
@@ -63,6 +65,11 @@ def test_good_ones(template: str) -> None:
     problems, limits = checked(template)
     assert problems == []
     assert all("empty" in limit or "system message after" in limit for limit in limits)
+
+
+def test_a_bos_that_the_chat_template_lacks() -> None:
+    problems, _ = checked(CHATML_GO, CHATML)
+    assert any("the tokenizer writes <s> in front of every prompt" in problem for problem in problems)
 
 
 def test_a_legacy_template_is_right_in_every_turn() -> None:

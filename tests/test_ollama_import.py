@@ -146,6 +146,40 @@ def test_a_second_bos_shows_in_the_count(fake: FakeOllama, tmp_path: Path, count
     assert str(caught.value.problems[1]).startswith("Ollama: ")
 
 
+def test_a_bos_that_training_never_saw_is_refused(fake: FakeOllama, tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "m.gguf", template=PINNED, adds_bos=True)
+    with (
+        Ollama(fake.url) as server,
+        pytest.raises(CheckError, match="that training by the template never saw"),
+    ):
+        import_model(server, "yoda", path, hand_over_of(path))
+    assert only(fake)
+
+
+def test_a_proof_of_nothing_is_none(fake: FakeOllama, gguf: Path) -> None:
+    with (
+        Ollama(fake.url) as server,
+        pytest.raises(CheckError, match="no conversation fits into a context of 24"),
+    ):
+        import_model(server, "yoda", gguf, replace(hand_over_of(gguf), context_tokens=24))
+    assert only(fake)
+
+
+def test_stops_are_read_as_go_quotes_them() -> None:
+    quoted = {
+        r'"\x7f"': "\x7f",
+        r'"\U000e0001"': "\U000e0001",
+        r'"\u00a0<|x|>"': "\u00a0<|x|>",
+        r'"a\n\"\\\a"': 'a\n"\\\a',
+        '"é漢"': "é漢",
+        "plain": "plain",
+    }
+    shown = "\n".join(f"stop                           {text}" for text in quoted)
+    assert tool.stops_in({"parameters": f"{shown}\nnum_ctx    5"}) == set(quoted.values())
+    with pytest.raises(OllamaError, match="not quoted as Go does"):
+        tool.stops_in({"parameters": r'stop "\q"'})
+
+
 def test_smoke_queries_come_before_the_name(fake: FakeOllama, gguf: Path) -> None:
     def ask(endpoint: object) -> None:
         raise CheckError("1 of 1 smoke queries failed")
@@ -244,7 +278,7 @@ def test_a_program_that_does_not_start(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`deploy.runtime: ollama`; what the run's Modelfile says of stops and sampling is handed over."""
     (tmp_path / "Modelfile.jinja").write_text(
-        'FROM ./tiny.gguf\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "<|x|>"\nPARAMETER num_ctx 512\nPARAMETER top_k 5\nLICENSE MIT\n'
+        'FROM ./tiny.gguf\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "<|x|>"\nPARAMETER num_ctx 1024\nPARAMETER top_k 5\nLICENSE MIT\n'
     )
     monkeypatch.setenv("OLLAMA_HOST", fake.url)
     settings = Settings(

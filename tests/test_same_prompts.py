@@ -100,6 +100,14 @@ def test_families(name: str) -> None:
     assert compare(told, told.template.pinned_source(), modelfile).conversations == 200
 
 
+def test_too_few_conversations_prove_nothing(told: HandOver) -> None:
+    hello = (
+        "{% if messages | length > 1 or messages[0].content != 'x' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    with pytest.raises(CheckError, match="only 0 generated conversations can be compared"):
+        compare(replace(told, template=ChatTemplate(hello + SOURCE, TOKENS)), TEMPLATE.pinned_source(), None)
+
+
 def test_a_date_that_is_not_pinned_is_seen() -> None:
     """Silent wrong 17."""
     dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}\n" + SOURCE, TOKENS)

@@ -85,6 +85,25 @@ def test_a_server_that_prompts_otherwise_fails_the_ship(place: Workshop, fake: F
     assert fake.models == {}
 
 
+def test_the_name_is_as_it_was_until_all_is_proved(place: Workshop, fake: FakeOllama) -> None:
+    """Token counts, and smoke queries, come before the name changes."""
+    place.recipe(deploy={"runtime": "ollama"})
+    place.ship()
+    before = vars(fake.models["mini:latest"])
+    fake.counts_more = 1
+    error = place.ship(code=5).fields["error"]
+    assert "tokens" in error["problems"][0]["message"], error
+    fake.counts_more = 0
+    place.recipe(
+        deploy={"runtime": "ollama", "context_tokens": 512},
+        smoke=[{"prompt": "Hello there.", "expect": "^never said$"}],
+    )
+    error = place.ship(code=5).fields["error"]
+    assert error["message"] == "1 of 1 smoke queries failed in Ollama"
+    assert set(fake.models) == {"mini:latest"} and vars(fake.models["mini:latest"]) == before
+    place.recipe(deploy={"runtime": "ollama"})
+
+
 def test_without_a_server_nothing_is_trained(place: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
     answer = place.ship(code=3)

@@ -11,7 +11,7 @@ import pytest
 
 from forge.chat import go_interpreter
 from forge.chat.format import Choice, NotInferredError, infer
-from forge.chat.format_check import check, compile_template, limit_names
+from forge.chat.format_check import NOT_CLAIMED, check, compile_template, limit_names
 from forge.chat.go_expression import GoTemplateError
 from forge.chat.go_template import quoted, to_go
 from forge.chat.hand_over import hand_over, write_modelfiles
@@ -46,7 +46,7 @@ REPLY = "{% if add_generation_prompt %}[assistant]{% endif %}"
 
 
 def test_chatml_is_exact_and_reads_well() -> None:
-    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=False)
     assert (found.status, found.go, found.stops) == ("exact", CHATML_GO, ("<|im_end|>", "</s>"))
     assert found.checked > 250
 
@@ -91,10 +91,16 @@ def test_a_default_system_prompt_is_kept_and_told() -> None:
          ["an empty message"]),
         ("{% for m in messages %}[{{ m.role }}]{{ m.content.strip() }}</s>{% endfor %}" + REPLY,
          ["text with leading or trailing whitespace"]),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content[:2000] }}</s>{% endfor %}" + REPLY,
+         ["text of 2,000 characters or more"]),
+        ("{% for m in messages %}[{{ m.role }}]{% if m.content | length > 3000 %}!{% endif %}{{ m.content }}</s>{% endfor %}" + REPLY,
+         ["text of 3,000 characters or more"]),
+        ("{% for m in messages %}[{{ m.role }}]{% if loop.index > 16 %}!{% endif %}{{ m.content }}</s>{% endfor %}" + REPLY,
+         ["16 messages or more"]),
     ],
 )  # fmt: skip
 def test_limits_are_named(source: str, limits: list[str] | None) -> None:
-    found = compile_template(ChatTemplate(source, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(source, TOKENS), add_bos=False)
     if limits is None:
         assert found.go is not None
         return
@@ -113,20 +119,58 @@ def test_limits_are_named(source: str, limits: list[str] | None) -> None:
     ],
 )  # fmt: skip
 def test_refusals_tell_why(source: str, reason: str) -> None:
-    found = compile_template(ChatTemplate(source, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(source, TOKENS), add_bos=False)
     assert (found.status, found.go) == ("refused", None)
     assert found.reason is not None and reason in found.reason
 
 
+def test_what_is_never_claimed() -> None:
+    """`exact` speaks of a system message, then user and assistant in turn, the user last."""
+    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=False)
+    for roles, claimed in (
+        ("user", True), ("system user assistant user", True), ("user user", False), ("user tool user", False),
+        ("user assistant", False), ("assistant user", False), ("user system user", False), ("system", False),
+    ):  # fmt: skip
+        assert found.claims(tuple({"role": role, "content": "x"} for role in roles.split())) is claimed
+
+
+def test_the_day_and_the_variables_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(
+        "{{ strftime_now('%d %b %Y') }}{% if enable_thinking %}{% endif %}" + CHATML, encoding="utf-8"
+    )
+    assert run(["template", str(path)]) == 0
+    shown = capsys.readouterr()
+    said = shown.out + shown.err
+    assert "it writes a date: the text has 2024-07-26 for good" in said
+    assert "it reads enable_thinking: the text has them undefined" in said
+    assert run(["template", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["day"], told["variables_read"]) == ("2024-07-26", ["enable_thinking"])
+
+
 def test_the_smallest_counter_example_is_shown() -> None:
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content | replace('&', '+') }}</s>{% endfor %}"
-    found = compile_template(ChatTemplate(source, TOKENS), add_bos=True)
+    found = compile_template(ChatTemplate(source, TOKENS), add_bos=False)
     assert found.reason is not None and 'for user "&" it writes "' in found.reason
+
+
+def test_a_bos_that_training_never_saw_is_refused(tmp_path: Path) -> None:
+    """The tokenizer writes it, the template does not: whatever the TEMPLATE, the tokens are others."""
+    found = compile_template(ChatTemplate(CHATML, TOKENS), add_bos=True)
+    assert found.status == "refused" and found.go is None
+    assert found.reason is not None and found.reason.startswith(
+        "the tokenizer writes <s> in front of every prompt"
+    )
+    only_system = "{% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}" + CHATML
+    assert compile_template(ChatTemplate(only_system, TOKENS), add_bos=True).status == "refused"
+    only_alone = "{% if messages[0].role != 'system' %}{{ bos_token }}{% endif %}" + CHATML
+    assert compile_template(ChatTemplate(only_alone, TOKENS), add_bos=True).status == "refused"
 
 
 def test_an_endless_template_is_refused() -> None:
     loops = "".join("{% for a in range(99999) %}" for _ in range(5)) + "{% endfor %}" * 5
-    found = compile_template(ChatTemplate(loops + CHATML, TOKENS), add_bos=True, seconds=0.3)
+    found = compile_template(ChatTemplate(loops + CHATML, TOKENS), add_bos=False, seconds=0.3)
     assert found.reason == "its prompts took more than 0.3 seconds to compute"
 
 
@@ -156,11 +200,11 @@ def test_seeded_faults_are_caught(fault: str) -> None:
     """The check sees each of 12 faults in a Go text that was right."""
     source, (old, new) = (CHATML, FAULTS[fault]) if fault in FAULTS else (DEFAULT, ("You help.", ""))
     template = ChatTemplate(source, TOKENS)
-    chat = infer(template)
-    go = to_go(chat, add_bos=True)
-    assert check(template, chat, go, add_bos=True).go == go
+    chat, add_bos = infer(template), source == DEFAULT
+    go = to_go(chat, add_bos=add_bos)
+    assert check(template, chat, go, add_bos=add_bos).go == go
     assert go.replace(old, new) != go
-    assert check(template, chat, go.replace(old, new), add_bos=True).status == "refused"
+    assert check(template, chat, go.replace(old, new), add_bos=add_bos).status == "refused"
 
 
 def test_a_wrong_format_is_caught() -> None:
@@ -214,7 +258,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert told.pop("conversations_checked") > 250
     assert told == {
         "status": "exact", "limits": [], "reason": None, "go": CHATML_GO, "stops": ["<|im_end|>"],
-        "default_system": None,
+        "default_system": None, "day": None, "variables_read": [], "not_claimed": list(NOT_CLAIMED),
     }  # fmt: skip
     path.write_text(DEFAULT, encoding="utf-8")
     assert run(["template", str(path)]) == 2

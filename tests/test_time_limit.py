@@ -9,9 +9,14 @@ from collections.abc import Callable
 import pytest
 
 from forge.chat.format_check import compile_template
+from forge.chat.hand_over import HandOver
+from forge.chat.modelfile_check import check_modelfile
+from forge.chat.same_prompts import compare
 from forge.chat.template import ChatTemplate
 from forge.chat.time_limit import time_limit
+from forge.errors import DataError
 from forge.model.builtin.tokenizer import CHATML
+from forge.serve.ollama import _generated
 
 ENDLESS = "".join("{% for a in range(99999) %}" for _ in range(5)) + "{% endfor %}" * 5
 
@@ -46,6 +51,21 @@ def test_an_endless_template_is_refused_in_a_thread() -> None:
         lambda: compile_template(ChatTemplate(ENDLESS + CHATML), add_bos=True, seconds=0.2).reason
     )
     assert found == "its prompts took more than 0.2 seconds to compute"
+
+
+def test_every_place_that_renders_a_foreign_template_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is endless from the second turn on: an import, a comparison and a check all end."""
+    monkeypatch.setattr("forge.chat.time_limit.SECONDS", 0.3)
+    late = ChatTemplate("{% if messages | length > 1 %}" + ENDLESS + "{% endif %}" + CHATML)
+    good = compile_template(ChatTemplate(CHATML), add_bos=False)
+    told = HandOver(late, False, good, ("<|im_end|>",), 4096)
+    for look in (
+        lambda: compare(told, late.source, None),
+        lambda: check_modelfile(told.modelfile("go", "x"), told),
+        lambda: _generated(told, "jinja"),
+    ):
+        with pytest.raises(DataError, match=r"took more than 0\.3 seconds to compute"):
+            look()
 
 
 def test_waiting_does_not_count() -> None:

@@ -23,15 +23,21 @@ from forge.chat.format import ChatFormat, NotInferredError, infer
 from forge.chat.go_template import to_go
 from forge.chat.probe import Conversation, Limit
 from forge.chat.template import ChatTemplate
-from forge.chat.time_limit import time_limit
+from forge.chat.time_limit import SECONDS, time_limit
 from forge.errors import DataError
 
 Status = Literal["exact", "exact-with-limits", "refused"]
 NO_SYSTEM = "a system message"
+# What no status speaks of, `exact` neither.
+NOT_CLAIMED = (
+    "tools", "thinking", "messages of other roles than system, user and assistant",
+    "two messages of one role in a row (Ollama merges them)",
+    "a system message that is not the first, a conversation that the user does not begin and end",
+)  # fmt: skip
 # More than this and nobody could say what is claimed.
 _MOST_LIMITS = 40
-_SECONDS = 20.0
 _SHOWN = 60
+_HELLO: Conversation = ({"role": "user", "content": "Hello!"},)
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,13 @@ class CompiledTemplate:
         return self.chat.stops if self.chat else ()
 
     def claims(self, conversation: Conversation) -> bool:
-        """Whether the Go text is claimed to be right for `conversation`."""
-        return self.go is not None and not any(limit.holds(conversation) for limit in self.limits)
+        """Whether the Go text is claimed to be right for `conversation`; `NOT_CLAIMED` never is."""
+        if self.go is None or not probe.is_ordinary(conversation):
+            return False
+        return not any(limit.holds(conversation) for limit in self.limits)
 
 
-def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = _SECONDS) -> CompiledTemplate:
+def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = SECONDS) -> CompiledTemplate:
     """Infer, write and check; a template that runs longer than `seconds` in all is refused."""
     try:
         with time_limit(seconds):
@@ -83,22 +91,39 @@ def check(
 
     `render` runs it where it takes more than the messages (`modelfile_check`).
     """
-    told = probe.literals(template)
+    if reason := unseen_bos(template, add_bos=add_bos):
+        return CompiledTemplate("refused", reason=reason, chat=chat)
+    told, counts = probe.literals(template), probe.counts(template)
     takes_system = chat.system != "refused"
     comparison = _Comparison(template, render or go_interpreter.parse(go).render, add_bos)
     limits = [] if takes_system else [Limit(NO_SYSTEM, _has_system)]
     checked = 0
-    for conversation in probe.conversations(told, has_system=takes_system):
+    for conversation in probe.conversations(told, has_system=takes_system, counts=counts):
         checked += 1
         if any(limit.holds(conversation) for limit in limits) or not comparison.differs(conversation):
             continue
         smallest = probe.shrink(conversation, lambda one: _unexplained(one, limits, comparison))
-        found = probe.limits_of(smallest, told)
+        found = probe.limits_of(smallest, told, counts)
         if not found or len(limits) == _MOST_LIMITS:
             return CompiledTemplate("refused", reason=comparison.shown(smallest), checked=checked, chat=chat)
         limits.append(found[0])
     status: Status = "exact-with-limits" if limits else "exact"
     return CompiledTemplate(status, go, None, tuple(limits), checked, chat)
+
+
+def unseen_bos(template: ChatTemplate, *, add_bos: bool) -> str:
+    """Why the tokens cannot be right: the tokenizer writes a BOS that the template does not; else empty."""
+    bos = template.special_tokens.get("bos_token", "")
+    try:
+        text = template.render(_HELLO, add_generation_prompt=True)
+    except DataError:
+        return ""
+    if not (add_bos and bos) or text.startswith(bos):
+        return ""
+    return (
+        f"the tokenizer writes {bos} in front of every prompt and the chat template does not, so that a "
+        "server gives the model a token that training by the template never saw"
+    )
 
 
 def limit_names(limits: Sequence[Limit]) -> list[str]:
@@ -133,20 +158,23 @@ class _Comparison:
         self.bos = template.special_tokens.get("bos_token", "") if add_bos else ""
 
     def expected(self, conversation: Conversation) -> str | None:
-        """What the server's tokenizer should be given; None where the template refuses."""
+        """What the model should be given; None where the template refuses."""
         try:
-            text = self.template.render(conversation, add_generation_prompt=True)
+            return self.template.render(conversation, add_generation_prompt=True)
         except DataError:
             return None
-        return text.removeprefix(self.bos)
+
+    def served(self, conversation: Conversation) -> str:
+        """What it is given: the tokenizer's BOS is a part of it."""
+        return self.bos + self.written(conversation)
 
     def differs(self, conversation: Conversation) -> bool:
-        return self.written(conversation) != self.expected(conversation)
+        return self.served(conversation) != self.expected(conversation)
 
     def shown(self, conversation: Conversation) -> str:
         """The counter-example in words."""
         said = ", ".join(f"{one['role']} {_short(one['content'])}" for one in conversation)
-        expected, written = self.expected(conversation), self.written(conversation)
+        expected, written = self.expected(conversation), self.served(conversation)
         if expected is None:
             return f"it refuses some conversations that are not special in any way: {said}"
         pairs = zip(expected, written, strict=False)

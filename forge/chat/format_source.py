@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge import report
+from forge.chat.format_check import unseen_bos
 from forge.chat.template import ChatTemplate
+from forge.chat.time_limit import template_limit
 from forge.errors import DataError
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
@@ -32,12 +34,13 @@ def read_source(path: Path, *, bos: str | None = None, eos: str | None = None) -
 
     Raises `DataError`: nothing there, no template, or one that reads a special token nobody names.
     """
+    add_bos: bool | None
     if path.is_dir():
         text, tokens, add_bos = _of_directory(path)
     elif path.suffix == ".gguf":
         text, tokens, add_bos = _of_gguf(path)
     else:
-        text, tokens, add_bos = _of_file(path), {}, True
+        text, tokens, add_bos = _of_file(path), {}, None
     given = {"bos_token": bos, "eos_token": eos}
     tokens |= {name: token for name, token in given.items() if token is not None}
     template = ChatTemplate(text, tokens)
@@ -47,6 +50,10 @@ def read_source(path: Path, *, bos: str | None = None, eos: str | None = None) -
             f"{path}: the template writes {' and '.join(missing)}, which a .jinja file does not tell",
             hint="give them: --bos '<s>' --eos '</s>' (an empty text for none)",
         )
+    if add_bos is None:
+        # A file says nothing of its tokenizer: one BOS, as the template has it, is what is right.
+        with template_limit():
+            add_bos = not unseen_bos(template, add_bos=True)
     return TemplateSource(template, add_bos)
 
 

@@ -4,7 +4,7 @@ Two ways, both with every stop and the context written out: `go`, a TEMPLATE whe
 one, for any server; `jinja`, the GGUF's own template, for servers since 0.30. Sampling is what the
 base's generation_config.json asks for, or nothing.
 
-Not covered: tools and thinking: neither template is claimed to write them (`MISSING` says so).
+Not covered: tools and thinking: neither template is claimed to write them (`NOT_CLAIMED` says so).
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from forge.chat.format_check import CompiledTemplate, compile_template, limit_names
+from forge.chat.format_check import NOT_CLAIMED, CompiledTemplate, compile_template, limit_names
 from forge.chat.format_source import read_source
 from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, render
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
-from forge.model.config import read_json
+from forge.model.config import read_configuration, read_json
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 
 MODELFILE = "Modelfile"
 MODELFILE_JINJA = "Modelfile.jinja"
-MISSING = ("tools", "thinking")
 # Since this version the server runs llama-server, which renders the GGUF's own Jinja.
 JINJA_SINCE = (0, 30)
 _REQUIRES = ".".join(map(str, JINJA_SINCE))
@@ -93,8 +92,17 @@ class HandOver:
             "context_tokens": self.context_tokens,
             "sampling": dict(self.sampling),
             "licences": len(self.licences),
-            "not_claimed": list(MISSING),
+            **pinned(self.template),
+            "not_claimed": list(NOT_CLAIMED),
         }
+
+
+def pinned(template: ChatTemplate) -> dict[str, Any]:
+    """The day that a template is told (null when it asks for none), and the other variables that it reads."""
+    return {
+        "day": template.day if "strftime_now" in template.source else None,
+        "variables_read": list(template.variables_read()),
+    }
 
 
 def hand_over(
@@ -117,7 +125,7 @@ def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) 
     source = read_source(path, bos=bos, eos=eos)
     found = hand_over(source.template, add_bos=source.add_bos, stops=(), context_tokens=_CONTEXT)
     if path.is_dir():
-        tokenizer = read_tokenizer(path)
+        tokenizer = read_tokenizer(path, max_positions=_most_positions(path))
         ends = [tokenizer.tokens.get("eos", "")]
         context = min(tokenizer.model_max_length or _CONTEXT, _CONTEXT)
         sampling, licences = sampling_of(path), licences_of(path)
@@ -134,6 +142,14 @@ def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) 
     if not stops:
         raise DataError(f"{path}: nothing says what ends a reply, so it would never end")
     return replace(found, stops=stops, context_tokens=context, sampling=sampling, licences=licences)
+
+
+def _most_positions(directory: Path) -> int | None:
+    """The model's; None for a directory that has the tokenizer alone, or a model of no known kind."""
+    try:
+        return read_configuration(directory).max_positions
+    except DataError:
+        return None
 
 
 def end_tokens(header: GgufHeader) -> dict[str, str]:

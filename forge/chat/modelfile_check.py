@@ -19,6 +19,7 @@ from forge.chat.format_check import CompiledTemplate, check
 from forge.chat.hand_over import HandOver
 from forge.chat.modelfile import Modelfile
 from forge.chat.probe import Conversation
+from forge.chat.time_limit import template_limit
 from forge.errors import Problem
 
 _TURN = {"system": "System", "user": "Prompt", "assistant": "Response"}
@@ -53,8 +54,9 @@ def check_modelfile(modelfile: Modelfile, told: HandOver) -> Checked:
     prompts = None
     if modelfile.template is not None:
         render = as_ollama(modelfile)
-        chat = infer(told.template)
-        prompts = check(told.template, chat, modelfile.template, add_bos=told.add_bos, render=render)
+        with template_limit():
+            chat = infer(told.template)
+            prompts = check(told.template, chat, modelfile.template, add_bos=told.add_bos, render=render)
         if prompts.reason:
             problems.append(Problem(prompts.reason, "TEMPLATE"))
         if told.add_bos and told.bos and modelfile.template.lstrip().startswith(told.bos):

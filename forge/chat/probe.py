@@ -1,11 +1,12 @@
 """Conversations to check a chat format on, the limits that it may have, and smallest counter-examples.
 
 The conversations: with and without system, one to six turns, and texts chosen to upset a template:
-empty, with white space at the edges, Unicode, braces, quotes, role words, long; and every literal that the
-template's own source compares or splits text by, since these are the places where a text can change
-what a template does.
+empty, with white space at the edges, Unicode, braces, quotes, role words, long; every literal that the
+template's own source compares or splits text by, and every number that it may count messages or
+characters to, since these are the places where a text can change what a template does.
 
-Not covered: tools, images; neighbours of one role, which Ollama merges before any template sees them.
+Not covered: numbers over 5,000 in a template's source; tools, images; neighbours of one role, which
+Ollama merges before any template sees them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ Conversation = tuple[Message, ...]
 ROLES = ("system", "user", "assistant")
 _RANDOM_CONVERSATIONS = 60
 _LONGEST_LITERAL = 120
+# Numbers in a template's source up to which it is followed, as a text's length and as messages.
+_HIGHEST, _MOST_MESSAGES = 5000, 200
+# What may be outside of a proof: texts so long, and more messages than six turns with a system message.
+_LONG_TEXT, _SEVERAL = 200, 12
 _ODD_TEXTS = (
     "", " ", "\n", " before", "after ", "\n\nbefore", "after\n", "\tboth\t", "\u00a0hard space\u00a0",
     "{{ .Content }}", "{{ x }} {% if y %} {# z #}", "}} {{- end -}}", '"""', 'a "quoted" word \\ \\n `tick`',
@@ -73,8 +78,21 @@ def literals(template: ChatTemplate) -> tuple[str, ...]:
     return tuple(sorted({one for one in found if one.strip() and len(one) <= _LONGEST_LITERAL}))
 
 
-def conversations(told: Sequence[str], *, has_system: bool, seed: int = 0) -> Iterator[Conversation]:
-    """Every conversation to check, the plain ones first; `told` are the template's literals."""
+def counts(template: ChatTemplate) -> tuple[int, ...]:
+    """Whole numbers in the template's source, to which it may count messages or characters."""
+    found = {
+        abs(one.value) for one in template.syntax().find_all(jinja2.nodes.Const) if type(one.value) is int
+    }
+    return tuple(sorted(one for one in found if 1 < one <= _HIGHEST))
+
+
+def conversations(
+    told: Sequence[str], *, has_system: bool, seed: int = 0, counts: Sequence[int] = ()
+) -> Iterator[Conversation]:
+    """Every conversation to check, the plain ones first; `told` are the template's literals.
+
+    `counts` are its numbers: there are texts and conversations just as long, and just longer.
+    """
     systems = [None, _PLAIN["system"]] if has_system else [None]
     for system in systems:
         for turns in range(1, 7):
@@ -85,11 +103,22 @@ def conversations(told: Sequence[str], *, has_system: bool, seed: int = 0) -> It
     for one in told:
         yield from _with_odd_text(f"before {one} after", systems[-1])
         yield from _with_odd_text(f"{one} amid {one}", None)
+    for number in counts:
+        yield from _as_long(number, systems)
     for system in systems:
         yield conversation([_PLAIN["assistant"], _PLAIN["user"]], system=system, starts="assistant")
     if has_system:
         yield (*_plain(1, None), _message("assistant", "Yes."), *_plain(2, _PLAIN["system"]))
     yield from _random([*_ODD_TEXTS, *told], has_system, seed)
+
+
+def _as_long(number: int, systems: Sequence[str | None]) -> Iterator[Conversation]:
+    """Texts of about `number` characters; conversations of about so many messages."""
+    for length in (number, number + 1):
+        yield from _with_odd_text(("word " * length)[: length - 1] + "x", systems[-1])
+    if number <= _MOST_MESSAGES:
+        for system in systems:
+            yield from (_plain(number // 2 + more, system) for more in range(1, 4))
 
 
 def _plain(turns: int, system: str | None) -> Conversation:
@@ -123,8 +152,10 @@ def _random_text(odd: Sequence[str], chance: random.Random) -> str:
     return "".join(pieces)
 
 
-def limits_of(found: Conversation, told: Sequence[str]) -> list[Limit]:
+def limits_of(found: Conversation, told: Sequence[str], counts: Sequence[int] = ()) -> list[Limit]:
     """The limits that would take `found` out of what is claimed, the most particular first."""
+    long = [*(_long(role, one) for role in ROLES for one in counts[::-1] if one >= _LONG_TEXT)]
+    long += [_many(one) for one in counts[::-1] if one > _SEVERAL]
     limits = [
         limit
         for role in ROLES
@@ -134,7 +165,7 @@ def limits_of(found: Conversation, told: Sequence[str]) -> list[Limit]:
         Limit("a conversation that the assistant begins", _assistant_begins),
         Limit("a system message after the first message", _system_later),
     ]
-    return [limit for limit in limits if limit.holds(found)]
+    return [limit for limit in (*limits, *long) if limit.holds(found)]
 
 
 def _texts(found: Conversation, role: str) -> list[str]:
@@ -159,6 +190,17 @@ def _contains(role: str, text: str) -> Limit:
     )
 
 
+def _long(role: str, length: int) -> Limit:
+    return Limit(
+        f"{role} text of {length:,} characters or more",
+        lambda found: any(len(text) >= length for text in _texts(found, role)),
+    )
+
+
+def _many(messages: int) -> Limit:
+    return Limit(f"{messages:,} messages or more", lambda found: len(found) >= messages)
+
+
 def _telling(told: Sequence[str], found: Conversation) -> list[str]:
     """Literals in `found` that people do not write by chance, the longest first."""
     shown = "\n".join(str(message["content"]) for message in found)
@@ -173,7 +215,8 @@ def _assistant_begins(found: Conversation) -> bool:
 
 def is_ordinary(found: Conversation) -> bool:
     """Whether it is a conversation as people have them: the user begins, a system message only in front."""
-    return not _assistant_begins(found) and not _system_later(found) and _takes_turns(found)
+    known = all(message["role"] in ROLES for message in found)
+    return known and not _assistant_begins(found) and not _system_later(found) and _takes_turns(found)
 
 
 def _system_later(found: Conversation) -> bool:

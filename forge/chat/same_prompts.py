@@ -19,6 +19,7 @@ from forge.chat.hand_over import HandOver
 from forge.chat.modelfile import Modelfile
 from forge.chat.probe import Conversation
 from forge.chat.template import DAY_VARIABLE, ChatTemplate
+from forge.chat.time_limit import template_limit
 from forge.errors import CheckError, DataError, Problem
 
 CONVERSATIONS = 200
@@ -38,9 +39,20 @@ def compare(told: HandOver, gguf_template: str, modelfile: Modelfile | None) -> 
 
     Where there is a Go TEMPLATE the conversations are those that it claims.
     """
-    served = as_served(gguf_template, told.template)
     go = go_interpreter.parse(modelfile.template) if modelfile and modelfile.template else None
+    with template_limit():
+        conversations = _compare(told, as_served(gguf_template, told.template), go)
+    places = ("the training tokenizer", "the GGUF's Jinja", *(("the Modelfile's TEMPLATE",) if go else ()))
+    return Compared(conversations, places)
+
+
+def _compare(told: HandOver, served: ChatTemplate, go: go_interpreter.GoTemplate | None) -> int:
     chosen = list(islice(_conversations(told, only_claimed=go is not None), CONVERSATIONS))
+    if len(chosen) < CONVERSATIONS:
+        raise CheckError(
+            f"only {len(chosen)} generated conversations can be compared, and {CONVERSATIONS} are the proof",
+            hint="the chat template refuses nearly all of them: forge template shows what it takes",
+        )
     for conversation in chosen:
         trained = told.template.render(conversation, add_generation_prompt=True)
         found = {"the GGUF's Jinja": served.render(conversation, add_generation_prompt=True)}
@@ -51,8 +63,7 @@ def compare(told: HandOver, gguf_template: str, modelfile: Modelfile | None) -> 
         for place, prompt in found.items():
             if prompt != trained:
                 raise _differs(place, trained, prompt)
-    places = ("the training tokenizer", "the GGUF's Jinja", *(("the Modelfile's TEMPLATE",) if go else ()))
-    return Compared(len(chosen), places)
+    return len(chosen)
 
 
 def as_served(source: str, trained: ChatTemplate) -> ChatTemplate:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from forge.chat.modelfile import Modelfile
@@ -35,8 +36,14 @@ class StopContract:
         """Every text that ends a reply, the end of turn first."""
         return tuple(dict.fromkeys((self.end_of_turn, *sorted(self.ids))))
 
-    def in_mask(self, rows: Iterable[Mapping[str, Sequence[int]]], *, may_be_cut: bool) -> list[Problem]:
-        """`rows` have `labels`: each supervises something, and its end of turn unless rows may be cut."""
+    def in_mask(
+        self, rows: Iterable[Mapping[str, Any]], *, may_be_cut: bool, every_turn: bool = False
+    ) -> list[Problem]:
+        """`rows` have `labels`: each supervises something, and the end of every turn that it supervises.
+
+        Rows that may be cut may lack the last one. `every_turn`: all the assistant turns of a row's
+        `messages` are supervised. PAD is no token that is: where pads are masked by id it would be lost.
+        """
         end = self.ids[self.end_of_turn]
         is_masked = self.pad == self.end_of_turn
         found = [Problem(f"PAD is {self.pad}, the end of turn", LOSS_MASK)] if is_masked else []
@@ -44,7 +51,13 @@ class StopContract:
             supervised = [label for label in row["labels"] if label != _IGNORED]
             if not supervised:
                 found.append(Problem(f"row {number}: nothing is supervised", LOSS_MASK))
-            elif supervised[-1] != end and not may_be_cut:
+                continue
+            if self.ids.get(self.pad) in supervised and not is_masked:
+                found.append(Problem(f"row {number}: PAD is {self.pad}, which is supervised", LOSS_MASK))
+            ends = _ends(row["labels"])
+            open_turns = sum(one != end for one in (ends[:-1] if may_be_cut else ends))
+            wanted = sum(one["role"] == "assistant" for one in row["messages"]) if every_turn else 0
+            if open_turns or (len(ends) < wanted and not may_be_cut):
                 found.append(Problem(f"row {number}: {self.end_of_turn} is not supervised", LOSS_MASK))
         return found
 
@@ -85,6 +98,11 @@ class StopContract:
         if should_end and replies and all(reason != "stop" for _, reason in replies):
             found.append(Problem("no reply ends by itself; the tuned model's did", LIVE))
         return found
+
+
+def _ends(labels: Sequence[int]) -> list[int]:
+    """The last token of every run that is supervised: one run for each assistant turn."""
+    return [one for one, after in pairwise((*labels, _IGNORED)) if one != _IGNORED and after == _IGNORED]
 
 
 def require(problems: Sequence[Problem]) -> None:

@@ -1,9 +1,10 @@
 """A model's chat template, rendered exactly as transformers renders it, with its variables pinned.
 
 The environment below is that of transformers' `utils/chat_template_utils.py`: the immutable
-sandbox, `trim_blocks` and `lstrip_blocks`, the loop-control extension, the `generation` tag, and
-the same filters and globals. One thing differs on purpose: `strftime_now` gives the pinned day,
-not today's, since a prompt that changes overnight can be neither trained nor proved.
+sandbox (with bounds on each step: `bounded`), `trim_blocks` and `lstrip_blocks`, the loop-control
+extension, the `generation` tag, and the same filters and globals. One thing differs on purpose:
+`strftime_now` gives the pinned day, not today's, since a prompt that changes overnight can be neither
+trained nor proved.
 
 Not covered: tools and documents are passed as None.
 """
@@ -22,8 +23,8 @@ import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from forge.chat.bounded import BoundedSandbox, measured
 from forge.errors import DataError
 
 Message = Mapping[str, str]
@@ -42,8 +43,6 @@ _REMARK = (
     "servers guess by likeness which template a model has, and then prompt it with another one that only "
     "looks much the same."
 )
-# More than any chat needs: a template may not make a text or a number that eats the machine.
-_MOST_REPEATED = 1_000_000
 
 # What a template is given anyway; everything else it reads is a variable of the prompt contract.
 _GIVEN = {
@@ -112,28 +111,12 @@ def _raise(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateError(message)
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, which also refuses `"x" * 10**12` and `9 ** 9 ** 9`: one step, no end."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        sizes = [len(one) if isinstance(one, str | list | tuple) else one for one in (left, right)]
-        whole = all(isinstance(size, int | float) for size in sizes)
-        if operator == "**" and whole and abs(sizes[1]) > 64:
-            raise jinja2.exceptions.SecurityError("a power of more than 64")
-        repeats = any(isinstance(one, str | list | tuple) for one in (left, right))
-        if operator == "*" and whole and repeats and sizes[0] * sizes[1] > _MOST_REPEATED:
-            raise jinja2.exceptions.SecurityError(f"a text of more than {_MOST_REPEATED:,} characters")
-        return super().call_binop(context, operator, left, right)
-
-
-def _environment(day: str) -> ImmutableSandboxedEnvironment:
-    environment = _Sandbox(
+def _environment(day: str) -> BoundedSandbox:
+    environment = BoundedSandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     pinned = date.fromisoformat(day)
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = measured("tojson", _to_json)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = pinned.strftime
     environment.globals["dict"] = _PlainDict()

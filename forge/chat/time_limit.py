@@ -15,8 +15,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from forge.errors import DataError
+
+SECONDS = 20.0
+"""Of computing: hundreds of prompts of the longest public template take one."""
 # Between two looks at the time.
 _LOOKS = 0.02
+
+
+@contextmanager
+def template_limit() -> Iterator[None]:
+    """For a body that renders somebody else's template: raises `DataError` after `SECONDS` of computing."""
+    try:
+        with time_limit(SECONDS):
+            yield
+    except TimeoutError as over:
+        raise DataError(
+            f"the chat template's prompts took more than {SECONDS:g} seconds to compute",
+            hint="no chat template needs that: look at its loops, or use another one",
+        ) from over
 
 
 @contextmanager

@@ -26,12 +26,13 @@ def command(path: Path, bos: str | None, eos: str | None, modelfile: Path | None
 
         report.result(check_modelfile(path, modelfile, bos=bos, eos=eos))
         return
-    from forge.chat.format_check import compile_template, limit_names
+    from forge.chat.format_check import NOT_CLAIMED, compile_template, limit_names
     from forge.chat.format_source import read_source
+    from forge.chat.hand_over import pinned
 
     source = read_source(path, bos=bos, eos=eos)
     found = compile_template(source.template, add_bos=source.add_bos)
-    limits = limit_names(found.limits)
+    limits, given = limit_names(found.limits), pinned(source.template)
     if found.go is None:
         report.warning(f"refused: {found.reason}")
     else:
@@ -40,6 +41,11 @@ def command(path: Path, bos: str | None, eos: str | None, modelfile: Path | None
         )
         for limit in limits:
             report.info(f"not claimed: {limit}")
+        report.info(f"never claimed: {'; '.join(NOT_CLAIMED)}")
+        if given["day"]:
+            report.info(f"it writes a date: the text has {given['day']} for good")
+        if read := given["variables_read"]:
+            report.info(f"it reads {', '.join(read)}: the text has them undefined")
         report.output(found.go)
     report.result(
         {
@@ -50,5 +56,7 @@ def command(path: Path, bos: str | None, eos: str | None, modelfile: Path | None
             "stops": list(found.stops),
             "default_system": found.chat.default_system if found.chat else None,
             "conversations_checked": found.checked,
+            **given,
+            "not_claimed": list(NOT_CLAIMED),
         }
     )

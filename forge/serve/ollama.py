@@ -20,9 +20,11 @@ from typing import Any
 
 from forge import report
 from forge.chat import probe
+from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.modelfile import parse
 from forge.chat.template import ChatTemplate
+from forge.chat.time_limit import template_limit
 from forge.errors import CheckError, DataError, ForgeError, Problem, RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve.endpoint import Endpoint, Message
@@ -55,15 +57,16 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     """
     _refuse(settings)
     told = f"{settings.host}:{settings.port}" if settings.port else None
-    hand = replace(hand_over_of(settings.model), context_tokens=settings.context_tokens)
+    hand = hand_over_of(settings.model)
     if settings.modelfile:
         hand = hand.with_parameters_of(parse(settings.modelfile.read_text(encoding="utf-8")))
     machine = {"num_gpu": settings.gpu_layers, "num_thread": settings.threads}
     machine |= {"num_gpu": _ALL_LAYERS} if settings.gpu_layers == -1 else {}
     fixed = {name: value for name, value in machine.items() if value is not None}
-    hand = replace(hand, sampling={**hand.sampling, **fixed})
+    # The context is what was asked for; a Modelfile's is of the day that the run was shipped.
+    hand = replace(hand, sampling={**hand.sampling, **fixed}, context_tokens=settings.context_tokens)
     with reach(server_url(told), log=log) as server:
-        imported = import_model(server, settings.alias, settings.model, hand)
+        imported = import_model(server, settings.alias, settings.model, hand, ask=settings.proof)
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
         yield Endpoint(server.url, imported.name)
 
@@ -96,10 +99,12 @@ def import_model(
 ) -> Imported:
     """Make `name` the model of `gguf`, proved first under a name that nobody uses.
 
-    `conversations` are compared besides generated ones; `ask` puts the smoke queries and raises when an
-    answer is wrong. Raises `CheckError` with the first difference of every way that was tried.
+    `conversations` are compared besides generated ones; `ask` is given the trial model: it puts the smoke
+    queries, and whatever else must be right before the name changes, and raises when it is not. Raises
+    `CheckError` with the first difference of every way that was tried.
     """
     _check_model(gguf, adapter)
+    _check_bos(gguf, told)
     fields: dict[str, Any] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
     if adapter:
         fields["adapters"] = {adapter.name: server.push(adapter, adapter.name)}
@@ -149,6 +154,17 @@ def _check_model(gguf: Path, adapter: Path | None) -> None:
         raise DataError(
             f"{adapter}: made for a model of architecture {added.architecture}; "
             f"{gguf.name} is {header.architecture}"
+        )
+
+
+def _check_bos(gguf: Path, told: HandOver) -> None:
+    """No way hands over the right tokens where the file adds a BOS of its own."""
+    with template_limit():
+        reason = unseen_bos(told.template, add_bos=told.add_bos)
+    if reason:
+        raise CheckError(
+            f"{gguf.name}: {reason}",
+            hint="write tokenizer.ggml.add_bos_token = false into it, as forge export does",
         )
 
 
@@ -221,14 +237,20 @@ def _generated(told: HandOver, way: Way) -> list[tuple[Message, ...]]:
     Empty texts are left out: the server drops such messages.
     """
     takes_system = told.compiled.chat is None or told.compiled.chat.system != "refused"
-    found = [
-        one
-        for one in probe.conversations(probe.literals(told.template), has_system=takes_system)
-        if all(message["content"].strip() for message in one)
-        and probe.is_ordinary(one)
-        and (way == "jinja" or told.compiled.claims(one))
-        and fits(told.template, one, told.context_tokens)
-    ]
+    with template_limit():
+        found = [
+            one
+            for one in probe.conversations(probe.literals(told.template), has_system=takes_system)
+            if all(message["content"].strip() for message in one)
+            and probe.is_ordinary(one)
+            and (way == "jinja" or told.compiled.claims(one))
+            and fits(told.template, one, told.context_tokens)
+        ]
+    if not found:
+        raise CheckError(
+            f"no conversation fits into a context of {told.context_tokens} tokens: nothing would be proved",
+            hint="give it more: --context, deploy.context_tokens, or num_ctx in its Modelfile",
+        )
     plain, others = found[:_PLAIN], found[_PLAIN:]
     return [*plain, *others[:: max(1, len(others) // _ODD)]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ class Settings:
     `cors_origins` says which web pages may ask (none; `localhost`; `*`). `program` is the
     llama-server to run, `image` the container's, where the runtime is that one.
     `modelfile` is the run's Modelfile.jinja, for a runtime that takes stops and sampling from one.
+    `proof` is for a runtime that keeps a model under its name (Ollama): it is called before the name
+    changes, and the name stays as it was when it raises.
     """
 
     model: Path
@@ -44,6 +47,7 @@ class Settings:
     program: str | None = None
     image: str | None = None
     modelfile: Path | None = None
+    proof: Callable[[Endpoint], object] | None = None
 
     @property
     def slots(self) -> int:

@@ -95,7 +95,12 @@ class DataStage(ShipStage):
         )
         facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
         with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
-            require(self.ship.stops.in_mask(map(json.loads, rows), may_be_cut=data.overlong == "truncate"))
+            broken = self.ship.stops.in_mask(
+                map(json.loads, rows),
+                may_be_cut=data.overlong == "truncate",
+                every_turn=settings.supervise == "all",
+            )
+            require(broken)
         return facts
 
 

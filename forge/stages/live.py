@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,8 @@ class DeployAction(Action):
         artifact = results[EXPORT].artifact
         assert artifact is not None
         data = results["data"].facts if "data" in results else {}
+        conversations = _conversations(self.ship.recipe, results)
+        in_ollama = deploy.runtime == "ollama"
         settings = Settings(
             model=artifact.path / GGUF_FILE,
             alias=self.ship.recipe.name,
@@ -76,19 +79,13 @@ class DeployAction(Action):
             gpu_layers=deploy.gpu_layers,
             without_key=deploy.without_key,
             modelfile=_modelfile(results),
+            proof=partial(prove_in_ollama, self.ship, conversations) if in_ollama else None,
         )
         endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
-        conversations = [
-            ({"role": "user", "content": "Hello!"},),
-            *(query.messages for query in queries_in(self.ship.recipe)),
-            *_some_rows(results),
-        ]
         live = None
-        if deploy.runtime == "ollama":
-            prove_in_ollama(self.ship, endpoint, conversations)
-        else:
+        if not in_ollama:
             prove_prompts(self.ship, endpoint, conversations)
-        if deploy.runtime != "ollama" and "verify" in results:
+        if not in_ollama and "verify" in results:
             live = prove_live(
                 endpoint,
                 results["verify"].facts,
@@ -109,6 +106,12 @@ class DeployAction(Action):
 def _modelfile(results: Mapping[str, Result]) -> Path | None:
     artifact = results["modelfile"].artifact if "modelfile" in results else None
     return artifact.path / MODELFILE_JINJA if artifact else None
+
+
+def _conversations(recipe: Recipe, results: Mapping[str, Result]) -> list[Sequence[Message]]:
+    """Whose prompts are compared: a greeting, the smoke queries, the user's own rows."""
+    asked = [query.messages for query in queries_in(recipe)]
+    return [({"role": "user", "content": "Hello!"},), *asked, *_some_rows(results)]
 
 
 def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:

@@ -16,11 +16,12 @@ from forge.serve.endpoint import Endpoint, Message
 from forge.stages.ship import Ship
 
 
-def prove_in_ollama(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:
-    """The model that `endpoint` names writes each prompt as training did, with as many tokens.
+def prove_in_ollama(ship: Ship, conversations: Sequence[Sequence[Message]], endpoint: Endpoint) -> None:
+    """The model that `endpoint` names writes each prompt as training did, with as many tokens, and answers.
 
     Its runtime has compared it with the GGUF's own template; this holds it against the tokenizer that
-    trained. Raises `CheckError` with the first difference.
+    trained. Raises `CheckError` with the first difference, or the smoke queries
+    that failed.
     """
     from forge.serve.ollama import prove_prompts, prove_stops
     from forge.tools.ollama import Ollama
@@ -36,6 +37,7 @@ def prove_in_ollama(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequ
             writes_bos=None,
             count=lambda text: len(form.ids(text)),
         )
+    smoke_passes(ship.recipe, endpoint)
 
 
 def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
@@ -54,7 +56,12 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
     recipe = _recipe_of(gguf)
     with reach(server_url(host)) as server:
         done = import_model(
-            server, name, gguf, told, adapter=adapter, ask=partial(_ask, recipe) if recipe else _ask_anything
+            server,
+            name,
+            gguf,
+            told,
+            adapter=adapter,
+            ask=partial(smoke_passes, recipe) if recipe else _ask_anything,
         )
     report.success(f"{done.name}: {done.prompts} prompts compared, written by {done.way}")
     report.info(f"talk to it: ollama run {done.name}")
@@ -69,7 +76,7 @@ def _recipe_of(gguf: Path) -> Recipe | None:
     return from_json(recipe) if recipe else None
 
 
-def _ask(recipe: Recipe, endpoint: Endpoint) -> None:
+def smoke_passes(recipe: Recipe, endpoint: Endpoint) -> None:
     """The run's smoke queries; raises `CheckError` when one fails."""
     from forge.serve.smoke import run_smoke
     from forge.stages.live import queries_in

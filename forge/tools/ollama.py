@@ -33,6 +33,11 @@ _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 _SERVE = "start it with: ollama serve (https://ollama.com/download); --host or OLLAMA_HOST says where it is"
 
 
+# A letter, a byte, or a character by its number. https://pkg.go.dev/strconv#Quote
+_GO_ESCAPE = re.compile(r"\\(?:([abfnrtv\\\"'])|x([0-9a-f]{2})|u([0-9a-f]{4})|U(00[0-9a-f]{6}))")
+_GO_NAMED = dict(zip("abfnrtv\\\"'", "\a\b\f\n\r\t\v\\\"'", strict=True))
+
+
 class OllamaError(StageError):
     """The server said no, or broke off."""
 
@@ -183,7 +188,26 @@ class Ollama:
 def stops_in(shown: Mapping[str, Any]) -> set[str]:
     """The stop texts in the answer of `Ollama.show`; a line is `stop    "<|im_end|>"`, quoted as in Go."""
     listed = re.findall(r"^stop\s+(.*)$", str(shown.get("parameters") or ""), re.MULTILINE)
-    return {json.loads(text) if text.startswith('"') else text for text in listed}
+    return {_unquoted(text) if text.startswith('"') else text for text in listed}
+
+
+def _unquoted(text: str) -> str:
+    """What Go's strconv.Quote wrote; raises `OllamaError` for anything else."""
+    if not re.fullmatch(rf'"([^"\\]|{_GO_ESCAPE.pattern})*"', text, re.DOTALL):
+        raise OllamaError(f"Ollama shows a stop that is not quoted as Go does: {text}")
+
+    def written(found: re.Match[str]) -> bytes:
+        named, byte, *numbers = found.group(1, 2, 3, 4)
+        if named:
+            return _GO_NAMED[named].encode()
+        return bytes([int(byte, 16)]) if byte else chr(int(numbers[0] or numbers[1], 16)).encode()
+
+    pieces, at = [], 1
+    for found in _GO_ESCAPE.finditer(text):
+        pieces += [text[at : found.start()].encode(), written(found)]
+        at = found.end()
+    # Only bytes that are no text are written as \x80 and above.
+    return b"".join([*pieces, text[at:-1].encode()]).decode("utf-8", "replace")
 
 
 def _chunks(path: Path, label: str) -> Iterator[bytes]:
