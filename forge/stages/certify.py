@@ -16,7 +16,7 @@ from forge.model.base import resolve
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.gguf_header import read_gguf
-from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.stages.rows import builtin_rows, own_rows, plain_rows
 from forge.stages.verify import failure_of, tell
 from forge.store.artifacts import open_store
@@ -106,13 +106,9 @@ def _rows(
     files: TokenizerFiles, data: Path | None, context: int | None, scratch: Path
 ) -> tuple[Path, int | None]:
     """The rows to compare on, and the id that ends an answer."""
-    from tokenizers import Tokenizer
-
     from forge.data.tokens import prompt_format
 
-    tokenizer = Tokenizer.from_file(str(files.directory / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(files.directory)
     if files.chat_template is None:
         return plain_rows(data, tokenizer, scratch), None
     tokens = {f"{name}_token": token for name, token in files.tokens.items()}

@@ -27,7 +27,7 @@ from forge.model.base import (
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration, check_unquantized, read_configuration, read_json
 from forge.model.safetensors_header import TensorSpec
-from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted, Recipe, Train
 from forge.stages.sources import data_files
@@ -105,14 +105,9 @@ class Ship:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        from tokenizers import Tokenizer
-
         from forge.data.tokens import prompt_format
 
-        tokenizer = Tokenizer.from_file(str(self.tokenizer.directory / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return prompt_format(self.template, tokenizer)
+        return prompt_format(self.template, open_tokenizer(self.tokenizer.directory))
 
     @property
     def pad_token(self) -> str:
