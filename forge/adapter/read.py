@@ -148,7 +148,7 @@ def _mistyped(configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"{pattern_field}.{pattern}": value for pattern, value in patterns.items()
         }
         for name, value in values.items():
-            if type(value) not in kinds or not (field == "lora_alpha" or value > 0):
+            if type(value) not in kinds or (field == "r" and value == 0):
                 wanted = "a number" if field == "lora_alpha" else "a whole number above 0"
                 yield name, f"must be {wanted} (got {json.dumps(value)})"
         for pattern in patterns:

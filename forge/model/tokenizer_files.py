@@ -71,7 +71,7 @@ def read_tokenizer(directory: Path, *, max_positions: int | None = None) -> Toke
 
 
 def open_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer itself, which neither truncates nor pads; raises `DataError` if it is missing or broken."""
+    """The tokenizer itself, neither truncating nor padding; raises `DataError` if it is missing or broken."""
     from tokenizers import Tokenizer
 
     path = directory / "tokenizer.json"
@@ -79,7 +79,7 @@ def open_tokenizer(directory: Path) -> Tokenizer:
         raise _without_tokenizer_json(directory)
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises no narrower kind
+    except Exception as error:  # the library raises no narrower kind
         raise DataError(
             f"{path}: not a tokenizer: {error}",
             hint="download or copy it again; transformers writes it: "
