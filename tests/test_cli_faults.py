@@ -242,16 +242,30 @@ def assert_nothing_made(place: Place) -> None:
     assert run_files == {"log.txt", "manifest.json", "report.html"}
 
 
-@pytest.mark.training
-def test_no_disk_space_is_told_before_the_stage_starts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_disk_space_is_told_before_the_first_stage(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12, 10**6))
     error = place.fail("ship", "recipe.yaml")
     assert error["code"] == 4
-    assert error["message"].startswith("train needs ") and "has 1.0 MB" in error["message"]
+    assert error["message"].startswith("this ship needs ") and "has 1.0 MB" in error["message"]
     assert "forge gc" in error["hint"]
-    assert {path.parent.name for path in (place.home / "artifacts").glob("*/*")} == {"data"}
-    assert not list((place.home / "artifacts").rglob("*.partial"))
+    assert not list((place.home / "artifacts").glob("*/*"))
+
+
+def test_the_plan_s_disk_holds_the_certificate_too(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept GGUF, and an f16 and a quantized file while it is compared; less is refused."""
+    assert run(["plan", "recipe.yaml", "--json"]) == 0
+    disk = json.loads(capsys.readouterr().out)["disk"]
+    parts = disk["parts"]
+    assert set(parts) == {"adapter", "GGUF", "files to compare with"}
+    assert disk["needed"] == sum(parts.values())
+    weights = (place.base / "model.safetensors").stat().st_size  # bfloat16, two bytes each as in f16
+    assert parts["files to compare with"] == pytest.approx(weights + parts["GGUF"], rel=0.01)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12, disk["needed"] - 1))
+    assert place.fail("ship", "recipe.yaml")["code"] == 4
 
 
 def test_missing_tools_are_told_before_anything_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

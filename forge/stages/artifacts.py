@@ -25,6 +25,7 @@ from forge.chat.stops import require
 from forge.data.prepare import TRAIN_FILE, Settings, prepare
 from forge.export.run import GGUF_FILE
 from forge.model.base import UNKNOWN
+from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
 from forge.stages.ship import Ship
@@ -133,9 +134,7 @@ class ExportStage(ShipStage):
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""
         export = self.ship.recipe.export
-        numel = sum(tensor.numel for tensor in self.ship.tensors.values())
-        width = {"f32": 4, "f16": 2, "bf16": 2}.get(export.quant, 1)
-        return numel * (width + (4 if export.keep_merged else 0))
+        return export_disk(self.ship.parameters, export.quant, keep_merged=export.keep_merged).total
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = self.ship.recipe.export

@@ -20,6 +20,7 @@ from forge.stages import stages_for
 from forge.stages.preflight import require_tools
 from forge.stages.record import MANIFEST, learned, read_manifest, record, summary
 from forge.stages.ship import Ship, open_ship
+from forge.stages.space import require_space
 from forge.store import runs
 from forge.store.artifacts import Store, open_store
 
@@ -50,6 +51,7 @@ def ship(
         past = runs.requests(store, directory)
         ahead = plan_stages(stages, store, past, from_stage=from_stage, until=until, force=force)
         require_tools(target, {one.name for one in ahead.stages if not one.cached})
+        require_space(target, ahead)
         directory.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(target.log.open("a", encoding="utf-8"))
         stack.enter_context(report.copied_to(log))

@@ -82,6 +82,10 @@ class Ship:
         """The base's tensors; raises `DataError` for a checkpoint that is not whole."""
         return self.headers if self.headers is not None else open_checkpoint(self.base_directory).tensors
 
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors.values())
+
     @cached_property
     def tokenizer(self) -> TokenizerFiles:
         """The tokenizer that was trained with: the adapter's own, where it carries one (D12)."""
