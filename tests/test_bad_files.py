@@ -108,3 +108,31 @@ def test_every_such_error_has_a_hint(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as closed:
         write("x", "quickstart", Path("/proc"))
     assert all(one.value.hint for one in (broken, refused, closed))
+
+
+REFUSED: dict[str, tuple[str, str, str]] = {
+    "targets": (
+        "train: {lora: {targets: [q_proj, nope]}}\n",
+        "",
+        "train.lora.targets: ./base has no module nope",
+    ),
+    "no adapter": ("train: {from: ./base}\n", "", "is not an adapter: it has no adapter_config.json"),
+    "no rows": ("", "", "rows.jsonl has no rows"),
+    "other columns": ("", '{"question": "a", "reply": "b"}\n', "cannot tell the data's format"),
+    "broken JSONL": ("", '{"prompt": "a", "completion"\n', "1 lines are not JSON objects"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_plan_refuses_what_a_ship_would(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train, rows, message = REFUSED[case]
+    with (place / "recipe.yaml").open("a") as recipe:
+        recipe.write(train)
+    if not train:
+        (place / "rows.jsonl").write_text(rows)
+    error = failed(capsys, "plan", "recipe.yaml")
+    assert message in error["message"]
+    if case == "targets":
+        [problem] = error["problems"]
+        assert (problem["file"], problem["line"]) == ("recipe.yaml", 4)
+        assert "q_proj" in error["hint"]

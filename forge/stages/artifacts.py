@@ -81,9 +81,18 @@ class DataStage(ShipStage):
         }
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        data = self.ship.recipe.data
+        assert data is not None
+        facts = prepare(self.settings(), self.ship.prompt_format, self.ship.configuration.max_positions, out)
+        with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
+            require(self.ship.stops.in_mask(map(json.loads, rows), may_be_cut=data.overlong == "truncate"))
+        return facts
+
+    def settings(self) -> Settings:
+        """What the recipe says of the data."""
         data, training = self.ship.recipe.data, self.ship.training
         assert data is not None
-        settings = Settings(
+        return Settings(
             source=self.ship.data_files,
             heldout=self.ship.heldout,
             format=data.format,
@@ -94,10 +103,6 @@ class DataStage(ShipStage):
             max_length=training.max_length if training else None,
             supervise=training.supervise if training else "all",
         )
-        facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
-        with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
-            require(self.ship.stops.in_mask(map(json.loads, rows), may_be_cut=data.overlong == "truncate"))
-        return facts
 
 
 class ExportStage(ShipStage):
