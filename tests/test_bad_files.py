@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.cli.main import run
 from forge.errors import DataError, RecipeError
+from forge.model.checkpoint import open_checkpoint
 from forge.model.tokenizer_files import open_tokenizer
+from forge.recipe.load import load
 from forge.recipe.starters import write
 from tests.conftest import copy_of_tiny
 from tests.test_cli_faults import RECIPE, ROWS, write_rows
@@ -136,3 +139,40 @@ def test_a_plan_refuses_what_a_ship_would(case: str, place: Path, capsys: pytest
         [problem] = error["problems"]
         assert (problem["file"], problem["line"]) == ("recipe.yaml", 4)
         assert "q_proj" in error["hint"]
+
+
+def test_old_names_are_told_beside_what_is_wrong(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (place / "recipe.yaml").open("a") as recipe:
+        recipe.write("train: {num_train_epochs: -1}\n")
+    assert run(["plan", "recipe.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "train.num_train_epochs is now train.epochs" in told
+    assert "must be greater than 0" in told
+
+
+def test_a_fault_of_an_override_names_its_field(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [problem] = failed(capsys, "plan", "recipe.yaml", "-o", "train.lora.r=0")["problems"]
+    assert (problem["field"], problem["file"], problem["line"]) == ("train.lora.r", "-o train.lora.r", 0)
+
+
+def test_data_in_short(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = place / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("{source: rows.jsonl}", "rows.jsonl"))
+    loaded = load(recipe)
+    assert loaded.recipe.data and loaded.recipe.data.source == "rows.jsonl"
+    assert loaded.sources["data.source"].where == f"{recipe}:3"
+    assert loaded.sources["data.eval"].kind == "default"
+    recipe.write_text(RECIPE.replace("{source: rows.jsonl}", "row.jsonl"))
+    [problem] = failed(capsys, "plan", "recipe.yaml")["problems"]
+    assert (problem["line"], problem["message"]) == (3, "no such file: row.jsonl; did you mean rows.jsonl?")
+
+
+def test_many_faults_of_a_checkpoint_are_told_in_short(tmp_path: Path) -> None:
+    base = copy_of_tiny(tmp_path / "base")
+    (base / "model.safetensors").rename(base / "one.safetensors")
+    weights = {f"layer.{number}.weight": "one.safetensors" for number in range(9)}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(DataError) as caught:
+        open_checkpoint(base)
+    assert len(caught.value.problems) == 6
+    assert re.fullmatch(r"and \d+ more", caught.value.problems[-1].message)

@@ -285,6 +285,14 @@ def test_missing_tools_are_told_before_anything_runs(place: Place, monkeypatch: 
     assert tree(place.directory) == before
 
 
+def test_a_tool_that_two_stages_need_is_missing_once(place: Place) -> None:
+    (place.home / "tools").rename(place.home / "elsewhere")
+    error = place.fail("ship", "recipe.yaml")
+    told = [one["message"] for one in error["problems"]]
+    assert told == ["llama.cpp's converters are not here yet"] == [error["message"]]
+    assert error["hint"].count("forge setup") == 1
+
+
 def test_a_stage_that_is_not_there(place: Place) -> None:
     error = place.fail("ship", "recipe.yaml", "--from", "trian")
     assert error == {
@@ -350,8 +358,20 @@ def test_a_plan_asks_no_hub_and_shows_what_it_does_not_know(
 def test_offline_a_base_that_is_not_here_is_told(place: Place, hub: Hub) -> None:
     place.recipe(RECIPE.replace("base: ./base", "base: org/tiny"))
     error = place.fail("ship", "recipe.yaml", "--offline")
-    assert error["code"] in (2, 3) and "org/tiny" in error["message"]
+    assert error["code"] == 2 and "org/tiny" in error["message"]
+    assert place.fail("plan", "recipe.yaml", "--fetch", "--offline") == error
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "command", [["plan", "recipe.yaml"], ["ship", "recipe.yaml"], ["runs"], ["gc"], ["show", "mini"]]
+)
+def test_a_store_that_is_a_file(place: Place, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (place.directory / "file").write_text("not a directory")
+    monkeypatch.setenv("FORGE_HOME", str(place.directory / "file"))
+    error = place.fail(*command)
+    assert (error["code"], error["message"]) == (2, "the store file is not a directory")
+    assert "FORGE_HOME" in error["hint"]
 
 
 def test_a_store_that_cannot_be_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
