@@ -12,7 +12,7 @@ from forge.cli.options import common, overrides_option, recipe_argument
 @recipe_argument
 @overrides_option
 @click.option(
-    "--fetch", is_flag=True, help="Ask the hub for a base that is not here: its headers, not its weights."
+    "--fetch", is_flag=True, help="Read the headers of a hub base that is not here."
 )
 @common
 def command(recipe: Path, overrides: tuple[str, ...], fetch: bool) -> None:

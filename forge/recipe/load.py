@@ -166,7 +166,7 @@ def _parts(field: str) -> tuple[str | int, ...]:
 
 
 def _sources(recipe: Recipe, root: Node) -> dict[str, Source]:
-    """Where every leaf comes from; short forms (`id@revision`, `base: SPEC`) are the places of their parts."""
+    """Where every leaf comes from; `base: SPEC` and its like are the places of all their parts."""
     found = {}
     for field, value in values(recipe).items():
         path = _parts(field)
