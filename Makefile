@@ -27,6 +27,7 @@ setup: $(READY)
 
 ship: $(READY)
 	$(BIN)/forge ship templates/recipes/quickstart.yaml
+	@echo "for forge outside of make, with this store: export FORGE_HOME=$(FORGE_HOME)"
 
 test: lint
 	$(PYTEST) -m "$(QUICK)"

@@ -21,7 +21,8 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.line else self.file
-        return ": ".join(part for part in (place, self.field, self.message) if part)
+        field = "" if place == f"-o {self.field}" else self.field  # an override's place is its field
+        return ": ".join(part for part in (place, field, self.message) if part)
 
 
 class ForgeError(Exception):

@@ -242,16 +242,30 @@ def assert_nothing_made(place: Place) -> None:
     assert run_files == {"log.txt", "manifest.json", "report.html"}
 
 
-@pytest.mark.training
-def test_no_disk_space_is_told_before_the_stage_starts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_disk_space_is_told_before_the_first_stage(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12, 10**6))
     error = place.fail("ship", "recipe.yaml")
     assert error["code"] == 4
-    assert error["message"].startswith("train needs ") and "has 1.0 MB" in error["message"]
+    assert error["message"].startswith("this ship needs ") and "has 1.0 MB" in error["message"]
     assert "forge gc" in error["hint"]
-    assert {path.parent.name for path in (place.home / "artifacts").glob("*/*")} == {"data"}
-    assert not list((place.home / "artifacts").rglob("*.partial"))
+    assert not list((place.home / "artifacts").glob("*/*"))
+
+
+def test_the_plan_s_disk_holds_the_certificate_too(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept GGUF, and an f16 and a quantized file while it is compared; less is refused."""
+    assert run(["plan", "recipe.yaml", "--json"]) == 0
+    disk = json.loads(capsys.readouterr().out)["disk"]
+    parts = disk["parts"]
+    assert set(parts) == {"adapter", "GGUF", "files to compare with"}
+    assert disk["needed"] == sum(parts.values())
+    weights = (place.base / "model.safetensors").stat().st_size  # bfloat16, two bytes each as in f16
+    assert parts["files to compare with"] == pytest.approx(weights + parts["GGUF"], rel=0.01)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 10**12, disk["needed"] - 1))
+    assert place.fail("ship", "recipe.yaml")["code"] == 4
 
 
 def test_missing_tools_are_told_before_anything_runs(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +283,14 @@ def test_missing_tools_are_told_before_anything_runs(place: Place, monkeypatch: 
     assert "pip install 'forge-ship[train]'" in error["hint"] and "forge setup" in error["hint"]
     assert "llama.cpp's converters are not here yet" in {one["message"] for one in error["problems"]}
     assert tree(place.directory) == before
+
+
+def test_a_tool_that_two_stages_need_is_missing_once(place: Place) -> None:
+    (place.home / "tools").rename(place.home / "elsewhere")
+    error = place.fail("ship", "recipe.yaml")
+    told = [one["message"] for one in error["problems"]]
+    assert told == ["llama.cpp's converters are not here yet"] == [error["message"]]
+    assert error["hint"].count("forge setup") == 1
 
 
 def test_a_stage_that_is_not_there(place: Place) -> None:
@@ -336,8 +358,20 @@ def test_a_plan_asks_no_hub_and_shows_what_it_does_not_know(
 def test_offline_a_base_that_is_not_here_is_told(place: Place, hub: Hub) -> None:
     place.recipe(RECIPE.replace("base: ./base", "base: org/tiny"))
     error = place.fail("ship", "recipe.yaml", "--offline")
-    assert error["code"] in (2, 3) and "org/tiny" in error["message"]
+    assert error["code"] == 2 and "org/tiny" in error["message"]
+    assert place.fail("plan", "recipe.yaml", "--fetch", "--offline") == error
     assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "command", [["plan", "recipe.yaml"], ["ship", "recipe.yaml"], ["runs"], ["gc"], ["show", "mini"]]
+)
+def test_a_store_that_is_a_file(place: Place, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (place.directory / "file").write_text("not a directory")
+    monkeypatch.setenv("FORGE_HOME", str(place.directory / "file"))
+    error = place.fail(*command)
+    assert (error["code"], error["message"]) == (2, "the store file is not a directory")
+    assert "FORGE_HOME" in error["hint"]
 
 
 def test_a_store_that_cannot_be_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

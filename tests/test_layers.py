@@ -61,12 +61,12 @@ BAD = {
     "a broad except": (
         "forge/serve/x.py",
         "try:\n    f()\nexcept (ValueError, Exception):\n    g()",
-        "catches every exception outside the two edges",
+        "catches every exception outside the edges",
     ),
     "a bare except": (
         "forge/serve/x.py",
         "try:\n    f()\nexcept:\n    g()",
-        "catches every exception outside the two edges",
+        "catches every exception outside the edges",
     ),
     "a slow command": ("forge/cli/x.py", "import httpx", "httpx is imported by every command"),
     "a slow foundation": ("forge/report.py", "import rich", "rich is imported by every command"),

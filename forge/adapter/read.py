@@ -13,17 +13,18 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.errors import DataError
+from forge.errors import DataError, Problem
 from forge.model.safetensors_header import TensorSpec, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
 _LORA_PARTS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -112,7 +113,9 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
     try:
         configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
+        raise DataError(f"{path} is not JSON: {error}", hint=_AGAIN) from error
+    if not isinstance(configuration, dict):
+        raise DataError(f"{path} is not an object with settings", hint=_AGAIN)
     kind = configuration.get("peft_type")
     if kind != "LORA":
         raise DataError(
@@ -124,7 +127,35 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
             f"{directory} trained biases too (bias: {configuration['bias']}), which forge does not merge yet",
             hint="merge it with peft's merge_and_unload and ship the result with train: none",
         )
+    problems = [Problem(said, field, str(path)) for field, said in _mistyped(configuration)]
+    if problems:
+        count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
+        raise DataError(f"{path}: {count} cannot be used", hint=_AGAIN, problems=problems)
     return configuration
+
+
+def _mistyped(configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the scale is made from and is missing or of another kind: (field, what is wrong)."""
+    for field, pattern_field, kinds in (
+        ("r", "rank_pattern", (int,)),
+        ("lora_alpha", "alpha_pattern", (int, float)),
+    ):
+        patterns = configuration.get(pattern_field) or {}
+        if not isinstance(patterns, dict):
+            yield pattern_field, f"must be an object (got {json.dumps(patterns)})"
+            patterns = {}
+        values = {field: configuration.get(field)} | {
+            f"{pattern_field}.{pattern}": value for pattern, value in patterns.items()
+        }
+        for name, value in values.items():
+            if type(value) not in kinds or (field == "r" and value == 0):
+                wanted = "a number" if field == "lora_alpha" else "a whole number above 0"
+                yield name, f"must be {wanted} (got {json.dumps(value)})"
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield pattern_field, f"{pattern!r} is not a regular expression: {error}"
 
 
 def _sort_tensors(
@@ -146,7 +177,7 @@ def _sort_tensors(
             replaced[bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = spec
     incomplete = sorted(module for module, found in parts.items() if not {"A", "B"} <= found.keys())
     if incomplete:
-        raise DataError(f"the adapter has only one LoRA factor for {', '.join(incomplete)}")
+        raise DataError(f"the adapter has only one LoRA factor for {', '.join(incomplete)}", hint=_AGAIN)
     layers = {
         module: LoraLayer(
             module,
@@ -168,7 +199,9 @@ def scale_of(module: str, rank: int, configuration: Mapping[str, Any]) -> float:
     """
     said = _by_pattern(module, configuration.get("rank_pattern") or {}, configuration.get("r"))
     if said != rank:
-        raise DataError(f"{module}: the configuration says rank {said}, the file holds rank {rank}")
+        raise DataError(
+            f"{module}: the configuration says rank {said}, the file holds rank {rank}", hint=_AGAIN
+        )
     alpha = _by_pattern(module, configuration.get("alpha_pattern") or {}, configuration.get("lora_alpha"))
     return float(alpha) / (math.sqrt(rank) if configuration.get("use_rslora") else rank)
 

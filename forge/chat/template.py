@@ -179,7 +179,10 @@ class ChatTemplate:
             RecursionError,
             MemoryError,
         ) as error:
-            raise DataError(f"the chat template refuses the conversation: {error}") from error
+            raise DataError(
+                f"the chat template refuses the conversation: {error}",
+                hint="the template says which roles it takes, and in which order; `forge template` shows it",
+            ) from error
 
     def variables_read(self) -> tuple[str, ...]:
         """Names that the template reads beyond what every template is given."""

@@ -11,7 +11,7 @@ from forge.cli.options import common, overrides_option, recipe_argument
 @click.command()
 @recipe_argument
 @overrides_option
-@click.option("--fetch", is_flag=True, help="Fetch a hub base that is not here yet.")
+@click.option("--fetch", is_flag=True, help="Read the headers of a hub base that is not here.")
 @common
 def command(recipe: Path, overrides: tuple[str, ...], fetch: bool) -> None:
     """Say what a ship of RECIPE would run and why, and what it needs.

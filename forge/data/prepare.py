@@ -73,6 +73,11 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
     }
 
 
+def look(settings: Settings) -> None:
+    """Raise what reading the rows says, as `prepare` would, without a tokenizer: for a plan."""
+    _read(settings)
+
+
 def _read(settings: Settings) -> tuple[list[Conversation], list[Conversation]]:
     columns = settings.columns or {}
     found = [row for path in settings.source for row in read_rows(path, settings.limit)]

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, DataError, Problem
 from forge.model.gguf_header import read_gguf
+from forge.model.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -98,10 +99,7 @@ def compare_ids(
     llama.cpp alone takes for special tokens (`</s>` with Qwen's vocabulary); white space outside
     ASCII after a token that strips what follows it (Phi-3).
     """
-    from tokenizers import Tokenizer
-
-    reference = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    reference.no_truncation()
+    reference = open_tokenizer(directory)
     served = ServedVocabulary(vocabulary)
     try:
         kept, limits = _without_limits(tried, directory / "tokenizer.json", reference, served)

@@ -71,6 +71,7 @@ def resolve_headers(
 
     Its directory then holds the small files only. Raises as `resolve` and `open_checkpoint`.
     """
+    offline = offline or is_offline()
     here = resolve(spec, revision=revision, fetch=offline, offline=offline, relative_to=relative_to)
     if here.directory is not None:
         return here, open_checkpoint(here.directory).tensors

@@ -167,7 +167,7 @@ def _cross_check(
     return _shortened(problems)
 
 
-def _shortened(problems: Sequence[Problem], most: int = 20) -> list[Problem]:
+def _shortened(problems: Sequence[Problem], most: int = 5) -> list[Problem]:
     if len(problems) <= most:
         return list(problems)
-    return [*problems[:most], Problem(f"and {len(problems) - most} more tensors")]
+    return [*problems[:most], Problem(f"and {len(problems) - most} more")]

@@ -218,6 +218,15 @@ def export_disk(parameters: int, quant: str, *, keep_merged: bool = False) -> Es
     return Estimate({"GGUF": gguf_bytes(parameters, quant), **kept})
 
 
+def certificate_disk(parameters: int, quant: str) -> Estimate:
+    """Bytes on the disk while a GGUF is compared: llama.cpp's own f16 conversion and quantization of it.
+
+    Of f16 and f32 there is a conversion only, and only where the comparison fails.
+    """
+    quantized = {} if quant in ("f16", "f32") else {"vendor's file": gguf_bytes(parameters, quant)}
+    return Estimate({"vendor's f16 file": gguf_bytes(parameters, "f16"), **quantized})
+
+
 def export_memory(tensors: Mapping[str, TensorSpec]) -> Estimate:
     """Main memory of the export: the largest tensor in fp32 as it came and as it was turned, and start-up."""
     largest = max((tensor.numel * 4 for tensor in tensors.values()), default=0)

@@ -3,7 +3,7 @@
 Read from JSON alone, so that a plan or a Modelfile needs neither transformers nor tokenizers.
 Where the files disagree, what transformers does at load time counts.
 
-Not covered: encoding text (`tokenizers` does that where it is needed); slow tokenizers without a
+Not covered: encoding text (`open_tokenizer` gives what does that); slow tokenizers without a
 `tokenizer.json`.
 """
 
@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge.errors import DataError
 from forge.model.config import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # transformers writes 10**30 (VERY_LARGE_INTEGER) for "no limit known"; no real context is so long.
 _NO_LIMIT = 10**9
@@ -65,6 +68,26 @@ def read_tokenizer(directory: Path, *, max_positions: int | None = None) -> Toke
             f"{directory}: the tokenizer's files are not as they should be: {type(error).__name__}: {error}",
             hint="download or copy them again",
         ) from error
+
+
+def open_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer itself, neither truncating nor padding; raises `DataError` if it is missing or broken."""
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise _without_tokenizer_json(directory)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower kind
+        raise DataError(
+            f"{path}: not a tokenizer: {error}",
+            hint="download or copy it again; transformers writes it: "
+            "AutoTokenizer.from_pretrained(ID).save_pretrained(DIR)",
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read(directory: Path, tokenizer: Mapping[str, Any], max_positions: int | None) -> TokenizerFiles:

@@ -144,19 +144,19 @@ def _build(
         if failure.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise StageError(
-            f"{stage.name}: the disk became full; what it had written was removed", hint=_MORE_SPACE
+            f"{stage.name}: the disk became full; what it had written was removed", hint=MORE_SPACE
         ) from failure
     return artifact, built
 
 
-_MORE_SPACE = "free some (`forge gc` shows what no run uses), or set FORGE_HOME to a larger disk"
+MORE_SPACE = "free some (`forge gc` shows what no run uses), or set FORGE_HOME to a larger disk"
 
 
 def _check_space(stage: Stage, root: Path, needed: int) -> None:
     free = shutil.disk_usage(root).free
     if needed > free:
         raise StageError(
-            f"{stage.name} needs {_size(needed)} of free disk, {root} has {_size(free)}", hint=_MORE_SPACE
+            f"{stage.name} needs {size(needed)} of free disk, {root} has {size(free)}", hint=MORE_SPACE
         )
 
 
@@ -165,7 +165,7 @@ def _artifact(result: Result) -> Artifact:
     return result.artifact
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 

@@ -82,7 +82,7 @@ def missing_files(root: Node, directory: Path) -> Iterator[Finding]:
     """
     for path, kind, builtin in _NAMED:
         node, depth = root.follow(path)
-        if isinstance(node.value, str) and (depth == len(path) or path[0] == "base"):
+        if isinstance(node.value, str) and (depth == len(path) or path[-1] in ("id", "source")):
             field = ".".join(map(str, path[:depth]))
             yield from _builtin(field, node.value, builtin)
             yield from _missing(field, node.value, directory, kind=kind)

@@ -12,6 +12,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from forge import report
 from forge.errors import Problem, RecipeError
 from forge.recipe import checks, old_names
 from forge.recipe.explain import explain
@@ -67,6 +68,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
         found += checks.contradictions(recipe)
     problems += [_at(root, field).problem(field, said) for field, said in found]
     if recipe is None or problems:
+        for warning in warnings:  # what an old name was taken for is part of what is wrong
+            report.warning(warning)
         raise _failure(path, problems)
     doubts = [str(_at(root, field).problem(field, said)) for field, said in checks.doubts(recipe, root)]
     return Loaded(recipe, path, path.absolute().parent, _sources(recipe, root), (*warnings, *doubts))
@@ -163,12 +166,12 @@ def _parts(field: str) -> tuple[str | int, ...]:
 
 
 def _sources(recipe: Recipe, root: Node) -> dict[str, Source]:
-    """Where every leaf comes from; `id@revision` and `base: SPEC` are the places of their parts."""
+    """Where every leaf comes from; `base: SPEC` and its like are the places of all their parts."""
     found = {}
     for field, value in values(recipe).items():
         path = _parts(field)
         node, depth = root.follow(path)
-        if depth < len(path) and (value is None or path[-1] not in ("id", "revision")):
+        if depth < len(path) and (value is None or path[-1] not in ("id", "source", "revision")):
             found[field] = Source("default", "default")
             continue
         if depth < len(path):

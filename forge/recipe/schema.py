@@ -66,7 +66,7 @@ class Columns(Section):
 
 
 class Data(Section):
-    """The rows to learn from."""
+    """The rows to learn from; `data: SOURCE` is short for `data: {source: SOURCE}`."""
 
     source: Text = Field(
         description="file (jsonl, json, csv, parquet), hub id or `id@revision`, or `builtin:yoda`"
@@ -90,7 +90,7 @@ class Data(Section):
     @model_validator(mode="before")
     @classmethod
     def _pinned(cls, value: Any) -> Any:
-        return split_revision(value, "source")
+        return split_revision({"source": value} if isinstance(value, str) else value, "source")
 
 
 class Lora(Section):

@@ -60,5 +60,7 @@ def write(name: str, kind: str, directory: Path) -> Path:
             raise RecipeError(f"{directory} is not a directory", hint="choose another directory") from None
         raise RecipeError(f"{path} exists already", hint="choose another name or directory") from None
     except OSError as failure:
-        raise RecipeError(f"{path} cannot be written: {failure.strerror}") from None
+        raise RecipeError(
+            f"{path} cannot be written: {failure.strerror}", hint="choose another directory"
+        ) from None
     return path

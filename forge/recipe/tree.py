@@ -42,9 +42,8 @@ class Place:
         return not self.line
 
     def problem(self, field: str, message: str) -> Problem:
-        """A problem here; the place of an override already names its field."""
-        named = "" if self.file == f"-o {field}" else field
-        return Problem(one_line(message), one_line(named), one_line(self.file), self.line)
+        """A problem here."""
+        return Problem(one_line(message), one_line(field), one_line(self.file), self.line)
 
 
 @dataclass

@@ -48,10 +48,13 @@ class TrainStage(ShipStage):
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The adapter, and two checkpoints with Adam's two moments, all in float32."""
+        return self.bytes_kept() * (1 + 2 * 3)
+
+    def bytes_kept(self) -> int:
+        """The adapter of every matrix, in float32: the most that it can be."""
         rank = self._train.lora.r
         shapes = [spec.shape for spec in self.ship.tensors.values()]
-        adapted = sum(rank * sum(shape) * 4 for shape in shapes if len(shape) == 2)
-        return adapted * (1 + 2 * 3)
+        return sum(rank * sum(shape) * 4 for shape in shapes if len(shape) == 2)
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         settings = self._train.model_dump(mode="json") | {

@@ -25,6 +25,7 @@ from forge.chat.stops import require
 from forge.data.prepare import TRAIN_FILE, Settings, prepare
 from forge.export.run import GGUF_FILE
 from forge.model.base import UNKNOWN
+from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
 from forge.stages.ship import Ship
@@ -80,9 +81,24 @@ class DataStage(ShipStage):
         }
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        data = self.ship.recipe.data
+        assert data is not None
+        settings = self.settings()
+        facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
+        with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
+            broken = self.ship.stops.in_mask(
+                map(json.loads, rows),
+                may_be_cut=data.overlong == "truncate",
+                every_turn=settings.supervise == "all",
+            )
+            require(broken)
+        return facts
+
+    def settings(self) -> Settings:
+        """What the recipe says of the data."""
         data, training = self.ship.recipe.data, self.ship.training
         assert data is not None
-        settings = Settings(
+        return Settings(
             source=self.ship.data_files,
             heldout=self.ship.heldout,
             format=data.format,
@@ -93,15 +109,6 @@ class DataStage(ShipStage):
             max_length=training.max_length if training else None,
             supervise=training.supervise if training else "all",
         )
-        facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
-        with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
-            broken = self.ship.stops.in_mask(
-                map(json.loads, rows),
-                may_be_cut=data.overlong == "truncate",
-                every_turn=settings.supervise == "all",
-            )
-            require(broken)
-        return facts
 
 
 class ExportStage(ShipStage):
@@ -138,9 +145,7 @@ class ExportStage(ShipStage):
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""
         export = self.ship.recipe.export
-        numel = sum(tensor.numel for tensor in self.ship.tensors.values())
-        width = {"f32": 4, "f16": 2, "bf16": 2}.get(export.quant, 1)
-        return numel * (width + (4 if export.keep_merged else 0))
+        return export_disk(self.ship.parameters, export.quant, keep_merged=export.keep_merged).total
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = self.ship.recipe.export

@@ -15,8 +15,9 @@ from forge.errors import DataError
 from forge.model.base import resolve
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_unquantized, read_configuration
+from forge.model.estimate import certificate_disk
 from forge.model.gguf_header import read_gguf
-from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.stages.rows import builtin_rows, own_rows, plain_rows
 from forge.stages.verify import failure_of, tell
 from forge.store.artifacts import open_store
@@ -60,7 +61,7 @@ def certify(
     where = files.adapter if files.adapter and own else base
     tokenizer = read_tokenizer(where, max_positions=configuration.max_positions)
     with tempfile.TemporaryDirectory(prefix="forge-verify-") as scratch:
-        _check_space(open_checkpoint(base).numel, Path(scratch))
+        _check_space(open_checkpoint(base).numel, files.gguf, Path(scratch))
         rows, end = _rows(tokenizer, data, configuration.max_positions, Path(scratch))
         arguments = {
             "base": str(base.absolute()),
@@ -106,13 +107,9 @@ def _rows(
     files: TokenizerFiles, data: Path | None, context: int | None, scratch: Path
 ) -> tuple[Path, int | None]:
     """The rows to compare on, and the id that ends an answer."""
-    from tokenizers import Tokenizer
-
     from forge.data.tokens import prompt_format
 
-    tokenizer = Tokenizer.from_file(str(files.directory / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = open_tokenizer(files.directory)
     if files.chat_template is None:
         return plain_rows(data, tokenizer, scratch), None
     tokens = {f"{name}_token": token for name, token in files.tokens.items()}
@@ -121,9 +118,10 @@ def _rows(
     return rows, form.end_of_turn_id
 
 
-def _check_space(parameters: int, scratch: Path) -> None:
-    """The yardsticks take a merged checkpoint, an F16 file and a quantized one on disk."""
-    needed, free = 7 * parameters, shutil.disk_usage(scratch).free
+def _check_space(parameters: int, gguf: Path, scratch: Path) -> None:
+    """The yardsticks are an F16 file and one of the type of `gguf`."""
+    needed = certificate_disk(parameters, "f16").total + gguf.stat().st_size
+    free = shutil.disk_usage(scratch).free
     if needed > free:
         raise DataError(
             f"comparing needs {needed / 1e9:.1f} GB of disk in {scratch.parent}, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from forge import report
 from forge.errors import DataError
 from forge.model.base import UNKNOWN
-from forge.model.estimate import Estimate, available, export_disk, inference, training
+from forge.model.estimate import Estimate, available, inference, training
 from forge.pipeline.plan import Plan
 from forge.recipe.fields import values
 from forge.recipe.load import load
@@ -18,6 +17,7 @@ from forge.stages.artifacts import context_tokens
 from forge.stages.drive import find_run
 from forge.stages.record import read_manifest
 from forge.stages.ship import Ship
+from forge.stages.space import free_space, space_needed
 from forge.store import collect as garbage_collection
 from forge.store import runs as store_runs
 from forge.store.artifacts import open_store
@@ -32,7 +32,7 @@ def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
         report.detail(f"{name}: {value!r}  ({source.where})")
     rows = [(one.name, "cached" if one.cached else "runs", "; ".join(one.reasons)) for one in planned.stages]
     report.table(f"{ship.recipe.name}: {ship.base.spec}", ("stage", "", "why"), rows)
-    memory, disk = _memory(ship), _disk(ship)
+    memory, disk = _memory(ship), _disk(ship, planned)
     for label, needed in (("memory", memory), ("disk", disk)):
         if needed:
             report.info(f"{label}: {_size(needed['needed'])} needed, {_size(needed['free'])} free")
@@ -54,10 +54,9 @@ def _memory(ship: Ship) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
     tensors = ship.tensors
-    parameters = _parameters(ship)
     parts: dict[str, Estimate] = {
         "serving": inference(
-            parameters,
+            ship.parameters,
             ship.configuration,
             quant=ship.recipe.export.quant,
             context=context_tokens(ship, {}),
@@ -93,22 +92,13 @@ def _downloads(ship: Ship) -> str | int:
     return sum(tensor.bytes for tensor in (ship.headers or {}).values())
 
 
-def _parameters(ship: Ship) -> int:
-    return sum(tensor.numel for tensor in ship.tensors.values())
-
-
-def _disk(ship: Ship) -> dict[str, Any] | None:
+def _disk(ship: Ship, planned: Plan) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
-    estimate = export_disk(
-        _parameters(ship), ship.recipe.export.quant, keep_merged=ship.recipe.export.keep_merged
-    )
-    where = ship.store.root
-    while not where.exists():
-        where = where.parent
+    estimate = space_needed(ship, planned)
     return {
         "needed": estimate.total,
-        "free": shutil.disk_usage(where).free,
+        "free": free_space(ship.store.root),
         "parts": dict(estimate.parts),
         "store": str(ship.store.root),
     }

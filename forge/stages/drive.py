@@ -10,6 +10,7 @@ from typing import Any
 
 from forge import report
 from forge.chat.stops import LIVE, require
+from forge.data.prepare import look
 from forge.errors import CheckError, DataError, ForgeError, Problem
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
@@ -17,13 +18,16 @@ from forge.pipeline.run import run
 from forge.pipeline.stage import Result
 from forge.recipe.load import Loaded, load
 from forge.stages import stages_for
+from forge.stages.artifacts import DataStage
 from forge.stages.preflight import require_tools
 from forge.stages.record import MANIFEST, learned, read_manifest, record, summary
 from forge.stages.ship import Ship, open_ship
+from forge.stages.space import require_space
 from forge.store import runs
 from forge.store.artifacts import Store, open_store
 
 RUNS = "runs"
+_READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s
 
 
 def run_directory(loaded: Loaded) -> Path:
@@ -50,6 +54,7 @@ def ship(
         past = runs.requests(store, directory)
         ahead = plan_stages(stages, store, past, from_stage=from_stage, until=until, force=force)
         require_tools(target, {one.name for one in ahead.stages if not one.cached})
+        require_space(target, ahead)
         directory.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(target.log.open("a", encoding="utf-8"))
         stack.enter_context(report.copied_to(log))
@@ -162,7 +167,18 @@ def plan(recipe: Path, overrides: Sequence[str] = (), *, fetch: bool = False) ->
     store, directory = open_store(read_only=True), run_directory(loaded)
     pins = read_manifest(directory).get("pins")
     target = open_ship(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
-    return target, plan_stages(stages_for(target), store, runs.requests(store, directory))
+    planned = plan_stages(stages_for(target), store, runs.requests(store, directory))
+    if not all(one.cached for one in planned.stages if one.name == "data"):
+        _look_at_data(target)
+    return target, planned
+
+
+def _look_at_data(target: Ship) -> None:
+    """Rows that a ship would refuse are told by its plan, where reading them takes no time."""
+    files = [*target.data_files, *([target.heldout] if isinstance(target.heldout, Path) else [])]
+    light = all(path.suffix.lower() != ".parquet" for path in files)
+    if target.data_files and light and sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN:
+        look(DataStage(target).settings())
 
 
 def find_run(name: str) -> Path:

@@ -18,7 +18,7 @@ from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
 from forge.model.config import check_unquantized, read_configuration
-from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.words import QUANTS
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
@@ -77,13 +77,11 @@ def export(
 
 def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
     """The template as a ship would pin it, and the id that ends an answer."""
-    from tokenizers import Tokenizer
-
     if tokenizer.chat_template is None:
         return None, None
     tokens = {f"{name}_token": token for name, token in tokenizer.tokens.items()}
     template = ChatTemplate(tokenizer.chat_template, tokens)
-    read = Tokenizer.from_file(str(tokenizer.directory / "tokenizer.json"))
+    read = open_tokenizer(tokenizer.directory)
     try:
         return template.pinned_source(), prompt_format(template, read).end_of_turn_id
     except DataError as error:

@@ -48,6 +48,10 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
         except MissingToolError as missing:
             problems.append(Problem(missing.message))
             hints.append(missing.hint)
+    problems, hints = (
+        list(dict.fromkeys(problems)),
+        list(dict.fromkeys(hints)),
+    )  # two stages may need one tool
     if problems:
         message = problems[0].message if len(problems) == 1 else f"{len(problems)} tools are missing"
         raise MissingToolError(message, hint="; ".join(hints), problems=problems)

@@ -13,11 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from forge import report
-from forge.chat.stops import GENERATION, StopContract, require
+from forge.chat.stops import StopContract
 from forge.chat.template import ChatTemplate
-from forge.errors import DataError, Problem, RecipeError
-from forge.model.architectures import check_exportable
+from forge.errors import DataError
 from forge.model.base import (
     UNKNOWN,
     ResolvedBase,
@@ -25,11 +23,12 @@ from forge.model.base import (
     resolve_headers,
 )
 from forge.model.checkpoint import open_checkpoint
-from forge.model.config import Configuration, check_unquantized, read_configuration, read_json
+from forge.model.config import Configuration, read_configuration
 from forge.model.safetensors_header import TensorSpec
-from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted, Recipe, Train
+from forge.stages.refusals import check, refuse_unbuilt
 from forge.stages.sources import data_files
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
@@ -82,6 +81,10 @@ class Ship:
         """The base's tensors; raises `DataError` for a checkpoint that is not whole."""
         return self.headers if self.headers is not None else open_checkpoint(self.base_directory).tensors
 
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors.values())
+
     @cached_property
     def tokenizer(self) -> TokenizerFiles:
         """The tokenizer that was trained with: the adapter's own, where it carries one (D12)."""
@@ -105,14 +108,9 @@ class Ship:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        from tokenizers import Tokenizer
-
         from forge.data.tokens import prompt_format
 
-        tokenizer = Tokenizer.from_file(str(self.tokenizer.directory / "tokenizer.json"))
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return prompt_format(self.template, tokenizer)
+        return prompt_format(self.template, open_tokenizer(self.tokenizer.directory))
 
     @property
     def pad_token(self) -> str:
@@ -229,52 +227,5 @@ def _base(
     return resolve_headers(spec, revision=revision, offline=offline, relative_to=loaded.directory)
 
 
-def refuse_unbuilt(loaded: Loaded) -> None:
-    """Raise `RecipeError` for what the recipe's language has and this version does not do yet."""
-    recipe = loaded.recipe
-    asked = {
-        "export.mode": recipe.export.mode != "merged",
-        "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
-    }
-    problems = []
-    for name in (name for name, is_asked in asked.items() if is_asked):
-        place, _, line = loaded.sources[name].where.rpartition(":")
-        where = (place, int(line)) if line.isdigit() else (loaded.sources[name].where, 0)
-        problems.append(Problem("this version cannot do that yet", name, *where))
-    if problems:
-        raise RecipeError(
-            "the recipe asks for what is not built yet",
-            hint="leave these out: the GGUF is merged",
-            problems=problems,
-        )
-
-
 def _pin(pins: dict[str, Any], kind: str, spec: str) -> str | None:
     return pins.get(f"{kind}_revision") if pins.get(kind) == spec else None
-
-
-def check(ship: Ship) -> None:
-    """Raise `DataError` for a base that cannot become what the recipe asks for."""
-    directory = ship.base_directory
-    check_unquantized(ship.configuration, str(directory))
-    check_exportable(ship.configuration)
-    if ship.configuration.remote_code and not ship.recipe.base.trust_remote_code:
-        raise DataError(
-            f"{ship.base.spec} runs Python code of its own, which forge does not do unasked",
-            hint="read that code, then set base: {id: ..., trust_remote_code: true}",
-        )
-    if not ship.tensors:
-        raise DataError(f"{directory} holds no tensors")
-    _check_generation(ship)
-    if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
-        raise DataError("the pad token is the end of turn: the model would never learn to stop")
-
-
-def _check_generation(ship: Ship) -> None:
-    """A merged checkpoint is served by what reads its generation_config.json; the GGUF by its own ids."""
-    path = ship.base_directory / GENERATION
-    broken = ship.stops.in_generation_config(read_json(path)) if path.is_file() else []
-    if ship.recipe.export.keep_merged:
-        require(broken)
-    for problem in broken:
-        report.warning(f"{problem}: transformers would not stop there, the GGUF does")

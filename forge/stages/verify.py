@@ -12,6 +12,7 @@ from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.model.base import UNKNOWN
+from forge.model.estimate import certificate_disk
 from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
 from forge.stages.rows import builtin_rows
 from forge.stages.ship import Ship
@@ -49,8 +50,8 @@ class VerifyStage(ShipStage):
         return {name: installed(name) for name in ("torch", "transformers", "bitsandbytes")}
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
-        """The yardsticks: a merged checkpoint, its F16 file, a quantized one."""
-        return 7 * sum(tensor.numel for tensor in self.ship.tensors.values())
+        """The yardsticks: an F16 file, and a quantized one."""
+        return certificate_disk(self.ship.parameters, self.ship.recipe.export.quant).total
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = inputs["export"].path

@@ -174,6 +174,8 @@ class Store:
 
 
 def _check_format(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise DataError(f"the store {root} is not a directory", hint="set FORGE_HOME to a directory of yours")
     try:
         text = (root / "FORMAT").read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):

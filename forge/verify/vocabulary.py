@@ -15,6 +15,7 @@ from forge.chat.template import DAY_VARIABLE, ChatTemplate, Message
 from forge.errors import CheckError, DataError
 from forge.export import proof
 from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.model.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,11 +32,7 @@ def check_vocabulary(
     end_of_turn: int | None,
 ) -> dict[str, Any]:
     """`tokens`, `prompt` and `stops`, each with `ok` and what differs."""
-    from tokenizers import Tokenizer
-
-    reference = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    reference.no_truncation()
-    reference.no_padding()
+    reference = open_tokenizer(tokenizer)
     header = read_gguf(gguf)
     tried = proof.cases(template, proof.test_strings(), conversations)
     served = proof.ServedVocabulary(gguf)

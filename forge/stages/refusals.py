@@ -1,0 +1,98 @@
+"""What is refused before anything runs: a recipe, base or adapter that cannot become what is asked for.
+
+Not covered: tools that are missing (`preflight`), the disk (`space`) and the rows (the stage *data*).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forge import report
+from forge.adapter.read import read_adapter
+from forge.chat.stops import GENERATION, require
+from forge.errors import DataError, Problem, RecipeError
+from forge.model.architectures import check_exportable
+from forge.model.config import check_unquantized, read_json
+from forge.model.estimate import linear_tensors
+from forge.recipe.load import Loaded
+from forge.recipe.schema import Train
+
+if TYPE_CHECKING:
+    from forge.stages.ship import Ship
+
+
+def refuse_unbuilt(loaded: Loaded) -> None:
+    """Raise `RecipeError` for what the recipe's language has and this version does not do yet."""
+    recipe = loaded.recipe
+    asked = {
+        "export.mode": recipe.export.mode != "merged",
+        "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
+    }
+    problems = [
+        _located(loaded, name, "this version cannot do that yet")
+        for name, is_asked in asked.items()
+        if is_asked
+    ]
+    if problems:
+        raise RecipeError(
+            "the recipe asks for what is not built yet",
+            hint="leave these out: the GGUF is merged",
+            problems=problems,
+        )
+
+
+def _located(loaded: Loaded, field: str, message: str) -> Problem:
+    place, _, line = loaded.sources[field].where.rpartition(":")
+    where = (place, int(line)) if line.isdigit() else (loaded.sources[field].where, 0)
+    return Problem(message, field, *where)
+
+
+def check(ship: Ship) -> None:
+    """Raise `DataError` for a base that cannot become what the recipe asks for."""
+    directory = ship.base_directory
+    check_unquantized(ship.configuration, str(directory))
+    check_exportable(ship.configuration)
+    if ship.configuration.remote_code and not ship.recipe.base.trust_remote_code:
+        raise DataError(
+            f"{ship.base.spec} runs Python code of its own, which forge does not do unasked",
+            hint="read that code, then set base: {id: ..., trust_remote_code: true}",
+        )
+    if not ship.tensors:
+        raise DataError(f"{directory} holds no tensors")
+    _check_targets(ship)
+    _check_generation(ship)
+    if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
+        raise DataError("the pad token is the end of turn: the model would never learn to stop")
+    if ship.adopted and ship.adopted.directory:
+        read_adapter(ship.adopted.directory)
+
+
+def _check_targets(ship: Ship) -> None:
+    """Names that fit no module, told before training; matched as peft does, whole or behind a dot.
+
+    Left to peft where transformers joins the experts' tensors under names that no file has.
+    """
+    named = ship.training.lora.targets if ship.training else "auto"
+    if isinstance(named, str) or any(".experts." in name for name in ship.tensors):
+        return
+    modules = {f".{name.removesuffix('.weight')}" for name in ship.tensors if name.endswith(".weight")}
+    absent = [one for one in named if not any(module.endswith(f".{one}") for module in modules)]
+    if absent:
+        linear = sorted({name.split(".")[-2] for name in linear_tensors(ship.tensors) if "." in name})
+        raise RecipeError(
+            f"train.lora.targets: {ship.base.spec} has no module {', '.join(absent)}",
+            hint=f"its linear layers are {', '.join(linear)}",
+            problems=[
+                _located(ship.loaded, "train.lora.targets", f"the base has no module {one}") for one in absent
+            ],
+        )
+
+
+def _check_generation(ship: Ship) -> None:
+    """A merged checkpoint is served by what reads its generation_config.json; the GGUF by its own ids."""
+    path = ship.base_directory / GENERATION
+    broken = ship.stops.in_generation_config(read_json(path)) if path.is_file() else []
+    if ship.recipe.export.keep_merged:
+        require(broken)
+    for problem in broken:
+        report.warning(f"{problem}: transformers would not stop there, the GGUF does")
