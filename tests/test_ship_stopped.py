@@ -5,17 +5,19 @@ The stages that take milliseconds (*modelfile*) are killed in `test_pipeline_kil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from forge.process import Child
 from tests.conftest import link_converters, tree
-from tests.shipping import PURE, Workshop, family, processes_of, wait_for
+from tests.shipping import PURE, STAGES, Workshop, family, processes_of, wait_for
 from tests.test_process import wait_until_gone
 
 pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
@@ -46,7 +48,6 @@ def finished_only(workshop: Workshop) -> bool:
     return all((path / "artifact.json").is_file() for path in artifacts)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_kill_9_in_each_stage_and_only_that_stage_repeats(workshop: Workshop) -> None:
     """Style row 8, with the real stages one after the other in one store."""
@@ -70,6 +71,21 @@ def test_kill_9_in_each_stage_and_only_that_stage_repeats(workshop: Workshop) ->
         assert again.cached == {name: name != stage for name in PURE[: number + 1]}
         assert not list((workshop.home / "artifacts" / stage).glob("*.partial"))
     assert workshop.ship("--until", "verify").cached == dict.fromkeys(PURE, True)
+
+    # *deploy* and *smoke*, while a server runs: it goes too, and nothing is made again.
+    with workshop.start("ship", "recipe.yaml") as child:
+        wait_for("the server", lambda: any(map(is_server, family(child))), child)
+        pids = family(child)
+        os.kill(child.pid, signal.SIGKILL)
+        wait_until_gone(pids)
+    assert processes_of(workshop.home) == []
+    assert workshop.ship().cached == {name: name in PURE for name in STAGES}
+
+
+def is_server(pid: int) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return "forge.serve.embedded_server" in psutil.Process(pid).cmdline()
+    return False
 
 
 def steps_done(workshop: Workshop) -> int:

@@ -28,7 +28,6 @@ from tests.shipping import PURE, STAGES, Workshop
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.programs,
     pytest.mark.network,
     pytest.mark.training,
