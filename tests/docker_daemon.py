@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from forge import process
 from forge.tools.native import libraries
@@ -38,6 +40,8 @@ def docker_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     command = [_DAEMON, "-H", f"unix://{root}/docker.sock"]
     command += [f"{flag}={root / name}" for flag, name in places.items()]
     with (
+        # Two daemons, of files of tests that run at the same time, would share the bridge docker0.
+        FileLock(Path(tempfile.gettempdir()) / "forge-tests-docker.lock"),
         (root / "log").open("a+") as log,
         process.Child(
             ["/bin/sh", "-c", 'exec "$0" "$@" >&2', *command], log=log, separate_errors=True
@@ -54,7 +58,8 @@ def docker_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
                 del os.environ["DOCKER_HOST"]
             else:
                 os.environ["DOCKER_HOST"] = before
-    process.run(["ip", "link", "delete", "docker0"])
+            child.stop()
+            process.run(["ip", "link", "delete", "docker0"])
 
 
 def _connected(docker: Any, child: process.Child, root: Path) -> Any:
