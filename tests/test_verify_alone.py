@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from forge.model.base import BUILTIN
+from forge.model.builtin.tokenizer import VOCABULARY
 from tests.conftest import copy_of_tiny, link_converters
 from tests.models import PEFT_WARNS, change_json, change_tensors, make_adapter, make_model
 from tests.shipping import Answer, Workshop
@@ -128,7 +129,7 @@ def test_another_vocabulary_is_the_converters_fault(
     """The same sizes, other tokens: caught by ids, whatever the logits say."""
     other = make_model(
         tmp_path / "other", "llama", "home-made", num_hidden_layers=4, intermediate_size=768,
-        num_attention_heads=8, num_key_value_heads=8, vocab_size=1440,
+        num_attention_heads=8, num_key_value_heads=8, vocab_size=VOCABULARY,
     )  # fmt: skip
     specimen = Specimen(other, None, tuned.rows, tmp_path)
     answer = _verify(workshop, tuned, specimen.f16(tmp_path / "f16"))
