@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from forge.chat.format_check import NOT_CLAIMED
 from forge.chat.hand_over import hand_over_of
 from forge.chat.modelfile import parse
 from forge.cli.main import run
@@ -115,7 +116,8 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     out = tmp_path / "out.Modelfile"
     found = told(capsys, "modelfile", str(tiny), "--adapter", "./lora.gguf", "--out", str(out))
     remarks, lines = split(out.read_text(encoding="utf-8"))
-    assert remarks[1:] == ["# not claimed: tools, thinking", "# sampling: of generation_config.json"]
+    not_claimed = f"# not claimed: {', '.join(NOT_CLAIMED)}"
+    assert remarks[1:] == [not_claimed, "# sampling: of generation_config.json"]
     assert remarks[0].startswith("# TEMPLATE: exact, ")
     assert (found["modelfile"], found["status"], found["way"]) == (str(out), "exact", "go")
     assert lines[:2] == [f"FROM {tiny}.gguf", "ADAPTER ./lora.gguf"]

@@ -294,6 +294,6 @@ def test_without_forge_home_the_platforms_directory_is_used(
 
 def test_a_store_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="cannot be written") as caught:
+    with pytest.raises(DataError, match="is not a directory") as caught:
         made(Store(tmp_path / "file"))
     assert "FORGE_HOME" in caught.value.hint
