@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from forge.chat import go_interpreter, probe
+from forge.chat.difference import first_difference
 from forge.chat.format import ChatFormat, NotInferredError, infer
 from forge.chat.go_template import to_go
 from forge.chat.probe import Conversation, Limit
@@ -177,9 +178,7 @@ class _Comparison:
         expected, written = self.expected(conversation), self.served(conversation)
         if expected is None:
             return f"it refuses some conversations that are not special in any way: {said}"
-        pairs = zip(expected, written, strict=False)
-        same = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
-        at = max(0, (min(len(expected), len(written)) if same is None else same) - 10)
+        at = max(0, first_difference(expected, written) - 10)
         there = f"{_short(expected[at:])}, where its turns elsewhere lead to {_short(written[at:])}"
         return f"its prompts do not follow from the messages' roles and places: for {said} it writes {there}"
 

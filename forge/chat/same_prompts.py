@@ -15,6 +15,7 @@ from datetime import date
 from itertools import islice
 
 from forge.chat import go_interpreter, probe
+from forge.chat.difference import first_difference
 from forge.chat.hand_over import HandOver
 from forge.chat.modelfile import Modelfile
 from forge.chat.probe import Conversation
@@ -94,8 +95,7 @@ def _conversations(told: HandOver, *, only_claimed: bool) -> Iterator[Conversati
 
 
 def _differs(place: str, trained: str, found: str) -> CheckError:
-    pairs = zip(trained, found, strict=False)
-    same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(trained), len(found)))
+    same = first_difference(trained, found)
     start = max(0, same - 30)
     return CheckError(
         f"{place} writes another prompt than training did, from character {same} on",

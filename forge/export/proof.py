@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge.chat.difference import first_difference
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, DataError, Problem
 from forge.model.gguf_header import read_gguf
@@ -128,8 +129,7 @@ def _differences(tried: Sequence[_Case], reference: Tokenizer, served: ServedVoc
         expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
         found = served.ids(case.text)
         if found != expected:
-            pairs = enumerate(zip(expected, found, strict=False))
-            at = next((at for at, (one, two) in pairs if one != two), min(len(expected), len(found)))
+            at = first_difference(expected, found)
             here = slice(max(0, at - 2), at + 6)
             yield Problem(
                 f"trained on {expected[here]}, served {found[here]} (from token {here.start})",

@@ -20,6 +20,7 @@ from typing import Any
 
 from forge import report
 from forge.chat import probe
+from forge.chat.difference import first_difference
 from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.modelfile import parse
@@ -266,9 +267,7 @@ def fits(template: ChatTemplate, messages: Sequence[Message], context_tokens: in
 
 def _differs(messages: Sequence[Message], expected: str, shown: str) -> PromptsDifferError:
     """The first place where two prompts part."""
-    pairs = zip(expected, shown, strict=False)
-    same = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
-    at = max(0, (min(len(expected), len(shown)) if same is None else same) - 30)
+    at = max(0, first_difference(expected, shown) - 30)
     said = ", ".join(f"{one['role']} {one['content'][:40]!r}" for one in messages)
     return PromptsDifferError(
         f"for {said} the prompt is another",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge import report
+from forge.chat.difference import first_difference
 from forge.chat.hand_over import MODELFILE_JINJA
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, Problem
@@ -144,10 +145,7 @@ def prove_prompts(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequen
 
 
 def _differs(what: str, expected: str, found: str) -> CheckError:
-    same = next(
-        (at for at, (one, two) in enumerate(zip(expected, found, strict=False)) if one != two),
-        min(len(expected), len(found)),
-    )
+    same = first_difference(expected, found)
     start = max(0, same - 30)
     return CheckError(
         f"deploy: the server's {what} differ from training's at character {same}",
