@@ -102,6 +102,17 @@ def test_bad_input_says_what_was_compared(workshop: Workshop, tuned: Specimen, t
     assert "another model's" in told and "3 in the file, 4 in the base" in told
     assert "it failed at: the file's header; compared before: nothing" in told
 
+    fewer = make_model(
+        tmp_path / "fewer", "llama", "home-made", num_hidden_layers=4, intermediate_size=768,
+        num_attention_heads=8, num_key_value_heads=8, vocab_size=VOCABULARY - 100,
+    )  # fmt: skip
+    told = _told(
+        _error(
+            _verify(workshop, tuned, Specimen(fewer, None, tuned.rows, tmp_path).f16(tmp_path / "f16-fewer"))
+        )
+    )
+    assert f"another vocabulary: it has {VOCABULARY - 100} tokens, the rows have ids up to" in told
+
     # Truncated.
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(_f16(tuned).read_bytes()[:-100_000])

@@ -58,6 +58,16 @@ def refuse_long(rows: Sequence[Mapping[str, Any]], facts: Configuration, header:
         report.warning(f"{len(long)} of {len(rows)} rows are longer than the context of {limit} tokens: cut")
 
 
+def refuse_other_vocabulary(rows: Sequence[Mapping[str, Any]], count: int | None) -> None:
+    """A file with fewer tokens (`count`) than the rows' ids ask for cannot be run on them."""
+    highest = max((max(row["input_ids"], default=0) for row in rows), default=0)
+    if count is not None and highest >= count:
+        raise DataError(
+            f"the file is of another vocabulary: it has {count} tokens, the rows have ids up to {highest}",
+            hint="give the base that this file was made from; added tokens may have been lost on the way",
+        )
+
+
 def file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     count = (

@@ -26,7 +26,14 @@ from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
 from forge.verify.compare import compare, converts, top_log_probabilities
-from forge.verify.inputs import file_facts, read_rows, refuse_long, refuse_other_model, refuse_too_large
+from forge.verify.inputs import (
+    file_facts,
+    read_rows,
+    refuse_long,
+    refuse_other_model,
+    refuse_other_vocabulary,
+    refuse_too_large,
+)
 from forge.verify.vocabulary import check_vocabulary
 
 DIRECT = ("f16", "f32")
@@ -96,6 +103,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
         refuse_too_large(open_checkpoint(base).tensors, psutil.virtual_memory().available)
         vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
         refuse_long(rows, facts, header)
+        refuse_other_vocabulary(rows, session.found["file"]["vocabulary"])
         drawn = sample.draw(rows, vocabulary, facts.max_positions)
     session.found["sample"] = _sample_facts(rows, drawn)
     with tempfile.TemporaryDirectory(dir=arguments["scratch"], prefix="forge-verify-") as scratch:
