@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import export, serve, ship, startup, training, verify
+from bench import export, serve, ship, startup, training, validate, verify
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
 from forge.process import signals_as_interrupt
@@ -30,6 +30,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "ship": ship.measure,
     "export": export.measure,
     "export-large": export.measure_large,
+    "validate": validate.measure,
     "verify": verify.measure,
     "serve": serve.measure,
 }

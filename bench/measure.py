@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 T = TypeVar("T")
 
 FORGE = str(Path(sys.executable).with_name("forge"))
@@ -101,6 +103,52 @@ def _wait(child: subprocess.Popen[bytes]) -> resource.struct_rusage:
 
 def _in_bytes(peak: int) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def peak_of(
+    command: Sequence[str], *, directory: Path, environment: Mapping[str, str] | None = None
+) -> tuple[int, float]:
+    """The most anonymous memory of a command and its children together, in bytes, and its seconds.
+
+    Linux alone tells it. Raises `BenchmarkError` with the end of its errors when it fails.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        started, most = time.monotonic(), 0
+        child = subprocess.Popen(
+            command,
+            cwd=directory,
+            env={**os.environ, **(environment or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        try:
+            while child.poll() is None:
+                most = max(most, _anonymous(child.pid))
+                time.sleep(0.05)
+        finally:
+            child.terminate()
+            child.wait()
+        if child.returncode:
+            errors.seek(0)
+            raise BenchmarkError(errors.read()[-2000:])
+        return most, time.monotonic() - started
+
+
+def _anonymous(pid: int) -> int:
+    """Anonymous memory of a process and all below it, in bytes (Linux)."""
+    total = 0
+    try:
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return 0
+    for one in family:
+        try:
+            status = Path(f"/proc/{one.pid}/status").read_text()
+        except OSError:
+            continue  # it has just ended
+        lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon:")]
+        total += sum(int(words[1]) * 1024 for words in lines)
+    return total
 
 
 def best_of(count: int, measure: Callable[[], Run]) -> tuple[float, list[float]]:

@@ -8,16 +8,12 @@ second): the files themselves are mapped, and their pages are dropped where memo
 from __future__ import annotations
 
 import json
-import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from bench.measure import FORGE, BenchmarkError, Outcome, run
+from bench.measure import FORGE, Outcome, peak_of, run
 from bench.workplace import QUICKSTART, Workplace
 from forge.model.base import BUILTIN
 from forge.model.checkpoint import SINGLE
@@ -52,7 +48,7 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
     export = [FORGE, "export", "--base", str(base), "--out", str(file), "--quant", "q4_k_m"]
     run(export, directory=place.directory, environment=place.environment)
     command = [FORGE, "verify", "--base", str(base), "--gguf", str(file), "--data", str(rows)]
-    peak, seconds = _peak(command, place)
+    peak, seconds = peak_of(command, directory=place.directory, environment=place.environment)
     note = f"{_parameters() / 1e9:.2f} billion parameters, {seconds:.0f} s"
     yield Outcome("forge verify, memory", peak / 1e9, "GB", GIGABYTES, note=note)
 
@@ -97,37 +93,3 @@ def _shapes() -> dict[str, tuple[int, ...]]:
 
 def _parameters() -> int:
     return sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in _shapes().values())
-
-
-def _peak(command: list[str], place: Workplace) -> tuple[int, float]:
-    """The most anonymous memory of a command and its children together, in bytes, and its seconds."""
-    errors = place.directory / "errors.txt"
-    started, most = time.monotonic(), 0
-    with errors.open("w") as stream:
-        environment = {**psutil.Process().environ(), **place.environment}
-        child = subprocess.Popen(
-            command, cwd=place.directory, env=environment, stdout=subprocess.DEVNULL, stderr=stream
-        )
-        while child.poll() is None:
-            most = max(most, anonymous(child.pid))
-            time.sleep(0.05)
-    if child.returncode:
-        raise BenchmarkError(errors.read_text()[-2000:])
-    return most, time.monotonic() - started
-
-
-def anonymous(pid: int) -> int:
-    """Anonymous memory of a process and all below it, in bytes (Linux)."""
-    total = 0
-    try:
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    except psutil.Error:
-        return 0
-    for one in family:
-        try:
-            status = Path(f"/proc/{one.pid}/status").read_text()
-        except OSError:
-            continue  # it has just ended
-        lines = [line.split() for line in status.splitlines() if line.startswith("RssAnon:")]
-        total += sum(int(words[1]) * 1024 for words in lines)
-    return total
