@@ -6,14 +6,20 @@ from typing import Any
 import click
 
 from forge import report
-from forge.cli.options import common, overrides_option
+from forge.cli.options import (
+    base_option,
+    common,
+    merge_base_option,
+    optional_recipe,
+    overrides_option,
+)
 from forge.errors import RecipeError
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@optional_recipe
 @overrides_option
-@click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
+@base_option
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter to merge.")
 @click.option("--quant", default="q4_k_m", show_default=True, help="Type of the weights.")
 @click.option(
@@ -25,13 +31,7 @@ from forge.errors import RecipeError
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The GGUF file to write.")
 @click.option("--threads", type=click.IntRange(1), help="Threads; all cores unless told.")
-@click.option(
-    "--merge-base",
-    type=click.Choice(["original", "nf4"]),
-    default="original",
-    show_default=True,
-    help="What the adapter is merged into; nf4: the base as QLoRA rounded it.",
-)
+@merge_base_option
 @click.option("--keep-merged", is_flag=True, help="Write the merged checkpoint too, beside the file.")
 @click.option("--plain", is_flag=True, help="Write the bytes of llama.cpp's own chain; ids are not compared.")
 @common

@@ -14,6 +14,16 @@ Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+# Of commands that work on a recipe, or on files that their options name.
+optional_recipe = click.argument("recipe", type=click.Path(path_type=Path), required=False)
+base_option = click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
+merge_base_option = click.option(
+    "--merge-base",
+    type=click.Choice(["original", "nf4"]),
+    default="original",
+    show_default=True,
+    help="What the adapter is merged into; nf4: the base as QLoRA rounded it.",
+)
 overrides_option = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a field of the recipe for this call."
 )

@@ -5,14 +5,14 @@ from pathlib import Path
 import click
 
 from forge import report
-from forge.cli.options import common, overrides_option
+from forge.cli.options import base_option, common, optional_recipe, overrides_option
 from forge.errors import RecipeError
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@optional_recipe
 @overrides_option
-@click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
+@base_option
 @click.option("--adapter", type=click.Path(path_type=Path), help="The adapter's directory.")
 @common
 def command(recipe: Path | None, overrides: tuple[str, ...], base: str | None, adapter: Path | None) -> None:

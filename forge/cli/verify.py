@@ -5,24 +5,24 @@ from pathlib import Path
 import click
 
 from forge import report
-from forge.cli.options import common, overrides_option
+from forge.cli.options import (
+    base_option,
+    common,
+    merge_base_option,
+    optional_recipe,
+    overrides_option,
+)
 from forge.errors import RecipeError
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path), required=False)
+@optional_recipe
 @overrides_option
-@click.option("--base", help="The base: a directory, a hub id, builtin:tiny.")
+@base_option
 @click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA adapter that was merged.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The file to check, whoever made it.")
 @click.option("--lora", type=click.Path(path_type=Path), help="The adapter's own GGUF beside its base's.")
-@click.option(
-    "--merge-base",
-    type=click.Choice(["original", "nf4"]),
-    default="original",
-    show_default=True,
-    help="What the adapter was merged into.",
-)
+@merge_base_option
 @click.option("--merged", type=click.Path(path_type=Path), help="The merged checkpoint, where one was kept.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Rows to compare on (JSONL); else built-in ones."
