@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def _unpacked(archive: Path, where: Path) -> Path:
     with tarfile.open(archive) as opened:
         opened.extractall(where, filter="data")
     return where / "yoda"
+
+
+@pytest.mark.parametrize("name", ["$(id).gguf", 'a".gguf', "a\nb.gguf", "`id`.gguf"])
+def test_a_name_that_a_script_would_run_is_refused(name: str, contents: Contents, tmp_path: Path) -> None:
+    model = contents.model.rename(tmp_path / name)
+    with pytest.raises(RecipeError, match="a start script cannot say this name"):
+        write_bundle(replace(contents, model=model), tmp_path / "out.tar")
+    assert not list(tmp_path.glob("*out.tar*"))
 
 
 @pytest.mark.programs

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -79,6 +80,11 @@ def test_models_are_listed_and_unknown_ones_refused(served: Endpoint) -> None:
         assert client.model_names() == ["base", "yes", "no"]
         with pytest.raises(RefusedError, match="no model 'maybe'; served are base, yes, no"):
             client.chat(HELLO)
+    for name in ("yes", "maybe"):
+        with Client(Endpoint(served.url, name, "wrong")) as client:
+            with pytest.raises(RefusedError, match="Invalid API Key") as refused:
+                client.chat(HELLO)
+            assert "no" not in str(refused.value).split(), "the names are told without the key"
     with Client(Endpoint(served.url, "yes", "wrong")) as client:
         with pytest.raises(RefusedError, match="Invalid API Key"):
             client.chat(HELLO)
@@ -98,6 +104,22 @@ def test_everything_else_goes_through(served: Endpoint) -> None:
         assert torn.status_code == 400 or torn.status_code == 500
         assert "error" in torn.json()
         assert http.head("/health").status_code == 200
+
+
+@pytest.mark.parametrize("target", ["@127.0.0.1:{port}/secret", "http://127.0.0.1:{port}/secret", "/a\x01b"])
+def test_no_request_reaches_another_host(served: Endpoint, target: str) -> None:
+    """Security: the proxy asks its own server and nobody else."""
+    with socket.socket() as other, socket.socket() as asking:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        other.settimeout(0.5)
+        line = f"GET {target.format(port=other.getsockname()[1])} HTTP/1.1\r\nHost: x\r\n\r\n"
+        address = urlsplit(served.url)
+        asking.connect((address.hostname, address.port))
+        asking.sendall(line.encode())
+        assert asking.recv(100).startswith(b"HTTP/1.1 4")
+        with pytest.raises(TimeoutError):
+            other.accept()
 
 
 def test_who_goes_away_stops_the_answer(files: Path, tmp_path: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
 
 from forge.errors import RecipeError
+from forge.serve import detached
 from forge.serve.client import Client, find
 from forge.stages.serving import Wish, read_key, settings
 from tests.servers import HELLO, listens, write_adapter
@@ -59,6 +62,15 @@ def test_serves_in_the_foreground_until_it_is_told_to_stop(place: Workshop, numb
     assert "context 4096 tokens, 3 requests at once, " in said
     assert " threads, on CPU" in said
     assert not listens(ready["endpoint"])
+
+
+def test_a_name_whose_server_still_loads_is_taken(tmp_path: Path) -> None:
+    """Its files are its own: the second command takes none of them away."""
+    lock = tmp_path / "tiny.lock"
+    with filelock.FileLock(lock):
+        with pytest.raises(RecipeError, match="tiny is being served already"):
+            detached.detach(tmp_path, "tiny", [sys.executable, "-c", ""])
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny.lock"]
 
 
 @pytest.mark.network

@@ -108,7 +108,11 @@ def test_what_a_manifest_cannot_say_is_refused(settings: Settings) -> None:
 
 
 def test_command_prints_it(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["serve", str(settings.model), "--print", "kubernetes", "--replicas", "2"]) == 0
+    kubernetes = ["serve", str(settings.model), "--print", "kubernetes", "--replicas", "2"]
+    # A pod listens to its cluster: as open as --host 0.0.0.0 is.
+    assert run(kubernetes) == 2
+    capsys.readouterr()
+    assert run([*kubernetes, "--without-key"]) == 0
     assert [one["kind"] for one in _documents(capsys.readouterr().out)] == ["Deployment", "Service"]
     assert run(["serve", str(settings.model), "--replicas", "2"]) == 2
     assert run(["serve", str(settings.model), "--print", "compose", "--host", "0.0.0.0"]) == 2

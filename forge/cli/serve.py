@@ -66,6 +66,8 @@ def command(
     from forge.stages import serving
 
     wanted = serving.Wish(**wish)
+    if kind and (detach or show):
+        raise click.UsageError("--print runs nothing: leave --detach and --open out")
     if kind:
         serving.show_manifest(kind, wanted, model_url=model_url, replicas=replicas)
     elif model_url or replicas != 1:

@@ -10,6 +10,7 @@ Not covered: two adapters at once, request bodies over `MOST_BYTES`, WebSockets.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import json
 import socket
 import threading
@@ -131,6 +132,9 @@ class _Proxy(BaseHTTPRequestHandler):
     do_POST = do_DELETE = do_OPTIONS = do_HEAD = do_GET  # noqa: N815 - http.server's names
 
     def _pass(self) -> None:
+        if not self.path.startswith("/"):
+            # Behind the server's address it would be a part of it: `@other.host/` names another machine.
+            return self._fail(400, "the path must begin with /", "invalid_request_error")
         length = self.headers.get("Content-Length", "0")
         if "chunked" in self.headers.get("Transfer-Encoding", "") or not length.isdecimal():
             return self._fail(411, "send a Content-Length", "invalid_request_error")
@@ -141,17 +145,26 @@ class _Proxy(BaseHTTPRequestHandler):
         try:
             content = self.route.body(path, content)
         except LookupError as unknown:
-            known = ", ".join(self.route.numbers)
-            return self._fail(404, f"no model {unknown.args[0]!r}; served are {known}", "not_found_error")
+            # Whoever has not the key is refused by the server behind, and does not learn the names.
+            if self._has_key():
+                known = ", ".join(self.route.numbers)
+                return self._fail(404, f"no model {unknown.args[0]!r}; served are {known}", "not_found_error")
         headers = {k: v for k, v in self.headers.items() if k.lower() not in _NOT_PASSED}
         headers["Accept-Encoding"] = headers.get("Accept-Encoding", "identity")
         url = self.route.upstream.url.rstrip("/") + self.path
         try:
             with self.client.stream(self.command, url, content=content, headers=headers) as answer:
                 self._answer(answer, path)
+        except httpx.InvalidURL:
+            self._fail(400, "the path is none that a URL can have", "invalid_request_error")
         except httpx.TransportError as broken:
             self._fail(502, f"the server behind does not answer: {broken}", "server_error")
         return None
+
+    def _has_key(self) -> bool:
+        key = self.route.upstream.api_key
+        given = self.headers.get("Authorization", "")
+        return key is None or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
 
     def _answer(self, answer: httpx.Response, path: str) -> None:
         if path in ("/v1/models", "/models") and answer.is_success and self.command == "GET":

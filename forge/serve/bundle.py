@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,6 @@ from forge.tools.native import libraries
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _LOADER = "ld-linux"
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
     wrong = [one for one in contents.wheels if one.suffix != ".whl" or not one.is_file()]
     if wrong:
         raise RecipeError(f"--wheel {wrong[0]}: not a wheel that is there")
+    if not re.fullmatch(r"[A-Za-z0-9._ ()+-]+", contents.model.name):
+        # It stands in shell scripts and in the list of checksums.
+        raise RecipeError(
+            f"{contents.model.name}: a start script cannot say this name", hint="rename the file"
+        )
     files: dict[str, Path | str] = {contents.model.name: contents.model, **contents.files}
     loader = _add_native(files, program, needed=not contents.wheels)
     files |= {f"wheels/{one.name}": one for one in contents.wheels}
@@ -133,8 +138,5 @@ def _add(archive: tarfile.TarFile, inside: str, source: Path | str) -> None:
 def _digest(source: Path | str) -> str:
     if isinstance(source, str):
         return hashlib.sha256(source.encode()).hexdigest()
-    digest = hashlib.sha256()
     with source.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,10 +42,12 @@ def serve_container(settings: Settings, *, log: Path | None = None) -> Iterator[
         try:
             yield _proved(container, settings)
         finally:
-            if log:
-                with log.open("a", encoding="utf-8") as stream:
-                    stream.write("".join(line + "\n" for line in container.said()))
-            container.remove()
+            try:
+                if log:
+                    with log.open("a", encoding="utf-8") as stream:
+                        stream.write("".join(line + "\n" for line in container.said()))
+            finally:
+                container.remove()
 
 
 def _image(daemon: Engine, settings: Settings) -> str:
@@ -74,7 +77,7 @@ def _start(daemon: Engine, image: str, settings: Settings, private: Path) -> Con
     return daemon.run(
         image,
         command,
-        name=f"forge-{settings.alias}-{os.getpid()}",
+        name=f"forge-{re.sub(r'[^A-Za-z0-9_.-]', '-', settings.alias)}-{os.getpid()}",
         mounts=mounts,
         published=(settings.host, settings.port),
         port=PORT,

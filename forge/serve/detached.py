@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -59,8 +60,11 @@ def _is_held(path: Path) -> bool:
 
 
 def _forget(path: Path) -> None:
-    for suffix in (".json", ".lock", ".out", ".log"):
-        path.with_suffix(suffix).unlink(missing_ok=True)
+    """Take away the record `path`, its lock, and what the commands that started it wrote."""
+    written = re.compile(rf"{re.escape(path.stem)}\.\d+\.(out|log)")
+    started = [one for one in path.parent.iterdir() if written.fullmatch(one.name)]
+    for one in (path, path.with_suffix(".lock"), *started):
+        one.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -99,9 +103,11 @@ def detach(directory: Path, name: str, command: Sequence[str]) -> Mapping[str, o
     Gives its first line. Raises the error that it ended with.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    if any(one.name == name for one in running(directory)):
+    running(directory)  # takes away the files of what has died
+    if _is_held(directory / f"{name}.lock"):
         raise RecipeError(f"{name} is being served already", hint=f"forge stop {name} ends it")
-    out, log = directory / f"{name}.out", directory / f"{name}.log"
+    # Of this command alone: another may be starting the same name, and loading takes minutes.
+    out, log = (directory / f"{name}.{os.getpid()}.{kind}" for kind in ("out", "log"))
     server = process.start_detached(command, output=out, log=log)
     try:
         while not (line := _first_line(out)):
@@ -114,7 +120,8 @@ def detach(directory: Path, name: str, command: Sequence[str]) -> Mapping[str, o
     fields: dict[str, object] = json.loads(line)
     if isinstance(failure := fields.get("error"), dict):
         server.wait()
-        _forget(out)
+        for path in (out, log):
+            path.unlink(missing_ok=True)
         raise from_json(failure)
     return fields
 

@@ -22,7 +22,7 @@ def slots_of(endpoint: Endpoint) -> int:
     return DEFAULT_CONCURRENCY
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
     """One endpoint. Its pace is halved when it is busy or away, and slowly rises when it answers."""
 

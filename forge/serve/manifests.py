@@ -21,6 +21,7 @@ from typing import Any
 from forge.errors import RecipeError
 from forge.model.estimate import SERVER_START_BYTES
 from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.serve import ready
 from forge.serve.container import IMAGE, PORT
 from forge.serve.llama_server import arguments
 from forge.serve.runtime import Settings
@@ -31,7 +32,6 @@ KINDS = ("compose", "kubernetes")
 FETCHER = "curlimages/curl:8.16.0"
 _KEY = "/run/secrets/api-key/api-key"
 _CACHE_BYTES = 2  # f16
-_CHUNK = 1 << 20
 
 
 def manifest(kind: str, settings: Settings, *, model_url: str | None = None, replicas: int = 1) -> str:
@@ -92,7 +92,7 @@ def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
     server = {
         "image": _image(settings),
         "command": _flags(settings, inside, _KEY),
-        "ports": [f"{settings.host}:{settings.port or PORT}:{PORT}"],
+        "ports": [f"{ready.in_url(settings.host)}:{settings.port or PORT}:{PORT}"],
         "volumes": mounts,
         "user": f"{USER}:{USER}",
         "read_only": True,
@@ -206,11 +206,8 @@ def _mebibytes(count: int) -> int:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _yaml(documents: Sequence[Mapping[str, Any]]) -> str:

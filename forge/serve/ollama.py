@@ -76,6 +76,7 @@ def _refuse(settings: Settings) -> None:
     """Raise `RecipeError` for what a server that is not ours cannot be told."""
     refuse_foreign("ollama", settings)
     others = {
+        "CORS setting": (settings.cors_origins, "set OLLAMA_ORIGINS where the server starts"),
         "adapters to switch": (
             settings.adapters,
             "forge import --adapter puts one beside its model for good",

@@ -44,6 +44,8 @@ class Streamed:
             event: dict[str, Any] = json.loads(data)
         except ValueError as wrong:
             raise StageError(f"{self.endpoint.url} sent an event that is not JSON: {data[:80]!r}") from wrong
+        if not isinstance(event, dict):
+            raise StageError(f"{self.endpoint.url} sent an event that is no JSON object: {data[:80]!r}")
         if error := event.get("error"):
             # Once a stream has begun its status is 200, whatever happens later.
             status = error.get("code") if isinstance(error, dict) else None

@@ -178,7 +178,8 @@ def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int
     from forge.serve.manifests import manifest
 
     chosen = settings(replace(wish, runtime="container"))
-    ready.check(chosen)
+    # A pod listens to its whole cluster, whatever the host is here.
+    ready.check(replace(chosen, host="0.0.0.0") if kind == "kubernetes" else chosen)
     report.output(manifest(kind, chosen, model_url=model_url, replicas=replicas).rstrip("\n"))
 
 
