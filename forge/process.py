@@ -2,9 +2,9 @@
 
 A child is logged as a line that can be pasted into a shell, runs in a session of its own (so
 that Ctrl-C reaches forge alone, which then ends its children in order), dies with its parent, and
-is stopped by wait, SIGTERM, SIGKILL. `start_detached` alone starts what outlives us. On Linux the kernel kills it when the parent dies
+is stopped by wait, SIGTERM, SIGKILL. On Linux the kernel kills it when the parent dies
 (PR_SET_PDEATHSIG); Python children also watch the pipe they inherit (`exit_with_parent`), which
-works everywhere.
+works everywhere. `start_detached` alone starts what outlives us.
 
 Not covered: a program that is not ours outlives a killed parent on macOS, and what such a program
 starts itself outlives one everywhere.
