@@ -98,8 +98,9 @@ def test_shipped_image_serves_through_the_published_port(
     assert KEY not in log.read_text()
     assert "listening on" in log.read_text()
     # The shipped Dockerfile's image, on the base that it names.
-    base, made = (daemon.images.get(name).attrs["RootFS"]["Layers"] for name in (BASE, IMAGE))
-    assert made[: len(base)] == base and made != base
+    base, made = (daemon.images.get(name) for name in (BASE, IMAGE))
+    layers, below = (image.attrs["RootFS"]["Layers"] for image in (made, base))
+    assert made.id != base.id and layers[: len(below)] == below
 
 
 def _cannot_do_harm(container: Any) -> None:

@@ -59,6 +59,17 @@ def test_serves_with_the_key_nowhere_to_be_seen(compiled: Settings, tmp_path: Pa
 @pytest.mark.network
 @pytest.mark.programs
 @pytest.mark.slow
+def test_what_follows_a_stream_is_answered(compiled: Settings) -> None:
+    """The server closes the connection after a stream, now and then before the next request is out."""
+    with serve_llama_server(compiled) as endpoint, Client(endpoint) as client:
+        for _ in range(60):
+            assert "".join(client.stream_chat(HELLO)) == REPLY
+            assert client.health()
+
+
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
 def test_adapters_by_name(compiled: Settings, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "yes.gguf", says="Y")
     with serve_with_adapters(serve_llama_server, compiled, {"yes": adapter}) as endpoint:

@@ -150,7 +150,7 @@ class _Proxy(BaseHTTPRequestHandler):
                 known = ", ".join(self.route.numbers)
                 return self._fail(404, f"no model {unknown.args[0]!r}; served are {known}", "not_found_error")
         headers = {k: v for k, v in self.headers.items() if k.lower() not in _NOT_PASSED}
-        headers["Accept-Encoding"] = headers.get("Accept-Encoding", "identity")
+        headers |= {"Accept-Encoding": headers.get("Accept-Encoding", "identity"), **wire.STREAM_HEADERS}
         url = self.route.upstream.url.rstrip("/") + self.path
         try:
             with self.client.stream(self.command, url, content=content, headers=headers) as answer:

@@ -61,7 +61,10 @@ class AsyncClient:
         body = wire.chat_request(self.endpoint, messages, sampling or Sampling(), stream=True)
         streamed = Streamed(self.endpoint)
         with wire.failures_of(self.endpoint):
-            async with self._http.stream("POST", self.endpoint.route(wire.CHAT), json=body) as response:
+            asked = self._http.stream(
+                "POST", self.endpoint.route(wire.CHAT), json=body, headers=wire.STREAM_HEADERS
+            )
+            async with asked as response:
                 if not response.is_success:
                     await response.aread()
                     wire.read_json(self.endpoint, response)

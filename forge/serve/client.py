@@ -53,7 +53,10 @@ class Client:
         body = wire.chat_request(self.endpoint, messages, sampling or Sampling(), stream=True)
         streamed = Streamed(self.endpoint)
         with wire.failures_of(self.endpoint):
-            with self._http.stream("POST", self.endpoint.route(wire.CHAT), json=body) as response:
+            asked = self._http.stream(
+                "POST", self.endpoint.route(wire.CHAT), json=body, headers=wire.STREAM_HEADERS
+            )
+            with asked as response:
                 if not response.is_success:
                     response.read()
                     wire.read_json(self.endpoint, response)

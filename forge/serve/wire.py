@@ -27,6 +27,9 @@ CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
 # A long answer of a large model on a small machine takes minutes; a connection does not.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
+# llama-server closes the connection after every streamed answer, and does not say so: the next
+# request on it would race the close and lose.
+STREAM_HEADERS = {"Connection": "close"}
 
 # Answers that tell about one request. The rest (401, 403, 404, ...) would meet every other one too.
 _ABOUT_THE_REQUEST = frozenset({400, 413, 422})
