@@ -96,6 +96,7 @@ def test_detach_ps_and_stop(place: Workshop) -> None:
     wrong = place.forge("stop", "other")
     assert (wrong.code, wrong.fields["error"]["hint"]) == (2, "running are: tiny")
     assert place.forge("stop", "tiny").fields == {"stopped": ["tiny"]}
+    assert processes_of(place.home) == []
     assert not listens(started.fields["endpoint"])
     assert place.forge("ps").fields == {"running": []}
     assert place.forge("stop").fields == {"stopped": []}

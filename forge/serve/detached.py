@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import filelock
+import psutil
 
 from forge import process
 from forge.errors import DataError, RecipeError, StageError, from_json
@@ -140,15 +141,18 @@ def stop(directory: Path, name: str | None = None) -> list[Served]:
         names = ", ".join(one.name for one in listed) or "none"
         raise DataError(f"{name} is not running", hint=f"running are: {names}")
     for one in chosen:
-        lock = directory / f"{one.name}.lock"
         # Its lock is held, so the pid is its own and no other program's.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(one.pid, 15)
-        deadline = time.monotonic() + _SECONDS_TO_STOP
-        while _is_held(lock):
-            if time.monotonic() > deadline:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(one.pid, 9)
-            time.sleep(_SECONDS_BETWEEN)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            _end(psutil.Process(one.pid), directory / f"{one.name}.lock")
         _forget(directory / f"{one.name}.json")
     return chosen
+
+
+def _end(server: psutil.Process, lock: Path) -> None:
+    """Ask it to stop, then make sure; back when nothing of it is left, neither lock nor process."""
+    server.terminate()
+    deadline = time.monotonic() + _SECONDS_TO_STOP
+    while _is_held(lock) or (server.is_running() and server.status() != psutil.STATUS_ZOMBIE):
+        if time.monotonic() > deadline:
+            server.kill()
+        time.sleep(_SECONDS_BETWEEN)
