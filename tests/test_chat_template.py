@@ -137,6 +137,15 @@ def test_variables_read() -> None:
 @pytest.mark.parametrize(
     "source",
     [
+        "{{ ('\\n' * 999999) | indent(999999, blank=true) }}",
+        "{{ ('\\t' * 999999).expandtabs(999999) }}",
+        "{{ ('x' * 999999).translate({120: 'y' * 999999}) }}",
+        "{{ ('x' * 999999) | wordwrap(1, wrapstring='y' * 999999) }}",
+        "{{ (range(99999) | list) | replace(',', 'x' * 999999) }}",
+        "{{ ('%(a)99999d' * 50000) % {'a': 1} }}",
+        "{{ 'x'.encode() * 100000000000 }}",
+        "{{ 'x'.encode().center(100000000000) }}",
+        "{{ (1).to_bytes(100000000000, 'big') }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ cycler.__init__.__globals__.os.system('true') }}",
         "{{ messages.append(1) }}",

@@ -26,6 +26,10 @@ MOST_REPEATED = 1_000_000
 _MOST_BITS = 4096
 _WIDTH = re.compile(r"\d{6,}|%[^a-zA-Z%]*\*")
 _GROWING = {"center", "ljust", "rjust", "zfill", "expandtabs", "replace", "join", "translate"}
+# They may write an argument once for each character of the text.
+_FOR_EACH = {"expandtabs", "indent", "replace", "tojson", "translate", "urlize", "wordwrap"}
+# They make bytes, which nothing here measures.
+_TO_BYTES = {"encode", "to_bytes"}
 
 
 def refuse(what: str) -> None:
@@ -97,6 +101,9 @@ def _look_at(name: str, given: Sequence[object]) -> None:
         refuse_larger(weight(*listed) + max(map(len, listed), default=0) * max(map(len, texts), default=0))
     elif name in ("format", "format_map"):
         _look_at_format(texts[0] if texts else "", values[1:])
+    elif name in _FOR_EACH and values:
+        most = max((one if isinstance(one, int | float) else weight(one) for one in values[1:]), default=1)
+        refuse_larger(weight(values[0]) * max(most, 1))
     else:
         refuse_larger(weight(*values))
 
@@ -105,7 +112,8 @@ def _look_at_format(form: str, values: Sequence[object]) -> None:
     if _WIDTH.search(form):
         refuse("so wide a field in a format")
     fields = form.count("{") + form.count("%")
-    refuse_larger(len(form) + fields * weight(*values))
+    widest = max(map(int, re.findall(r"\d+", form)), default=0)
+    refuse_larger(len(form) + fields * (weight(*values) + widest))
 
 
 class _Generator(CodeGenerator):
@@ -130,6 +138,9 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         super().__init__(finalize=_finalized, **options)
         self.filters = {name: measured(name, one) for name, one in self.filters.items()}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in _TO_BYTES and super().is_safe_attribute(obj, attr, value)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         _look_at_operator(operator, left, right)

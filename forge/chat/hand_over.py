@@ -178,7 +178,8 @@ def sampling_of(directory: Path) -> dict[str, Parameter]:
 
 def licences_of(directory: Path) -> tuple[str, ...]:
     """The licence files of a base, whole."""
-    files = sorted({*directory.glob("LICENSE*"), *directory.glob("LICENCE*")})
+    found = sorted({*directory.glob("LICENSE*"), *directory.glob("LICENCE*")})
+    files = [path for path in found if path.is_file() and path.suffix in ("", ".txt", ".md")]
     return tuple(path.read_text(encoding="utf-8", errors="replace").strip() for path in files)
 
 

@@ -70,7 +70,8 @@ def _compare(told: HandOver, served: ChatTemplate, go: go_interpreter.GoTemplate
 def as_served(source: str, trained: ChatTemplate) -> ChatTemplate:
     """The template with what a server sets where nobody asked: thinking, dates, other variables."""
     read = ChatTemplate(source, trained.special_tokens).variables_read()
-    hostile = dict.fromkeys({*read, *trained.variables_read()} - {DAY_VARIABLE}, True)
+    names = {*read, *trained.variables_read()} - {DAY_VARIABLE}
+    hostile = {name: not trained.variables.get(name) for name in names}
     return ChatTemplate(source, trained.special_tokens, {**hostile, DAY_VARIABLE: date.today().isoformat()})
 
 

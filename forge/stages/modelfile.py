@@ -41,7 +41,8 @@ def _from(target: Path) -> str:
     found = sorted(target.glob("*.gguf"))
     if len(found) == 1:
         return str(found[0].absolute())
-    path = target.absolute().with_suffix(".gguf")
+    whole = target.absolute()
+    path = whole.with_name(f"{whole.name}.gguf")  # not `with_suffix`: names have dots, as Qwen2.5-0.5B
     report.warning(
         f"{target} has {'several GGUF files' if found else 'no GGUF file'}: FROM names {path}; make it with "
         f"forge export --base {target} --out {path}"
