@@ -232,3 +232,18 @@ def test_own_rows_are_compared(small: tuple[Path, Path], tmp_path: Path) -> None
     (rows / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 7, encoding="utf-8")
     told = export(base, None, tmp_path / "out", quant="f32", data=rows)
     assert told["ids_compared"] == 7 + sum("\0" not in text for text in proof.test_strings())
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
+    """Twenty times the layers, merged and quantized in about the same memory."""
+    wide: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048}
+    peaks, sizes = [], []
+    for layers in (2, 40):
+        place = tmp_path / str(layers)
+        base = make_model(place / "base", "llama", "home-made", num_hidden_layers=layers, **wide)
+        found = export(base, make_adapter(base, place / "adapter"), place / "out")
+        peaks.append(found["peak_rss_bytes"])
+        sizes.append((base / "model.safetensors").stat().st_size)
+    assert sizes[1] - sizes[0] > 290e6
+    assert peaks[1] - peaks[0] < 0.1 * (sizes[1] - sizes[0])

@@ -267,6 +267,7 @@ def test_sections_that_contradict_each_other() -> None:
         "recipe.yaml:5: export.merge_base: train.method is not qlora, so training never saw an NF4 base; "
         "use original",
     ]
+    assert refused(GOOD + "train: {method: lora}\nexport: {merge_base: measured}\n")
     assert refused("name: a\nbase: builtin:tiny\ntrain: none\nexport: {merge_base: nf4}\n") == [
         "recipe.yaml:4: export.merge_base: train is none, so there is nothing to merge; use original",
     ]

@@ -46,6 +46,22 @@ def test_a_plain_base_ships_without_training(workshop: Workshop) -> None:
 
 
 @pytest.mark.slow
+def test_the_base_to_merge_into_is_measured(workshop: Workshop) -> None:
+    """Pitfall 22, `export.merge_base: measured`: the choice is in the terminal, the facts and the report."""
+    workshop.recipe(export={"merge_base": "measured"})
+    answer = workshop.ship("--until", "verify")
+    artifacts = [path / "artifact.json" for path in workshop.stage_directories("export")]
+    exports = [json.loads(path.read_text(encoding="utf-8"))["facts"] for path in artifacts]
+    [facts] = [one for one in exports if one["merge_base_measured"]]
+    measured = facts["merge_base_measured"]
+    assert facts["merge_base"] == measured["chosen"]
+    assert f"merged into the {measured['chosen']} base: {measured['why']}" in answer.said
+    assert measured["why"] in (workshop.run / "report.html").read_text(encoding="utf-8")
+    again = workshop.ship("--until", "verify")
+    assert all(again.cached.values())
+
+
+@pytest.mark.slow
 def test_lora_and_messages_and_then_its_adapter_elsewhere(workshop: Workshop) -> None:
     """B of the contract: `train.method: lora`, messages-format JSONL, `train: {from: ADAPTER}`."""
     turns = [("What is {n} and {n}?", "It is {m}."), ("And one more?", "Then it is {o}.")]

@@ -177,8 +177,10 @@ class Export(Section):
         description="one model; a quantized base with the adapter beside it; or the second where possible",
     )
     quant: Quant = Field("q4_k_m", description="type of the weights; capitals do not matter")
-    merge_base: Literal["original", "nf4"] = Field(
-        "original", description="what the adapter is merged into; nf4: the base as QLoRA rounded it"
+    merge_base: Literal["original", "nf4", "measured"] = Field(
+        "original",
+        description="what the adapter is merged into; nf4: the base as QLoRA rounded it; measured: "
+        "whichever of the two answers held-out rows better",
     )
     keep_merged: bool = Field(False, description="keep the merged checkpoint (for vLLM, for other tools)")
 

@@ -28,6 +28,7 @@ from forge.model.base import UNKNOWN
 from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
+from forge.stages.rows import certificate_rows
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
@@ -115,7 +116,7 @@ class ExportStage(ShipStage):
     """One GGUF in one pass, with the token ids proved before."""
 
     name = "export"
-    version = 2
+    version = 3
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
@@ -148,7 +149,8 @@ class ExportStage(ShipStage):
         return export_disk(self.ship.parameters, export.quant, keep_merged=export.keep_merged).total
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        export = self.ship.recipe.export
+        export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
+        merge_base = measured["chosen"] if measured else export.merge_base
         arguments = {
             "base": str(self.ship.base_directory),
             "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
@@ -162,17 +164,34 @@ class ExportStage(ShipStage):
                 "quant": export.quant,
                 "keep_merged": export.keep_merged,
                 "mode": export.mode,
-                "merge_base": export.merge_base,
+                "merge_base": merge_base,
                 "threads": None,
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
             },
         }
         try:
-            return worker.call("export", arguments, log=self.ship.log)
+            facts = worker.call("export", arguments, log=self.ship.log)
         except BaseException:
             # Nothing of it can be gone on with, and it may be as large as the model.
             shutil.rmtree(out / "work", ignore_errors=True)
             raise
+        return facts | {"merge_base": merge_base, "merge_base_measured": measured}
+
+    def _measured_base(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any] | None:
+        """What the held-out rows say of the two bases, where the recipe asks for it."""
+        if self.ship.recipe.export.merge_base != "measured":
+            return None
+        work = out / "work"
+        work.mkdir(exist_ok=True)
+        arguments = {
+            "base": str(self.ship.base_directory),
+            "adapter": str(inputs[ADAPTER_STAGE].path),
+            "rows": str(certificate_rows(self.ship, inputs, work)),
+            "trust_remote_code": self.ship.recipe.base.trust_remote_code,
+        }
+        measured = worker.call("choose_base", arguments, log=self.ship.log)
+        report.info(f"merged into the {measured['chosen']} base: {measured['why']}")
+        return measured
 
 
 class ModelfileStage(ShipStage):

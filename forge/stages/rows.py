@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge.data.conversations import to_conversations
-from forge.data.prepare import TRAIN_FILE, Settings, prepare
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.sources import locate, read_rows
 from forge.errors import DataError
 
@@ -15,10 +16,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from forge.data.tokens import PromptFormat
+    from forge.stages.ship import Ship
+    from forge.store.artifacts import Artifact
 
 _BUILTIN = "builtin:yoda_heldout"
 _NEEDED = "--data takes rows of prompt and completion, or of messages, that fit the model's context"
 _BUILTIN_COLUMNS = {"prompt": "sentence", "completion": "translation"}
+
+
+def certificate_rows(ship: Ship, inputs: Mapping[str, Artifact], out: Path) -> Path:
+    """What a ship is measured on: its held-out rows, else those of training, else built-in ones."""
+    if "data" not in inputs:
+        return builtin_rows(ship.prompt_format, ship.configuration.max_positions, out)
+    data = inputs["data"]
+    return data.path / (HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE)
 
 
 def builtin_rows(form: PromptFormat, context: int | None, out: Path) -> Path:

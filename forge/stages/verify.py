@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from forge import report, worker
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.model.base import UNKNOWN
 from forge.model.estimate import certificate_disk
 from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
-from forge.stages.rows import builtin_rows
+from forge.stages.rows import certificate_rows
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
@@ -39,7 +38,6 @@ class VerifyStage(ShipStage):
             "base": self.ship.base_digest,
             "base.tokenizer": self.ship.tokenizer_digest,
             "train.method": self.ship.training.method if self.ship.training else None,
-            "export.merge_base": self.ship.recipe.export.merge_base,
             "chat template": hashlib.sha256(template.encode()).hexdigest(),
         }
 
@@ -66,24 +64,17 @@ class VerifyStage(ShipStage):
             "lora": str(lora) if lora.is_file() else None,
             "tokenizer": str(self.ship.tokenizer.directory),
             "chat_template": self.ship.template.pinned_source(),
-            "rows": str(self._rows(inputs, work)),
+            "rows": str(certificate_rows(self.ship, inputs, work)),
             "converters": str(find_converters(self.ship.store.root)),
             "scratch": str(work),
             "settings": {
-                "merge_base": self.ship.recipe.export.merge_base,
+                "merge_base": inputs["export"].facts["merge_base"],
                 "nf4": bool(self.ship.training and self.ship.training.method == "qlora"),
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
                 "trust_remote_code": self.ship.recipe.base.trust_remote_code,
             },
         }
         return worker.call("verify", arguments, log=self.ship.log)
-
-    def _rows(self, inputs: Mapping[str, Artifact], work: Path) -> Path:
-        """The held-out rows, else those of training, else built-in ones."""
-        if "data" not in inputs:
-            return builtin_rows(self.ship.prompt_format, self.ship.configuration.max_positions, work)
-        data = inputs["data"]
-        return data.path / (HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         verify = self.ship.recipe.verify

@@ -37,7 +37,7 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> dict[str, Any]:
         for at in range(0, len(follows), _BLOCK)
     ]
     error, power, kl, same, loss, other = (np.concatenate(column) for column in zip(*parts, strict=True))
-    counted = np.asarray(sample.answers) if any(sample.answers) else np.ones(len(follows), dtype=bool)
+    counted = _counted(sample)
     return {
         "positions": len(follows),
         "nmse": float(error.sum() / max(power.sum(), 1e-300)),
@@ -49,6 +49,27 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> dict[str, Any]:
         "perplexity": float(np.exp(min(other[counted].mean(), 50.0))),
         "kl_by_position": _by_position(kl, [index for _, index in sample.positions]),
     }
+
+
+def losses(logits: Any, sample: Sample) -> Any:
+    """Minus the log-probability (nats) of each token of an answer; of all where none is known as one."""
+    import numpy as np
+
+    follows, counted = np.asarray(sample.follows), _counted(sample)
+    parts = [
+        -_log_softmax(np.asarray(logits[at : at + _BLOCK], dtype=np.float64))[
+            np.arange(len(follows[at : at + _BLOCK])), follows[at : at + _BLOCK]
+        ]
+        for at in range(0, len(follows), _BLOCK)
+    ]
+    return np.concatenate(parts)[counted]
+
+
+def _counted(sample: Sample) -> Any:
+    """Which positions say how well answers are known."""
+    import numpy as np
+
+    return np.asarray(sample.answers) if any(sample.answers) else np.ones(len(sample.answers), dtype=bool)
 
 
 def converts(leg: Mapping[str, Any]) -> bool:
