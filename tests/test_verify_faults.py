@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forge.errors import StageError
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, export
 from forge.verify.yardstick import make_quantized
 from tests.models import PEFT_WARNS, change_tensors, load, make_adapter
@@ -159,6 +160,39 @@ def test_a_sound_file_passes_and_its_quantized_one_too(specimen: Specimen, sound
         "as trained (NF4 base + adapter)", "fp32 base + adapter", "GGUF f16",
     ]  # fmt: skip
     assert found["handovers"][-1]["beyond_vendor"] == 1.0
+
+
+def test_a_file_that_does_not_say_its_type_is_held_against_its_tensors(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """1024: llama.cpp's word for a type that it has guessed. The coarsest mixture of q4_k_m is q4_k_s."""
+    quantized = make_quantized(sound, tmp_path / "q4_k_m.gguf", "q4_k_m", 2)
+    for file, kind in ((sound, "f16"), (quantized, "q4_k_s")):
+        silent = rewrite(file, tmp_path / f"silent-{kind}.gguf", general__file_type=1024)
+        found = specimen.verify(silent, f16=str(sound))
+        assert found["ok"], found["problems"]
+        assert found["handovers"][-1]["to"] == f"GGUF {kind}"
+    unadapted = merged_tensors(specimen.base, None)
+    broken = rewrite(sound, tmp_path / "broken.gguf", unadapted, general__file_type=1024)
+    coarse = make_quantized(broken, tmp_path / "coarse.gguf", "q4_k_m", 2)
+    coarse = rewrite(coarse, tmp_path / "silent-coarse.gguf", general__file_type=1024)
+    for file in (broken, coarse):
+        found = specimen.verify(file, f16=str(sound))
+        assert (found["ok"], found["broken_stage"]) == (False, "merge")
+        assert "not applied" in found["verdict"]
+
+
+def test_a_type_that_llama_cpp_does_not_make_is_not_certified(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """IQ2_XXS asks for an importance matrix: there is nothing to hold the file against."""
+    claimed = rewrite(sound, tmp_path / "claimed.gguf", general__file_type=19)
+    with pytest.raises(StageError, match=r"could not quantize to iq2_xxs: .*importance matrix") as refused:
+        specimen.verify(claimed, f16=str(sound))
+    assert "it failed at: llama.cpp's own quantization" in str(refused.value.problems[-1])
+    assert refused.value.hint
+    with pytest.raises(StageError, match="makes no files of type mxfp4"):
+        make_quantized(sound, tmp_path / "none.gguf", "mxfp4", 1)
 
 
 # Of the weights, so to be told from what quantizing does to them.

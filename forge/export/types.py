@@ -112,12 +112,27 @@ def last_words(said: Sequence[str]) -> str:
 
 
 def file_type(quant: str) -> int:
-    """llama.cpp's `llama_ftype` of a type's name, such as 15 for q4_k_m."""
+    """llama.cpp's `llama_ftype` of a type's name, such as 15 for q4_k_m; raises `StageError` without one."""
+    if quant not in (known := _file_types()):
+        raise StageError(f"llama.cpp makes no files of type {quant}", hint=f"it makes {', '.join(known)}")
+    return known[quant]
+
+
+def type_name(number: object) -> str | None:
+    """The type's name of a `llama_ftype`, such as q4_k_m for 15; None for a number without one."""
+    return next((name for name, known in _file_types().items() if known == number), None)
+
+
+def _file_types() -> dict[str, int]:
     import llama_cpp
 
-    name = quant.upper()
-    number: int = getattr(llama_cpp, "LLAMA_FTYPE_ALL_F32" if name == "F32" else f"LLAMA_FTYPE_MOSTLY_{name}")
-    return number
+    prefixes = ("LLAMA_FTYPE_ALL_", "LLAMA_FTYPE_MOSTLY_")
+    return {
+        name.removeprefix(prefix).lower(): getattr(llama_cpp, name)
+        for prefix in prefixes
+        for name in dir(llama_cpp)
+        if name.startswith(prefix)
+    }
 
 
 def fallbacks(types: Mapping[str, str], converted: Converted, quant: str) -> dict[str, str]:

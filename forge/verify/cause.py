@@ -34,7 +34,7 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
     own = broken["to"] == "GGUF f16" and "f16" in found["legs"]
     file = fits["f16"] if own else fits["file"]
-    yardstick = fits["f16" if own else "vendor" if "vendor" in fits else "f16" if "f16" in fits else "file"]
+    yardstick = fits["vendor" if "vendor" in fits and not own else "f16"]
     differ = unlike(file, yardstick)
     for find in (_converted_wrongly, _merged_wrongly):
         if cause := find(file, yardstick, differ):

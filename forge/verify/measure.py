@@ -210,8 +210,6 @@ class _Legs:
             return {"file": gguf, "f16": f16}
         direct = self._file("f16", f16)
         self._compare("file against f16", measured, direct)
-        if kind is None:
-            return {"file": gguf, "f16": f16}
         with session.step("llama.cpp's own quantization"):
             vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, os.cpu_count() or 1)
         self._file("vendor", vendor, direct)

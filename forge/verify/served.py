@@ -16,7 +16,6 @@ from typing import Any
 from forge import report
 from forge.errors import DataError
 from forge.export.types import last_words, listening
-from forge.model.gguf_header import read_gguf
 from forge.verify.sample import Sample
 
 _BATCH = 128
@@ -165,17 +164,3 @@ def _threads() -> int:
     if asked.isdigit() and int(asked):
         return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def type_of(path: Path) -> str | None:
-    """The file's type by its own word (`general.file_type`), such as q4_k_m."""
-    import llama_cpp
-
-    number = read_gguf(path).metadata.get("general.file_type")
-    for name in dir(llama_cpp):
-        if (
-            name.startswith(("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_"))
-            and getattr(llama_cpp, name) == number
-        ):
-            return name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower()
-    return None
