@@ -73,7 +73,7 @@ def export(
     tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
     converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
     with one_thread():
-        written = _write(converted, work, description, tensors, settings)
+        written = _write(converted, work, description, merged, settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
     header = _publish(work, target)
@@ -173,7 +173,7 @@ def _write(
     converted: Converted,
     work: Path,
     description: Path,
-    tensors: Sequence[LazyTensor],
+    merged: Sequence[LazyTensor],
     settings: Mapping[str, Any],
 ) -> int:
     """The merged checkpoint if it is wanted, then the GGUF; returns the bytes of all that was written."""
@@ -182,13 +182,13 @@ def _write(
     written = sparse.stat().st_blocks * 512
     sparse.unlink()
     if settings["keep_merged"]:
-        merged = work / MERGED_DIRECTORY
+        kept = work / MERGED_DIRECTORY
         with writing(work):
-            shutil.copytree(description, merged)
+            shutil.copytree(description, kept)
             write_safetensors(
-                merged / "model.safetensors", tensors, lambda done, all: report.advance("merge", done, all)
+                kept / "model.safetensors", merged, lambda done, all: report.advance("merge", done, all)
             )
-        written += sum(path.stat().st_size for path in merged.iterdir())
+        written += sum(path.stat().st_size for path in kept.iterdir())
     return written + write_gguf(
         converted,
         work / GGUF_FILE,
