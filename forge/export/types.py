@@ -16,13 +16,13 @@ from pathlib import Path
 
 from forge.errors import StageError
 from forge.export.upstream import Converted, extents, write_header
+from forge.model.gguf_header import TYPES
 
 UNQUANTIZED = ("f16", "bf16", "f32")
 # [   1/ 219] output.weight - [ 1536, 32000,  1,  1], type =  f16, size = 93.75 MiB -> 26.37 MiB (q6_K)
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = *(\S+), size = (?:.*->.*\((\S+)\))?")
-# What a type becomes where its rows do not divide into blocks, by llama.cpp's own rule.
-_BLOCKS = {"Q4_0": 32, "Q5_0": 32, "Q8_0": 32}
-_K_BLOCK = 256
+_BLOCKS = {name: block for name, block, _ in TYPES.values()}
+_MIXTURE_BLOCK = 256  # q4_k_m and all others that are no tensor's type
 
 
 def write_sparse(converted: Converted, path: Path) -> int:
@@ -139,7 +139,7 @@ def fallbacks(types: Mapping[str, str], converted: Converted, quant: str) -> dic
     """Tensors whose rows the type that was asked for cannot hold, with the type they got."""
     if quant in UNQUANTIZED:
         return {}
-    block = _BLOCKS.get(quant.upper(), _K_BLOCK)
+    block = _BLOCKS.get(quant.upper(), _MIXTURE_BLOCK)
     return {
         name: kind
         for name, kind in types.items()
