@@ -9,7 +9,6 @@ weights read, merged, quantized and written, straight into the file. Everything 
 from __future__ import annotations
 
 import math
-import os
 import resource
 import shutil
 import sys
@@ -31,6 +30,7 @@ from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse
 from forge.export.upstream import Choices, Converted, convert
 from forge.export.write import write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint
+from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -194,7 +194,7 @@ def _write(
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
-        settings["threads"] or _cores(),
+        settings["threads"] or usable_cores(),
         lambda done, total: report.advance("export", done, total),
     )
 
@@ -207,13 +207,6 @@ def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
         kind.value = file_type(quant)
         found |= {"general.quantization_version": version, "general.file_type": kind}
     return found
-
-
-def _cores() -> int:
-    """The cores that this process may use, which in a container are fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _peak_memory() -> int:

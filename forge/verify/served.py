@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from forge import report
 from forge.errors import DataError
 from forge.export.types import last_words, listening
+from forge.model.estimate import usable_cores
 from forge.verify.sample import Sample
 
 _BATCH = 128
@@ -42,7 +42,7 @@ class ServedModel:
         settings.n_ctx = -(-(context + 1) // 256) * 256
         settings.n_batch = settings.n_ubatch = _BATCH
         settings.n_seq_max = 1
-        settings.n_threads = settings.n_threads_batch = _threads()
+        settings.n_threads = settings.n_threads_batch = usable_cores()
         settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
         settings.flash_attn_type = 0
         with listening():
@@ -157,10 +157,3 @@ def loaded(path: Path, context: int, lora: Path | None = None) -> Iterator[Serve
         yield model
     finally:
         model.close()
-
-
-def _threads() -> int:
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
