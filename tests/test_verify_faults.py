@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 
 from forge.errors import StageError
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, export
+from forge.model.safetensors_header import read_header
 from forge.verify.yardstick import make_quantized
-from tests.models import PEFT_WARNS, change_tensors, load, make_adapter
+from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite, scaled, source_of
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
@@ -42,8 +44,6 @@ def _scaled_by(times: float) -> Callable[[Specimen, Path, Path], Path]:
 
 def _changed_base(specimen: Specimen, scratch: Path, change: Callable[[str, Any], Any]) -> Path:
     """The base with its matrices changed."""
-    import shutil
-
     from safetensors.torch import load_file
 
     base = scratch / "other"
@@ -216,8 +216,6 @@ def test_fault(fault: str, kind: str, specimen: Specimen, sound: Path, tmp_path:
 
 def test_an_adapter_that_learned_nothing(specimen: Specimen, tmp_path: Path) -> None:
     """Its B is zero, as before the first step: every file of it is the base."""
-    import shutil
-
     from safetensors.torch import load_file
 
     assert specimen.adapter
@@ -230,6 +228,25 @@ def test_an_adapter_that_learned_nothing(specimen: Specimen, tmp_path: Path) -> 
     found = empty.verify(empty.f16(tmp_path / "f16"))
     assert found["broken_stage"] == "train"
     assert "changes nothing" in found["verdict"]
+
+
+def test_dora_is_certified_and_missed(specimen: Specimen, sound: Path, tmp_path: Path) -> None:
+    """A merge that is sound; the same factors merged without their magnitudes; the base alone."""
+    adapter = make_adapter(specimen.base, tmp_path / "adapter", use_dora=True)
+    tuned = Specimen(specimen.base, adapter, specimen.rows, tmp_path)
+    file = tuned.f16(tmp_path / "f16")
+    found = tuned.verify(file)
+    assert found["ok"], found["problems"]
+    magnitudes = [name for name in read_header(adapter / "adapter_model.safetensors") if "magnitude" in name]
+    plain = tmp_path / "plain"
+    shutil.copytree(adapter, plain)
+    change_tensors(plain / "adapter_model.safetensors", dict.fromkeys(magnitudes))
+    change_json(plain / "adapter_config.json", use_dora=False)
+    for other, words in ((plain, "another adapter"), (None, "not applied")):
+        broken = _with_weights(tuned, sound, tuned.base, other)
+        found = tuned.verify(broken, f16=str(file))
+        assert (found["ok"], found["broken_stage"]) == (False, "merge")
+        assert words in found["verdict"]
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ holds it in training; the arithmetic stays float32.
 
 Experts, which transformers holds fused, are put together from the checkpoint's.
 
-Not covered, and refused: other checkpoints whose tensors are not named after the modules' parameters, and
-encoder-decoders.
+Not covered, and refused: other checkpoints whose tensors are not named after the modules' parameters,
+encoder-decoders, and DoRA of an embedding or a Conv1D.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class _Loader:
         if linear and self._weights.nf4:
             weight = nf4_and_back(weight)
         if layer := self._layers.get(name):
-            weight += delta(layer, transposed=self._transposed)
+            weight += delta(layer, weight, transposed=self._transposed)
         return weight
 
     def refuse_unused(self) -> None:
@@ -244,12 +244,24 @@ def read(spec: TensorSpec) -> Any:
     return tensor
 
 
-def delta(layer: LoraLayer, *, transposed: bool = False) -> Any:
-    """What a LoRA layer adds to its weight: scale x B A, in float32."""
-    if layer.magnitude is not None:
-        raise DataError(f"{layer.module}: DoRA is not covered by the reference")
+def delta(layer: LoraLayer, weight: Any, *, transposed: bool = False) -> Any:
+    """What a LoRA layer adds to its `weight`, in float32: scale x B A.
+
+    Of DoRA, what leads from the weight to the sum with each row at its learned length. Raises `DataError`
+    for the DoRA of an embedding or a Conv1D.
+    """
     product = (read(layer.b) @ read(layer.a)).mul_(layer.scale)
-    return product.T.contiguous() if transposed or layer.is_embedding else product
+    turned = transposed or layer.is_embedding
+    if layer.magnitude is None:
+        return product.T.contiguous() if turned else product
+    if turned:
+        raise DataError(
+            f"{layer.module}: the reference covers DoRA on linear layers alone",
+            hint="train it as a plain LoRA, or on the linear layers",
+        )
+    merged = product.add_(weight)
+    lengths = read(layer.magnitude).reshape(-1) / merged.norm(dim=1)
+    return merged.mul_(lengths.unsqueeze(1)).sub_(weight)
 
 
 def nf4_and_back(weight: Any) -> Any:

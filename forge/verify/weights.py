@@ -76,11 +76,11 @@ def fit_weights(path: Path, source: Weights, facts: Configuration) -> dict[str, 
             missing.append(name)
             continue
         layer = deltas.get(name)
-        added = delta(layer, transposed=transposed) if layer else None
         looked_at = sum(fit.rest_nf4 is not None for fit in fits)
-        with_nf4 = added is not None and not source.nf4 and looked_at < _NF4_LAYERS
         weight = read(replaced.get(name, tensors[name]))
         weight = nf4_and_back(weight) if name in rounded else weight
+        added = delta(layer, weight, transposed=transposed) if layer else None
+        with_nf4 = added is not None and not source.nf4 and looked_at < _NF4_LAYERS
         found = _fit(name, inside[place], weight, added, facts, with_nf4)
         if found:
             fits.append(found)
