@@ -14,6 +14,7 @@ from forge.verify.compare import compare, converts, top_log_probabilities
 from forge.verify.inputs import refuse_too_large
 from forge.verify.sample import LONGEST, Sample, draw, least_share
 from forge.verify.verdict import Gates, judge
+from forge.verify.weights import spread
 
 pytestmark = pytest.mark.training  # numpy
 
@@ -84,6 +85,21 @@ def test_the_sample_is_bounded_and_the_same_again() -> None:
     assert not any(drawn.answers)  # all of them lie behind where the rows were cut
     with pytest.raises(DataError, match="no row of two tokens"):
         draw([{"input_ids": [1]}], 100, None)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 31, 32, 61, 62, 64, 80])
+def test_every_kind_of_tensor_is_looked_at(layers: int) -> None:
+    """However many layers there are: 62 of 9 tensors are a multiple of the 62 that are looked at."""
+    kinds = [f"mlp.{letter}_proj.weight" for letter in "abcdefghi"]
+    outside = ["model.embed_tokens.weight", "model.norm.weight"]
+    inside = [f"model.layers.{number}.{kind}" for number in range(layers) for kind in kinds]
+    found = spread([outside[0], *inside, outside[1]])
+    assert len(found) == len(set(found)) == min(64, 2 + 9 * layers)
+    assert set(outside) < set(found) <= {*outside, *inside}
+    assert {name.partition("layers.")[2].partition(".")[2] for name in found} == {"", *kinds}
+    # Of each kind from the first layers to the last.
+    depths = [[name.split(".")[2] for name in found if name.endswith(kind)] for kind in kinds]
+    assert all(max(map(int, one)) - min(map(int, one)) >= layers * 0.7 - 1 for one in depths)
 
 
 def test_the_confidence_of_a_share() -> None:

@@ -10,6 +10,7 @@ Not covered: tensors that a family's converter splits, joins or computes anew; t
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from forge.verify.reference import Weights, delta, nf4_and_back, read
 _MOST_ROWS = 16384
 """Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
 _NF4_LAYERS = 4
-_TENSORS = 64
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def fit_weights(path: Path, source: Weights, facts: Configuration) -> dict[str, 
     transposed = bool(adapter and adapter.configuration.get("fan_in_fan_out"))
     fits: list[Fit] = []
     missing: list[str] = []
-    chosen = _spread([name for name in tensors if names(name)])
+    chosen = spread([name for name in tensors if names(name)])
     for number, name in enumerate(chosen):
         place = names(name)
         if place not in inside:
@@ -104,15 +105,21 @@ def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
     return find
 
 
-def _spread(names: Sequence[str]) -> Sequence[str]:
-    """At most `_TENSORS` in even steps, those outside of the layers always among them."""
-    outside = [name for name in names if not any(part.isdigit() for part in name.split("."))]
-    layers = [name for name in names if name not in outside]
-    room = max(1, _TENSORS - len(outside))
-    if len(layers) > room:
-        # A step that shares no factor with the tensors of a layer meets each kind in turn.
-        layers = [layers[len(layers) * number // room] for number in range(room)]
-    return [*outside, *layers]
+def spread(names: Sequence[str], most: int = 64) -> list[str]:
+    """At most `most` of a checkpoint's names, those outside of the layers always among them.
+
+    Each kind of tensor (a layer's name without its number) in turn, at even steps through the layers.
+    """
+    if len(names) <= most:
+        return list(names)
+    outside = [name for name in names if not _NUMBER.search(name)]
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        if _NUMBER.search(name):
+            kinds.setdefault(_NUMBER.sub(".", name), []).append(name)
+    each, room = list(kinds.values()), max(0, most - len(outside))
+    turns = ((each[number % len(each)], number) for number in range(room))
+    return [*outside, *dict.fromkeys(kind[len(kind) * number // room] for kind, number in turns)]
 
 
 def _fit(name: str, tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool) -> Fit | None:
