@@ -165,7 +165,7 @@ def _legs(
     files = measured.of_files(gguf, scratch)
     with session.step("weights"):
         inside = replace(source, adapter=None) if session.lora else source
-        found["weights"] = {name: weights.fit_weights(path, inside, facts) for name, path in files.items()}
+        found["weights"] = weights.fit_weights(files, inside, facts)
 
 
 @dataclass(frozen=True)
