@@ -112,11 +112,8 @@ def measure(**arguments: Any) -> dict[str, Any]:
 def _vocabulary(session: _Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     arguments = session.arguments
     tokenizer = Path(arguments["tokenizer"])
-    tokens = read_tokenizer(tokenizer).tokens
     source = arguments["chat_template"]
-    template = (
-        ChatTemplate(source, {f"{name}_token": text for name, text in tokens.items()}) if source else None
-    )
+    template = ChatTemplate(source, read_tokenizer(tokenizer).template_tokens) if source else None
     own = [row["messages"] for row in rows if row.get("messages")][:_OWN_PROMPTS]
     hello = [[{"role": "user", "content": "Hello!"}]]
     system = [[{"role": "system", "content": "Be brief."}, *hello[0]]]
