@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def main(directory: Path, name: str) -> None:
     adapter.mkdir(parents=True)
     rows = -(-write_tokenizer(base, "gpt-2") // 64) * 64
     (base / "config.json").write_text(json.dumps(_configuration(size, rows), indent=1))
-    tensors = [_random(tensor, "BF16", shape) for tensor, shape in _tensors(size, rows)]
+    tensors = [random_tensor(tensor, "BF16", shape) for tensor, shape in _tensors(size, rows)]
     write_safetensors(base / "model.safetensors", tensors, lambda done, total: None)
     layers = [tensor for tensor in tensors if "_proj" in tensor.name]
     targets = sorted({tensor.name.split(".")[-2] for tensor in layers})
@@ -90,15 +91,17 @@ def _tensors(size: Size, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _factors(layer: LazyTensor) -> Iterator[LazyTensor]:
     module = f"base_model.model.{layer.name.removesuffix('.weight')}"
-    yield _random(f"{module}.lora_A.weight", "F32", (RANK, layer.shape[1]))
-    yield _random(f"{module}.lora_B.weight", "F32", (layer.shape[0], RANK))
+    yield random_tensor(f"{module}.lora_A.weight", "F32", (RANK, layer.shape[1]))
+    yield random_tensor(f"{module}.lora_B.weight", "F32", (layer.shape[0], RANK))
 
 
-def _random(name: str, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
+def random_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
+    """A tensor of normally distributed values; its name and shape decide them."""
+
     def read(start: int, stop: int) -> Any:
         import torch
 
-        torch.manual_seed(hash((name, start)) % 2**31)
+        torch.manual_seed(zlib.crc32(f"{name} {start}".encode()))
         values = torch.randn(stop - start, shape[-1]) * 0.02
         return values.to(torch.bfloat16 if dtype == "BF16" else torch.float32)
 
