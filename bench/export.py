@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from bench.measure import FORGE, Outcome, Run, interleaved, median_ratio, run
-from bench.workplace import Workplace
+from bench.workplace import Workplace, random_model
 from forge.tools.llama_cpp import find_converters
 
 QUANT = "q4_k_m"
@@ -41,12 +41,10 @@ def measure_large(place: Workplace, pairs: int) -> Iterator[Outcome]:
 
 
 def _compare(place: Workplace, name: str, pairs: int) -> Iterator[Outcome]:
-    directory = place.directory / name
-    made = run([sys.executable, "-m", "bench.random_model", str(directory), name], directory=_HERE.parent)
-    parameters = json.loads(made.output.splitlines()[-1])["parameters"] / 1e6
+    directory, parameters = random_model(place, name)
     found = interleaved(pairs, lambda: _ours(place, directory), lambda: _usual(place, directory))
     ours, usual = [pair[0] for pair in found], [pair[1] for pair in found]
-    note = f"{parameters:.0f}M parameters, {QUANT}, {pairs} pairs"
+    note = f"{parameters / 1e6:.0f}M parameters, {QUANT}, {pairs} pairs"
     value, samples = median_ratio([(one.run.seconds, two.run.seconds) for one, two in found])
     yield Outcome(f"export {name}, wall", value, "x", SLOWEST.get(name), samples, note)
     value, samples = median_ratio([(one.run.cpu_seconds, two.run.cpu_seconds) for one, two in found])

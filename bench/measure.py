@@ -110,7 +110,8 @@ def peak_of(
 ) -> tuple[int, float]:
     """The most anonymous memory of a command and its children together, in bytes, and its seconds.
 
-    Linux alone tells it. Raises `BenchmarkError` with the end of its errors when it fails.
+    Linux alone tells it. Raises `BenchmarkError` with the end of its errors when it fails, and where
+    nothing could be measured.
     """
     with tempfile.TemporaryFile("w+") as errors:
         started, most = time.monotonic(), 0
@@ -118,6 +119,7 @@ def peak_of(
             command,
             cwd=directory,
             env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,
         )
@@ -131,6 +133,8 @@ def peak_of(
         if child.returncode:
             errors.seek(0)
             raise BenchmarkError(errors.read()[-2000:])
+        if not most:
+            raise BenchmarkError(f"nothing was seen of the memory of {' '.join(command)}: is this Linux?")
         return most, time.monotonic() - started
 
 

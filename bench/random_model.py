@@ -2,14 +2,17 @@
 
 A program of its own, so that the measuring process stays small. bfloat16, one file, the vocabulary and
 the pre-tokenizer of GPT-2, which llama.cpp's converter knows. Written slab by slab, so memory is small.
+Of 7B the base's weights are a hole in a sparse file: for what reads its headers alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import struct
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,14 @@ class Size:
     intermediate: int
     layers: int
     heads: int
+    sparse: bool = False
 
 
 SIZES = {
     "0.1B": Size(768, 2048, 6, 12),
     "0.5B": Size(1280, 3584, 20, 20),
     "2B": Size(2048, 5632, 40, 32),
+    "7B": Size(4096, 12288, 32, 32, sparse=True),
 }
 
 
@@ -44,8 +49,11 @@ def main(directory: Path, name: str) -> None:
     adapter.mkdir(parents=True)
     rows = -(-write_tokenizer(base, "gpt-2") // 64) * 64
     (base / "config.json").write_text(json.dumps(_configuration(size, rows), indent=1))
-    tensors = [_random(tensor, "BF16", shape) for tensor, shape in _tensors(size, rows)]
-    write_safetensors(base / "model.safetensors", tensors, lambda done, total: None)
+    tensors = [random_tensor(tensor, "BF16", shape) for tensor, shape in _tensors(size, rows)]
+    if size.sparse:
+        _write_hole(base / "model.safetensors", tensors)
+    else:
+        write_safetensors(base / "model.safetensors", tensors, lambda done, total: None)
     layers = [tensor for tensor in tensors if "_proj" in tensor.name]
     targets = sorted({tensor.name.split(".")[-2] for tensor in layers})
     fields = {
@@ -60,6 +68,18 @@ def main(directory: Path, name: str) -> None:
     factors = [factor for layer in layers for factor in _factors(layer)]
     write_safetensors(adapter / "adapter_model.safetensors", factors, lambda done, total: None)
     sys.stdout.write(json.dumps({"parameters": sum(math.prod(tensor.shape) for tensor in tensors)}) + "\n")
+
+
+def _write_hole(path: Path, tensors: Sequence[LazyTensor]) -> None:
+    """A safetensors file that has the size of `tensors`, and on the disk that of its header."""
+    header, end = {}, 0
+    for tensor in tensors:
+        start, end = end, end + tensor.bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (start, end)}
+    told = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(told)) + told)
+        stream.truncate(stream.tell() + end)
 
 
 def _configuration(size: Size, rows: int) -> dict[str, Any]:
@@ -90,15 +110,17 @@ def _tensors(size: Size, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _factors(layer: LazyTensor) -> Iterator[LazyTensor]:
     module = f"base_model.model.{layer.name.removesuffix('.weight')}"
-    yield _random(f"{module}.lora_A.weight", "F32", (RANK, layer.shape[1]))
-    yield _random(f"{module}.lora_B.weight", "F32", (layer.shape[0], RANK))
+    yield random_tensor(f"{module}.lora_A.weight", "F32", (RANK, layer.shape[1]))
+    yield random_tensor(f"{module}.lora_B.weight", "F32", (layer.shape[0], RANK))
 
 
-def _random(name: str, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
+def random_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
+    """A tensor of normally distributed values; its name and shape decide them."""
+
     def read(start: int, stop: int) -> Any:
         import torch
 
-        torch.manual_seed(hash((name, start)) % 2**31)
+        torch.manual_seed(zlib.crc32(f"{name} {start}".encode()))
         values = torch.randn(stop - start, shape[-1]) * 0.02
         return values.to(torch.bfloat16 if dtype == "BF16" else torch.float32)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.measure import BenchmarkError
+from bench.measure import BenchmarkError, run
 from forge.store.artifacts import open_store
 
-QUICKSTART = Path(__file__).parent.parent / "templates" / "recipes" / "quickstart.yaml"
+_ROOT = Path(__file__).parent.parent
+QUICKSTART = _ROOT / "templates" / "recipes" / "quickstart.yaml"
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,15 @@ def workplace() -> Iterator[Workplace]:
         place.home.mkdir()
         (place.home / "tools").symlink_to(tools)
         yield place
+
+
+def random_model(place: Workplace, size: str) -> tuple[Path, int]:
+    """A directory with the `base` and the `adapter` of `bench.random_model`, and the base's parameters.
+
+    Made by a program of its own, which needs torch: this one stays small.
+    """
+    directory = place.directory / size
+    command = [sys.executable, "-m", "bench.random_model", str(directory), size]
+    downloads = {"FORGE_TESTS_HOME": str((place.home / "tools").resolve().parent)}
+    made = run(command, directory=_ROOT, environment={**place.environment, **downloads})
+    return directory, json.loads(made.output.splitlines()[-1])["parameters"]

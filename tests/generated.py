@@ -44,9 +44,8 @@ def modelfiles() -> dict[str, str]:
     assert directory is not None
     tokenizer = read_tokenizer(directory)
     assert tokenizer.chat_template is not None
-    tokens = {f"{name}_token": token for name, token in tokenizer.tokens.items()}
     told = hand_over(
-        ChatTemplate(tokenizer.chat_template, tokens),
+        ChatTemplate(tokenizer.chat_template, tokenizer.template_tokens),
         add_bos=tokenizer.add_bos,
         stops=["<|im_end|>"],
         context_tokens=min(4096, read_configuration(directory).max_positions or 4096),

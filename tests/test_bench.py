@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench.measure import BenchmarkError, Outcome, best_of, interleaved, median_ratio, run
+from bench import measure
+from bench.measure import BenchmarkError, Outcome, best_of, interleaved, median_ratio, peak_of, run
 from bench.measure import Run as Measured
 from bench.training import RECIPE, Trained, refuse_other_work
 from bench.workplace import Workplace
@@ -75,6 +77,39 @@ def test_a_program_is_measured_from_outside(tmp_path: Path) -> None:
 def test_a_program_that_fails_is_no_figure(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"(?s)^status 3: .*\nbecause$"):
         run([sys.executable, "-c", "import sys; print('because'); sys.exit(3)"], directory=tmp_path)
+
+
+@pytest.mark.programs
+def test_the_memory_of_a_program_and_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = "import time; x = bytearray(200 << 20); time.sleep(1)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{inner}'], check=True)"
+    peak, seconds = peak_of([sys.executable, "-c", outer], directory=tmp_path)
+    assert 200 << 20 < peak < 400 << 20
+    assert 1 < seconds < 60
+    with pytest.raises(BenchmarkError, match="because"):
+        peak_of([sys.executable, "-c", "import sys; sys.exit('because')"], directory=tmp_path)
+    # As where there is no /proc: a memory of nothing would hold every limit.
+    monkeypatch.setattr(measure, "_anonymous", lambda pid: 0)
+    with pytest.raises(BenchmarkError, match="nothing was seen of the memory of true"):
+        peak_of(["true"], directory=tmp_path)
+
+
+@pytest.mark.programs
+@pytest.mark.training
+def test_random_weights_are_the_same_in_every_run() -> None:
+    code = (
+        "from bench.random_model import random_tensor; "
+        "print(random_tensor('lm_head.weight', 'F32', (2, 3)).load().tolist())"
+    )
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(printed) == 1
+    assert len({value for row in json.loads(printed.pop()) for value in row}) == 6
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
 
 def format_of(directory: Path, template: str | None = None) -> PromptFormat:
     files = read_tokenizer(directory)
-    tokens = {f"{name}_token": text for name, text in files.tokens.items()}
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    return prompt_format(ChatTemplate(template or files.chat_template or "", tokens), tokenizer)
+    return prompt_format(
+        ChatTemplate(template or files.chat_template or "", files.template_tokens), tokenizer
+    )
 
 
 def encode(form: PromptFormat, *messages: Message, supervise: str = "all") -> Encoded:

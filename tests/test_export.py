@@ -149,6 +149,9 @@ def test_rows_that_k_quants_cannot_hold_are_reported(tmp_path: Path) -> None:
     told = export(base, None, tmp_path / "out")
     assert told["fallbacks"].keys() == {f"blk.{layer}.ffn_down.weight" for layer in (0, 1)}
     assert set(told["fallbacks"].values()) <= {"Q5_0", "Q8_0"}
+    # 640 values are twenty blocks of 32.
+    for quant in ("q4_1", "q5_1", "iq4_nl"):
+        assert export(base, None, tmp_path / quant, quant=quant)["fallbacks"] == {}
 
 
 def fails(kind: type[ForgeError], base: Path, adapter: Path | None, out: Path, **changes: Any) -> str:

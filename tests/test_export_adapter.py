@@ -33,13 +33,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def export(base: Path, adapter: Path, out: Path, mode: str) -> dict[str, Any]:
+def export(base: Path, adapter: Path, out: Path, mode: str, *, keep_merged: bool = False) -> dict[str, Any]:
     out.mkdir()
     arguments = {
         "base": str(base), "adapter": str(adapter), "tokenizer": str(base), "data": None, "out": str(out),
         "chat_template": (base / "chat_template.jinja").read_text(encoding="utf-8"),
         "converters": str(converters()),
-        "settings": {"name": "yoda", "quant": "f32", "keep_merged": False, "threads": 1, "mode": mode},
+        "settings": {
+            "name": "yoda", "quant": "f32", "keep_merged": keep_merged, "threads": 1, "mode": mode,
+        },
     }  # fmt: skip
     return worker.call("export", arguments, log=out.with_suffix(".log"))
 
@@ -80,6 +82,18 @@ def test_the_adapter_beside_its_base_is_the_trained_model(case: str, base: Path,
     for word in (str(tmp_path), str(base), tmp_path.name, "base_model", "/tmp"):
         assert word not in repr(header.metadata)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "adapter.gguf"}
+
+
+def test_the_merged_checkpoint_beside_an_adapter_is_merged(base: Path, tmp_path: Path) -> None:
+    """Its GGUF is the plain base; the checkpoint that is kept is base and adapter, as peft merges them."""
+    import torch
+
+    adapter = make_adapter(base, tmp_path / "adapter")
+    export(base, adapter, tmp_path / "out", "adapter", keep_merged=True)
+    found, expected = load(tmp_path / "out" / "merged").state_dict(), load(base, adapter).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6)
 
 
 def test_what_is_not_pure_is_merged_and_says_why(base: Path, tmp_path: Path) -> None:

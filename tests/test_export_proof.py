@@ -43,7 +43,7 @@ def directory_of(path: Path, vocabulary: str) -> Path:
 def template_of(directory: Path) -> ChatTemplate:
     files = read_tokenizer(directory)
     assert files.chat_template
-    return ChatTemplate(files.chat_template, {f"{name}_token": text for name, text in files.tokens.items()})
+    return ChatTemplate(files.chat_template, files.template_tokens)
 
 
 def convert(directory: Path, name: str = "yoda", **changes: Any) -> Path:

@@ -54,7 +54,7 @@ def test_the_server_writes_the_prompts_of_training(
     text = trl_template(template) if template else None
     base = make_model(tmp_path / "base", architecture, vocabulary, template=text)
     files = read_tokenizer(base)
-    tokens = {f"{name}_token": token for name, token in files.tokens.items()}
+    tokens = files.template_tokens
     chat = ChatTemplate(files.chat_template or "", tokens)
     arguments = {
         "base": str(base), "adapter": None, "tokenizer": str(base), "chat_template": chat.pinned_source(),

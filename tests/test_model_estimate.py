@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -271,3 +272,15 @@ def test_available_memory_is_that_of_the_container(tmp_path: Path) -> None:
     assert estimate.available(tmp_path).total == machine.total
     (tmp_path / "memory.max").write_text("1000\n")
     assert estimate.available(tmp_path) == estimate.Available(1000, 995)
+
+
+def test_usable_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    own = estimate.usable_cores(tmp_path)
+    assert 1 <= own <= (os.cpu_count() or 1)
+    # Half a core is one; of one and a half both are of use.
+    for told, cores in (("max 100000", own), ("50000 100000", 1), ("150000 100000", min(2, own))):
+        (tmp_path / "cpu.max").write_text(told + "\n")
+        assert estimate.usable_cores(tmp_path) == cores
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert estimate.usable_cores(tmp_path) == 3

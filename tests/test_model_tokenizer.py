@@ -51,6 +51,7 @@ def test_d1_special_tokens_as_strings_and_as_added_tokens(tmp_path: Path) -> Non
         )
     )
     assert found.tokens == {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}
+    assert found.template_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     assert found.ids == {"bos": 3, "eos": 4, "unk": 2}
     assert (found.eos_ids, found.special_tokens, found.vocabulary_size) == ((6, 4), SPECIAL, 7)
     assert (found.add_bos, found.chat_template, found.sentencepiece) == (False, None, None)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from forge.errors import StageError
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, export
+from forge.model.safetensors_header import read_header
 from forge.verify.yardstick import make_quantized
-from tests.models import PEFT_WARNS, change_tensors, load, make_adapter
+from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite, scaled, source_of
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
@@ -41,8 +44,6 @@ def _scaled_by(times: float) -> Callable[[Specimen, Path, Path], Path]:
 
 def _changed_base(specimen: Specimen, scratch: Path, change: Callable[[str, Any], Any]) -> Path:
     """The base with its matrices changed."""
-    import shutil
-
     from safetensors.torch import load_file
 
     base = scratch / "other"
@@ -161,6 +162,39 @@ def test_a_sound_file_passes_and_its_quantized_one_too(specimen: Specimen, sound
     assert found["handovers"][-1]["beyond_vendor"] == 1.0
 
 
+def test_a_file_that_does_not_say_its_type_is_held_against_its_tensors(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """1024: llama.cpp's word for a type that it has guessed. The coarsest mixture of q4_k_m is q4_k_s."""
+    quantized = make_quantized(sound, tmp_path / "q4_k_m.gguf", "q4_k_m", 2)
+    for file, kind in ((sound, "f16"), (quantized, "q4_k_s")):
+        silent = rewrite(file, tmp_path / f"silent-{kind}.gguf", general__file_type=1024)
+        found = specimen.verify(silent, f16=str(sound))
+        assert found["ok"], found["problems"]
+        assert found["handovers"][-1]["to"] == f"GGUF {kind}"
+    unadapted = merged_tensors(specimen.base, None)
+    broken = rewrite(sound, tmp_path / "broken.gguf", unadapted, general__file_type=1024)
+    coarse = make_quantized(broken, tmp_path / "coarse.gguf", "q4_k_m", 2)
+    coarse = rewrite(coarse, tmp_path / "silent-coarse.gguf", general__file_type=1024)
+    for file in (broken, coarse):
+        found = specimen.verify(file, f16=str(sound))
+        assert (found["ok"], found["broken_stage"]) == (False, "merge")
+        assert "not applied" in found["verdict"]
+
+
+def test_a_type_that_llama_cpp_does_not_make_is_not_certified(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """IQ2_XXS asks for an importance matrix: there is nothing to hold the file against."""
+    claimed = rewrite(sound, tmp_path / "claimed.gguf", general__file_type=19)
+    with pytest.raises(StageError, match=r"could not quantize to iq2_xxs: .*importance matrix") as refused:
+        specimen.verify(claimed, f16=str(sound))
+    assert "it failed at: llama.cpp's own quantization" in str(refused.value.problems[-1])
+    assert refused.value.hint
+    with pytest.raises(StageError, match="makes no files of type mxfp4"):
+        make_quantized(sound, tmp_path / "none.gguf", "mxfp4", 1)
+
+
 # Of the weights, so to be told from what quantizing does to them.
 IN_WEIGHTS = [name for name, fault in FAULTS.items() if fault[0] not in _IN_METADATA]
 
@@ -182,8 +216,6 @@ def test_fault(fault: str, kind: str, specimen: Specimen, sound: Path, tmp_path:
 
 def test_an_adapter_that_learned_nothing(specimen: Specimen, tmp_path: Path) -> None:
     """Its B is zero, as before the first step: every file of it is the base."""
-    import shutil
-
     from safetensors.torch import load_file
 
     assert specimen.adapter
@@ -196,6 +228,25 @@ def test_an_adapter_that_learned_nothing(specimen: Specimen, tmp_path: Path) -> 
     found = empty.verify(empty.f16(tmp_path / "f16"))
     assert found["broken_stage"] == "train"
     assert "changes nothing" in found["verdict"]
+
+
+def test_dora_is_certified_and_missed(specimen: Specimen, sound: Path, tmp_path: Path) -> None:
+    """A merge that is sound; the same factors merged without their magnitudes; the base alone."""
+    adapter = make_adapter(specimen.base, tmp_path / "adapter", use_dora=True)
+    tuned = Specimen(specimen.base, adapter, specimen.rows, tmp_path)
+    file = tuned.f16(tmp_path / "f16")
+    found = tuned.verify(file)
+    assert found["ok"], found["problems"]
+    magnitudes = [name for name in read_header(adapter / "adapter_model.safetensors") if "magnitude" in name]
+    plain = tmp_path / "plain"
+    shutil.copytree(adapter, plain)
+    change_tensors(plain / "adapter_model.safetensors", dict.fromkeys(magnitudes))
+    change_json(plain / "adapter_config.json", use_dora=False)
+    for other, words in ((plain, "another adapter"), (None, "not applied")):
+        broken = _with_weights(tuned, sound, tuned.base, other)
+        found = tuned.verify(broken, f16=str(file))
+        assert (found["ok"], found["broken_stage"]) == (False, "merge")
+        assert words in found["verdict"]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from forge.verify.compare import compare, converts, top_log_probabilities
 from forge.verify.inputs import refuse_too_large
 from forge.verify.sample import LONGEST, Sample, draw, least_share
 from forge.verify.verdict import Gates, judge
+from forge.verify.weights import spread
 
 pytestmark = pytest.mark.training  # numpy
 
@@ -37,19 +38,19 @@ def test_equal_logits_are_no_distance_apart_whatever_is_added_to_them() -> None:
 
 
 def test_the_measures_are_what_they_say() -> None:
-    """Two positions, two tokens: p = (1/2, 1/2) and (3/4, 1/4) against q = (1/4, 3/4) and (3/4, 1/4)."""
+    """Two positions, two tokens: p = (3/4, 1/4) twice, against q = (1/4, 3/4) and (3/4, 1/4)."""
     import numpy as np
 
-    p, q = np.array([[0.5, 0.5], [0.75, 0.25]]), np.array([[0.25, 0.75], [0.75, 0.25]])
+    p, q = np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([[0.25, 0.75], [0.75, 0.25]])
     found = compare(np.log(p), np.log(q), _sample([0, 1]))
-    divergence = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    divergence = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
     assert found["kl_mean"] == pytest.approx(divergence / 2)
     assert found["kl_max"] == pytest.approx(divergence)
-    assert found["top1"] == 1.0 or found["top1"] == 0.5  # the first position is a tie
-    assert found["perplexity_reference"] == pytest.approx(math.exp(-(math.log(0.5) + math.log(0.25)) / 2))
+    assert found["top1"] == 0.5
+    assert found["perplexity_reference"] == pytest.approx(math.exp(-(math.log(0.75) + math.log(0.25)) / 2))
     assert found["perplexity"] == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.25)) / 2))
-    # log q is -+ log(3)/2 about its mean where log p is flat: the second position is the reference's own.
-    assert found["nmse"] == pytest.approx(1.0)
+    # All logits are log(3)/2 from their mean; at the first position both are off by twice that.
+    assert found["nmse"] == pytest.approx(2.0)
 
 
 def test_perplexity_is_the_answers_and_a_padded_vocabulary_does_not_count() -> None:
@@ -76,6 +77,7 @@ def test_the_sample_is_bounded_and_the_same_again() -> None:
     rows = [{"input_ids": list(range(700)), "labels": [-100] * 600 + [1] * 100} for _ in range(200)]
     drawn = draw(rows, 150_000, 4096)
     assert drawn == draw(rows, 150_000, 4096)
+    assert drawn != draw(rows, 150_000, 4096, seed=1)
     assert {len(row) for row in drawn.rows} == {LONGEST}
     assert len(drawn.rows) * LONGEST <= 4096
     assert len(drawn.positions) * 150_000 <= 2**26
@@ -84,6 +86,31 @@ def test_the_sample_is_bounded_and_the_same_again() -> None:
     assert not any(drawn.answers)  # all of them lie behind where the rows were cut
     with pytest.raises(DataError, match="no row of two tokens"):
         draw([{"input_ids": [1]}], 100, None)
+
+
+def test_the_sample_knows_which_tokens_are_answers() -> None:
+    """Prompts of tokens under 1000, answers above; a row without labels is an answer whole."""
+    ids = [[*range(length), *range(1000, 1000 + length)] for length in range(1, 40)]
+    rows = [{"input_ids": row, "labels": [one if one >= 1000 else -100 for one in row]} for row in ids]
+    drawn = draw(rows, 2000, None)
+    assert list(drawn.answers) == [follow >= 1000 for follow in drawn.follows]
+    assert 0.3 < sum(drawn.answers) / len(drawn.answers) < 0.7
+    assert all(draw([{"input_ids": row} for row in ids], 2000, None).answers)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 31, 32, 61, 62, 64, 80])
+def test_every_kind_of_tensor_is_looked_at(layers: int) -> None:
+    """However many layers there are: 62 of 9 tensors are a multiple of the 62 that are looked at."""
+    kinds = [f"mlp.{letter}_proj.weight" for letter in "abcdefghi"]
+    outside = ["model.embed_tokens.weight", "model.norm.weight"]
+    inside = [f"model.layers.{number}.{kind}" for number in range(layers) for kind in kinds]
+    found = spread([outside[0], *inside, outside[1]])
+    assert len(found) == len(set(found)) == min(64, 2 + 9 * layers)
+    assert set(outside) < set(found) <= {*outside, *inside}
+    assert {name.partition("layers.")[2].partition(".")[2] for name in found} == {"", *kinds}
+    # Of each kind from the first layers to the last.
+    depths = [[name.split(".")[2] for name in found if name.endswith(kind)] for kind in kinds]
+    assert all(max(map(int, one)) - min(map(int, one)) >= layers * 0.7 - 1 for one in depths)
 
 
 def test_the_confidence_of_a_share() -> None:

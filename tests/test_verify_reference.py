@@ -9,6 +9,7 @@ import pytest
 
 from forge.adapter.read import read_adapter
 from forge.errors import DataError
+from forge.model.safetensors_header import read_header
 from forge.verify.reference import Weights, logits
 from forge.verify.sample import Sample
 from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter, make_model
@@ -42,6 +43,32 @@ def test_streamed_is_whole(architecture: str, tmp_path: Path) -> None:
     tuned = logits(Weights(base, read_adapter(adapter)), SAMPLE, "tuned")
     np.testing.assert_allclose(tuned, _whole(load(base, adapter, merge=False)), atol=2e-4, rtol=1e-4)
     assert np.abs(tuned - plain).max() > 0.05
+
+
+def test_dora_is_pefts_own(tmp_path: Path) -> None:
+    """Each row of the sum has its learned length; without the magnitudes it would be another model."""
+    import numpy as np
+
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    adapter = make_adapter(base, tmp_path / "adapter", use_dora=True, use_rslora=True)
+    tuned = logits(Weights(base, read_adapter(adapter)), SAMPLE, "tuned")
+    np.testing.assert_allclose(tuned, _whole(load(base, adapter, merge=False)), atol=2e-4, rtol=1e-4)
+    magnitudes = [name for name in read_header(adapter / "adapter_model.safetensors") if "magnitude" in name]
+    assert len(magnitudes) == 14
+    change_tensors(adapter / "adapter_model.safetensors", dict.fromkeys(magnitudes))
+    plain = logits(Weights(base, read_adapter(adapter)), SAMPLE, "plain")
+    assert np.abs(tuned - plain).max() > 0.05
+
+
+def test_dora_of_conv1d_is_refused(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "gpt2", "home-made")
+    adapter = make_adapter(
+        base, tmp_path / "adapter", use_dora=True, fan_in_fan_out=True, target_modules=["c_attn"]
+    )
+    with pytest.raises(
+        DataError, match=r"h\.0\.attn\.c_attn: the reference covers DoRA on linear layers alone"
+    ):
+        logits(Weights(base, read_adapter(adapter)), SAMPLE, "tuned")
 
 
 def test_the_4_bit_reference_is_what_bitsandbytes_trains_on(tmp_path: Path) -> None:

@@ -69,8 +69,7 @@ def _of_directory(path: Path) -> tuple[str, dict[str, str], bool]:
         report.info(f"{path} also has the templates {others}: the default one is taken")
     if tokenizer.chat_template is None:
         raise DataError(f"{path}: the tokenizer has no chat template", hint=_HINT)
-    tokens = {f"{name}_token": token for name, token in tokenizer.tokens.items()}
-    return tokenizer.chat_template, tokens, tokenizer.add_bos
+    return tokenizer.chat_template, tokenizer.template_tokens, tokenizer.add_bos
 
 
 def _of_gguf(path: Path) -> tuple[str, dict[str, str], bool]:

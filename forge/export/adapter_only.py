@@ -18,7 +18,7 @@ from typing import Any
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer, find_base_tensor
 from forge.errors import StageError
 from forge.export.tensors import LazyTensor, read_rows, stored, write_safetensors
-from forge.export.upstream import load, refused
+from forge.export.upstream import REFUSALS, load, refused
 from forge.model.checkpoint import Checkpoint
 
 SCRIPT = "convert_lora_to_gguf.py"
@@ -55,15 +55,7 @@ def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, wo
     ]  # fmt: skip
     try:
         runpy.run_path(str(tree / SCRIPT), run_name="__main__")
-    except (
-        NotImplementedError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        AssertionError,
-        OSError,
-        SystemExit,
-    ) as refusal:
+    except REFUSALS as refusal:
         raise refused(refusal) from refusal
     finally:
         sys.argv = before

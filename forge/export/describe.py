@@ -41,7 +41,7 @@ def template_in(directory: Path) -> ChatTemplate | None:
     files = read_tokenizer(directory)
     if files.chat_template is None:
         return None
-    return ChatTemplate(files.chat_template, {f"{name}_token": token for name, token in files.tokens.items()})
+    return ChatTemplate(files.chat_template, files.template_tokens)
 
 
 def own_conversations(data: str | None) -> list[list[Message]]:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import MissingToolError, StageError
-from forge.model.gguf_header import TYPES
+from forge.model.gguf_header import NUMBERS, TYPES
 
-_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 _ENDINGS = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
@@ -49,10 +48,10 @@ def quantize_rows(name: str, kind: str, values: Any) -> Any:
     import numpy as np
 
     rows, width = values.shape
-    _, block, block_bytes = TYPES[_NUMBERS[kind]]
+    _, block, block_bytes = TYPES[NUMBERS[kind]]
     made = np.empty(rows * width // block * block_bytes, np.uint8)
     floats = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    library, number = _library(), _NUMBERS[kind]
+    library, number = _library(), NUMBERS[kind]
     written = library.ggml_quantize_chunk(number, floats, made.ctypes.data, 0, rows, width, None)
     if written != made.nbytes:
         raise StageError(f"{name}: {kind} gave {written:,} bytes instead of {made.nbytes:,}")

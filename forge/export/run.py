@@ -9,7 +9,6 @@ weights read, merged, quantized and written, straight into the file. Everything 
 from __future__ import annotations
 
 import math
-import os
 import re
 import resource
 import shutil
@@ -32,6 +31,7 @@ from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse
 from forge.export.upstream import Choices, Converted, convert
 from forge.export.write import write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint
+from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -74,7 +74,7 @@ def export(
     tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
     converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
     with one_thread():
-        written = _write(converted, work, description, tensors, settings)
+        written = _write(converted, work, description, merged, settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
     header = _publish(work, target)
@@ -174,7 +174,7 @@ def _write(
     converted: Converted,
     work: Path,
     description: Path,
-    tensors: Sequence[LazyTensor],
+    merged: Sequence[LazyTensor],
     settings: Mapping[str, Any],
 ) -> int:
     """The merged checkpoint if it is wanted, then the GGUF; returns the bytes of all that was written."""
@@ -183,19 +183,19 @@ def _write(
     written = sparse.stat().st_blocks * 512
     sparse.unlink()
     if settings["keep_merged"]:
-        merged = work / MERGED_DIRECTORY
+        kept = work / MERGED_DIRECTORY
         with writing(work):
-            shutil.copytree(description, merged)
+            shutil.copytree(description, kept)
             write_safetensors(
-                merged / "model.safetensors", tensors, lambda done, all: report.advance("merge", done, all)
+                kept / "model.safetensors", merged, lambda done, all: report.advance("merge", done, all)
             )
-        written += sum(path.stat().st_size for path in merged.iterdir())
+        written += sum(path.stat().st_size for path in kept.iterdir())
     return written + write_gguf(
         converted,
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
-        settings["threads"] or _cores(),
+        settings["threads"] or usable_cores(),
         lambda done, total: report.advance("export", done, total),
     )
 
@@ -208,13 +208,6 @@ def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
         kind.value = file_type(quant)
         found |= {"general.quantization_version": version, "general.file_type": kind}
     return found
-
-
-def _cores() -> int:
-    """The cores that this process may use, which in a container are fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _peak_memory() -> int:

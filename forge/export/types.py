@@ -16,13 +16,13 @@ from pathlib import Path
 
 from forge.errors import StageError
 from forge.export.upstream import Converted, extents, write_header
+from forge.model.gguf_header import TYPES
 
 UNQUANTIZED = ("f16", "bf16", "f32")
 # [   1/ 219] output.weight - [ 1536, 32000,  1,  1], type =  f16, size = 93.75 MiB -> 26.37 MiB (q6_K)
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = *(\S+), size = (?:.*->.*\((\S+)\))?")
-# What a type becomes where its rows do not divide into blocks, by llama.cpp's own rule.
-_BLOCKS = {"Q4_0": 32, "Q5_0": 32, "Q8_0": 32}
-_K_BLOCK = 256
+_BLOCKS = {name: block for name, block, _ in TYPES.values()}
+_MIXTURE_BLOCK = 256  # q4_k_m and all others that are no tensor's type
 
 
 def write_sparse(converted: Converted, path: Path) -> int:
@@ -112,19 +112,34 @@ def last_words(said: Sequence[str]) -> str:
 
 
 def file_type(quant: str) -> int:
-    """llama.cpp's `llama_ftype` of a type's name, such as 15 for q4_k_m."""
+    """llama.cpp's `llama_ftype` of a type's name, such as 15 for q4_k_m; raises `StageError` without one."""
+    if quant not in (known := _file_types()):
+        raise StageError(f"llama.cpp makes no files of type {quant}", hint=f"it makes {', '.join(known)}")
+    return known[quant]
+
+
+def type_name(number: object) -> str | None:
+    """The type's name of a `llama_ftype`, such as q4_k_m for 15; None for a number without one."""
+    return next((name for name, known in _file_types().items() if known == number), None)
+
+
+def _file_types() -> dict[str, int]:
     import llama_cpp
 
-    name = quant.upper()
-    number: int = getattr(llama_cpp, "LLAMA_FTYPE_ALL_F32" if name == "F32" else f"LLAMA_FTYPE_MOSTLY_{name}")
-    return number
+    prefixes = ("LLAMA_FTYPE_ALL_", "LLAMA_FTYPE_MOSTLY_")
+    return {
+        name.removeprefix(prefix).lower(): getattr(llama_cpp, name)
+        for prefix in prefixes
+        for name in dir(llama_cpp)
+        if name.startswith(prefix)
+    }
 
 
 def fallbacks(types: Mapping[str, str], converted: Converted, quant: str) -> dict[str, str]:
     """Tensors whose rows the type that was asked for cannot hold, with the type they got."""
     if quant in UNQUANTIZED:
         return {}
-    block = _BLOCKS.get(quant.upper(), _K_BLOCK)
+    block = _BLOCKS.get(quant.upper(), _MIXTURE_BLOCK)
     return {
         name: kind
         for name, kind in types.items()

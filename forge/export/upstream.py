@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,15 +22,14 @@ from typing import Any
 
 from forge.errors import StageError
 from forge.export.tensors import LazyTensor
-from forge.model.gguf_header import TYPES
+from forge.model.gguf_header import NUMBERS, TYPES
 
-# What the converters raise for a model that they cannot convert; some call sys.exit.
-_REFUSALS = (
+# What the converters raise for a model or an adapter that they cannot convert; some call sys.exit.
+REFUSALS = (
     NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
     RuntimeError, OSError, ImportError, SystemExit,
 )  # fmt: skip
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "float32"}
-_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,10 @@ class Converted:
 
 def bytes_of(kind: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of ggml's type `kind`; raises `StageError` when its rows do not divide."""
-    _, block, block_bytes = TYPES[_NUMBERS[kind]]
-    count = 1
-    for size in shape:
-        count *= size
+    _, block, block_bytes = TYPES[NUMBERS[kind]]
     if shape and shape[-1] % block:
         raise StageError(f"rows of {shape[-1]} values do not divide into blocks of {kind}")
-    return count // block * block_bytes
+    return math.prod(shape) // block * block_bytes
 
 
 def convert(
@@ -127,7 +124,7 @@ def convert(
             )
             model.prepare_tensors()
             model.prepare_metadata(vocab_only=False)
-    except _REFUSALS as refusal:
+    except REFUSALS as refusal:
         raise refused(refusal) from refusal
     finally:
         quants.quantize = quantize

@@ -8,6 +8,7 @@ around is in memory whole, twice at most: as it came and as it was turned.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections import deque
@@ -124,9 +125,7 @@ def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
         del data
         shape = info.shape
         width = shape[-1] if shape else 1
-        rows = 1
-        for size in shape[:-1]:
-            rows *= size
+        rows = math.prod(shape[:-1])
         for start, stop in slabs(rows, width):
             yield name, partial(_slab, name, read, stored, kind, start, stop), stop == rows
 

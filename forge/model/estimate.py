@@ -10,6 +10,7 @@ has torch, knows it), mixture-of-experts layers that are inactive.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ QUANT_BITS: Mapping[str, float] = {
 # Resident size of a worker that has imported torch, transformers, peft and trl; of the converter.
 TRAINING_START_BYTES, EXPORT_START_BYTES, SERVER_START_BYTES = 900_000_000, 450_000_000, 100_000_000
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_positions|tok_embeddings|word_embeddings|position_embeddings|embed_in|wte|wpe|"
     r"shared|lm_head|embed_out)\.weight$|^output\.weight$"
@@ -238,7 +240,7 @@ def stored_bytes(parameters: int, dtype: str) -> int:
     return parameters * BITS[dtype] // 8
 
 
-def available(control_group: Path = Path("/sys/fs/cgroup")) -> Available:
+def available(control_group: Path = _CONTROL_GROUP) -> Available:
     """This process's main memory: the machine's, or less where a container's limit is lower."""
     memory = psutil.virtual_memory()
     try:
@@ -249,3 +251,16 @@ def available(control_group: Path = Path("/sys/fs/cgroup")) -> Available:
     except (OSError, ValueError):  # No control group, or the word "max": no limit.
         return Available(memory.total, memory.available)
     return Available(min(memory.total, limit), max(0, min(memory.available, limit - used)))
+
+
+def usable_cores(control_group: Path = _CONTROL_GROUP) -> int:
+    """The cores that this process may use: its own or a container's share of them, or OMP_NUM_THREADS."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, (control_group / "cpu.max").read_text().split())
+    except (OSError, ValueError):  # No control group, or the word "max": no limit.
+        return cores
+    return min(cores, -(-quota // period))

@@ -39,6 +39,9 @@ TYPES: Mapping[int, tuple[str, int, int]] = {
     42: ("Q2_0", 64, 18),
 }  # fmt: skip
 
+# And back: name -> ggml type number.
+NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
+
 _SCALARS: Mapping[int, str] = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip

@@ -49,6 +49,11 @@ class TokenizerFiles:
     templates: Mapping[str, str]
     sentencepiece: Path | None
 
+    @property
+    def template_tokens(self) -> dict[str, str]:
+        """The special tokens by the names that a chat template has for them, such as `bos_token`."""
+        return {f"{name}_token": token for name, token in self.tokens.items()}
+
 
 def read_tokenizer(directory: Path, *, max_positions: int | None = None) -> TokenizerFiles:
     """Read the tokenizer's files in `directory`.

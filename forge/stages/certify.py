@@ -112,8 +112,7 @@ def _rows(
     tokenizer = open_tokenizer(files.directory)
     if files.chat_template is None:
         return plain_rows(data, tokenizer, scratch), None
-    tokens = {f"{name}_token": token for name, token in files.tokens.items()}
-    form = prompt_format(ChatTemplate(files.chat_template, tokens), tokenizer)
+    form = prompt_format(ChatTemplate(files.chat_template, files.template_tokens), tokenizer)
     rows = own_rows(data, form, context, scratch) if data else builtin_rows(form, context, scratch)
     return rows, form.end_of_turn_id
 

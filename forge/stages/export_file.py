@@ -79,8 +79,7 @@ def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
     """The template as a ship would pin it, and the id that ends an answer."""
     if tokenizer.chat_template is None:
         return None, None
-    tokens = {f"{name}_token": token for name, token in tokenizer.tokens.items()}
-    template = ChatTemplate(tokenizer.chat_template, tokens)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.template_tokens)
     read = open_tokenizer(tokenizer.directory)
     try:
         return template.pinned_source(), prompt_format(template, read).end_of_turn_id

@@ -102,9 +102,8 @@ class Ship:
                 hint="use the base's instruct version, or put a chat_template.jinja beside its tokenizer "
                 "(templates/chat/chatml.jinja is a plain one)",
             )
-        tokens = {f"{name}_token": token for name, token in self.tokenizer.tokens.items()}
         variables = self.training.template_variables if self.training else {}
-        return ChatTemplate(source, tokens, variables)
+        return ChatTemplate(source, self.tokenizer.template_tokens, variables)
 
     @cached_property
     def prompt_format(self) -> PromptFormat:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forge.verify.weights import is_worse, unlike
-
 _SCALE_SLACK = 0.2
 _HEADS = ("output.weight", "token_embd.weight")
 
@@ -34,8 +32,8 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
     own = broken["to"] == "GGUF f16" and "f16" in found["legs"]
     file = fits["f16"] if own else fits["file"]
-    yardstick = fits["f16" if own else "vendor" if "vendor" in fits else "f16" if "f16" in fits else "file"]
-    differ = unlike(file, yardstick)
+    yardstick = fits["vendor" if "vendor" in fits and not own else "f16"]
+    differ = _unlike(file, yardstick)
     for find in (_converted_wrongly, _merged_wrongly):
         if cause := find(file, yardstick, differ):
             return cause
@@ -124,4 +122,25 @@ def _merged_wrongly(
 
 def _is_clean(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> bool:
     """Beside the adapter there is no more rest than the type's rounding."""
-    return not is_worse(file["rest"], yardstick["rest"])
+    return not _is_worse(file["rest"], yardstick["rest"])
+
+
+def _is_worse(rest: float, usual: float) -> bool:
+    """Whether a rest is more than the type's rounding; errors add up as squares, so 15 % is a lot."""
+    return rest > 1.15 * usual + 1e-3
+
+
+def _unlike(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors of the file whose rest is over the yardstick's, and those in another order of rows."""
+    rests, usual = file["rests"], yardstick["rests"]
+    both = rests.keys() & usual.keys()
+    worse = {name: rests[name] for name in both if _is_worse(rests[name], usual[name])}
+    layouts, expected = file["layouts"], yardstick["layouts"]
+    moved = [name for name in both if layouts[name] != expected[name]]
+    plain = {name for name in both if name not in file["adapted"]}
+    return {
+        "worse": dict(sorted(worse.items())),
+        "worse_beside": sorted(worse.keys() & plain),
+        "moved": sorted(moved),
+        "compared": len(both),
+    }

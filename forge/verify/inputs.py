@@ -11,11 +11,13 @@ from typing import Any
 
 from forge import report
 from forge.errors import DataError, Problem
+from forge.export.types import type_name
 from forge.model.config import Configuration
 from forge.model.gguf_header import GgufHeader, LongArray
 from forge.model.safetensors_header import TensorSpec
-from forge.verify import served
 
+# Of mixtures, the one that rounds most: a file that does not say which it is may be any of them.
+_COARSEST = {"Q3_K": "q3_k_s", "Q4_K": "q4_k_s", "Q5_K": "q5_k_s"}
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -68,13 +70,24 @@ def refuse_other_vocabulary(rows: Sequence[Mapping[str, Any]], count: int | None
         )
 
 
+def type_of(header: GgufHeader) -> str:
+    """The file's type by its own word (`general.file_type`), such as q4_k_m.
+
+    Without one that llama.cpp knows, the coarsest type of its most frequent tensor type.
+    """
+    if told := type_name(header.metadata.get("general.file_type")):
+        return told
+    most = next((kind for kind in header.tensor_types if kind != "F32"), "F32")
+    return _COARSEST.get(most, most.lower())
+
+
 def file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     count = (
         tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else None
     )
     return {
-        "type": served.type_of(path),
+        "type": type_of(header),
         "architecture": header.architecture,
         "bytes": path.stat().st_size,
         "tensor_types": header.tensor_types,

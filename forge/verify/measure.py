@@ -6,7 +6,6 @@ conversion and quantization of the same weights come to. Nothing here decides wh
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.errors import ForgeError, Problem
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration, read_configuration
+from forge.model.estimate import available, usable_cores
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
@@ -100,7 +98,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
     with session.step("token ids, prompt and stops"):
         session.found |= _vocabulary(session, rows)
     with session.step("rows drawn"):
-        refuse_too_large(open_checkpoint(base).tensors, psutil.virtual_memory().available)
+        refuse_too_large(open_checkpoint(base).tensors, available().free)
         vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
         refuse_long(rows, facts, header)
         refuse_other_vocabulary(rows, session.found["file"]["vocabulary"])
@@ -114,11 +112,8 @@ def measure(**arguments: Any) -> dict[str, Any]:
 def _vocabulary(session: _Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     arguments = session.arguments
     tokenizer = Path(arguments["tokenizer"])
-    tokens = read_tokenizer(tokenizer).tokens
     source = arguments["chat_template"]
-    template = (
-        ChatTemplate(source, {f"{name}_token": text for name, text in tokens.items()}) if source else None
-    )
+    template = ChatTemplate(source, read_tokenizer(tokenizer).template_tokens) if source else None
     own = [row["messages"] for row in rows if row.get("messages")][:_OWN_PROMPTS]
     hello = [[{"role": "user", "content": "Hello!"}]]
     system = [[{"role": "system", "content": "Be brief."}, *hello[0]]]
@@ -167,7 +162,7 @@ def _legs(
     files = measured.of_files(gguf, scratch)
     with session.step("weights"):
         inside = replace(source, adapter=None) if session.lora else source
-        found["weights"] = {name: weights.fit_weights(path, inside, facts) for name, path in files.items()}
+        found["weights"] = weights.fit_weights(files, inside, facts)
 
 
 @dataclass(frozen=True)
@@ -210,10 +205,8 @@ class _Legs:
             return {"file": gguf, "f16": f16}
         direct = self._file("f16", f16)
         self._compare("file against f16", measured, direct)
-        if kind is None:
-            return {"file": gguf, "f16": f16}
         with session.step("llama.cpp's own quantization"):
-            vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, os.cpu_count() or 1)
+            vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores())
         self._file("vendor", vendor, direct)
         return {"file": gguf, "f16": f16, "vendor": vendor}
 

@@ -12,8 +12,8 @@ holds it in training; the arithmetic stays float32.
 
 Experts, which transformers holds fused, are put together from the checkpoint's.
 
-Not covered, and refused: other checkpoints whose tensors are not named after the modules' parameters, and
-encoder-decoders.
+Not covered, and refused: other checkpoints whose tensors are not named after the modules' parameters,
+encoder-decoders, and DoRA of an embedding or a Conv1D.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     """
     import torch
 
-    loader = _Loader(weights)
+    loader = Loader(weights)
     model = _empty(weights)
     head = model.get_output_embeddings()
     if head is None:
@@ -97,7 +97,7 @@ def _empty(weights: Weights) -> Any:
 
 
 @contextmanager
-def _streamed(model: Any, loader: _Loader, label: str) -> Iterator[None]:
+def _streamed(model: Any, loader: Loader, label: str) -> Iterator[None]:
     """Weights come before each unit's forward and go behind it."""
     units = list(_units(model))
     names: dict[int, list[str]] = {}
@@ -159,12 +159,16 @@ _EXPERTS: Mapping[str, Sequence[Sequence[str]]] = {
 }
 
 
-class _Loader:
-    """Reads tensors of a checkpoint in float32, with the adapter added."""
+class Loader:
+    """Reads tensors of a checkpoint in float32, and what the adapter adds to them.
+
+    Raises `DataError` for an adapter with parts that have no place in the checkpoint.
+    """
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._tensors = open_checkpoint(weights.base).tensors
+        self.checkpoint = open_checkpoint(weights.base)
+        self._tensors = self.checkpoint.tensors
         adapter = weights.adapter
         self._layers = _by_tensor(adapter.layers, self._tensors) if adapter else {}
         self._replaced = _by_tensor(adapter.replaced, self._tensors, "") if adapter else {}
@@ -204,12 +208,19 @@ class _Loader:
     def _weight(self, name: str, linear: bool) -> Any:
         """One tensor of the checkpoint, the adapter added."""
         self._used.add(name)
-        weight = read(self._replaced.get(name, self._tensors[name]))
-        if linear and self._weights.nf4:
-            weight = nf4_and_back(weight)
-        if layer := self._layers.get(name):
-            weight += delta(layer, transposed=self._transposed)
-        return weight
+        weight = self.read(name, nf4=linear and self._weights.nf4)
+        added = self.added(name, weight)
+        return weight if added is None else weight.add_(added)
+
+    def read(self, name: str, *, nf4: bool = False) -> Any:
+        """The tensor `name` without what is added to it: the checkpoint's, or the adapter's whole one."""
+        weight = _read(self._replaced.get(name, self._tensors[name]))
+        return nf4_and_back(weight) if nf4 else weight
+
+    def added(self, name: str, weight: Any) -> Any:
+        """What the adapter adds to the tensor `name`, whose values are `weight`; None where nothing is."""
+        layer = self._layers.get(name)
+        return _delta(layer, weight, transposed=self._transposed) if layer else None
 
     def refuse_unused(self) -> None:
         """Every part of the adapter must have been in the way of the rows."""
@@ -232,7 +243,7 @@ def _by_tensor(
     return {name: part for name, part in named.items() if name}
 
 
-def read(spec: TensorSpec) -> Any:
+def _read(spec: TensorSpec) -> Any:
     """A tensor of a safetensors file in float32; raises `DataError` when it is not finite."""
     import safetensors
     import torch
@@ -244,12 +255,24 @@ def read(spec: TensorSpec) -> Any:
     return tensor
 
 
-def delta(layer: LoraLayer, *, transposed: bool = False) -> Any:
-    """What a LoRA layer adds to its weight: scale x B A, in float32."""
-    if layer.magnitude is not None:
-        raise DataError(f"{layer.module}: DoRA is not covered by the reference")
-    product = (read(layer.b) @ read(layer.a)).mul_(layer.scale)
-    return product.T.contiguous() if transposed or layer.is_embedding else product
+def _delta(layer: LoraLayer, weight: Any, *, transposed: bool = False) -> Any:
+    """What a LoRA layer adds to its `weight`, in float32: scale x B A.
+
+    Of DoRA, what leads from the weight to the sum with each row at its learned length. Raises `DataError`
+    for the DoRA of an embedding or a Conv1D.
+    """
+    product = (_read(layer.b) @ _read(layer.a)).mul_(layer.scale)
+    turned = transposed or layer.is_embedding
+    if layer.magnitude is None:
+        return product.T.contiguous() if turned else product
+    if turned:
+        raise DataError(
+            f"{layer.module}: the reference covers DoRA on linear layers alone",
+            hint="train it as a plain LoRA, or on the linear layers",
+        )
+    merged = product.add_(weight)
+    lengths = _read(layer.magnitude).reshape(-1) / merged.norm(dim=1)
+    return merged.mul_(lengths.unsqueeze(1)).sub_(weight)
 
 
 def nf4_and_back(weight: Any) -> Any:

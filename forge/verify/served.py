@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from forge import report
 from forge.errors import DataError
 from forge.export.types import last_words, listening
-from forge.model.gguf_header import read_gguf
+from forge.model.estimate import usable_cores
 from forge.verify.sample import Sample
 
 _BATCH = 128
@@ -43,7 +42,7 @@ class ServedModel:
         settings.n_ctx = -(-(context + 1) // 256) * 256
         settings.n_batch = settings.n_ubatch = _BATCH
         settings.n_seq_max = 1
-        settings.n_threads = settings.n_threads_batch = _threads()
+        settings.n_threads = settings.n_threads_batch = usable_cores()
         settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
         settings.flash_attn_type = 0
         with listening():
@@ -158,24 +157,3 @@ def loaded(path: Path, context: int, lora: Path | None = None) -> Iterator[Serve
         yield model
     finally:
         model.close()
-
-
-def _threads() -> int:
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def type_of(path: Path) -> str | None:
-    """The file's type by its own word (`general.file_type`), such as q4_k_m."""
-    import llama_cpp
-
-    number = read_gguf(path).metadata.get("general.file_type")
-    for name in dir(llama_cpp):
-        if (
-            name.startswith(("LLAMA_FTYPE_MOSTLY_", "LLAMA_FTYPE_ALL_"))
-            and getattr(llama_cpp, name) == number
-        ):
-            return name.removeprefix("LLAMA_FTYPE_").removeprefix("MOSTLY_").removeprefix("ALL_").lower()
-    return None

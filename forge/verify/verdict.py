@@ -130,12 +130,11 @@ def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "f16" not in legs:
         return [*listed, _handover(start, f"GGUF {kind}", legs["file"], converts(legs["file"]))]
     listed.append(_handover(start, "GGUF f16", legs["f16"], converts(legs["f16"])))
-    against, vendor = legs["file against f16"], legs.get("vendor")
-    ok = vendor is None or against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + MOST_NMSE / 100
-    last = _handover("GGUF f16", f"GGUF {kind or 'of unknown type'}", against, ok)
-    if vendor:
-        last["vendor"] = {key: vendor[key] for key in ("nmse", "kl_mean", "kl_max", "top1")}
-        last["beyond_vendor"] = round(against["nmse"] / max(vendor["nmse"], 1e-30), 3)
+    against, vendor = legs["file against f16"], legs["vendor"]
+    ok = against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + MOST_NMSE / 100
+    last = _handover("GGUF f16", f"GGUF {kind}", against, ok)
+    last["vendor"] = {key: vendor[key] for key in ("nmse", "kl_mean", "kl_max", "top1")}
+    last["beyond_vendor"] = round(against["nmse"] / max(vendor["nmse"], 1e-30), 3)
     return [*listed, last]
 
 
@@ -148,7 +147,7 @@ def _sound_words(found: Mapping[str, Any], share: float) -> str:
     final, kind = found["legs"]["file"], found["file"]["type"]
     what = "base and adapter" if "base" in found["legs"] else "the base"
     return (
-        f"the {kind or ''} file is {what}: token ids, prompts and stops are equal, "
+        f"the {kind} file is {what}: token ids, prompts and stops are equal, "
         f"KL {final['kl_mean']:.2g}, the same top token at {final['top1']:.1%} of {final['positions']} "
         f"positions (at least {share:.1%} with 95 % confidence)"
     )
@@ -163,11 +162,7 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             f"{trained['top1']:.1%}; where that matters merge into the base as trained (export.merge_base), "
             "or train with method: lora"
         )
-    if "f16" in legs and "vendor" not in legs:
-        told.append(
-            "the file does not say its type: its loss is not held against llama.cpp's own of that type"
-        )
-    norm = NORMS.get(kind or "")
+    norm = NORMS.get(kind)
     final = legs["file"]
     if norm and final["kl_mean"] > norm[0]:
         share = f", top-1 {norm[1]:.1%}" if norm[1] else ""

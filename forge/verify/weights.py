@@ -10,24 +10,23 @@ Not covered: tensors that a family's converter splits, joins or computes anew; t
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.adapter.read import find_base_tensor
 from forge.export.nf4 import quantized_in_training
-from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration
 from forge.model.gguf_header import read_gguf
-from forge.verify.reference import Weights, delta, nf4_and_back, read
+from forge.verify.reference import Loader, Weights, nf4_and_back
 
 _MOST_ROWS = 16384
 """Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
 _NF4_LAYERS = 4
-_TENSORS = 64
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Fit:
     file. `lost_rows`: rows of zeros which are none in the checkpoint.
     """
 
-    name: str
     gguf: str
     scale: float | None
     rest: float
@@ -47,45 +45,52 @@ class Fit:
     lost_rows: int = 0
 
 
-def fit_weights(path: Path, source: Weights, facts: Configuration) -> dict[str, Any]:
-    """Every tensor that can be looked up, and in sum: scale, rest, what has no place in the file."""
-    import gguf
+def fit_weights(
+    files: Mapping[str, Path], source: Weights, facts: Configuration
+) -> dict[str, dict[str, Any]]:
+    """Of each GGUF: every tensor that can be looked up, and in sum: scale, rest, what it has no place for.
 
-    header = read_gguf(path)
-    base, adapter = source.base, source.adapter
-    tensors = open_checkpoint(base).tensors
-    rounded = quantized_in_training(base, open_checkpoint(base)) if source.nf4 else frozenset()
-    reader = gguf.GGUFReader(str(path))
-    inside = {tensor.name: tensor for tensor in reader.tensors}
-    names = _names(header.architecture, facts.layers or 0)
-    deltas = (
-        {find_base_tensor(f"{name}.weight", tensors): layer for name, layer in adapter.layers.items()}
-        if adapter
-        else {}
+    A tensor of the checkpoint and what the adapter adds to it are read once for all files.
+    """
+    loader = Loader(source)
+    checkpoint = loader.checkpoint
+    rounded = quantized_in_training(source.base, checkpoint) if source.nf4 else frozenset()
+    opened = {name: _File(path, facts) for name, path in files.items()}
+    chosen = spread(
+        [name for name in checkpoint.tensors if any(file.place(name) for file in opened.values())]
     )
-    replaced = (
-        {find_base_tensor(name, tensors): one for name, one in adapter.replaced.items()} if adapter else {}
-    )
-    transposed = bool(adapter and adapter.configuration.get("fan_in_fan_out"))
-    fits: list[Fit] = []
-    missing: list[str] = []
-    chosen = _spread([name for name in tensors if names(name)])
+    adapted = 0
     for number, name in enumerate(chosen):
-        place = names(name)
-        if place not in inside:
-            missing.append(name)
-            continue
-        layer = deltas.get(name)
-        added = delta(layer, transposed=transposed) if layer else None
-        looked_at = sum(fit.rest_nf4 is not None for fit in fits)
-        with_nf4 = added is not None and not source.nf4 and looked_at < _NF4_LAYERS
-        weight = read(replaced.get(name, tensors[name]))
-        weight = nf4_and_back(weight) if name in rounded else weight
-        found = _fit(name, inside[place], weight, added, facts, with_nf4)
-        if found:
-            fits.append(found)
+        weight = loader.read(name, nf4=name in rounded)
+        added = loader.added(name, weight)
+        adapted += added is not None
+        with_nf4 = added is not None and not source.nf4 and adapted <= _NF4_LAYERS
+        for file in opened.values():
+            file.look_at(name, weight, added, with_nf4)
         report.advance("look at the weights", number + 1, len(chosen))
-    return _summed(fits, missing)
+    return {name: _summed(file.fits, file.missing) for name, file in opened.items()}
+
+
+class _File:
+    """A GGUF's tensors by the checkpoint's names, and what was found of them."""
+
+    def __init__(self, path: Path, facts: Configuration) -> None:
+        import gguf
+
+        self._facts = facts
+        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+        self.place = _names(read_gguf(path).architecture, facts.layers or 0)
+        self.fits: list[Fit] = []
+        self.missing: list[str] = []
+
+    def look_at(self, name: str, weight: Any, added: Any, with_nf4: bool) -> None:
+        """Keep the fit of the tensor that the checkpoint calls `name`, or that it is missing."""
+        place = self.place(name)
+        if place in self._tensors:
+            found = _fit(self._tensors[place], weight, added, self._facts, with_nf4)
+            self.fits += [found] if found else []
+        elif place:
+            self.missing.append(name)
 
 
 def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
@@ -104,18 +109,24 @@ def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
     return find
 
 
-def _spread(names: Sequence[str]) -> Sequence[str]:
-    """At most `_TENSORS` in even steps, those outside of the layers always among them."""
-    outside = [name for name in names if not any(part.isdigit() for part in name.split("."))]
-    layers = [name for name in names if name not in outside]
-    room = max(1, _TENSORS - len(outside))
-    if len(layers) > room:
-        # A step that shares no factor with the tensors of a layer meets each kind in turn.
-        layers = [layers[len(layers) * number // room] for number in range(room)]
-    return [*outside, *layers]
+def spread(names: Sequence[str], most: int = 64) -> list[str]:
+    """At most `most` of a checkpoint's names, those outside of the layers always among them.
+
+    Each kind of tensor (a layer's name without its number) in turn, at even steps through the layers.
+    """
+    if len(names) <= most:
+        return list(names)
+    outside = [name for name in names if not _NUMBER.search(name)]
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        if _NUMBER.search(name):
+            kinds.setdefault(_NUMBER.sub(".", name), []).append(name)
+    each, room = list(kinds.values()), max(0, most - len(outside))
+    turns = ((each[number % len(each)], number) for number in range(room))
+    return [*outside, *dict.fromkeys(kind[len(kind) * number // room] for kind, number in turns)]
 
 
-def _fit(name: str, tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool) -> Fit | None:
+def _fit(tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool) -> Fit | None:
     import numpy as np
     import torch
     from gguf.quants import dequantize
@@ -143,7 +154,7 @@ def _fit(name: str, tensor: Any, weight: Any, added: Any, facts: Configuration, 
     lost = 0
     if weight.dim() == 2:
         lost = int(((arranged.abs().sum(dim=1) == 0) & (weight.abs().sum(dim=1) > 0)).sum())
-    return Fit(name, tensor.name, scale, rest, layout, rest_nf4, lost)
+    return Fit(tensor.name, scale, rest, layout, rest_nf4, lost)
 
 
 def _any(added: Any) -> bool:
@@ -171,10 +182,7 @@ def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
     nf4 = [fit.rest_nf4 for fit in fits if fit.rest_nf4 is not None]
     beside = [fit.rest for fit in fits if fit.rest_nf4 is not None]
     return {
-        "tensors": len(fits),
         "scale": statistics.median(scales) if scales else None,
-        "scale_least": min(scales, default=None),
-        "scale_most": max(scales, default=None),
         "rest": statistics.median(adapted) if adapted else None,
         "adapted": [fit.gguf for fit in fits if fit.scale is not None],
         "rest_nf4": statistics.median(nf4) if nf4 else None,
@@ -183,26 +191,4 @@ def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
         "lost_rows": {fit.gguf: fit.lost_rows for fit in fits if fit.lost_rows},
         "layouts": {fit.gguf: fit.layout for fit in fits},
         "rests": {fit.gguf: round(fit.rest, 6) for fit in fits},
-        "fits": [asdict(fit) for fit in sorted(fits, key=lambda fit: -fit.rest)[:12]],
-    }
-
-
-def is_worse(rest: float, usual: float) -> bool:
-    """Whether a rest is more than the type's rounding; errors add up as squares, so 15 % is a lot."""
-    return rest > 1.15 * usual + 1e-3
-
-
-def unlike(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors of the file whose rest is over the yardstick's, and those in another order of rows."""
-    rests, usual = file["rests"], yardstick["rests"]
-    both = rests.keys() & usual.keys()
-    worse = {name: rests[name] for name in both if is_worse(rests[name], usual[name])}
-    layouts, expected = file["layouts"], yardstick["layouts"]
-    moved = [name for name in both if layouts[name] != expected[name]]
-    plain = {name for name in both if name not in file["adapted"]}
-    return {
-        "worse": dict(sorted(worse.items())),
-        "worse_beside": sorted(worse.keys() & plain),
-        "moved": sorted(moved),
-        "compared": len(both),
     }

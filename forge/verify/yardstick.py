@@ -36,7 +36,10 @@ def make_f16(source: Mapping[str, Any], out: Path) -> Path:
 
 
 def make_quantized(f16: Path, target: Path, quant: str, threads: int) -> Path:
-    """llama.cpp's own quantization of `f16` as `target`; raises `StageError` with its last words."""
+    """llama.cpp's own quantization of `f16` as `target`; raises `StageError` with its last words.
+
+    It makes no type that needs an importance matrix: those are not certified.
+    """
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
@@ -47,5 +50,8 @@ def make_quantized(f16: Path, target: Path, quant: str, threads: int) -> Path:
             str(f16).encode(), str(target).encode(), ctypes.byref(parameters)
         )
     if status:
-        raise StageError(f"llama.cpp could not quantize to {quant}: {last_words(said)}")
+        raise StageError(
+            f"llama.cpp could not quantize to {quant}: {last_words(said)}",
+            hint="without its own file of that type nothing says how much the type may lose",
+        )
     return target
