@@ -34,6 +34,7 @@ TASKS: Mapping[str, str] = {
     "evaluate": "forge.train.evaluate:evaluate",
     "export": "forge.export.run:export",
     "verify": "forge.verify.measure:measure",
+    "count": "forge.verify.vocabulary:count",
 }
 
 

@@ -45,6 +45,14 @@ def test_a_plain_base_ships_without_training(workshop: Workshop) -> None:
     }  # fmt: skip
 
 
+def test_a_merged_checkpoint_of_an_earlier_ship_is_not_left(workshop: Workshop) -> None:
+    """Beside a GGUF that is not of its weights it would mislead."""
+    for kept in (True, False):
+        workshop.recipe(train="none", data=None, export={"quant": "f16", "keep_merged": kept})
+        workshop.ship("--until", "export")
+        assert (workshop.run / "merged").is_dir() == kept
+
+
 @pytest.mark.slow
 def test_lora_and_messages_and_then_its_adapter_elsewhere(workshop: Workshop) -> None:
     """B of the contract: `train.method: lora`, messages-format JSONL, `train: {from: ADAPTER}`."""

@@ -7,6 +7,7 @@ told at once, and `forge plan` needs no more than this.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,6 +106,12 @@ class Ship:
         tokens = {f"{name}_token": token for name, token in self.tokenizer.tokens.items()}
         variables = self.training.template_variables if self.training else {}
         return ChatTemplate(source, tokens, variables)
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 of the chat template as the GGUF carries it, for the requests of the stages that use it."""
+        source = self.template.pinned_source() if self.base.directory else UNKNOWN
+        return hashlib.sha256(source.encode()).hexdigest()
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
