@@ -35,6 +35,7 @@ TASKS: Mapping[str, str] = {
     "export": "forge.export.run:export",
     "verify": "forge.verify.measure:measure",
     "choose_base": "forge.verify.bases:choose_base",
+    "count": "forge.verify.vocabulary:count",
 }
 
 

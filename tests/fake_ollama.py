@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -30,20 +29,9 @@ from forge.model.gguf_header import read_gguf
 from forge.serve.embedded import serve_embedded
 from forge.serve.runtime import Settings
 from tests.fake_ollama_prompts import GoRenderer, Messages, Model, by_interpreter, collate, prompt_of
+from tests.fake_ollama_rules import RefusedError, check_options, check_quantize
 
-QUANTIZE = ("F32", "F16", "BF16", "Q8_0", "Q4_K_S", "Q4_K_M")
 DEFAULT_CONTEXT = 4096
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
-_FLOATS = ("temperature", "top_p", "min_p", "repeat_penalty")
-_INTEGERS = ("num_ctx", "num_predict", "top_k", "seed")
-
-
-class RefusedError(Exception):
-    """An answer that is no success."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass
@@ -67,6 +55,7 @@ class FakeOllama:
 
     def __post_init__(self) -> None:
         self.loaded: dict[tuple[str, int], str] = {}
+        self.awake: set[str] = set()
         self.lock = threading.Lock()
         self.kept = ""
 
@@ -121,16 +110,6 @@ class FakeOllama:
 
     # Models
 
-    def check_create(self, fields: Mapping[str, Any]) -> None:
-        """The early errors."""
-        if not _NAME.fullmatch(fields.get("model") or fields.get("name") or ""):
-            raise RefusedError(400, "invalid model name")
-        files = {**fields.get("files", {}), **fields.get("adapters", {})}
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-            raise RefusedError(400, "file path must be relative")
-        if not fields.get("from") and not fields.get("files"):
-            raise RefusedError(400, "neither 'from' or 'files' was specified")
-
     def create(self, fields: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         """What the stream says; its errors are late ones."""
         try:
@@ -177,10 +156,7 @@ class FakeOllama:
     def _of_gguf(self, digest: str, quantize: str | None) -> Model:
         header = read_gguf(self._there(digest))
         if quantize:
-            if quantize.upper() not in QUANTIZE:
-                raise RefusedError(200, f"unsupported quantization type {quantize}")
-            if not {"F16", "BF16", "F32"} & set(list(header.tensor_types)[:1]):
-                raise RefusedError(200, "quantization is only supported for F16, BF16 and F32 models")
+            check_quantize(header, quantize)
         # llama-quantize writes it anew, so that its digest is another one.
         content = self.blob(digest).read_bytes() + bytes(32)
         kept = f"sha256:{hashlib.sha256(content).hexdigest()}"
@@ -214,18 +190,25 @@ class FakeOllama:
         return self.spoil(text)
 
     def chat(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer of /api/chat."""
+        """The answer of /api/chat; the model stays in memory afterwards, unless `keep_alive` is 0."""
+        told = self._answer(body)
+        self.awake.add(tagged(body["model"]))
+        if body.get("keep_alive") == 0:
+            self.awake.discard(tagged(body["model"]))
+            self.kept = ""
+        return told
+
+    def _answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
         model = self.find(body["model"])
         for asked in ("tools", "think"):
             if body.get(asked):
                 what = "thinking" if asked == "think" else "tools"
                 raise RefusedError(400, f'"{body["model"]}" does not support {what}')
         options = {**model.parameters, **(body.get("options") or {})}
-        _check_options(options)
+        check_options(options)
         messages = body.get("messages") or []
         done = {"model": body["model"], "created_at": "2026-01-01T00:00:00Z", "done": True}
         if not messages:
-            self.kept = ""
             return done | {"message": {"role": "assistant", "content": ""}, "done_reason": "load"}
         if model.adapter and model.adapter_architecture != model.architecture:
             raise RefusedError(500, "llama-server process has terminated: exit status 1")
@@ -275,15 +258,6 @@ class FakeOllama:
 def tagged(name: str) -> str:
     """`latest` is the tag of a name without one."""
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Types are looked at when a model is used, not when it is made."""
-    for name, value in options.items():
-        if name in _FLOATS and not isinstance(value, int | float):
-            raise RefusedError(500, f'option "{name}" must be of type float32')
-        if name in _INTEGERS and not (isinstance(value, int | float) and float(value).is_integer()):
-            raise RefusedError(500, f'option "{name}" must be of type integer')
 
 
 def main() -> None:

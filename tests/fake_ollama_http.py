@@ -8,7 +8,8 @@ import time
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from tests.fake_ollama import FakeOllama, RefusedError, tagged
+from tests.fake_ollama import FakeOllama, tagged
+from tests.fake_ollama_rules import RefusedError, check_create
 
 _CHUNK = 1 << 16
 
@@ -64,6 +65,8 @@ class Handler(BaseHTTPRequestHandler):
                     ]
                 }
             )
+        elif self.path == "/api/ps":
+            self.json({"models": [{"name": name, "model": name} for name in sorted(fake.awake)]})
         elif self.path == "/v1/models":
             self.json({"object": "list", "data": [{"id": name, "object": "model"} for name in fake.models]})
         elif self.path == "/":
@@ -78,7 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         body = json.loads(content)
         if self.path == "/api/create":
-            fake.check_create(body)
+            check_create(body)
             self.stream(fake.create(body), whole=body.get("stream", True))
         elif self.path == "/api/show":
             self.json(_shown(fake, body.get("model") or body["name"]))

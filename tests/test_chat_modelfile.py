@@ -185,6 +185,8 @@ def test_sampling_and_licence_are_the_bases(tmp_path: Path) -> None:
         "PARAMETER temperature 0.7\nPARAMETER top_p 0.8\nPARAMETER top_k 20\nPARAMETER repeat_penalty 1.05\n"
         'LICENSE """Permission is granted.\nTo all."""\n'
     )
-    assert facts["licences_left_out"] == 0
+    assert facts["left_out"] == {"stops": [], "licences": []}
     hard = replace(given, licences=("a\u00a0b",))
-    assert write_modelfiles(tmp_path / "out", file="m.gguf", told=hard)["licences_left_out"] == 1
+    assert write_modelfiles(tmp_path / "out", file="m.gguf", told=hard)["left_out"]["licences"] == [
+        "a\u00a0b"
+    ]

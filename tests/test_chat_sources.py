@@ -134,6 +134,17 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert lines[:3] == ["REQUIRES 0.30", f"FROM {tiny / 'own.gguf'}", 'PARAMETER stop "<|im_end|>"']
 
 
+def test_a_licence_that_no_modelfile_can_hold_is_left_out_and_said(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny / "LICENSE").write_text('A line that ends in """\nand goes on', encoding="utf-8")
+    assert run(["modelfile", str(tiny)]) == 0
+    said = capsys.readouterr()
+    remarks, lines = split(said.out)
+    assert remarks[-1].startswith("# left out, since no Modelfile can hold it: LICENSE ")
+    assert "left out" in said.err and not any(line.startswith("LICENSE") for line in lines)
+
+
 def test_the_context_is_not_more_than_the_models_positions(tiny: Path) -> None:
     """The tokenizer's own limit is often a placeholder."""
     change_json(tiny / "tokenizer_config.json", model_max_length=10**30)
@@ -148,6 +159,13 @@ def test_modelfile_of_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert lines[0] == f"FROM {path}" and lines[1].startswith('TEMPLATE """')
     assert parse(str(found["modelfile"])).base == str(path)
     assert found["stops"] == ["<|im_end|>"]
+    sampling = {"temp": 0.6, "top_k": 20, "penalty_repeat": 1.05, "xtc_threshold": 0.1}
+    sampled = write_tiny_gguf(tmp_path / "s.gguf", sampling=sampling)
+    remarks, lines = split(str(told(capsys, "modelfile", str(sampled))["modelfile"]))
+    assert remarks[-1] == "# sampling: of the GGUF's general.sampling keys"
+    assert lines[-3:] == [
+        "PARAMETER temperature 0.6", "PARAMETER top_k 20", "PARAMETER repeat_penalty 1.05",
+    ]  # fmt: skip
     upside_down = write_tiny_gguf(
         tmp_path / "n.gguf", template="{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     )

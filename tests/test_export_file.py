@@ -131,17 +131,20 @@ def test_broken_weights_are_one_clear_error(place: Workshop, fault: str, code: i
 
 
 def test_two_exports_into_one_file(place: Workshop) -> None:
-    """The second is told at once; what a killed one left is no obstacle."""
+    """The second is told at once; what a killed one left is no obstacle, and is not published."""
     scratch = place.directory / "out" / ".small.gguf.partial"
     scratch.mkdir()
-    (scratch / "model.gguf").write_bytes(b"of an export that was killed")
+    for made in ("model.gguf", "adapter.gguf", "merged/config.json"):
+        (scratch / made).parent.mkdir(exist_ok=True)
+        (scratch / made).write_bytes(b"of an export that was killed")
     lock = os.open(scratch, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     told = export(place)
     assert told.code == 2
     assert told.fields["error"]["message"].startswith("another forge export writes ")
     os.close(lock)
-    assert export(place, "--quant", "f16").code == 0
+    told = export(place, "--quant", "f16")
+    assert told.code == 0 and not {"adapter_gguf", "merged"} & told.fields.keys()
     assert left(place) == {"small.gguf"}
 
 

@@ -70,5 +70,5 @@ def test_the_server_writes_the_prompts_of_training(
         prove_prompts(ship, endpoint, CONVERSATIONS)
         other = ChatTemplate(chat.source + "!", tokens)
         trained.template = other
-        with pytest.raises(CheckError, match="the server's prompt differ from training's at character"):
+        with pytest.raises(CheckError, match="the server's prompt differs from training's at character"):
             prove_prompts(ship, endpoint, CONVERSATIONS)

@@ -1,19 +1,15 @@
-"""What was measured on a live Ollama 0.33, one test a statement; the same tests for a live server.
+"""What was measured on a live Ollama 0.33 of its answers, one test a statement; the same for a live server.
 
 The fake is held to them always, a live server where OLLAMA_HOST is set. PyPI's `ollama` is the
-independent client. Models are made under names of the tests' own and deleted again.
+independent client. Models are made under names of the tests' own and deleted again. `test_fake_ollama_create`
+has what goes before an answer.
 """
 
 # ruff: noqa: E501 - one statement a test
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import ollama
@@ -24,6 +20,7 @@ from forge.model.builtin.tokenizer import CHATML
 from forge.tools.ollama import Ollama, stops_in
 from tests import real_go
 from tests.fake_ollama import FakeOllama
+from tests.ollama_servers import SERVERS, asked, make, name_on
 from tests.tiny_gguf import END_OF_TEXT, REPLY, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
@@ -32,21 +29,10 @@ GO = '{{- range .Messages }}{{ "[" }}{{ .Role }}{{ "]" }}{{ .Content }}{{ end }}
 RENAMED = CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|end|>")
 
 
-@pytest.fixture(scope="module")
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
-
-
-@pytest.fixture(params=["fake", pytest.param("live", marks=pytest.mark.ollama)])
-def url(request: pytest.FixtureRequest) -> str:
-    if request.param == "fake":
-        return str(request.getfixturevalue("fake").url)
-    if not os.environ.get("OLLAMA_HOST"):
-        pytest.skip("OLLAMA_HOST is not set: there is no live server")
-    from forge.tools.ollama import server_url
-
-    return server_url()
+@pytest.fixture(scope="module", params=SERVERS)
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    with asked(request.param) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -62,68 +48,8 @@ def server(url: str) -> Iterator[Ollama]:
 
 @pytest.fixture
 def name(server: Ollama) -> Iterator[str]:
-    made = f"forge-test-{secrets.token_hex(4)}"
-    yield made
-    if server.digest(made):
-        server.delete(made)
-
-
-def make(server: Ollama, name: str, gguf: Path, **fields: Any) -> None:
-    server.create(name, {"files": {gguf.name: server.push(gguf, "a blob")}, **fields})
-
-
-def early(url: str, fields: dict[str, Any]) -> tuple[int, str]:
-    answer = httpx.post(f"{url}/api/create", json=fields, trust_env=False, timeout=60)
-    return answer.status_code, answer.json()["error"]
-
-
-def late(url: str, fields: dict[str, Any]) -> str:
-    """The error in the last line of a stream that began with 200."""
-    answer = httpx.post(f"{url}/api/create", json=fields, trust_env=False, timeout=60)
-    assert answer.status_code == 200
-    return str(json.loads(answer.text.splitlines()[-1]).get("error"))
-
-
-def test_blobs(url: str) -> None:
-    content = b"GGUF" + secrets.token_bytes(16)
-    digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-    route = f"{url}/api/blobs/{digest}"
-    with httpx.Client(trust_env=False) as client:
-        assert client.head(route).status_code == 404
-        wrong = client.post(route, content=b"other")
-        assert wrong.status_code == 400 and wrong.json()["error"].startswith("digest mismatch")
-        assert client.post(route, content=content).status_code == 201
-        assert client.head(route).status_code == 200
-        assert client.post(route, content=content).status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"model": "no good:name:here", "files": {"a": "b"}}, "invalid model name"),
-        ({"model": "x", "files": {"/etc/a.gguf": "sha256:0"}}, "file path must be relative"),
-        ({"model": "x", "files": {"../a.gguf": "sha256:0"}}, "file path must be relative"),
-        ({"model": "x"}, "neither 'from' or 'files' was specified"),
-    ],
-)
-def test_early_errors(url: str, fields: dict[str, Any], said: str) -> None:
-    assert early(url, fields) == (400, said)
-
-
-def test_late_errors_stand_in_a_stream_that_began_with_200(url: str, server: Ollama, gguf: Path) -> None:
-    fields = {
-        "model": "forge-test-late",
-        "files": {"m.gguf": server.push(gguf, "a blob")},
-        "quantize": "Q3_K_X",
-    }
-    assert "Q3_K_X" in late(url, fields)
-    assert server.digest("forge-test-late") is None
-
-
-@pytest.mark.parametrize("quantize", ["F32", "F16", "BF16", "Q8_0", "Q4_K_S", "Q4_K_M"])
-def test_what_it_quantizes_to(fake: FakeOllama, gguf: Path, quantize: str) -> None:
-    with Ollama(fake.url) as server:
-        make(server, "forge-test-quantize", gguf, quantize=quantize)
+    with name_on(server) as found:
+        yield found
 
 
 def test_parameters_are_looked_at_only_when_a_model_answers(server: Ollama, name: str, gguf: Path) -> None:
@@ -131,12 +57,6 @@ def test_parameters_are_looked_at_only_when_a_model_answers(server: Ollama, name
     with pytest.raises(Exception, match='option "temperature" must be of type float32') as caught:
         server.chat(name, USER)
     assert "(500)" in str(caught.value)
-
-
-def test_a_gguf_is_written_anew_on_the_server(fake: FakeOllama, gguf: Path) -> None:
-    with Ollama(fake.url) as server:
-        make(server, "forge-test-anew", gguf)
-        assert fake.models["forge-test-anew:latest"].blob != server.push(gguf, "a blob")
 
 
 def test_the_independent_client(url: str, name: str, gguf: Path) -> None:
@@ -164,6 +84,16 @@ def test_stops_accumulate_and_are_shown(server: Ollama, name: str, gguf: Path) -
         server, name, gguf, template=GO, parameters={"stop": ["<|im_end|>", 'say "x"', "\n"], "num_ctx": 512}
     )
     assert stops_in(server.show(name)) == {"<|im_end|>", 'say "x"', "\n"}
+
+
+def test_keep_alive_0_unloads(url: str, server: Ollama, name: str, gguf: Path) -> None:
+    """As PyPI's ollama lists it."""
+    client = ollama.Client(url, trust_env=False)
+    make(server, name, gguf, template=GO, parameters={"num_ctx": 512})
+    server.chat(name, USER, options={"num_predict": 1})
+    assert f"{name}:latest" in [one.model for one in client.ps().models]
+    server.unload(name)
+    assert f"{name}:latest" not in [one.model for one in client.ps().models]
 
 
 def test_it_shows_its_prompt(server: Ollama, name: str, gguf: Path) -> None:
@@ -240,22 +170,6 @@ def test_older_turns_are_dropped_in_silence(server: Ollama, name: str, gguf: Pat
     messages = [long, {"role": "assistant", "content": "a"}, {"role": "user", "content": "And now?"}]
     shown = server.prompt(name, messages)
     assert "word" not in shown and shown.endswith("[user]And now?<|im_start|>assistant\n")
-
-
-def test_an_adapter_of_another_architecture_fails_when_it_is_loaded(
-    server: Ollama, name: str, gguf: Path, tmp_path: Path
-) -> None:
-    adapter = write_tiny_gguf(tmp_path / "adapter.gguf", architecture="qwen2", kind="adapter")
-    make(server, name, gguf, template=GO, adapters={"a.gguf": server.push(adapter, "a blob")})
-    with pytest.raises(Exception, match=r"\(500\): llama-server process has terminated: exit status 1"):
-        server.chat(name, USER)
-
-
-def test_a_name_that_is_unknown_is_pulled_from_the_internet(fake: FakeOllama) -> None:
-    """So forge never sends `from`; against a live server this is not tried."""
-    with Ollama(fake.url) as server, pytest.raises(Exception, match="pull model manifest"):
-        server.create("forge-test-pull", {"from": "no-such-model"})
-    assert fake.pulled == ["no-such-model"]
 
 
 def test_before_0_30_there_is_no_jinja(gguf: Path) -> None:

@@ -1,4 +1,4 @@
-"""Into Ollama with proof: what is checked, what a failure leaves, and servers that are down, full or slow."""
+"""Into Ollama with proof: what is checked, and what a failure leaves. `test_ollama_server` has servers in trouble."""
 
 # ruff: noqa: E501 - one case a line
 from __future__ import annotations
@@ -8,22 +8,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx
 import pytest
 
-from forge.chat.hand_over import hand_over_of
+from forge.chat.hand_over import hand_over_of, write_modelfiles
+from forge.chat.modelfile import Modelfile, parse
 from forge.chat.template import ChatTemplate
 from forge.cli.main import run
-from forge.errors import CheckError, DataError, MissingToolError, RecipeError, StageError
+from forge.errors import CheckError, DataError, RecipeError
 from forge.model.builtin.tokenizer import CHATML
 from forge.serve.client import Client
 from forge.serve.ollama import import_model, prove_prompts
 from forge.serve.runtime import Settings
-from forge.serve.runtimes import check_runtime, runtime_for
+from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling
-from forge.tools import ollama as tool
-from forge.tools.ollama import Ollama, OllamaError, server_url
-from forge.tools.ollama_server import reach
+from forge.tools.ollama import Ollama, OllamaError
 from tests.fake_ollama import FakeOllama
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
@@ -140,9 +138,11 @@ def test_a_second_bos_shows_in_the_count(fake: FakeOllama, tmp_path: Path, count
     with Ollama(fake.url) as server:
         import_model(server, "yoda", path, hand_over_of(path))
         right = server.chat("yoda", user, options={"num_predict": 1})["prompt_eval_count"]
-        prove_prompts(server, "yoda", template, [user] * 3, writes_bos=None, count=lambda text: right)
+        prove_prompts(
+            server, "yoda", template, [user] * 3, writes_bos=None, count=lambda texts: [right] * len(texts)
+        )
         with pytest.raises(CheckError, match="the prompt is another") as caught:
-            prove_prompts(server, "yoda", template, [user], writes_bos=None, count=lambda text: right - 1)
+            prove_prompts(server, "yoda", template, [user], writes_bos=None, count=lambda texts: [right - 1])
     assert str(caught.value.problems[1]).startswith("Ollama: ")
 
 
@@ -165,21 +165,6 @@ def test_a_proof_of_nothing_is_none(fake: FakeOllama, gguf: Path) -> None:
     assert only(fake)
 
 
-def test_stops_are_read_as_go_quotes_them() -> None:
-    quoted = {
-        r'"\x7f"': "\x7f",
-        r'"\U000e0001"': "\U000e0001",
-        r'"\u00a0<|x|>"': "\u00a0<|x|>",
-        r'"a\n\"\\\a"': 'a\n"\\\a',
-        '"é漢"': "é漢",
-        "plain": "plain",
-    }
-    shown = "\n".join(f"stop                           {text}" for text in quoted)
-    assert tool.stops_in({"parameters": f"{shown}\nnum_ctx    5"}) == set(quoted.values())
-    with pytest.raises(OllamaError, match="not quoted as Go does"):
-        tool.stops_in({"parameters": r'stop "\q"'})
-
-
 def test_smoke_queries_come_before_the_name(fake: FakeOllama, gguf: Path) -> None:
     def ask(endpoint: object) -> None:
         raise CheckError("1 of 1 smoke queries failed")
@@ -189,101 +174,15 @@ def test_smoke_queries_come_before_the_name(fake: FakeOllama, gguf: Path) -> Non
     assert only(fake)
 
 
-TROUBLES = {
-    "full": (("/api/blobs/", "error", 500, "write blob: no space left on device"), "no space left on device", "its disk is full"),
-    "500": (("/api/create", "error", 500, "out of luck"), r"\(500\): out of luck", ""),
-    "dies in an upload": (("/api/blobs/", "die", 0, ""), "broke off while it", "its own log"),
-    "dies in a chat": (("/api/chat", "die", 0, ""), "broke off while it", "its own log"),
-    "a late error": (("/api/create", "late", 0, "llama-quantize: exit status 1"), "made forge-import-.*: llama-quantize: exit status 1", ""),
-    "no debug rendering": (("/api/chat", "error", 404, "404 page not found"), r"\(404\)", ""),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_server_in_trouble_is_one_clear_error(fake: FakeOllama, tmp_path: Path, trouble: str) -> None:
-    (route, kind, status, message), said, hint = TROUBLES[trouble]
-    path = write_tiny_gguf(tmp_path / "m.gguf", template=PINNED)
-    with Ollama(fake.url) as server:
-        import_model(server, "yoda", path, hand_over_of(path))
-        other = write_tiny_gguf(tmp_path / "n.gguf", template=PINNED, reply="Another, this is.")
-        before = server.digest("yoda")
-        fake.troubles[route.rstrip("/")] = fake.troubles[route] = (kind, status, message)
-        with pytest.raises(OllamaError, match=said) as caught:
-            import_model(server, "yoda", other, hand_over_of(other))
-        fake.troubles.clear()
-        assert hint in caught.value.hint
-        assert server.digest("yoda") == before
-
-
-def test_a_server_that_does_not_answer_in_time(fake: FakeOllama) -> None:
-    fake.troubles["/api/version"] = ("slow", 1, "")
-    with Ollama(fake.url, timeout=httpx.Timeout(0.2)) as server:
-        with pytest.raises(OllamaError, match="gave no answer in time while it asked its version"):
-            server.version()
-
-
-def test_another_server_at_that_address(fake: FakeOllama) -> None:
-    fake.version = '"'
-    with Ollama(f"{fake.url}/nowhere") as server, pytest.raises(OllamaError, match=r"\(404\)"):
-        server.version()
-
-
-def test_a_missing_server_says_how_to_start_it(
-    monkeypatch: pytest.MonkeyPatch, gguf: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Pitfall 55."""
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    assert run(["import", str(gguf), "--name", "yoda", "--json"]) == 3
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
-    assert told["message"] == "no Ollama server answers at http://127.0.0.1:9"
-    assert told["hint"].startswith("start it with: ollama serve")
-    with pytest.raises(MissingToolError):
-        check_runtime("ollama")
-
-
-def test_it_is_started_where_the_program_is_here(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Q1: for the time of the command, and stopped after it."""
-    import socket
-    import sys
-
-    program = tmp_path / "bin" / "ollama"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\ntest "$1" = serve && exec {sys.executable} -m tests.fake_ollama\n')
-    program.chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
-    monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
-    check_runtime("ollama")
-    assert run(["import", str(gguf), "--name", "yoda", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert told["name"] == "yoda" and told["prompt_checked"] > 40 and told["digest"]
-    with pytest.raises(MissingToolError):
-        Ollama(server_url()).version()
-
-
-def test_a_program_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "ollama"
-    program.write_text("#!/bin/sh\nexit 1\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    with pytest.raises(StageError, match="was started and does not answer"):
-        with reach("http://127.0.0.1:9"):
-            pass
-
-
 def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`deploy.runtime: ollama`; what the run's Modelfile says of stops and sampling is handed over."""
-    (tmp_path / "Modelfile.jinja").write_text(
-        'FROM ./tiny.gguf\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "<|x|>"\nPARAMETER num_ctx 1024\nPARAMETER top_k 5\nLICENSE MIT\n'
+    written = Modelfile(
+        "./tiny.gguf",
+        parameters={"stop": ("<|im_end|>", "<|x|>"), "num_ctx": 1024, "top_k": 5},
+        licences=("MIT",),
     )
     monkeypatch.setenv("OLLAMA_HOST", fake.url)
-    settings = Settings(
-        gguf, "yoda", context_tokens=512, threads=2, gpu_layers=-1, modelfile=tmp_path / "Modelfile.jinja"
-    )
+    settings = Settings(gguf, "yoda", context_tokens=512, threads=2, gpu_layers=-1, modelfile=written)
     with runtime_for("ollama")(settings, log=tmp_path / "log.txt") as endpoint:
         with Client(endpoint) as client:
             reply = client.chat([{"role": "user", "content": "Hello?"}], Sampling(max_tokens=64))
@@ -319,28 +218,54 @@ def test_adapters_are_looked_at_here_because_ollama_does_not(
     assert fake.models["yoda:latest"].adapter is not None
 
 
-@pytest.mark.parametrize(
-    ("told", "url"),
-    [
-        ("", "http://127.0.0.1:11434"),
-        ("0.0.0.0", "http://127.0.0.1:11434"),
-        ("example.com", "http://example.com:11434"),
-        (":8080", "http://127.0.0.1:8080"),
-        ("http://example.com", "http://example.com:80"),
-        ("https://example.com/ollama/", "https://example.com:443/ollama"),
-        ("[::1]:5", "http://[::1]:5"),
-        ('"127.0.0.1:1"', "http://127.0.0.1:1"),
-    ],
-)  # fmt: skip
-def test_addresses_are_read_as_ollama_reads_them(
-    monkeypatch: pytest.MonkeyPatch, told: str, url: str
+def test_a_bare_gguf_has_its_tokens_counted(
+    fake: FakeOllama, gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OLLAMA_HOST", told)
-    assert server_url() == url
-    assert server_url(told) == url
+    """Silent wrong 3: no recipe tells them, the file's own vocabulary does."""
+    monkeypatch.setenv("OLLAMA_HOST", fake.url)
+    command = ["import", str(gguf), "--name", "yoda", "--json"]
+    assert run(command) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_checked"] == 12
+    fake.counts_more = 1
+    assert run(command) == 5
+    problems = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["problems"]
+    assert problems[0]["message"].endswith(" tokens'")
 
 
-@pytest.mark.parametrize("told", ["127.0.0.1:port", "ftp://x", "127.0.0.1:99999"])
-def test_no_addresses(told: str) -> None:
-    with pytest.raises(RecipeError, match="not the address of a server"):
-        tool.server_url(told)
+def test_without_the_vocabularys_reader_it_says_that_no_tokens_are_counted(
+    fake: FakeOllama,
+    gguf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An install that only serves has no llama-cpp-python."""
+    (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("OLLAMA_HOST", fake.url)
+    assert run(["import", str(gguf), "--name", "yoda", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["tokens_checked"] == 0
+    assert "token counts are not compared" in said.err and "llama_cpp is not installed" in said.err
+
+
+def test_what_no_modelfile_can_hold_goes_over_http(
+    fake: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stop with a character that Ollama's reader drops, a licence with a line that ends in three quotes."""
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", template=PINNED)
+    stops, licences = ("<|im_end|>", "no\u00a0more"), ('A line that ends in """\nand goes on', "MIT")
+    told = replace(hand_over_of(path), stops=stops, licences=licences)
+    facts = write_modelfiles(tmp_path, file=path.name, told=told)
+    assert "left out" in capsys.readouterr().err
+    for name in ("Modelfile", "Modelfile.jinja"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert text.startswith(
+            '# left out, since no Modelfile can hold it: PARAMETER stop "no\\u00a0more", LICENSE'
+        )
+        assert (parse(text).stops, parse(text).licences) == (("<|im_end|>",), ("MIT",))
+    (tmp_path / "manifest.json").write_text(json.dumps({"facts": {"modelfile": facts}}))
+    monkeypatch.setenv("OLLAMA_HOST", fake.url)
+    assert run(["import", str(path), "--name", "yoda", "--json"]) == 0
+    model = fake.models["yoda:latest"]
+    assert set(model.parameters["stop"]) == set(stops) and set(model.licences) == set(licences)

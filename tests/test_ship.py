@@ -188,6 +188,8 @@ def test_a_smoke_query_that_fails_is_exit_5_and_the_run_is_recorded(again: Works
     assert manifest["outcome"] == "1 of 1 smoke queries failed"
     assert manifest["facts"]["smoke"]["smoke"][0]["ok"] is False
     assert (again.run / "mini-q4_k_m.gguf").is_file(), "the model is shipped all the same"
+    asked = again.forge("smoke", "mini")
+    assert (asked.code, asked.fields["error"]["problems"]) == (5, [problem])
 
 
 def test_a_smoke_query_that_holds(again: Workshop, shipped: tuple[Workshop, Answer]) -> None:

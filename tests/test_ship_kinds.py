@@ -45,6 +45,14 @@ def test_a_plain_base_ships_without_training(workshop: Workshop) -> None:
     }  # fmt: skip
 
 
+def test_a_merged_checkpoint_of_an_earlier_ship_is_not_left(workshop: Workshop) -> None:
+    """Beside a GGUF that is not of its weights it would mislead."""
+    for kept in (True, False):
+        workshop.recipe(train="none", data=None, export={"quant": "f16", "keep_merged": kept})
+        workshop.ship("--until", "export")
+        assert (workshop.run / "merged").is_dir() == kept
+
+
 @pytest.mark.slow
 def test_the_base_to_merge_into_is_measured(workshop: Workshop) -> None:
     """Pitfall 22, `export.merge_base: measured`: the choice is in the terminal, the facts and the report."""

@@ -73,7 +73,7 @@ def test_the_same_gguf_under_another_name(place: Workshop, fake: FakeOllama) -> 
 def test_forge_serve_hands_over_what_the_run_says(place: Workshop) -> None:
     """Stops and sampling from the run's Modelfile; the server of OLLAMA_HOST, not `forge serve`'s port."""
     chosen = settings(Wish(str(place.run), runtime="ollama", port=PORT))
-    assert (chosen.port, chosen.modelfile) == (0, place.run / "Modelfile.jinja")
+    assert (chosen.port, chosen.modelfile) == (0, parse((place.run / "Modelfile.jinja").read_text()))
     assert settings(Wish(str(place.run), runtime="ollama", port=5)).port == 5
     assert settings(Wish(str(place.run), port=PORT)).port == PORT
 

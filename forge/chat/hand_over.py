@@ -2,21 +2,24 @@
 
 Two ways, both with every stop and the context written out: `go`, a TEMPLATE where `format_check` proved
 one, for any server; `jinja`, the GGUF's own template, for servers since 0.30. Sampling is what the
-base's generation_config.json asks for, or nothing.
+base's generation_config.json asks for, or the GGUF's own keys, or nothing. A stop or a licence that no
+Modelfile can hold is left out of it, with a remark, and goes to the server over HTTP.
 
 Not covered: tools and thinking: neither template is claimed to write them (`NOT_CLAIMED` says so).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from forge import report
 from forge.chat.format_check import NOT_CLAIMED, CompiledTemplate, compile_template, limit_names
 from forge.chat.format_source import read_source
-from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, render
+from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, parse, render
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
 from forge.model.config import read_configuration, read_json
@@ -29,6 +32,11 @@ MODELFILE_JINJA = "Modelfile.jinja"
 JINJA_SINCE = (0, 30)
 _REQUIRES = ".".join(map(str, JINJA_SINCE))
 _CONTEXT = 4096
+# general.sampling.* -> Ollama and llama-server; samplers that Ollama lacks (xtc) are not here.
+SAMPLING_IN_GGUF = {
+    "temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+    "penalty_repeat": "repeat_penalty", "penalty_last_n": "repeat_last_n",
+}  # fmt: skip
 # generation_config.json -> Ollama.
 _SAMPLING = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
@@ -137,7 +145,7 @@ def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) 
         most = header.metadata.get(f"{header.architecture}.context_length")
         context = min(most, _CONTEXT) if isinstance(most, int) else _CONTEXT
         named = header.metadata.get("general.license")
-        sampling, licences = {}, (named,) if isinstance(named, str) else ()
+        sampling, licences = sampling_in(header), (named,) if isinstance(named, str) else ()
     stops = tuple(dict.fromkeys(stop for stop in (*found.compiled.stops, *ends) if stop))
     if not stops:
         raise DataError(f"{path}: nothing says what ends a reply, so it would never end")
@@ -176,6 +184,17 @@ def sampling_of(directory: Path) -> dict[str, Parameter]:
     }
 
 
+def sampling_in(header: GgufHeader) -> dict[str, Parameter]:
+    """The file's own `general.sampling` keys: llama.cpp's server takes these for its defaults."""
+    told = {ours: header.metadata.get(f"general.sampling.{name}") for name, ours in SAMPLING_IN_GGUF.items()}
+    return {
+        # A float32 is written with the digits that it has.
+        name: float(f"{value:.7g}") if isinstance(value, float) else value
+        for name, value in told.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
 def licences_of(directory: Path) -> tuple[str, ...]:
     """The licence files of a base, whole."""
     found = sorted({*directory.glob("LICENSE*"), *directory.glob("LICENCE*")})
@@ -183,30 +202,71 @@ def licences_of(directory: Path) -> tuple[str, ...]:
     return tuple(path.read_text(encoding="utf-8", errors="replace").strip() for path in files)
 
 
-def write_modelfiles(out: Path, *, file: str, told: HandOver) -> dict[str, Any]:
-    """Write Modelfile.jinja, and Modelfile where a Go TEMPLATE was proved, into `out`; returns facts.
+@dataclass(frozen=True)
+class LeftOut:
+    """What no Modelfile can hold, and a server takes over HTTP."""
 
-    Raises `ModelfileError` for a stop that no Modelfile can hold. A licence that none can hold is named
-    in the facts and left out: it is beside the model all the same.
-    """
-    facts = told.facts()
-    told, facts["licences_left_out"] = _with_writable_licences(told)
-    (out / MODELFILE_JINJA).write_text(render(told.modelfile("jinja", f"./{file}")), encoding="utf-8")
-    if told.compiled.go is None:
-        reason = f"no Go TEMPLATE says what the chat template does: {told.compiled.reason}"
-        return {"modelfile": None, "reason": reason, **facts}
-    (out / MODELFILE).write_text(render(told.modelfile("go", f"./{file}")), encoding="utf-8")
-    return {"modelfile": MODELFILE, "reason": None, **facts}
+    stops: tuple[str, ...] = ()
+    licences: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.stops or self.licences)
+
+    def __str__(self) -> str:
+        """One line of printable ASCII, for a comment or a warning."""
+        said = [f"PARAMETER stop {json.dumps(stop)}" for stop in self.stops]
+        said += [f"LICENSE {json.dumps(f'{text[:40]}...')}" for text in self.licences]
+        return f"left out, since no Modelfile can hold it: {', '.join(said)}; forge import hands it over"
+
+    def put_back(self, modelfile: Modelfile) -> Modelfile:
+        """The Modelfile with all that was meant: nothing to write, all that a server must be told."""
+        stops = {"stop": (*modelfile.stops, *self.stops)} if self.stops else {}
+        return replace(
+            modelfile,
+            parameters={**modelfile.parameters, **stops},
+            licences=(*modelfile.licences, *self.licences),
+        )
 
 
-def _with_writable_licences(told: HandOver) -> tuple[HandOver, int]:
-    kept = tuple(text for text in told.licences if _is_writable(text))
-    return replace(told, licences=kept), len(told.licences) - len(kept)
+def without_unwritable(told: HandOver) -> tuple[HandOver, LeftOut]:
+    """`told` as far as a Modelfile can hold it, and the rest."""
+    left = LeftOut(
+        tuple(stop for stop in told.stops if not _is_writable(parameters={"stop": (stop,)})),
+        tuple(text for text in told.licences if not _is_writable(licences=(text,))),
+    )
+    stops = tuple(stop for stop in told.stops if stop not in left.stops)
+    licences = tuple(text for text in told.licences if text not in left.licences)
+    return replace(told, stops=stops, licences=licences), left
 
 
-def _is_writable(licence: str) -> bool:
+def _is_writable(**fields: Any) -> bool:
     try:
-        render(Modelfile("x", licences=(licence,)))
+        render(Modelfile("x", **fields))
     except ModelfileError:
         return False
     return True
+
+
+def write_modelfiles(out: Path, *, file: str, told: HandOver) -> dict[str, Any]:
+    """Write Modelfile.jinja, and Modelfile where a Go TEMPLATE was proved, into `out`; returns facts.
+
+    What they cannot hold is named in a comment of both and in the facts, as `left_out`.
+    """
+    written, left = without_unwritable(told)
+    facts = {**told.facts(), "left_out": {name: list(texts) for name, texts in asdict(left).items()}}
+    remark = f"# {left}\n" if left else ""
+    if left:
+        report.warning(f"Modelfile: {left}")
+    jinja = remark + render(written.modelfile("jinja", f"./{file}"))
+    (out / MODELFILE_JINJA).write_text(jinja, encoding="utf-8")
+    if told.compiled.go is None:
+        reason = f"no Go TEMPLATE says what the chat template does: {told.compiled.reason}"
+        return {"modelfile": None, "reason": reason, **facts}
+    (out / MODELFILE).write_text(remark + render(written.modelfile("go", f"./{file}")), encoding="utf-8")
+    return {"modelfile": MODELFILE, "reason": None, **facts}
+
+
+def read_modelfile(path: Path, left_out: Mapping[str, Sequence[str]] | None = None) -> Modelfile:
+    """A Modelfile that `write_modelfiles` wrote, with what its facts say was `left_out` put back."""
+    left = LeftOut(**{name: tuple(texts) for name, texts in (left_out or {}).items()})
+    return left.put_back(parse(path.read_text(encoding="utf-8")))

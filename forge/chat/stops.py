@@ -105,12 +105,19 @@ def _ends(labels: Sequence[int]) -> list[int]:
     return [one for one, after in pairwise((*labels, _IGNORED)) if one != _IGNORED and after == _IGNORED]
 
 
+def failure_of(problems: Sequence[Problem]) -> CheckError | None:
+    """One error that names the places where the contract is broken."""
+    if not problems:
+        return None
+    places = ", ".join(dict.fromkeys(problem.field for problem in problems))
+    return CheckError(
+        f"what ends a reply is not the same everywhere: broken at {places}",
+        hint="a model served so would not stop, or stop too early",
+        problems=problems,
+    )
+
+
 def require(problems: Sequence[Problem]) -> None:
-    """Raise one `CheckError` that names the places where the contract is broken."""
-    if problems:
-        places = ", ".join(dict.fromkeys(problem.field for problem in problems))
-        raise CheckError(
-            f"what ends a reply is not the same everywhere: broken at {places}",
-            hint="a model served so would not stop, or stop too early",
-            problems=list(problems),
-        )
+    """Raise that error where there is one."""
+    if failure := failure_of(problems):
+        raise failure

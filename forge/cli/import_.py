@@ -18,8 +18,8 @@ def command(target: str, name: str, host: str | None, adapter: Path | None) -> N
     """Import TARGET, a run or a GGUF file, into Ollama over HTTP, and prove its prompts there.
 
     The server's own prompts are compared with the chat template's for generated conversations, its
-    stops too, and a run's smoke queries are asked, all under a name that nobody uses. Only then
-    does the name become the new model's; whatever fails before leaves it as it was.
+    stops and token counts too, and a run's smoke queries are asked, all under a name that nobody uses.
+    Only then does the name become the new model's; whatever fails before leaves it as it was.
     """
     from forge.stages.ollama import import_into_ollama
 

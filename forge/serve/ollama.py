@@ -15,6 +15,7 @@ import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from forge.chat import probe
 from forge.chat.difference import first_difference
 from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
-from forge.chat.modelfile import parse
 from forge.chat.template import ChatTemplate
 from forge.chat.time_limit import template_limit
 from forge.errors import CheckError, DataError, ForgeError, Problem, RecipeError
@@ -39,15 +39,22 @@ _PLAIN, _ODD = 12, 36
 # More than any model has.
 _ALL_LAYERS = 999
 
+# Prompts -> how many tokens each has.
+Count = Callable[[Sequence[str]], Sequence[int]]
+
 
 @dataclass(frozen=True)
 class Imported:
-    """`digest` is the manifest's. `prompts` were compared; `way` is how the server writes them."""
+    """`digest` is the manifest's. `prompts` were compared, and of `counted` the tokens too.
+
+    `way` is how the server writes them.
+    """
 
     name: str
     digest: str
     way: Way
     prompts: int
+    counted: int = 0
 
 
 @contextlib.contextmanager
@@ -60,7 +67,7 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     told = f"{settings.host}:{settings.port}" if settings.port else None
     hand = hand_over_of(settings.model)
     if settings.modelfile:
-        hand = hand.with_parameters_of(parse(settings.modelfile.read_text(encoding="utf-8")))
+        hand = hand.with_parameters_of(settings.modelfile)
     machine = {"num_gpu": settings.gpu_layers, "num_thread": settings.threads}
     machine |= {"num_gpu": _ALL_LAYERS} if settings.gpu_layers == -1 else {}
     fixed = {name: value for name, value in machine.items() if value is not None}
@@ -96,14 +103,14 @@ def import_model(
     told: HandOver,
     *,
     adapter: Path | None = None,
-    conversations: Sequence[Sequence[Message]] = (),
+    count: Count | None = None,
     ask: Callable[[Endpoint], object] | None = None,
 ) -> Imported:
     """Make `name` the model of `gguf`, proved first under a name that nobody uses.
 
-    `conversations` are compared besides generated ones; `ask` is given the trial model: it puts the smoke
-    queries, and whatever else must be right before the name changes, and raises when it is not. Raises
-    `CheckError` with the first difference of every way that was tried.
+    `count` is of `prove_prompts`, for the plain conversations. `ask` is given the trial model: it puts the
+    smoke queries, and whatever else must be right before the name changes, and raises when it is not.
+    Raises `CheckError` with the first difference of every way that was tried.
     """
     _check_model(gguf, adapter)
     _check_bos(gguf, told)
@@ -121,13 +128,15 @@ def import_model(
         try:
             with _scratch(server, {**fields, **template}) as made:
                 prove_stops(server, made, told.stops)
-                compared = [*conversations, *_generated(told, way)]
+                compared = _generated(told, way)
+                prove = partial(prove_prompts, server, made, told.template)
                 writes_bos = None if way == "jinja" else not told.add_bos
-                prove_prompts(server, made, told.template, compared, writes_bos=writes_bos)
+                prove(compared, writes_bos=writes_bos)
+                counted = prove(compared[:_PLAIN], writes_bos=writes_bos, count=count) if count else 0
                 if ask:
                     ask(Endpoint(server.url, made))
                 server.copy(made, name)
-            return Imported(name, server.digest(name) or "", way, len(compared))
+            return Imported(name, server.digest(name) or "", way, len(compared), counted)
         except PromptsDifferError as wrong:
             failures += [replace(one, field=f"{_named(way)}: {one.field}") for one in wrong.problems]
             report.detail(f"{_named(way)}: {wrong.message}")
@@ -206,31 +215,34 @@ def prove_prompts(
     conversations: Sequence[Sequence[Message]],
     *,
     writes_bos: bool | None,
-    count: Callable[[str], int] | None = None,
-) -> None:
-    """Raise `PromptsDifferError` at the first conversation that the server writes otherwise.
+    count: Count | None = None,
+) -> int:
+    """Of how many prompts the tokens were counted; raises `PromptsDifferError` at the first that differs.
 
     `writes_bos`: whether its text begins with the template's BOS; None where either may be, since
-    llama-server sees to one BOS. `count` tells how many tokens a prompt has in training: then the server
+    llama-server sees to one BOS. `count` tells how many tokens each prompt should have: then the server
     counts them too, where a second BOS would show: of the first prompt after a fresh load exactly as
-    many, of the others no more, since it may count only what it had not kept from the one before.
+    many, of the others no more, since it may count only what it had not kept from the one before. It
+    gives nothing where it cannot tell.
     """
     bos = template.special_tokens.get("bos_token", "")
-    if count:
+    rendered = [template.render(messages, add_generation_prompt=True) for messages in conversations]
+    counts = count(rendered) if count else []
+    if counts:
         server.unload(name)
-    for number, messages in enumerate(conversations, 1):
-        whole = template.render(messages, add_generation_prompt=True)
+    for number, (messages, whole) in enumerate(zip(conversations, rendered, strict=True), 1):
         bare = whole.removeprefix(bos)
         right = {True: (whole,), False: (bare,), None: (whole, bare)}[writes_bos]
         shown = server.prompt(name, messages)
         report.advance("compare Ollama's prompts", number, len(conversations))
         if shown not in right:
             raise _differs(messages, right[-1], shown)
-        if count:
-            wanted = count(whole)
+        if counts:
+            wanted = counts[number - 1]
             counted = server.chat(name, messages, options={"num_predict": 1}).get("prompt_eval_count") or 0
             if counted > wanted or (number == 1 and counted != wanted):
                 raise _differs(messages, f"{wanted} tokens", f"{counted} tokens")
+    return len(counts)
 
 
 def _generated(told: HandOver, way: Way) -> list[tuple[Message, ...]]:

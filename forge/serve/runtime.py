@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from forge.chat.modelfile import Modelfile
 from forge.serve.endpoint import Endpoint
 
 # With more slots a single client waits longer, with one many clients queue. Each slot has its
@@ -27,7 +28,7 @@ class Settings:
     `without_key` is the explicit word that lets others than this machine in without a key;
     `cors_origins` says which web pages may ask (none; `localhost`; `*`). `program` is the
     llama-server to run, `image` the container's, where the runtime is that one.
-    `modelfile` is the run's Modelfile.jinja, for a runtime that takes stops and sampling from one.
+    `modelfile` is what the run's Modelfile.jinja says, for a runtime that takes stops and sampling from one.
     `proof` is for a runtime that keeps a model under its name (Ollama): it is called before the name
     changes, and the name stays as it was when it raises.
     """
@@ -46,7 +47,7 @@ class Settings:
     cors_origins: str = ""
     program: str | None = None
     image: str | None = None
-    modelfile: Path | None = None
+    modelfile: Modelfile | None = None
     proof: Callable[[Endpoint], object] | None = None
 
     @property

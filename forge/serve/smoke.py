@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forge.errors import Problem, RecipeError
+from forge.errors import CheckError, Problem, RecipeError
 from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.wire import Reply, Sampling
@@ -48,6 +48,24 @@ def run_smoke(endpoint: Endpoint, queries: Sequence[Query], *, seed: int = 0) ->
             ok = _is_ok(reply, pattern)
             answers.append(Answer(prompt, reply.text, ok, reply.finish_reason, query.expect))
     return answers
+
+
+def failure_of(answers: Sequence[Answer], where: str = "") -> CheckError | None:
+    """The error of the queries that failed, each with its answer; `where` says who was asked."""
+    failed = [one for one in answers if not one.ok]
+    if not failed:
+        return None
+    return CheckError(
+        f"{len(failed)} of {len(answers)} smoke queries failed{where}",
+        hint="the model is exported all the same; look at its answers, or change smoke in the recipe",
+        problems=[
+            Problem(
+                f"answered {one.answer!r} ({one.finish_reason}), expected {one.expect or 'an answer'}",
+                one.prompt,
+            )
+            for one in failed
+        ],
+    )
 
 
 def _is_ok(reply: Reply, pattern: re.Pattern[str] | None) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,14 @@ from forge.chat.hand_over import (
     MODELFILE_JINJA,
     hand_over,
     licences_of,
+    read_modelfile,
     sampling_of,
     write_modelfiles,
 )
-from forge.chat.modelfile import parse
 from forge.chat.same_prompts import compare
 from forge.chat.stops import require
 from forge.data.prepare import TRAIN_FILE, Settings, prepare
 from forge.export.run import GGUF_FILE
-from forge.model.base import UNKNOWN
 from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
@@ -125,7 +123,6 @@ class ExportStage(ShipStage):
 
     def params(self) -> Mapping[str, Json]:
         export = self.ship.recipe.export
-        template = self.ship.template.pinned_source() if self.ship.base.directory else UNKNOWN
         return {
             "name": self.ship.recipe.name,
             "base": self.ship.base_digest,
@@ -134,7 +131,7 @@ class ExportStage(ShipStage):
             "export.quant": export.quant,
             "export.merge_base": export.merge_base,
             "export.keep_merged": export.keep_merged,
-            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+            "chat template": self.ship.template_digest,
         }
 
     def tools(self) -> Mapping[str, str]:
@@ -198,17 +195,16 @@ class ModelfileStage(ShipStage):
     """Modelfile and Modelfile.jinja, for Ollama; prompts and stops held against the GGUF's own."""
 
     name = "modelfile"
-    version = 3
+    version = 4
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
         self.needs = (("data",) if ship.recipe.data else ()) + ("export",)
 
     def params(self) -> Mapping[str, Json]:
-        template = self.ship.template.pinned_source() if self.ship.base.directory else UNKNOWN
         return {
             "file": gguf_name(self.ship),
-            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+            "chat template": self.ship.template_digest,
             "base": self.ship.base_digest,
             "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
             "smoke.max_tokens": longest_reply(self.ship),
@@ -228,7 +224,7 @@ class ModelfileStage(ShipStage):
         )
         facts = write_modelfiles(out, file=gguf_name(self.ship), told=told)
         written = {
-            name: parse((out / name).read_text(encoding="utf-8"))
+            name: read_modelfile(out / name, facts["left_out"])
             for name in (MODELFILE, MODELFILE_JINJA)
             if (out / name).exists()
         }
@@ -261,8 +257,6 @@ def longest_reply(ship: Ship) -> int:
 
 def installed(package: str) -> str:
     """The version of an installed package, or `not installed`."""
-    from importlib.metadata import PackageNotFoundError
-
     try:
         return version(package)
     except PackageNotFoundError:

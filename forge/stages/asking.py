@@ -58,7 +58,7 @@ def _reach(target: str, context: int | None, api_key_file: Path | None, stack: E
 def smoke(run: str) -> dict[str, Any]:
     """Ask a run's smoke queries again, of its file; raises `CheckError` when one fails."""
     from forge.recipe.schema import from_json
-    from forge.serve.smoke import run_smoke
+    from forge.serve.smoke import failure_of, run_smoke
     from forge.stages.live import queries_in
 
     directory = find_run(run)
@@ -68,9 +68,8 @@ def smoke(run: str) -> dict[str, Any]:
         answers = run_smoke(endpoint, queries_in(recipe))
     for answer in answers:
         report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))
-    failed = [answer for answer in answers if not answer.ok]
-    if failed:
-        raise CheckError(f"{len(failed)} of {len(answers)} smoke queries failed")
+    if failure := failure_of(answers):
+        raise failure
     return {"smoke": [{"prompt": one.prompt, "answer": one.answer, "ok": one.ok} for one in answers]}
 
 

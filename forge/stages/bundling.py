@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
 from forge.model.gguf_header import read_gguf
 from forge.serve import ready
 from forge.serve.bundle import Contents, write_bundle
@@ -33,7 +34,7 @@ def bundle(
     run = None if Path(target).is_file() else find_run(target)
     manifest = read_manifest(run) if run else {}
     question, expect = _smoke(manifest)
-    modelfiles = [run / name for name in ("Modelfile", "Modelfile.jinja")] if run else []
+    modelfiles = [run / name for name in (MODELFILE, MODELFILE_JINJA)] if run else []
     contents = Contents(
         name=re.sub(r"[^A-Za-z0-9._-]", "-", chosen.alias),
         model=chosen.model,

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.chat.stops import LIVE, require
 from forge.data.prepare import look
-from forge.errors import CheckError, DataError, ForgeError, Problem
+from forge.errors import DataError, ForgeError
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
 from forge.pipeline.run import run
@@ -125,23 +124,9 @@ def _failed_live(results: Mapping[str, Result]) -> ForgeError | None:
 
 
 def _failed_smoke(results: Mapping[str, Result]) -> ForgeError | None:
-    answers = results["smoke"].facts["smoke"] if "smoke" in results else []
-    if broken := results["smoke"].facts["stops"] if "smoke" in results else []:
-        require([Problem(one, LIVE) for one in broken])
-    failed = [answer for answer in answers if not answer["ok"]]
-    if not failed:
-        return None
-    return CheckError(
-        f"{len(failed)} of {len(answers)} smoke queries failed",
-        hint="the model is exported all the same; look at report.html, or change smoke in the recipe",
-        problems=[
-            Problem(
-                f"answered {one['answer']!r} ({one['finish_reason']}), expected {one['expect']}",
-                one["prompt"],
-            )
-            for one in failed
-        ],
-    )
+    from forge.stages.live import failure_of
+
+    return failure_of(results["smoke"].facts) if "smoke" in results else None
 
 
 def _finish(target: Ship, results: Mapping[str, Result], failure: ForgeError | None) -> dict[str, Any]:

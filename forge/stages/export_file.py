@@ -39,7 +39,7 @@ def export(
     """Write the GGUF `out`, and beside it what `mode` and `keep_merged` ask for.
 
     Files appear whole or not at all. Raises `RecipeError` for options that cannot be, `DataError` for
-    a base or adapter that cannot be exported, `StageError` when another export writes `out`.
+    a base or adapter that cannot be exported, and when another export writes `out`.
     """
     quant, out = quant.lower(), out.absolute()
     if quant not in QUANTS:
@@ -103,9 +103,25 @@ def _publish(scratch: Path, out: Path) -> dict[str, str | None]:
     return {"gguf": str(out), **files}
 
 
+def _clear(directory: Path) -> None:
+    """Remove what is inside; the directory itself is what is locked."""
+    try:
+        for path in directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise DataError(f"{directory} cannot be cleared: {error.strerror}", hint="remove it") from error
+
+
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to work in, ours alone and gone afterwards; what a kill left is reused."""
+    """An empty directory beside `out` to work in, ours alone and gone afterwards.
+
+    What a killed export left in it is cleared: it may be of another mode. Raises `DataError` when another
+    export has it, or it cannot be made.
+    """
     scratch = out.with_name(f".{out.name}.partial")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -118,6 +134,7 @@ def _alone(out: Path) -> Iterator[Path]:
         except BlockingIOError as error:
             raise DataError(f"another forge export writes {out} just now", hint="wait for its end") from error
         try:
+            _clear(scratch)
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

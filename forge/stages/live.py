@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge import report
+from forge.chat import stops
 from forge.chat.difference import first_difference
-from forge.chat.hand_over import MODELFILE_JINJA
+from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
+from forge.chat.modelfile import Modelfile
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, Problem
 from forge.export.run import GGUF_FILE
@@ -104,9 +106,9 @@ class DeployAction(Action):
         }
 
 
-def _modelfile(results: Mapping[str, Result]) -> Path | None:
+def _modelfile(results: Mapping[str, Result]) -> Modelfile | None:
     artifact = results["modelfile"].artifact if "modelfile" in results else None
-    return artifact.path / MODELFILE_JINJA if artifact else None
+    return read_modelfile(artifact.path / MODELFILE_JINJA, artifact.facts["left_out"]) if artifact else None
 
 
 def _conversations(recipe: Recipe, results: Mapping[str, Result]) -> list[Sequence[Message]]:
@@ -139,16 +141,16 @@ def prove_prompts(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequen
             expected = ship.template.render(messages, add_generation_prompt=True)
             found = client.apply_template(messages)
             if expected not in (found, bos + found):
-                raise _differs("prompt", expected, found)
-            if (ids := client.tokenize(found, add_special=True)) != form.ids(expected):
-                raise _differs("token ids", str(form.ids(expected)), str(ids))
+                raise _differs("prompt differs from training's at character", expected, found)
+            if (ids := client.tokenize(found, add_special=True)) != (trained := form.ids(expected)):
+                raise _differs("token ids differ from training's at token", trained, ids)
 
 
-def _differs(what: str, expected: str, found: str) -> CheckError:
+def _differs(what: str, expected: Sequence[object], found: Sequence[object]) -> CheckError:
     same = first_difference(expected, found)
     start = max(0, same - 30)
     return CheckError(
-        f"deploy: the server's {what} differ from training's at character {same}",
+        f"deploy: the server's {what} {same}",
         hint="pin the template's variables with train.template_variables, or use another base",
         problems=[
             Problem(repr(expected[start : same + 40]), "trained on"),
@@ -177,18 +179,7 @@ class SmokeAction(Action):
         answers = run_smoke(endpoint, queries_in(self.ship.recipe))
         for answer in answers:
             report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))
-        facts: dict[str, Any] = {
-            "smoke": [
-                {
-                    "prompt": answer.prompt,
-                    "answer": answer.answer,
-                    "ok": answer.ok,
-                    "expect": answer.expect,
-                    "finish_reason": answer.finish_reason,
-                }
-                for answer in answers
-            ]
-        }
+        facts: dict[str, Any] = {"smoke": [asdict(answer) for answer in answers]}
         exact = results["evaluate"].facts.get("exact") if "evaluate" in results else None
         if exact:
             facts["heldout"] = _ask_heldout(endpoint, exact["answers"])
@@ -197,8 +188,17 @@ class SmokeAction(Action):
             (row["served"], row["finish_reason"]) for row in facts.get("heldout", {}).get("answers", ())
         ]
         should_end = bool(exact and exact["after"])
-        facts["stops"] = [str(one) for one in self.ship.stops.in_replies(replies, should_end=should_end)]
+        facts["stops"] = [one.message for one in self.ship.stops.in_replies(replies, should_end=should_end)]
         return facts
+
+
+def failure_of(facts: Mapping[str, Any]) -> CheckError | None:
+    """The error of what *smoke* found: replies that do not end as they should, else queries that failed."""
+    from forge.serve.smoke import Answer
+    from forge.serve.smoke import failure_of as failure_of_answers
+
+    broken = stops.failure_of([Problem(message, stops.LIVE) for message in facts["stops"]])
+    return broken or failure_of_answers([Answer(**answer) for answer in facts["smoke"]])
 
 
 def _ask_heldout(endpoint: Endpoint, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from forge import report
+from forge.chat.hand_over import SAMPLING_IN_GGUF
 from forge.errors import CheckError, Problem
 from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint, Message
@@ -22,7 +23,6 @@ MOST_KL = 0.005
 _ANSWER = 128  # tokens
 _CHOSEN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.0}
 """llama.cpp's defaults, which hold where the file sets none (`general.sampling.*`)."""
-_IN_FILE = {"temp": "temperature", "penalty_repeat": "repeat_penalty"}
 
 
 def prove_live(
@@ -112,7 +112,7 @@ def _sampling(client: Client, in_file: Mapping[str, Any]) -> Iterator[str]:
     expected = dict(_CHOSEN)
     for key, value in in_file.items():
         name = key.rpartition(".")[2]
-        expected[_IN_FILE.get(name, name)] = float(value)
+        expected[SAMPLING_IN_GGUF.get(name, name)] = float(value)
     found = client.properties()["default_generation_settings"]["params"]
     for name, value in expected.items():
         if name in found and not math.isclose(float(found[name]), value, rel_tol=1e-4, abs_tol=1e-6):

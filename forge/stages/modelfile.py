@@ -8,7 +8,7 @@ from typing import Any
 
 from forge import report
 from forge.chat.format_check import limit_names
-from forge.chat.hand_over import HandOver, Way, hand_over_of
+from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
 from forge.chat.modelfile import parse, render
 from forge.errors import CheckError, DataError
 from forge.store import durable
@@ -17,12 +17,17 @@ from forge.store import durable
 def write_modelfile(target: Path, *, adapter: str | None, jinja: bool, out: Path | None) -> dict[str, Any]:
     """The Modelfile of a directory or a GGUF file, written to `out` or shown; returns the contract's fields.
 
-    Raises what `hand_over_of` raises, and `ModelfileError` for what no Modelfile can hold.
+    What no Modelfile can hold is left out and named. Raises what `hand_over_of` raises.
     """
     told = hand_over_of(target)
+    written, left = without_unwritable(told)
     way: Way = "jinja" if jinja or told.compiled.go is None else "go"
-    remarks = "".join(f"# {line}\n" for line in _remarks(told, way))
-    text = remarks + render(told.modelfile(way, _from(target), adapter=adapter))
+    remarks = _remarks(told, way, of_directory=target.is_dir())
+    if left:
+        report.warning(str(left))
+        remarks.append(str(left))
+    comments = "".join(f"# {line}\n" for line in remarks)
+    text = comments + render(written.modelfile(way, _from(target), adapter=adapter))
     if way == "jinja" and not jinja:
         report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
     if out:
@@ -50,15 +55,16 @@ def _from(target: Path) -> str:
     return str(path)
 
 
-def _remarks(told: HandOver, way: Way) -> list[str]:
+def _remarks(told: HandOver, way: Way, *, of_directory: bool) -> list[str]:
     """What is proved and what is not, as comments: shown or written, the file stays a Modelfile."""
     facts = told.facts()
+    asked = "generation_config.json" if of_directory else "the GGUF's general.sampling keys"
     proved = [f"TEMPLATE: {facts['status']}, {told.compiled.checked} conversations compared"]
     proved += [f"not claimed: {limit}" for limit in facts["limits"]]
     return [
         *(proved if way == "go" else ["the GGUF's own template"]),
         f"not claimed: {', '.join(facts['not_claimed'])}",
-        f"sampling: {'of generation_config.json' if told.sampling else 'none asked for'}",
+        f"sampling: {f'of {asked}' if told.sampling else 'none asked for'}",
     ]
 
 

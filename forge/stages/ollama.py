@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge import report
-from forge.chat.hand_over import MODELFILE_JINJA, hand_over_of
-from forge.chat.modelfile import parse
-from forge.errors import CheckError, Problem
+from forge import report, worker
+from forge.chat.hand_over import hand_over_of
+from forge.errors import CheckError, MissingToolError, StageError
 from forge.recipe.schema import Recipe, from_json
 from forge.serve.endpoint import Endpoint, Message
+from forge.stages.record import read_manifest, read_run_modelfile
 from forge.stages.ship import Ship
 
 
@@ -35,7 +35,7 @@ def prove_in_ollama(ship: Ship, conversations: Sequence[Sequence[Message]], endp
             ship.template,
             conversations,
             writes_bos=None,
-            count=lambda text: len(form.ids(text)),
+            count=lambda texts: [len(form.ids(text)) for text in texts],
         )
     smoke_passes(ship.recipe, endpoint)
 
@@ -49,10 +49,10 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
 
     gguf = find_gguf(target)
     told = hand_over_of(gguf)
-    if (beside := gguf.parent / MODELFILE_JINJA).is_file():
-        written = parse(beside.read_text(encoding="utf-8"))
-        # A run's own file; one of another model that lies there by chance says nothing of this one.
-        told = told.with_parameters_of(written) if Path(written.base).name == gguf.name else told
+    written = read_run_modelfile(gguf.parent)
+    # One of another model that lies there by chance says nothing of this one.
+    if written and Path(written.base).name == gguf.name:
+        told = told.with_parameters_of(written)
     recipe = _recipe_of(gguf)
     with reach(server_url(host)) as server:
         done = import_model(
@@ -61,34 +61,48 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
             gguf,
             told,
             adapter=adapter,
+            count=partial(_count, gguf),
             ask=partial(smoke_passes, recipe) if recipe else _ask_anything,
         )
-    report.success(f"{done.name}: {done.prompts} prompts compared, written by {done.way}")
+    report.success(
+        f"{done.name}: {done.prompts} prompts compared, the tokens of {done.counted} counted, "
+        f"written by {done.way}"
+    )
     report.info(f"talk to it: ollama run {done.name}")
-    return {"name": done.name, "digest": done.digest, "prompt_checked": done.prompts, "way": done.way}
+    return {
+        "name": done.name,
+        "digest": done.digest,
+        "prompt_checked": done.prompts,
+        "tokens_checked": done.counted,
+        "way": done.way,
+    }
+
+
+def _count(gguf: Path, texts: Sequence[str]) -> Sequence[int]:
+    """By the file's own vocabulary; nothing, and said so, where llama-cpp-python is not here or cannot."""
+    arguments = {"gguf": str(gguf), "texts": list(texts)}
+    try:
+        counts: list[int] = worker.call("count", arguments)["counts"]
+    except (MissingToolError, StageError, CheckError) as unknown:
+        report.warning(f"token counts are not compared, so a second BOS would not show: {unknown.message}")
+        return []
+    return counts
 
 
 def _recipe_of(gguf: Path) -> Recipe | None:
     """The recipe of the run in whose directory the file lies."""
-    from forge.stages.record import read_manifest
-
     recipe = read_manifest(gguf.parent).get("recipe")
     return from_json(recipe) if recipe else None
 
 
 def smoke_passes(recipe: Recipe, endpoint: Endpoint) -> None:
     """The run's smoke queries; raises `CheckError` when one fails."""
-    from forge.serve.smoke import run_smoke
+    from forge.serve.smoke import failure_of, run_smoke
     from forge.stages.live import queries_in
 
     answers = run_smoke(endpoint, queries_in(recipe))
-    if failed := [one for one in answers if not one.ok]:
-        raise CheckError(
-            f"{len(failed)} of {len(answers)} smoke queries failed in Ollama",
-            problems=[
-                Problem(f"answered {one.answer!r}, expected {one.expect}", one.prompt) for one in failed
-            ],
-        )
+    if failure := failure_of(answers, " in Ollama"):
+        raise failure
     if not answers:
         _ask_anything(endpoint)
 

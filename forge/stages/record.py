@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
+from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA, read_modelfile
+from forge.chat.modelfile import Modelfile
 from forge.errors import ForgeError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.pipeline.stage import Result
@@ -59,8 +61,8 @@ def certificate(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any] | N
     return judge(results["verify"].facts, Gates(verify.max_kl, verify.min_top1), live)
 
 
-def summary(ship: Ship, results: Mapping[str, Result], endpoint: str | None = None) -> dict[str, Any]:
-    """The JSON result of `forge ship`."""
+def summary(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
+    """The JSON result of `forge ship`; whoever leaves a server running puts its address in."""
     directory = ship.run_directory
     modelfile = results["modelfile"].facts if "modelfile" in results else {}
     smoke = results["smoke"].facts["smoke"] if "smoke" in results else []
@@ -71,7 +73,7 @@ def summary(ship: Ship, results: Mapping[str, Result], endpoint: str | None = No
         "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
         "modelfile_reason": modelfile.get("reason"),
         **_proofs(ship, results),
-        "endpoint": endpoint,
+        "endpoint": None,
         "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
     }
 
@@ -112,6 +114,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) else {}
 
 
+def read_run_modelfile(directory: Path) -> Modelfile | None:
+    """What the run tells Ollama: its Modelfile.jinja, and what that cannot hold; None where there is none."""
+    path = directory / MODELFILE_JINJA
+    if not path.is_file():
+        return None
+    facts = read_manifest(directory).get("facts", {}).get("modelfile", {})
+    return read_modelfile(path, facts.get("left_out"))
+
+
 def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
     """Put the artifact's files into the run; `published` is the digest of what lies there."""
     directory = ship.run_directory
@@ -126,6 +137,8 @@ def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
         _place(artifact, GGUF_FILE, artifact.path / GGUF_FILE, target, published)
         if (artifact.path / MERGED_DIRECTORY).is_dir():
             publish(artifact.path / MERGED_DIRECTORY, directory / MERGED_DIRECTORY)
+        else:
+            shutil.rmtree(directory / MERGED_DIRECTORY, ignore_errors=True)  # an earlier ship's
     elif artifact.stage == "modelfile":
         for name in (MODELFILE, MODELFILE_JINJA):
             if name in artifact.outputs:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.chat.hand_over import MODELFILE_JINJA
 from forge.errors import InterruptedByUserError, RecipeError, StageError
 from forge.model.gguf_header import read_gguf
 from forge.serve import detached, ready
@@ -21,7 +20,7 @@ from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import refuse_foreign, runtime_for
 from forge.stages.drive import find_gguf, find_run
-from forge.stages.record import read_manifest
+from forge.stages.record import read_manifest, read_run_modelfile
 from forge.store.artifacts import open_store
 
 _DEFAULT_CONTEXT = 4096
@@ -88,7 +87,7 @@ def settings(wish: Wish) -> Settings:
         cors_origins=wish.cors_origins,
         program=wish.program,
         image=wish.image,
-        modelfile=run / MODELFILE_JINJA if run and (run / MODELFILE_JINJA).is_file() else None,
+        modelfile=read_run_modelfile(run) if run else None,
     )
     refuse_foreign(wish.runtime, chosen)
     if chosen.alias in wish.lora:

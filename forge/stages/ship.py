@@ -7,6 +7,7 @@ told at once, and `forge plan` needs no more than this.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,6 +105,12 @@ class Ship:
             )
         variables = self.training.template_variables if self.training else {}
         return ChatTemplate(source, self.tokenizer.template_tokens, variables)
+
+    @property
+    def template_digest(self) -> str:
+        """sha256 of the chat template as the GGUF carries it, for the requests of the stages that use it."""
+        source = self.template.pinned_source() if self.base.directory else UNKNOWN
+        return hashlib.sha256(source.encode()).hexdigest()
 
     @cached_property
     def prompt_format(self) -> PromptFormat:

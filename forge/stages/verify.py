@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 from forge import report, worker
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
-from forge.model.base import UNKNOWN
 from forge.model.estimate import certificate_disk
 from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
 from forge.stages.rows import certificate_rows
@@ -33,12 +31,11 @@ class VerifyStage(ShipStage):
         self.needs = (*data, *((ADAPTER_STAGE,) if ship.recipe.train is not None else ()), "export")
 
     def params(self) -> Mapping[str, Json]:
-        template = self.ship.template.pinned_source() if self.ship.base.directory else UNKNOWN
         return {
             "base": self.ship.base_digest,
             "base.tokenizer": self.ship.tokenizer_digest,
             "train.method": self.ship.training.method if self.ship.training else None,
-            "chat template": hashlib.sha256(template.encode()).hexdigest(),
+            "chat template": self.ship.template_digest,
         }
 
     def tools(self) -> Mapping[str, str]:

@@ -51,6 +51,18 @@ def check_vocabulary(
     }
 
 
+def count(gguf: str, texts: Sequence[str]) -> dict[str, Any]:
+    """`counts`: how many tokens each prompt has by the file's own vocabulary, as a server should count it.
+
+    Raises `CheckError` for a vocabulary that llama.cpp cannot load.
+    """
+    served = proof.ServedVocabulary(Path(gguf))
+    try:
+        return {"counts": [len(served.ids(text)) for text in texts]}
+    finally:
+        served.close()
+
+
 def _tokens(gguf: Path, tokenizer: Path, tried: Sequence[Any]) -> dict[str, Any]:
     try:
         compared = proof.compare_ids(tokenizer, gguf, tried)
