@@ -265,13 +265,15 @@ def test_it_is_started_where_the_program_is_here(
         Ollama(server_url()).version()
 
 
-def test_a_program_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.8.0.1", "[::1]"])
+def test_a_program_that_does_not_start(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name of this machine is one: it is tried there."""
     program = tmp_path / "ollama"
     program.write_text("#!/bin/sh\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(StageError, match="was started and does not answer"):
-        with reach("http://127.0.0.1:9"):
+        with reach(f"http://{host}:9"):
             pass
 
 
@@ -300,6 +302,13 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
     for setting in ({"api_key": "k"}, {"parallel": 2}, {"adapters": (gguf,)}, {"image": "x"}):
         with pytest.raises(RecipeError, match="the runtime ollama has no"):
             runtime_for("ollama")(replace(settings, **setting)).__enter__()
+    with pytest.raises(DataError, match="a context of 999999 tokens is asked for, the model was made for"):
+        runtime_for("ollama")(replace(settings, context_tokens=999999)).__enter__()
+    with pytest.raises(RecipeError, match="others than this machine could use the server"):
+        runtime_for("ollama")(replace(settings, host="example.com", port=1)).__enter__()
+    adapter = write_tiny_gguf(tmp_path / "adapter.gguf", kind="adapter")
+    with pytest.raises(DataError, match=r"a GGUF of type adapter, not a model"):
+        runtime_for("ollama")(replace(settings, model=adapter)).__enter__()
     with pytest.raises(RecipeError, match="there is no runtime vllm"):
         runtime_for("vllm")
 
@@ -313,7 +322,7 @@ def test_adapters_are_looked_at_here_because_ollama_does_not(
     with Ollama(fake.url) as server:
         with pytest.raises(DataError, match="architecture qwen2"):
             import_model(server, "yoda", gguf, told, adapter=wrong)
-        with pytest.raises(DataError, match="not a GGUF adapter"):
+        with pytest.raises(DataError, match="a model, not an adapter"):
             import_model(server, "yoda", gguf, told, adapter=gguf)
         import_model(server, "yoda", gguf, told, adapter=right)
     assert fake.models["yoda:latest"].adapter is not None
