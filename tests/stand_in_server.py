@@ -1,8 +1,8 @@
 """A small OpenAI-compatible server for tests: a real HTTP server whose failures are written down.
 
 It answers with its question's last turn in capitals. `failures` are given instead of answers,
-first to last, one for each chat request; the rest of its manners are those of llama-server, to
-which `test_serve_client` holds both.
+first to last, one for each chat request; a stream waits for `hold` after its first word. The rest of
+its manners are those of llama-server, to which `test_serve_client` holds both.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class StandIn:
     api_key: str | None = None
     seconds: float = 0.0
     suffix: str = ""
+    hold: threading.Event | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
     turned_away: int = 0
@@ -162,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             events.append({"choices": [], "usage": usage})
         for event in events:
             self.wfile.write(f"data: {json.dumps(event, ensure_ascii=False)}\n\n".encode())
+            if self.server_state.hold:
+                self.server_state.hold.wait(20)
         if whole:
             self.wfile.write(b"data: [DONE]\n\n")
 

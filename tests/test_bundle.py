@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from dataclasses import replace
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from forge import process
+from forge import process, report
 from forge.errors import DataError, MissingToolError, RecipeError
 from forge.serve.bundle import Contents, write_bundle
 from forge.stages.bundling import _licence, _smoke, bundle
@@ -76,6 +78,65 @@ def test_holds_the_model_the_server_and_how_to_start_it(contents: Contents, tmp_
     (root / "smoke.json").write_text("{}")
     assert process.run([str(root / "smoke.sh"), "files"]).status != 0
     assert not list(out.parent.glob(".*"))
+
+
+_OPENER = r"""
+#include <dirent.h>
+#include <dlfcn.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+int main(void) {  /* as ggml looks for its backends: by name, beside the running program */
+    char self[4096] = {0}, path[8192];
+    if (readlink("/proc/self/exe", self, sizeof self - 1) < 0) return 1;
+    *strrchr(self, '/') = 0;
+    DIR *directory = opendir(self);
+    for (struct dirent *one; (one = readdir(directory));) {
+        if (strncmp(one->d_name, "libggml-", 8)) continue;
+        snprintf(path, sizeof path, "%s/%s", self, one->d_name);
+        void *backend = dlopen(path, RTLD_NOW);
+        int (*score)(void) = backend ? (int (*)(void))dlsym(backend, "score") : NULL;
+        printf("%s %s\n", one->d_name, score ? "answers" : dlerror());
+    }
+    return 0;
+}
+"""
+
+
+def _compiled(source: str, out: Path, *flags: str) -> Path:
+    file = out.with_suffix(".c")
+    file.write_text(source)
+    finished = process.run(["gcc", "-fPIC", str(file), "-o", str(out), *flags])
+    assert finished.status == 0, finished.output
+    return out
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("below", [".", "ggml/backends"])
+def test_backends_that_are_opened_by_name_come_with_all_that_they_need(
+    contents: Contents, tmp_path: Path, below: str
+) -> None:
+    """What ldd does not name: libggml-cpu-*.so, and the libraries of those; one without its driver stays."""
+    built, elsewhere = tmp_path / "built", tmp_path / "elsewhere"
+    backends = built / below
+    for directory in (backends, elsewhere):
+        directory.mkdir(parents=True, exist_ok=True)
+    needed = ("-shared", f"-L{elsewhere}", f"-Wl,-rpath,{elsewhere}")
+    _compiled("int best(void) { return 1; }", elsewhere / "libmath.so", "-shared")
+    driver = _compiled("int device(void) { return 1; }", elsewhere / "libdriver.so", "-shared")
+    uses = "int {0}(void); int score(void) {{ return {0}(); }}"
+    _compiled(uses.format("best"), backends / "libggml-cpu-x.so", *needed, "-lmath")
+    _compiled(uses.format("device"), backends / "libggml-gpu.so", *needed, "-ldriver")
+    driver.unlink()
+    program = _compiled(_OPENER, built / "llama-server", "-ldl")
+    said = io.StringIO()
+    with report.copied_to(said):
+        write_bundle(contents, tmp_path / "b.tar", program=str(program))
+    assert re.search(r"left out .*libggml-gpu\.so needs libdriver\.so, which is not here", said.getvalue())
+    shutil.rmtree(built)
+    shutil.rmtree(elsewhere)
+    root = _unpacked(tmp_path / "b.tar", tmp_path / "there")
+    assert process.run([str(root / "start.sh")]).output == "libggml-cpu-x.so answers"
 
 
 @pytest.mark.programs

@@ -199,6 +199,13 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
     for setting in ({"api_key": "k"}, {"parallel": 2}, {"adapters": (gguf,)}, {"image": "x"}):
         with pytest.raises(RecipeError, match="the runtime ollama has no"):
             runtime_for("ollama")(replace(settings, **setting)).__enter__()
+    with pytest.raises(DataError, match="a context of 999999 tokens is asked for, the model was made for"):
+        runtime_for("ollama")(replace(settings, context_tokens=999999)).__enter__()
+    with pytest.raises(RecipeError, match="others than this machine could use the server"):
+        runtime_for("ollama")(replace(settings, host="example.com", port=1)).__enter__()
+    adapter = write_tiny_gguf(tmp_path / "adapter.gguf", kind="adapter")
+    with pytest.raises(DataError, match=r"a GGUF of type adapter, not a model"):
+        runtime_for("ollama")(replace(settings, model=adapter)).__enter__()
     with pytest.raises(RecipeError, match="there is no runtime vllm"):
         runtime_for("vllm")
 
@@ -212,7 +219,7 @@ def test_adapters_are_looked_at_here_because_ollama_does_not(
     with Ollama(fake.url) as server:
         with pytest.raises(DataError, match="architecture qwen2"):
             import_model(server, "yoda", gguf, told, adapter=wrong)
-        with pytest.raises(DataError, match="not a GGUF adapter"):
+        with pytest.raises(DataError, match="a model, not an adapter"):
             import_model(server, "yoda", gguf, told, adapter=gguf)
         import_model(server, "yoda", gguf, told, adapter=right)
     assert fake.models["yoda:latest"].adapter is not None

@@ -113,13 +113,15 @@ def test_it_is_started_where_the_program_is_here(
         Ollama(server_url()).version()
 
 
-def test_a_program_that_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.8.0.1", "[::1]"])
+def test_a_program_that_does_not_start(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name of this machine is one: it is tried there."""
     program = tmp_path / "ollama"
     program.write_text("#!/bin/sh\nexit 1\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(StageError, match="was started and does not answer"):
-        with reach("http://127.0.0.1:9"):
+        with reach(f"http://{host}:9"):
             pass
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -120,6 +122,72 @@ def test_no_request_reaches_another_host(served: Endpoint, target: str) -> None:
         assert asking.recv(100).startswith(b"HTTP/1.1 4")
         with pytest.raises(TimeoutError):
             other.accept()
+
+
+def _raw(endpoint: Endpoint, request: bytes) -> tuple[int, bytes]:
+    """Status and body of the answer to the bytes of a request; the server closes the connection."""
+    address = urlsplit(endpoint.url)
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=30) as asking:
+        asking.sendall(request)
+        asking.shutdown(socket.SHUT_WR)
+        answer = b""
+        # What the server left unread of the request makes its end a reset.
+        with contextlib.suppress(ConnectionResetError):
+            while piece := asking.recv(65536):
+                answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+_POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + KEY.encode() + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (b"BREW / HTTP/1.1\r\nHost: x\r\n\r\n", 501),
+        (b"GET / HTTP/9.9\r\nHost: x\r\n\r\n", 505),
+        (b"GET\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431),
+        (b"GET /[x HTTP/1.1\r\nX: a\x00b\r\nConnection: close\r\n\r\n", 400),
+        (_POST + b"Content-Length: -1\r\n\r\n", 411),
+        (_POST + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 413),
+        (_POST + b"Content-Length: 50000\r\n\r\n" + b"[" * 50_000, 400),
+        (_POST + b"Content-Length: 12\r\n\r\n" + b'{"model": 7}', 404),
+        (_POST + b"Content-Length: 13\r\n\r\n" + b'{"model": []}', 404),
+    ],
+)
+def test_what_is_no_request_gets_an_error_in_openais_shape(
+    served: Endpoint, request_bytes: bytes, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found, body = _raw(served, request_bytes)
+    assert found == status
+    error = json.loads(body)["error"]
+    assert error["code"] == status and error["message"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_headers_go_through_byte_for_byte_and_http_1_0_gets_no_chunks(served: Endpoint) -> None:
+    body = json.dumps({"model": "yes", "messages": HELLO}).encode()
+    head = _POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"X-Name: Gr\xfc\xdfe\r\n"
+    status, answer = _raw(served, head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    assert status == 200
+    assert json.loads(answer)["choices"][0]["message"]["content"] == "Y"
+
+
+def test_dropped_connections_leave_no_traceback(served: Endpoint, capfd: pytest.CaptureFixture[str]) -> None:
+    address = urlsplit(served.url)
+    for request in (b"", b"GET /he", _POST + b"Content-Length: 100\r\n\r\n{"):
+        asking = socket.create_connection((address.hostname or "", address.port or 0))
+        asking.sendall(request)
+        # A reset, not an orderly end.
+        asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        asking.close()
+    with Client(_named(served, "yes")) as client:
+        assert client.chat(HELLO).text == "Y"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_who_goes_away_stops_the_answer(files: Path, tmp_path: Path) -> None:

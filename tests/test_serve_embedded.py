@@ -248,6 +248,16 @@ def test_layers_on_a_gpu_that_is_not_there_are_refused(model: Path) -> None:
         assert changed.status_code == 501, "clients may not change the server"
 
 
+@pytest.mark.network
+@pytest.mark.programs
+def test_asking_whether_a_living_server_has_ended_takes_no_time(model: Path) -> None:
+    """`forge serve` asks all day long."""
+    with serve_embedded(Settings(model, "m", 512, threads=1)) as endpoint:
+        begun = time.monotonic()
+        assert endpoint.why_gone() == ""
+        assert time.monotonic() - begun < 0.5
+
+
 def test_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     cpuinfo = tmp_path / "cpuinfo"

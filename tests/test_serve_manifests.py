@@ -83,6 +83,23 @@ def test_compose_takes_it(settings: Settings, tmp_path: Path) -> None:
     assert all(volume["read_only"] for volume in server["volumes"])
 
 
+def test_dollars_in_names_stay_dollars(settings: Settings, tmp_path: Path) -> None:
+    """Compose replaces $HOME and ${HOME}, Kubernetes $(HOME); both read $$ as a dollar."""
+    odd = write_tiny_gguf(tmp_path / "a$HOME$$(HOME).gguf")
+    wish = replace(settings, model=odd, alias="${HOME}", api_key=None)
+    compose, (kubernetes, _) = (_documents(manifest(kind, wish)) for kind in ("compose", "kubernetes"))
+    server = compose[0]["services"]["server"]
+    [mount] = server["volumes"]
+    args = kubernetes["spec"]["template"]["spec"]["containers"][0]["args"]
+    written = [mount["source"], mount["target"], *server["command"], *args]
+    assert all("$" not in text.replace("$$", "") for text in written)
+    inside = "/models/a$HOME$$(HOME).gguf"
+    assert [mount[end].replace("$$", "$") for end in ("source", "target")] == [str(odd), inside]
+    for command in (server["command"], args):
+        said = [one.replace("$$", "$") for one in command]
+        assert (said[said.index("--model") + 1], said[said.index("--alias") + 1]) == (inside, "${HOME}")
+
+
 def test_no_key_is_in_what_is_printed(settings: Settings) -> None:
     for kind in ("compose", "kubernetes"):
         assert "open-sesame" not in manifest(kind, settings)

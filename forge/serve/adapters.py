@@ -13,9 +13,11 @@ import contextlib
 import hmac
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Runtime, Settings
 
 MOST_BYTES = 64 << 20
+_MOST_DIGITS = 18
 # Of one connection alone (RFC 9110, 7.6.1), or written anew.
 _NOT_PASSED = {
     "connection",
@@ -51,17 +54,18 @@ class Route:
     numbers: Mapping[str, int | None]
 
     def body(self, path: str, content: bytes) -> bytes:
-        """The request's body with its adapter; raises `LookupError` for a model that is not served."""
-        if not path.endswith(_ASKING):
+        """The request's body with its adapter; raises `LookupError` for a model that is not served.
+
+        Raises `ValueError` and `RecursionError` for what is no JSON to us: the server behind might read a
+        request in it, and answer without the adapter.
+        """
+        if not path.endswith(_ASKING) or not content:
             return content
-        try:
-            fields = json.loads(content)
-        except ValueError:
-            return content  # the server says what is wrong with it
+        fields = json.loads(content)
         if not isinstance(fields, dict):
-            return content
+            return content  # the server says what is wrong with it
         name = fields.get("model", self.upstream.model)
-        if name not in self.numbers:
+        if not isinstance(name, str) or name not in self.numbers:
             raise LookupError(name)
         number = self.numbers[name]
         # All of them: an adapter that is not named keeps the scale that it was loaded with.
@@ -98,10 +102,9 @@ def _proxy(settings: Settings, route: Route) -> Iterator[int]:
     ) as client:
         bound = type("_Bound", (_Proxy,), {"route": route, "client": client})
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        traits = {"daemon_threads": True, "request_queue_size": 128, "address_family": family}
-        kind = type("_Server", (ThreadingHTTPServer,), traits)
+        kind = type("_Listener", (_Server,), {"address_family": family})
         try:
-            server: ThreadingHTTPServer = kind((settings.host, settings.port), bound)
+            server: _Server = kind((settings.host, settings.port), bound)
         except OSError as wrong:
             raise StageError(
                 f"{settings.host}:{settings.port} cannot be listened on: {wrong.strerror}",
@@ -117,14 +120,30 @@ def _proxy(settings: Settings, route: Route) -> Iterator[int]:
             thread.join()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever asked is gone: no traceback for that."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 class _Proxy(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # A request line that cannot be read gets an answer with a status, not as of HTTP/0.9.
+    default_request_version = "HTTP/1.0"
     timeout = 600
     route: Route
     client: httpx.Client
 
     def log_message(self, format: str, *args: object) -> None:
         """Silent: requests carry what people wrote."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What http.server refuses by itself, such as a method that nobody knows, in OpenAI's shape."""
+        self._fail(code, message or HTTPStatus(code).phrase, "invalid_request_error")
 
     def do_GET(self) -> None:
         self._pass()
@@ -136,30 +155,42 @@ class _Proxy(BaseHTTPRequestHandler):
             # Behind the server's address it would be a part of it: `@other.host/` names another machine.
             return self._fail(400, "the path must begin with /", "invalid_request_error")
         length = self.headers.get("Content-Length", "0")
-        if "chunked" in self.headers.get("Transfer-Encoding", "") or not length.isdecimal():
+        if self.headers.get("Transfer-Encoding") or not length.isdecimal():
             return self._fail(411, "send a Content-Length", "invalid_request_error")
-        if int(length) > MOST_BYTES:
-            return self._fail(413, f"{length} bytes; at most {MOST_BYTES}", "invalid_request_error")
+        if len(length) > _MOST_DIGITS or int(length) > MOST_BYTES:
+            shown = f"{length[:_MOST_DIGITS]} bytes; at most {MOST_BYTES}"
+            return self._fail(413, shown, "invalid_request_error")
         content = self.rfile.read(int(length))
-        path = urlsplit(self.path).path
+        if len(content) < int(length):
+            self.close_connection = True  # gone in the middle of it
+            return None
         try:
+            path = urlsplit(self.path).path
             content = self.route.body(path, content)
+        except (ValueError, RecursionError) as wrong:
+            return self._fail(400, f"the request is no JSON: {wrong}", "invalid_request_error")
         except LookupError as unknown:
             # Whoever has not the key is refused by the server behind, and does not learn the names.
             if self._has_key():
                 known = ", ".join(self.route.numbers)
                 return self._fail(404, f"no model {unknown.args[0]!r}; served are {known}", "not_found_error")
-        headers = {k: v for k, v in self.headers.items() if k.lower() not in _NOT_PASSED}
-        headers |= {"Accept-Encoding": headers.get("Accept-Encoding", "identity"), **wire.STREAM_HEADERS}
         url = self.route.upstream.url.rstrip("/") + self.path
         try:
-            with self.client.stream(self.command, url, content=content, headers=headers) as answer:
+            with self.client.stream(self.command, url, content=content, headers=self._passed()) as answer:
                 self._answer(answer, path)
-        except httpx.InvalidURL:
-            self._fail(400, "the path is none that a URL can have", "invalid_request_error")
+        except (httpx.InvalidURL, httpx.LocalProtocolError) as wrong:
+            self._fail(400, f"this cannot be passed on: {wrong}", "invalid_request_error")
         except httpx.TransportError as broken:
             self._fail(502, f"the server behind does not answer: {broken}", "server_error")
         return None
+
+    def _passed(self) -> httpx.Headers:
+        """The request's headers for the server behind, byte for byte: http.server reads them as Latin-1."""
+        pairs = ((k.encode("latin-1"), v.encode("latin-1")) for k, v in self.headers.items())
+        headers = httpx.Headers([(k, v) for k, v in pairs if k.decode("latin-1").lower() not in _NOT_PASSED])
+        headers.setdefault("Accept-Encoding", "identity")
+        headers.update(wire.STREAM_HEADERS)
+        return headers
 
     def _has_key(self) -> bool:
         key = self.route.upstream.api_key
@@ -173,14 +204,16 @@ class _Proxy(BaseHTTPRequestHandler):
         for name, value in answer.headers.multi_items():
             if name.lower() not in _NOT_PASSED:
                 self.send_header(name, value)
-        self.send_header("Transfer-Encoding", "chunked")
+        # HTTP/1.0 knows no chunks: there the answer ends where the connection does.
+        chunked = self.request_version != "HTTP/1.0"
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close")))
         self.end_headers()
         if self.command == "HEAD":
             return None
         try:
             for piece in answer.iter_raw():
-                self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
-            self.wfile.write(b"0\r\n\r\n")
+                self.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" if chunked else piece)
+            self.wfile.write(b"0\r\n\r\n" if chunked else b"")
         except (OSError, httpx.TransportError):
             # Whoever asked is gone, or the server is: leaving `stream` ends the other half too.
             self.close_connection = True
@@ -196,5 +229,7 @@ class _Proxy(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)

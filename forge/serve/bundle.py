@@ -21,7 +21,7 @@ from pathlib import Path
 from forge.errors import DataError, MissingToolError, RecipeError
 from forge.serve import bundle_files
 from forge.serve.llama_server import PROGRAM
-from forge.tools.native import libraries
+from forge.tools.native import backends, libraries
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _LOADER = "ld-linux"
@@ -94,19 +94,11 @@ def _add_native(files: dict[str, Path | str], program: str | None, *, needed: bo
         )
     path = Path(found).resolve()
     needs = libraries(path)
-    # Backends that it opens by name while it runs lie beside it, or beside its libraries.
-    beside = {path.parent, *(one.parent for name, one in needs.items() if name.startswith("libggml"))}
-    backends = {
-        one.name: one
-        for where in beside
-        for one in sorted(where.glob("libggml-*.so"))
-        if not any(name.startswith(one.name) for name in needs)
-    }
     loaders = [name for name in needs if name.startswith(_LOADER)]
     if len(loaders) != 1:
         raise DataError(f"{path} is no Linux program with shared libraries", hint="give another llama-server")
     files["linux/llama-server"] = path
-    files |= {f"linux/lib/{name}": one.resolve() for name, one in {**backends, **needs}.items()}
+    files |= {f"linux/lib/{name}": one.resolve() for name, one in {**backends(path, needs), **needs}.items()}
     return loaders[0]
 
 

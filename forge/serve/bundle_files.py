@@ -25,19 +25,21 @@ sha256sum -c SHA256SUMS >/dev/null
 echo "files: as they were packed"
 [ "${1:-}" = files ] && exit 0
 url="http://127.0.0.1:${PORT:-8080}"
-get() {
-    if command -v curl >/dev/null; then curl -fsS "$@"; else
-        [ $# = 1 ] && wget -qO- "$1" && return
-        wget -qO- --header "Content-Type: application/json" --post-data "$(cat smoke.json)" "$1"
-    fi
-}
+json="Content-Type: application/json"
+if command -v curl >/dev/null; then
+    get() { curl -fsS "$1"; }
+    post() { curl -fsS -H "$json" -d @smoke.json "$1"; }
+else
+    get() { wget -qO- "$1"; }
+    post() { wget -qO- --header "$json" --post-data "$(cat smoke.json)" "$1"; }
+fi
 tries=0
 until get "$url/health" >/dev/null 2>&1; do
     tries=$((tries + 1))
     [ "$tries" -lt 300 ] || { echo "nothing answers at $url: is start.sh running?" >&2; exit 1; }
     sleep 1
 done
-answer=$(get "$url/v1/chat/completions" -H "Content-Type: application/json" -d @smoke.json)
+answer=$(post "$url/v1/chat/completions")
 echo "$answer"
 expect=$(cat smoke.expect)
 case "$answer" in

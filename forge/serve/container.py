@@ -65,14 +65,14 @@ def _image(daemon: Engine, settings: Settings) -> str:
 def _start(daemon: Engine, image: str, settings: Settings, private: Path) -> Container:
     model = f"/models/{settings.model.name}"
     inside = [f"/adapters/{number}.gguf" for number in range(len(settings.adapters))]
-    mounts = {settings.model: model, **dict(zip(settings.adapters, inside, strict=True))}
+    mounts = {model: settings.model, **dict(zip(inside, settings.adapters, strict=True))}
     command = arguments(settings, model=model, adapters=tuple(inside))
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
     if settings.api_key:
         key = write_key(private, settings.api_key)
         # Its directory is ours alone; the user inside the container, another one, must read the file.
         key.chmod(0o444)
-        mounts[key] = _KEY
+        mounts[_KEY] = key
         command += ["--api-key-file", _KEY]
     return daemon.run(
         image,

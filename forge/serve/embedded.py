@@ -56,4 +56,5 @@ def _for_child(settings: Settings) -> dict[str, object]:
         "modelfile": None,
         "slots": settings.slots,
         "threads": ready.threads_of(settings),
+        "http_threads": settings.http_threads,
     }

@@ -34,6 +34,7 @@ def start(settings: Mapping[str, Any]) -> Any:
     parameters.kv_unified = False
     parameters.cpuparams.n_threads = settings["threads"]
     parameters.cpuparams_batch.n_threads = settings["threads"]
+    parameters.n_threads_http = settings["http_threads"]
     if settings["gpu_layers"] is not None:
         # -1 is all of them to us, as many as fit to llama.cpp; its "all" is -2.
         parameters.n_gpu_layers = -2 if settings["gpu_layers"] == -1 else settings["gpu_layers"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+
+from forge.tools.hosts import is_loopback
 
 Message = Mapping[str, str]
 """One turn: `role` (system, user, assistant or tool) and `content`."""
@@ -13,7 +14,8 @@ Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def _unknown_end() -> str:
+def unknown_end() -> str:
+    """Nothing is known of the end of a server that is not ours."""
     return ""
 
 
@@ -22,14 +24,14 @@ class Endpoint:
     """An OpenAI-compatible server: `url` is its root, with or without `/v1`.
 
     `why_gone` says why a server that forge itself started has ended, with its last lines; it
-    gives the empty text while the server runs, or where forge cannot know. `device` is what the
+    gives the empty text, at once, while the server runs or where forge cannot know. `device` is what the
     model runs on and `container` the id of the server's, where forge started it.
     """
 
     url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
-    why_gone: Callable[[], str] = field(default=_unknown_end, repr=False, compare=False)
+    why_gone: Callable[[], str] = field(default=unknown_end, repr=False, compare=False)
     device: str = field(default="unknown", compare=False)
     container: str | None = field(default=None, compare=False)
 
@@ -41,7 +43,6 @@ class Endpoint:
     def loopback(self) -> bool:
         """Whether it is on this machine, where a proxy of the environment must not interfere."""
         try:
-            host = urlsplit(self.url).hostname or ""
-            return host == "localhost" or ipaddress.ip_address(host).is_loopback
+            return is_loopback(urlsplit(self.url).hostname or "")
         except ValueError:
-            return False
+            return False  # no URL at all: whoever asks it says so

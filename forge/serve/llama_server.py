@@ -72,7 +72,8 @@ def arguments(settings: Settings, *, model: str = "", adapters: tuple[str, ...] 
     context = settings.context_tokens * settings.slots
     command = ["--model", model, "--alias", settings.alias, "--ctx-size", str(context)]
     command += ["--parallel", str(settings.slots), "--no-kv-unified", "--threads"]
-    command += [str(ready.threads_of(settings)), "--metrics", "--slots", "--jinja", "--offline"]
+    command += [str(ready.threads_of(settings)), "--threads-http", str(settings.http_threads)]
+    command += ["--metrics", "--slots", "--jinja", "--offline"]
     command += ["--cors-origins", settings.cors_origins]
     if settings.gpu_layers is not None:
         command += ["--n-gpu-layers", "all" if settings.gpu_layers == -1 else str(settings.gpu_layers)]

@@ -21,11 +21,11 @@ from typing import Any
 from forge.errors import RecipeError
 from forge.model.estimate import SERVER_START_BYTES
 from forge.model.gguf_header import GgufHeader, read_gguf
-from forge.serve import ready
 from forge.serve.container import IMAGE, PORT
 from forge.serve.llama_server import arguments
 from forge.serve.runtime import Settings
 from forge.tools.containers import USER, current_name
+from forge.tools.hosts import in_url
 
 KINDS = ("compose", "kubernetes")
 # Fetches the model; pinned as the server is.
@@ -64,13 +64,19 @@ def memory_bytes(settings: Settings, header: GgufHeader) -> int:
     )
 
 
-def _flags(settings: Settings, model: str, key: str) -> list[str]:
-    command = arguments(settings, model=model)
+def _flags(settings: Settings) -> list[str]:
+    command = arguments(settings, model=f"/models/{settings.model.name}")
     if settings.threads is None:
         # This machine's cores say nothing of the other's.
         at = command.index("--threads")
         del command[at : at + 2]
-    return [*command, "--api-key-file", key] if settings.api_key else command
+    command += ["--api-key-file", _KEY] if settings.api_key else []
+    return [_literal(one) for one in command]
+
+
+def _literal(text: str) -> str:
+    """`text` as Compose and Kubernetes leave it: they replace $NAME and $(NAME), and read $$ as a dollar."""
+    return text.replace("$", "$$")
 
 
 def _image(settings: Settings) -> str:
@@ -78,11 +84,11 @@ def _image(settings: Settings) -> str:
 
 
 def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
-    inside = f"/models/{settings.model.name}"
-    mounts = [{"type": "bind", "source": str(settings.model.absolute()), "target": inside, "read_only": True}]
+    inside, source = _literal(f"/models/{settings.model.name}"), _literal(str(settings.model.absolute()))
+    mounts = [{"type": "bind", "source": source, "target": inside, "read_only": True}]
     if settings.api_key:
-        source = "${API_KEY_FILE:?a file with the key}"
-        mounts.append({"type": "bind", "source": source, "target": _KEY, "read_only": True})
+        key = "${API_KEY_FILE:?a file with the key}"
+        mounts.append({"type": "bind", "source": key, "target": _KEY, "read_only": True})
     if replicas > 1:
         raise RecipeError(
             "one port of this machine cannot be that of several servers",
@@ -90,9 +96,9 @@ def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
         )
     limit = memory_bytes(settings, read_gguf(settings.model))
     server = {
-        "image": _image(settings),
-        "command": _flags(settings, inside, _KEY),
-        "ports": [f"{ready.in_url(settings.host)}:{settings.port or PORT}:{PORT}"],
+        "image": _literal(_image(settings)),
+        "command": _flags(settings),
+        "ports": [f"{in_url(settings.host)}:{settings.port or PORT}:{PORT}"],
         "volumes": mounts,
         "user": f"{USER}:{USER}",
         "read_only": True,
@@ -147,7 +153,7 @@ def _server(settings: Settings) -> dict[str, Any]:
     return {
         "name": "server",
         "image": _image(settings),
-        "args": _flags(settings, f"/models/{settings.model.name}", _KEY),
+        "args": _flags(settings),
         "ports": [{"name": "http", "containerPort": PORT}],
         # 503 while it loads: ten minutes, then it is ready or started anew.
         "startupProbe": {**health, "periodSeconds": 5, "failureThreshold": 120},
@@ -177,7 +183,7 @@ def _fetcher(settings: Settings, url: str) -> dict[str, Any]:
     return {
         "name": "model",
         "image": FETCHER,
-        "command": ["sh", "-c", script, "fetch", file, url, _digest(settings.model)],
+        "command": ["sh", "-c", script, "fetch", _literal(file), _literal(url), _digest(settings.model)],
         "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
         "securityContext": _HARMLESS,
         "volumeMounts": [{"name": "models", "mountPath": "/models"}],

@@ -28,6 +28,7 @@ from forge.chat.template import ChatTemplate
 from forge.chat.time_limit import template_limit
 from forge.errors import CheckError, DataError, ForgeError, Problem, RecipeError
 from forge.model.gguf_header import read_gguf
+from forge.serve import ready
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import refuse_foreign
@@ -64,6 +65,7 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     The server is the one of OLLAMA_HOST, or at `settings.host` and `settings.port` where a port is told.
     """
     _refuse(settings)
+    ready.check(settings)
     told = f"{settings.host}:{settings.port}" if settings.port else None
     hand = hand_over_of(settings.model)
     if settings.modelfile:
@@ -112,7 +114,8 @@ def import_model(
     smoke queries, and whatever else must be right before the name changes, and raises when it is not.
     Raises `CheckError` with the first difference of every way that was tried.
     """
-    _check_model(gguf, adapter)
+    # Ollama checks neither: a wrong one fails when it is loaded, without a reason.
+    ready.check_kinds(gguf, read_gguf(gguf), [adapter] if adapter else [])
     _check_bos(gguf, told)
     fields: dict[str, Any] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
     if adapter:
@@ -149,23 +152,6 @@ def import_model(
 
 class PromptsDifferError(CheckError):
     """The server writes another prompt, or stops at other texts."""
-
-
-def _check_model(gguf: Path, adapter: Path | None) -> None:
-    """Ollama checks neither: a wrong one fails when it is loaded, without a reason."""
-    header = read_gguf(gguf)
-    if adapter is None:
-        return
-    added = read_gguf(adapter)
-    if added.metadata.get("general.type") != "adapter":
-        raise DataError(
-            f"{adapter}: not a GGUF adapter", hint="convert_lora_to_gguf.py of llama.cpp makes one"
-        )
-    if added.architecture != header.architecture:
-        raise DataError(
-            f"{adapter}: made for a model of architecture {added.architecture}; "
-            f"{gguf.name} is {header.architecture}"
-        )
 
 
 def _check_bos(gguf: Path, told: HandOver) -> None:

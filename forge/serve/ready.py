@@ -6,6 +6,8 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 
@@ -13,11 +15,11 @@ from forge import report
 from forge.errors import DataError, ForgeError, RecipeError, StageError
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.client import Client
-from forge.serve.endpoint import Endpoint
+from forge.serve.endpoint import Endpoint, unknown_end
 from forge.serve.runtime import Settings
 from forge.serve.wire import GoneError, Sampling, UnreachableError
+from forge.tools.hosts import in_url, is_loopback, reachable
 
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 # A model of many gigabytes on a slow disk.
 _SECONDS_TO_LOAD = 1800.0
@@ -27,7 +29,7 @@ _SECONDS_BETWEEN = 0.05
 def check(settings: Settings) -> None:
     """Raise `DataError` for files that cannot be served so, `RecipeError` for an open door."""
     header = read_gguf(settings.model)
-    _check_kind(header, settings)
+    check_kinds(settings.model, header, settings.adapters)
     limit = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(limit, int) and settings.context_tokens > limit:
         raise DataError(
@@ -40,16 +42,17 @@ def check(settings: Settings) -> None:
     _check_door(settings)
 
 
-def _check_kind(header: GgufHeader, settings: Settings) -> None:
+def check_kinds(model: Path, header: GgufHeader, adapters: Sequence[Path]) -> None:
+    """Raise `DataError` where `model` is no model, or one of `adapters` none of its architecture."""
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
-        raise DataError(
-            f"{settings.model}: a GGUF of type {kind}, not a model", hint="serve the model's own GGUF"
-        )
-    for path in settings.adapters:
+        raise DataError(f"{model}: a GGUF of type {kind}, not a model", hint="give the model's own GGUF")
+    for path in adapters:
         adapter = read_gguf(path)
         if adapter.metadata.get("general.type") != "adapter":
-            raise DataError(f"{path}: a model, not an adapter", hint="--lora takes adapters in GGUF format")
+            raise DataError(
+                f"{path}: a model, not an adapter", hint="convert_lora_to_gguf.py of llama.cpp makes one"
+            )
         if adapter.architecture != header.architecture:
             raise DataError(
                 f"{path}: an adapter for the architecture {adapter.architecture}, "
@@ -58,7 +61,7 @@ def _check_kind(header: GgufHeader, settings: Settings) -> None:
 
 
 def _check_door(settings: Settings) -> None:
-    if settings.api_key or Endpoint(f"http://{in_url(settings.host)}", "").loopback:
+    if settings.api_key or is_loopback(settings.host):
         return
     if not settings.without_key:
         raise RecipeError(
@@ -68,14 +71,9 @@ def _check_door(settings: Settings) -> None:
     report.warning(f"everyone who reaches {settings.host} can use the server: it has no API key")
 
 
-def in_url(host: str) -> str:
-    """`host` as it is written in a URL."""
-    return f"[{host}]" if ":" in host else host
-
-
 def url_of(host: str, port: int | str) -> str:
-    """A URL that reaches, from this machine, what listens on `host` (pitfall 57)."""
-    return f"http://{in_url(_EVERYWHERE.get(host, host))}:{port}"
+    """A URL that reaches, from this machine, what listens on `host`."""
+    return f"http://{in_url(reachable(host))}:{port}"
 
 
 def threads_of(settings: Settings) -> int:
@@ -107,8 +105,8 @@ def prove(endpoint: Endpoint, settings: Settings) -> None:
 
     Raises `GoneError` when the server ends meanwhile, `StageError` when it answers no chat.
     """
+    _await_health(endpoint)
     with Client(endpoint) as client:
-        _await_health(client)
         try:
             client.chat([{"role": "user", "content": "Hi"}], Sampling(max_tokens=1))
         except GoneError:
@@ -126,15 +124,17 @@ def prove(endpoint: Endpoint, settings: Settings) -> None:
         )
 
 
-def _await_health(client: Client) -> None:
+def _await_health(endpoint: Endpoint) -> None:
     """Wait until the model is loaded. A port that nothing listens on yet is no failure."""
     deadline = time.monotonic() + _SECONDS_TO_LOAD
-    while time.monotonic() < deadline:
-        try:
-            if client.health():
-                return
-        except UnreachableError:
-            # `GoneError` would say that it has ended.
-            pass
-        time.sleep(_SECONDS_BETWEEN)
-    raise StageError(f"{client.endpoint.url} was not ready in {_SECONDS_TO_LOAD:.0f} seconds")
+    # Otherwise every broken connection would wait for the server's end.
+    with Client(replace(endpoint, why_gone=unknown_end)) as client:
+        while time.monotonic() < deadline:
+            try:
+                if client.health():
+                    return
+            except UnreachableError as silent:
+                if end := endpoint.why_gone():
+                    raise GoneError(end) from silent
+            time.sleep(_SECONDS_BETWEEN)
+    raise StageError(f"{endpoint.url} was not ready in {_SECONDS_TO_LOAD:.0f} seconds")

@@ -15,6 +15,9 @@ from forge.serve.endpoint import Endpoint
 # own full context, so a long context gets fewer.
 _MOST_SLOTS = 4
 _MOST_CONTEXT_OF_ALL_SLOTS = 32768
+# A connection holds a thread of the server for as long as its client takes, and llama-server starts
+# further ones too late: it may give two requests to the same idle thread. An idle thread costs nothing.
+_FEWEST_HTTP_THREADS = 128
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,11 @@ class Settings:
     def slots(self) -> int:
         """How many requests it answers at once."""
         return self.parallel or max(1, min(_MOST_SLOTS, _MOST_CONTEXT_OF_ALL_SLOTS // self.context_tokens))
+
+    @property
+    def http_threads(self) -> int:
+        """How many connections it can wait for at once."""
+        return max(_FEWEST_HTTP_THREADS, 2 * self.slots)
 
 
 class Runtime(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -16,8 +15,6 @@ from forge.serve.runtime import Settings
 
 # How many of the server's last lines an error shows.
 LAST_LINES = 8
-# From the broken connection to the end of the process that held it.
-_SECONDS_TO_DIE = 2.0
 _REASONS = {-9: ", most likely for lack of memory", -4: ": an instruction that this processor lacks"}
 
 
@@ -32,13 +29,10 @@ class ServerProcess:
 
     def why_gone(self) -> str:
         """For `Endpoint.why_gone`: empty when we ended it ourselves."""
-        deadline = time.monotonic() + _SECONDS_TO_DIE
-        while self.in_use and time.monotonic() < deadline:
-            if self.child.status is not None:
-                how = f"the server has ended by itself ({self._how_it_ended()}); its last lines:"
-                return "\n".join([how, *last_lines(self.said())])
-            time.sleep(0.02)
-        return ""
+        if not self.in_use or self.child.status is None:
+            return ""
+        how = f"the server has ended by itself ({self._how_it_ended()}); its last lines:"
+        return "\n".join([how, *last_lines(self.said())])
 
     def not_started(self, settings: Settings) -> StageError:
         """The error for a server that ended before it listened."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import httpx
 
 from forge.errors import DataError, MissingToolError, RecipeError, StageError
-from forge.serve.endpoint import Endpoint, Message
+from forge.serve.endpoint import Endpoint, Message, unknown_end
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
@@ -30,6 +31,10 @@ TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 # llama-server closes the connection after every streamed answer, and does not say so: the next
 # request on it would race the close and lose.
 STREAM_HEADERS = {"Connection": "close"}
+
+# From a broken connection to the end of the process that held it; how often to look.
+_SECONDS_TO_DIE = 2.0
+_SECONDS_BETWEEN = 0.25
 
 # Answers that tell about one request. The rest (401, 403, 404, ...) would meet every other one too.
 _ABOUT_THE_REQUEST = frozenset({400, 413, 422})
@@ -149,11 +154,21 @@ def failures_of(endpoint: Endpoint) -> Iterator[None]:
     except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as late:
         raise BusyError(f"{endpoint.url} gave no answer within {TIMEOUT.read:.0f} seconds") from late
     except httpx.TransportError as broken:
-        if end := endpoint.why_gone():
+        if end := _end_of(endpoint):
             raise GoneError(end) from broken
         connected = not isinstance(broken, (httpx.ConnectError, httpx.ConnectTimeout))
         what = "broke off its answer" if connected else "does not answer"
         raise UnreachableError(f"{endpoint.url} {what} ({broken})", hint=_START_IT) from broken
+
+
+def _end_of(endpoint: Endpoint) -> str:
+    """Why the server has ended: its connections break some time before the process is gone."""
+    if endpoint.why_gone is unknown_end:
+        return ""
+    deadline = time.monotonic() + _SECONDS_TO_DIE
+    while not (end := endpoint.why_gone()) and time.monotonic() < deadline:
+        time.sleep(_SECONDS_BETWEEN)
+    return end
 
 
 def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:

@@ -61,16 +61,19 @@ class Engine:
         command: Sequence[str],
         *,
         name: str,
-        mounts: Mapping[Path, str],
+        mounts: Mapping[str, Path],
         published: tuple[str, int],
         port: int,
         gpu: bool = False,
     ) -> Container:
-        """Start a container whose `port` is published at `published` (host, port or 0)."""
+        """Start a container whose `port` is published at `published` (host, port or 0).
+
+        `mounts`: the path inside -> the file or directory here.
+        """
         from docker.types import DeviceRequest, Mount
 
         bound = [
-            Mount(target, str(path.absolute()), "bind", read_only=True) for path, target in mounts.items()
+            Mount(target, str(path.absolute()), "bind", read_only=True) for target, path in mounts.items()
         ]
         user = os.getuid() or USER
         with _told():

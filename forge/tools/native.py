@@ -1,14 +1,15 @@
 """What a native program needs to run elsewhere: the shared libraries that the loader finds for it here.
 
-Linux alone. Not covered: libraries that a program opens by name while it runs.
+Linux alone. Of the libraries that a program opens by name while it runs: ggml's backends, no others.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from forge import process
+from forge import process, report
 from forge.errors import DataError
 
 # `libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x...)`, or the loader: `/lib64/ld-linux... (0x...)`.
@@ -32,3 +33,23 @@ def libraries(program: Path) -> dict[str, Path]:
                 raise DataError(f"{program} needs {match[1]}, which is not here")
             found[match[1] or Path(match[2]).name] = Path(match[2])
     return found
+
+
+def backends(program: Path, needs: Mapping[str, Path]) -> dict[str, Path]:
+    """ggml's backends that `program` opens by name, with the libraries that they need besides `needs`.
+
+    They lie beside the program, or beside ggml's own libraries: one for each kind of processor, and of
+    device. One that cannot be opened here, whose driver is missing say, is left out with a warning.
+    """
+    found: dict[str, Path] = {}
+    places = {program.parent, *(one.parent for name, one in needs.items() if name.startswith("libggml"))}
+    # Distributions keep them in a directory of ggml's own.
+    patterns = ("libggml-*.so", "ggml/*/libggml-*.so")
+    for one in sorted(one for place in places for pattern in patterns for one in place.glob(pattern)):
+        if any(name.startswith(one.name) for name in needs):
+            continue  # the link that a linker follows to one that is linked to
+        try:
+            found |= {**libraries(one), one.name: one}
+        except DataError as missing:
+            report.warning(f"left out of what {program.name} brings along: {missing.message}")
+    return {name: path for name, path in found.items() if name not in needs}

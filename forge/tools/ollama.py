@@ -25,6 +25,7 @@ import httpx
 
 from forge import report
 from forge.errors import DataError, MissingToolError, RecipeError, StageError
+from forge.tools.hosts import in_url, is_loopback, reachable
 
 PORT = 11434
 _CHUNK = 1 << 20
@@ -59,10 +60,8 @@ def server_url(host: str | None = None) -> str:
         usual = None
     if usual is None:
         raise RecipeError(f"{told!r} is not the address of a server", hint=f"such as 127.0.0.1:{PORT}")
-    name = parts.hostname or "127.0.0.1"
-    # What a server listens on is not always where it can be reached.
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)
-    return f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}{parts.path.rstrip('/')}"
+    name = in_url(reachable(parts.hostname or "127.0.0.1"))
+    return f"{scheme}://{name}:{port}{parts.path.rstrip('/')}"
 
 
 class Ollama:
@@ -73,7 +72,7 @@ class Ollama:
 
     def __init__(self, url: str, *, timeout: httpx.Timeout = _TIMEOUT) -> None:
         self.url = url
-        local = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
+        local = is_loopback(urlsplit(url).hostname or "")
         verify = not url.startswith("http://")
         self._http = httpx.Client(base_url=url, timeout=timeout, trust_env=not local, verify=verify)
 

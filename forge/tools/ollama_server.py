@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from forge import process, report
 from forge.errors import MissingToolError, StageError
+from forge.tools.hosts import is_loopback
 from forge.tools.ollama import Ollama, server_url
 
 _SECONDS_TO_START = 60.0
@@ -32,8 +33,7 @@ def check(url: str | None = None) -> None:
 
 
 def _can_start(url: str) -> bool:
-    is_here = urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost")
-    return is_here and shutil.which("ollama") is not None
+    return is_loopback(urlsplit(url).hostname or "") and shutil.which("ollama") is not None
 
 
 @contextlib.contextmanager
