@@ -68,6 +68,10 @@ def test_the_server_writes_the_prompts_of_training(
     settings = Settings(tmp_path / "out" / "model.gguf", "yoda", 512, parallel=1, threads=1)
     with serve_embedded(settings, log=tmp_path / "server.txt") as endpoint:
         prove_prompts(ship, endpoint, CONVERSATIONS)
+        right = trained.prompt_format
+        trained.prompt_format = SimpleNamespace(ids=lambda text: [*right.ids(text)[:4], 7, 8, 9])
+        with pytest.raises(CheckError, match="the server's token ids differ from training's at token 4"):
+            prove_prompts(ship, endpoint, CONVERSATIONS)
         other = ChatTemplate(chat.source + "!", tokens)
         trained.template = other
         with pytest.raises(CheckError, match="the server's prompt differs from training's at character"):

@@ -58,11 +58,13 @@ def test_a_reply_that_ends_where_it_should(tmp_path: Path) -> None:
 
 def test_a_stop_that_is_another_token_fails_the_ship(tmp_path: Path) -> None:
     """Silent wrong 4: the file's eos and eot are of another token, and no reply ends by itself."""
-    failure = ask(ship_of(tmp_path), tmp_path, ANOTHER)
+    failure = ask(ship_of(tmp_path, ", expect: ^In"), tmp_path, ANOTHER)
     assert failure is not None and failure.code == 5
     assert failure.message == "what ends a reply is not the same everywhere: broken at the live reply"
-    # Each place once: the message without it.
-    assert failure.problems == (Problem("no reply ends by itself; the tuned model's did", "the live reply"),)
+    stop, query = failure.problems
+    # Its place once, and not in the message too.
+    assert stop == Problem("no reply ends by itself; the tuned model's did", "the live reply")
+    assert query.field == "Hello?" and query.message.endswith("(length), expected ^In")
 
 
 def test_a_query_that_fails_is_told_with_its_answer(tmp_path: Path) -> None:

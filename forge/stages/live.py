@@ -193,12 +193,15 @@ class SmokeAction(Action):
 
 
 def failure_of(facts: Mapping[str, Any]) -> CheckError | None:
-    """The error of what *smoke* found: replies that do not end as they should, else queries that failed."""
+    """The error of what *smoke* found: replies that do not end as they should, and queries that failed."""
     from forge.serve.smoke import Answer
     from forge.serve.smoke import failure_of as failure_of_answers
 
     broken = stops.failure_of([Problem(message, stops.LIVE) for message in facts["stops"]])
-    return broken or failure_of_answers([Answer(**answer) for answer in facts["smoke"]])
+    failed = failure_of_answers([Answer(**answer) for answer in facts["smoke"]])
+    if broken and failed:
+        broken.problems += failed.problems
+    return broken or failed
 
 
 def _ask_heldout(endpoint: Endpoint, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
