@@ -164,9 +164,8 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             "or train with method: lora"
         )
     if "f16" in legs and "vendor" not in legs:
-        told.append(
-            "the file does not say its type: its loss is not held against llama.cpp's own of that type"
-        )
+        why = f"{kind} needs the matrix that it was rounded by" if kind else "it does not say its type"
+        told.append(f"the file's loss is not held against llama.cpp's own of that type: {why}")
     norm = NORMS.get(kind or "")
     final = legs["file"]
     if norm and final["kl_mean"] > norm[0]:
