@@ -32,6 +32,7 @@ TASKS: Mapping[str, str] = {
     "train": "forge.train.run:train",
     "validate": "forge.adapter.status:validate",
     "evaluate": "forge.train.evaluate:evaluate",
+    "calibrate": "forge.verify.calibrate:calibrate",
     "export": "forge.export.run:export",
     "verify": "forge.verify.measure:measure",
     "choose_base": "forge.verify.bases:choose_base",

@@ -130,7 +130,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ("seed: 3", "seed: unknown key; did you mean data.seed or train.seed?"),
         (
             "export: {zzzz: 1}",
-            "export.zzzz: unknown key; known here: mode, quant, merge_base, keep_merged",
+            "export.zzzz: unknown key; known here: mode, quant, imatrix, merge_base, keep_merged",
         ),
         ("train: {epochs: '3'}", 'train.epochs: must be a number (got "3")'),
         ("train: {epochs: 0}", "train.epochs: must be greater than 0 (got 0)"),

@@ -80,6 +80,7 @@ DEFAULTS: dict[str, object] = {
     "export.mode": "merged",
     "export.merge_base": "original",
     "export.quant": "q4_k_m",
+    "export.imatrix": False,
     "export.keep_merged": False,
     "verify.learned": "required",
     "verify.max_kl": None,

@@ -21,7 +21,13 @@ from forge.errors import RecipeError
 @overrides_option
 @base_option
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter to merge.")
-@click.option("--quant", default="q4_k_m", show_default=True, help="Type of the weights.")
+@click.option("--quant", show_default="q4_k_m", help="Type of the weights.")
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0, min_open=True),
+    help="The smallest type within this mean KL divergence (nats) from F16, instead.",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Rows (JSONL) to round and measure by.")
 @click.option(
     "--mode",
     type=click.Choice(["merged", "adapter", "auto"]),

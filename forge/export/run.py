@@ -24,6 +24,7 @@ from forge.errors import DataError, Problem
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
+from forge.export.importance import read_importance
 from forge.export.merge import merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
@@ -56,9 +57,10 @@ def export(
     `tokenizer` is the directory whose tokenizer was trained with, `chat_template` the pinned text
     that the GGUF is to carry, `data` a directory of prepared rows. `settings`: name, quant,
     keep_merged, threads, end_of_turn_id; optional: mode (merged, adapter or auto), merge_base
-    (original or nf4), and `plain`, which leaves every choice to the converter and writes the bytes of
-    the usual chain. Raises `DataError` for an adapter or base that cannot be merged, `CheckError` when
-    llama.cpp would read prompts differently, `StageError` otherwise.
+    (original or nf4), importance (an imatrix GGUF to round by), and `plain`, which leaves every choice
+    to the converter and writes the bytes of the usual chain. Raises `DataError` for an adapter or base
+    that cannot be merged, `CheckError` when llama.cpp would read prompts differently, `StageError`
+    otherwise.
     """
     started = time.monotonic()
     target, work = Path(out), Path(out) / "work"
@@ -179,7 +181,9 @@ def _write(
 ) -> int:
     """The merged checkpoint if it is wanted, then the GGUF; returns the bytes of all that was written."""
     quant, sparse = settings["quant"], work / "header.gguf"
-    types = decide(converted, sparse, quant)
+    given = settings.get("importance")
+    importance = read_importance(Path(given)) if given else {}
+    types = decide(converted, sparse, quant, importance)
     written = sparse.stat().st_blocks * 512
     sparse.unlink()
     if settings["keep_merged"]:
@@ -197,6 +201,7 @@ def _write(
         types,
         settings["threads"] or usable_cores(),
         lambda done, total: report.advance("export", done, total),
+        importance,
     )
 
 

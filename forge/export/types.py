@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from forge.errors import StageError
+from forge.export.importance import Importance, as_parameter
 from forge.export.upstream import Converted, extents, write_header
 from forge.model.gguf_header import TYPES
 
@@ -34,10 +35,11 @@ def write_sparse(converted: Converted, path: Path) -> int:
     return start
 
 
-def decide(converted: Converted, sparse: Path, quant: str) -> dict[str, str]:
+def decide(converted: Converted, sparse: Path, quant: str, importance: Importance) -> dict[str, str]:
     """Type by tensor, in the order of the file that llama_model_quantize would write.
 
-    `sparse` is the header of `converted`. Raises `StageError` with llama.cpp's own words.
+    `sparse` is the header of `converted`; with an `importance` matrix some tensors get another type.
+    Raises `StageError` with llama.cpp's own words.
     """
     if quant in UNQUANTIZED:
         return dict(converted.types)
@@ -46,9 +48,16 @@ def decide(converted: Converted, sparse: Path, quant: str) -> dict[str, str]:
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(quant)
     parameters.dry_run = True
+    if importance:
+        parameters.imatrix = as_parameter(importance)
     with listening() as said:
         status = llama_cpp.llama_model_quantize(str(sparse).encode(), b"unused", ctypes.byref(parameters))
-    if status or "will require an imatrix" in "".join(said):
+    if "will require an imatrix" in "".join(said):
+        raise StageError(
+            f"{quant} needs an importance matrix",
+            hint="set export.imatrix: true in the recipe, or give forge export rows with --data",
+        )
+    if status:
         raise StageError(
             f"llama.cpp cannot make {quant} of this model: {last_words(said)}",
             hint="the whole output is in the run's log",

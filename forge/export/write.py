@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import StageError
+from forge.export.importance import Importance
 from forge.export.kernels import quantize_rows
 from forge.export.tensors import LazyTensor, slabs
 from forge.export.upstream import Converted, Pending, extents, write_header
@@ -34,9 +35,11 @@ def write_gguf(
     types: Mapping[str, str],
     threads: int,
     on_progress: Advance,
+    importance: Importance,
 ) -> int:
     """Write the whole file to `path`; returns its bytes. `on_progress` is told bytes done and in all.
 
+    Tensors that `importance` has are rounded by it.
     Raises `StageError` when the disk is full, before anything is written if that is known, or when
     a tensor cannot be given its type; `DataError` for weights that are not finite.
     """
@@ -49,7 +52,7 @@ def write_gguf(
             stream.seek(0, os.SEEK_END)
             stream.write(bytes(start - stream.tell()))
             done = 0
-            for name, made, last in _in_order(_jobs(converted, types), threads):
+            for name, made, last in _in_order(_jobs(converted, types, importance), threads):
                 stream.write(made.data)
                 done += made.nbytes
                 if last:
@@ -107,7 +110,7 @@ def _finished(ahead: deque[tuple[str, Future[Any], bool]]) -> tuple[str, Any, bo
     return name, future.result(), last
 
 
-def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
+def _jobs(converted: Converted, types: Mapping[str, str], importance: Importance) -> Iterator[_Job]:
     """The slabs of every tensor, each as a thunk that gives its bytes."""
     for name, kind in types.items():
         info = converted.tensors[name]
@@ -116,7 +119,7 @@ def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
         if chunks := getattr(data, "_chunks", None):  # a table that the converter itself takes in parts
             for number, chunk in enumerate(chunks, 1):
                 part = partial(_read_chunk, chunk, info.shape[-1])
-                yield name, partial(_slab, name, part, stored, kind, 0, 0), number == len(chunks)
+                yield name, partial(_slab, name, part, stored, kind, None, 0, 0), number == len(chunks)
             continue
         if not isinstance(data, Pending) or stored not in _PLAIN:
             yield name, partial(_as_made, name, data, stored, kind), True
@@ -126,8 +129,18 @@ def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
         shape = info.shape
         width = shape[-1] if shape else 1
         rows = math.prod(shape[:-1])
-        for start, stop in slabs(rows, width):
-            yield name, partial(_slab, name, read, stored, kind, start, stop), stop == rows
+        for start, stop, weights in _pieces(rows, width, importance.get(name)):
+            yield name, partial(_slab, name, read, stored, kind, weights, start, stop), stop == rows
+
+
+def _pieces(rows: int, width: int, importance: Any) -> Iterator[tuple[int, int, Any]]:
+    """The slabs of a tensor, none over the end of an expert, each with the importance of its columns."""
+    matrices = 1 if importance is None else len(importance)
+    each = rows // matrices
+    for number in range(matrices):
+        weights = None if importance is None else importance[number]
+        for start, stop in slabs(each, width):
+            yield number * each + start, number * each + stop, weights
 
 
 def _reader(data: Pending) -> Callable[[int, int], Any]:
@@ -155,7 +168,15 @@ def _evaluated(data: Any) -> Any:
     return to_eager(data) if to_eager else data
 
 
-def _slab(name: str, read: Callable[[int, int], Any], stored: str, kind: str, start: int, stop: int) -> Any:
+def _slab(
+    name: str,
+    read: Callable[[int, int], Any],
+    stored: str,
+    kind: str,
+    importance: Any,
+    start: int,
+    stop: int,
+) -> Any:
     """Rows in the type that the converter stores, then in the type that the file gets."""
     import numpy as np
     import torch
@@ -167,7 +188,7 @@ def _slab(name: str, read: Callable[[int, int], Any], stored: str, kind: str, st
         if kind != "F32" and not torch.isfinite(rounded).all():
             raise StageError(f"{name} has values that {kind} cannot hold", hint="export it as bf16 or f32")
         return raw
-    return quantize_rows(name, kind, np.ascontiguousarray(rounded.float().numpy()))
+    return quantize_rows(name, kind, np.ascontiguousarray(rounded.float().numpy()), importance)
 
 
 def _as_made(name: str, data: Any, stored: str, kind: str) -> Any:

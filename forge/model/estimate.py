@@ -38,7 +38,8 @@ SCALE_BITS, DOUBLE_SCALE_BITS = 0.5, 0.127
 QUANT_BITS: Mapping[str, float] = {
     "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.56, "q5_k_m": 5.68, "q5_k_s": 5.52,
     "q5_1": 5.9, "q5_0": 5.53, "q4_k_m": 4.85, "q4_k_s": 4.58, "q4_1": 5.0, "q4_0": 4.55, "iq4_nl": 4.56,
-    "iq4_xs": 4.32, "q3_k_l": 4.22, "q3_k_m": 3.91, "q3_k_s": 3.5, "q2_k": 3.35,
+    "iq4_xs": 4.32, "q3_k_l": 4.22, "q3_k_m": 3.91, "q3_k_s": 3.5, "q2_k": 3.35, "iq3_m": 3.66, "iq3_s": 3.44,
+    "iq3_xxs": 3.06, "iq2_m": 2.7, "iq2_s": 2.5, "iq2_xs": 2.31, "iq2_xxs": 2.06,
 }  # fmt: skip
 
 # Resident size of a worker that has imported torch, transformers, peft and trl; of the converter.

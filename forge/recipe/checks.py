@@ -11,7 +11,7 @@ from pathlib import Path
 from forge.recipe.explain import nearest
 from forge.recipe.schema import Adopted, Recipe, Train
 from forge.recipe.tree import Node
-from forge.recipe.words import BUILTIN_BASES, BUILTIN_DATA, DATA_SUFFIXES
+from forge.recipe.words import BUILTIN_BASES, BUILTIN_DATA, DATA_SUFFIXES, NEED_IMATRIX
 
 Finding = tuple[str, str]
 """A dotted field and what to say about it."""
@@ -99,6 +99,7 @@ def lacks_data(root: Node) -> bool:
 def contradictions(recipe: Recipe) -> Iterator[Finding]:
     """Fields that cannot hold together."""
     train = recipe.train
+    yield from _calibration(recipe)
     if recipe.export.mode == "adapter":
         if train is None:
             yield "export.mode", "train is none, so there is no adapter to export; use merged"
@@ -117,6 +118,22 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
         for name in ("prompt", "completion", "text"):
             if getattr(recipe.data.columns, name):
                 yield f"data.columns.{name}", "messages holds whole conversations; name one or the other"
+
+
+def _calibration(recipe: Recipe) -> Iterator[Finding]:
+    export = recipe.export
+    if export.quant in NEED_IMATRIX and not export.imatrix:
+        yield "export.quant", f"{export.quant} needs an importance matrix; set export.imatrix: true"
+    if export.imatrix and export.quant in ("f16", "bf16", "f32"):
+        yield "export.imatrix", f"{export.quant} is not rounded by importance; leave it out"
+    if export.is_calibrated:
+        asked = "export.imatrix" if export.imatrix else "export.quant"
+        if recipe.data is None:
+            yield asked, "is made from the rows of data, and there are none; name data.source"
+        if export.mode != "merged":
+            yield asked, "looks at one merged model; use export.mode: merged"
+        if export.merge_base == "measured":
+            yield "export.merge_base", f"{asked} needs to know the base before; name original or nf4"
 
 
 def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:

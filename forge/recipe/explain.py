@@ -140,7 +140,9 @@ def _message(error: ErrorDetails, path: tuple[str | int, ...], root: Node) -> st
 
 
 def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Where an error is, without the tag of the kind of `train`."""
+    """Where an error is, without the tag of the kind of `train` or `export.quant`."""
+    if location[:2] == ("export", "quant"):
+        return (*location[:2], *location[3:])
     if location[:1] == ("train",) and len(location) > 1 and location[1] in _TAGS:
         return ("train", *location[2:])
     return location

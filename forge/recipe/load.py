@@ -145,7 +145,7 @@ def _fill_empty_sections(root: Node) -> list[Problem]:
             node.value, node.empty = {}, False
             said = "is empty; write `train: {}` for the defaults or `train: none` to ship the base as it is"
             return [node.place.problem("train", said)]
-        if section not in ("base", "data"):
+        if section not in ("base", "data", "export.quant"):
             node.value, node.empty = {}, False
     return []
 

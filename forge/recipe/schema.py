@@ -169,6 +169,12 @@ class Adopted(Section):
         return split_revision(value, "source" if isinstance(value, dict) and "source" in value else "from")
 
 
+class Budget(Section):
+    """A loss instead of a type: the smallest type within it is found by trying, from `q8_0` down."""
+
+    max_kl: float = Field(gt=0, description="mean KL divergence (nats) from F16 on held-out rows, at most")
+
+
 class Export(Section):
     """The GGUF file."""
 
@@ -176,13 +182,26 @@ class Export(Section):
         "merged",
         description="one model; a quantized base with the adapter beside it; or the second where possible",
     )
-    quant: Quant = Field("q4_k_m", description="type of the weights; capitals do not matter")
+    quant: Annotated[
+        Annotated[Quant, Tag("type")] | Annotated[Budget, Tag("budget")],
+        Discriminator(lambda value: "budget" if isinstance(value, Budget | dict) else "type"),
+    ] = Field("q4_k_m", description="type of the weights, capitals do not matter; or `{max_kl: LOSS}`")
+    imatrix: bool = Field(False, description="round by an importance matrix of the training rows")
     merge_base: Literal["original", "nf4", "measured"] = Field(
         "original",
         description="what the adapter is merged into; nf4: the base as QLoRA rounded it; measured: "
         "whichever of the two answers held-out rows better",
     )
     keep_merged: bool = Field(False, description="keep the merged checkpoint (for vLLM, for other tools)")
+
+    @property
+    def max_kl(self) -> float | None:
+        """The budget that chooses the type, which is done with an importance matrix."""
+        return self.quant.max_kl if isinstance(self.quant, Budget) else None
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.imatrix or self.max_kl is not None
 
 
 class Verify(Section):

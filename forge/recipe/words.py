@@ -146,6 +146,13 @@ Quant = Annotated[
         "q6_k",
         "q8_0",
         "iq4_xs",
+        "iq3_m",
+        "iq3_s",
+        "iq3_xxs",
+        "iq2_m",
+        "iq2_s",
+        "iq2_xs",
+        "iq2_xxs",
         "f16",
         "bf16",
         "f32",
@@ -153,3 +160,10 @@ Quant = Annotated[
     BeforeValidator(_lower),
 ]
 QUANTS: tuple[str, ...] = get_args(get_args(Quant)[0])
+NEED_IMATRIX = ("iq3_xxs", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs")
+"""Types that llama.cpp does not make without an importance matrix."""
+BUDGETED = (
+    "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "iq3_m", "iq3_s", "iq3_xxs",
+    "iq2_m", "iq2_xs", "iq2_xxs",
+)  # fmt: skip
+"""What a budget chooses from, the largest first."""

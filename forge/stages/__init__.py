@@ -17,6 +17,7 @@ def stages_for(ship: Ship) -> tuple[Step, ...]:
     from forge.recipe.schema import Adopted, Train
     from forge.stages.adapter import AdoptStage, EvaluateStage, TrainStage, ValidateStage
     from forge.stages.artifacts import DataStage, ExportStage, ModelfileStage
+    from forge.stages.calibrate import CalibrateStage
     from forge.stages.live import DeployAction, SmokeAction
     from forge.stages.verify import VerifyStage
 
@@ -30,6 +31,7 @@ def stages_for(ship: Ship) -> tuple[Step, ...]:
         AdoptStage(ship) if isinstance(recipe.train, Adopted) else None,
         ValidateStage(ship) if is_adapted else None,
         EvaluateStage(ship) if is_adapted and has_data and ship.heldout else None,
+        CalibrateStage(ship) if recipe.export.is_calibrated else None,
         ExportStage(ship),
         ModelfileStage(ship),
         VerifyStage(ship),

@@ -26,17 +26,21 @@ from forge.export.run import GGUF_FILE
 from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
+from forge.recipe.words import BUDGETED
 from forge.stages.rows import certificate_rows
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
+from forge.verify.calibrate import IMPORTANCE_FILE
 
 ADAPTER_STAGE = "train"
+CALIBRATION_STAGE = "calibrate"
 
 
-def gguf_name(ship: Ship) -> str:
-    return f"{ship.recipe.name}-{ship.recipe.export.quant}.gguf"
+def gguf_name(ship: Ship, exported: Mapping[str, Any]) -> str:
+    """What the GGUF is called in the run; `exported` are the facts of the stage *export*."""
+    return f"{ship.recipe.name}-{exported['quant']}.gguf"
 
 
 def prompt_params(ship: Ship) -> dict[str, Json]:
@@ -46,6 +50,23 @@ def prompt_params(ship: Ship) -> dict[str, Json]:
         "base.tokenizer": ship.tokenizer_digest,
         "train.template_variables": dict(training.template_variables) if training else {},
     }
+
+
+def quant_asked(ship: Ship) -> str:
+    """The type in a stage's request; one that a budget chose is known by *calibrate*'s digest."""
+    quant = ship.recipe.export.quant
+    return quant if isinstance(quant, str) else "within a budget"
+
+
+def largest_type(ship: Ship) -> str:
+    """The type, or the largest that a budget may choose: what there must be room for."""
+    quant = ship.recipe.export.quant
+    return quant if isinstance(quant, str) else BUDGETED[0]
+
+
+def importance_in(inputs: Mapping[str, Artifact]) -> str | None:
+    """The importance matrix that the file is rounded by."""
+    return str(inputs[CALIBRATION_STAGE].path / IMPORTANCE_FILE) if CALIBRATION_STAGE in inputs else None
 
 
 class ShipStage(Stage):
@@ -119,7 +140,8 @@ class ExportStage(ShipStage):
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
         adapted = (ADAPTER_STAGE,) if ship.recipe.train is not None else ()
-        self.needs = (("data",) if ship.recipe.data else ()) + adapted
+        calibrated = (CALIBRATION_STAGE,) if ship.recipe.export.is_calibrated else ()
+        self.needs = (("data",) if ship.recipe.data else ()) + adapted + calibrated
 
     def params(self) -> Mapping[str, Json]:
         export = self.ship.recipe.export
@@ -128,7 +150,7 @@ class ExportStage(ShipStage):
             "base": self.ship.base_digest,
             "base.tokenizer": self.ship.tokenizer_digest,
             "export.mode": export.mode,
-            "export.quant": export.quant,
+            "export.quant": quant_asked(self.ship),
             "export.merge_base": export.merge_base,
             "export.keep_merged": export.keep_merged,
             "chat template": self.ship.template_digest,
@@ -143,11 +165,14 @@ class ExportStage(ShipStage):
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""
         export = self.ship.recipe.export
-        return export_disk(self.ship.parameters, export.quant, keep_merged=export.keep_merged).total
+        return export_disk(
+            self.ship.parameters, largest_type(self.ship), keep_merged=export.keep_merged
+        ).total
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
         merge_base = measured["chosen"] if measured else export.merge_base
+        within = export.max_kl is not None
         arguments = {
             "base": str(self.ship.base_directory),
             "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
@@ -158,7 +183,8 @@ class ExportStage(ShipStage):
             "converters": str(find_converters(self.ship.store.root)),
             "settings": {
                 "name": self.ship.recipe.name,
-                "quant": export.quant,
+                "quant": inputs[CALIBRATION_STAGE].facts["quant"] if within else export.quant,
+                "importance": importance_in(inputs),
                 "keep_merged": export.keep_merged,
                 "mode": export.mode,
                 "merge_base": merge_base,
@@ -203,7 +229,7 @@ class ModelfileStage(ShipStage):
 
     def params(self) -> Mapping[str, Json]:
         return {
-            "file": gguf_name(self.ship),
+            "file": gguf_name(self.ship, {"quant": quant_asked(self.ship)}),
             "chat template": self.ship.template_digest,
             "base": self.ship.base_digest,
             "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
@@ -222,7 +248,8 @@ class ModelfileStage(ShipStage):
             sampling=sampling_of(self.ship.base_directory),
             licences=licences_of(self.ship.base_directory),
         )
-        facts = write_modelfiles(out, file=gguf_name(self.ship), told=told)
+        file = gguf_name(self.ship, inputs["export"].facts)
+        facts = write_modelfiles(out, file=file, told=told)
         written = {
             name: read_modelfile(out / name, facts["left_out"])
             for name in (MODELFILE, MODELFILE_JINJA)

@@ -13,7 +13,7 @@ from forge.model.estimate import Estimate, available, inference, training
 from forge.pipeline.plan import Plan
 from forge.recipe.fields import values
 from forge.recipe.load import load
-from forge.stages.artifacts import context_tokens
+from forge.stages.artifacts import context_tokens, largest_type
 from forge.stages.drive import find_run
 from forge.stages.record import read_manifest
 from forge.stages.ship import Ship
@@ -58,7 +58,7 @@ def _memory(ship: Ship) -> dict[str, Any] | None:
         "serving": inference(
             ship.parameters,
             ship.configuration,
-            quant=ship.recipe.export.quant,
+            quant=largest_type(ship),
             context=context_tokens(ship, {}),
         )
     }

@@ -19,7 +19,8 @@ from forge.model.architectures import check_exportable
 from forge.model.base import resolve
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
-from forge.recipe.words import QUANTS
+from forge.recipe.words import NEED_IMATRIX, QUANTS
+from forge.stages.calibrate import calibrate_alone
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
 
@@ -29,7 +30,9 @@ def export(
     adapter: Path | None,
     out: Path,
     *,
-    quant: str,
+    quant: str | None = None,
+    data: Path | None = None,
+    max_kl: float | None = None,
     mode: str = "merged",
     threads: int | None = None,
     plain: bool = False,
@@ -38,14 +41,12 @@ def export(
 ) -> dict[str, Any]:
     """Write the GGUF `out`, and beside it what `mode` and `keep_merged` ask for.
 
-    Files appear whole or not at all. Raises `RecipeError` for options that cannot be, `DataError` for
-    a base or adapter that cannot be exported, and when another export writes `out`.
+    It is rounded by an importance matrix of the rows in `data`; its type is `quant`, or the smallest within
+    `max_kl`. Files appear whole or not at all. Raises `RecipeError` for options that cannot be, `DataError`
+    for what cannot be exported, and for a busy `out`, `CheckError` when no type is good enough.
     """
-    quant, out = quant.lower(), out.absolute()
-    if quant not in QUANTS:
-        raise RecipeError(f"--quant: no type {quant}", hint=f"there is {', '.join(QUANTS)}")
-    if out.is_dir():
-        raise RecipeError(f"--out: {out} is a directory", hint="name the GGUF file to write")
+    _check_options(out, quant, data, max_kl, is_merged=mode == "merged" and not plain)
+    quant, out = (quant or "q4_k_m").lower(), out.absolute()
     directory = resolve(base).directory
     assert directory is not None  # only a plan leaves it open
     configuration = read_configuration(directory)
@@ -69,10 +70,29 @@ def export(
                 "merge_base": merge_base,
             },
         }  # fmt: skip
+        calibration = calibrate_alone(arguments, data, configuration, max_kl, scratch) if data else None
         facts = worker.call("export", arguments)
         files = _publish(scratch, out)
     report.success(f"wrote {out}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds']:.1f} s")
-    return {**files, **facts}
+    return {**files, **facts, "calibration": calibration}
+
+
+def _check_options(
+    out: Path, quant: str | None, data: Path | None, max_kl: float | None, *, is_merged: bool
+) -> None:
+    """Raise `RecipeError` for options that cannot be, or do not go together."""
+    if out.is_dir():
+        raise RecipeError(f"--out: {out.absolute()} is a directory", hint="name the GGUF file to write")
+    if quant and quant.lower() not in QUANTS:
+        raise RecipeError(f"--quant: no type {quant.lower()}", hint=f"there is {', '.join(QUANTS)}")
+    if quant and max_kl is not None:
+        raise RecipeError("--max-kl chooses the type, and --quant names one", hint="give one of the two")
+    if data is None and max_kl is not None:
+        raise RecipeError("--max-kl needs rows to measure on", hint="name them with --data")
+    if data is None and (quant or "").lower() in NEED_IMATRIX:
+        raise RecipeError(f"{quant} needs an importance matrix", hint="name rows to make it of with --data")
+    if data is not None and not is_merged:
+        raise RecipeError("--data looks at one merged model", hint="leave --plain out, and use --mode merged")
 
 
 def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from forge.pipeline.stage import Result
-from forge.stages.pictures import ids_that_differ, kl_by_position, loss_curve, top1_by_stage
+from forge.stages.pictures import ids_that_differ, kl_by_position, kl_by_size, loss_curve, top1_by_stage
 from forge.store import durable
 from forge.train.run import LOG_FILE
 
@@ -26,13 +26,20 @@ def write_page(path: Path, manifest: Mapping[str, Any], results: Mapping[str, Re
             facts=manifest["facts"],
             curve=loss_curve(_losses(results)),
             certificate=manifest["certificate"],
-            pictures=_pictures(manifest["certificate"]),
+            pictures=_pictures(manifest["certificate"]) | _picture_of_types(manifest["facts"]),
             answers=_answers(manifest["facts"]),
         ),
     )
 
 
-def _pictures(certificate: Mapping[str, Any] | None) -> Mapping[str, str]:
+def _picture_of_types(facts: Mapping[str, Any]) -> dict[str, str]:
+    found = facts.get("calibrate", {})
+    if "types" not in found:
+        return {}
+    return {"types": kl_by_size(found["types"], found["max_kl"], found["quant"])}
+
+
+def _pictures(certificate: Mapping[str, Any] | None) -> dict[str, str]:
     if certificate is None:
         return {}
     tokens = certificate["tokens"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 220, 44
 _COLOURS = ("#0969da", "#bf8700", "#8250df")
@@ -42,6 +43,35 @@ def kl_by_position(legs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
         return (math.log10(value) - low) / (high - low)
 
     return _curves(lines, share, labels, "position", title)
+
+
+def kl_by_size(types: Sequence[Mapping[str, Any]], max_kl: float, chosen: str | None) -> str:
+    """KL divergence of each type over its size in MB, logarithmic, with the budget as a line."""
+    values = [math.log10(max(float(one["kl_mean"]), _FLOOR)) for one in types] + [math.log10(max_kl)]
+    low, high = math.floor(min(values)), math.ceil(max(values))
+    high += high == low
+    sizes = [one["bytes"] / 1e6 for one in types]
+    first, last = min(sizes), max(sizes)
+    wide, tall, floor = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN, _HEIGHT - _MARGIN
+
+    def height(power: float) -> float:
+        return floor - (power - low) / (high - low) * tall
+
+    drawn = [f'<path d="M{_MARGIN} {_MARGIN} V{floor} H{_WIDTH - _MARGIN}" class="axis"/>']
+    for power in range(low, high + 1):
+        label = height(power) + 4
+        drawn.append(f'<text x="{_MARGIN - 6}" y="{label:.1f}" text-anchor="end">1e{power}</text>')
+    y = height(values.pop())
+    drawn.append(f'<path d="M{_MARGIN} {y:.1f} H{_WIDTH - _MARGIN}" stroke="#cf222e" stroke-dasharray="4"/>')
+    drawn.append(f'<text x="{_WIDTH - _MARGIN}" y="{y - 5:.1f}" text-anchor="end">budget {max_kl:g}</text>')
+    for one, value, size in zip(types, values, sizes, strict=True):
+        x, y = _MARGIN + 12 + (size - first) / max(last - first, 1e-9) * (wide - 60), height(value)
+        fill = "#1a7f37" if one["quant"] == chosen else _COLOURS[0]
+        drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}"/>')
+        drawn.append(f'<text x="{x + 7:.1f}" y="{y - 5:.1f}">{escape(str(one["quant"]))}</text>')
+    drawn.append(f'<text x="{_MARGIN}" y="{floor + 18}">{first:.1f} MB</text>')
+    drawn.append(f'<text x="{_WIDTH - _MARGIN}" y="{floor + 18}" text-anchor="end">{last:.1f} MB</text>')
+    return _picture(_HEIGHT, "KL divergence from F16 by size, one point a type", drawn)
 
 
 def _curves(

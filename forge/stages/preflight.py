@@ -19,6 +19,7 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"),
     "validate": ("torch", "transformers", "peft", "safetensors"),
     "evaluate": ("torch", "transformers", "peft"),
+    "calibrate": ("torch", "transformers", "safetensors", "llama_cpp", "gguf"),
     "export": ("torch", "transformers", "safetensors", "llama_cpp"),
     "verify": ("torch", "transformers", "accelerate", "safetensors", "llama_cpp", "gguf"),
 }
@@ -37,6 +38,7 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
     problems = [Problem(f"the Python package {name} is not installed") for name in absent]
     hints = [_INSTALL] if absent else []
     checks: dict[str, Callable[[], object]] = {
+        "calibrate": partial(find_converters, ship.store.root),
         "export": partial(find_converters, ship.store.root),
         "verify": partial(find_converters, ship.store.root),
         "deploy": partial(check_runtime, ship.recipe.deploy.runtime),

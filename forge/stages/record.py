@@ -69,9 +69,10 @@ def summary(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
     return {
         "run": str(directory),
         "adapter": str(directory / "adapter") if ADAPTER_STAGE in results else None,
-        "gguf": str(directory / gguf_name(ship)) if "export" in results else None,
+        "gguf": str(directory / gguf_name(ship, results["export"].facts)) if "export" in results else None,
         "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
         "modelfile_reason": modelfile.get("reason"),
+        "calibration": dict(results["calibrate"].facts) if "calibrate" in results else None,
         **_proofs(ship, results),
         "endpoint": None,
         "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
@@ -130,7 +131,7 @@ def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
         for name in artifact.outputs:
             _place(artifact, name, artifact.path / name, directory / "adapter" / name, published)
     elif artifact.stage == "export":
-        target = directory / gguf_name(ship)
+        target = directory / gguf_name(ship, artifact.facts)
         for old in directory.glob("*.gguf"):
             if old != target:
                 old.unlink()  # a file of an earlier recipe beside the new one would mislead

@@ -39,10 +39,13 @@ def builtin_rows(form: PromptFormat, context: int | None, out: Path) -> Path:
     return out / TRAIN_FILE
 
 
-def own_rows(data: Path, form: PromptFormat, context: int | None, out: Path) -> Path:
-    """The conversations in `data`; raises `DataError` with every row that cannot be used."""
+def own_rows(data: Path, form: PromptFormat, context: int | None, out: Path, *, heldout: float = 0) -> Path:
+    """The conversations in `data`, without the share `heldout` of them, which is in a file beside.
+
+    Raises `DataError` with every row that cannot be used.
+    """
     try:
-        prepare(Settings([data], 0), form, context, out)
+        prepare(Settings([data], heldout), form, context, out)
     except DataError as wrong:
         # What is said of a recipe's fields would mislead here.
         message = wrong.message.replace("data.source:", "--data:")

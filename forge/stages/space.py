@@ -14,6 +14,8 @@ from forge.model.estimate import Estimate, export_disk
 from forge.pipeline.plan import Plan
 from forge.pipeline.run import MORE_SPACE, size
 from forge.stages.adapter import TrainStage
+from forge.stages.artifacts import largest_type
+from forge.stages.calibrate import CalibrateStage
 from forge.stages.ship import Ship
 from forge.stages.verify import VerifyStage
 
@@ -29,7 +31,9 @@ def space_needed(ship: Ship, planned: Plan) -> Estimate:
         kept["adapter"] = stage.bytes_kept()
         beside["checkpoints"] = stage.bytes_needed({}) - kept["adapter"]
     if "export" in runs:
-        kept |= export_disk(ship.parameters, export.quant, keep_merged=export.keep_merged).parts
+        kept |= export_disk(ship.parameters, largest_type(ship), keep_merged=export.keep_merged).parts
+    if "calibrate" in runs:
+        beside["files to try types on"] = CalibrateStage(ship).bytes_needed({})
     if "verify" in runs:
         beside["files to compare with"] = VerifyStage(ship).bytes_needed({})
     largest = max(beside, key=beside.__getitem__, default=None)

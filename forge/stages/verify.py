@@ -10,7 +10,14 @@ from forge import report, worker
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
-from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
+from forge.stages.artifacts import (
+    ADAPTER_STAGE,
+    CALIBRATION_STAGE,
+    ShipStage,
+    importance_in,
+    installed,
+    largest_type,
+)
 from forge.stages.rows import certificate_rows
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
@@ -28,7 +35,9 @@ class VerifyStage(ShipStage):
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
         data = ("data",) if ship.recipe.data else ()
-        self.needs = (*data, *((ADAPTER_STAGE,) if ship.recipe.train is not None else ()), "export")
+        calibrated = (CALIBRATION_STAGE,) if ship.recipe.export.is_calibrated else ()
+        adapted = (ADAPTER_STAGE,) if ship.recipe.train is not None else ()
+        self.needs = (*data, *adapted, *calibrated, "export")
 
     def params(self) -> Mapping[str, Json]:
         return {
@@ -46,7 +55,7 @@ class VerifyStage(ShipStage):
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The yardsticks: an F16 file, and a quantized one."""
-        return certificate_disk(self.ship.parameters, self.ship.recipe.export.quant).total
+        return certificate_disk(self.ship.parameters, largest_type(self.ship)).total
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = inputs["export"].path
@@ -59,6 +68,7 @@ class VerifyStage(ShipStage):
             "gguf": str(export / GGUF_FILE),
             "merged": str(merged) if merged.is_dir() else None,
             "lora": str(lora) if lora.is_file() else None,
+            "importance": importance_in(inputs),
             "tokenizer": str(self.ship.tokenizer.directory),
             "chat_template": self.ship.template.pinned_source(),
             "rows": str(certificate_rows(self.ship, inputs, work)),

@@ -82,7 +82,8 @@ def measure(**arguments: Any) -> dict[str, Any]:
     Arguments: base, adapter, gguf, tokenizer, chat_template (as trained, its variables written in), rows
     (JSONL of input_ids, labels and messages), converters, scratch (a directory for large temporary
     files), merged (a merged checkpoint, or None); optional: lora (the adapter's GGUF beside that of
-    its base), f16 (llama.cpp's own conversion, where it is there already). settings: nf4 (trained
+    its base), f16 (llama.cpp's own conversion, where it is there already), importance (the matrix that
+    the file was rounded by). settings: nf4 (trained
     on it), merge_base, end_of_turn_id, trust_remote_code.
     Raises `DataError` for files that cannot be compared at all, with what was compared before.
     """
@@ -205,8 +206,10 @@ class _Legs:
             return {"file": gguf, "f16": f16}
         direct = self._file("f16", f16)
         self._compare("file against f16", measured, direct)
+        given = session.arguments.get("importance")
+        importance = Path(given) if given else None
         with session.step("llama.cpp's own quantization"):
-            vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores())
+            vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores(), importance)
         self._file("vendor", vendor, direct)
         return {"file": gguf, "f16": f16, "vendor": vendor}
 

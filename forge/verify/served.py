@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,19 @@ _BATCH = 128
 _AGAIN = "the file is damaged, or another program's: make or download it again"
 
 
-class ServedModel:
-    """A model loaded from `path`, with the adapter `lora` where one is given, for `context` tokens."""
+Watch = Callable[[int, bool, object], bool]
+"""Asked of each operation, by the address of its tensor, whether it matters, and told when it is done."""
 
-    def __init__(self, path: Path, context: int, lora: Path | None = None) -> None:
+
+class ServedModel:
+    """A model loaded from `path`, with the adapter `lora` where one is given, for `context` tokens.
+
+    `watch` sees what it computes.
+    """
+
+    def __init__(
+        self, path: Path, context: int, lora: Path | None = None, watch: Watch | None = None
+    ) -> None:
         import llama_cpp
 
         self.path = path
@@ -45,6 +55,9 @@ class ServedModel:
         settings.n_threads = settings.n_threads_batch = usable_cores()
         settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
         settings.flash_attn_type = 0
+        if watch:
+            settings.op_offload = False
+            self._watch = settings.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(watch)
         with listening():
             self._context = llama_cpp.llama_init_from_model(self._model, settings)
         if not self._context:
@@ -91,6 +104,19 @@ class ServedModel:
                 hint=_AGAIN,
             )
         return found
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Compute one row from its beginning, with the logits of every position."""
+        for _ in self._evaluate(ids, range(len(ids))):
+            pass
+
+    def tokens_per_second(self, ids: Sequence[int]) -> float:
+        """How fast `ids` go through one after another, as the tokens of an answer do."""
+        self.after(ids[:1])
+        started = time.perf_counter()
+        for place, token in enumerate(ids[1:], 1):
+            self._decode([token], place, {0})
+        return (len(ids) - 1) / (time.perf_counter() - started)
 
     def after(self, ids: Sequence[int]) -> Any:
         """The logits behind the last of `ids`."""
@@ -150,9 +176,11 @@ class ServedModel:
 
 
 @contextlib.contextmanager
-def loaded(path: Path, context: int, lora: Path | None = None) -> Iterator[ServedModel]:
+def loaded(
+    path: Path, context: int, lora: Path | None = None, watch: Watch | None = None
+) -> Iterator[ServedModel]:
     """The model in `path` for as long as the block lasts."""
-    model = ServedModel(path, context, lora)
+    model = ServedModel(path, context, lora, watch)
     try:
         yield model
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import StageError
+from forge.export.importance import as_parameter, read_importance
 from forge.export.run import GGUF_FILE, export
 from forge.export.types import file_type, last_words, listening
 
@@ -35,16 +36,20 @@ def make_f16(source: Mapping[str, Any], out: Path) -> Path:
     return out / GGUF_FILE
 
 
-def make_quantized(f16: Path, target: Path, quant: str, threads: int) -> Path:
-    """llama.cpp's own quantization of `f16` as `target`; raises `StageError` with its last words.
+def make_quantized(f16: Path, target: Path, quant: str, threads: int, importance: Path | None = None) -> Path:
+    """llama.cpp's own quantization of `f16` as `target`, by the `importance` matrix where there is one.
 
-    It makes no type that needs an importance matrix: those are not certified.
+    Without one it makes no type that needs it: those are not certified. Raises `StageError` with llama.cpp's
+    last words.
     """
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = file_type(quant)
     parameters.nthread = threads
+    means = read_importance(importance) if importance else {}
+    if means:
+        parameters.imatrix = as_parameter(means)
     with listening() as said:
         status = llama_cpp.llama_model_quantize(
             str(f16).encode(), str(target).encode(), ctypes.byref(parameters)

@@ -1,0 +1,170 @@
+"""*calibrate*: an importance matrix of the training rows, and the type that a budget allows.
+
+A stage where the recipe asks for one of the two: *export* and *verify* then take the matrix; and the
+same for `forge export` on files alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forge import report, worker
+from forge.chat.template import ChatTemplate
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
+from forge.data.tokens import prompt_format
+from forge.errors import CheckError, ForgeError
+from forge.model.config import Configuration
+from forge.model.estimate import certificate_disk
+from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
+from forge.recipe.words import BUDGETED
+from forge.stages.artifacts import ADAPTER_STAGE, CALIBRATION_STAGE, ShipStage, installed
+from forge.stages.rows import own_rows, plain_rows
+from forge.stages.ship import Ship
+from forge.store.artifacts import Artifact
+from forge.store.digest import Json
+from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
+from forge.verify.calibrate import IMPORTANCE_FILE
+
+
+class CalibrateStage(ShipStage):
+    """Measures the types; that one of them is within the budget is judged on every run."""
+
+    name = CALIBRATION_STAGE
+    version = 1
+
+    def __init__(self, ship: Ship) -> None:
+        super().__init__(ship)
+        self.needs = ("data", *((ADAPTER_STAGE,) if ship.recipe.train is not None else ()))
+
+    def params(self) -> Mapping[str, Json]:
+        export = self.ship.recipe.export
+        return {
+            "base": self.ship.base_digest,
+            "base.tokenizer": self.ship.tokenizer_digest,
+            "export.quant.max_kl": export.max_kl,
+            "export.merge_base": export.merge_base,
+            "chat template": self.ship.template_digest,
+        }
+
+    def tools(self) -> Mapping[str, str]:
+        return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}
+
+    def recorded(self) -> Mapping[str, str]:
+        return {name: installed(name) for name in ("torch", "transformers")}
+
+    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
+        """An F16 file and, with a budget, the type that is being tried."""
+        tried = "f16" if self.ship.recipe.export.max_kl is None else BUDGETED[0]
+        return certificate_disk(self.ship.parameters, tried).total
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        data, max_kl = inputs["data"], self.ship.recipe.export.max_kl
+        held = HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE
+        arguments = {
+            "base": str(self.ship.base_directory),
+            "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
+            "tokenizer": str(self.ship.tokenizer.directory),
+            "chat_template": self.ship.template.pinned_source(),
+            "converters": str(find_converters(self.ship.store.root)),
+            "rows": str(data.path / TRAIN_FILE),
+            "measured_rows": str(data.path / held),
+            "types": [] if max_kl is None else list(BUDGETED),
+            "max_kl": max_kl,
+            "out": str(out),
+            "settings": {
+                "name": self.ship.recipe.name,
+                "keep_merged": False,
+                "merge_base": self.ship.recipe.export.merge_base,
+                "threads": None,
+                "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
+            },
+        }
+        return worker.call("calibrate", arguments, log=self.ship.log)
+
+    def judge(self, artifact: Artifact) -> ForgeError | None:
+        tell(artifact.facts)
+        return failure_of(artifact.facts)
+
+
+def tell(facts: Mapping[str, Any]) -> None:
+    """Show the types that were measured and the one that was chosen, where there is a budget."""
+    if "types" not in facts:
+        return
+    columns = ("type", "size", "KL mean", "KL max", "top-1", "perplexity", "tokens/s", "")
+    rows = [
+        (
+            one["quant"],
+            f"{one['bytes'] / 1e6:.1f} MB",
+            *(f"{one[key]:.2g}" for key in ("kl_mean", "kl_max")),
+            f"{one['top1']:.2%}",
+            f"{one['perplexity']:.4f}",
+            f"{one['tokens_per_second']:.1f}",
+            "chosen" if one["quant"] == facts["quant"] else "",
+        )
+        for one in (facts["f16"], *facts["types"])
+    ]
+    report.table(f"types, for a KL of at most {facts['max_kl']:g}", columns, rows)
+
+
+def failure_of(facts: Mapping[str, Any]) -> CheckError | None:
+    """The error of a budget that no type meets, with the table; None for a good one."""
+    if facts.get("quant") or "types" not in facts:
+        return None
+    best = min(facts["types"], key=lambda one: one["kl_mean"])
+    failure = CheckError(
+        f"no type is within a KL of {facts['max_kl']:g}: the best of them, {best['quant']}, has "
+        f"{best['kl_mean']:.2g}",
+        hint="raise export.quant.max_kl, or export f16",
+    )
+    failure.fields = {"calibration": facts}
+    return failure
+
+
+def calibrate_alone(
+    arguments: dict[str, Any], data: Path, configuration: Configuration, max_kl: float | None, scratch: Path
+) -> dict[str, Any]:
+    """Put the importance matrix of `data`'s rows, and with `max_kl` the type, into `arguments` of an export.
+
+    A tenth of the rows is measured on and left out of the matrix. Raises `CheckError` when no type is
+    within the budget.
+    """
+    rows, measured = _rows(arguments, data, configuration, scratch)
+    out = scratch / "calibration"
+    out.mkdir(exist_ok=True)
+    settings = arguments["settings"]
+    given = ("base", "adapter", "tokenizer", "chat_template", "converters")
+    facts = worker.call(
+        "calibrate",
+        {
+            **{name: arguments[name] for name in given},
+            "rows": str(rows),
+            "measured_rows": str(measured),
+            "types": [] if max_kl is None else list(BUDGETED),
+            "max_kl": max_kl,
+            "out": str(out),
+            "settings": {**settings, "keep_merged": False},
+        },
+    )
+    tell(facts)
+    if failure := failure_of(facts):
+        raise failure
+    settings["importance"] = str(out / IMPORTANCE_FILE)
+    settings["quant"] = facts.get("quant", settings["quant"])
+    return facts
+
+
+def _rows(
+    arguments: Mapping[str, Any], data: Path, configuration: Configuration, scratch: Path
+) -> tuple[Path, Path]:
+    """The rows to calibrate on, and those to measure on: others, where there are enough."""
+    files = read_tokenizer(Path(arguments["tokenizer"]))
+    tokenizer = open_tokenizer(files.directory)
+    if arguments["chat_template"] is None:
+        rows = plain_rows(data, tokenizer, scratch)
+        return rows, rows
+    form = prompt_format(ChatTemplate(arguments["chat_template"], files.template_tokens), tokenizer)
+    rows = own_rows(data, form, configuration.max_positions, scratch, heldout=0.1)
+    held = scratch / HELDOUT_FILE
+    return rows, held if held.stat().st_size else rows

@@ -1,0 +1,175 @@
+"""Which type is small enough and good enough, found by trying. Runs in a worker.
+
+An F16 file is made as the certificate makes it; on it the training rows give an importance matrix.
+With a budget, types are exported with that matrix from the largest down, and each file's
+probabilities are compared with those of the F16 file on other rows. Smaller types are worse, but not
+strictly so: the walk ends at the second type in a row that is over the budget.
+
+What was measured is kept in `out/work`: a stopped search goes on with the next type. Not covered: an
+adapter beside its base, whose products with the weights are no part of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.errors import DataError
+from forge.export.importance import write_importance
+from forge.export.run import GGUF_FILE, export
+from forge.model.config import read_configuration
+from forge.model.tokenizer_files import read_tokenizer
+from forge.verify import sample, served
+from forge.verify.activations import squares
+from forge.verify.compare import compare
+from forge.verify.inputs import read_rows
+from forge.verify.yardstick import make_f16
+
+IMPORTANCE_FILE, CHOICE_FILE = "importance.gguf", "choice.json"
+_TOKENS = 16384
+"""Enough for means of squares: llama.cpp's own matrices are usually made of some 50,000 tokens."""
+_LONGEST = 2048
+_TIMED_TOKENS = 64
+_OVER_THE_BUDGET = 2
+
+
+def calibrate(**arguments: Any) -> dict[str, Any]:
+    """Write `out/importance.gguf`, and with a budget `out/choice.json`; returns plain JSON.
+
+    Arguments: base, adapter, tokenizer, chat_template, converters, out; rows (JSONL of input_ids to
+    calibrate on), measured_rows (JSONL to compare on); types to try, from the largest down, max_kl
+    (both empty without a budget). settings: those of `export`, without quant.
+    Raises what `export` raises, `DataError` for rows that cannot be used.
+    """
+    out = Path(arguments["out"])
+    work = out / "work"
+    work.mkdir(exist_ok=True)
+    f16 = work / "f16" / GGUF_FILE
+    if not f16.is_file():
+        shutil.rmtree(f16.parent, ignore_errors=True)
+        f16.parent.mkdir()
+        make_f16({**arguments, **arguments["settings"]}, f16.parent)
+    facts: dict[str, Any] = {"importance": _importance(arguments, f16, work)}
+    if arguments["types"]:
+        found = _Search(arguments, f16, work).walk()
+        chosen = smallest(found["types"], arguments["max_kl"])
+        facts |= {"max_kl": arguments["max_kl"], "quant": chosen, **found}
+        (out / CHOICE_FILE).write_text(json.dumps({"quant": chosen}) + "\n", encoding="utf-8")
+    (work / IMPORTANCE_FILE).rename(out / IMPORTANCE_FILE)
+    shutil.rmtree(work)
+    return facts
+
+
+def smallest(types: Sequence[Mapping[str, Any]], max_kl: float) -> str | None:
+    """The name of the smallest of the measured types that is within the budget."""
+    within = [one for one in types if one["kl_mean"] <= max_kl]
+    return min(within, key=lambda one: one["bytes"])["quant"] if within else None
+
+
+def _importance(arguments: Mapping[str, Any], f16: Path, work: Path) -> dict[str, Any]:
+    """Write the importance matrix of the rows; returns what it was made of, which is written last."""
+    made = work / "importance.json"
+    if made.is_file():
+        facts: dict[str, Any] = json.loads(made.read_text(encoding="utf-8"))
+        return facts
+    context = read_configuration(Path(arguments["base"])).max_positions
+    rows = _drawn(read_rows(Path(arguments["rows"])), context)
+    found = squares(f16, rows)
+    write_importance(work / IMPORTANCE_FILE, found, len(rows), max(map(len, rows)))
+    idle = sum(int((counts == 0).sum()) for _, counts in found.values())
+    if idle:
+        report.warning(f"no token of the rows came to {idle} matrices of experts: they are rounded evenly")
+    facts = {"weights": len(found), "rows": len(rows), "tokens": sum(map(len, rows)), "idle_experts": idle}
+    unfinished = made.with_suffix(".partial")
+    unfinished.write_text(json.dumps(facts), encoding="utf-8")
+    unfinished.rename(made)
+    return facts
+
+
+def _drawn(rows: Sequence[Mapping[str, Any]], context: int | None) -> list[list[int]]:
+    """Token ids of rows spread over all, `_TOKENS` at most in all."""
+    longest = min(_LONGEST, context or _LONGEST)
+    usable = [list(row["input_ids"][:longest]) for row in rows if row["input_ids"]]
+    if not usable:
+        raise DataError("no row has a token to calibrate on", hint="give rows with data.source, or --data")
+    tokens = 0
+    kept: list[list[int]] = []
+    for number in random.Random(0).sample(range(len(usable)), len(usable)):
+        tokens += len(usable[number])
+        if kept and tokens > _TOKENS:
+            break
+        kept.append(usable[number])
+    return kept
+
+
+class _Search:
+    """The walk down the types, each exported, measured and removed."""
+
+    def __init__(self, arguments: Mapping[str, Any], f16: Path, work: Path) -> None:
+        self._arguments = arguments
+        self._work = work
+        self._kept = work / "measured.jsonl"
+        base = Path(arguments["base"])
+        facts = read_configuration(base)
+        self._rows = read_rows(Path(arguments["measured_rows"]))
+        vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
+        self._sample = sample.draw(self._rows, vocabulary, facts.max_positions)
+        self._expected, self._seen = self._read(f16, "f16")
+
+    def walk(self) -> dict[str, Any]:
+        found: list[dict[str, Any]] = []
+        known, over = self._known(), 0
+        for kind in self._arguments["types"]:
+            measured = known.get(kind) or self._try(kind)
+            found.append(measured)
+            figures = f"KL {measured['kl_mean']:.2g}, top-1 {measured['top1']:.2%}"
+            report.info(f"{kind}: {measured['bytes'] / 1e6:.1f} MB, {figures}")
+            over = over + 1 if measured["kl_mean"] > self._arguments["max_kl"] else 0
+            if over == _OVER_THE_BUDGET:
+                break
+        return {
+            "types": found,
+            "f16": self._row("f16", self._seen, self._expected),
+            "measured_on": {"rows": len(self._sample.rows), "positions": len(self._sample.positions)},
+        }
+
+    def _known(self) -> dict[str, Any]:
+        """What a stopped search has measured; a line that was cut is removed."""
+        text = self._kept.read_text(encoding="utf-8") if self._kept.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        self._kept.write_text(whole, encoding="utf-8")
+        return {(one := json.loads(line))["quant"]: one for line in whole.splitlines()}
+
+    def _try(self, kind: str) -> dict[str, Any]:
+        """One type's row of the table; its file is gone afterwards."""
+        given = ("base", "adapter", "tokenizer", "chat_template", "converters")
+        settings = {**self._arguments["settings"], "quant": kind}
+        settings["importance"] = str(self._work / IMPORTANCE_FILE)
+        with tempfile.TemporaryDirectory(dir=self._work, prefix=f"{kind}-") as scratch:
+            export(
+                **{name: self._arguments[name] for name in given}, data=None, out=scratch, settings=settings
+            )
+            logits, seen = self._read(Path(scratch) / GGUF_FILE, kind)
+        row = self._row(kind, seen, logits)
+        with self._kept.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
+        return row
+
+    def _read(self, path: Path, name: str) -> tuple[Any, dict[str, Any]]:
+        """A file's logits at the sampled positions; its bytes and its speed."""
+        timed = max(self._sample.rows, key=len)[:_TIMED_TOKENS]
+        with served.loaded(path, max(map(len, self._sample.rows))) as model:
+            logits = model.logits(self._sample, f"logits of {name}")
+            speed = model.tokens_per_second(timed)
+        return logits, {"bytes": path.stat().st_size, "tokens_per_second": round(speed, 1)}
+
+    def _row(self, kind: str, seen: Mapping[str, Any], logits: Any) -> dict[str, Any]:
+        leg = compare(self._expected, logits, self._sample)
+        figures = ("kl_mean", "kl_error", "kl_max", "top1", "perplexity")
+        return {"quant": kind, **seen, **{name: leg[name] for name in figures}}

@@ -1,0 +1,271 @@
+"""The importance matrix is what llama.cpp's own is, files are rounded by it as llama.cpp rounds them, and a
+budget finds the smallest type that meets it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge import process
+from forge.data.prepare import TRAIN_FILE
+from forge.errors import DataError, StageError
+from forge.export.importance import read_importance, write_importance
+from forge.export.run import GGUF_FILE, export
+from forge.model.gguf_header import read_gguf
+from forge.model.tokenizer_files import open_tokenizer
+from forge.verify.activations import squares
+from forge.verify.calibrate import CHOICE_FILE, IMPORTANCE_FILE, calibrate, smallest
+from forge.verify.yardstick import make_quantized
+from tests.models import PEFT_WARNS, load, make_model
+from tests.servers import llama_server
+from tests.specimens import Specimen, make_specimen, source_of, write_rows
+
+pytestmark = [pytest.mark.training, pytest.mark.timeout(1500), PEFT_WARNS]
+
+LINEAR = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def ids_in(rows: Path) -> list[list[int]]:
+    return [json.loads(line)["input_ids"] for line in rows.read_text(encoding="utf-8").splitlines()]
+
+
+def exported(specimen: Specimen, out: Path, quant: str, **settings: Any) -> Path:
+    """The GGUF of base and adapter that forge makes in the new directory `out`."""
+    out.mkdir()
+    fixed = {"name": "small", "quant": quant, "keep_merged": False, "threads": 2}
+    export(**source_of(specimen), data=None, out=str(out), settings={**fixed, **settings})
+    return out / GGUF_FILE
+
+
+def inputs_of(model: Any, modules: Mapping[str, Any], rows: list[list[int]]) -> dict[str, Any]:
+    """What each of `modules` reads of all tokens, as transformers computes it: (tokens, width)."""
+    import torch
+
+    seen: dict[str, list[Any]] = {name: [] for name in modules}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: seen[name].append(given[0].reshape(-1, given[0].shape[-1]))
+        )
+    with torch.inference_mode():
+        for row in rows:
+            model(torch.tensor([row]))
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def test_it_holds_the_mean_square_of_what_each_linear_layer_reads(tmp_path: Path) -> None:
+    """Against transformers and peft's own merge, which know nothing of llama.cpp; rows of any length."""
+    import numpy as np
+
+    specimen = make_specimen(tmp_path / "llama")
+    rows = [*ids_in(specimen.rows), ids_in(specimen.rows)[0][:3]]
+    assert max(map(len, rows)) > 16 > min(map(len, rows))  # llama-imatrix would leave the short one out
+    file = exported(specimen, tmp_path / "f32", "f32")
+    write_importance(tmp_path / "made.gguf", squares(file, rows), len(rows), 64)
+    found = read_importance(tmp_path / "made.gguf")
+    model = load(specimen.base, specimen.adapter)
+    layers = {
+        f"blk.{number}.{ours}.weight": layer.get_submodule(name)
+        for number, layer in enumerate(model.model.layers)
+        for name, ours in LINEAR.items()
+    }
+    read = inputs_of(model, layers, rows)
+    assert found.keys() == read.keys()
+    for name, inputs in read.items():
+        expected = np.square(inputs.numpy()).mean(axis=0)
+        np.testing.assert_allclose(found[name][0], expected, rtol=2e-4, err_msg=name)
+
+
+def test_each_expert_has_its_own(tmp_path: Path) -> None:
+    """Only the tokens that the router sent to it count, for what goes in and for what comes between."""
+    import numpy as np
+    import torch
+
+    base = make_model(tmp_path / "base", "mixtral", "home-made")
+    specimen = Specimen(base, None, write_rows(base, tmp_path), tmp_path)
+    rows = ids_in(specimen.rows)
+    found = squares(exported(specimen, tmp_path / "f32", "f32"), rows)
+    model = load(base)
+    blocks = {str(number): layer.mlp for number, layer in enumerate(model.model.layers)}
+    for number, inputs in inputs_of(model, blocks, rows).items():
+        block = blocks[number]
+        chosen = (inputs @ block.gate.weight.T).topk(2).indices
+        for expert in range(4):
+            own = inputs[(chosen == expert).any(dim=1)]
+            gate, up = (own @ block.experts.gate_up_proj[expert].T).chunk(2, dim=1)
+            between = torch.nn.functional.silu(gate) * up
+            for name, values in (("gate", own), ("up", own), ("down", between)):
+                sums, counts = found[f"blk.{number}.ffn_{name}_exps.weight"]
+                assert counts[expert] == len(own) > 0
+                np.testing.assert_allclose(
+                    sums[expert], values.square().sum(dim=0).detach().numpy(), rtol=5e-4
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.programs
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_llama_imatrix_collects_the_same(architecture: str, tmp_path: Path) -> None:
+    """Names, counts and sums are those of llama.cpp's own tool, and each reads the other's file."""
+    import numpy as np
+
+    base = make_model(tmp_path / "base", architecture, "home-made")
+    specimen = Specimen(base, None, write_rows(base, tmp_path), tmp_path)
+    file = exported(specimen, tmp_path / "f32", "f32")
+    text = " ".join(f"There is bacon in house {number} of the river." for number in range(60))
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    ids = open_tokenizer(base).encode(text, add_special_tokens=False).ids
+    rows = [ids[start : start + 64] for start in range(0, len(ids) - 63, 64)]
+    found, ours, theirs = squares(file, rows), tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    write_importance(ours, found, len(rows), 64)
+    tool = llama_server().with_name("llama-imatrix")
+    command = [tool, "-m", file, "-f", tmp_path / "text", "-c", 64, "-b", 64, "-o", theirs, "--no-ppl"]
+    finished = process.run([*map(str, command), "--in-file", str(ours)], directory=tmp_path)
+    assert finished.status == 0, finished.output
+    both, mine = read_importance(theirs), read_importance(ours)
+    assert both.keys() == mine.keys() == found.keys()
+    for name, means in mine.items():
+        # The mean over both files together; the tool's attention cache is float16.
+        np.testing.assert_allclose(both[name], means, rtol=5e-3, err_msg=name)
+    sums, twice = read_gguf(ours).tensors, read_gguf(theirs).tensors
+    assert sums.keys() == twice.keys()
+    for name, (_, counts) in found.items():
+        at = twice[f"{name}.counts"].start
+        assert np.fromfile(theirs, np.float32, counts.size, offset=at).tolist() == (2 * counts).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+@pytest.mark.parametrize("quant", ["q4_k_m", "q2_k", "iq4_xs", "iq3_xxs", "iq2_m"])
+def test_the_bytes_are_llama_cpps_own(architecture: str, quant: str, tmp_path: Path) -> None:
+    """The same file as llama_model_quantize with the same matrix makes of the converted checkpoint."""
+    base = make_model(tmp_path / "base", architecture, "home-made", tie_word_embeddings=False)
+    specimen = Specimen(base, None, write_rows(base, tmp_path), tmp_path)
+    converted = exported(specimen, tmp_path / "bf16", "bf16")
+    matrix = tmp_path / "matrix.gguf"
+    write_importance(matrix, squares(converted, ids_in(specimen.rows)), 16, 64)
+    vendor = make_quantized(converted, tmp_path / "vendor.gguf", quant, 2, matrix)
+    ours = exported(specimen, tmp_path / "ours", quant, importance=str(matrix))
+    assert ours.read_bytes() == vendor.read_bytes()
+    if quant in ("iq3_xxs", "iq2_m"):
+        with pytest.raises(StageError, match=f"{quant} needs an importance matrix"):
+            exported(specimen, tmp_path / "without", quant)
+    else:
+        without = exported(specimen, tmp_path / "without", quant)
+        assert without.read_bytes() != ours.read_bytes()
+
+
+def test_an_expert_that_no_token_came_to_is_rounded_evenly(tmp_path: Path) -> None:
+    import numpy as np
+
+    sums, counts = np.array([[2.0, 4.0], [0.0, 0.0]]), np.array([2.0, 0.0])
+    write_importance(tmp_path / "made.gguf", {"blk.0.ffn_up_exps.weight": (sums, counts)}, 1, 2)
+    [(name, means)] = read_importance(tmp_path / "made.gguf").items()
+    assert name == "blk.0.ffn_up_exps.weight"
+    assert means.tolist() == [[1.0, 2.0], [1.0, 1.0]]
+
+
+def test_another_file_is_no_importance_matrix(tmp_path: Path) -> None:
+    specimen = make_specimen(tmp_path / "llama")
+    file = specimen.f16(tmp_path / "f16")
+    with pytest.raises(DataError, match="is no importance matrix"):
+        read_importance(file)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A place with a specimen and what a search of a middling budget left of it."""
+    root = tmp_path_factory.mktemp("search")
+    specimen = make_specimen(root / "specimen")
+    (root / "facts.json").write_text(json.dumps(search(specimen, root / "out", 0.01)), encoding="utf-8")
+    return root
+
+
+def search(specimen: Specimen, out: Path, max_kl: float, types: tuple[str, ...] = ()) -> dict[str, Any]:
+    out.mkdir(exist_ok=True)
+    settings = {"name": "small", "keep_merged": False, "threads": 2}
+    return calibrate(
+        **source_of(specimen),
+        rows=str(specimen.rows),
+        measured_rows=str(specimen.rows),
+        types=types or ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "iq2_m"),
+        max_kl=max_kl,
+        out=str(out),
+        settings=settings,
+    )
+
+
+def test_the_smallest_type_within_the_budget_is_found(searched: Path) -> None:
+    """From the largest down to the second in a row that is over it; nothing is left of the tries."""
+    facts = json.loads((searched / "facts.json").read_text(encoding="utf-8"))
+    names = [one["quant"] for one in facts["types"]]
+    within = [one["quant"] for one in facts["types"] if one["kl_mean"] <= 0.01]
+    assert names[: len(within)] == within and len(names) == len(within) + 2
+    assert facts["quant"] == within[-1]
+    sizes = [one["bytes"] for one in facts["types"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert facts["f16"]["kl_mean"] == 0 and facts["f16"]["top1"] == 1
+    assert all(one["tokens_per_second"] > 0 and one["perplexity"] > 1 for one in facts["types"])
+    assert {path.name for path in (searched / "out").iterdir()} == {IMPORTANCE_FILE, CHOICE_FILE}
+    assert json.loads((searched / "out" / CHOICE_FILE).read_text()) == {"quant": facts["quant"]}
+
+
+def test_the_measured_loss_is_that_of_the_file_that_is_exported(searched: Path, tmp_path: Path) -> None:
+    """What verify finds between f16 and the exported file of that type is the table's figure."""
+    facts = json.loads((searched / "facts.json").read_text(encoding="utf-8"))
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    matrix = str(searched / "out" / IMPORTANCE_FILE)
+    file = exported(specimen, tmp_path / "file", facts["quant"], importance=matrix)
+    found = specimen.measure(file, importance=matrix)
+    row = next(one for one in facts["types"] if one["quant"] == facts["quant"])
+    assert found["legs"]["file against f16"]["kl_mean"] == pytest.approx(row["kl_mean"], rel=1e-6)
+    assert file.stat().st_size == row["bytes"]
+
+
+def test_a_stopped_search_goes_on_with_the_next_type(searched: Path, tmp_path: Path) -> None:
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    kept = json.loads((searched / "facts.json").read_text(encoding="utf-8"))["types"][0]
+    work = tmp_path / "out" / "work"
+    work.mkdir(parents=True)
+    whole = json.dumps(kept | {"kl_mean": 0.009})
+    (work / "measured.jsonl").write_text(f'{whole}\n{{"quant": "q6_k", "by')
+    facts = search(specimen, tmp_path / "out", 0.01, ("q8_0", "q6_k"))
+    assert [one["kl_mean"] for one in facts["types"]] == [0.009, pytest.approx(facts["types"][1]["kl_mean"])]
+    assert facts["quant"] == "q6_k"
+
+
+def test_iq_files_are_verified_with_their_matrix_and_without(searched: Path, tmp_path: Path) -> None:
+    """Without it there is no file of llama.cpp's own to hold it against, and that is said."""
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    matrix = str(searched / "out" / IMPORTANCE_FILE)
+    file = exported(specimen, tmp_path / "file", "iq3_xxs", importance=matrix)
+    assert {"IQ3_XXS", "IQ3_S"} & read_gguf(file).tensor_types.keys()
+    certificate = specimen.verify(file, importance=matrix)
+    assert certificate["ok"], certificate["problems"]
+    assert certificate["handovers"][-1]["beyond_vendor"] == pytest.approx(1, abs=0.05)
+    alone = specimen.verify(file)
+    assert alone["ok"] and "beyond_vendor" not in alone["handovers"][-1]
+    assert "iq3_xxs needs the matrix that it was rounded by" in " ".join(alone["warnings"])
+
+
+def test_the_smallest_is_chosen_by_bytes_and_not_by_place() -> None:
+    table = [
+        {"quant": "q8_0", "bytes": 80, "kl_mean": 0.001},
+        {"quant": "q5_k_m", "bytes": 50, "kl_mean": 0.02},
+        {"quant": "q4_k_m", "bytes": 52, "kl_mean": 0.01},
+        {"quant": "q3_k_m", "bytes": 30, "kl_mean": 0.2},
+    ]
+    assert smallest(table, 0.05) == "q5_k_m"
+    assert smallest(table, 0.015) == "q4_k_m"
+    assert smallest(table, 1e-6) is None

@@ -1,0 +1,127 @@
+"""A ship with a budget instead of a type, and with an importance matrix; `forge export` with the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.model.gguf_header import read_gguf
+from tests.conftest import link_converters
+from tests.shipping import Answer, Workshop, processes_of
+
+pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
+
+PLAIN: dict[str, Any] = {"train": "none", "deploy": {"runtime": "none"}, "smoke": None}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    root = tmp_path_factory.mktemp("budget")
+    home = link_converters(root / "home")
+    (root / "first").mkdir()
+    yield Workshop(root / "first", home)
+    assert processes_of(home) == [], "something of the ships is still running"
+
+
+@pytest.fixture
+def workshop(store: Workshop, request: pytest.FixtureRequest) -> Workshop:
+    return store.beside(request.node.name[:80])
+
+
+def figures(answer: Answer) -> dict[str, float]:
+    return {one["quant"]: one["kl_mean"] for one in answer.fields["calibration"]["types"]}
+
+
+@pytest.mark.slow
+def test_a_budget_chooses_the_smallest_type_within_it(workshop: Workshop) -> None:
+    """The table is in the result, the log, the manifest and the report; a looser budget, a smaller type."""
+    workshop.recipe(**PLAIN, export={"quant": {"max_kl": 0.02}})
+    made = workshop.ship()
+    assert list(made.cached) == ["data", "calibrate", "export", "modelfile", "verify"]
+    table, chosen = figures(made), made.fields["calibration"]["quant"]
+    names = list(table)
+    assert names[0] == "q8_0" and table[chosen] <= 0.02
+    assert all(table[name] > 0.02 for name in names[names.index(chosen) + 1 :])
+    gguf = Path(made.fields["gguf"])
+    assert gguf == workshop.run / f"mini-{chosen}.gguf" and gguf.is_file()
+    assert made.fields["certificate"]["ok"] and made.fields["certificate"]["file"]["type"] == chosen
+    assert f"FROM ./mini-{chosen}.gguf" in (workshop.run / "Modelfile").read_text(encoding="utf-8")
+    log = (workshop.run / "log.txt").read_text(encoding="utf-8")
+    assert all(f"{name}: " in log for name in table)
+    assert workshop.manifest()["facts"]["calibrate"] == made.fields["calibration"]
+    page = (workshop.run / "report.html").read_text(encoding="utf-8")
+    assert f"<strong>{chosen}</strong> is the smallest type within" in page
+    assert page.count("<circle") == len(table) and "budget 0.02</text>" in page
+    again = workshop.ship()
+    assert all(again.cached.values())
+    assert figures(again) == table
+
+    loose = max(table.values()) * 1.01
+    looser = workshop.ship("-o", f"export.quant={{max_kl: {loose}}}")
+    assert not looser.cached["calibrate"]
+    smaller = Path(looser.fields["gguf"])
+    assert smaller.stat().st_size < made.fields["certificate"]["file"]["bytes"]
+    assert [path.name for path in workshop.run.glob("*.gguf")] == [smaller.name] != [gguf.name]
+
+
+def test_a_budget_that_nothing_meets_stops_the_ship_with_the_table(workshop: Workshop) -> None:
+    workshop.recipe(**PLAIN, export={"quant": {"max_kl": 1e-9}})
+    failed = workshop.ship(code=5)
+    assert failed.fields["error"]["message"].startswith("no type is within a KL of 1e-09: the best of them")
+    assert list(figures(failed)) == ["q8_0", "q6_k"]
+    assert not list(workshop.run.glob("*.gguf"))
+    page = (workshop.run / "report.html").read_text(encoding="utf-8")
+    assert "No type is within" in page and page.count("<circle") == 2
+    assert "export.quant.max_kl" in failed.fields["error"]["hint"]
+
+
+@pytest.mark.slow
+def test_a_type_that_needs_an_importance_matrix_ships_with_one(workshop: Workshop) -> None:
+    """The matrix is made once: another type takes it, and a plain one none of it."""
+    workshop.recipe(**PLAIN, export={"quant": "iq3_xxs", "imatrix": True})
+    made = workshop.ship()
+    assert made.cached["calibrate"] is False and "types" not in made.fields["calibration"]
+    assert "IQ3_XXS" in read_gguf(Path(made.fields["gguf"])).tensor_types
+    assert "beyond_vendor" in made.fields["certificate"]["handovers"][-1]
+    other = workshop.ship("-o", "export.quant=q4_k_m")
+    assert other.cached["calibrate"] and not other.cached["export"]
+    plain = workshop.ship("-o", "export.quant=q4_k_m", "-o", "export.imatrix=false")
+    assert "calibrate" not in plain.cached and plain.fields["calibration"] is None
+    weighed, even = (answer.fields["certificate"]["logits"]["kl_mean"] for answer in (other, plain))
+    assert weighed < even
+
+
+@pytest.mark.slow
+def test_files_alone_take_a_budget_and_rows(workshop: Workshop) -> None:
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (workshop.directory / "rows.jsonl").write_text(text, encoding="utf-8")
+    given = ("export", "--base", "builtin:tiny", "--out", "small.gguf", "--data", "rows.jsonl")
+    made = workshop.forge(*given, "--max-kl", "0.05")
+    assert made.code == 0, made.said
+    calibration = made.fields["calibration"]
+    assert made.fields["quant"] == calibration["quant"] and calibration["importance"]["rows"] == 36
+    assert calibration["measured_on"]["rows"] == 4
+    assert {path.name for path in workshop.directory.iterdir()} == {"errors.txt", "rows.jsonl", "small.gguf"}
+    none = workshop.forge(*given, "--max-kl", "1e-9")
+    assert none.code == 5 and len(none.fields["calibration"]["types"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-kl", "0.1"), "--max-kl needs rows to measure on"),
+        (("--max-kl", "0.1", "--quant", "q8_0", "--data", "x"), "--max-kl chooses the type, and --quant"),
+        (("--quant", "IQ2_M"), "IQ2_M needs an importance matrix"),
+        (("--data", "x.jsonl", "--plain"), "--data looks at one merged model"),
+        (("--data", "x.jsonl"), "x.jsonl"),
+    ],
+)
+def test_options_that_do_not_go_together(workshop: Workshop, options: tuple[str, ...], message: str) -> None:
+    told = workshop.forge("export", "--base", "builtin:tiny", "--out", "small.gguf", *options)
+    assert told.code == 2 and message in told.fields["error"]["message"], told.said
+    assert not (workshop.directory / "small.gguf").exists()
