@@ -128,6 +128,23 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ("learning_rate: 3e-4", "learning_rate: unknown key; did you mean train.learning_rate?"),
         ("learning_rte: 3e-4", "learning_rte: unknown key; did you mean train.learning_rate?"),
         ("seed: 3", "seed: unknown key; did you mean data.seed or train.seed?"),
+        ("export: {quant: {max_kl: 0}}", "export.quant.max_kl: must be greater than 0 (got 0)"),
+        (
+            "export: {quant: {}}",
+            "export.quant.max_kl: is required: mean KL divergence (nats) from F16 on held-out rows, at most",
+        ),
+        (
+            "export: {quant: iq2_m}",
+            "export.quant: iq2_m needs an importance matrix; set export.imatrix: true",
+        ),
+        (
+            "export: {quant: f16, imatrix: true}",
+            "export.imatrix: f16 is not rounded by importance; leave it out",
+        ),
+        (
+            "export: {quant: {max_kl: 0.1}, mode: auto}",
+            "export.quant: looks at one merged model; use export.mode: merged",
+        ),
         (
             "export: {zzzz: 1}",
             "export.zzzz: unknown key; known here: mode, quant, imatrix, merge_base, keep_merged",

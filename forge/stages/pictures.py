@@ -68,9 +68,11 @@ def kl_by_size(types: Sequence[Mapping[str, Any]], max_kl: float, chosen: str | 
         x, y = _MARGIN + 12 + (size - first) / max(last - first, 1e-9) * (wide - 60), height(value)
         fill = "#1a7f37" if one["quant"] == chosen else _COLOURS[0]
         drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}"/>')
-        drawn.append(f'<text x="{x + 7:.1f}" y="{y - 5:.1f}">{escape(str(one["quant"]))}</text>')
-    drawn.append(f'<text x="{_MARGIN}" y="{floor + 18}">{first:.1f} MB</text>')
-    drawn.append(f'<text x="{_WIDTH - _MARGIN}" y="{floor + 18}" text-anchor="end">{last:.1f} MB</text>')
+        # Slanted: neighbouring types are close, and their names would lie on each other.
+        place = f'x="{x + 5:.1f}" y="{y - 5:.1f}" transform="rotate(-40 {x + 5:.1f} {y - 5:.1f})"'
+        drawn.append(f"<text {place}>{escape(str(one['quant']))}</text>")
+    for size, x in ((first, _MARGIN + 12), (last, _MARGIN + wide - 48)):
+        drawn.append(f'<text x="{x}" y="{floor + 18}" text-anchor="middle">{size:.1f} MB</text>')
     return _picture(_HEIGHT, "KL divergence from F16 by size, one point a type", drawn)
 
 
