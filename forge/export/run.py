@@ -24,6 +24,7 @@ from forge.errors import DataError, Problem
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
+from forge.export.kernels import choose_kernels
 from forge.export.merge import merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
@@ -73,7 +74,7 @@ def export(
     tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
     converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
     with one_thread():
-        written = _write(converted, work, description, tensors, settings)
+        written, compiled = _write(converted, work, description, tensors, Path(converters), settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
     header = _publish(work, target)
@@ -81,6 +82,7 @@ def export(
         "mode": mode,
         "merged_because": list(reasons),
         "bytes_written": written,
+        "compiled_kernels": compiled,
         "ids_compared": compared.texts,
         "ids_limits": list(compared.limits),
         "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
@@ -174,9 +176,13 @@ def _write(
     work: Path,
     description: Path,
     tensors: Sequence[LazyTensor],
+    converters: Path,
     settings: Mapping[str, Any],
-) -> int:
-    """The merged checkpoint if it is wanted, then the GGUF; returns the bytes of all that was written."""
+) -> tuple[int, list[str]]:
+    """The merged checkpoint if it is wanted, then the GGUF.
+
+    Returns the bytes of all that was written, and the types that compiled kernels quantized.
+    """
     quant, sparse = settings["quant"], work / "header.gguf"
     types = decide(converted, sparse, quant)
     written = sparse.stat().st_blocks * 512
@@ -189,14 +195,17 @@ def _write(
                 merged / "model.safetensors", tensors, lambda done, all: report.advance("merge", done, all)
             )
         written += sum(path.stat().st_size for path in merged.iterdir())
-    return written + write_gguf(
+    kernels = choose_kernels(converters.parent, types.values())
+    written += write_gguf(
         converted,
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
+        kernels,
         settings["threads"] or _cores(),
         lambda done, total: report.advance("export", done, total),
     )
+    return written, list(kernels)
 
 
 def _metadata(converted: Converted, quant: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import StageError
-from forge.export.kernels import quantize_rows
+from forge.export.kernels import Kernel, quantize_rows
 from forge.export.tensors import LazyTensor, slabs
 from forge.export.upstream import Converted, Pending, extents, write_header
 
@@ -31,10 +31,13 @@ def write_gguf(
     path: Path,
     metadata: Mapping[str, Any],
     types: Mapping[str, str],
+    kernels: Mapping[str, Kernel],
     threads: int,
     on_progress: Advance,
 ) -> int:
     """Write the whole file to `path`; returns its bytes. `on_progress` is told bytes done and in all.
+
+    `kernels` quantize the types that they are for, ggml's own library the others.
 
     Raises `StageError` when the disk is full, before anything is written if that is known, or when
     a tensor cannot be given its type; `DataError` for weights that are not finite.
@@ -48,7 +51,7 @@ def write_gguf(
             stream.seek(0, os.SEEK_END)
             stream.write(bytes(start - stream.tell()))
             done = 0
-            for name, made, last in _in_order(_jobs(converted, types), threads):
+            for name, made, last in _in_order(_jobs(converted, types, kernels), threads):
                 stream.write(made.data)
                 done += made.nbytes
                 if last:
@@ -106,8 +109,9 @@ def _finished(ahead: deque[tuple[str, Future[Any], bool]]) -> tuple[str, Any, bo
     return name, future.result(), last
 
 
-def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
+def _jobs(converted: Converted, types: Mapping[str, str], kernels: Mapping[str, Kernel]) -> Iterator[_Job]:
     """The slabs of every tensor, each as a thunk that gives its bytes."""
+    slab = partial(_slab, kernels)
     for name, kind in types.items():
         info = converted.tensors[name]
         data, info.tensor = info.tensor, None  # so that a tensor's memory ends with its last slab
@@ -115,7 +119,7 @@ def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
         if chunks := getattr(data, "_chunks", None):  # a table that the converter itself takes in parts
             for number, chunk in enumerate(chunks, 1):
                 part = partial(_read_chunk, chunk, info.shape[-1])
-                yield name, partial(_slab, name, part, stored, kind, 0, 0), number == len(chunks)
+                yield name, partial(slab, name, part, stored, kind, 0, 0), number == len(chunks)
             continue
         if not isinstance(data, Pending) or stored not in _PLAIN:
             yield name, partial(_as_made, name, data, stored, kind), True
@@ -128,7 +132,7 @@ def _jobs(converted: Converted, types: Mapping[str, str]) -> Iterator[_Job]:
         for size in shape[:-1]:
             rows *= size
         for start, stop in slabs(rows, width):
-            yield name, partial(_slab, name, read, stored, kind, start, stop), stop == rows
+            yield name, partial(slab, name, read, stored, kind, start, stop), stop == rows
 
 
 def _reader(data: Pending) -> Callable[[int, int], Any]:
@@ -156,7 +160,15 @@ def _evaluated(data: Any) -> Any:
     return to_eager(data) if to_eager else data
 
 
-def _slab(name: str, read: Callable[[int, int], Any], stored: str, kind: str, start: int, stop: int) -> Any:
+def _slab(
+    kernels: Mapping[str, Kernel],
+    name: str,
+    read: Callable[[int, int], Any],
+    stored: str,
+    kind: str,
+    start: int,
+    stop: int,
+) -> Any:
     """Rows in the type that the converter stores, then in the type that the file gets."""
     import numpy as np
     import torch
@@ -168,7 +180,7 @@ def _slab(name: str, read: Callable[[int, int], Any], stored: str, kind: str, st
         if kind != "F32" and not torch.isfinite(rounded).all():
             raise StageError(f"{name} has values that {kind} cannot hold", hint="export it as bf16 or f32")
         return raw
-    return quantize_rows(name, kind, np.ascontiguousarray(rounded.float().numpy()))
+    return quantize_rows(name, kind, np.ascontiguousarray(rounded.float().numpy()), kernels)
 
 
 def _as_made(name: str, data: Any, stored: str, kind: str) -> Any:
