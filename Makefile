@@ -80,7 +80,8 @@ $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON): | $(SOURCE)
 	CMAKE_ARGS="-DGGML_NATIVE=OFF" $(PIP) wheel --no-cache-dir --no-deps --wheel-dir $(@D) $(SOURCE)
 	touch $@
 
-$(READY): pyproject.toml constraints.txt $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON) | $(SOURCE)
+KERNELS := forge/export/kernels.cpp forge/export/kernels_lanes.h
+$(READY): pyproject.toml constraints.txt $(KERNELS) $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON) | $(SOURCE)
 	$(PIP) install --constraint constraints.txt --find-links $(WHEELS) --editable ".[train,test]"
 	$(BIN)/forge setup --from $(SOURCE)
 	touch $@

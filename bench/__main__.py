@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import export, serve, ship, startup, training, validate, verify
+from bench import export, kernels, serve, ship, startup, training, validate, verify
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
 from forge.process import signals_as_interrupt
@@ -33,6 +33,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "validate": validate.measure,
     "verify": verify.measure,
     "serve": serve.measure,
+    "kernels": kernels.measure,
 }
 PAIRS = 5
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python", "xllamacpp")

@@ -49,7 +49,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a benchmark found; `limit` is None for a figure that is only told. `unit` is s or x."""
+    """What a benchmark found; `limit` is None for a figure that is only told. `unit` is s, x or nothing."""
 
     name: str
     value: float

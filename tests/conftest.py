@@ -19,6 +19,7 @@ import pytest
 
 from forge import report
 from forge.errors import ForgeError
+from forge.export.compiled import library_file
 from forge.model.base import BUILTIN
 from forge.tools.llama_cpp import converters_directory, find_converters
 
@@ -79,10 +80,13 @@ def forge_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def link_converters(home: Path) -> Path:
-    """Give the store `home` the session's converters; fails where `forge setup` has not run."""
+    """Give the store `home` the session's converters and kernels; fails where `forge setup` has not run."""
     converters = converters_directory(home)
     converters.parent.mkdir(parents=True)
     converters.symlink_to(find_converters(SESSION_HOME))
+    kernels = library_file(SESSION_HOME / "tools")
+    if kernels.is_file():
+        (converters.parent / kernels.name).symlink_to(kernels)
     return home
 
 

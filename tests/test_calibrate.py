@@ -254,7 +254,7 @@ def test_iq_files_are_verified_with_their_matrix_and_without(searched: Path, tmp
     certificate = specimen.verify(file, importance=matrix)
     assert certificate["ok"], certificate["problems"]
     assert certificate["handovers"][-1]["beyond_vendor"] == pytest.approx(1, abs=0.05)
-    with pytest.raises(StageError, match="llama.cpp could not quantize to iq3_xxs") as caught:
+    with pytest.raises(StageError, match="could not quantize to iq3_xxs") as caught:
         specimen.verify(file)
     assert "nothing says how much the type may lose" in caught.value.hint
 

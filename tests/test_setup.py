@@ -10,6 +10,7 @@ import pytest
 
 from forge.cli.main import run
 from forge.errors import DataError, MissingToolError
+from forge.export.compiled import library_file
 from forge.tools import llama_cpp
 from tests.conftest import SESSION_HOME, tree
 
@@ -25,6 +26,7 @@ def wanted_in(archive: Path) -> set[str]:
     return {name for name in names if name.startswith(parts)}
 
 
+@pytest.mark.programs
 def test_the_converters_are_unpacked_whole_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -32,10 +34,12 @@ def test_the_converters_are_unpacked_whole_and_nothing_else(
     monkeypatch.setenv("FORGE_HOME", str(tmp_path / "home"))
     assert run(["setup", "--from", str(ARCHIVE), "--json"]) == 0
     directory = tmp_path / "home" / "tools" / f"llama.cpp-{llama_cpp.LLAMA_CPP_COMMIT}"
-    assert json.loads(capsys.readouterr().out) == {"ready": True, "converters": str(directory)}
+    kernels = library_file(directory.parent)
+    told = {"ready": True, "converters": str(directory), "kernels": str(kernels)}
+    assert json.loads(capsys.readouterr().out) == told
     files = {name for name, content in tree(directory).items() if content is not None}
     assert files == wanted_in(ARCHIVE)
-    assert {path.name for path in directory.parent.iterdir()} == {directory.name}, "scratch is left"
+    assert {*directory.parent.iterdir()} == {directory, kernels}, "scratch is left"
     assert llama_cpp.find_converters(tmp_path / "home") == directory
     # The second time nothing is needed, and nothing changes.
     before = tree(directory)

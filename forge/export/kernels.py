@@ -1,20 +1,33 @@
-"""ggml's own quantization, by the slab: `ggml_quantize_chunk` of the library that llama-cpp-python brings.
+"""ggml's quantization, by the slab: its own library's, or the compiled kernels that give the same bytes.
 
-Runs in a worker. The same code as llama-quantize, called by the same rows, gives the same bytes; how
-rows are cut into slabs and spread over threads changes none (ctypes lets go of Python's lock).
+Runs in a worker. `ggml_quantize_chunk`, of the library that llama-cpp-python brings, is the same code as
+llama-quantize; called by the same rows it gives the same bytes, and how rows are cut into slabs and spread
+over threads changes none (ctypes lets go of Python's lock). For Q4_K and Q6_K, whose search takes most of
+an export, there are kernels of forge's own (`compiled`), several times as fast: they are used where they
+give ggml's bytes in this very process. Not covered: importance matrices, which forge does not use and the
+compiled kernels do not know.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from forge import report
 from forge.errors import MissingToolError, StageError
+from forge.export.compiled import library_file
 from forge.model.gguf_header import NUMBERS, TYPES
 
+# Takes float32 (rows, width), C-contiguous, and the bytes to fill.
+Kernel = Callable[[Any, Any], None]
+_COMPILED = {"Q4_K": "quantize_q4_K", "Q6_K": "quantize_q6_K"}
+# `ggml` leaves every type to ggml's own library.
+CHOICE = "FORGE_KERNELS"
 _ENDINGS = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 
 
@@ -31,10 +44,10 @@ def ggml() -> Any:
             f"llama-cpp-python has no {path.name}: {error}",
             hint="install it again: pip install llama-cpp-python",
         ) from error
-    floats = ctypes.POINTER(ctypes.c_float)
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, floats, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, floats,
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_void_p,
     ]  # fmt: skip
     library.ggml_get_name.restype = ctypes.c_void_p  # the address, not a copy of what is there
     library.ggml_get_name.argtypes = [ctypes.c_void_p]
@@ -53,29 +66,120 @@ def ggml() -> Any:
     return library
 
 
-def quantize_rows(name: str, kind: str, values: Any, importance: Any = None) -> Any:
-    """`values`, a float32 array (rows, width), as the bytes of ggml's type `kind`.
+def ggml_kernel(kind: str, importance: Any = None) -> Kernel:
+    """ggml's own, of any type, rounding by `importance` (float32, one value a column) where there is one.
+
+    The kernel raises `StageError` when ggml fills fewer bytes or more, or cannot go without importance.
+    """
+    weights = None if importance is None else importance.ctypes.data
+
+    def quantize(values: Any, made: Any) -> None:
+        rows, width = values.shape
+        library, number = ggml(), NUMBERS[kind]
+        if importance is None and library.ggml_quantize_requires_imatrix(number):
+            raise StageError(
+                f"the importance matrix says nothing of it, and it would be {kind}",
+                hint="no token of the rows came to this weight; use a type of three bits or more",
+            )
+        written = library.ggml_quantize_chunk(
+            number, values.ctypes.data, made.ctypes.data, 0, rows, width, weights
+        )
+        if written != made.nbytes:
+            raise StageError(f"{kind} gave {written:,} bytes instead of {made.nbytes:,}")
+
+    return quantize
+
+
+def compiled_kernels(library: Path, lanes: int = 16) -> dict[str, Kernel]:
+    """Those of a library that `compile_kernels` made, by type; raises OSError when it cannot be loaded.
+
+    `lanes` of SIMD are used at most: 16 is AVX-512, 8 is AVX2, fewer is what every processor has.
+    """
+    loaded = ctypes.CDLL(str(library))
+
+    def kernel(symbol: str) -> Kernel:
+        function = getattr(loaded, symbol)
+        function.restype = None
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
+        return lambda values, made: function(values.ctypes.data, made.ctypes.data, values.size // 256, lanes)
+
+    return {kind: kernel(symbol) for kind, symbol in _COMPILED.items()}
+
+
+def choose_kernels(tools: Path, kinds: Iterable[str]) -> dict[str, Kernel]:
+    """The compiled kernels in the directory `tools` for those of `kinds` where their bytes are ggml's.
+
+    Types that are left out are ggml's own to quantize; why is said.
+    """
+    wanted = sorted(set(kinds) & _COMPILED.keys())
+    if not wanted or os.environ.get(CHOICE) == "ggml":
+        return {}
+    try:
+        found = compiled_kernels(library_file(tools))
+    except OSError:
+        report.detail("there are no compiled kernels, so ggml's own take longer; forge setup compiles them")
+        return {}
+    chosen = {kind: found[kind] for kind in wanted if _agrees(kind, found[kind])}
+    if left_out := [kind for kind in wanted if kind not in chosen]:
+        report.info(
+            f"the compiled kernels of {', '.join(left_out)} do not give the bytes of this ggml, "
+            "so its own are used: this takes longer and changes nothing else"
+        )
+    return chosen
+
+
+def _agrees(kind: str, kernel: Kernel) -> bool:
+    """Whether `kernel` gives ggml's bytes for a few hundred blocks.
+
+    A ggml compiled with other rules of rounding (products fused with sums) differs in some of every hundred.
+    """
+    values = _sample()
+    ours, theirs = quantized(kind, values, kernel), quantized(kind, values, ggml_kernel(kind))
+    return bool((ours == theirs).all())
+
+
+@cache
+def _sample() -> Any:
+    """512 blocks of plain, one-sided, heavy-tailed, uneven, constant and zero values, always the same."""
+    import numpy as np
+
+    random = np.random.Generator(np.random.PCG64(0))
+    values = random.standard_normal((512, 8, 32), np.float32)
+    values[64:128] = np.abs(values[64:128])
+    values[128:192] -= 3
+    values[192:256] **= 5
+    values[256:320] *= 10 ** random.uniform(-6, 3, (64, 8, 1)).astype(np.float32)
+    values[320:336, ::2] = 0.25
+    values[336:352, 1::2] = 0
+    return values.reshape(512, 256)
+
+
+def quantized(kind: str, values: Any, kernel: Kernel) -> Any:
+    """`values`, float32 (rows, width) with a width of whole blocks, as the bytes of ggml's type `kind`."""
+    import numpy as np
+
+    _, block, block_bytes = TYPES[NUMBERS[kind]]
+    made = np.empty(values.size // block * block_bytes, np.uint8)
+    kernel(values, made)
+    return made
+
+
+def quantize_rows(
+    name: str, kind: str, values: Any, kernels: Mapping[str, Kernel], importance: Any = None
+) -> Any:
+    """`values`, float32 (rows, width), as the bytes of ggml's type `kind`, by ours of `kernels` or ggml's.
+
 
     `importance` is a float32 array (width,): columns of greater values are rounded with more care.
     Raises `StageError` that says which tensor, `name`, has values that the type cannot hold.
     """
-    import numpy as np
-
-    rows, width = values.shape
-    _, block, block_bytes = TYPES[NUMBERS[kind]]
-    made = np.empty(rows * width // block * block_bytes, np.uint8)
-    floats = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    library, number = ggml(), NUMBERS[kind]
-    if importance is None and library.ggml_quantize_requires_imatrix(number):
-        raise StageError(
-            f"{name} would be {kind}, and the importance matrix says nothing of it",
-            hint="no token of the rows came to this weight; use a type of three bits or more",
-        )
-    weights = None if importance is None else importance.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    written = library.ggml_quantize_chunk(number, floats, made.ctypes.data, 0, rows, width, weights)
-    if written != made.nbytes:
-        raise StageError(f"{name}: {kind} gave {written:,} bytes instead of {made.nbytes:,}")
-    if not library.ggml_validate_row_data(number, made.ctypes.data, made.nbytes):
+    kernel = kernels.get(kind) if importance is None else None
+    try:
+        made = quantized(kind, values, kernel or ggml_kernel(kind, importance))
+    except StageError as error:
+        error.message = f"{name}: {error.message}"
+        raise
+    if not ggml().ggml_validate_row_data(NUMBERS[kind], made.ctypes.data, made.nbytes):
         raise StageError(
             f"{name} has values that {kind} cannot hold",
             hint="export it as bf16 or f32, or as a quantized type",

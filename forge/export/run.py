@@ -25,6 +25,7 @@ from forge.export import pretokenizer, proof
 from forge.export.adapter_only import why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
+from forge.export.kernels import choose_kernels
 from forge.export.merge import merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
@@ -76,7 +77,7 @@ def export(
     tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
     converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
     with one_thread():
-        written = _write(converted, work, description, merged, settings)
+        written, compiled = _write(converted, work, description, merged, Path(converters), settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
     header = _publish(work, target)
@@ -84,6 +85,7 @@ def export(
         "mode": mode,
         "merged_because": list(reasons),
         "bytes_written": written,
+        "compiled_kernels": compiled,
         "ids_compared": compared.texts,
         "ids_limits": list(compared.limits),
         "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
@@ -177,9 +179,13 @@ def _write(
     work: Path,
     description: Path,
     merged: Sequence[LazyTensor],
+    converters: Path,
     settings: Mapping[str, Any],
-) -> int:
-    """The merged checkpoint if it is wanted, then the GGUF; returns the bytes of all that was written."""
+) -> tuple[int, list[str]]:
+    """The merged checkpoint if it is wanted, then the GGUF.
+
+    Returns the bytes of all that was written, and the types that compiled kernels quantized.
+    """
     quant, sparse = settings["quant"], work / "header.gguf"
     given = settings.get("importance")
     importance = read_importance(Path(given)) if given else {}
@@ -194,15 +200,18 @@ def _write(
                 kept / "model.safetensors", merged, lambda done, all: report.advance("merge", done, all)
             )
         written += sum(path.stat().st_size for path in kept.iterdir())
-    return written + write_gguf(
+    kernels = choose_kernels(converters.parent, types.values())
+    written += write_gguf(
         converted,
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
+        kernels,
         settings["threads"] or usable_cores(),
         lambda done, total: report.advance("export", done, total),
         importance,
     )
+    return written, list(kernels)
 
 
 def _metadata(converted: Converted, quant: str) -> dict[str, Any]:

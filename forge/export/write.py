@@ -20,7 +20,7 @@ from typing import Any
 
 from forge.errors import StageError
 from forge.export.importance import Importance
-from forge.export.kernels import quantize_rows
+from forge.export.kernels import Kernel, quantize_rows
 from forge.export.tensors import LazyTensor, slabs
 from forge.export.upstream import Converted, Pending, extents, write_header
 
@@ -33,13 +33,16 @@ def write_gguf(
     path: Path,
     metadata: Mapping[str, Any],
     types: Mapping[str, str],
+    kernels: Mapping[str, Kernel],
     threads: int,
     on_progress: Advance,
     importance: Importance,
 ) -> int:
     """Write the whole file to `path`; returns its bytes. `on_progress` is told bytes done and in all.
 
-    Tensors that `importance` has are rounded by it.
+    `kernels` quantize the types that they are for, ggml's own library the others, and every tensor that
+    `importance` has, which is rounded by it.
+
     Raises `StageError` when the disk is full, before anything is written if that is known, or when
     a tensor cannot be given its type; `DataError` for weights that are not finite.
     """
@@ -52,7 +55,7 @@ def write_gguf(
             stream.seek(0, os.SEEK_END)
             stream.write(bytes(start - stream.tell()))
             done = 0
-            for name, made, last in _in_order(_jobs(converted, types, importance), threads):
+            for name, made, last in _in_order(_jobs(converted, types, kernels, importance), threads):
                 stream.write(made.data)
                 done += made.nbytes
                 if last:
@@ -110,8 +113,11 @@ def _finished(ahead: deque[tuple[str, Future[Any], bool]]) -> tuple[str, Any, bo
     return name, future.result(), last
 
 
-def _jobs(converted: Converted, types: Mapping[str, str], importance: Importance) -> Iterator[_Job]:
+def _jobs(
+    converted: Converted, types: Mapping[str, str], kernels: Mapping[str, Kernel], importance: Importance
+) -> Iterator[_Job]:
     """The slabs of every tensor, each as a thunk that gives its bytes."""
+    slab = partial(_slab, kernels)
     for name, kind in types.items():
         info = converted.tensors[name]
         data, info.tensor = info.tensor, None  # so that a tensor's memory ends with its last slab
@@ -119,7 +125,7 @@ def _jobs(converted: Converted, types: Mapping[str, str], importance: Importance
         if chunks := getattr(data, "_chunks", None):  # a table that the converter itself takes in parts
             for number, chunk in enumerate(chunks, 1):
                 part = partial(_read_chunk, chunk, info.shape[-1])
-                yield name, partial(_slab, name, part, stored, kind, None, 0, 0), number == len(chunks)
+                yield name, partial(slab, name, part, stored, kind, None, 0, 0), number == len(chunks)
             continue
         if not isinstance(data, Pending) or stored not in _PLAIN:
             yield name, partial(_as_made, name, data, stored, kind), True
@@ -130,7 +136,7 @@ def _jobs(converted: Converted, types: Mapping[str, str], importance: Importance
         width = shape[-1] if shape else 1
         rows = math.prod(shape[:-1])
         for start, stop, weights in _pieces(rows, width, importance.get(name)):
-            yield name, partial(_slab, name, read, stored, kind, weights, start, stop), stop == rows
+            yield name, partial(slab, name, read, stored, kind, weights, start, stop), stop == rows
 
 
 def _pieces(rows: int, width: int, importance: Any) -> Iterator[tuple[int, int, Any]]:
@@ -169,6 +175,7 @@ def _evaluated(data: Any) -> Any:
 
 
 def _slab(
+    kernels: Mapping[str, Kernel],
     name: str,
     read: Callable[[int, int], Any],
     stored: str,
@@ -188,7 +195,7 @@ def _slab(
         if kind != "F32" and not torch.isfinite(rounded).all():
             raise StageError(f"{name} has values that {kind} cannot hold", hint="export it as bf16 or f32")
         return raw
-    return quantize_rows(name, kind, np.ascontiguousarray(rounded.float().numpy()), importance)
+    return quantize_rows(name, kind, np.ascontiguousarray(rounded.float().numpy()), kernels, importance)
 
 
 def _as_made(name: str, data: Any, stored: str, kind: str) -> Any:
