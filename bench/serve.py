@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from bench.ascii_model import write_ascii_model
-from bench.measure import BenchmarkError, Outcome
+from bench.measure import BenchmarkError, Outcome, interleaved, median_ratio
 from bench.workplace import Workplace
 from forge.process import Child
 from forge.serve import wire
@@ -23,7 +23,9 @@ from forge.serve.client import find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import generate
+from forge.serve.lanes import slots_of
 from forge.serve.runtime import Settings
+from forge.serve.slots import slots_for
 from forge.serve.wire import Sampling
 
 CLIENTS = (1, 2, 4, 8, 16)
@@ -43,6 +45,7 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
     """
     model = write_ascii_model(place.directory / "half-billion.gguf")
     ours = Settings(model, "forge", 4096)
+    ours = replace(ours, parallel=slots_for(ours))  # as `forge serve` has it
     with ExitStack() as stack:
         servers = {"forge": stack.enter_context(serve_embedded(ours))}
         servers["defaults"] = stack.enter_context(_defaults(model))
@@ -119,21 +122,29 @@ def _generated(endpoint: Endpoint, directory: Path, pairs: int) -> Outcome:
     prompts = directory / "prompts.jsonl"
     rows = [{"id": number, "prompt": f"row {number}"} for number in range(ROWS)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ratios = []
-    for pair in range(pairs):
-        # Same requests: greedy ends of turn included, so both ask for the same work.
+    at_once = slots_of(endpoint)
+
+    # Same requests: greedy ends of turn included, so both ask for the same work.
+    def ours() -> float:
+        out = directory / "answers.jsonl"
+        out.unlink(missing_ok=True)
         begun = time.perf_counter()
-        generate(endpoint, prompts, directory / f"out-{pair}.jsonl", sampling=Sampling(max_tokens=16))
-        ours = time.perf_counter() - begun
+        generate(endpoint, prompts, out, sampling=Sampling(max_tokens=16))
+        return time.perf_counter() - begun
+
+    def plain() -> float:
         begun = time.perf_counter()
-        asyncio.run(_plain(endpoint, [str(row["prompt"]) for row in rows]))
-        ratios.append(ours / (time.perf_counter() - begun))
-    note = f"{ROWS} rows; the same library with the same requests at once, writing nothing"
-    return Outcome("forge generate, to asking alone", statistics.median(ratios), "x", SLOWER, ratios, note)
+        asyncio.run(_plain(endpoint, [str(row["prompt"]) for row in rows], at_once))
+        return time.perf_counter() - begun
+
+    plain()  # the first warms up
+    ratio, ratios = median_ratio(interleaved(pairs, ours, plain))
+    note = f"{ROWS} rows; the same library with {at_once} of the same requests at once, writing nothing"
+    return Outcome("forge generate, to asking alone", ratio, "x", SLOWER, ratios, note)
 
 
-async def _plain(endpoint: Endpoint, prompts: list[str]) -> None:
-    at_once = asyncio.Semaphore(4)
+async def _plain(endpoint: Endpoint, prompts: list[str], most: int) -> None:
+    at_once = asyncio.Semaphore(most)
     async with httpx.AsyncClient(**wire.connection_options(endpoint)) as client:
 
         async def ask(prompt: str) -> None:

@@ -45,9 +45,13 @@ def _everything_written(directory: Path) -> str:
 
 @pytest.mark.network
 @pytest.mark.programs
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serves_in_the_foreground_until_it_is_told_to_stop(place: Workshop, number: signal.Signals) -> None:
-    with place.start("serve", "tiny.gguf", "--port", "0", "--json", "--parallel", "3") as child:
+@pytest.mark.parametrize(
+    ("number", "flags", "slots"), [(signal.SIGINT, ("--parallel", "3"), 3), (signal.SIGTERM, (), 8)]
+)
+def test_serves_in_the_foreground_until_it_is_told_to_stop(
+    place: Workshop, number: signal.Signals, flags: tuple[str, ...], slots: int
+) -> None:
+    with place.start("serve", "tiny.gguf", "--port", "0", "--json", *flags) as child:
         lines = child.lines()
         ready = json.loads(next(lines))
         assert ready == {
@@ -59,7 +63,7 @@ def test_serves_in_the_foreground_until_it_is_told_to_stop(place: Workshop, numb
         assert json.loads(list(lines)[-1])["error"]["code"] == 130
         assert child.wait(60) == 130
     said = (place.directory / "errors.txt").read_text()
-    assert "context 4096 tokens, 3 requests at once, " in said
+    assert f"context 4096 tokens, {slots} requests at once, " in said
     assert " threads, on CPU" in said
     assert not listens(ready["endpoint"])
 

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,10 +19,12 @@ import pytest
 
 from forge import process, report
 from forge.errors import DataError, ForgeError, MissingToolError, RecipeError, StageError
+from forge.model.estimate import SERVER_START_BYTES
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
+from forge.serve.slots import slots_for
 from forge.serve.wire import GoneError, RefusedError, UnreachableError
 from forge.tools import xllamacpp
 from tests.servers import HELLO, listens, servers_of
@@ -63,6 +66,20 @@ def test_serves_under_its_alias_with_the_routes_of_llama_server(model: Path) -> 
 def test_slots_are_fewer_with_a_long_context(context: int, slots: int) -> None:
     assert Settings(Path("m"), "m", context).slots == slots
     assert Settings(Path("m"), "m", context, parallel=7).slots == 7
+
+
+@pytest.mark.parametrize(
+    ("context", "free_mib", "slots"),
+    [(4096, 99_999, 8), (16384, 99_999, 2), (131072, 99_999, 1), (4096, 3, 3), (4096, 0, 1)],
+)
+def test_many_clients_get_as_many_slots_as_gain_something_and_fit(
+    model: Path, monkeypatch: pytest.MonkeyPatch, context: int, free_mib: int, slots: int
+) -> None:
+    """A slot of 4096 tokens of the tiny model takes a mebibyte; half of the free memory is the server's."""
+    taken = model.stat().st_size + SERVER_START_BYTES
+    free = SimpleNamespace(available=2 * (taken + free_mib * 2**20))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert slots_for(Settings(model, "m", context)) == slots
 
 
 @pytest.mark.network

@@ -24,6 +24,7 @@ from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.container import IMAGE, PORT
 from forge.serve.llama_server import arguments
 from forge.serve.runtime import Settings
+from forge.serve.slots import cache_bytes_per_token
 from forge.tools.containers import USER, current_name
 from forge.tools.hosts import in_url
 
@@ -31,7 +32,6 @@ KINDS = ("compose", "kubernetes")
 # Fetches the model; pinned as the server is.
 FETCHER = "curlimages/curl:8.16.0"
 _KEY = "/run/secrets/api-key/api-key"
-_CACHE_BYTES = 2  # f16
 
 
 def manifest(kind: str, settings: Settings, *, model_url: str | None = None, replicas: int = 1) -> str:
@@ -50,18 +50,8 @@ def manifest(kind: str, settings: Settings, *, model_url: str | None = None, rep
 
 def memory_bytes(settings: Settings, header: GgufHeader) -> int:
     """What the server needs: the file, the key-value cache of all slots, and itself."""
-
-    def fact(key: str) -> int:
-        value = header.metadata.get(f"{header.architecture}.{key}", 0)
-        return value if isinstance(value, int) else 0
-
-    heads = fact("attention.head_count") or 1
-    key_heads = fact("attention.head_count_kv") or heads
-    width = fact("attention.key_length") or fact("embedding_length") // heads
-    cache = 2 * _CACHE_BYTES * fact("block_count") * key_heads * width
-    return (
-        settings.model.stat().st_size + cache * settings.context_tokens * settings.slots + SERVER_START_BYTES
-    )
+    cache = cache_bytes_per_token(header) * settings.context_tokens * settings.slots
+    return settings.model.stat().st_size + cache + SERVER_START_BYTES
 
 
 def _flags(settings: Settings) -> list[str]:

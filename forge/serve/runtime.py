@@ -11,10 +11,10 @@ from typing import Protocol
 from forge.chat.modelfile import Modelfile
 from forge.serve.endpoint import Endpoint
 
-# With more slots a single client waits longer, with one many clients queue. Each slot has its
-# own full context, so a long context gets fewer.
+# With one slot many clients queue (`slots.slots_for` has more). Each slot has its own full context, so a
+# long context gets fewer.
 _MOST_SLOTS = 4
-_MOST_CONTEXT_OF_ALL_SLOTS = 32768
+MOST_CONTEXT_OF_ALL_SLOTS = 32768
 # A connection holds a thread of the server for as long as its client takes, and llama-server starts
 # further ones too late: it may give two requests to the same idle thread. An idle thread costs nothing.
 _FEWEST_HTTP_THREADS = 128
@@ -56,7 +56,7 @@ class Settings:
     @property
     def slots(self) -> int:
         """How many requests it answers at once."""
-        return self.parallel or max(1, min(_MOST_SLOTS, _MOST_CONTEXT_OF_ALL_SLOTS // self.context_tokens))
+        return self.parallel or max(1, min(_MOST_SLOTS, MOST_CONTEXT_OF_ALL_SLOTS // self.context_tokens))
 
     @property
     def http_threads(self) -> int:

@@ -19,6 +19,7 @@ from forge.serve import detached, ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import refuse_foreign, runtime_for
+from forge.serve.slots import slots_for
 from forge.stages.drive import find_gguf, find_run
 from forge.stages.record import read_manifest, read_run_modelfile
 from forge.store.artifacts import open_store
@@ -130,6 +131,13 @@ def open_runtime(wish: Wish, stack: ExitStack, *, log: Path | None = None) -> tu
     return chosen, stack.enter_context(serve_with_adapters(runtime, chosen, wish.lora, log=log))
 
 
+def _for_many(wish: Wish) -> Wish:
+    """With slots for many clients where nobody says how many; forge knows the memory of a CPU alone."""
+    if wish.parallel or wish.runtime != "embedded":
+        return wish
+    return replace(wish, parallel=slots_for(settings(wish)))
+
+
 def serve(
     wish: Wish, *, said: Callable[[Mapping[str, object]], None], show: bool = False, listed: bool = False
 ) -> None:
@@ -142,7 +150,7 @@ def serve(
         if listed:
             name = settings(wish).alias
             tell = stack.enter_context(detached.announced(served_directory(), name))
-        chosen, endpoint = open_runtime(wish, stack)
+        chosen, endpoint = open_runtime(_for_many(wish), stack)
         report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
         report.info(
             f"context {chosen.context_tokens} tokens, {chosen.slots} requests at once, "

@@ -1,0 +1,40 @@
+"""How many requests a server answers at once where nobody says: as many as gain something, and fit.
+
+Not covered: the memory of a GPU.
+"""
+
+from __future__ import annotations
+
+import psutil
+
+from forge.model.estimate import SERVER_START_BYTES
+from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.serve.runtime import MOST_CONTEXT_OF_ALL_SLOTS, Settings
+
+# On a CPU eight at once give a tenth more tokens a second than four, sixteen no more than eight; a
+# single client is as fast with any number (docs/decisions.md).
+_MOST = 8
+# What the server may take of the memory that is free, its model included.
+_SHARE = 0.5
+_CACHE_BYTES = 2  # f16
+
+
+def slots_for(settings: Settings) -> int:
+    """Slots for many clients of a model that runs on this machine's CPU."""
+    of_one = max(1, cache_bytes_per_token(read_gguf(settings.model)) * settings.context_tokens)
+    taken = settings.model.stat().st_size + SERVER_START_BYTES
+    room = int(psutil.virtual_memory().available * _SHARE) - taken
+    return max(1, min(_MOST, MOST_CONTEXT_OF_ALL_SLOTS // settings.context_tokens, room // of_one))
+
+
+def cache_bytes_per_token(header: GgufHeader) -> int:
+    """What keys and values of one token take in all layers."""
+
+    def fact(key: str) -> int:
+        value = header.metadata.get(f"{header.architecture}.{key}", 0)
+        return value if isinstance(value, int) else 0
+
+    heads = fact("attention.head_count") or 1
+    key_heads = fact("attention.head_count_kv") or heads
+    width = fact("attention.key_length") or fact("embedding_length") // heads
+    return 2 * _CACHE_BYTES * fact("block_count") * key_heads * width
