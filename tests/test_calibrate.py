@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from forge import process
+from forge import process, worker
 from forge.data.prepare import TRAIN_FILE
 from forge.errors import DataError, StageError
 from forge.export.importance import read_importance, write_importance
@@ -242,6 +242,58 @@ def test_a_stopped_search_goes_on_with_the_next_type(searched: Path, tmp_path: P
     facts = search(specimen, tmp_path / "out", 0.01, ("q8_0", "q6_k"))
     assert [one["kl_mean"] for one in facts["types"]] == [0.009, pytest.approx(facts["types"][1]["kl_mean"])]
     assert facts["quant"] == "q6_k"
+
+
+@pytest.mark.programs
+def test_a_search_that_was_killed_early_goes_on_in_a_process_of_its_own(
+    searched: Path, tmp_path: Path
+) -> None:
+    """The F16 file is there, the matrix is not, and a type that was being tried left its file."""
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    work = tmp_path / "out" / "work"
+    (work / "q8_0-killed").mkdir(parents=True)
+    exported(specimen, work / "f16", "f16")
+    (work / "importance.json").write_text("{}")
+    arguments = {
+        **source_of(specimen), "rows": str(specimen.rows), "measured_rows": str(specimen.rows),
+        "types": ["q8_0"], "max_kl": 1.0, "out": str(tmp_path / "out"),
+        "settings": {"name": "small", "keep_merged": False, "threads": 2},
+    }  # fmt: skip
+    facts = worker.call("calibrate", arguments)
+    assert facts["quant"] == "q8_0" and facts["importance"]["weights"] > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {IMPORTANCE_FILE, CHOICE_FILE}
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
+def test_what_goes_wrong_inside_llama_cpp_is_not_swallowed(
+    failure: type[BaseException], searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ctrl-C comes while llama.cpp computes: no matrix of half the products may come of it."""
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    file = exported(specimen, tmp_path / "f16", "f16")
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("forge.verify.activations._Watch._add", fail)
+    with pytest.raises(failure):
+        squares(file, ids_in(specimen.rows)[:1])
+
+
+def test_a_weight_that_the_matrix_does_not_know_gets_no_lowest_type(searched: Path, tmp_path: Path) -> None:
+    """As llama.cpp has it; told before any weight is read."""
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    file = exported(specimen, tmp_path / "f16", "f16")
+    found = dict(squares(file, ids_in(specimen.rows)[:2]))
+    del found["blk.1.attn_q.weight"]
+    write_importance(tmp_path / "some.gguf", found, 2, 64)
+    with pytest.raises(
+        StageError, match=r"blk\.1\.attn_q\.weight would be IQ2_S|IQ3_XXS, and the importance"
+    ):
+        exported(specimen, tmp_path / "low", "iq3_xxs", importance=str(tmp_path / "some.gguf"))
 
 
 def test_iq_files_are_verified_with_their_matrix_and_without(searched: Path, tmp_path: Path) -> None:

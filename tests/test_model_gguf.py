@@ -11,6 +11,7 @@ import pytest
 from forge.errors import DataError
 from forge.model.gguf_header import LongArray, read_gguf
 from tests.model_files import write_gguf
+from tests.vocabularies import llama_cpp_models
 
 TOKENS = tuple(f"token {number}" for number in range(300))
 
@@ -117,3 +118,21 @@ def test_gguf_tensors_that_lie(tmp_path: Path) -> None:
             read_gguf(path)
     with pytest.raises(DataError, match="no such file"):
         read_gguf(tmp_path / "none.gguf")
+
+
+def test_bos_is_put_before_prompts_where_llama_cpp_puts_it() -> None:
+    """B of many a GGUF: it does not say so, and llama.cpp goes by the kind of the vocabulary."""
+    import llama_cpp
+
+    told = {}
+    for path in sorted(llama_cpp_models().glob("ggml-vocab-*.gguf")):
+        model = llama_cpp.Llama(model_path=str(path), vocab_only=True, verbose=False)
+        try:
+            vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+            told[path.name] = (read_gguf(path).adds_bos, llama_cpp.llama_vocab_get_add_bos(vocabulary))
+        finally:
+            model.close()
+    assert {name: ours for name, (ours, _) in told.items()} == {
+        name: theirs for name, (_, theirs) in told.items()
+    }
+    assert {ours for ours, _ in told.values()} == {True, False}

@@ -59,7 +59,13 @@ def _through_nf4(weight: Any) -> Any:
 
 
 def _choose(base: Path, adapter: Path, rows: Path) -> dict[str, Any]:
-    arguments = {"base": str(base), "adapter": str(adapter), "rows": str(rows), "trust_remote_code": False}
+    arguments: dict[str, Any] = {
+        "base": str(base),
+        "adapter": str(adapter),
+        "rows": str(rows),
+        "rows_are": "held-out",
+    }
+    arguments |= {"trust_remote_code": False}
     return worker.call("choose_base", arguments)
 
 

@@ -182,11 +182,27 @@ def test_a_file_that_does_not_say_its_type_is_held_against_its_tensors(
         assert "not applied" in found["verdict"]
 
 
+def test_a_file_that_calls_itself_coarser_than_it_is_gets_no_allowance(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """10 is Q2_K, which may lose a hundred times what Q8_0 or F16 may."""
+    claimed = rewrite(sound, tmp_path / "claimed.gguf", general__file_type=10)
+    found = specimen.verify(claimed, f16=str(sound))
+    assert found["ok"] and found["file"]["type"] == "f16"
+    unadapted = rewrite(sound, tmp_path / "unadapted.gguf", merged_tensors(specimen.base, None))
+    eight = make_quantized(unadapted, tmp_path / "q8_0.gguf", "q8_0", 2)
+    for file, kind in ((unadapted, "f16"), (eight, "q8_0")):
+        claimed = rewrite(file, tmp_path / f"claimed-{kind}.gguf", general__file_type=10)
+        found = specimen.verify(claimed, f16=str(sound))
+        assert (found["ok"], found["broken_stage"], found["file"]["type"]) == (False, "merge", kind)
+
+
 def test_a_type_that_llama_cpp_does_not_make_is_not_certified(
     specimen: Specimen, sound: Path, tmp_path: Path
 ) -> None:
     """IQ2_XXS asks for an importance matrix: there is nothing to hold the file against."""
-    claimed = rewrite(sound, tmp_path / "claimed.gguf", general__file_type=19)
+    quantized = make_quantized(sound, tmp_path / "q4_k_m.gguf", "q4_k_m", 2)
+    claimed = rewrite(quantized, tmp_path / "claimed.gguf", general__file_type=19)
     with pytest.raises(StageError, match=r"could not quantize to iq2_xxs: .*importance matrix") as refused:
         specimen.verify(claimed, f16=str(sound))
     assert "it failed at: llama.cpp's own quantization" in str(refused.value.problems[-1])

@@ -82,7 +82,7 @@ def _of_gguf(path: Path) -> tuple[str, dict[str, str], bool]:
         number = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if isinstance(number, int) and number < len(vocabulary):
             tokens[name] = str(vocabulary[number])
-    return header.chat_template, tokens, header.metadata.get("tokenizer.ggml.add_bos_token") is True
+    return header.chat_template, tokens, header.adds_bos
 
 
 def _of_file(path: Path) -> str:

@@ -84,10 +84,10 @@ class HandOver:
         context = modelfile.parameters.get("num_ctx", self.context_tokens)
         return replace(
             self,
-            stops=modelfile.stops or self.stops,
+            stops=tuple(dict.fromkeys((*modelfile.stops, *self.stops))),
             context_tokens=context if isinstance(context, int) else self.context_tokens,
             sampling=others,
-            licences=modelfile.licences,
+            licences=modelfile.licences or self.licences,
         )
 
     def facts(self) -> dict[str, Any]:
@@ -198,8 +198,9 @@ def sampling_in(header: GgufHeader) -> dict[str, Parameter]:
 def licences_of(directory: Path) -> tuple[str, ...]:
     """The licence files of a base, whole."""
     found = sorted({*directory.glob("LICENSE*"), *directory.glob("LICENCE*")})
-    files = [path for path in found if path.is_file() and path.suffix in ("", ".txt", ".md")]
-    return tuple(path.read_text(encoding="utf-8", errors="replace").strip() for path in files)
+    contents = [path.read_bytes() for path in found if path.is_file()]
+    # Other files than text have zeros, as a PDF does.
+    return tuple(one.decode(errors="replace").strip() for one in contents if b"\0" not in one)
 
 
 @dataclass(frozen=True)

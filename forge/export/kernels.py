@@ -4,8 +4,8 @@ Runs in a worker. `ggml_quantize_chunk`, of the library that llama-cpp-python br
 llama-quantize; called by the same rows it gives the same bytes, and how rows are cut into slabs and spread
 over threads changes none (ctypes lets go of Python's lock). For Q4_K and Q6_K, whose search takes most of
 an export, there are kernels of forge's own (`compiled`), several times as fast: they are used where they
-give ggml's bytes in this very process. Not covered: importance matrices, which forge does not use and the
-compiled kernels do not know.
+give ggml's bytes in this very process. An
+importance matrix, which the compiled kernels do not know, leaves a tensor to ggml's own.
 """
 
 from __future__ import annotations

@@ -143,15 +143,14 @@ class ServedVocabulary:
     def __init__(self, vocabulary: Path) -> None:
         import llama_cpp
 
-        metadata = read_gguf(vocabulary).metadata
+        header = read_gguf(vocabulary)
         try:
             self._model = llama_cpp.Llama(model_path=str(vocabulary), vocab_only=True, verbose=False)
         except ValueError as error:
             raise CheckError(f"llama.cpp cannot load the model's vocabulary: {error}") from error
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model.model)
-        bos = metadata.get("tokenizer.ggml.bos_token_id")
-        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", False)
-        self._bos = self._text(bos) if adds_bos and isinstance(bos, int) else ""
+        bos = llama_cpp.llama_vocab_bos(self._vocabulary)
+        self._bos = self._text(bos) if header.adds_bos and bos >= 0 else ""
 
     def ids(self, text: str) -> list[int]:
         stripped = text.removeprefix(self._bos) if self._bos else text

@@ -23,6 +23,7 @@ UNQUANTIZED = ("f16", "bf16", "f32")
 # [   1/ 219] output.weight - [ 1536, 32000,  1,  1], type =  f16, size = 93.75 MiB -> 26.37 MiB (q6_K)
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = *(\S+), size = (?:.*->.*\((\S+)\))?")
 _BLOCKS = {name: block for name, block, _ in TYPES.values()}
+_WEIGHTED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 _MIXTURE_BLOCK = 256  # q4_k_m and all others that are no tensor's type
 
 
@@ -65,7 +66,19 @@ def decide(converted: Converted, sparse: Path, quant: str, importance: Importanc
     types = {name: (new or old).upper() for name, old, new in _TENSOR.findall("".join(said))}
     if types.keys() != converted.types.keys():
         raise StageError("llama.cpp did not say which type each tensor gets", hint="this is a bug; report it")
+    _refuse_unweighted(types, quant, importance)
     return types
+
+
+def _refuse_unweighted(types: Mapping[str, str], quant: str, importance: Importance) -> None:
+    """llama.cpp makes the lowest types of no weight that its matrix does not know (llama-quant.cpp)."""
+    outside = ("token_embd.", "output.", "per_layer_token_embd.")
+    for name, kind in types.items():
+        if kind in _WEIGHTED and name not in importance and not name.startswith(outside):
+            raise StageError(
+                f"{name} would be {kind}, and the importance matrix says nothing of it",
+                hint=f"no token of the rows came to it: choose a larger type than {quant}",
+            )
 
 
 def refuse_unloadable(path: Path) -> None:

@@ -47,6 +47,14 @@ _SCALARS: Mapping[int, str] = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
+# Where a file does not say whether BOS is put before a prompt, llama.cpp goes by the vocabulary
+# (llama-vocab.cpp): SentencePiece and WordPiece do, byte-pair encodings with these pre-tokenizers do.
+_MODELS_WITH_BOS = ("llama", "bert")
+_PRE_TOKENIZERS_WITH_BOS = (
+    "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano",
+    "tekken", "chameleon",
+)  # fmt: skip
+
 Scalar = int | float | bool | str
 
 
@@ -91,6 +99,15 @@ class GgufHeader:
     def chat_template(self) -> str | None:
         template = self.metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else None
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether servers put BOS before a prompt: what the file says, else what llama.cpp takes for it."""
+        told = self.metadata.get("tokenizer.ggml.add_bos_token")
+        if isinstance(told, bool):
+            return told
+        model, pre = (self.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+        return model in _MODELS_WITH_BOS or (model == "gpt2" and pre in _PRE_TOKENIZERS_WITH_BOS)
 
     @property
     def tensor_types(self) -> dict[str, int]:

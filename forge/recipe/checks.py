@@ -152,6 +152,11 @@ def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:
             yield "train.epochs", "is not used: train.max_steps decides"
     elif recipe.verify.learned == "required" and isinstance(train, Adopted) and not recipe.data:
         yield "train.from", "without data nothing can show that the adapter does better than the base"
+    if recipe.export.merge_base == "measured" and not (recipe.data and recipe.data.eval):
+        yield (
+            "export.merge_base",
+            "without held-out rows (data.eval) the measure favours the base of training",
+        )
     if recipe.base.trust_remote_code:
         yield "base.trust_remote_code", "runs Python code of the base's author on this machine"
     if recipe.smoke and recipe.deploy.runtime == "none":

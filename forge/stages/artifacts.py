@@ -27,7 +27,7 @@ from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
 from forge.recipe.words import BUDGETED
-from forge.stages.rows import certificate_rows
+from forge.stages.rows import certificate_rows, certificate_rows_are
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
@@ -210,6 +210,7 @@ class ExportStage(ShipStage):
             "base": str(self.ship.base_directory),
             "adapter": str(inputs[ADAPTER_STAGE].path),
             "rows": str(certificate_rows(self.ship, inputs, work)),
+            "rows_are": certificate_rows_are(inputs),
             "trust_remote_code": self.ship.recipe.base.trust_remote_code,
         }
         measured = worker.call("choose_base", arguments, log=self.ship.log)
@@ -242,7 +243,7 @@ class ModelfileStage(ShipStage):
         told = hand_over(
             self.ship.template,
             # Whether the GGUF itself writes BOS; the tokenizer's files may say otherwise.
-            add_bos=header.metadata.get("tokenizer.ggml.add_bos_token") is True,
+            add_bos=header.adds_bos,
             stops=stops.texts,
             context_tokens=context_tokens(self.ship, inputs["data"].facts if "data" in inputs else {}),
             sampling=sampling_of(self.ship.base_directory),

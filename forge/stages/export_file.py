@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from forge.chat.template import ChatTemplate
 from forge.data.tokens import prompt_format
 from forge.errors import DataError, RecipeError
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
+from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
 from forge.model.config import check_unquantized, read_configuration
@@ -87,6 +89,10 @@ def _check_options(
         raise RecipeError(f"--quant: no type {quant.lower()}", hint=f"there is {', '.join(QUANTS)}")
     if quant and max_kl is not None:
         raise RecipeError("--max-kl chooses the type, and --quant names one", hint="give one of the two")
+    if max_kl is not None and not math.isfinite(max_kl):
+        raise RecipeError(f"--max-kl: {max_kl} is no limit", hint="such as 0.03")
+    if data is not None and (quant or "").lower() in UNQUANTIZED:
+        raise RecipeError(f"{quant} is not rounded by importance", hint="leave --data out")
     if data is None and max_kl is not None:
         raise RecipeError("--max-kl needs rows to measure on", hint="name them with --data")
     if data is None and (quant or "").lower() in NEED_IMATRIX:

@@ -32,6 +32,13 @@ def certificate_rows(ship: Ship, inputs: Mapping[str, Artifact], out: Path) -> P
     return data.path / (HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE)
 
 
+def certificate_rows_are(inputs: Mapping[str, Artifact]) -> str:
+    """What `certificate_rows` gives, in a word."""
+    if "data" not in inputs:
+        return "built-in"
+    return "held-out" if inputs["data"].facts["heldout_rows"] else "training"
+
+
 def builtin_rows(form: PromptFormat, context: int | None, out: Path) -> Path:
     """Short English questions and answers in the template of `form`, as JSONL in `out`."""
     path = locate(_BUILTIN, Path())

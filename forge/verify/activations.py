@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.errors import DataError, ForgeError, StageError
+from forge.errors import DataError, StageError
 from forge.export.kernels import ggml
 from forge.verify import served
 
@@ -65,17 +65,23 @@ class _Watch:
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[Any, Any]] = {}
-        self.failure: ForgeError | None = None
+        self.failure: BaseException | None = None
         self._library = ggml()
 
     def __call__(self, address: int, ask: bool, _: object) -> bool:
+        try:
+            return self._saw(address, ask)
+        except BaseException as failure:  # noqa: BLE001 - ctypes would swallow it, a Ctrl-C too
+            self.failure = self.failure or failure
+            return False
+
+    def _saw(self, address: int, ask: bool) -> bool:
         tensor = _Tensor.from_address(address)
         if self._library.ggml_get_name(address) != address + _Tensor.name.offset:
-            self.failure = StageError(
+            raise StageError(
                 "this llama-cpp-python holds tensors in another way than the one that forge was made for",
                 hint="install the version that forge names: pip install forge-ship",
             )
-            return False
         operation = self._library.ggml_op_name(tensor.op)
         if operation not in (b"MUL_MAT", b"MUL_MAT_ID"):
             return False

@@ -22,12 +22,12 @@ from forge.verify.inputs import read_rows
 _STANDARD_ERRORS = 2.0
 
 
-def choose_base(base: str, adapter: str, rows: str, trust_remote_code: bool) -> dict[str, Any]:
+def choose_base(base: str, adapter: str, rows: str, rows_are: str, trust_remote_code: bool) -> dict[str, Any]:
     """Give `chosen` (original or nf4), `why` in words, and the figures it stands on.
 
-    `rows` is a file of held-out rows (JSONL of input_ids and labels). The loss is the mean of the
-    answers' tokens, in nats. nf4 is chosen where the original base makes it worse by more than two
-    standard errors of the difference, token by token; a tie keeps the original.
+    `rows` is a JSONL file of input_ids and labels, `rows_are` what the words call them ("held-out"). The
+    loss is the mean of the answers' tokens, in nats. nf4 is chosen where the original base makes it worse
+    by more than two standard errors of the difference, token by token; a tie keeps the original.
     Raises `DataError` as `reference.logits` and `sample.draw` do.
     """
     directory = Path(base)
@@ -44,7 +44,7 @@ def choose_base(base: str, adapter: str, rows: str, trust_remote_code: bool) -> 
     loss = {"original": float(after.mean()), "nf4": float(before.mean())}
     return {
         "chosen": chosen,
-        "why": _words(loss, error, len(worse), chosen),
+        "why": _words(rows_are, loss, error, len(worse), chosen),
         "loss": loss,
         "error": error if math.isfinite(error) else None,
         "kl_mean": compare(trained, full, drawn)["kl_mean"],
@@ -53,10 +53,10 @@ def choose_base(base: str, adapter: str, rows: str, trust_remote_code: bool) -> 
     }
 
 
-def _words(loss: dict[str, float], error: float, tokens: int, chosen: str) -> str:
+def _words(rows_are: str, loss: dict[str, float], error: float, tokens: int, chosen: str) -> str:
     share = f"{loss['original'] - loss['nf4']:+.4f} ± {error:.4f}"
     reason = "worse than chance explains" if chosen == "nf4" else "not worse than chance explains"
     return (
-        f"held-out loss {loss['original']:.4f} in the original base, {loss['nf4']:.4f} as trained in NF4: "
-        f"{share} over {tokens} tokens, {reason}"
+        f"loss on {rows_are} rows {loss['original']:.4f} in the original base, "
+        f"{loss['nf4']:.4f} as trained in NF4: {share} over {tokens} tokens, {reason}"
     )

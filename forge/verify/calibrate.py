@@ -5,7 +5,7 @@ With a budget, types are exported with that matrix from the largest down, and ea
 probabilities are compared with those of the F16 file on other rows. Smaller types are worse, but not
 strictly so: the walk ends at the second type in a row that is over the budget.
 
-What was measured is kept in `out/work`: a stopped search goes on with the next type. Not covered: an
+What was measured is kept in `out/work`: a ship's stopped search goes on with the next type. Not covered: an
 adapter beside its base, whose products with the weights are no part of the file.
 """
 
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.errors import DataError
+from forge.errors import DataError, StageError
+from forge.export import upstream
 from forge.export.importance import write_importance
 from forge.export.run import GGUF_FILE, export
 from forge.model.config import read_configuration
@@ -50,6 +51,10 @@ def calibrate(**arguments: Any) -> dict[str, Any]:
     out = Path(arguments["out"])
     work = out / "work"
     work.mkdir(exist_ok=True)
+    upstream.load(Path(arguments["converters"]))  # before anything imports another gguf
+    for left in work.iterdir():
+        if left.is_dir() and left.name != "f16":
+            shutil.rmtree(left)  # of a type that was being tried when the search was killed
     f16 = work / "f16" / GGUF_FILE
     if not f16.is_file():
         shutil.rmtree(f16.parent, ignore_errors=True)
@@ -61,7 +66,7 @@ def calibrate(**arguments: Any) -> dict[str, Any]:
         chosen = smallest(found["types"], arguments["max_kl"])
         facts |= {"max_kl": arguments["max_kl"], "quant": chosen, **found}
         (out / CHOICE_FILE).write_text(json.dumps({"quant": chosen}) + "\n", encoding="utf-8")
-    (work / IMPORTANCE_FILE).rename(out / IMPORTANCE_FILE)
+    shutil.copyfile(work / IMPORTANCE_FILE, out / IMPORTANCE_FILE)
     shutil.rmtree(work)
     return facts
 
@@ -75,7 +80,7 @@ def smallest(types: Sequence[Mapping[str, Any]], max_kl: float) -> str | None:
 def _importance(arguments: Mapping[str, Any], f16: Path, work: Path) -> dict[str, Any]:
     """Write the importance matrix of the rows; returns what it was made of, which is written last."""
     made = work / "importance.json"
-    if made.is_file():
+    if made.is_file() and (work / IMPORTANCE_FILE).is_file():
         facts: dict[str, Any] = json.loads(made.read_text(encoding="utf-8"))
         return facts
     context = read_configuration(Path(arguments["base"])).max_positions
@@ -126,7 +131,13 @@ class _Search:
         found: list[dict[str, Any]] = []
         known, over = self._known(), 0
         for kind in self._arguments["types"]:
-            measured = known.get(kind) or self._try(kind)
+            try:
+                measured = known.get(kind) or self._try(kind)
+            except StageError as failure:
+                if not found:
+                    raise
+                report.warning(f"{kind} and smaller types are left out: {failure.message}")
+                break
             found.append(measured)
             figures = f"KL {measured['kl_mean']:.2g}, top-1 {measured['top1']:.2%}"
             report.info(f"{kind}: {measured['bytes'] / 1e6:.1f} MB, {figures}")

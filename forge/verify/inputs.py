@@ -11,7 +11,7 @@ from typing import Any
 
 from forge import report
 from forge.errors import DataError, Problem
-from forge.export.types import type_name
+from forge.export.types import UNQUANTIZED, type_name
 from forge.model.config import Configuration
 from forge.model.gguf_header import GgufHeader, LongArray
 from forge.model.safetensors_header import TensorSpec
@@ -73,12 +73,22 @@ def refuse_other_vocabulary(rows: Sequence[Mapping[str, Any]], count: int | None
 def type_of(header: GgufHeader) -> str:
     """The file's type by its own word (`general.file_type`), such as q4_k_m.
 
-    Without one that llama.cpp knows, the coarsest type of its most frequent tensor type.
+    Its tensors' type where it says none that llama.cpp knows, or calls quantized what is not (or the
+    other way round): a coarser word would excuse more than the file may lose.
     """
-    if told := type_name(header.metadata.get("general.file_type")):
-        return told
-    most = next((kind for kind in header.tensor_types if kind != "F32"), "F32")
+    told, kind = type_name(header.metadata.get("general.file_type")), type_of_tensors(header)
+    return told if told and (told in UNQUANTIZED) == (kind in UNQUANTIZED) else kind
+
+
+def type_of_tensors(header: GgufHeader) -> str:
+    """The coarsest type of a file whose most frequent tensor type is that of `header`."""
+    most = most_frequent(header)
     return _COARSEST.get(most, most.lower())
+
+
+def most_frequent(header: GgufHeader) -> str:
+    """The most frequent tensor type but F32, in which llama.cpp leaves every norm."""
+    return next((kind for kind in header.tensor_types if kind != "F32"), "F32")
 
 
 def file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:

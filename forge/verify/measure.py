@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from forge import report
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.errors import ForgeError, Problem
@@ -26,11 +27,13 @@ from forge.verify import reference, sample, served, weights, yardstick
 from forge.verify.compare import compare, converts, top_log_probabilities
 from forge.verify.inputs import (
     file_facts,
+    most_frequent,
     read_rows,
     refuse_long,
     refuse_other_model,
     refuse_other_vocabulary,
     refuse_too_large,
+    type_of_tensors,
 )
 from forge.verify.vocabulary import check_vocabulary
 
@@ -208,8 +211,15 @@ class _Legs:
         self._compare("file against f16", measured, direct)
         given = session.arguments.get("importance")
         importance = Path(given) if given else None
+        vendor = scratch / "vendor.gguf"
         with session.step("llama.cpp's own quantization"):
-            vendor = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores(), importance)
+            yardstick.make_quantized(f16, vendor, kind, usable_cores(), importance)
+            header = read_gguf(gguf)
+            if most_frequent(read_gguf(vendor)) != most_frequent(header):
+                finer = type_of_tensors(header)
+                report.warning(f"the file says that it is {kind}, its weights are {finer}: held against that")
+                session.found["file"]["type"] = finer
+                yardstick.make_quantized(f16, vendor, finer, usable_cores(), importance)
         self._file("vendor", vendor, direct)
         return {"file": gguf, "f16": f16, "vendor": vendor}
 
