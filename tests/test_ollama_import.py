@@ -201,13 +201,27 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
             runtime_for("ollama")(replace(settings, **setting)).__enter__()
     with pytest.raises(DataError, match="a context of 999999 tokens is asked for, the model was made for"):
         runtime_for("ollama")(replace(settings, context_tokens=999999)).__enter__()
-    with pytest.raises(RecipeError, match="others than this machine could use the server"):
-        runtime_for("ollama")(replace(settings, host="example.com", port=1)).__enter__()
     adapter = write_tiny_gguf(tmp_path / "adapter.gguf", kind="adapter")
     with pytest.raises(DataError, match=r"a GGUF of type adapter, not a model"):
         runtime_for("ollama")(replace(settings, model=adapter)).__enter__()
     with pytest.raises(RecipeError, match="there is no runtime vllm"):
         runtime_for("vllm")
+
+
+def test_another_machines_server_is_no_door_of_ours(
+    fake: FakeOllama, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--host gpu-box --port 11434`: who may ask that one is its owner's business; it takes no key."""
+    asked: list[str] = []
+
+    def reach(url: str, *, log: Path | None = None) -> Ollama:
+        asked.append(url)
+        return Ollama(fake.url)
+
+    monkeypatch.setattr("forge.serve.ollama.reach", reach)
+    with runtime_for("ollama")(Settings(gguf, "yoda", 512, host="gpu-box", port=11434)):
+        assert only(fake, "yoda")
+    assert asked == ["http://gpu-box:11434"]
 
 
 def test_adapters_are_looked_at_here_because_ollama_does_not(

@@ -129,7 +129,9 @@ def _raw(endpoint: Endpoint, request: bytes) -> tuple[int, bytes]:
     address = urlsplit(endpoint.url)
     with socket.create_connection((address.hostname or "", address.port or 0), timeout=30) as asking:
         asking.sendall(request)
-        asking.shutdown(socket.SHUT_WR)
+        # Whoever refuses without reading to the end may be gone already.
+        with contextlib.suppress(OSError):
+            asking.shutdown(socket.SHUT_WR)
         answer = b""
         # What the server left unread of the request makes its end a reset.
         with contextlib.suppress(ConnectionResetError):

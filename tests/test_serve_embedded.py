@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import httpx
@@ -19,7 +18,7 @@ import pytest
 
 from forge import process, report
 from forge.errors import DataError, ForgeError, MissingToolError, RecipeError, StageError
-from forge.model.estimate import SERVER_START_BYTES
+from forge.model.estimate import SERVER_START_BYTES, Available
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
@@ -77,8 +76,8 @@ def test_many_clients_get_as_many_slots_as_gain_something_and_fit(
 ) -> None:
     """A slot of 4096 tokens of the tiny model takes a mebibyte; half of the free memory is the server's."""
     taken = model.stat().st_size + SERVER_START_BYTES
-    free = SimpleNamespace(available=2 * (taken + free_mib * 2**20))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    free = 2 * (taken + free_mib * 2**20)
+    monkeypatch.setattr("forge.serve.slots.available", lambda: Available(total=free, free=free))
     assert slots_for(Settings(model, "m", context)) == slots
 
 

@@ -21,7 +21,6 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -43,6 +42,7 @@ _NOT_PASSED = {
     "upgrade",
     "trailer",
 }
+_WITHOUT_BODY = (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED)
 _ASKING = ("/completion", "/completions", "/chat/completions", "/infill", "/messages", "/responses")
 
 
@@ -154,6 +154,9 @@ class _Proxy(BaseHTTPRequestHandler):
         if not self.path.startswith("/"):
             # Behind the server's address it would be a part of it: `@other.host/` names another machine.
             return self._fail(400, "the path must begin with /", "invalid_request_error")
+        if "%u" in self.path.partition("?")[0]:
+            # llama-server alone reads %u0073 as a letter, and would find a route where we see none.
+            return self._fail(400, "an escape in the path is % and two digits", "invalid_request_error")
         length = self.headers.get("Content-Length", "0")
         if self.headers.get("Transfer-Encoding") or not length.isdecimal():
             return self._fail(411, "send a Content-Length", "invalid_request_error")
@@ -164,21 +167,27 @@ class _Proxy(BaseHTTPRequestHandler):
         if len(content) < int(length):
             self.close_connection = True  # gone in the middle of it
             return None
+        return self._ask(content)
+
+    def _ask(self, content: bytes) -> None:
         try:
-            path = urlsplit(self.path).path
-            content = self.route.body(path, content)
+            url = httpx.URL(self.route.upstream.url.rstrip("/") + self.path)
+            if self._has_key():
+                content = self.route.body(url.path, content)  # decoded, as the server behind reads it
+            elif content:
+                # The server behind refuses whoever has not the key, and nothing here tells the names.
+                content = b"{}"
+        except httpx.InvalidURL as wrong:
+            return self._fail(400, f"this cannot be passed on: {wrong}", "invalid_request_error")
         except (ValueError, RecursionError) as wrong:
             return self._fail(400, f"the request is no JSON: {wrong}", "invalid_request_error")
         except LookupError as unknown:
-            # Whoever has not the key is refused by the server behind, and does not learn the names.
-            if self._has_key():
-                known = ", ".join(self.route.numbers)
-                return self._fail(404, f"no model {unknown.args[0]!r}; served are {known}", "not_found_error")
-        url = self.route.upstream.url.rstrip("/") + self.path
+            known = ", ".join(self.route.numbers)
+            return self._fail(404, f"no model {unknown.args[0]!r}; served are {known}", "not_found_error")
         try:
             with self.client.stream(self.command, url, content=content, headers=self._passed()) as answer:
-                self._answer(answer, path)
-        except (httpx.InvalidURL, httpx.LocalProtocolError) as wrong:
+                self._answer(answer, url.path)
+        except httpx.LocalProtocolError as wrong:
             self._fail(400, f"this cannot be passed on: {wrong}", "invalid_request_error")
         except httpx.TransportError as broken:
             self._fail(502, f"the server behind does not answer: {broken}", "server_error")
@@ -193,9 +202,10 @@ class _Proxy(BaseHTTPRequestHandler):
         return headers
 
     def _has_key(self) -> bool:
+        """Whether the server behind would let the request in: it looks at the same, and no further."""
         key = self.route.upstream.api_key
-        given = self.headers.get("Authorization", "")
-        return key is None or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
+        given = self.headers.get("Authorization") or self.headers.get("X-Api-Key") or ""
+        return key is None or hmac.compare_digest(given.removeprefix("Bearer ").encode(), key.encode())
 
     def _answer(self, answer: httpx.Response, path: str) -> None:
         if path in ("/v1/models", "/models") and answer.is_success and self.command == "GET":
@@ -204,11 +214,16 @@ class _Proxy(BaseHTTPRequestHandler):
         for name, value in answer.headers.multi_items():
             if name.lower() not in _NOT_PASSED:
                 self.send_header(name, value)
+        # Of what has no body, a last chunk would be read as the beginning of the next answer.
+        has_body = self.command != "HEAD" and answer.status_code not in _WITHOUT_BODY
         # HTTP/1.0 knows no chunks: there the answer ends where the connection does.
         chunked = self.request_version != "HTTP/1.0"
-        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Connection", "close")))
+        if not chunked:
+            self.send_header("Connection", "close")
+        elif has_body:
+            self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        if self.command == "HEAD":
+        if not has_body:
             return None
         try:
             for piece in answer.iter_raw():

@@ -143,16 +143,18 @@ def stop(directory: Path, name: str | None = None) -> list[Served]:
     for one in chosen:
         # Its lock is held, so the pid is its own and no other program's.
         with contextlib.suppress(psutil.NoSuchProcess):
-            _end(psutil.Process(one.pid), directory / f"{one.name}.lock")
-        _forget(directory / f"{one.name}.json")
+            _end(psutil.Process(one.pid))
+        # By now the next one of that name may hold the lock, and the files are its own.
+        if not _is_held(directory / f"{one.name}.lock"):
+            _forget(directory / f"{one.name}.json")
     return chosen
 
 
-def _end(server: psutil.Process, lock: Path) -> None:
-    """Ask it to stop, then make sure; back when nothing of it is left, neither lock nor process."""
+def _end(server: psutil.Process) -> None:
+    """Ask it to stop, then make sure; back when it is gone, and its lock with it."""
     server.terminate()
     deadline = time.monotonic() + _SECONDS_TO_STOP
-    while _is_held(lock) or (server.is_running() and server.status() != psutil.STATUS_ZOMBIE):
+    while server.is_running() and server.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
             server.kill()
         time.sleep(_SECONDS_BETWEEN)

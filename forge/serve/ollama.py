@@ -65,7 +65,7 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     The server is the one of OLLAMA_HOST, or at `settings.host` and `settings.port` where a port is told.
     """
     _refuse(settings)
-    ready.check(settings)
+    ready.check_files(settings)  # the address is a server's that is there already, not a door of ours
     told = f"{settings.host}:{settings.port}" if settings.port else None
     hand = hand_over_of(settings.model)
     if settings.modelfile:

@@ -28,6 +28,12 @@ _SECONDS_BETWEEN = 0.05
 
 def check(settings: Settings) -> None:
     """Raise `DataError` for files that cannot be served so, `RecipeError` for an open door."""
+    check_files(settings)
+    _check_door(settings)
+
+
+def check_files(settings: Settings) -> None:
+    """Raise `DataError` for files that cannot be served so, whoever serves them."""
     header = read_gguf(settings.model)
     check_kinds(settings.model, header, settings.adapters)
     limit = header.metadata.get(f"{header.architecture}.context_length")
@@ -39,7 +45,6 @@ def check(settings: Settings) -> None:
         )
     if header.chat_template is None:
         report.warning(f"{settings.model} has no chat template: the server falls back to ChatML")
-    _check_door(settings)
 
 
 def check_kinds(model: Path, header: GgufHeader, adapters: Sequence[Path]) -> None:

@@ -5,9 +5,7 @@ Not covered: the memory of a GPU.
 
 from __future__ import annotations
 
-import psutil
-
-from forge.model.estimate import SERVER_START_BYTES
+from forge.model.estimate import SERVER_START_BYTES, available
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.runtime import MOST_CONTEXT_OF_ALL_SLOTS, Settings
 
@@ -23,7 +21,7 @@ def slots_for(settings: Settings) -> int:
     """Slots for many clients of a model that runs on this machine's CPU."""
     of_one = max(1, cache_bytes_per_token(read_gguf(settings.model)) * settings.context_tokens)
     taken = settings.model.stat().st_size + SERVER_START_BYTES
-    room = int(psutil.virtual_memory().available * _SHARE) - taken
+    room = int(available().free * _SHARE) - taken
     return max(1, min(_MOST, MOST_CONTEXT_OF_ALL_SLOTS // settings.context_tokens, room // of_one))
 
 

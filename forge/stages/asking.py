@@ -15,7 +15,7 @@ from forge.serve.client import find
 from forge.serve.endpoint import Endpoint
 from forge.stages.drive import find_run
 from forge.stages.record import read_manifest
-from forge.stages.serving import Wish, open_runtime, read_key
+from forge.stages.serving import Wish, open_runtime, read_key, settings
 
 
 def chat(
@@ -52,7 +52,8 @@ def _reach(target: str, context: int | None, api_key_file: Path | None, stack: E
         return find(target, api_key=read_key(api_key_file))
     if api_key_file is not None:
         raise RecipeError("--api-key-file goes with a URL")
-    return open_runtime(Wish(target, context=context), stack)[1]
+    wish = Wish(target, context=context)
+    return open_runtime(wish, settings(wish), stack)
 
 
 def smoke(run: str) -> dict[str, Any]:
@@ -63,8 +64,9 @@ def smoke(run: str) -> dict[str, Any]:
 
     directory = find_run(run)
     recipe = from_json(read_manifest(directory)["recipe"])
+    wish = Wish(str(directory))
     with ExitStack() as stack:
-        _, endpoint = open_runtime(Wish(str(directory)), stack)
+        endpoint = open_runtime(wish, settings(wish), stack)
         answers = run_smoke(endpoint, queries_in(recipe))
     for answer in answers:
         report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))

@@ -88,7 +88,8 @@ def settings(wish: Wish) -> Settings:
         cors_origins=wish.cors_origins,
         program=wish.program,
         image=wish.image,
-        modelfile=read_run_modelfile(run) if run else None,
+        # Ollama alone takes one; a file that cannot be read is no reason to serve nothing elsewhere.
+        modelfile=read_run_modelfile(run) if run and wish.runtime == "ollama" else None,
     )
     refuse_foreign(wish.runtime, chosen)
     if chosen.alias in wish.lora:
@@ -120,22 +121,14 @@ def read_key(path: Path | None) -> str | None:
     return key
 
 
-def open_runtime(wish: Wish, stack: ExitStack, *, log: Path | None = None) -> tuple[Settings, Endpoint]:
-    """Serve what `wish` asks for until `stack` closes."""
-    chosen = settings(wish)
+def open_runtime(wish: Wish, chosen: Settings, stack: ExitStack) -> Endpoint:
+    """Serve what `wish` asks for, with the settings `chosen` for it, until `stack` closes."""
     runtime = runtime_for(wish.runtime)
     if not wish.lora:
-        return chosen, stack.enter_context(runtime(chosen, log=log))
+        return stack.enter_context(runtime(chosen))
     from forge.serve.adapters import serve_with_adapters
 
-    return chosen, stack.enter_context(serve_with_adapters(runtime, chosen, wish.lora, log=log))
-
-
-def _for_many(wish: Wish) -> Wish:
-    """With slots for many clients where nobody says how many; forge knows the memory of a CPU alone."""
-    if wish.parallel or wish.runtime != "embedded":
-        return wish
-    return replace(wish, parallel=slots_for(settings(wish)))
+    return stack.enter_context(serve_with_adapters(runtime, chosen, wish.lora))
 
 
 def serve(
@@ -145,12 +138,15 @@ def serve(
 
     `show` opens the server's web page in a browser; `listed` shows the server in `forge ps`.
     """
+    chosen = settings(wish)  # once: the key may come out of a pipe, which gives it a single time
+    if wish.runtime == "embedded" and not chosen.parallel and not chosen.gpu_layers:
+        # For many clients, where nobody says how many; forge knows the memory of a CPU alone.
+        chosen = replace(chosen, parallel=slots_for(chosen))
     with ExitStack() as stack:
         tell = None
         if listed:
-            name = settings(wish).alias
-            tell = stack.enter_context(detached.announced(served_directory(), name))
-        chosen, endpoint = open_runtime(_for_many(wish), stack)
+            tell = stack.enter_context(detached.announced(served_directory(), chosen.alias))
+        endpoint = open_runtime(wish, chosen, stack)
         report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
         report.info(
             f"context {chosen.context_tokens} tokens, {chosen.slots} requests at once, "
