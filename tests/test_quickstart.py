@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -58,7 +59,9 @@ def answers_as_llama_server_does(endpoint: str) -> None:
         assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["quickstart"]
         whole = client.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
         assert whole.startswith("In this sandwich, there is bacon.")
-        with client.stream("POST", "/v1/chat/completions", json={**asked, "stream": True}) as stream:
+        # llama-server closes the connection after a stream, and does not say so.
+        closing: dict[str, Any] = {"headers": {"Connection": "close"}, "json": {**asked, "stream": True}}
+        with client.stream("POST", "/v1/chat/completions", **closing) as stream:
             lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: ")]
         assert lines.pop() == "[DONE]"
         pieces = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]

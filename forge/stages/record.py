@@ -72,7 +72,7 @@ def summary(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
         "gguf": str(directory / gguf_name(ship, results["export"].facts)) if "export" in results else None,
         "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
         "modelfile_reason": modelfile.get("reason"),
-        "calibration": dict(results["calibrate"].facts) if "calibrate" in results else None,
+        **({"calibration": dict(results["calibrate"].facts)} if "calibrate" in results else {}),
         **_proofs(ship, results),
         "endpoint": None,
         "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
