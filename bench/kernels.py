@@ -15,20 +15,19 @@ from bench.workplace import Workplace
 from forge.export.compiled import library_file
 from forge.export.kernels import Kernel, compiled_kernels, ggml_kernel, quantized
 
-# Of both types together.
-BLOCKS = 10_000_000
+BLOCKS = 10_000_000  # of each type
 SLOWEST = {"Q4_K": 1 / 4, "Q6_K": 1 / 4}
 _BATCH = 4096
 
 
 def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
-    """Ten million fuzzed blocks; then the time of a million ordinary weights on one core."""
+    """Ten million fuzzed blocks of each type; then the time of a million ordinary weights on one core."""
     library = library_file(place.home / "tools")
     if not library.is_file():
         raise BenchmarkError(f"there is no {library.name}: run forge setup, which needs a C++ compiler")
-    for kind, ours in (kernels := compiled_kernels(library)).items():
+    for kind, ours in compiled_kernels(library).items():
         theirs = ggml_kernel(kind)
-        times = range(-(-BLOCKS // (len(kernels) * len(FUZZ) * _BATCH)))
+        times = range(-(-BLOCKS // (len(FUZZ) * _BATCH)))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             count = sum(pool.map(partial(_wrong, kind, ours, theirs), product(times, FUZZ)))
         note = f"of {len(times) * len(FUZZ) * _BATCH:,}, {len(FUZZ)} distributions"

@@ -29,12 +29,13 @@ from forge.serve.slots import slots_for
 from forge.serve.wire import Sampling
 
 CLIENTS = (1, 2, 4, 8, 16)
-OTHERS = (1, 2, 4, 8, 16)
-TOKENS = 48
-REQUESTS_OF_A_CLIENT = 2
+OTHERS = (1, 4, 8, 16)
+TOKENS = 24
+REQUESTS = 4  # of a round at least: each client asks again as soon as it is answered
 # Within 10 % of the best at every count; at least 90 % of the same library writing nothing.
 SLOWER = 1 / 0.9
 ROWS = 64
+ROUNDS = 7  # at least
 
 
 def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
@@ -43,6 +44,7 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
     The others are the same llama-server as it is when nothing is said, and with 1 to 16 slots; all
     are up throughout, and idle but for one.
     """
+    pairs = max(pairs, ROUNDS)
     model = write_ascii_model(place.directory / "half-billion.gguf")
     ours = Settings(model, "forge", 4096)
     ours = replace(ours, parallel=slots_for(ours))  # as `forge serve` has it
@@ -80,6 +82,7 @@ def _defaults(model: Path) -> Iterator[Endpoint]:
 def _compared(servers: Mapping[str, Endpoint], clients: int, rounds: int) -> Outcome:
     rates: dict[str, list[float]] = {name: [] for name in servers}
     for number in range(rounds + 1):
+        print(f"  {clients} clients, round {number} of {rounds}", flush=True)
         for name, endpoint in servers.items():
             rate = asyncio.run(_rate(endpoint, clients))
             if number:  # the first warms up
@@ -98,7 +101,7 @@ async def _rate(endpoint: Endpoint, clients: int) -> float:
 
     async def ask(client: httpx.AsyncClient, number: int) -> int:
         tokens = 0
-        for turn in range(REQUESTS_OF_A_CLIENT):
+        for turn in range(max(1, REQUESTS // clients)):
             tokens += await _ask(client, endpoint, f"client {number} turn {turn}")
         return tokens
 

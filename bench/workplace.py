@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.measure import BenchmarkError, run
@@ -19,15 +19,16 @@ QUICKSTART = _ROOT / "templates" / "recipes" / "quickstart.yaml"
 
 @dataclass(frozen=True)
 class Workplace:
-    """`directory` is where commands run and put their runs; `home` is their store."""
+    """`directory` is where commands run and put their runs; `home` is their store; `more` of environment."""
 
     directory: Path
     home: Path
+    more: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> Mapping[str, str]:
         # Nothing here may wait for the network.
-        return {"FORGE_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+        return {"FORGE_HOME": str(self.home), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", **self.more}
 
 
 @contextmanager

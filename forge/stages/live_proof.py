@@ -76,6 +76,11 @@ def _compare(client: Client, expected: Sequence[Mapping[str, Any]], kind: str | 
         same += found[0][0] == one["top"][0][0]
         report.advance("compare the server's probabilities", number, len(expected))
     compared = len(divergences)
+    if 2 * compared < len(expected):
+        report.warning(
+            f"the server told its probabilities after {compared} of {len(expected)} prompts alone: "
+            "it does not where an answer begins with a part of a character"
+        )
     mean = sum(divergences) / max(compared, 1)
     return {
         "from": f"GGUF {kind or 'file'}",
