@@ -33,6 +33,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "validate": validate.measure,
     "verify": verify.measure,
     "serve": serve.measure,
+    "generate": serve.measure_generate,
     "kernels": kernels.measure,
 }
 PAIRS = 5

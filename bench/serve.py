@@ -1,4 +1,4 @@
-"""Tokens a second of `forge serve` at 1 to 16 clients, against other flags; what `forge generate` costs."""
+"""Tokens a second of `forge serve` at 1 to 16 clients, against other slots; what `forge generate` costs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOKENS = 24
 REQUESTS = 4  # of a round at least: each client asks again as soon as it is answered
 # Within 10 % of the best at every count; at least 90 % of the same library writing nothing.
 SLOWER = 1 / 0.9
-ROWS = 64
+ROWS = 32
 ROUNDS = 7  # at least
 
 
@@ -57,7 +57,14 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
                 servers[other.alias] = stack.enter_context(serve_embedded(other))
         for clients in CLIENTS:
             yield _compared(servers, clients, pairs)
-        yield _generated(servers["forge"], place.directory, pairs)
+
+
+def measure_generate(place: Workplace, pairs: int) -> Iterator[Outcome]:
+    """`forge generate` against the same HTTP library that writes nothing."""
+    model = write_ascii_model(place.directory / "half-billion.gguf")
+    settings = Settings(model, "forge", 4096)
+    with serve_embedded(replace(settings, parallel=slots_for(settings))) as endpoint:
+        yield _generated(endpoint, place.directory, max(pairs, ROUNDS))
 
 
 _DEFAULTS = """
