@@ -51,7 +51,8 @@ def podman_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if not _PODMAN.exists() or os.getuid():
         pytest.skip("needs root and podman: apt-get install podman netavark runc")
     root = tmp_path_factory.mktemp("podman")
-    # Its own defaults are above what a container of the tests' machine may have.
+    # Its own limits are above what a container of the tests' machine may have; what ends a command in a
+    # container would stay for minutes; and there need not be a systemd to time the health checks.
     limits = '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n'
     (root / "containers.conf").write_text(f"{limits}[engine]\nexit_command_delay = 0\n")
     command = ["env", f"CONTAINERS_CONF={root}/containers.conf", "DISABLE_HC_SYSTEMD=true", str(_PODMAN)]
@@ -59,9 +60,11 @@ def podman_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     command += [f"{flag}={root / name}" for flag, name in places.items()]
     command += ["--runtime=runc", "--cgroup-manager=cgroupfs", "--events-backend=file", "--log-level=info"]
     command += ["system", "service", "--time=0", f"unix://{root}/podman.sock"]
-    with _served(command, root / "podman.sock", "API service listening") as client:
-        yield client
-    process.run(["umount", str(root / "data" / "overlay")])
+    try:
+        with _served(command, root / "podman.sock", "API service listening") as client:
+            yield client
+    finally:
+        process.run(["umount", str(root / "data" / "overlay")])
 
 
 @contextlib.contextmanager
