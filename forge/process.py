@@ -187,19 +187,30 @@ def run(
         return Finished(child.wait(), "\n".join(kept))
 
 
-def start_detached(command: Sequence[str], *, output: Path, log: Path) -> subprocess.Popen[str]:
-    """Start a program that outlives us, in a session of its own; what it says goes to two files."""
+def start_detached(
+    command: Sequence[str], *, output: Path, log: Path, typed: str = ""
+) -> subprocess.Popen[str]:
+    """Start a program that outlives us, in a session of its own; what it says goes to two files.
+
+    `typed` is all of its standard input: a pipe, so that what is secret shows in no list and no file.
+    """
     with output.open("w", encoding="utf-8") as out, log.open("w", encoding="utf-8") as errors:
         errors.write(f"$ {pasteable(command)}\n")
         errors.flush()
-        return subprocess.Popen(
+        started = subprocess.Popen(
             list(command),
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=errors,
             text=True,
+            encoding="utf-8",
             start_new_session=True,
         )
+    assert started.stdin is not None
+    # It may have ended without reading; its log says why.
+    with contextlib.suppress(BrokenPipeError), started.stdin:
+        started.stdin.write(typed)
+    return started
 
 
 def exit_with_parent(stream: IO[str]) -> None:

@@ -23,7 +23,9 @@ from forge.export.compiled import library_file
 from forge.model.base import BUILTIN
 from forge.tools.llama_cpp import converters_directory, find_converters
 
-pytest_plugins = ["tests.guard", "tests.docker_daemon"]
+pytest_plugins = [
+    "tests.guard", "tests.servers", "tests.shipping", "tests.ollama_servers", "tests.docker_daemon",
+]  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 # Where this session's own pieces lie; the tests' FORGE_HOME is another one. Kept in the environment

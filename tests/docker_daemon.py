@@ -6,6 +6,7 @@ llama-server, curl and the libraries of both, as upstream's holds them.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tarfile
@@ -22,7 +23,7 @@ from forge import process
 from forge.tools.native import libraries
 
 BASE = "ghcr.io/ggml-org/llama.cpp:server-b10868"
-_DAEMON = "/usr/sbin/dockerd"
+_DOCKER, _PODMAN = Path("/usr/sbin/dockerd"), Path("/usr/bin/podman")
 
 
 @pytest.fixture(scope="module")
@@ -31,51 +32,76 @@ def docker_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     The module's last test takes it down, so that one must be marked `programs` too.
     """
-    import docker
-
-    if not Path(_DAEMON).exists() or os.getuid():
+    if not _DOCKER.exists() or os.getuid():
         pytest.skip("needs root and dockerd: apt-get install docker.io iptables")
     root = tmp_path_factory.mktemp("docker")
     places = {"--data-root": "data", "--exec-root": "run", "--pidfile": "pid"}
-    command = [_DAEMON, "-H", f"unix://{root}/docker.sock"]
+    command = [str(_DOCKER), "-H", f"unix://{root}/docker.sock"]
     command += [f"{flag}={root / name}" for flag, name in places.items()]
+    # Two daemons, of files of tests that run at the same time, would share the bridge docker0.
+    with FileLock(Path(tempfile.gettempdir()) / "forge-tests-docker.lock"):
+        with _served(command, root / "docker.sock", "API listen on") as client:
+            yield client
+        process.run(["ip", "link", "delete", "docker0"])
+
+
+@pytest.fixture(scope="module")
+def podman_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The same for podman's service, which is spoken to as docker is."""
+    if not _PODMAN.exists() or os.getuid():
+        pytest.skip("needs root and podman: apt-get install podman netavark runc")
+    root = tmp_path_factory.mktemp("podman")
+    # Its own limits are above what a container of the tests' machine may have; what ends a command in a
+    # container would stay for minutes; and there need not be a systemd to time the health checks.
+    limits = '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n'
+    (root / "containers.conf").write_text(f"{limits}[engine]\nexit_command_delay = 0\n")
+    command = ["env", f"CONTAINERS_CONF={root}/containers.conf", "DISABLE_HC_SYSTEMD=true", str(_PODMAN)]
+    places = {"--root": "data", "--runroot": "run", "--tmpdir": "tmp", "--network-config-dir": "networks"}
+    command += [f"{flag}={root / name}" for flag, name in places.items()]
+    command += ["--runtime=runc", "--cgroup-manager=cgroupfs", "--events-backend=file", "--log-level=info"]
+    command += ["system", "service", "--time=0", f"unix://{root}/podman.sock"]
+    try:
+        with _served(command, root / "podman.sock", "API service listening") as client:
+            yield client
+    finally:
+        process.run(["umount", str(root / "data" / "overlay")])
+
+
+@contextlib.contextmanager
+def _served(command: list[str], socket: Path, begins: str) -> Iterator[Any]:
+    """The SDK's client of a daemon until the block ends; it answers once its log says `begins`."""
+    import docker
+
+    told = socket.with_name("log")
     with (
-        # Two daemons, of files of tests that run at the same time, would share the bridge docker0.
-        FileLock(Path(tempfile.gettempdir()) / "forge-tests-docker.lock"),
-        (root / "log").open("a+") as log,
+        told.open("a+") as log,
         process.Child(
             ["/bin/sh", "-c", 'exec "$0" "$@" >&2', *command], log=log, separate_errors=True
         ) as child,
+        pytest.MonkeyPatch.context() as environment,
     ):
-        before = os.environ.get("DOCKER_HOST")
-        os.environ["DOCKER_HOST"] = f"unix://{root}/docker.sock"
-        client = _connected(docker, child, root)
+        environment.setenv("DOCKER_HOST", f"unix://{socket}")
+        deadline = time.monotonic() + 120
+        # Asked sooner, the SDK leaves a socket open.
+        while begins not in told.read_text():
+            assert child.status is None and time.monotonic() < deadline, told.read_text()[-3000:]
+            time.sleep(0.1)
+        client = docker.DockerClient(f"unix://{socket}")
         try:
             yield client
         finally:
             client.close()
-            if before is None:
-                del os.environ["DOCKER_HOST"]
-            else:
-                os.environ["DOCKER_HOST"] = before
-            child.stop()
-            process.run(["ip", "link", "delete", "docker0"])
-
-
-def _connected(docker: Any, child: process.Child, root: Path) -> Any:
-    deadline = time.monotonic() + 120
-    address = root / "docker.sock"
-    while time.monotonic() < deadline and child.status is None:
-        # The SDK leaves a socket open that found no one.
-        if "API listen on" in (root / "log").read_text():
-            return docker.DockerClient(f"unix://{address}")
-        time.sleep(0.1)
-    raise AssertionError((root / "log").read_text()[-3000:])
 
 
 @pytest.fixture(scope="module")
 def base_image(docker_daemon: Any) -> str:
     """The image that docker/server/Dockerfile begins with."""
+    load_base(docker_daemon)
+    return BASE
+
+
+def load_base(client: Any) -> None:
+    """Make the image that docker/server/Dockerfile begins with."""
     from tests.servers import llama_server  # here: it imports conftest, whose plugin this is
 
     files: dict[str, Path] = {"app/llama-server": llama_server(), "usr/bin/curl": Path("/usr/bin/curl")}
@@ -83,8 +109,7 @@ def base_image(docker_daemon: Any) -> str:
         for name, path in libraries(program).items():
             inside = str(path).lstrip("/") if name.startswith("ld-linux") else f"app/{name}"
             files[inside] = path
-    load_image(docker_daemon, BASE, files, ["ENV LD_LIBRARY_PATH=/app"])
-    return BASE
+    load_image(client, BASE, files, ["ENV LD_LIBRARY_PATH=/app"])
 
 
 def load_image(client: Any, name: str, files: Mapping[str, Path], changes: list[str]) -> None:
@@ -99,5 +124,5 @@ def load_image(client: Any, name: str, files: Mapping[str, Path], changes: list[
             member.mode = 0o755
             with path.resolve().open("rb") as stream:
                 archive.addfile(member, stream)
-    repository, _, tag = name.rpartition(":")
-    client.api.import_image_from_data(content.getvalue(), repository=repository, tag=tag, changes=changes)
+    # Podman takes no notice of a tag that comes by itself.
+    client.api.import_image_from_data(content.getvalue(), repository=name, changes=changes)

@@ -1,4 +1,4 @@
-"""What the tests of serving share: a llama-server binary, adapters, raw HTTP.
+"""What the tests of serving share, a plugin: a llama-server binary, adapters, raw HTTP.
 
 `make llama-server` compiles the binary (minutes; see tests/llama_server); it lies beside the
 session's other pieces, and a test that needs it fails without.
@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
+import pytest
 
+from forge.serve.adapters import serve_with_adapters
+from forge.serve.embedded import serve_embedded
+from forge.serve.endpoint import Endpoint
+from forge.serve.runtime import Settings
 from tests.conftest import SESSION_HOME
-from tests.tiny_gguf import REPLY, SPECIAL, WIDTH
+from tests.tiny_gguf import REPLY, SPECIAL, WIDTH, write_tiny_gguf
 
 HELLO = [{"role": "user", "content": "Hello"}]
+KEY = "open-sesame-1234"
 
 
 def llama_server() -> Path:
@@ -73,3 +80,24 @@ def write_adapter(path: Path, *, says: str, architecture: str = "llama") -> Path
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.fixture(scope="module")
+def adapter_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `tiny.gguf`, and the adapters `Y.gguf` and `N.gguf` of it, which say so."""
+    folder = tmp_path_factory.mktemp("adapters")
+    write_tiny_gguf(folder / "tiny.gguf")
+    for name in "YN":
+        write_adapter(folder / f"{name}.gguf", says=name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served_adapters(adapter_files: Path) -> Iterator[Endpoint]:
+    """The model `base`, and `yes` and `no` over it, for who has the `KEY`; nothing is left of it."""
+    settings = Settings(adapter_files / "tiny.gguf", "base", 512, threads=1, api_key=KEY)
+    named = {"yes": adapter_files / "Y.gguf", "no": adapter_files / "N.gguf"}
+    with serve_with_adapters(serve_embedded, settings, named) as endpoint:
+        yield endpoint
+    assert not listens(endpoint.url)
+    assert not own_servers()

@@ -1,4 +1,4 @@
-"""Real ships for the tests: the command as a program of its own, in a place of its own.
+"""Real ships for the tests, a plugin: the command as a program of its own, in a place of its own.
 
 `Workshop.forge` runs a command to its end, `Workshop.start` leaves it running. Places that share a
 store (`Workshop.beside`) find each other's artifacts but have runs of their own.
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from forge.process import Child
+from tests.conftest import link_converters
 
 # Small in every way: two dozen rows, four steps, no claim that anything was learned.
 RECIPE: Mapping[str, Any] = {
@@ -145,3 +147,19 @@ def processes_of(home: Path) -> list[psutil.Process]:
             if one.pid != os.getpid() and one.environ().get("FORGE_HOME") == str(home):
                 found.append(one)
     return found
+
+
+@pytest.fixture(scope="module")
+def ship_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A store for the ships of a module, which leave nothing running."""
+    home = link_converters(tmp_path_factory.mktemp("store") / "home")
+    yield home
+    assert processes_of(home) == [], "something of the ships is still running"
+
+
+@pytest.fixture
+def workshop(ship_store: Path, tmp_path: Path) -> Workshop:
+    """A directory of the test's own, with the store of its module."""
+    directory = tmp_path / "here"
+    directory.mkdir()
+    return Workshop(directory, ship_store)

@@ -8,7 +8,6 @@ has what goes before an answer.
 # ruff: noqa: E501 - one statement a test
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,7 +19,7 @@ from forge.model.builtin.tokenizer import CHATML
 from forge.tools.ollama import Ollama, stops_in
 from tests import real_go
 from tests.fake_ollama import FakeOllama
-from tests.ollama_servers import SERVERS, asked, make, name_on
+from tests.ollama_servers import make
 from tests.tiny_gguf import END_OF_TEXT, REPLY, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
@@ -29,117 +28,121 @@ GO = '{{- range .Messages }}{{ "[" }}{{ .Role }}{{ "]" }}{{ .Content }}{{ end }}
 RENAMED = CHATML.replace("<|im_start|>", "<|turn|>").replace("<|im_end|>", "<|end|>")
 
 
-@pytest.fixture(scope="module", params=SERVERS)
-def url(request: pytest.FixtureRequest) -> Iterator[str]:
-    with asked(request.param) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest.fixture
-def server(url: str) -> Iterator[Ollama]:
-    with Ollama(url) as found:
-        yield found
-
-
-@pytest.fixture
-def name(server: Ollama) -> Iterator[str]:
-    with name_on(server) as found:
-        yield found
-
-
-def test_parameters_are_looked_at_only_when_a_model_answers(server: Ollama, name: str, gguf: Path) -> None:
-    make(server, name, gguf, parameters={"temperature": "warm", "num_ctx": 512})
+def test_parameters_are_looked_at_only_when_a_model_answers(
+    ollama_client: Ollama, model_name: str, tiny_gguf: Path
+) -> None:
+    make(ollama_client, model_name, tiny_gguf, parameters={"temperature": "warm", "num_ctx": 512})
     with pytest.raises(Exception, match='option "temperature" must be of type float32') as caught:
-        server.chat(name, USER)
+        ollama_client.chat(model_name, USER)
     assert "(500)" in str(caught.value)
 
 
-def test_the_independent_client(url: str, name: str, gguf: Path) -> None:
+def test_the_independent_client(ollama_url: str, model_name: str, tiny_gguf: Path) -> None:
     """PyPI's ollama: blobs in chunks, create, show, list, chat, copy, delete."""
-    client = ollama.Client(url, trust_env=False)
-    digest = client.create_blob(gguf)
+    client = ollama.Client(ollama_url, trust_env=False)
+    digest = client.create_blob(tiny_gguf)
     told = client.create(
-        name, files={gguf.name: digest}, template=GO, parameters={"num_ctx": 512, "stop": ["<|im_end|>"]}
+        model_name,
+        files={tiny_gguf.name: digest},
+        template=GO,
+        parameters={"num_ctx": 512, "stop": ["<|im_end|>"]},
     )
     assert told.status == "success"
-    assert client.show(name).template == GO
-    assert f"{name}:latest" in [one.model for one in client.list().models]
-    answer = client.chat(name, USER, options={"temperature": 0})
+    assert client.show(model_name).template == GO
+    assert f"{model_name}:latest" in [one.model for one in client.list().models]
+    answer = client.chat(model_name, USER, options={"temperature": 0})
     assert (answer.message.content, answer.done_reason) == (REPLY, "stop")
     with pytest.raises(ollama.ResponseError, match="not found") as caught:
         client.chat("forge-test-nobody", USER)
     assert caught.value.status_code == 404
-    client.copy(name, f"{name}-2")
-    client.delete(f"{name}-2")
-    assert f"{name}-2:latest" not in [one.model for one in client.list().models]
+    client.copy(model_name, f"{model_name}-2")
+    client.delete(f"{model_name}-2")
+    assert f"{model_name}-2:latest" not in [one.model for one in client.list().models]
 
 
-def test_stops_accumulate_and_are_shown(server: Ollama, name: str, gguf: Path) -> None:
+def test_stops_accumulate_and_are_shown(ollama_client: Ollama, model_name: str, tiny_gguf: Path) -> None:
     make(
-        server, name, gguf, template=GO, parameters={"stop": ["<|im_end|>", 'say "x"', "\n"], "num_ctx": 512}
+        ollama_client,
+        model_name,
+        tiny_gguf,
+        template=GO,
+        parameters={"stop": ["<|im_end|>", 'say "x"', "\n"], "num_ctx": 512},
     )
-    assert stops_in(server.show(name)) == {"<|im_end|>", 'say "x"', "\n"}
+    assert stops_in(ollama_client.show(model_name)) == {"<|im_end|>", 'say "x"', "\n"}
 
 
-def test_keep_alive_0_unloads(url: str, server: Ollama, name: str, gguf: Path) -> None:
+def test_keep_alive_0_unloads(
+    ollama_url: str, ollama_client: Ollama, model_name: str, tiny_gguf: Path
+) -> None:
     """As PyPI's ollama lists it."""
-    client = ollama.Client(url, trust_env=False)
-    make(server, name, gguf, template=GO, parameters={"num_ctx": 512})
-    server.chat(name, USER, options={"num_predict": 1})
-    assert f"{name}:latest" in [one.model for one in client.ps().models]
-    server.unload(name)
-    assert f"{name}:latest" not in [one.model for one in client.ps().models]
+    client = ollama.Client(ollama_url, trust_env=False)
+    make(ollama_client, model_name, tiny_gguf, template=GO, parameters={"num_ctx": 512})
+    ollama_client.chat(model_name, USER, options={"num_predict": 1})
+    assert f"{model_name}:latest" in [one.model for one in client.ps().models]
+    ollama_client.unload(model_name)
+    assert f"{model_name}:latest" not in [one.model for one in client.ps().models]
 
 
-def test_it_shows_its_prompt(server: Ollama, name: str, gguf: Path) -> None:
+def test_it_shows_its_prompt(ollama_client: Ollama, model_name: str, tiny_gguf: Path) -> None:
     """`_debug_render_only`; neighbours of one role are merged."""
-    make(server, name, gguf, template=GO, parameters={"num_ctx": 512})
+    make(ollama_client, model_name, tiny_gguf, template=GO, parameters={"num_ctx": 512})
     messages = [*USER, {"role": "user", "content": "{{ x }}"}, {"role": "assistant", "content": "a"}, *USER]
-    shown = server.prompt(name, messages)
+    shown = ollama_client.prompt(model_name, messages)
     assert shown == "[user]Hello?\n\n{{ x }}[assistant]a[user]Hello?<|im_start|>assistant\n"
 
 
 def test_tools_and_thinking_need_a_template_that_has_them(
-    url: str, server: Ollama, name: str, gguf: Path
+    ollama_url: str, ollama_client: Ollama, model_name: str, tiny_gguf: Path
 ) -> None:
-    make(server, name, gguf, template=GO, parameters={"num_ctx": 512})
+    make(ollama_client, model_name, tiny_gguf, template=GO, parameters={"num_ctx": 512})
     tool = {
         "type": "function",
         "function": {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}},
     }
     for more in ({"tools": [tool]}, {"think": True}):
-        body = {"model": name, "messages": USER, "stream": False, **more}
-        answer = httpx.post(f"{url}/api/chat", json=body, trust_env=False, timeout=60)
+        body = {"model": model_name, "messages": USER, "stream": False, **more}
+        answer = httpx.post(f"{ollama_url}/api/chat", json=body, trust_env=False, timeout=60)
         assert (answer.status_code, "does not support" in answer.json()["error"]) == (400, True)
 
 
-def test_a_jinja_near_to_a_known_one_is_taken_for_it(server: Ollama, name: str, tmp_path: Path) -> None:
+def test_a_jinja_near_to_a_known_one_is_taken_for_it(
+    ollama_client: Ollama, model_name: str, tmp_path: Path
+) -> None:
     """ChatML with renamed tokens is prompted with <|im_start|>, in silence; its stops come with it."""
-    make(server, name, write_tiny_gguf(tmp_path / "m.gguf", template=RENAMED), parameters={"num_ctx": 512})
-    assert server.prompt(name, USER).startswith("<|im_start|>user\n")
-    assert "<|im_end|>" in stops_in(server.show(name))
+    make(
+        ollama_client,
+        model_name,
+        write_tiny_gguf(tmp_path / "m.gguf", template=RENAMED),
+        parameters={"num_ctx": 512},
+    )
+    assert ollama_client.prompt(model_name, USER).startswith("<|im_start|>user\n")
+    assert "<|im_end|>" in stops_in(ollama_client.show(model_name))
 
 
-def test_forges_remark_keeps_the_guess_off(server: Ollama, name: str, tmp_path: Path) -> None:
+def test_forges_remark_keeps_the_guess_off(ollama_client: Ollama, model_name: str, tmp_path: Path) -> None:
     pinned = ChatTemplate(RENAMED).pinned_source()
     path = write_tiny_gguf(tmp_path / "m.gguf", template=pinned)
-    make(server, name, path, parameters={"num_ctx": 512, "stop": ["<|end|>"]})
+    make(ollama_client, model_name, path, parameters={"num_ctx": 512, "stop": ["<|end|>"]})
     expected = ChatTemplate(RENAMED).render(USER, add_generation_prompt=True)
-    assert server.prompt(name, USER) == expected
-    assert stops_in(server.show(name)) == {"<|end|>"}
+    assert ollama_client.prompt(model_name, USER) == expected
+    assert stops_in(ollama_client.show(model_name)) == {"<|end|>"}
 
 
-def test_without_a_template_it_falls_back_to_chatml(server: Ollama, name: str, tmp_path: Path) -> None:
-    make(server, name, write_tiny_gguf(tmp_path / "m.gguf", template=None), parameters={"num_ctx": 512})
-    assert server.prompt(name, USER) == ChatTemplate(CHATML).render(USER, add_generation_prompt=True)
+def test_without_a_template_it_falls_back_to_chatml(
+    ollama_client: Ollama, model_name: str, tmp_path: Path
+) -> None:
+    make(
+        ollama_client,
+        model_name,
+        write_tiny_gguf(tmp_path / "m.gguf", template=None),
+        parameters={"num_ctx": 512},
+    )
+    assert ollama_client.prompt(model_name, USER) == ChatTemplate(CHATML).render(
+        USER, add_generation_prompt=True
+    )
 
 
-def test_the_server_switches_thinking_on(server: Ollama, name: str, tmp_path: Path) -> None:
+def test_the_server_switches_thinking_on(ollama_client: Ollama, model_name: str, tmp_path: Path) -> None:
     """transformers leaves it undefined (silent wrong 17)."""
     thinking = (
         CHATML
@@ -148,38 +151,43 @@ def test_the_server_switches_thinking_on(server: Ollama, name: str, tmp_path: Pa
         + "x " * 200
         + "#}"
     )
-    make(server, name, write_tiny_gguf(tmp_path / "m.gguf", template=thinking), parameters={"num_ctx": 512})
-    assert server.prompt(name, USER).endswith("<think>")
+    make(
+        ollama_client,
+        model_name,
+        write_tiny_gguf(tmp_path / "m.gguf", template=thinking),
+        parameters={"num_ctx": 512},
+    )
+    assert ollama_client.prompt(model_name, USER).endswith("<think>")
 
 
-def test_a_template_that_writes_bos_makes_two(server: Ollama, name: str, tmp_path: Path) -> None:
+def test_a_template_that_writes_bos_makes_two(ollama_client: Ollama, model_name: str, tmp_path: Path) -> None:
     """The GGUF adds one: 17 tokens for 16 (silent wrong 3, pitfall 48)."""
     path = write_tiny_gguf(tmp_path / "m.gguf", adds_bos=True)
     counted = {}
     for bos in ("", "<|endoftext|>"):
-        make(server, name, path, template=bos + GO, parameters={"num_ctx": 512})
-        counted[bos] = server.chat(name, USER, options={"num_predict": 1})["prompt_eval_count"]
+        make(ollama_client, model_name, path, template=bos + GO, parameters={"num_ctx": 512})
+        counted[bos] = ollama_client.chat(model_name, USER, options={"num_predict": 1})["prompt_eval_count"]
     assert counted["<|endoftext|>"] == counted[""] + 1
     assert END_OF_TEXT == 0
 
 
-def test_older_turns_are_dropped_in_silence(server: Ollama, name: str, gguf: Path) -> None:
+def test_older_turns_are_dropped_in_silence(ollama_client: Ollama, model_name: str, tiny_gguf: Path) -> None:
     """Silent wrong 14."""
-    make(server, name, gguf, template=GO, parameters={"num_ctx": 128})
+    make(ollama_client, model_name, tiny_gguf, template=GO, parameters={"num_ctx": 128})
     long = {"role": "user", "content": "word " * 40}
     messages = [long, {"role": "assistant", "content": "a"}, {"role": "user", "content": "And now?"}]
-    shown = server.prompt(name, messages)
+    shown = ollama_client.prompt(model_name, messages)
     assert "word" not in shown and shown.endswith("[user]And now?<|im_start|>assistant\n")
 
 
-def test_before_0_30_there_is_no_jinja(gguf: Path) -> None:
+def test_before_0_30_there_is_no_jinja(tiny_gguf: Path) -> None:
     """A TEMPLATE is needed; without one the bare prompt goes in."""
     with FakeOllama(
         version="0.12.6", go=lambda text, data: text.replace("{{ .Prompt }}", data["Prompt"])
     ) as old:
         with Ollama(old.url) as server:
             path = write_tiny_gguf(
-                gguf.with_name("other.gguf"), template=ChatTemplate(RENAMED).pinned_source()
+                tiny_gguf.with_name("other.gguf"), template=ChatTemplate(RENAMED).pinned_source()
             )
             make(server, "forge-test-old", path, parameters={"num_ctx": 512})
             assert server.version() == (0, 12, 6)
@@ -187,7 +195,7 @@ def test_before_0_30_there_is_no_jinja(gguf: Path) -> None:
 
 
 @pytest.mark.slow
-def test_templates_in_real_go(oracle: Path, gguf: Path) -> None:
+def test_templates_in_real_go(oracle: Path, tiny_gguf: Path) -> None:
     """`.System` beside the system message writes it twice; legacy templates run once a turn."""
     messages = [
         {"role": "system", "content": "S"},
@@ -205,5 +213,5 @@ def test_templates_in_real_go(oracle: Path, gguf: Path) -> None:
         Ollama(fake.url) as server,
     ):
         for template, expected in cases.items():
-            make(server, "forge-test-go", gguf, template=template, parameters={"num_ctx": 512})
+            make(server, "forge-test-go", tiny_gguf, template=template, parameters={"num_ctx": 512})
             assert server.prompt("forge-test-go", messages) == expected

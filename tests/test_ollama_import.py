@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from forge.chat.hand_over import hand_over_of, write_modelfiles
 from forge.chat.modelfile import Modelfile, parse
-from forge.chat.template import ChatTemplate
 from forge.cli.main import run
 from forge.errors import CheckError, DataError, RecipeError
 from forge.model.builtin.tokenizer import CHATML
@@ -23,21 +21,10 @@ from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling
 from forge.tools.ollama import Ollama, OllamaError
 from tests.fake_ollama import FakeOllama
+from tests.ollama_servers import PINNED
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
-PINNED = ChatTemplate(CHATML, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}).pinned_source()
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", template=PINNED)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
 
 
 def only(fake: FakeOllama, *names: str) -> bool:
@@ -46,10 +33,10 @@ def only(fake: FakeOllama, *names: str) -> bool:
 
 
 @pytest.mark.parametrize(("version", "way"), [("0.33.0-rc2", "jinja"), ("0.0.0", "jinja"), ("0.12.6", "go")])
-def test_the_way_follows_the_version(gguf: Path, version: str, way: str) -> None:
+def test_the_way_follows_the_version(pinned_gguf: Path, version: str, way: str) -> None:
     """Q2, P2, P3."""
     with FakeOllama(version=version) as fake, Ollama(fake.url) as server:
-        done = import_model(server, "yoda", gguf, hand_over_of(gguf))
+        done = import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf))
         assert (done.name, done.way, done.digest) == ("yoda", way, server.digest("yoda"))
         assert done.prompts > 40
         assert only(fake, "yoda")
@@ -57,11 +44,11 @@ def test_the_way_follows_the_version(gguf: Path, version: str, way: str) -> None
         assert (fake.models["yoda:latest"].template is None) == (way == "jinja")
 
 
-def test_servers_that_are_too_old(gguf: Path, tmp_path: Path) -> None:
+def test_servers_that_are_too_old(pinned_gguf: Path, tmp_path: Path) -> None:
     """Nothing is proved, so nothing is imported, and it says why."""
     with FakeOllama(version="0.11.4") as fake, Ollama(fake.url) as server:
         with pytest.raises(OllamaError, match="does not show its prompts") as caught:
-            import_model(server, "yoda", gguf, hand_over_of(gguf))
+            import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf))
         assert "0.11.5" in caught.value.hint and only(fake)
     reverse = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     path = write_tiny_gguf(tmp_path / "m.gguf", template=reverse)
@@ -71,15 +58,15 @@ def test_servers_that_are_too_old(gguf: Path, tmp_path: Path) -> None:
         assert "the server is older than 0.30" in str(failed.value.problems[0]) and only(fake)
 
 
-def test_a_blob_goes_up_once(fake: FakeOllama, gguf: Path) -> None:
-    with Ollama(fake.url) as server:
+def test_a_blob_goes_up_once(fake_ollama: FakeOllama, pinned_gguf: Path) -> None:
+    with Ollama(fake_ollama.url) as server:
         for _ in range(2):
-            import_model(server, "yoda", gguf, hand_over_of(gguf))
-    assert fake.asked.count("POST /api/blobs/sha256") == 1
-    assert fake.asked.count("HEAD /api/blobs/sha256") == 2
+            import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf))
+    assert fake_ollama.asked.count("POST /api/blobs/sha256") == 1
+    assert fake_ollama.asked.count("HEAD /api/blobs/sha256") == 2
 
 
-def test_where_jinja_differs_go_is_taken(fake: FakeOllama, tmp_path: Path) -> None:
+def test_where_jinja_differs_go_is_taken(fake_ollama: FakeOllama, tmp_path: Path) -> None:
     """A GGUF that nobody pinned: the server switches thinking on, a TEMPLATE keeps it off."""
     thinking = (
         CHATML
@@ -88,7 +75,7 @@ def test_where_jinja_differs_go_is_taken(fake: FakeOllama, tmp_path: Path) -> No
         + "#}"
     )
     path = write_tiny_gguf(tmp_path / "m.gguf", template=thinking)
-    with Ollama(fake.url) as server:
+    with Ollama(fake_ollama.url) as server:
         assert import_model(server, "yoda", path, hand_over_of(path)).way == "go"
 
 
@@ -104,38 +91,42 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_prompts_that_differ_stop_the_import(fake: FakeOllama, gguf: Path, fault: str) -> None:
+def test_prompts_that_differ_stop_the_import(fake_ollama: FakeOllama, pinned_gguf: Path, fault: str) -> None:
     """Silent wrongs 1, 2, 3, 14, 17: caught on the server, whatever wrote them; the name stays as it was."""
-    with Ollama(fake.url) as server:
-        import_model(server, "yoda", gguf, hand_over_of(gguf))
+    with Ollama(fake_ollama.url) as server:
+        import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf))
         before = server.digest("yoda")
-        fake.spoil = FAULTS[fault]
+        fake_ollama.spoil = FAULTS[fault]
         with pytest.raises(CheckError, match="yoda is as it was") as caught:
-            import_model(server, "yoda", gguf, hand_over_of(gguf))
+            import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf))
         assert {problem.field.partition(": ")[2] for problem in caught.value.problems} == {
             "trained on",
             "Ollama",
         }
-        assert server.digest("yoda") == before and only(fake, "yoda")
+        assert server.digest("yoda") == before and only(fake_ollama, "yoda")
 
 
-def test_lost_stops_stop_the_import(fake: FakeOllama, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_stops_stop_the_import(
+    fake_ollama: FakeOllama, pinned_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Silent wrong 4."""
-    told = hand_over_of(gguf)
+    told = hand_over_of(pinned_gguf)
     monkeypatch.setattr("forge.serve.ollama.stops_in", lambda shown: {"<|im_end|>"})
-    with Ollama(fake.url) as server, pytest.raises(CheckError) as caught:
-        import_model(server, "yoda", gguf, replace(told, stops=("<|im_end|>", "</s>")))
+    with Ollama(fake_ollama.url) as server, pytest.raises(CheckError) as caught:
+        import_model(server, "yoda", pinned_gguf, replace(told, stops=("<|im_end|>", "</s>")))
     assert "['<|im_end|>'] instead of ['</s>', '<|im_end|>']" in str(caught.value.problems[0])
 
 
 @pytest.mark.parametrize("counts_new_alone", [False, True])
-def test_a_second_bos_shows_in_the_count(fake: FakeOllama, tmp_path: Path, counts_new_alone: bool) -> None:
+def test_a_second_bos_shows_in_the_count(
+    fake_ollama: FakeOllama, tmp_path: Path, counts_new_alone: bool
+) -> None:
     """The text is right, the tokens are not (silent wrong 3, pitfall 48); whether or not it counts what it kept."""
-    fake.counts_new_alone = counts_new_alone
+    fake_ollama.counts_new_alone = counts_new_alone
     path = write_tiny_gguf(tmp_path / "m.gguf", template=PINNED)
     template = hand_over_of(path).template
     user = [{"role": "user", "content": "Hello?"}]
-    with Ollama(fake.url) as server:
+    with Ollama(fake_ollama.url) as server:
         import_model(server, "yoda", path, hand_over_of(path))
         right = server.chat("yoda", user, options={"num_predict": 1})["prompt_eval_count"]
         prove_prompts(
@@ -146,48 +137,50 @@ def test_a_second_bos_shows_in_the_count(fake: FakeOllama, tmp_path: Path, count
     assert str(caught.value.problems[1]).startswith("Ollama: ")
 
 
-def test_a_bos_that_training_never_saw_is_refused(fake: FakeOllama, tmp_path: Path) -> None:
+def test_a_bos_that_training_never_saw_is_refused(fake_ollama: FakeOllama, tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf", template=PINNED, adds_bos=True)
     with (
-        Ollama(fake.url) as server,
+        Ollama(fake_ollama.url) as server,
         pytest.raises(CheckError, match="that training by the template never saw"),
     ):
         import_model(server, "yoda", path, hand_over_of(path))
-    assert only(fake)
+    assert only(fake_ollama)
 
 
-def test_a_proof_of_nothing_is_none(fake: FakeOllama, gguf: Path) -> None:
+def test_a_proof_of_nothing_is_none(fake_ollama: FakeOllama, pinned_gguf: Path) -> None:
     with (
-        Ollama(fake.url) as server,
+        Ollama(fake_ollama.url) as server,
         pytest.raises(CheckError, match="no conversation fits into a context of 24"),
     ):
-        import_model(server, "yoda", gguf, replace(hand_over_of(gguf), context_tokens=24))
-    assert only(fake)
+        import_model(server, "yoda", pinned_gguf, replace(hand_over_of(pinned_gguf), context_tokens=24))
+    assert only(fake_ollama)
 
 
-def test_smoke_queries_come_before_the_name(fake: FakeOllama, gguf: Path) -> None:
+def test_smoke_queries_come_before_the_name(fake_ollama: FakeOllama, pinned_gguf: Path) -> None:
     def ask(endpoint: object) -> None:
         raise CheckError("1 of 1 smoke queries failed")
 
-    with Ollama(fake.url) as server, pytest.raises(CheckError, match="smoke"):
-        import_model(server, "yoda", gguf, hand_over_of(gguf), ask=ask)
-    assert only(fake)
+    with Ollama(fake_ollama.url) as server, pytest.raises(CheckError, match="smoke"):
+        import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf), ask=ask)
+    assert only(fake_ollama)
 
 
-def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runtime(
+    fake_ollama: FakeOllama, pinned_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`deploy.runtime: ollama`; what the run's Modelfile says of stops and sampling is handed over."""
     written = Modelfile(
         "./tiny.gguf",
         parameters={"stop": ("<|im_end|>", "<|x|>"), "num_ctx": 1024, "top_k": 5},
         licences=("MIT",),
     )
-    monkeypatch.setenv("OLLAMA_HOST", fake.url)
-    settings = Settings(gguf, "yoda", context_tokens=512, threads=2, gpu_layers=-1, modelfile=written)
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    settings = Settings(pinned_gguf, "yoda", context_tokens=512, threads=2, gpu_layers=-1, modelfile=written)
     with runtime_for("ollama")(settings, log=tmp_path / "log.txt") as endpoint:
         with Client(endpoint) as client:
             reply = client.chat([{"role": "user", "content": "Hello?"}], Sampling(max_tokens=64))
         assert (reply.text, reply.finish_reason) == (REPLY, "stop")
-    model = fake.models["yoda:latest"]
+    model = fake_ollama.models["yoda:latest"]
     assert model.parameters == {
         "stop": ["<|im_end|>", "<|x|>"],
         "num_ctx": 512,
@@ -196,7 +189,7 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
         "num_thread": 2,
     }
     assert model.licences == ["MIT"]
-    for setting in ({"api_key": "k"}, {"parallel": 2}, {"adapters": (gguf,)}, {"image": "x"}):
+    for setting in ({"api_key": "k"}, {"parallel": 2}, {"adapters": (pinned_gguf,)}, {"image": "x"}):
         with pytest.raises(RecipeError, match="the runtime ollama has no"):
             runtime_for("ollama")(replace(settings, **setting)).__enter__()
     with pytest.raises(DataError, match="a context of 999999 tokens is asked for, the model was made for"):
@@ -209,53 +202,56 @@ def test_the_runtime(fake: FakeOllama, gguf: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_another_machines_server_is_no_door_of_ours(
-    fake: FakeOllama, gguf: Path, monkeypatch: pytest.MonkeyPatch
+    fake_ollama: FakeOllama, pinned_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`--host gpu-box --port 11434`: who may ask that one is its owner's business; it takes no key."""
     asked: list[str] = []
 
     def reach(url: str, *, log: Path | None = None) -> Ollama:
         asked.append(url)
-        return Ollama(fake.url)
+        return Ollama(fake_ollama.url)
 
     monkeypatch.setattr("forge.serve.ollama.reach", reach)
-    with runtime_for("ollama")(Settings(gguf, "yoda", 512, host="gpu-box", port=11434)):
-        assert only(fake, "yoda")
+    with runtime_for("ollama")(Settings(pinned_gguf, "yoda", 512, host="gpu-box", port=11434)):
+        assert only(fake_ollama, "yoda")
     assert asked == ["http://gpu-box:11434"]
 
 
 def test_adapters_are_looked_at_here_because_ollama_does_not(
-    fake: FakeOllama, gguf: Path, tmp_path: Path
+    fake_ollama: FakeOllama, pinned_gguf: Path, tmp_path: Path
 ) -> None:
-    told = hand_over_of(gguf)
+    told = hand_over_of(pinned_gguf)
     wrong = write_tiny_gguf(tmp_path / "a.gguf", architecture="qwen2", kind="adapter")
     right = write_tiny_gguf(tmp_path / "b.gguf", kind="adapter")
-    with Ollama(fake.url) as server:
+    with Ollama(fake_ollama.url) as server:
         with pytest.raises(DataError, match="architecture qwen2"):
-            import_model(server, "yoda", gguf, told, adapter=wrong)
+            import_model(server, "yoda", pinned_gguf, told, adapter=wrong)
         with pytest.raises(DataError, match="a model, not an adapter"):
-            import_model(server, "yoda", gguf, told, adapter=gguf)
-        import_model(server, "yoda", gguf, told, adapter=right)
-    assert fake.models["yoda:latest"].adapter is not None
+            import_model(server, "yoda", pinned_gguf, told, adapter=pinned_gguf)
+        import_model(server, "yoda", pinned_gguf, told, adapter=right)
+    assert fake_ollama.models["yoda:latest"].adapter is not None
 
 
 def test_a_bare_gguf_has_its_tokens_counted(
-    fake: FakeOllama, gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake_ollama: FakeOllama,
+    pinned_gguf: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Silent wrong 3: no recipe tells them, the file's own vocabulary does."""
-    monkeypatch.setenv("OLLAMA_HOST", fake.url)
-    command = ["import", str(gguf), "--name", "yoda", "--json"]
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    command = ["import", str(pinned_gguf), "--name", "yoda", "--json"]
     assert run(command) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_checked"] == 12
-    fake.counts_more = 1
+    fake_ollama.counts_more = 1
     assert run(command) == 5
     problems = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["problems"]
     assert problems[0]["message"].endswith(" tokens'")
 
 
 def test_without_the_vocabularys_reader_it_says_that_no_tokens_are_counted(
-    fake: FakeOllama,
-    gguf: Path,
+    fake_ollama: FakeOllama,
+    pinned_gguf: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -263,15 +259,18 @@ def test_without_the_vocabularys_reader_it_says_that_no_tokens_are_counted(
     """An install that only serves has no llama-cpp-python."""
     (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("OLLAMA_HOST", fake.url)
-    assert run(["import", str(gguf), "--name", "yoda", "--json"]) == 0
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    assert run(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["tokens_checked"] == 0
     assert "token counts are not compared" in said.err and "llama_cpp is not installed" in said.err
 
 
 def test_what_no_modelfile_can_hold_goes_over_http(
-    fake: FakeOllama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake_ollama: FakeOllama,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A stop with a character that Ollama's reader drops, a licence with a line that ends in three quotes."""
     path = write_tiny_gguf(tmp_path / "tiny.gguf", template=PINNED)
@@ -286,7 +285,7 @@ def test_what_no_modelfile_can_hold_goes_over_http(
         )
         assert (parse(text).stops, parse(text).licences) == (("<|im_end|>",), ("MIT",))
     (tmp_path / "manifest.json").write_text(json.dumps({"facts": {"modelfile": facts}}))
-    monkeypatch.setenv("OLLAMA_HOST", fake.url)
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
     assert run(["import", str(path), "--name", "yoda", "--json"]) == 0
-    model = fake.models["yoda:latest"]
+    model = fake_ollama.models["yoda:latest"]
     assert set(model.parameters["stop"]) == set(stops) and set(model.licences) == set(licences)

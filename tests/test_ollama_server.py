@@ -6,38 +6,24 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from forge.chat.hand_over import hand_over_of
-from forge.chat.template import ChatTemplate
 from forge.cli.main import run
 from forge.errors import MissingToolError, RecipeError, StageError
-from forge.model.builtin.tokenizer import CHATML
 from forge.serve.ollama import import_model
 from forge.serve.runtimes import check_runtime
 from forge.tools import ollama as tool
 from forge.tools.ollama import Ollama, OllamaError, server_url
 from forge.tools.ollama_server import reach
 from tests.fake_ollama import FakeOllama
+from tests.ollama_servers import PINNED
 from tests.tiny_gguf import write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
-PINNED = ChatTemplate(CHATML, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}).pinned_source()
-
-
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", template=PINNED)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        yield server
 
 
 TROUBLES = {
@@ -51,41 +37,43 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_a_server_in_trouble_is_one_clear_error(fake: FakeOllama, tmp_path: Path, trouble: str) -> None:
+def test_a_server_in_trouble_is_one_clear_error(
+    fake_ollama: FakeOllama, tmp_path: Path, trouble: str
+) -> None:
     (route, kind, status, message), said, hint = TROUBLES[trouble]
     path = write_tiny_gguf(tmp_path / "m.gguf", template=PINNED)
-    with Ollama(fake.url) as server:
+    with Ollama(fake_ollama.url) as server:
         import_model(server, "yoda", path, hand_over_of(path))
         other = write_tiny_gguf(tmp_path / "n.gguf", template=PINNED, reply="Another, this is.")
         before = server.digest("yoda")
-        fake.troubles[route.rstrip("/")] = fake.troubles[route] = (kind, status, message)
+        fake_ollama.troubles[route.rstrip("/")] = fake_ollama.troubles[route] = (kind, status, message)
         with pytest.raises(OllamaError, match=said) as caught:
             import_model(server, "yoda", other, hand_over_of(other))
-        fake.troubles.clear()
+        fake_ollama.troubles.clear()
         assert hint in caught.value.hint
         assert server.digest("yoda") == before
 
 
-def test_a_server_that_does_not_answer_in_time(fake: FakeOllama) -> None:
-    fake.troubles["/api/version"] = ("slow", 1, "")
-    with Ollama(fake.url, timeout=httpx.Timeout(0.2)) as server:
+def test_a_server_that_does_not_answer_in_time(fake_ollama: FakeOllama) -> None:
+    fake_ollama.troubles["/api/version"] = ("slow", 1, "")
+    with Ollama(fake_ollama.url, timeout=httpx.Timeout(0.2)) as server:
         with pytest.raises(OllamaError, match="gave no answer in time while it asked its version"):
             server.version()
 
 
-def test_another_server_at_that_address(fake: FakeOllama) -> None:
-    fake.version = '"'
-    with Ollama(f"{fake.url}/nowhere") as server, pytest.raises(OllamaError, match=r"\(404\)"):
+def test_another_server_at_that_address(fake_ollama: FakeOllama) -> None:
+    fake_ollama.version = '"'
+    with Ollama(f"{fake_ollama.url}/nowhere") as server, pytest.raises(OllamaError, match=r"\(404\)"):
         server.version()
 
 
 def test_a_missing_server_says_how_to_start_it(
-    monkeypatch: pytest.MonkeyPatch, gguf: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, pinned_gguf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pitfall 55."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    assert run(["import", str(gguf), "--name", "yoda", "--json"]) == 3
+    assert run(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 3
     told = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert told["message"] == "no Ollama server answers at http://127.0.0.1:9"
     assert told["hint"].startswith("start it with: ollama serve")
@@ -94,7 +82,7 @@ def test_a_missing_server_says_how_to_start_it(
 
 
 def test_it_is_started_where_the_program_is_here(
-    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pinned_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Q1: for the time of the command, and stopped after it."""
     program = tmp_path / "bin" / "ollama"
@@ -106,7 +94,7 @@ def test_it_is_started_where_the_program_is_here(
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
     check_runtime("ollama")
-    assert run(["import", str(gguf), "--name", "yoda", "--json"]) == 0
+    assert run(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["name"] == "yoda" and told["prompt_checked"] > 40 and told["digest"]
     with pytest.raises(MissingToolError):

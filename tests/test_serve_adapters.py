@@ -8,7 +8,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,30 +22,10 @@ from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 from forge.serve.wire import RefusedError
-from tests.servers import HELLO, listens, own_servers, write_adapter
+from tests.servers import HELLO, KEY, write_adapter
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
-KEY = "open-sesame"
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    write_tiny_gguf(folder / "tiny.gguf")
-    for name in "YN":
-        write_adapter(folder / f"{name}.gguf", says=name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(files: Path) -> Iterator[Endpoint]:
-    settings = Settings(files / "tiny.gguf", "base", 512, threads=1, api_key=KEY)
-    names = {"yes": files / "Y.gguf", "no": files / "N.gguf"}
-    with serve_with_adapters(serve_embedded, settings, names) as endpoint:
-        yield endpoint
-    assert not listens(endpoint.url)
-    assert not own_servers()
 
 
 def _named(endpoint: Endpoint, model: str) -> Endpoint:
@@ -54,18 +33,18 @@ def _named(endpoint: Endpoint, model: str) -> Endpoint:
 
 
 @pytest.mark.parametrize(("model", "answer"), [("base", REPLY), ("yes", "Y"), ("no", "N")])
-def test_model_chooses_the_adapter(served: Endpoint, model: str, answer: str) -> None:
-    with Client(_named(served, model)) as client:
+def test_model_chooses_the_adapter(served_adapters: Endpoint, model: str, answer: str) -> None:
+    with Client(_named(served_adapters, model)) as client:
         for _ in range(2):
             assert client.chat(HELLO).text == answer
             assert "".join(client.stream_chat(HELLO)) == answer
 
 
-def test_many_at_once_do_not_mix(served: Endpoint) -> None:
+def test_many_at_once_do_not_mix(served_adapters: Endpoint) -> None:
     said: list[tuple[str, str]] = []
 
     def ask(model: str) -> None:
-        with Client(_named(served, model)) as client:
+        with Client(_named(served_adapters, model)) as client:
             said.extend((model, client.chat(HELLO).text) for _ in range(5))
 
     threads = [threading.Thread(target=ask, args=(model,)) for model in ("base", "yes", "no") * 2]
@@ -77,26 +56,26 @@ def test_many_at_once_do_not_mix(served: Endpoint) -> None:
     assert len(said) == 30
 
 
-def test_models_are_listed_and_unknown_ones_refused(served: Endpoint) -> None:
-    with Client(_named(served, "maybe")) as client:
+def test_models_are_listed_and_unknown_ones_refused(served_adapters: Endpoint) -> None:
+    with Client(_named(served_adapters, "maybe")) as client:
         assert client.model_names() == ["base", "yes", "no"]
         with pytest.raises(RefusedError, match="no model 'maybe'; served are base, yes, no"):
             client.chat(HELLO)
     for name in ("yes", "maybe"):
-        with Client(Endpoint(served.url, name, "wrong")) as client:
+        with Client(Endpoint(served_adapters.url, name, "wrong")) as client:
             with pytest.raises(RefusedError, match="Invalid API Key") as refused:
                 client.chat(HELLO)
             assert "no" not in str(refused.value).split(), "the names are told without the key"
-    with Client(Endpoint(served.url, "yes", "wrong")) as client:
+    with Client(Endpoint(served_adapters.url, "yes", "wrong")) as client:
         with pytest.raises(RefusedError, match="Invalid API Key"):
             client.chat(HELLO)
         with pytest.raises(RefusedError, match="Invalid API Key"):
             client.model_names()
 
 
-def test_everything_else_goes_through(served: Endpoint) -> None:
+def test_everything_else_goes_through(served_adapters: Endpoint) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=served.url, headers=headers, trust_env=False) as http:
+    with httpx.Client(base_url=served_adapters.url, headers=headers, trust_env=False) as http:
         assert http.get("/health").json() == {"status": "ok"}
         assert "<html" in http.get("/").text.lower()
         assert "llamacpp:" in http.get("/metrics").text
@@ -109,14 +88,14 @@ def test_everything_else_goes_through(served: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("target", ["@127.0.0.1:{port}/secret", "http://127.0.0.1:{port}/secret", "/a\x01b"])
-def test_no_request_reaches_another_host(served: Endpoint, target: str) -> None:
+def test_no_request_reaches_another_host(served_adapters: Endpoint, target: str) -> None:
     """Security: the proxy asks its own server and nobody else."""
     with socket.socket() as other, socket.socket() as asking:
         other.bind(("127.0.0.1", 0))
         other.listen()
         other.settimeout(0.5)
         line = f"GET {target.format(port=other.getsockname()[1])} HTTP/1.1\r\nHost: x\r\n\r\n"
-        address = urlsplit(served.url)
+        address = urlsplit(served_adapters.url)
         asking.connect((address.hostname, address.port))
         asking.sendall(line.encode())
         assert asking.recv(100).startswith(b"HTTP/1.1 4")
@@ -162,40 +141,42 @@ _POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer
     ],
 )
 def test_what_is_no_request_gets_an_error_in_openais_shape(
-    served: Endpoint, request_bytes: bytes, status: int, capfd: pytest.CaptureFixture[str]
+    served_adapters: Endpoint, request_bytes: bytes, status: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found, body = _raw(served, request_bytes)
+    found, body = _raw(served_adapters, request_bytes)
     assert found == status
     error = json.loads(body)["error"]
     assert error["code"] == status and error["message"]
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_headers_go_through_byte_for_byte_and_http_1_0_gets_no_chunks(served: Endpoint) -> None:
+def test_headers_go_through_byte_for_byte_and_http_1_0_gets_no_chunks(served_adapters: Endpoint) -> None:
     body = json.dumps({"model": "yes", "messages": HELLO}).encode()
     head = _POST.replace(b"HTTP/1.1", b"HTTP/1.0") + b"X-Name: Gr\xfc\xdfe\r\n"
-    status, answer = _raw(served, head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    status, answer = _raw(served_adapters, head + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
     assert status == 200
     assert json.loads(answer)["choices"][0]["message"]["content"] == "Y"
 
 
-def test_dropped_connections_leave_no_traceback(served: Endpoint, capfd: pytest.CaptureFixture[str]) -> None:
-    address = urlsplit(served.url)
+def test_dropped_connections_leave_no_traceback(
+    served_adapters: Endpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = urlsplit(served_adapters.url)
     for request in (b"", b"GET /he", _POST + b"Content-Length: 100\r\n\r\n{"):
         asking = socket.create_connection((address.hostname or "", address.port or 0))
         asking.sendall(request)
         # A reset, not an orderly end.
         asking.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         asking.close()
-    with Client(_named(served, "yes")) as client:
+    with Client(_named(served_adapters, "yes")) as client:
         assert client.chat(HELLO).text == "Y"
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_who_goes_away_stops_the_answer(files: Path, tmp_path: Path) -> None:
+def test_who_goes_away_stops_the_answer(adapter_files: Path, tmp_path: Path) -> None:
     endless = write_tiny_gguf(tmp_path / "endless.gguf", endless=True)
     settings = Settings(endless, "base", 4096, threads=1, parallel=1)
-    with serve_with_adapters(serve_embedded, settings, {"yes": files / "Y.gguf"}) as endpoint:
+    with serve_with_adapters(serve_embedded, settings, {"yes": adapter_files / "Y.gguf"}) as endpoint:
         with Client(endpoint) as client:
             answer = client.stream_chat(HELLO)
             assert next(answer)
@@ -208,10 +189,10 @@ def test_who_goes_away_stops_the_answer(files: Path, tmp_path: Path) -> None:
 
 
 def test_oversized_and_unmeasured_bodies_are_refused_in_openais_shape(
-    served: Endpoint, monkeypatch: pytest.MonkeyPatch
+    served_adapters: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("forge.serve.adapters.MOST_BYTES", 1000)
-    url = served.route("/v1/chat/completions")
+    url = served_adapters.route("/v1/chat/completions")
     large = httpx.post(url, content=b"x" * 1001, trust_env=False)
     chunked = httpx.post(url, content=iter([b"x"]), trust_env=False)
     assert (large.status_code, chunked.status_code) == (413, 411)
@@ -219,10 +200,10 @@ def test_oversized_and_unmeasured_bodies_are_refused_in_openais_shape(
     assert json.loads(chunked.content)["error"]["type"] == "invalid_request_error"
 
 
-def test_wrong_adapters_and_a_taken_port_are_said(files: Path, tmp_path: Path) -> None:
-    settings = Settings(files / "tiny.gguf", "base", 512, threads=1)
+def test_wrong_adapters_and_a_taken_port_are_said(adapter_files: Path, tmp_path: Path) -> None:
+    settings = Settings(adapter_files / "tiny.gguf", "base", 512, threads=1)
     with pytest.raises(DataError, match=r"tiny\.gguf: a model, not an adapter"):
-        with serve_with_adapters(serve_embedded, settings, {"x": files / "tiny.gguf"}):
+        with serve_with_adapters(serve_embedded, settings, {"x": adapter_files / "tiny.gguf"}):
             raise AssertionError("it served")
     other = write_adapter(tmp_path / "gemma.gguf", says="N", architecture="gemma")
     with pytest.raises(DataError, match="for the architecture gemma, the model's is llama"):
@@ -232,7 +213,7 @@ def test_wrong_adapters_and_a_taken_port_are_said(files: Path, tmp_path: Path) -
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        wish = Settings(files / "tiny.gguf", "base", 512, threads=1, port=port)
+        wish = Settings(adapter_files / "tiny.gguf", "base", 512, threads=1, port=port)
         with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be listened on"):
-            with serve_with_adapters(serve_embedded, wish, {"yes": files / "Y.gguf"}):
+            with serve_with_adapters(serve_embedded, wish, {"yes": adapter_files / "Y.gguf"}):
                 raise AssertionError("it served")

@@ -16,29 +16,11 @@ import httpx
 import pytest
 
 from forge.serve.adapters import serve_with_adapters
-from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
-from tests.servers import HELLO, write_adapter
-from tests.tiny_gguf import write_tiny_gguf
+from tests.servers import HELLO, KEY
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
-KEY = "open-sesame"
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    write_tiny_gguf(folder / "tiny.gguf")
-    write_adapter(folder / "Y.gguf", says="Y")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def served(files: Path) -> Iterator[Endpoint]:
-    settings = Settings(files / "tiny.gguf", "base", 512, threads=1, api_key=KEY)
-    with serve_with_adapters(serve_embedded, settings, {"yes": files / "Y.gguf"}) as endpoint:
-        yield endpoint
 
 
 def _connected(endpoint: Endpoint) -> contextlib.closing[http.client.HTTPConnection]:
@@ -63,10 +45,10 @@ def _connected(endpoint: Endpoint) -> contextlib.closing[http.client.HTTPConnect
     ],
 )
 def test_the_key_is_taken_wherever_llama_server_takes_it(
-    served: Endpoint, headers: dict[str, Any], held: bool
+    served_adapters: Endpoint, headers: dict[str, Any], held: bool
 ) -> None:
     """An unknown model is refused to whoever is let in, and never answered by the base."""
-    url = served.route("/v1/chat/completions")
+    url = served_adapters.route("/v1/chat/completions")
     for model, status in {"maybe": 404, "yes": 200}.items():
         body = {"model": model, "messages": HELLO}
         answer = httpx.post(url, json=body, headers=headers, trust_env=False)
@@ -87,18 +69,20 @@ def test_the_key_is_taken_wherever_llama_server_takes_it(
     ],
 )
 def test_an_unknown_model_is_refused_however_the_path_is_written(
-    served: Endpoint, path: str, status: int
+    served_adapters: Endpoint, path: str, status: int
 ) -> None:
     body = json.dumps({"model": "maybe", "messages": HELLO})
-    with _connected(served) as asking:
+    with _connected(served_adapters) as asking:
         asking.request("POST", path, body, {"X-Api-Key": KEY})
         assert asking.getresponse().status == status
 
 
 @pytest.mark.parametrize("command", ["GET", "HEAD"])
-def test_an_answer_without_a_body_leaves_the_connection_usable(served: Endpoint, command: str) -> None:
+def test_an_answer_without_a_body_leaves_the_connection_usable(
+    served_adapters: Endpoint, command: str
+) -> None:
     """The web page, asked for again by a browser that has it: 304."""
-    with _connected(served) as asking:
+    with _connected(served_adapters) as asking:
 
         def ask(command: str, path: str, **headers: str) -> tuple[http.client.HTTPResponse, bytes]:
             # The page is there compressed alone.
@@ -119,7 +103,7 @@ def test_an_answer_without_a_body_leaves_the_connection_usable(served: Endpoint,
 
 
 @pytest.mark.parametrize("status", [204, 304])
-def test_what_is_asked_without_the_key_is_not_passed_on(files: Path, status: int) -> None:
+def test_what_is_asked_without_the_key_is_not_passed_on(adapter_files: Path, status: int) -> None:
     """The server behind hears that somebody asked, and not what; its bare answers stay bare."""
     heard: list[tuple[str, bytes]] = []
 
@@ -141,8 +125,8 @@ def test_what_is_asked_without_the_key_is_not_passed_on(files: Path, status: int
             server.shutdown()
             thread.join()
 
-    settings = Settings(files / "tiny.gguf", "base", 512, api_key=KEY)
-    with serve_with_adapters(runtime, settings, {"yes": files / "Y.gguf"}) as endpoint:
+    settings = Settings(adapter_files / "tiny.gguf", "base", 512, api_key=KEY)
+    with serve_with_adapters(runtime, settings, {"yes": adapter_files / "Y.gguf"}) as endpoint:
         with _connected(endpoint) as asking:
             for path in ("/v1/chat/completions", "/tokenize", "/v1/chat/completions"):
                 asking.request("POST", path, b'{"model": "yes", "content": "a secret"}')

@@ -7,9 +7,10 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import filelock
@@ -20,12 +21,11 @@ from forge import process
 from forge.errors import RecipeError
 from forge.serve import detached
 from forge.serve.client import Client, find
+from forge.serve.wire import RefusedError
 from forge.stages.serving import Wish, read_key, settings
-from tests.servers import HELLO, listens, write_adapter
-from tests.shipping import Workshop, processes_of, wait_for
+from tests.servers import HELLO, KEY, listens, write_adapter
+from tests.shipping import Answer, Workshop, processes_of, wait_for
 from tests.tiny_gguf import REPLY, write_tiny_gguf
-
-KEY = "open-sesame-1234"
 
 
 @pytest.fixture
@@ -43,8 +43,13 @@ def place(tmp_path: Path) -> Iterator[Workshop]:
     assert not left
 
 
-def _everything_written(directory: Path) -> str:
-    return "".join(path.read_text("utf-8", "replace") for path in directory.rglob("*") if path.is_file())
+def _everything_shown(place: Workshop, *answers: Answer) -> str:
+    """What the commands answered, what the store holds, and what anybody sees of the processes."""
+    shown = "".join(json.dumps(one.fields) + one.said for one in answers)
+    for one in processes_of(place.home):
+        shown += " ".join(one.cmdline()) + str(one.environ())
+    files = (path for path in place.home.rglob("*") if path.is_file())
+    return shown + "".join(path.read_text("utf-8", "replace") for path in files)
 
 
 @pytest.mark.network
@@ -116,10 +121,7 @@ def test_detach_ps_and_stop(place: Workshop) -> None:
     listed = place.forge("ps")
     [row] = listed.fields["running"]
     assert (row["name"], row["pid"], row["runtime"]) == ("tiny", started.fields["pid"], "embedded")
-    shown = json.dumps([started.fields, listed.fields]) + started.said + listed.said
-    for one in processes_of(place.home):
-        shown += " ".join(one.cmdline()) + str(one.environ())
-    assert KEY not in shown + _everything_written(place.home)
+    assert KEY not in _everything_shown(place, started, listed)
     wrong = place.forge("stop", "other")
     assert (wrong.code, wrong.fields["error"]["hint"]) == (2, "running are: tiny")
     assert place.forge("stop", "tiny").fields == {"stopped": ["tiny"]}
@@ -128,6 +130,31 @@ def test_detach_ps_and_stop(place: Workshop) -> None:
     assert place.forge("ps").fields == {"running": []}
     assert place.forge("stop").fields == {"stopped": []}
     assert not list((place.home / "serving").iterdir())
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_the_key_of_a_background_server_may_come_out_of_a_pipe(place: Workshop) -> None:
+    """`--api-key-file <(pass show key) --detach`: read once, it reaches the server and nobody else."""
+    pipe = place.directory / "pipe"
+    os.mkfifo(pipe)
+    # Opening it waits for a reader, the first and only one.
+    threading.Thread(target=pipe.write_text, args=(KEY + "\n",), daemon=True).start()
+    started = place.forge("serve", "tiny.gguf", "--port", "0", "--api-key-file", "pipe", "--detach")
+    assert started.code == 0, started.said
+    endpoint = find(started.fields["endpoint"], api_key=KEY)
+    with Client(endpoint) as client:
+        assert client.chat(HELLO).text == REPLY
+    for wrong in (None, KEY + "x"):
+        with Client(replace(endpoint, api_key=wrong)) as client:
+            with pytest.raises(RefusedError, match="Invalid API Key"):
+                client.chat(HELLO)
+    listed = place.forge("ps")
+    assert [row["name"] for row in listed.fields["running"]] == ["tiny"]
+    shown = _everything_shown(place, started, listed)
+    assert "--api-key-file=/dev/stdin" in shown
+    assert KEY not in shown
+    place.forge("stop")
 
 
 @pytest.mark.network

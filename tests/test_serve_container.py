@@ -1,4 +1,4 @@
-"""The container runtime, on a real docker daemon with the image that docker/server makes."""
+"""The container runtime, on a real docker daemon and through podman's, with the image of docker/server."""
 
 from __future__ import annotations
 
@@ -21,11 +21,9 @@ from forge.serve.container import IMAGE, serve_container
 from forge.serve.runtime import Settings
 from forge.serve.wire import GoneError, RefusedError
 from forge.tools.containers import current_name, docker_files, engine
-from tests.docker_daemon import BASE
-from tests.servers import HELLO, listens, write_adapter
+from tests.docker_daemon import BASE, load_base
+from tests.servers import HELLO, KEY, listens, write_adapter
 from tests.tiny_gguf import REPLY, write_tiny_gguf
-
-KEY = "open-sesame-1234"
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +33,22 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings(model, "yoda", 1024, threads=1, parallel=2)
 
 
+@pytest.fixture(scope="module", params=["docker_daemon", "podman_service"])
+def either(request: pytest.FixtureRequest) -> Any:
+    client = request.getfixturevalue(request.param)
+    load_base(client)
+    return client
+
+
 @pytest.fixture
-def daemon(docker_daemon: Any, base_image: str) -> Iterator[Any]:
+def daemon(either: Any) -> Iterator[Any]:
     """The daemon, on which a test leaves no container."""
-    yield docker_daemon
-    assert docker_daemon.containers.list(all=True) == []
+    yield either
+    assert either.containers.list(all=True) == []
+
+
+def _is_podman(daemon: Any) -> bool:
+    return any(part["Name"] == "Podman Engine" for part in daemon.version()["Components"])
 
 
 def test_old_names_of_images() -> None:
@@ -92,8 +101,9 @@ def test_shipped_image_serves_through_the_published_port(
         [container] = daemon.containers.list()
         assert container.short_id == endpoint.container
         _cannot_do_harm(container)
-        _becomes_healthy(container)
-        assert KEY not in json.dumps(container.attrs) + json.dumps(container.top())
+        _becomes_healthy(daemon, container)
+        shown = Path(f"/proc/{container.attrs['State']['Pid']}/cmdline").read_text()
+        assert KEY not in json.dumps(container.attrs) + shown
     assert not listens(endpoint.url)
     assert KEY not in log.read_text()
     assert "listening on" in log.read_text()
@@ -108,9 +118,7 @@ def _cannot_do_harm(container: Any) -> None:
     container.reload()
     host = container.attrs["HostConfig"]
     assert host["ReadonlyRootfs"] is True
-    assert host["CapDrop"] == ["ALL"]
     assert host["Privileged"] is False
-    assert host["SecurityOpt"] == ["no-new-privileges:true"]
     assert container.attrs["Config"]["User"] == "10001:10001"
     assert all(mount["RW"] is False for mount in container.attrs["Mounts"])
     status = Path(f"/proc/{container.attrs['State']['Pid']}/status").read_text()
@@ -118,12 +126,17 @@ def _cannot_do_harm(container: Any) -> None:
     assert fields["Uid"].split() == ["10001"] * 4
     assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0
     assert fields["NoNewPrivs"] == "1"
-    for place in ("/models/tiny.gguf", "/models/new", "/tmp/new", "/app/new"):
+    for place in ("/models/tiny.gguf", "/models/new", "/tmp/new", "/var/tmp/new", "/run/new", "/app/new"):
         code, said = _inside(container, "/usr/bin/curl", "-s", "-o", place, "file:///app/llama-server")
         assert code == 23, (place, code, said)  # curl: cannot write what it got
 
 
-def _becomes_healthy(container: Any) -> None:
+def _becomes_healthy(daemon: Any, container: Any) -> None:
+    if _is_podman(daemon):
+        # It leaves the times to systemd, which is not here; the check itself is the image's.
+        url = f"{daemon.api.base_url}/v4.0.0/libpod/containers/{container.id}/healthcheck"
+        assert daemon.api.get(url).json()["Status"] == "healthy"
+        return
     deadline = time.monotonic() + 60
     while container.attrs["State"]["Health"]["Status"] != "healthy":
         assert time.monotonic() < deadline, container.attrs["State"]["Health"]
@@ -183,5 +196,5 @@ def test_adapters_named_ports_and_the_image_of_old_documents(
         first = stack.enter_context(serve_container(settings))
         port = urlsplit(first.url).port
         assert port is not None
-        with pytest.raises(StageError, match="port is already allocated"):
+        with pytest.raises(StageError, match=r"port is already allocated|address already in use"):
             stack.enter_context(serve_container(replace(settings, alias="other", port=port)))

@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.model.gguf_header import read_gguf
-from tests.conftest import link_converters
-from tests.shipping import Answer, Workshop, processes_of
+from tests.shipping import Answer, Workshop
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
 
 PLAIN: dict[str, Any] = {"train": "none", "deploy": {"runtime": "none"}, "smoke": None}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    root = tmp_path_factory.mktemp("budget")
-    home = link_converters(root / "home")
-    (root / "first").mkdir()
-    yield Workshop(root / "first", home)
-    assert processes_of(home) == [], "something of the ships is still running"
-
-
-@pytest.fixture
-def workshop(store: Workshop, request: pytest.FixtureRequest) -> Workshop:
-    return store.beside(request.node.name[:80])
 
 
 def figures(answer: Answer) -> dict[str, float]:

@@ -6,32 +6,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from forge.model.gguf_header import read_gguf
-from tests.conftest import copy_of_tiny, link_converters
+from tests.conftest import copy_of_tiny
 from tests.models import make_model
-from tests.shipping import PURE, STAGES, Workshop, processes_of
+from tests.shipping import PURE, STAGES, Workshop
 from tests.vocabularies import trl_template
 
 pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    root = tmp_path_factory.mktemp("kinds")
-    home = link_converters(root / "home")
-    (root / "first").mkdir()
-    yield Workshop(root / "first", home)
-    assert processes_of(home) == [], "something of the ships is still running"
-
-
-@pytest.fixture
-def workshop(store: Workshop, request: pytest.FixtureRequest) -> Workshop:
-    return store.beside(request.node.name.replace("[", "-").replace("]", "")[:80])
 
 
 def test_a_plain_base_ships_without_training(workshop: Workshop) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -12,29 +14,53 @@ from forge.stages.serving import PORT, Wish, settings
 from forge.tools.ollama import Ollama, server_url
 from tests.conftest import link_converters
 from tests.fake_ollama import FakeOllama
-from tests.shipping import STAGES, Workshop
+from tests.fake_ollama_prompts import Model
+from tests.shipping import STAGES, Answer, Workshop
 
 pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
 
 
+@dataclass(frozen=True)
+class Shipped:
+    """The first ship: where it was, what it said, and what a server that was empty then held."""
+
+    place: Workshop
+    answer: Answer
+    models: Mapping[str, Model]
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    root = tmp_path_factory.mktemp("ollama")
-    (root / "work").mkdir()
-    return Workshop(root / "work", link_converters(root / "home"))
+def shipped(ship_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Shipped:
+    place = Workshop(tmp_path_factory.mktemp("shipped"), ship_store)
+    place.recipe(deploy={"runtime": "ollama"})
+    with FakeOllama() as server, pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OLLAMA_HOST", server.url)
+        return Shipped(place, place.ship(), dict(server.models))
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeOllama]:
-    with FakeOllama() as server:
-        monkeypatch.setenv("OLLAMA_HOST", server.url)
-        yield server
+def place(shipped: Shipped) -> Workshop:
+    """Where the first ship was; what it made is read, not changed."""
+    return shipped.place
 
 
-def test_a_ship_into_ollama(place: Workshop, fake: FakeOllama) -> None:
+@pytest.fixture
+def again(shipped: Shipped, workshop: Workshop) -> Workshop:
+    """The same recipe in a directory of the test's own: all is made but what Ollama sees."""
+    workshop.recipe(deploy={"runtime": "ollama"})
+    return workshop
+
+
+@pytest.fixture
+def fake(fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> FakeOllama:
+    """An empty server, which forge finds."""
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    return fake_ollama
+
+
+def test_a_ship_into_ollama(shipped: Shipped) -> None:
     """Q2, Q3, P4, pitfalls 49, 54: trained, exported, imported, prompts and tokens compared, asked."""
-    place.recipe(deploy={"runtime": "ollama"})
-    answer = place.ship()
+    place, answer = shipped.place, shipped.answer
     assert list(answer.cached) == list(STAGES)
     assert answer.fields["smoke"][0]["answer"]
     facts = place.manifest()["facts"]
@@ -42,10 +68,10 @@ def test_a_ship_into_ollama(place: Workshop, fake: FakeOllama) -> None:
     assert facts["deploy"]["prompts_compared"] >= 5
     assert facts["smoke"]["stops"] == []
     written = parse((place.run / "Modelfile.jinja").read_text(encoding="utf-8"))
-    assert fake.models["mini:latest"].parameters == {
+    assert shipped.models["mini:latest"].parameters == {
         **written.parameters, "stop": list(written.stops)
     }  # fmt: skip
-    assert set(fake.models) == {"mini:latest"}
+    assert set(shipped.models) == {"mini:latest"}
 
 
 def test_the_run_says_that_200_conversations_give_the_same_bytes(place: Workshop) -> None:
@@ -66,8 +92,8 @@ def test_the_same_gguf_under_another_name(place: Workshop, fake: FakeOllama) -> 
     assert answer.code == 0, answer.said
     assert answer.fields["name"] == "yoda" and answer.fields["prompt_checked"] > 40
     assert set(fake.models) == {"yoda:latest"}
-    again = place.forge("import", str(place.run / "mini-q4_k_m.gguf"), "--name", "yoda")
-    assert again.fields["digest"] == answer.fields["digest"]
+    file = place.forge("import", str(place.run / "mini-q4_k_m.gguf"), "--name", "yoda")
+    assert file.fields["digest"] == answer.fields["digest"]
 
 
 def test_forge_serve_hands_over_what_the_run_says(place: Workshop) -> None:
@@ -78,47 +104,47 @@ def test_forge_serve_hands_over_what_the_run_says(place: Workshop) -> None:
     assert settings(Wish(str(place.run), port=PORT)).port == PORT
 
 
-def test_a_server_that_prompts_otherwise_fails_the_ship(place: Workshop, fake: FakeOllama) -> None:
+def test_a_server_that_prompts_otherwise_fails_the_ship(again: Workshop, fake: FakeOllama) -> None:
     fake.spoil = lambda prompt: prompt.replace("<|im_end|>\n", "<|im_end|>")
-    answer = place.ship(code=5)
+    answer = again.ship(code=5)
     assert answer.fields["error"]["message"].startswith("Ollama's prompts are not those")
     assert fake.models == {}
 
 
-def test_the_name_is_as_it_was_until_all_is_proved(place: Workshop, fake: FakeOllama) -> None:
+def test_the_name_is_as_it_was_until_all_is_proved(again: Workshop, fake: FakeOllama) -> None:
     """Token counts, and smoke queries, come before the name changes."""
-    place.recipe(deploy={"runtime": "ollama"})
-    place.ship()
+    again.ship()
     before = vars(fake.models["mini:latest"])
     fake.counts_more = 1
-    error = place.ship(code=5).fields["error"]
+    error = again.ship(code=5).fields["error"]
     assert "tokens" in error["problems"][0]["message"], error
     fake.counts_more = 0
-    place.recipe(
+    again.recipe(
         deploy={"runtime": "ollama", "context_tokens": 512},
         smoke=[{"prompt": "Hello there.", "expect": "^never said$"}],
     )
-    error = place.ship(code=5).fields["error"]
+    error = again.ship(code=5).fields["error"]
     assert error["message"] == "1 of 1 smoke queries failed in Ollama"
     assert set(fake.models) == {"mini:latest"} and vars(fake.models["mini:latest"]) == before
-    place.recipe(deploy={"runtime": "ollama"})
 
 
-def test_without_a_server_nothing_is_trained(place: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    place = Workshop(tmp_path, link_converters(tmp_path / "home"))
+    place.recipe(deploy={"runtime": "ollama"})
     answer = place.ship(code=3)
     assert "no Ollama server answers" in answer.fields["error"]["message"]
     assert "ollama serve" in answer.fields["error"]["hint"]
+    assert place.stage_directories("train") == []
 
 
 @pytest.mark.ollama
-def test_a_ship_into_a_live_ollama(place: Workshop) -> None:
+def test_a_ship_into_a_live_ollama(workshop: Workshop) -> None:
     if not os.environ.get("OLLAMA_HOST"):
         pytest.skip("OLLAMA_HOST is not set: there is no live server")
-    live = place.beside("live")
-    live.recipe(name="forge-test-ship", deploy={"runtime": "ollama"})
+    workshop.recipe(name="forge-test-ship", deploy={"runtime": "ollama"})
     try:
-        assert live.ship().fields["smoke"][0]["answer"]
+        assert workshop.ship().fields["smoke"][0]["answer"]
     finally:
         with Ollama(server_url()) as server:
             server.delete("forge-test-ship")

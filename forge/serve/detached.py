@@ -98,10 +98,10 @@ def announced(directory: Path, name: str) -> Iterator[Callable[[Served], None]]:
         lock.release()
 
 
-def detach(directory: Path, name: str, command: Sequence[str]) -> Mapping[str, object]:
+def detach(directory: Path, name: str, command: Sequence[str], *, typed: str = "") -> Mapping[str, object]:
     """Start `command`, a `forge serve --json` that announces itself, and wait until it answers.
 
-    Gives its first line. Raises the error that it ended with.
+    `typed` is its standard input. Gives its first line. Raises the error that it ended with.
     """
     directory.mkdir(parents=True, exist_ok=True)
     running(directory)  # takes away the files of what has died
@@ -109,7 +109,7 @@ def detach(directory: Path, name: str, command: Sequence[str]) -> Mapping[str, o
         raise RecipeError(f"{name} is being served already", hint=f"forge stop {name} ends it")
     # Of this command alone: another may be starting the same name, and loading takes minutes.
     out, log = (directory / f"{name}.{os.getpid()}.{kind}" for kind in ("out", "log"))
-    server = process.start_detached(command, output=out, log=log)
+    server = process.start_detached(command, output=out, log=log, typed=typed)
     try:
         while not (line := _first_line(out)):
             if server.poll() is not None and not _first_line(out):

@@ -76,6 +76,16 @@ class ShipStage(Stage):
         self.ship = ship
 
 
+class GgufStage(ShipStage):
+    """A stage that writes or measures a GGUF: llama.cpp's versions count, those of torch are noted."""
+
+    def tools(self) -> Mapping[str, str]:
+        return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}
+
+    def recorded(self) -> Mapping[str, str]:
+        return {name: installed(name) for name in ("torch", "transformers")}
+
+
 class DataStage(ShipStage):
     """Rows to ids and loss mask; every problem of the data is told here, before anything long."""
 
@@ -131,7 +141,7 @@ class DataStage(ShipStage):
         )
 
 
-class ExportStage(ShipStage):
+class ExportStage(GgufStage):
     """One GGUF in one pass, with the token ids proved before."""
 
     name = "export"
@@ -155,12 +165,6 @@ class ExportStage(ShipStage):
             "export.keep_merged": export.keep_merged,
             "chat template": self.ship.template_digest,
         }
-
-    def tools(self) -> Mapping[str, str]:
-        return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}
-
-    def recorded(self) -> Mapping[str, str]:
-        return {name: installed(name) for name in ("torch", "transformers")}
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""

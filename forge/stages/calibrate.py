@@ -19,16 +19,16 @@ from forge.model.config import Configuration
 from forge.model.estimate import certificate_disk
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 from forge.recipe.words import BUDGETED
-from forge.stages.artifacts import ADAPTER_STAGE, CALIBRATION_STAGE, ShipStage, installed
+from forge.stages.artifacts import ADAPTER_STAGE, CALIBRATION_STAGE, GgufStage
 from forge.stages.rows import own_rows, plain_rows
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
-from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
+from forge.tools.llama_cpp import find_converters
 from forge.verify.calibrate import IMPORTANCE_FILE
 
 
-class CalibrateStage(ShipStage):
+class CalibrateStage(GgufStage):
     """Measures the types; that one of them is within the budget is judged on every run."""
 
     name = CALIBRATION_STAGE
@@ -47,12 +47,6 @@ class CalibrateStage(ShipStage):
             "export.merge_base": export.merge_base,
             "chat template": self.ship.template_digest,
         }
-
-    def tools(self) -> Mapping[str, str]:
-        return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}
-
-    def recorded(self) -> Mapping[str, str]:
-        return {name: installed(name) for name in ("torch", "transformers")}
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """An F16 file and, with a budget, the type that is being tried."""

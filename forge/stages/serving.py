@@ -193,9 +193,13 @@ def served_directory() -> Path:
 
 def detach(wish: Wish, *, show: bool = False) -> Mapping[str, object]:
     """Serve in the background; returns once it answers, or raises what it ended with."""
-    name = settings(wish).alias
+    chosen = settings(wish)
+    name, key = chosen.alias, chosen.api_key or ""
+    if key:
+        # The file may have been a pipe, which is empty now; this is one that the server reads.
+        wish = replace(wish, api_key_file=Path("/dev/stdin"))
     command = [sys.executable, "-m", "forge", "serve", *wish.arguments(), "--listed", "--json"]
-    fields = detached.detach(served_directory(), name, command)
+    fields = detached.detach(served_directory(), name, command, typed=key)
     report.success(f"serving {fields['model']} at {fields['endpoint']}/v1; forge stop {name} ends it")
     if show:
         webbrowser.open(str(fields["endpoint"]))

@@ -13,7 +13,7 @@ from forge.model.estimate import certificate_disk
 from forge.stages.artifacts import (
     ADAPTER_STAGE,
     CALIBRATION_STAGE,
-    ShipStage,
+    GgufStage,
     importance_in,
     installed,
     largest_type,
@@ -22,11 +22,11 @@ from forge.stages.rows import certificate_rows
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
-from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
+from forge.tools.llama_cpp import find_converters
 from forge.verify.verdict import Gates, judge
 
 
-class VerifyStage(ShipStage):
+class VerifyStage(GgufStage):
     """Measures the file; the measurement is kept, the verdict is not."""
 
     name = "verify"
@@ -47,11 +47,8 @@ class VerifyStage(ShipStage):
             "chat template": self.ship.template_digest,
         }
 
-    def tools(self) -> Mapping[str, str]:
-        return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}
-
     def recorded(self) -> Mapping[str, str]:
-        return {name: installed(name) for name in ("torch", "transformers", "bitsandbytes")}
+        return {**super().recorded(), "bitsandbytes": installed("bitsandbytes")}
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The yardsticks: an F16 file, and a quantized one."""

@@ -85,6 +85,8 @@ class Engine:
                 ports={f"{port}/tcp": (published[0], published[1] or None)},
                 user=f"{user}:{os.getgid() or USER}",
                 read_only=True,
+                # Podman would lay memory that can be written over these.
+                tmpfs=dict.fromkeys(("/run", "/tmp", "/var/tmp"), "ro"),
                 cap_drop=["ALL"],
                 security_opt=["no-new-privileges:true"],
                 labels={"forge": name},
