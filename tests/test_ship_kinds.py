@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from forge.model.gguf_header import read_gguf
+from forge.model.safetensors_header import read_header
 from tests.conftest import copy_of_tiny, link_converters
 from tests.models import make_model
 from tests.shipping import PURE, STAGES, Workshop, processes_of
@@ -51,6 +52,26 @@ def test_a_merged_checkpoint_of_an_earlier_ship_is_not_left(workshop: Workshop) 
         workshop.recipe(train="none", data=None, export={"quant": "f16", "keep_merged": kept})
         workshop.ship("--until", "export")
         assert (workshop.run / "merged").is_dir() == kept
+
+
+@pytest.mark.slow
+def test_dora_ships_from_a_4_bit_base(workshop: Workshop) -> None:
+    """The lengths of rows start from the NF4 base; merged into either base they are those of training."""
+    train = {"lora": {"dora": True, "rslora": True}, "max_steps": 8, "learning_rate": 5e-3}
+    workshop.recipe(train=train, verify={"learned": "required"})
+    answer = workshop.ship()
+    assert list(answer.cached) == list(STAGES)
+    assert answer.fields["certificate"]["ok"] is True
+    tensors = read_header(workshop.run / "adapter" / "adapter_model.safetensors")
+    assert sum(name.endswith(".lora_magnitude_vector") for name in tensors) == 28
+    facts = workshop.manifest()["facts"]["validate"]
+    assert facts["exports"] == ["merged"]
+    nearer = workshop.ship("-o", "export.merge_base=nf4", "--until", "verify")
+    assert nearer.cached["train"] and not nearer.cached["export"]
+    certificates = [one["certificate"] for one in (answer.fields, nearer.fields)]
+    shifts = [one["handovers"][0] for one in certificates]
+    assert [one["from"] for one in shifts] == ["as trained (NF4 base + adapter)", "NF4 base + adapter"]
+    assert shifts[0]["kl_mean"] > 1e-6 and certificates[1]["ok"]
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ from forge.model.safetensors_header import TensorSpec, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+"""What families call the embedding of tokens."""
 _PREFIX = "base_model.model."
 _AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
 _LORA_PARTS = {

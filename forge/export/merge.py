@@ -14,14 +14,13 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from forge.adapter.read import Adapter, LoraLayer, find_base_tensor
+from forge.adapter.read import EMBEDDINGS, Adapter, LoraLayer, find_base_tensor
 from forge.errors import DataError, Problem
 from forge.export.nf4 import through_nf4
 from forge.export.tensors import LazyTensor, read_rows, stored
 from forge.model.checkpoint import Checkpoint
 from forge.model.safetensors_header import TensorSpec
 
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _TIED = "the base ties its output layer to the embedding, which would change with it"
 
 
@@ -77,7 +76,7 @@ def _match(
         name = find_base_tensor(given, checkpoint.tensors)
         if name is None:
             problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", given))
-        elif tied and name.rpartition(".weight")[0].endswith(_EMBEDDINGS):
+        elif tied and name.rpartition(".weight")[0].endswith(EMBEDDINGS):
             if given.removesuffix(".weight") not in adapter.layers:
                 problems.append(Problem(_TIED, given))
         elif checkpoint.tensors[name].shape != spec.shape:
