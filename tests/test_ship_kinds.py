@@ -14,7 +14,7 @@ import pytest
 from forge.model.gguf_header import read_gguf
 from forge.model.safetensors_header import read_header
 from tests.conftest import copy_of_tiny, link_converters
-from tests.models import make_model
+from tests.models import ADDED, change_json, make_model, make_resized
 from tests.shipping import PURE, STAGES, Workshop, processes_of
 from tests.vocabularies import trl_template
 
@@ -148,6 +148,29 @@ def test_the_same_recipe_ships_other_families_with_their_real_vocabularies(
     assert shipped.metadata["general.architecture"] == architecture
     assert workshop.manifest()["facts"]["deploy"]["prompts_compared"] > 4
     assert all(workshop.ship().cached[name] for name in PURE)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_brought_its_chat_tokens_ships(workshop: Workshop) -> None:
+    """Pitfall 6: its tokenizer, its template and every row that came with it."""
+    theirs = make_resized(copy_of_tiny(workshop.directory / "tiny"), workshop.directory / "theirs")
+    template = theirs / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8").replace("<|im_start|>", ADDED[0])
+    template.write_text(text.replace("<|im_end|>", ADDED[1]), encoding="utf-8")
+    change_json(theirs / "tokenizer_config.json", eos_token=ADDED[1])
+    workshop.recipe(train=None)
+    with (workshop.directory / "recipe.yaml").open("a") as recipe:
+        recipe.write("train: {from: ./theirs}\n")
+    answer = workshop.ship()
+    assert list(answer.cached) == list(STAGES)
+    assert answer.fields["certificate"]["ok"] is True
+    assert answer.fields["certificate"]["stops"]["token"] == ADDED[1]
+    shipped = read_gguf(Path(answer.fields["gguf"]))
+    rows = workshop.manifest()["facts"]["validate"]["vocabulary_rows"]
+    assert rows in shipped.tensors["token_embd.weight"].shape
+    (theirs / "tokenizer.json").unlink()
+    error = workshop.forge("plan", "recipe.yaml").fields["error"]
+    assert error["code"] == 2 and "tokenizer.save_pretrained" in error["hint"]
 
 
 def _train_of(text: str) -> dict[str, object]:

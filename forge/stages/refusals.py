@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from forge import report
 from forge.adapter.read import EMBEDDINGS, read_adapter
+from forge.adapter.vocabulary import check_tokenizer
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
 from forge.model.architectures import check_exportable
@@ -63,7 +64,8 @@ def check(ship: Ship) -> None:
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
     if ship.adopted and ship.adopted.directory:
-        read_adapter(ship.adopted.directory)
+        adapter = read_adapter(ship.adopted.directory)
+        check_tokenizer(adapter, ship.tensors, ship.tokenizer.directory, directory)
 
 
 def _check_targets(ship: Ship) -> None:
