@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.vocabularies import write_tokenizer
 
 # peft (github.com/huggingface/peft) asks transformers for a name that it deprecates.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+ADDED = ("<|turn|>", "<|stop|>")
 VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2": "gpt-2"}
 # transformers' prefix of the classes, by the name used here.
 KINDS = {
@@ -105,11 +106,36 @@ def make_adapter(base: Path, directory: Path, *, seed: int = 1, **options: Any) 
 
     `options` are peft's LoraConfig fields; modules_to_save are moved away from the base's values.
     """
-    import peft
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return _save_adapter(model, directory, seed, options)
+
+
+def make_resized(
+    base: Path, directory: Path, *, added: Sequence[str] = ADDED, multiple: int = 64, **options: Any
+) -> Path:
+    """Write an adapter for `base` with the tokens `added`, as its users do; its tokenizer is beside it.
+
+    The embedding has a row for each token, rounded up to a `multiple`.
+    """
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple, mean_resizing=False)
+    _save_adapter(model, directory, 1, options)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def _save_adapter(model: Any, directory: Path, seed: int, options: Mapping[str, Any]) -> Path:
+    import peft
+    import torch
+
     fields = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options}
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft warns of embeddings and tied weights, which is what some tests are about.
@@ -119,7 +145,7 @@ def make_adapter(base: Path, directory: Path, *, seed: int = 1, **options: Any) 
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.data.normal_(std=0.02)
-            elif "modules_to_save" in name or "magnitude" in name:
+            elif any(part in name for part in ("modules_to_save", "magnitude", "trainable_tokens")):
                 parameter.data += torch.randn_like(parameter) * 0.02
         adapted.save_pretrained(directory)
     (directory / "adapter_model.safetensors").chmod(0o644)
@@ -127,13 +153,18 @@ def make_adapter(base: Path, directory: Path, *, seed: int = 1, **options: Any) 
     return directory
 
 
-def load(base: Path, adapter: Path | None = None, *, merge: bool = True) -> Any:
-    """The model in float32, with the adapter merged by peft, or active if `merge` is false."""
+def load(base: Path, adapter: Path | None = None, *, merge: bool = True, rows: int | None = None) -> Any:
+    """The model in float32, with the adapter merged by peft, or active if `merge` is false.
+
+    `rows` are those of the embedding where it was resized.
+    """
     import peft
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
     if adapter is None:
         return model
     with warnings.catch_warnings():

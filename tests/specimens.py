@@ -99,14 +99,17 @@ def scaled(adapter: Path, directory: Path, times: float) -> Path:
     return directory
 
 
-def merged_tensors(base: Path, adapter: Path | None, *, key_heads: int = 2) -> dict[str, Any]:
+def merged_tensors(
+    base: Path, adapter: Path | None, *, key_heads: int = 2, rows: int | None = None
+) -> dict[str, Any]:
     """The tensors of a Llama's GGUF in float16: peft merges, the converter's order of rows.
 
-    `key_heads` other than the model's two is the mistake of converting it without grouped heads.
+    `key_heads` other than the model's two is the mistake of converting it without grouped heads; `rows` are
+    those of the embedding where it was resized.
     """
     import numpy as np
 
-    model = load(base, adapter)
+    model = load(base, adapter, rows=rows)
     found = {}
     for name, tensor in model.state_dict().items():
         target = _gguf_name(name.removesuffix(".weight"))

@@ -141,6 +141,29 @@ def test_a_plan_refuses_what_a_ship_would(case: str, place: Path, capsys: pytest
         assert "q_proj" in error["hint"]
 
 
+DORA: dict[str, tuple[str, str]] = {
+    "embedding": ("q_proj, embed_tokens", "embed_tokens is an embedding, not a linear layer"),
+    "experts": ("q_proj, w1x", "w1x is in the experts, which are trained joined"),
+    "Conv1D": ("q_proj", "the layers of GPT-2 are Conv1D, not linear"),
+}
+
+
+@pytest.mark.parametrize("case", DORA)
+def test_dora_that_no_merge_could_hold(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    targets, message = DORA[case]
+    weights, configuration = place / "base" / "model.safetensors", place / "base" / "config.json"
+    if case == "experts":
+        weights.write_bytes(weights.read_bytes().replace(b".mlp.gate_proj.", b".experts.0.w1x."))
+    if case == "Conv1D":
+        configuration.write_text(configuration.read_text().replace('"llama"', '"gpt2"'))
+    with (place / "recipe.yaml").open("a") as recipe:
+        recipe.write(f"train: {{lora: {{dora: true, targets: [{targets}]}}}}\n")
+    error = failed(capsys, "plan", "recipe.yaml")
+    assert error["message"] == "train.lora.dora: DoRA is for linear layers alone"
+    [problem] = error["problems"]
+    assert (problem["file"], problem["line"], problem["message"]) == ("recipe.yaml", 4, message)
+
+
 def test_old_names_are_told_beside_what_is_wrong(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (place / "recipe.yaml").open("a") as recipe:
         recipe.write("train: {num_train_epochs: -1}\n")

@@ -242,6 +242,13 @@ def test_pitfall_39_an_8_bit_optimizer_saves_little_with_lora(tensors: Models, l
     assert total("adamw_torch") > total("paged_adamw_8bit") > 0.95 * total("adamw_torch")
 
 
+def test_dora_trains_a_length_for_each_row(tensors: Models) -> None:
+    adapted = estimate.target_tensors(tensors["llama-2-7b"], "auto").values()
+    rows = sum(tensor.shape[0] for tensor in adapted)
+    plain, dora = (estimate.lora_parameters(adapted, 16, dora=dora) for dora in (False, True))
+    assert dora - plain == rows == 32 * (4 * 4096 + 2 * 11008 + 4096)
+
+
 def test_o1_a_q4_k_m_file_has_the_size_of_phi_3s() -> None:
     # The book's file has 2210.78 MiB: 4.85 bits a parameter.
     assert estimate.gguf_bytes(3_821_079_552, "Q4_K_M") / 2**20 == pytest.approx(2210.78, rel=0.005)

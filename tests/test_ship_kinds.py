@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from forge.model.gguf_header import read_gguf
+from forge.model.safetensors_header import read_header
 from tests.conftest import copy_of_tiny
-from tests.models import make_model
+from tests.models import ADDED, change_json, make_model, make_resized
 from tests.shipping import PURE, STAGES, Workshop
 from tests.vocabularies import trl_template
 
@@ -36,6 +37,26 @@ def test_a_merged_checkpoint_of_an_earlier_ship_is_not_left(workshop: Workshop) 
         workshop.recipe(train="none", data=None, export={"quant": "f16", "keep_merged": kept})
         workshop.ship("--until", "export")
         assert (workshop.run / "merged").is_dir() == kept
+
+
+@pytest.mark.slow
+def test_dora_ships_from_a_4_bit_base(workshop: Workshop) -> None:
+    """The lengths of rows start from the NF4 base; merged into either base they are those of training."""
+    train = {"lora": {"dora": True, "rslora": True}, "max_steps": 8, "learning_rate": 5e-3}
+    workshop.recipe(train=train, verify={"learned": "required"})
+    answer = workshop.ship()
+    assert list(answer.cached) == list(STAGES)
+    assert answer.fields["certificate"]["ok"] is True
+    tensors = read_header(workshop.run / "adapter" / "adapter_model.safetensors")
+    assert sum(name.endswith(".lora_magnitude_vector") for name in tensors) == 28
+    facts = workshop.manifest()["facts"]["validate"]
+    assert facts["exports"] == ["merged"]
+    nearer = workshop.ship("-o", "export.merge_base=nf4", "--until", "verify")
+    assert nearer.cached["train"] and not nearer.cached["export"]
+    certificates = [one["certificate"] for one in (answer.fields, nearer.fields)]
+    shifts = [one["handovers"][0] for one in certificates]
+    assert [one["from"] for one in shifts] == ["as trained (NF4 base + adapter)", "NF4 base + adapter"]
+    assert shifts[0]["kl_mean"] > 1e-6 and certificates[1]["ok"]
 
 
 @pytest.mark.slow
@@ -112,6 +133,29 @@ def test_the_same_recipe_ships_other_families_with_their_real_vocabularies(
     assert shipped.metadata["general.architecture"] == architecture
     assert workshop.manifest()["facts"]["deploy"]["prompts_compared"] > 4
     assert all(workshop.ship().cached[name] for name in PURE)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_brought_its_chat_tokens_ships(workshop: Workshop) -> None:
+    """Pitfall 6: its tokenizer, its template and every row that came with it."""
+    theirs = make_resized(copy_of_tiny(workshop.directory / "tiny"), workshop.directory / "theirs")
+    template = theirs / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8").replace("<|im_start|>", ADDED[0])
+    template.write_text(text.replace("<|im_end|>", ADDED[1]), encoding="utf-8")
+    change_json(theirs / "tokenizer_config.json", eos_token=ADDED[1])
+    workshop.recipe(train=None)
+    with (workshop.directory / "recipe.yaml").open("a") as recipe:
+        recipe.write("train: {from: ./theirs}\n")
+    answer = workshop.ship()
+    assert list(answer.cached) == list(STAGES)
+    assert answer.fields["certificate"]["ok"] is True
+    assert answer.fields["certificate"]["stops"]["token"] == ADDED[1]
+    shipped = read_gguf(Path(answer.fields["gguf"]))
+    rows = workshop.manifest()["facts"]["validate"]["vocabulary_rows"]
+    assert rows in shipped.tensors["token_embd.weight"].shape
+    (theirs / "tokenizer.json").unlink()
+    error = workshop.forge("plan", "recipe.yaml").fields["error"]
+    assert error["code"] == 2 and "tokenizer.save_pretrained" in error["hint"]
 
 
 def _train_of(text: str) -> dict[str, object]:

@@ -10,7 +10,8 @@ import pytest
 from forge.adapter.read import read_adapter
 from forge.errors import DataError
 from forge.model.safetensors_header import read_header
-from forge.verify.reference import Weights, logits
+from forge.verify.loader import Weights
+from forge.verify.reference import logits
 from forge.verify.sample import Sample
 from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter, make_model
 

@@ -23,6 +23,8 @@ from forge.model.safetensors_header import TensorSpec, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
+"""What families call the embedding of tokens."""
 _PREFIX = "base_model.model."
 _AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
 _LORA_PARTS = {
@@ -33,6 +35,10 @@ _LORA_PARTS = {
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
 }
+# What peft puts around a module that is trained along, and what it keeps there of the base's.
+_WRAPPERS = (".base_layer.", ".modules_to_save.", ".token_adapter.")
+_ORIGINALS = (".original_module.", ".trainable_tokens_original")
+_ROWS = ".trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,25 @@ class LoraLayer:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Rows of an embedding that were trained alone (`trainable_token_indices`): (tokens, hidden)."""
+
+    tokens: tuple[int, ...]
+    values: TensorSpec
+
+
+@dataclass(frozen=True)
 class Adapter:
-    """`layers` by module name; `replaced` holds whole tensors (modules_to_save) by tensor name."""
+    """`layers` by module name; `replaced` holds whole tensors (modules_to_save) by tensor name.
+
+    `rows` holds tokens' own rows by tensor name; they go over what is replaced.
+    """
 
     directory: Path
     configuration: Mapping[str, Any]
     layers: Mapping[str, LoraLayer]
     replaced: Mapping[str, TensorSpec]
+    rows: Mapping[str, TokenRows]
 
     @property
     def base_name(self) -> str:
@@ -74,6 +92,8 @@ class Adapter:
         reasons = []
         if self.replaced:
             reasons.append("it carries whole tensors: " + ", ".join(sorted(self.replaced)))
+        if self.rows:
+            reasons.append("it carries rows of tokens: " + ", ".join(sorted(self.rows)))
         if any(layer.magnitude for layer in self.layers.values()):
             reasons.append("DoRA magnitudes have no place in a GGUF adapter")
         if self.configuration.get("fan_in_fan_out"):
@@ -97,10 +117,30 @@ def read_adapter(directory: Path) -> Adapter:
             hint="load it with peft and save it again: model.save_pretrained(...) writes safetensors",
         )
     tensors = read_header(weights)
-    layers, replaced = _sort_tensors(tensors, configuration)
-    if not layers and not replaced:
+    layers, whole = _sort_tensors(tensors, configuration)
+    trained = {name.removesuffix(_ROWS): spec for name, spec in whole.items() if name.endswith(_ROWS)}
+    rows = {f"{name}.weight": _token_rows(name, spec, configuration) for name, spec in trained.items()}
+    replaced = {name: spec for name, spec in whole.items() if not name.endswith(_ROWS)}
+    if not layers and not replaced and not rows:
         raise DataError(f"{weights} holds no tensor of a LoRA adapter", hint="is it the right directory?")
-    return Adapter(directory, configuration, layers, replaced)
+    return Adapter(directory, configuration, layers, replaced, rows)
+
+
+def _token_rows(module: str, values: TensorSpec, configuration: Mapping[str, Any]) -> TokenRows:
+    """`values` with the tokens that the configuration names: one list for all, or one by module."""
+    named = configuration.get("trainable_token_indices")
+    if isinstance(named, dict):
+        # Of tied modules one may be named for both.
+        fits = [one for key, one in named.items() if f".{module}".endswith(f".{key}")]
+        named = next(iter([*fits, *named.values()]), None)
+    if not isinstance(named, list) or any(type(token) is not int or token < 0 for token in named):
+        raise DataError(f"{module}: the configuration does not say whose rows it trained", hint=_AGAIN)
+    if len(named) != values.shape[0]:
+        raise DataError(
+            f"{module}: the configuration names {len(named)} tokens, the file holds {values.shape[0]} rows",
+            hint=_AGAIN,
+        )
+    return TokenRows(tuple(named), values)
 
 
 def _configuration(directory: Path) -> Mapping[str, Any]:
@@ -174,7 +214,10 @@ def _sort_tensors(
                     embeddings.add(module)
                 break
         else:
-            replaced[bare.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = spec
+            for wrapper in _WRAPPERS:
+                bare = bare.replace(wrapper, ".")
+            if not any(original in bare for original in _ORIGINALS):
+                replaced[bare] = spec
     incomplete = sorted(module for module, found in parts.items() if not {"A", "B"} <= found.keys())
     if incomplete:
         raise DataError(f"the adapter has only one LoRA factor for {', '.join(incomplete)}", hint=_AGAIN)

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from forge.adapter.read import WEIGHTS_FILE, Adapter, read_adapter
+from forge.adapter.vocabulary import fitted, resize, resized_rows
 from forge.errors import CheckError, DataError, Problem
+from forge.model.checkpoint import open_checkpoint
 
 _MOST_NAMED = 8
 
@@ -20,11 +22,13 @@ _MOST_NAMED = 8
 def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """The adapter's status, purity, scales and the exports it allows.
 
+    `vocabulary_rows` are those of its embedding where it was resized, else None.
     Raises `CheckError` with every problem: irregular, inactive, not finite, zero, or not matching
     the base's layers.
     """
-    found = read_adapter(Path(adapter))
-    model = _on_meta(base, adapter, found, trust_remote_code)
+    found, tensors = read_adapter(Path(adapter)), open_checkpoint(Path(base)).tensors
+    rows = resized_rows(found, tensors)
+    model = _on_meta(base, fitted(found, tensors), rows, trust_remote_code)
     status = _plain(model.get_model_status())
     layers = [_plain(layer) for layer in model.get_layer_status()]
     problems = [*_status_problems(status, layers, found), *_number_problems(found)]
@@ -40,6 +44,7 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
         "status": status,
         "layers": layers,
         "adapted_modules": sorted(found.layers),
+        "vocabulary_rows": rows,
         "pure": not found.impurities,
         "impurities": list(found.impurities),
         "scale": scales[0] if len(scales) == 1 else {name: one.scale for name, one in found.layers.items()},
@@ -49,19 +54,29 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
     }
 
 
-def _on_meta(base: str, adapter: str, found: Adapter, trust_remote_code: bool) -> Any:
+def _on_meta(base: str, found: Adapter, rows: int | None, trust_remote_code: bool) -> Any:
+    """peft's model of base and adapter; `rows` are those of an embedding that was resized."""
     import peft
     import torch
     import transformers
 
     configuration = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    if rows is not None:
+        resize(configuration, rows)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             configuration, trust_remote_code=trust_remote_code
         )
+    if found.rows:
+        # peft copies the rows that were there before, and those it cannot copy out of nothing.
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            module.to_empty(device="cpu")
+        model.tie_weights()
     _refuse_mismatch(found, {name: tuple(p.shape) for name, p in model.named_parameters()})
     with torch.device("meta"):
-        return peft.PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=True, torch_device="cpu")
+        return peft.PeftModel.from_pretrained(
+            model, str(found.directory), low_cpu_mem_usage=True, torch_device="cpu"
+        )
 
 
 def _refuse_mismatch(found: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -81,6 +96,11 @@ def _refuse_mismatch(found: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> N
             problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", name))
         elif shapes[name] != spec.shape:
             problems.append(Problem(f"shape {spec.shape} does not fit the base's {shapes[name]}", name))
+    for name, rows in found.rows.items():
+        if name not in shapes:
+            problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", name))
+        elif max(rows.tokens, default=0) >= shapes[name][0]:
+            problems.append(Problem(f"token {max(rows.tokens)} has no row in {shapes[name]}", name))
     if problems:
         raise DataError(
             f"the adapter was made for another base: {len(problems)} of its "
@@ -94,6 +114,8 @@ def _status_problems(
     status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], found: Adapter
 ) -> Iterator[Problem]:
     for field, value in status.items():
+        if field == "requires_grad" and found.rows:
+            continue  # peft freezes factors when it loads them, but not rows of tokens
         if value == "irregular" or (isinstance(value, dict) and "irregular" in value.values()):
             yield Problem("irregular: its layers disagree", f"status.{field}")
     if status["enabled"] is not True:
@@ -129,6 +151,7 @@ def _specs(found: Adapter) -> Iterator[Any]:
         if layer.magnitude:
             yield layer.magnitude
     yield from found.replaced.values()
+    yield from (rows.values for rows in found.rows.values())
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -8,17 +8,23 @@ from pathlib import Path
 
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.chat.template import ChatTemplate, Message
+from forge.model.config import with_vocabulary
 from forge.model.tokenizer_files import read_tokenizer
 
 _OWN_ROWS = 100
 
 
-def describe(base: Path, tokenizer: Path, chat_template: str | None, out: Path) -> None:
+def describe(
+    base: Path, tokenizer: Path, chat_template: str | None, out: Path, rows: int | None = None
+) -> None:
     """Write everything of a checkpoint but its weights into `out`.
 
-    `tokenizer` is the directory whose tokenizer counts; `chat_template` the pinned text.
+    `tokenizer` is the directory whose tokenizer counts; `chat_template` the pinned text; `rows` those of the
+    embedding, where it was resized.
     """
     described = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if rows is not None:
+        described = with_vocabulary(described, rows)
     if "n_positions" in described:
         # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
         described.setdefault("n_ctx", described["n_positions"])

@@ -3,25 +3,27 @@
 The base is the unquantized one (pitfalls 2, 22): W + scale x B A in float32, kept in float32; what
 the adapter does not touch is copied in its own type. Checked against peft's own merge in the tests.
 
-Not covered, and refused: DoRA of an embedding or a Conv1D, embeddings with other rows than the base's,
-an embedding or `lm_head` of its own on a base that ties the two: training moved one alone, in one tensor
-both would move.
+An embedding that was resized has the adapter's rows; rows of tokens that were trained alone go over it.
+
+Not covered, and refused: DoRA of an embedding or a Conv1D, and an embedding or `lm_head` of its own on a
+base that ties the two: training moved one alone, in one tensor both would move.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from forge.adapter.read import Adapter, LoraLayer, find_base_tensor
+from forge.adapter.read import EMBEDDINGS, Adapter, LoraLayer, TokenRows, find_base_tensor
+from forge.adapter.vocabulary import HEADS, fitted, is_of_tokens, is_trained_apart, resized_rows
 from forge.errors import DataError, Problem
 from forge.export.nf4 import through_nf4
 from forge.export.tensors import LazyTensor, read_rows, stored
 from forge.model.checkpoint import Checkpoint
 from forge.model.safetensors_header import TensorSpec
 
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 _TIED = "the base ties its output layer to the embedding, which would change with it"
 
 
@@ -35,67 +37,105 @@ def merged_tensors(
     """
     if adapter is None:
         return [_base(spec, nf4) for spec in checkpoint.tensors.values()]
-    deltas, replaced = _match(checkpoint, adapter)
+    parts = _match(checkpoint, adapter)
     tensors = []
     for name, spec in checkpoint.tensors.items():
         # peft saves an adapted embedding's own weight beside its factors: the delta goes onto that.
-        source = stored(replaced[name]) if name in replaced else _base(spec, nf4)
-        if name in deltas:
-            layer = deltas[name]
-            merger = _merger(source, layer, transposed=_is_transposed(layer, adapter))
-            tensors.append(LazyTensor(name, "F32", spec.shape, merger))
-        elif name in replaced:
-            tensors.append(LazyTensor(name, "F32", spec.shape, _in_float32(source)))
-        else:
-            tensors.append(source)
+        whole = parts.replaced.get(name)
+        tensor = stored(whole, name) if whole else _base(spec, nf4)
+        if rows := parts.rows.get(name):
+            tensor = replace(tensor, dtype="F32", read=_with_rows(tensor, rows))
+        if layer := parts.layers.get(name):
+            merger = _merger(tensor, layer, transposed=_is_transposed(layer, adapter))
+            tensor = replace(tensor, dtype="F32", read=merger)
+        elif whole:
+            tensor = replace(tensor, dtype="F32", read=_in_float32(tensor))
+        tensors.append(tensor)
     return tensors
 
 
-def _match(
-    checkpoint: Checkpoint, adapter: Adapter
-) -> tuple[Mapping[str, LoraLayer], Mapping[str, TensorSpec]]:
-    problems: list[Problem] = []
-    tied = _is_tied(checkpoint)
-    deltas: dict[str, LoraLayer] = {}
-    replaced: dict[str, TensorSpec] = {}
-    for module, layer in adapter.layers.items():
-        name = find_base_tensor(f"{module}.weight", checkpoint.tensors)
-        if layer.magnitude and _is_transposed(layer, adapter):
-            problems.append(Problem("DoRA is merged on linear layers alone", module))
-        elif name is None:
-            problems.append(Problem("the base has no such tensor", f"{module}.weight"))
-        elif tied and layer.is_embedding:
-            problems.append(Problem(_TIED, module))
-        elif checkpoint.tensors[name].shape != _delta_shape(layer, adapter):
-            shape = checkpoint.tensors[name].shape
-            problems.append(
-                Problem(f"{_delta_shape(layer, adapter)} does not fit the base's {shape}", module)
-            )
-        else:
-            deltas[name] = layer
-    for given, spec in adapter.replaced.items():
-        name = find_base_tensor(given, checkpoint.tensors)
-        if name is None:
-            problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", given))
-        elif tied and name.rpartition(".weight")[0].endswith(_EMBEDDINGS):
-            if given.removesuffix(".weight") not in adapter.layers:
-                problems.append(Problem(_TIED, given))
-        elif checkpoint.tensors[name].shape != spec.shape:
-            shape = checkpoint.tensors[name].shape
-            problems.append(Problem(f"resized from {shape} to {spec.shape}: not supported yet", given))
-        else:
-            replaced[name] = spec
+@dataclass(frozen=True)
+class _Parts:
+    """An adapter's parts by the names of the base's tensors."""
+
+    layers: dict[str, LoraLayer] = field(default_factory=dict)
+    replaced: dict[str, TensorSpec] = field(default_factory=dict)
+    rows: dict[str, TokenRows] = field(default_factory=dict)
+
+    def shape(self, name: str, base: Mapping[str, TensorSpec]) -> tuple[int, ...]:
+        """The shape of the tuned model's tensor."""
+        return self.replaced.get(name, base[name]).shape
+
+
+def _match(checkpoint: Checkpoint, adapter: Adapter) -> _Parts:
+    base, parts = checkpoint.tensors, _Parts()
+    once = fitted(adapter, base)
+    problems = [*_match_whole(once, adapter, base, parts), *_match_rows(once, base, parts)]
+    problems += _match_layers(once, base, parts)
     if problems:
         raise DataError(
             f"{len(problems)} parts of the adapter cannot be merged into this base",
             hint="train on the linear layers alone, or merge it with peft and ship that with train: none",
             problems=problems,
         )
-    return deltas, replaced
+    resized_rows(once, base)
+    return parts
 
 
-def _is_tied(checkpoint: Checkpoint) -> bool:
-    return not any("lm_head" in name or "embed_out" in name for name in checkpoint.tensors)
+def _match_whole(
+    adapter: Adapter, given: Adapter, base: Mapping[str, TensorSpec], parts: _Parts
+) -> Iterator[Problem]:
+    """`given` is the adapter as it was read."""
+    for part, spec in adapter.replaced.items():
+        name = find_base_tensor(part, base)
+        if name is None:
+            yield Problem("the base has no such tensor (is it tied to the embedding?)", part)
+        elif _is_tied(base) and _is_embedding(name) and is_trained_apart(part, given):
+            yield Problem(_TIED, part)
+        elif base[name].shape != spec.shape and not (
+            is_of_tokens(name) and base[name].shape[1:] == spec.shape[1:]
+        ):
+            yield Problem(f"{spec.shape} does not fit the base's {base[name].shape}", part)
+        else:
+            parts.replaced[name] = spec
+
+
+def _match_rows(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
+    for part, rows in adapter.rows.items():
+        name = find_base_tensor(part, base)
+        if name is None:
+            yield Problem("the base has no such tensor (is it tied to the embedding?)", part)
+            continue
+        count, *width = parts.shape(name, base)
+        if list(rows.values.shape[1:]) != width:
+            yield Problem(f"rows of {rows.values.shape[1:]} do not fit the base's {base[name].shape}", part)
+        elif max(rows.tokens, default=0) >= count:
+            yield Problem(f"token {max(rows.tokens)} has no row, there are {count}", part)
+        else:
+            parts.rows[name] = rows
+
+
+def _match_layers(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
+    for module, layer in adapter.layers.items():
+        name = find_base_tensor(f"{module}.weight", base)
+        if layer.magnitude and _is_transposed(layer, adapter):
+            yield Problem("DoRA is merged on linear layers alone", module)
+        elif name is None:
+            yield Problem("the base has no such tensor", f"{module}.weight")
+        elif _is_tied(base) and layer.is_embedding:
+            yield Problem(_TIED, module)
+        elif (shape := parts.shape(name, base)) != _delta_shape(layer, adapter):
+            yield Problem(f"{_delta_shape(layer, adapter)} does not fit the base's {shape}", module)
+        else:
+            parts.layers[name] = layer
+
+
+def _is_tied(base: Mapping[str, TensorSpec]) -> bool:
+    return not any(head in name for name in base for head in HEADS)
+
+
+def _is_embedding(name: str) -> bool:
+    return name.rpartition(".weight")[0].endswith(EMBEDDINGS)
 
 
 def _is_transposed(layer: LoraLayer, adapter: Adapter) -> bool:
@@ -130,6 +170,19 @@ def _merger(base: LazyTensor, layer: LoraLayer, *, transposed: bool) -> Callable
         return merged * (lengths / merged.norm(dim=1)).unsqueeze(1)
 
     return merge
+
+
+def _with_rows(tensor: LazyTensor, rows: TokenRows) -> Callable[[int, int], Any]:
+    """The tensor in float32 with the rows of tokens in their places."""
+
+    def read(start: int, stop: int) -> Any:
+        weight, trained = tensor.read(start, stop).float(), _whole(rows.values)
+        for number, token in enumerate(rows.tokens):
+            if start <= token < stop:
+                weight[token - start] = trained[number]
+        return weight
+
+    return read
 
 
 def _whole(spec: TensorSpec) -> Any:

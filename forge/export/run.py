@@ -20,6 +20,7 @@ from typing import Any
 
 from forge import report
 from forge.adapter.read import Adapter, read_adapter
+from forge.adapter.vocabulary import check_tokenizer
 from forge.errors import DataError, Problem
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import why_merged, write_adapter
@@ -68,8 +69,9 @@ def export(
     shutil.rmtree(work, ignore_errors=True)
     description = work / "description"
     description.mkdir(parents=True)
-    describe(Path(base), Path(tokenizer), chat_template, description)
     checkpoint, found = open_checkpoint(Path(base)), read_adapter(Path(adapter)) if adapter else None
+    rows = check_tokenizer(found, checkpoint.tensors, Path(tokenizer), Path(base)) if found else None
+    describe(Path(base), Path(tokenizer), chat_template, description, rows)
     mode, reasons = _mode(settings.get("mode", "merged"), found, checkpoint)
     # Matched against the base in either mode: an adapter that fits nothing is told here.
     nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()

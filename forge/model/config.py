@@ -17,6 +17,9 @@ from typing import Any
 
 from forge.errors import DataError
 
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
+_VOCABULARY = ("vocab_size", "padded_vocab_size")
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -87,7 +90,7 @@ def configuration_of(raw: Mapping[str, Any], *, where: str = "config.json") -> C
         key_value_heads=_key_value_heads(text, heads),
         head_size=head_size,
         intermediate_size=_intermediate(text, hidden),
-        vocabulary_size=_count(text, "vocab_size", "padded_vocab_size") or _count(raw, "vocab_size"),
+        vocabulary_size=_count(text, *_VOCABULARY) or _count(raw, "vocab_size"),
         max_positions=_count(
             text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"
         ),
@@ -112,8 +115,24 @@ def check_unquantized(configuration: Configuration, where: str) -> None:
     )
 
 
+def with_vocabulary(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """A parsed configuration with an embedding of `rows` rows, in the part that says it now."""
+
+    def changed(part: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: rows if name in _VOCABULARY else value for name, value in part.items()}
+        if isinstance(pad := found.get("pad_token_id"), int) and pad >= rows:
+            found["pad_token_id"] = None  # transformers builds no embedding with such a one
+        return found
+
+    parts = {name: changed(part) for name in _TEXT_PARTS if isinstance(part := raw.get(name), dict)}
+    found = {**changed(raw), **parts}
+    if not any(name in part for part in (found, *parts.values()) for name in _VOCABULARY):
+        found["vocab_size"] = rows
+    return found
+
+
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    for name in ("text_config", "llm_config", "language_config"):
+    for name in _TEXT_PARTS:
         part = raw.get(name)
         if isinstance(part, dict):
             return part

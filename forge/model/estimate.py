@@ -95,9 +95,12 @@ def target_tensors(
     }
 
 
-def lora_parameters(adapted: Iterable[TensorSpec], rank: int) -> int:
-    """Parameters of A and B over weights of shape (out, in), or (in, out) in a Conv1D: r x (in + out)."""
-    return sum(rank * sum(tensor.shape) for tensor in adapted)
+def lora_parameters(adapted: Iterable[TensorSpec], rank: int, *, dora: bool = False) -> int:
+    """Parameters of A and B over weights of shape (out, in), or (in, out) in a Conv1D: r x (in + out).
+
+    With `dora` a length for each of the `out` rows too.
+    """
+    return sum(rank * sum(tensor.shape) + dora * tensor.shape[0] for tensor in adapted)
 
 
 def footprint(
@@ -149,6 +152,7 @@ def training(
     rank: int,
     batch: int,
     sequence: int,
+    dora: bool = False,
     targets: str | Collection[str] = "auto",
     optimizer: str = "adamw_torch",
     dtype_bytes: int = 2,
@@ -160,7 +164,7 @@ def training(
     QLoRA's other weights are fp32: k-bit preparation casts them up. `optimizer` not in
     `OPTIMIZER_BYTES` counts as AdamW.
     """
-    adapter = lora_parameters(target_tensors(tensors, targets).values(), rank)
+    adapter = lora_parameters(target_tensors(tensors, targets).values(), rank, dora=dora)
     linear = sum(tensor.numel for tensor in linear_tensors(tensors).values())
     quantized = method == "qlora"
     return Estimate(

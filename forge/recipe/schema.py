@@ -103,7 +103,7 @@ class Lora(Section):
         "auto", description="`auto` and `all-linear`: every linear layer but the head; or module names"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
-    dora: bool = Field(False, description="weight-decomposed LoRA; exported merged only")
+    dora: bool = Field(False, description="weight-decomposed LoRA of linear layers; exported merged only")
     modules_to_save: tuple[Text, ...] = Field(
         (), description="modules trained whole beside the adapter; exported merged only"
     )

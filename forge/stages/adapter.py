@@ -11,6 +11,7 @@ from forge import worker
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import CheckError, DataError, ForgeError
+from forge.model.estimate import lora_parameters
 from forge.recipe.schema import Train
 from forge.stages.artifacts import ADAPTER_STAGE, ShipStage, installed
 from forge.store.artifacts import Artifact
@@ -52,9 +53,9 @@ class TrainStage(ShipStage):
 
     def bytes_kept(self) -> int:
         """The adapter of every matrix, in float32: the most that it can be."""
-        rank = self._train.lora.r
-        shapes = [spec.shape for spec in self.ship.tensors.values()]
-        return sum(rank * sum(shape) * 4 for shape in shapes if len(shape) == 2)
+        lora = self._train.lora
+        matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) == 2]
+        return 4 * lora_parameters(matrices, lora.r, dora=lora.dora)
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         settings = self._train.model_dump(mode="json") | {

@@ -22,6 +22,9 @@ def validate(base: str, adapter: Path) -> dict[str, Any]:
         f"sound: {len(facts['adapted_modules'])} layers, "
         f"{facts['trainable_parameters']:,} parameters, scale {facts['scale']}"
     )
+    if facts["vocabulary_rows"]:
+        report.info(f"it resized the embedding to {facts['vocabulary_rows']} rows")
     if not facts["pure"]:
         report.info("not pure: " + "; ".join(facts["impurities"]))
-    return {key: facts[key] for key in ("ok", "status", "layers", "pure", "scale", "exports", "problems")}
+    told = ("ok", "status", "layers", "vocabulary_rows", "pure", "scale", "exports", "problems")
+    return {key: facts[key] for key in told}

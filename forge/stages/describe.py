@@ -72,6 +72,7 @@ def _memory(ship: Ship) -> dict[str, Any] | None:
             ship.configuration,
             method=train.method,
             rank=train.lora.r,
+            dora=train.lora.dora,
             batch=train.batch_size,
             sequence=length,
             targets=train.lora.targets,

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forge import report
-from forge.adapter.read import read_adapter
+from forge.adapter.read import EMBEDDINGS, read_adapter
+from forge.adapter.vocabulary import check_tokenizer
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
 from forge.model.architectures import check_exportable
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
 from forge.recipe.load import Loaded
-from forge.recipe.schema import Train
 
 if TYPE_CHECKING:
     from forge.stages.ship import Ship
@@ -26,7 +26,6 @@ def refuse_unbuilt(loaded: Loaded) -> None:
     recipe = loaded.recipe
     asked = {
         "export.mode": recipe.export.mode != "merged",
-        "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
     }
     problems = [
         _located(loaded, name, "this version cannot do that yet")
@@ -60,11 +59,13 @@ def check(ship: Ship) -> None:
     if not ship.tensors:
         raise DataError(f"{directory} holds no tensors")
     _check_targets(ship)
+    _check_dora(ship)
     _check_generation(ship)
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
     if ship.adopted and ship.adopted.directory:
-        read_adapter(ship.adopted.directory)
+        adapter = read_adapter(ship.adopted.directory)
+        check_tokenizer(adapter, ship.tensors, ship.tokenizer.directory, directory)
 
 
 def _check_targets(ship: Ship) -> None:
@@ -85,6 +86,31 @@ def _check_targets(ship: Ship) -> None:
             problems=[
                 _located(ship.loaded, "train.lora.targets", f"the base has no module {one}") for one in absent
             ],
+        )
+
+
+def _check_dora(ship: Ship) -> None:
+    """DoRA is merged on linear layers alone: a row of theirs is an output, whose length was learned.
+
+    Named targets are looked at; `auto` takes linear layers and nothing else, except of Conv1D.
+    """
+    lora = ship.training.lora if ship.training else None
+    if lora is None or not lora.dora:
+        return
+    problems = []
+    if ship.configuration.model_type == "gpt2":
+        problems.append("the layers of GPT-2 are Conv1D, not linear")
+    for target in () if isinstance(lora.targets, str) else lora.targets:
+        adapted = [name for name in ship.tensors if f".{name}".endswith(f".{target}.weight")]
+        if target.rpartition(".")[2] in EMBEDDINGS:
+            problems.append(f"{target} is an embedding, not a linear layer")
+        elif any(".experts." in name for name in adapted):
+            problems.append(f"{target} is in the experts, which are trained joined")
+    if problems:
+        raise RecipeError(
+            "train.lora.dora: DoRA is for linear layers alone",
+            hint="leave dora out, or take other train.lora.targets or another base",
+            problems=[_located(ship.loaded, "train.lora.dora", one) for one in problems],
         )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.adapter.vocabulary import rows_beside
 from forge.data.prepare import HELDOUT_FILE
 from forge.data.tokens import IGNORED
 from forge.train.model import choose_hardware, load_base
@@ -44,6 +45,10 @@ def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) ->
         trust_remote_code=settings["trust_remote_code"],
         seed=settings["seed"],
     )
+    resized = rows_beside(Path(base), Path(adapter))
+    if resized is not None:
+        # peft loads the adapter's rows into these, so that the base is measured with them too.
+        model.resize_token_embeddings(resized, mean_resizing=False)
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     model.config.use_cache = True
     tokenizer = Tokenizer.from_file(str(Path(settings["tokenizer"]) / "tokenizer.json"))

@@ -18,6 +18,7 @@ from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample
 from forge.verify.compare import compare, losses
 from forge.verify.inputs import read_rows
+from forge.verify.loader import Weights
 
 _STANDARD_ERRORS = 2.0
 
@@ -34,7 +35,7 @@ def choose_base(base: str, adapter: str, rows: str, rows_are: str, trust_remote_
     facts, given = read_configuration(directory), read_rows(Path(rows))
     vocabulary = facts.vocabulary_size or read_tokenizer(directory).vocabulary_size
     drawn = sample.draw(given, vocabulary, facts.max_positions)
-    original = reference.Weights(directory, read_adapter(Path(adapter)), trust_remote_code=trust_remote_code)
+    original = Weights(directory, read_adapter(Path(adapter)), trust_remote_code=trust_remote_code)
     trained = reference.logits(replace(original, nf4=True), drawn, "merged into the NF4 base")
     full = reference.logits(original, drawn, "merged into the original base")
     before, after = losses(trained, drawn), losses(full, drawn)

@@ -68,7 +68,9 @@ def _converted_wrongly(
     if file["lost_rows"]:
         name, count = next(iter(file["lost_rows"].items()))
         return Cause(
-            "convert", f"{count} rows of {name} are zeros in the file: added tokens were lost", again
+            "convert",
+            f"{count} rows of {name} are zeros in the file or not there: added tokens were lost",
+            again,
         )
     if differ["moved"]:
         names = ", ".join(differ["moved"][:4])

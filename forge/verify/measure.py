@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.adapter.read import read_adapter
+from forge.adapter.read import Adapter, read_adapter
+from forge.adapter.vocabulary import resized_rows
 from forge.chat.template import ChatTemplate
 from forge.errors import ForgeError, Problem
 from forge.model.checkpoint import open_checkpoint
@@ -35,7 +37,8 @@ from forge.verify.inputs import (
     refuse_too_large,
     type_of_tensors,
 )
-from forge.verify.vocabulary import check_vocabulary
+from forge.verify.loader import Weights
+from forge.verify.vocabulary import added_tokens, check_vocabulary
 
 DIRECT = ("f16", "f32")
 """Types that only convert: everything else is judged by llama.cpp's own file of that type."""
@@ -56,6 +59,19 @@ class _Session:
     def settings(self) -> Mapping[str, Any]:
         settings: Mapping[str, Any] = self.arguments["settings"]
         return settings
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        given = self.arguments["adapter"]
+        return read_adapter(Path(given)) if given else None
+
+    @cached_property
+    def facts(self) -> Configuration:
+        """Those of the tuned model: the base's, but for an embedding that was resized."""
+        base = Path(self.arguments["base"])
+        facts = read_configuration(base)
+        rows = resized_rows(self.adapter, open_checkpoint(base).tensors) if self.adapter else None
+        return replace(facts, vocabulary_size=rows or facts.vocabulary_size)
 
     @property
     def lora(self) -> Path | None:
@@ -92,7 +108,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
     """
     session = _Session(arguments, {"seconds": {}})
     gguf, base = Path(arguments["gguf"]), Path(arguments["base"])
-    facts = read_configuration(base)
+    facts = session.facts
     with session.step("the file's header"):
         header = read_gguf(gguf)
         refuse_other_model(header, facts)
@@ -109,7 +125,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
         drawn = sample.draw(rows, vocabulary, facts.max_positions)
     session.found["sample"] = _sample_facts(rows, drawn)
     with tempfile.TemporaryDirectory(dir=arguments["scratch"], prefix="forge-verify-") as scratch:
-        _legs(session, drawn, rows, facts, Path(scratch))
+        _legs(session, drawn, rows, Path(scratch))
     return session.found
 
 
@@ -122,6 +138,8 @@ def _vocabulary(session: _Session, rows: Sequence[Mapping[str, Any]]) -> dict[st
     hello = [[{"role": "user", "content": "Hello!"}]]
     system = [[{"role": "system", "content": "Be brief."}, *hello[0]]]
     asked = [messages[:-1] for messages in own if len(messages) > 1]
+    added = added_tokens(Path(arguments["base"]), tokenizer)[:_OWN_PROMPTS]
+    asked += [[{"role": "user", "content": token}] for token in added]
     end = session.settings.get("end_of_turn_id")
     return check_vocabulary(
         Path(arguments["gguf"]), tokenizer, template, [*hello, *system, *asked, *own], end
@@ -143,7 +161,6 @@ def _legs(
     session: _Session,
     drawn: sample.Sample,
     rows: Sequence[Mapping[str, Any]],
-    facts: Configuration,
     scratch: Path,
 ) -> None:
     """Every set of logits once; each is compared with the reference and let go."""
@@ -154,10 +171,9 @@ def _legs(
     with session.step("the file's greedy answers"), served.loaded(gguf, context, session.lora) as model:
         made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
         found["live"] = _expected_live(model, prompts)
-    adapter = read_adapter(Path(arguments["adapter"])) if arguments["adapter"] else None
     trust = session.settings.get("trust_remote_code", False)
     nf4 = session.settings.get("merge_base") == "nf4"
-    source = reference.Weights(Path(arguments["base"]), adapter, nf4=nf4, trust_remote_code=trust)
+    source = Weights(Path(arguments["base"]), session.adapter, nf4=nf4, trust_remote_code=trust)
     with session.step("the reference in float32"):
         expected = reference.logits(source, drawn, "the reference")
         found["greedy"] = _greedy(source, made)
@@ -166,7 +182,7 @@ def _legs(
     files = measured.of_files(gguf, scratch)
     with session.step("weights"):
         inside = replace(source, adapter=None) if session.lora else source
-        found["weights"] = weights.fit_weights(files, inside, facts)
+        found["weights"] = weights.fit_weights(files, inside, session.facts)
 
 
 @dataclass(frozen=True)
@@ -178,12 +194,12 @@ class _Legs:
     context: int
     expected: Any
 
-    def of_checkpoints(self, source: reference.Weights) -> None:
+    def of_checkpoints(self, source: Weights) -> None:
         """The base alone, the base as it was trained, a merged checkpoint: what there is of them."""
         merged = self.session.arguments["merged"]
         shifts = source.adapter and self.session.settings.get("nf4") and not source.nf4
         legs = {
-            "base": replace(source, adapter=None) if source.adapter else None,
+            "base": replace(source, plain=True) if source.adapter else None,
             "trained": replace(source, nf4=True) if shifts else None,
             "merged": replace(source, base=Path(merged), adapter=None, nf4=False) if merged else None,
         }
@@ -257,7 +273,7 @@ def _expected_live(model: served.ServedModel, prompts: Sequence[Sequence[int]]) 
     ]
 
 
-def _greedy(source: reference.Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Any]:
+def _greedy(source: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Any]:
     """Whether the reference would have written the same: every token is its most likely one too.
 
     One pass over prompt and answer tells, since up to the first other token both texts are the same.

@@ -51,6 +51,14 @@ def check_vocabulary(
     }
 
 
+def added_tokens(base: Path, tokenizer: Path) -> list[str]:
+    """What `tokenizer` knows and that of `base` does not: no other text may hold it, so it is asked for."""
+    if tokenizer == base:
+        return []
+    known, own = (open_tokenizer(one).get_vocab() for one in (base, tokenizer))
+    return sorted(own.keys() - known.keys())
+
+
 def count(gguf: str, texts: Sequence[str]) -> dict[str, Any]:
     """`counts`: how many tokens each prompt has by the file's own vocabulary, as a server should count it.
 

@@ -21,11 +21,12 @@ from forge import report
 from forge.export.nf4 import quantized_in_training
 from forge.model.config import Configuration
 from forge.model.gguf_header import read_gguf
-from forge.verify.reference import Loader, Weights, nf4_and_back
+from forge.verify.loader import Loader, Weights, nf4_and_back
 
 _MOST_ROWS = 16384
 """Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
 _NF4_LAYERS = 4
+_OF_TOKENS = ("token_embd.weight", "output.weight")
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
@@ -34,7 +35,7 @@ class Fit:
     """One tensor: `scale` is f (None where nothing is adapted), `rest` relative to the weight's norm.
 
     `rest_nf4` is the rest over the base's NF4 round trip. `layout`: how its rows are ordered in the
-    file. `lost_rows`: rows of zeros which are none in the checkpoint.
+    file. `lost_rows`: rows which the file lacks, or has as zeros where the checkpoint does not.
     """
 
     gguf: str
@@ -131,8 +132,11 @@ def _fit(tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: b
     import torch
     from gguf.quants import dequantize
 
-    rows = slice(None)
+    rows, lost = slice(None), 0
     shape = tuple(int(size) for size in reversed(tensor.shape))
+    if tensor.name in _OF_TOKENS and shape[0] < weight.shape[0] and shape[1:] == weight.shape[1:]:
+        lost = weight.shape[0] - shape[0]
+        weight, added = weight[: shape[0]], None if added is None else added[: shape[0]]
     if weight.dim() == 2 and weight.shape[0] > _MOST_ROWS and shape == tuple(weight.shape):
         rows = np.r_[0:4096, weight.shape[0] - 4096 : weight.shape[0]]
         weight, added = weight[rows], None if added is None else added[rows]
@@ -151,9 +155,8 @@ def _fit(tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: b
         other = arranged - nf4_and_back(weight)
         share = float((other * added).sum() / (added * added).sum())
         rest_nf4 = float((other - share * added).norm() / weight.norm())
-    lost = 0
     if weight.dim() == 2:
-        lost = int(((arranged.abs().sum(dim=1) == 0) & (weight.abs().sum(dim=1) > 0)).sum())
+        lost += int(((arranged.abs().sum(dim=1) == 0) & (weight.abs().sum(dim=1) > 0)).sum())
     return Fit(tensor.name, scale, rest, layout, rest_nf4, lost)
 
 
