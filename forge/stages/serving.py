@@ -23,20 +23,21 @@ from forge.serve.slots import slots_for
 from forge.stages.drive import find_gguf, find_run
 from forge.stages.record import read_manifest, read_run_modelfile
 from forge.store.artifacts import open_store
+from forge.tools.hosts import DEFAULT_HOST
 
 _DEFAULT_CONTEXT = 4096
-# What `forge serve` listens on unless told; 0 is any free one.
+# What `forge serve` listens on unless told.
 PORT = 8080
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a person asked `forge serve` for; None leaves it to forge."""
+    """What a person asked `forge serve` for; None leaves it to forge, port 0 is any free one."""
 
     target: str
     runtime: str = "embedded"
-    host: str = "127.0.0.1"
-    port: int = 0
+    host: str = DEFAULT_HOST
+    port: int | None = 0
     context: int | None = None
     parallel: int | None = None
     threads: int | None = None
@@ -77,8 +78,7 @@ def settings(wish: Wish) -> Settings:
         alias=run.name if run else path.stem,
         context_tokens=wish.context or min(limit, _context_of(run)),
         host=wish.host,
-        # Ollama is where OLLAMA_HOST says, unless another port than the usual one is told.
-        port=0 if wish.runtime == "ollama" and wish.port == PORT else wish.port,
+        port=_port_of(wish),
         parallel=wish.parallel,
         threads=wish.threads,
         gpu_layers=wish.gpu_layers,
@@ -95,6 +95,12 @@ def settings(wish: Wish) -> Settings:
     if chosen.alias in wish.lora:
         raise RecipeError(f"--lora {chosen.alias}: the model itself has that name", hint="choose another")
     return chosen
+
+
+def _port_of(wish: Wish) -> int:
+    if wish.port is None:
+        return 0 if wish.runtime == "ollama" else PORT  # Ollama listens already, on a port of its own
+    return wish.port
 
 
 def _context_of(run: Path | None) -> int:
