@@ -154,10 +154,7 @@ def serve(
             tell = stack.enter_context(detached.announced(served_directory(), chosen.alias))
         endpoint = open_runtime(wish, chosen, stack)
         report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
-        report.info(
-            f"context {chosen.context_tokens} tokens, {chosen.slots} requests at once, "
-            f"{ready.threads_of(chosen)} threads, on {endpoint.device}"
-        )
+        report.info(_in_words(wish, chosen, endpoint))
         if tell:
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             tell(
@@ -175,6 +172,17 @@ def serve(
         except KeyboardInterrupt:
             raise InterruptedByUserError("stopped serving") from None
         raise StageError(why)
+
+
+def _in_words(wish: Wish, chosen: Settings, endpoint: Endpoint) -> str:
+    """What is known of how it serves: requests at once, threads and device are Ollama's own affair."""
+    words = [f"context {chosen.context_tokens} tokens"]
+    if wish.runtime != "ollama":
+        words += [f"{chosen.slots} requests at once", f"{ready.threads_of(chosen)} threads"]
+        words += [f"on {endpoint.device}"]
+    elif chosen.threads:
+        words += [f"{chosen.threads} threads"]
+    return ", ".join(words)
 
 
 def _fields(endpoint: Endpoint, pid: int) -> dict[str, object]:
