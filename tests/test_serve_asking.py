@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from forge import process
+from forge.cli.main import run
 from forge.errors import DataError, RecipeError
 from forge.serve.async_client import AsyncClient
-from forge.serve.client import Client
+from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import generate
@@ -133,6 +134,23 @@ def test_sampling_is_sent_as_it_was_asked_for(tmp_path: Path) -> None:
         "max_tokens": 9, "temperature": 0.5, "seed": 3, "stop": ["x"], "top_p": 0.9, "top_k": 40, "min_p": 0.1
     }  # fmt: skip
     assert plain.keys() == {"model", "messages", "max_tokens", "temperature", "seed"}
+
+
+def test_the_model_is_the_one_that_was_told(tmp_path: Path) -> None:
+    """Of several, as Ollama, vLLM and `--lora` have them; as the server lists it."""
+    with _stand_in(models=("base", "poet", "yoda:latest")) as server:
+        url = server.endpoint.url
+        assert [find(url, model=name).model for name in (None, "poet", "yoda")] == [
+            "base", "poet", "yoda:latest"
+        ]  # fmt: skip
+        with pytest.raises(RecipeError, match="serves no model clerk") as unknown:
+            find(url, model="clerk")
+        assert unknown.value.hint == "served are base, poet, yoda:latest"
+        command = ["generate", str(write_prompts(tmp_path, 2)), str(tmp_path / "out"), "--endpoint", url]
+        assert run([*command, "--model", "clerk"]) == 2
+        assert server.asked == []
+        assert run([*command, "--model", "poet"]) == 0
+    assert [body["model"] for body in server.asked] == ["poet", "poet"]
 
 
 def test_several_endpoints_share_the_rows(tmp_path: Path) -> None:

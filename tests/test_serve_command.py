@@ -232,14 +232,23 @@ def test_chat_with_a_file_and_with_the_url_of_a_server_with_a_key(place: Worksho
     roles = [turn["role"] for turn in first["messages"]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
     assert [turn["content"] for turn in second["messages"]] == ["Be brief", "Once more", REPLY]
-    served = place.forge("serve", "tiny.gguf", "--port", "0", "--api-key-file", "key", "--detach")
+    shared = ("--port", "0", "--api-key-file", "key", "--lora", "yes=yes.gguf", "--detach")
+    served = place.forge("serve", "tiny.gguf", *shared)
     url = served.fields["endpoint"]
     talked = place.forge("chat", url, "--api-key-file", "key", "--max-tokens", "2", typed="Hello\n/quit\n")
     assert talked.code == 0
     assert "[cut: the answer reached its limit of tokens]" in talked.said
+    adapted = place.forge("chat", url, "--api-key-file", "key", "--model", "yes", typed="Hello\n/quit\n")
+    assert (adapted.fields, "> Y\n" in adapted.said) == ({"model": "yes"}, True)
     refused = place.forge("chat", url, typed="Hello\n")
     assert (refused.code, "Invalid API Key" in refused.fields["error"]["message"]) == (2, True)
-    for flags in ((url, "--context", "512"), ("tiny.gguf", "--api-key-file", "key")):
+    wrong: tuple[tuple[str, ...], ...] = (
+        (url, "--context", "512"),
+        (url, "--api-key-file", "key", "--model", "no"),
+        ("tiny.gguf", "--api-key-file", "key"),
+        ("tiny.gguf", "--model", "yes"),
+    )
+    for flags in wrong:
         assert place.forge("chat", *flags).code == 2
     place.forge("stop")
 

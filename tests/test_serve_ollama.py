@@ -48,7 +48,7 @@ def test_a_model_that_answers_no_chat_gets_no_name(gguf: Path, monkeypatch: pyte
     with FakeOllama() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         fake.troubles["/v1/chat/completions"] = ("error", 500, "model requires more system memory")
-        with pytest.raises(StageError, match="answers no chat with .*: model requires more system memory"):
+        with pytest.raises(StageError, match=r"answers no chat with .*: model requires more system memory"):
             with serve_ollama(Settings(gguf, "yoda", 512)):
                 raise AssertionError("it served")
         assert fake.models == {}

@@ -26,6 +26,7 @@ from forge.serve.endpoint import Endpoint, Message, unknown_end
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
+MODELS = "/v1/models"
 # A long answer of a large model on a small machine takes minutes; a connection does not.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 # llama-server closes the connection after every streamed answer, and does not say so: the next
@@ -186,6 +187,27 @@ def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
             hint="the URL must be the root of an OpenAI-compatible server",
         )
     raise error_answer(endpoint, response.status_code, payload, response.headers)
+
+
+def read_models(payload: Mapping[str, Any]) -> list[str]:
+    """The names in the answer of `MODELS`."""
+    return [str(model["id"]) for model in payload.get("data") or []]
+
+
+def choose_model(url: str, names: Sequence[str], wanted: str | None) -> str:
+    """`wanted` as the server at `url` lists it among `names`, or the first of them.
+
+    Raises `RecipeError`, which lists them, for one that it has not, `MissingToolError` where it has none.
+    """
+    if not names:
+        raise MissingToolError(f"{url} serves no model", hint="load one there first")
+    if not wanted:
+        return names[0]
+    # Ollama's list shows the tag of a name that was told without one.
+    for name in (wanted, f"{wanted}:latest"):
+        if name in names:
+            return name
+    raise RecipeError(f"{url} serves no model {wanted}", hint="served are " + ", ".join(names))
 
 
 def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:

@@ -24,13 +24,14 @@ def chat(
     context: int | None,
     api_key_file: Path | None = None,
     sampling: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
-    """Talk to a run, a GGUF or a URL in the terminal."""
+    """Talk to a run, a GGUF or a URL in the terminal; `model` is which of a URL's."""
     from forge.serve.chat import converse
     from forge.serve.wire import Sampling
 
     with ExitStack() as stack:
-        endpoint = _reach(target, context, api_key_file, stack)
+        endpoint = _reach(target, context, api_key_file, model, stack)
         report.info(f"talking to {endpoint.model}; /quit ends, /reset forgets, /save FILE keeps")
         chosen = Sampling(**(sampling or {}))
         converse(endpoint, read=_read_line, write=report.write, system=system, sampling=chosen)
@@ -45,13 +46,16 @@ def _read_line(prompt: str) -> str:
     return input()
 
 
-def _reach(target: str, context: int | None, api_key_file: Path | None, stack: ExitStack) -> Endpoint:
+def _reach(
+    target: str, context: int | None, api_key_file: Path | None, model: str | None, stack: ExitStack
+) -> Endpoint:
     if target.startswith(("http://", "https://")):
         if context is not None:
             raise RecipeError("--context: whoever started that server has chosen its context")
-        return find(target, api_key=read_key(api_key_file))
-    if api_key_file is not None:
-        raise RecipeError("--api-key-file goes with a URL")
+        return find(target, model=model, api_key=read_key(api_key_file))
+    for flag, told in {"--api-key-file": api_key_file, "--model": model}.items():
+        if told is not None:
+            raise RecipeError(f"{flag} goes with a URL")
     wish = Wish(target, context=context)
     return open_runtime(wish, settings(wish), stack)
 
@@ -84,6 +88,7 @@ def generate(
     sampling: Mapping[str, Any],
     schema: Path | None = None,
     *,
+    model: str | None = None,
     raw: bool = False,
     retry_failed: bool = False,
 ) -> dict[str, Any]:
@@ -96,7 +101,7 @@ def generate(
     if concurrency != "auto" and not (concurrency.isdigit() and int(concurrency) > 0):
         raise RecipeError(f"--concurrency: a number or auto (got {concurrency})")
     key = read_key(api_key_file)
-    endpoints = [find(url, api_key=key) for url in dict.fromkeys(urls)]
+    endpoints = [find(url, model=model, api_key=key) for url in dict.fromkeys(urls)]
     done = run(
         endpoints,
         prompts,
