@@ -21,8 +21,8 @@ from forge.serve.wire import Reply, Sampling
 class Client:
     """A connection to `endpoint`. Use it as a context manager.
 
-    Every method raises `UnreachableError`, `BusyError`, `RefusedError` or `GoneError` (see `wire`), or
-    `StageError` for an answer that makes no sense.
+    Every method raises `UnreachableError`, `BusyError`, `RefusedError`, `GarbledError` or `GoneError`: see
+    `wire`.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -78,7 +78,7 @@ class Client:
 
     def model_names(self) -> list[str]:
         """The models that it serves."""
-        return wire.read_models(self._ask("GET", wire.MODELS))
+        return wire.read_models(self.endpoint, self._ask("GET", wire.MODELS))
 
     def properties(self) -> Mapping[str, Any]:
         """llama-server's settings, such as `total_slots` and `default_generation_settings.n_ctx`."""

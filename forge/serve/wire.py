@@ -7,6 +7,7 @@ become forge's errors here and nowhere else:
 * `UnreachableError`: nothing listens, or the connection broke: worth another try later.
 * `BusyError`: 408, 429, 5xx, or no answer in time: worth another try, after `retry_after` if it is given.
 * `RefusedError`: any other answer that is no success: the same request would fail again.
+* `GarbledError`: a success that holds no answer, as a proxy gives while the server behind it restarts.
 * `GoneError`: a server that forge started has ended by itself.
 """
 
@@ -67,6 +68,10 @@ class RefusedError(DataError):
     def about_the_request(self) -> bool:
         """Whether another request could still succeed."""
         return self.status in _ABOUT_THE_REQUEST
+
+
+class GarbledError(StageError):
+    """What answers does not speak this API, or not now."""
 
 
 class GoneError(StageError):
@@ -175,23 +180,26 @@ def _end_of(endpoint: Endpoint) -> str:
 def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a successful answer. The whole body must have been read.
 
-    Raises `BusyError` or `RefusedError` for an error answer, `StageError` for what is not a JSON object.
+    Raises `BusyError` or `RefusedError` for an error answer, `GarbledError` for what is not a JSON object.
     """
     payload = _parse(response.content)
     if response.is_success and isinstance(payload, dict):
         return payload
     if response.is_success:
         shown = response.text[:80]
-        raise StageError(
+        raise GarbledError(
             f"{endpoint.url} answered with something that is not JSON: {shown!r}",
             hint="the URL must be the root of an OpenAI-compatible server",
         )
     raise error_answer(endpoint, response.status_code, payload, response.headers)
 
 
-def read_models(payload: Mapping[str, Any]) -> list[str]:
-    """The names in the answer of `MODELS`."""
-    return [str(model["id"]) for model in payload.get("data") or []]
+def read_models(endpoint: Endpoint, payload: Mapping[str, Any]) -> list[str]:
+    """The names in the answer of `MODELS`; raises `GarbledError` where there are none to be read."""
+    try:
+        return [str(model["id"]) for model in payload["data"] or []]
+    except (KeyError, TypeError) as wrong:
+        raise GarbledError(f"{endpoint.url} answered with something that is no list of models") from wrong
 
 
 def choose_model(url: str, names: Sequence[str], wanted: str | None) -> str:
@@ -221,8 +229,8 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),
         )
-    except (KeyError, IndexError, TypeError, AttributeError) as wrong:
-        raise StageError(f"{endpoint.url} answered with something that is no chat completion") from wrong
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as wrong:
+        raise GarbledError(f"{endpoint.url} answered with something that is no chat completion") from wrong
 
 
 def error_answer(

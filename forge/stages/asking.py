@@ -100,10 +100,8 @@ def generate(
 
     if concurrency != "auto" and not (concurrency.isdigit() and int(concurrency) > 0):
         raise RecipeError(f"--concurrency: a number or auto (got {concurrency})")
-    key = read_key(api_key_file)
-    endpoints = [find(url, model=model, api_key=key) for url in dict.fromkeys(urls)]
     done = run(
-        endpoints,
+        _endpoints(urls, model, read_key(api_key_file)),
         prompts,
         out,
         sampling=Sampling(**sampling, schema=_schema(schema)),
@@ -122,6 +120,24 @@ def generate(
             f"{done.failed} rows failed", hint="look at them in OUT; --retry-failed asks them again"
         )
     return asdict(done)
+
+
+def _endpoints(urls: Sequence[str], model: str | None, key: str | None) -> list[Endpoint]:
+    """What the URLs name; those that are away for now are asked again later, if one answers at all."""
+    from forge.serve.generate import FOR_NOW
+
+    found, away = [], []
+    for url in dict.fromkeys(urls):
+        try:
+            found.append(find(url, model=model, api_key=key))
+        except FOR_NOW as failure:
+            found.append(Endpoint(url, model or "", key))
+            away.append(failure)
+    if len(away) == len(found):
+        raise away[0]
+    for one in away:
+        report.warning(f"{one.message}: it is asked again while others answer")
+    return found
 
 
 def _schema(path: Path | None) -> dict[str, Any] | None:
