@@ -13,6 +13,7 @@ import psutil
 
 from forge import report
 from forge.errors import DataError, ForgeError, RecipeError, StageError
+from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint, unknown_end
@@ -84,8 +85,7 @@ def url_of(host: str, port: int | str) -> str:
 def threads_of(settings: Settings) -> int:
     """The physical cores that this process may use: llama.cpp gains nothing from more threads."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return settings.threads or min(physical, allowed)
+    return settings.threads or min(physical, usable_cores())
 
 
 def device_of(said: Sequence[str]) -> str:
