@@ -6,19 +6,13 @@ import json
 import os
 import re
 import signal
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-import filelock
 import psutil
 import pytest
 
-from forge import process
 from forge.errors import RecipeError
-from forge.serve import detached
 from forge.serve.client import Client, find
 from forge.stages.serving import Wish, read_key, settings
 from tests.servers import HELLO, listens, write_adapter
@@ -72,32 +66,6 @@ def test_serves_in_the_foreground_until_it_is_told_to_stop(
     assert re.search(f"context 4096 tokens, {slots} requests at once, ", said)
     assert " threads, on CPU" in said
     assert not listens(ready["endpoint"])
-
-
-def test_a_name_whose_server_still_loads_is_taken(tmp_path: Path) -> None:
-    """Its files are its own: the second command takes none of them away."""
-    lock = tmp_path / "tiny.lock"
-    with filelock.FileLock(lock):
-        with pytest.raises(RecipeError, match="tiny is being served already"):
-            detached.detach(tmp_path, "tiny", [sys.executable, "-c", ""])
-        assert [path.name for path in tmp_path.iterdir()] == ["tiny.lock"]
-
-
-@pytest.mark.programs
-def test_a_stopped_servers_name_may_be_the_next_ones_already(tmp_path: Path) -> None:
-    """Its lock is held by then: nobody waits for that, and what the next one wrote stays."""
-    with process.Child([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
-        served = detached.Served("tiny", "http://127.0.0.1:9", "tiny", "embedded", child.pid, None, "now")
-        record = tmp_path / "tiny.json"
-        record.write_text(json.dumps(asdict(served)))
-        with filelock.FileLock(tmp_path / "tiny.lock"):
-            begun = time.monotonic()
-            assert detached.stop(tmp_path, "tiny") == [served]
-            assert time.monotonic() - begun < 30
-            assert child.ends_within(30)
-            assert record.exists()
-    assert detached.running(tmp_path) == []
-    assert not record.exists()
 
 
 @pytest.mark.network
