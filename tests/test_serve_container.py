@@ -61,6 +61,12 @@ def test_no_daemon_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             raise AssertionError("it connected")
 
 
+def test_layers_on_a_gpu_without_cuda_are_refused_before_an_image_is_made(settings: Settings) -> None:
+    with pytest.raises(RecipeError, match=r"forge-llama-server:.* runs on the CPU alone"):
+        with serve_container(replace(settings, gpu_layers=5)):
+            raise AssertionError("it served")
+
+
 def test_shipped_files_are_found() -> None:
     assert (docker_files() / "server" / "Dockerfile").is_file()
     assert os.access(docker_files() / "compose.yaml", os.R_OK)
@@ -156,9 +162,6 @@ def test_model_that_does_not_load_shows_the_servers_own_words(
         with serve_container(replace(settings, model=strange)):
             raise AssertionError("it served")
     assert any("unknown model architecture: 'lxama'" in one.message for one in caught.value.problems)
-    with pytest.raises(RecipeError, match="runs on the CPU alone"):
-        with serve_container(replace(settings, gpu_layers=5)):
-            raise AssertionError("it served")
 
 
 @pytest.mark.docker

@@ -194,6 +194,10 @@ def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int
     """Print what starts the server elsewhere; nothing runs."""
     from forge.serve.manifests import manifest
 
+    if wish.runtime == "ollama":
+        raise RecipeError(
+            "--print writes how llama.cpp's server is started, not Ollama", hint="leave --runtime out"
+        )
     chosen = settings(replace(wish, runtime="container"))
     # A pod listens to its whole cluster, whatever the host is here.
     ready.check(replace(chosen, host="0.0.0.0") if kind == "kubernetes" else chosen)
