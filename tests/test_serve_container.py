@@ -23,6 +23,7 @@ from forge.serve.wire import GoneError, RefusedError
 from forge.tools.containers import current_name, docker_files, engine
 from tests.docker_daemon import BASE
 from tests.servers import HELLO, listens, write_adapter
+from tests.test_docker_files import NEEDS_KEY
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 KEY = "open-sesame-1234"
@@ -188,3 +189,17 @@ def test_adapters_named_ports_and_the_image_of_old_documents(
         assert port is not None
         with pytest.raises(StageError, match="port is already allocated"):
             stack.enter_context(serve_container(replace(settings, alias="other", port=port)))
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+def test_no_daemon_starts_a_server_for_others_without_a_key(daemon: Any) -> None:
+    """What docker/compose.yaml mounts as the key where HOST alone is set."""
+    from docker.errors import APIError
+    from docker.types import Mount
+
+    mount = Mount("/run/secrets/api-key", f"/dev/null/{NEEDS_KEY}", "bind", read_only=True)
+    with pytest.raises(APIError, match=NEEDS_KEY):
+        daemon.containers.create(BASE, ["x"], mounts=[mount])
