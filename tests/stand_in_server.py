@@ -40,6 +40,7 @@ class StandIn:
     api_key: str | None = None
     seconds: float = 0.0
     suffix: str = ""
+    models: Sequence[str] = ("stand-in",)
     hold: threading.Event | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
     most_at_once: int = 0
@@ -95,7 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif not self.let_in():
             return
         elif self.path == "/v1/models":
-            self.answer(200, {"object": "list", "data": [{"id": "stand-in", "object": "model"}]})
+            listed = [{"id": name, "object": "model"} for name in state.models]
+            self.answer(200, {"object": "list", "data": listed})
         elif self.path == "/props" and state.slots:
             self.answer(200, {"total_slots": state.slots})
         else:

@@ -80,6 +80,26 @@ def test_holds_the_model_the_server_and_how_to_start_it(contents: Contents, tmp_
     assert not list(out.parent.glob(".*"))
 
 
+@pytest.mark.programs
+def test_smoke_test_without_sha256sum(
+    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS has shasum; the README promises the test to no other system than these two."""
+    if not shutil.which("shasum"):
+        pytest.skip("there is no shasum (Perl's)")
+    write_bundle(contents, tmp_path / "yoda.tar", program="/bin/ls")
+    root = _unpacked(tmp_path / "yoda.tar", tmp_path / "there")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("sh", "dirname", "shasum", "perl"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    monkeypatch.setenv("PATH", str(programs))
+    assert process.run([str(root / "smoke.sh"), "files"]).output == "files: as they were packed"
+    (root / "smoke.json").write_text("{}")
+    assert process.run([str(root / "smoke.sh"), "files"]).status != 0
+    assert "On Linux and macOS smoke.sh checks" in (root / "README.txt").read_text()
+
+
 _OPENER = r"""
 #include <dirent.h>
 #include <dlfcn.h>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from forge.tools.containers import USER
 from tests.conftest import ROOT
 
 DOCKER = ROOT / "docker"
+NEEDS_KEY = "HOST-needs-API_KEY_FILE-see-docker-README"
 DOCKERFILES = sorted(DOCKER.glob("*/Dockerfile"))
 
 
@@ -72,6 +74,41 @@ def test_compose_files_are_true_to_their_schema(name: str, tmp_path: Path) -> No
     assert _checked(path).status == 0
     path.write_text(path.read_text().replace("read_only: true\n", "read_onli: true\n"))
     assert _checked(path).status != 0
+
+
+def _interpolated(text: str, variables: Mapping[str, str]) -> str:
+    """As Compose replaces `${NAME:-default}` and `${NAME:+replacement}`, one within another."""
+
+    def value(found: re.Match[str]) -> str:
+        name, kind, other = found.groups()
+        given = variables.get(name, "")
+        return (given or other) if kind == "-" else (other if given else "")
+
+    while "${" in text:
+        text, count = re.subn(r"\$\{(\w+):([-+])([^${}]*)\}", value, text)
+        assert count, f"nothing that every Compose reads alike: {text}"
+    return text
+
+
+# HOST and API_KEY_FILE -> where it is published, and the file that is mounted as the key.
+_DOORS: Mapping[str, tuple[Mapping[str, str], str, str]] = {
+    "this machine": ({}, "127.0.0.1:8080:8080", "/dev/null"),
+    "this machine with a key": ({"API_KEY_FILE": "./key"}, "127.0.0.1:8080:8080", "./key"),
+    "others with a key": ({"HOST": "0.0.0.0", "API_KEY_FILE": "./key"}, "0.0.0.0:8080:8080", "./key"),
+    "everybody": ({"HOST": "0.0.0.0", "API_KEY_FILE": "/dev/null"}, "0.0.0.0:8080:8080", "/dev/null"),
+    "others without": ({"HOST": "0.0.0.0"}, "0.0.0.0:8080:8080", f"/dev/null/{NEEDS_KEY}"),
+}
+
+
+@pytest.mark.parametrize("door", _DOORS)
+def test_others_come_in_with_a_key_or_by_an_explicit_word(door: str) -> None:
+    variables, published, key = _DOORS[door]
+    server = _compose("compose.yaml")["services"]["server"]
+    [port], mount = server["ports"], server["volumes"][1]
+    assert _interpolated(port, variables) == published
+    assert _interpolated(mount["source"], variables) == key
+    assert mount["target"] == server["command"][server["command"].index("--api-key-file") + 1]
+    assert mount["bind"] == {"create_host_path": False}
 
 
 def _checked(path: Path) -> process.Finished:

@@ -123,6 +123,25 @@ def test_busy_server_gets_fewer_requests_and_all_is_answered(tmp_path: Path) -> 
     assert texts_of(out) == expected_texts(30)
 
 
+_GARBLED = (b"<html>a proxy restarts</html>", b"{}", b'{"choices": []}', b'{"choices": [{}]}')
+
+
+def test_what_is_no_answer_is_asked_again(tmp_path: Path) -> None:
+    """A proxy's page, with 200, while the server behind it restarts; as often as it takes."""
+    prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
+    with StandIn(failures=[Failure(200, body=body) for body in _GARBLED] * 6) as server:
+        assert generate(server.endpoint, prompts, out).written == 4
+    assert texts_of(out) == expected_texts(4)
+
+
+def test_what_stays_no_answer_ends_the_run_with_what_is_left(tmp_path: Path) -> None:
+    prompts, out = write_prompts(tmp_path, 3), tmp_path / "out.jsonl"
+    with StandIn(failures=[Failure(200, body=_GARBLED[0])] * 1000) as server:
+        with pytest.raises(StageError, match=r"0 of 3 rows written, 3 left to do: .* not JSON") as caught:
+            generate(server.endpoint, prompts, out, patience_seconds=0.2)
+    assert caught.value.hint == "run the same command again: it goes on where it stopped"
+
+
 def test_backs_off_to_what_the_server_can_take(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 80), tmp_path / "out.jsonl"
     with StandIn(capacity=2, seconds=0.02) as server:

@@ -12,6 +12,7 @@ import pytest
 from forge.chat.hand_over import hand_over_of, write_modelfiles
 from forge.chat.modelfile import Modelfile, parse
 from forge.cli.main import run
+from forge.cli.serve import command
 from forge.errors import CheckError, DataError, RecipeError
 from forge.model.builtin.tokenizer import CHATML
 from forge.serve.client import Client
@@ -19,6 +20,7 @@ from forge.serve.ollama import import_model, prove_prompts
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling
+from forge.stages import serving
 from forge.tools.ollama import Ollama, OllamaError
 from tests.fake_ollama import FakeOllama
 from tests.ollama_servers import PINNED
@@ -201,10 +203,24 @@ def test_the_runtime(
         runtime_for("vllm")
 
 
-def test_another_machines_server_is_no_door_of_ours(
-    fake_ollama: FakeOllama, pinned_gguf: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("told", "url"),
+    [
+        ((), "http://there:1"),
+        (("--host", "gpu-box"), "http://gpu-box:11434"),
+        (("--host", "gpu-box", "--port", "8080"), "http://gpu-box:8080"),
+        (("--host", "::1"), "http://[::1]:11434"),
+        (("--port", "8080"), "http://127.0.0.1:8080"),
+    ],
+)
+def test_the_server_is_the_one_that_was_told(
+    fake_ollama: FakeOllama,
+    pinned_gguf: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    told: tuple[str, ...],
+    url: str,
 ) -> None:
-    """`--host gpu-box --port 11434`: who may ask that one is its owner's business; it takes no key."""
+    """Another machine's is no door of ours: who may ask it is its owner's business, and it takes no key."""
     asked: list[str] = []
 
     def reach(url: str, *, log: Path | None = None) -> Ollama:
@@ -212,9 +228,12 @@ def test_another_machines_server_is_no_door_of_ours(
         return Ollama(fake_ollama.url)
 
     monkeypatch.setattr("forge.serve.ollama.reach", reach)
-    with runtime_for("ollama")(Settings(pinned_gguf, "yoda", 512, host="gpu-box", port=11434)):
-        assert only(fake_ollama, "yoda")
-    assert asked == ["http://gpu-box:11434"]
+    monkeypatch.setenv("OLLAMA_HOST", "there:1")
+    parsed = command.make_context("serve", [str(pinned_gguf), "--runtime", "ollama", *told]).params
+    wish = serving.Wish(**{name: parsed[name] for name in serving.Wish.__dataclass_fields__})
+    with runtime_for("ollama")(serving.settings(wish)):
+        assert only(fake_ollama, "tiny")
+    assert asked == [url]
 
 
 def test_adapters_are_looked_at_here_because_ollama_does_not(

@@ -79,6 +79,8 @@ def test_a_missing_server_says_how_to_start_it(
     assert told["hint"].startswith("start it with: ollama serve")
     with pytest.raises(MissingToolError):
         check_runtime("ollama")
+    with pytest.raises(MissingToolError, match="no Ollama server answers at http://localhost:8"):
+        check_runtime("ollama", host="localhost", port=8)
 
 
 def test_it_is_started_where_the_program_is_here(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -12,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from forge import process
+from forge.cli.main import run
 from forge.errors import DataError, RecipeError
 from forge.serve.async_client import AsyncClient
-from forge.serve.client import Client
+from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import generate
@@ -135,6 +138,23 @@ def test_sampling_is_sent_as_it_was_asked_for(tmp_path: Path) -> None:
     assert plain.keys() == {"model", "messages", "max_tokens", "temperature", "seed"}
 
 
+def test_the_model_is_the_one_that_was_told(tmp_path: Path) -> None:
+    """Of several, as Ollama, vLLM and `--lora` have them; as the server lists it."""
+    with _stand_in(models=("base", "poet", "yoda:latest")) as server:
+        url = server.endpoint.url
+        assert [find(url, model=name).model for name in (None, "poet", "yoda")] == [
+            "base", "poet", "yoda:latest"
+        ]  # fmt: skip
+        with pytest.raises(RecipeError, match="serves no model clerk") as unknown:
+            find(url, model="clerk")
+        assert unknown.value.hint == "served are base, poet, yoda:latest"
+        command = ["generate", str(write_prompts(tmp_path, 2)), str(tmp_path / "out"), "--endpoint", url]
+        assert run([*command, "--model", "clerk"]) == 2
+        assert server.asked == []
+        assert run([*command, "--model", "poet"]) == 0
+    assert [body["model"] for body in server.asked] == ["poet", "poet"]
+
+
 def test_several_endpoints_share_the_rows(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 40), tmp_path / "out.jsonl"
     with _stand_in(slots=3, seconds=0.02) as one, _stand_in(slots=3, seconds=0.02) as two:
@@ -157,6 +177,43 @@ def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(
         result = generate([gone.endpoint, there.endpoint], prompts, out, concurrency=4)
     assert (result.written, result.failed) == (60, 0)
     assert texts_of(out) == expected_texts(60)
+
+
+@pytest.mark.parametrize("told", [(), ("--model", "stand-in")])
+def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    told: tuple[str, ...],
+) -> None:
+    """It gets its share when it comes, under its model's name; where none answers nothing begins."""
+    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.generate.LONGEST_PAUSE_SECONDS", 0.05)
+    late = _stand_in()
+    late.start()
+    late.stop()
+    prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
+    with _stand_in(seconds=0.05) as there:
+        command = ["generate", str(prompts), str(out), "--endpoint", late.endpoint.url, *told]
+        assert run(command) == 3
+        assert not out.exists()
+
+        def come() -> None:
+            deadline = time.monotonic() + 20
+            while len(there.asked) < 10 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            late.start()
+
+        coming = threading.Thread(target=come)
+        coming.start()
+        try:
+            assert run([*command, "--endpoint", there.endpoint.url, "--concurrency", "2"]) == 0
+        finally:
+            coming.join()
+            late.stop()
+    assert "it is asked again while others answer" in capsys.readouterr().err
+    assert texts_of(out) == expected_texts(60)
+    assert late.asked and {body["model"] for body in late.asked} == {"stand-in"}
 
 
 @pytest.mark.programs

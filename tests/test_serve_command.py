@@ -6,20 +6,15 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import filelock
 import psutil
 import pytest
 
-from forge import process
 from forge.errors import RecipeError
-from forge.serve import detached
 from forge.serve.client import Client, find
 from forge.serve.wire import RefusedError
 from forge.stages.serving import Wish, read_key, settings
@@ -77,32 +72,6 @@ def test_serves_in_the_foreground_until_it_is_told_to_stop(
     assert re.search(f"context 4096 tokens, {slots} requests at once, ", said)
     assert " threads, on CPU" in said
     assert not listens(ready["endpoint"])
-
-
-def test_a_name_whose_server_still_loads_is_taken(tmp_path: Path) -> None:
-    """Its files are its own: the second command takes none of them away."""
-    lock = tmp_path / "tiny.lock"
-    with filelock.FileLock(lock):
-        with pytest.raises(RecipeError, match="tiny is being served already"):
-            detached.detach(tmp_path, "tiny", [sys.executable, "-c", ""])
-        assert [path.name for path in tmp_path.iterdir()] == ["tiny.lock"]
-
-
-@pytest.mark.programs
-def test_a_stopped_servers_name_may_be_the_next_ones_already(tmp_path: Path) -> None:
-    """Its lock is held by then: nobody waits for that, and what the next one wrote stays."""
-    with process.Child([sys.executable, "-c", "import time; time.sleep(60)"]) as child:
-        served = detached.Served("tiny", "http://127.0.0.1:9", "tiny", "embedded", child.pid, None, "now")
-        record = tmp_path / "tiny.json"
-        record.write_text(json.dumps(asdict(served)))
-        with filelock.FileLock(tmp_path / "tiny.lock"):
-            begun = time.monotonic()
-            assert detached.stop(tmp_path, "tiny") == [served]
-            assert time.monotonic() - begun < 30
-            assert child.ends_within(30)
-            assert record.exists()
-    assert detached.running(tmp_path) == []
-    assert not record.exists()
 
 
 @pytest.mark.network
@@ -259,14 +228,23 @@ def test_chat_with_a_file_and_with_the_url_of_a_server_with_a_key(place: Worksho
     roles = [turn["role"] for turn in first["messages"]]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
     assert [turn["content"] for turn in second["messages"]] == ["Be brief", "Once more", REPLY]
-    served = place.forge("serve", "tiny.gguf", "--port", "0", "--api-key-file", "key", "--detach")
+    shared = ("--port", "0", "--api-key-file", "key", "--lora", "yes=yes.gguf", "--detach")
+    served = place.forge("serve", "tiny.gguf", *shared)
     url = served.fields["endpoint"]
     talked = place.forge("chat", url, "--api-key-file", "key", "--max-tokens", "2", typed="Hello\n/quit\n")
     assert talked.code == 0
     assert "[cut: the answer reached its limit of tokens]" in talked.said
+    adapted = place.forge("chat", url, "--api-key-file", "key", "--model", "yes", typed="Hello\n/quit\n")
+    assert (adapted.fields, "> Y\n" in adapted.said) == ({"model": "yes"}, True)
     refused = place.forge("chat", url, typed="Hello\n")
     assert (refused.code, "Invalid API Key" in refused.fields["error"]["message"]) == (2, True)
-    for flags in ((url, "--context", "512"), ("tiny.gguf", "--api-key-file", "key")):
+    wrong: tuple[tuple[str, ...], ...] = (
+        (url, "--context", "512"),
+        (url, "--api-key-file", "key", "--model", "no"),
+        ("tiny.gguf", "--api-key-file", "key"),
+        ("tiny.gguf", "--model", "yes"),
+    )
+    for flags in wrong:
         assert place.forge("chat", *flags).code == 2
     place.forge("stop")
 

@@ -23,6 +23,7 @@ from forge.serve.wire import GoneError, RefusedError
 from forge.tools.containers import current_name, docker_files, engine
 from tests.docker_daemon import BASE, load_base
 from tests.servers import HELLO, KEY, listens, write_adapter
+from tests.test_docker_files import NEEDS_KEY
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 
@@ -68,6 +69,12 @@ def test_no_daemon_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     with pytest.raises(MissingToolError, match="no docker daemon and no podman socket"):
         with engine():
             raise AssertionError("it connected")
+
+
+def test_layers_on_a_gpu_without_cuda_are_refused_before_an_image_is_made(settings: Settings) -> None:
+    with pytest.raises(RecipeError, match=r"forge-llama-server:.* runs on the CPU alone"):
+        with serve_container(replace(settings, gpu_layers=5)):
+            raise AssertionError("it served")
 
 
 def test_shipped_files_are_found() -> None:
@@ -169,9 +176,6 @@ def test_model_that_does_not_load_shows_the_servers_own_words(
         with serve_container(replace(settings, model=strange)):
             raise AssertionError("it served")
     assert any("unknown model architecture: 'lxama'" in one.message for one in caught.value.problems)
-    with pytest.raises(RecipeError, match="runs on the CPU alone"):
-        with serve_container(replace(settings, gpu_layers=5)):
-            raise AssertionError("it served")
 
 
 @pytest.mark.docker
@@ -198,3 +202,17 @@ def test_adapters_named_ports_and_the_image_of_old_documents(
         assert port is not None
         with pytest.raises(StageError, match=r"port is already allocated|address already in use"):
             stack.enter_context(serve_container(replace(settings, alias="other", port=port)))
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+def test_no_daemon_starts_a_server_for_others_without_a_key(daemon: Any) -> None:
+    """What docker/compose.yaml mounts as the key where HOST alone is set."""
+    from docker.errors import APIError
+    from docker.types import Mount
+
+    mount = Mount("/run/secrets/api-key", f"/dev/null/{NEEDS_KEY}", "bind", read_only=True)
+    with pytest.raises(APIError, match=NEEDS_KEY):
+        daemon.containers.create(BASE, ["x"], mounts=[mount])

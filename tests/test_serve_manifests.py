@@ -16,7 +16,7 @@ from forge import process
 from forge.cli.main import run
 from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
-from forge.serve.container import IMAGE
+from forge.serve.container import CUDA_IMAGE, IMAGE
 from forge.serve.manifests import manifest, memory_bytes
 from forge.serve.runtime import Settings
 from tests.tiny_gguf import write_tiny_gguf
@@ -68,19 +68,52 @@ def test_the_validator_can_refuse(settings: Settings) -> None:
         kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
 
 
-@pytest.mark.programs
-def test_compose_takes_it(settings: Settings, tmp_path: Path) -> None:
-    path = tmp_path / "compose.yaml"
-    path.write_text(manifest("compose", replace(settings, port=9000)))
+def _compose_server(settings: Settings, path: Path) -> Any:
+    """The service that is written, which Compose's own schema takes."""
+    path.write_text(manifest("compose", settings))
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
     finished = process.run(command)
     assert finished.status == 0, finished.output
     [document] = _documents(path.read_text())
-    server = document["services"]["server"]
+    return document["services"]["server"]
+
+
+@pytest.mark.programs
+def test_compose_takes_it(settings: Settings, tmp_path: Path) -> None:
+    server = _compose_server(replace(settings, port=9000), tmp_path / "compose.yaml")
     assert server["ports"] == ["127.0.0.1:9000:8080"]
     assert server["read_only"] is True
     assert server["volumes"][0]["source"] == str(settings.model), "an absolute path"
     assert all(volume["read_only"] for volume in server["volumes"])
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize(("layers", "gpu"), [(-1, True), (None, True), (0, False)])
+def test_a_cuda_image_is_given_a_gpu(
+    settings: Settings, tmp_path: Path, layers: int | None, gpu: bool
+) -> None:
+    """In the words of each; no other image is, and none is asked for layers that it has no place for."""
+    wish = replace(settings, image=CUDA_IMAGE, gpu_layers=layers)
+    deployment, _ = _documents(manifest("kubernetes", wish))
+    kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    server = _compose_server(wish, tmp_path / "compose.yaml")
+    assert container["resources"]["limits"].get("nvidia.com/gpu") == ("1" if gpu else None)
+    assert ("deploy" in server) == gpu
+    for command in (container["args"], server["command"]):
+        assert (command[-4:-2] == ["--n-gpu-layers", "all"]) == (layers == -1)
+    if gpu:
+        [device] = server["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "compose"])
+@pytest.mark.parametrize("image", [None, "my/own:1"])
+def test_layers_on_a_gpu_without_cuda_are_refused(settings: Settings, kind: str, image: str | None) -> None:
+    assert "nvidia" not in manifest(kind, replace(settings, image=image))
+    with pytest.raises(RecipeError, match="runs on the CPU alone") as refused:
+        manifest(kind, replace(settings, image=image, gpu_layers=-1))
+    assert refused.value.hint.endswith(f"--image {CUDA_IMAGE}")
 
 
 def test_dollars_in_names_stay_dollars(settings: Settings, tmp_path: Path) -> None:
@@ -132,4 +165,6 @@ def test_command_prints_it(settings: Settings, capsys: pytest.CaptureFixture[str
     assert run([*kubernetes, "--without-key"]) == 0
     assert [one["kind"] for one in _documents(capsys.readouterr().out)] == ["Deployment", "Service"]
     assert run(["serve", str(settings.model), "--replicas", "2"]) == 2
+    assert run(["serve", str(settings.model), "--runtime", "ollama", "--print", "compose"]) == 2
+    assert "--print writes how llama.cpp's server is started, not Ollama" in capsys.readouterr().err
     assert run(["serve", str(settings.model), "--print", "compose", "--host", "0.0.0.0"]) == 2

@@ -6,12 +6,14 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.errors import DataError, StageError
+from forge.serve import ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 from forge.stages.serving import Wish, serve, settings
@@ -76,6 +78,16 @@ def test_slots_for_many_are_for_a_cpu_alone(
     monkeypatch.setattr("forge.stages.serving.slots_for", lambda chosen: 8)
     _serve(Wish(str(write_tiny_gguf(tmp_path / "tiny.gguf")), **asked))
     assert [one.parallel for one in started] == [slots]
+
+
+def test_threads_are_physical_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the export: of a container's share of the machine no more, nor of what OMP_NUM_THREADS says."""
+    chosen = Settings(Path("m"), "m", 512)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8 if logical else 4)
+    for usable, threads in ((3, 3), (64, 4)):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(usable))
+        assert ready.threads_of(chosen) == threads
+        assert ready.threads_of(replace(chosen, threads=7)) == 7
 
 
 def test_a_torn_modelfile_is_ollamas_business_alone(tmp_path: Path) -> None:

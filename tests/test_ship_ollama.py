@@ -98,10 +98,10 @@ def test_the_same_gguf_under_another_name(place: Workshop, fake: FakeOllama) -> 
 
 def test_forge_serve_hands_over_what_the_run_says(place: Workshop) -> None:
     """Stops and sampling from the run's Modelfile; the server of OLLAMA_HOST, not `forge serve`'s port."""
-    chosen = settings(Wish(str(place.run), runtime="ollama", port=PORT))
+    chosen = settings(Wish(str(place.run), runtime="ollama", port=None))
     assert (chosen.port, chosen.modelfile) == (0, parse((place.run / "Modelfile.jinja").read_text()))
-    assert settings(Wish(str(place.run), runtime="ollama", port=5)).port == 5
-    assert settings(Wish(str(place.run), port=PORT)).port == PORT
+    assert settings(Wish(str(place.run), runtime="ollama", port=PORT)).port == PORT
+    assert settings(Wish(str(place.run), port=None)).port == PORT
 
 
 def test_a_server_that_prompts_otherwise_fails_the_ship(again: Workshop, fake: FakeOllama) -> None:
@@ -136,6 +136,20 @@ def test_without_a_server_nothing_is_trained(tmp_path: Path, monkeypatch: pytest
     assert "no Ollama server answers" in answer.fields["error"]["message"]
     assert "ollama serve" in answer.fields["error"]["hint"]
     assert place.stage_directories("train") == []
+
+
+def test_a_ship_into_the_server_that_its_recipe_names(
+    place: Workshop, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked for, proved and kept there, wherever OLLAMA_HOST is."""
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    place.recipe(deploy={"runtime": "ollama", "host": "localhost", "port": fake.port, "keep": True})
+    try:
+        assert place.ship().fields["endpoint"] == f"http://localhost:{fake.port}"
+        assert place.manifest()["facts"]["deploy"]["endpoint"] == f"http://localhost:{fake.port}"
+    finally:
+        assert place.forge("stop").fields == {"stopped": ["mini"]}
+        place.recipe(deploy={"runtime": "ollama"})
 
 
 @pytest.mark.ollama

@@ -12,6 +12,7 @@ from forge.cli.options import common
 @click.argument("target")
 @click.option("--system", help="A system prompt.")
 @click.option("--context", type=click.IntRange(64), help="Context in tokens; up to 4096 unless told.")
+@click.option("--model", help="Which of a URL's models, an adapter's name too; the first listed unless told.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a URL's key.")
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
 @click.option(
@@ -22,6 +23,7 @@ def command(
     target: str,
     system: str | None,
     context: int | None,
+    model: str | None,
     api_key_file: Path | None,
     max_tokens: int,
     temperature: float,
@@ -30,4 +32,4 @@ def command(
     from forge.stages.asking import chat
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature}
-    report.result(chat(target, system, context, api_key_file, sampling))
+    report.result(chat(target, system, context, api_key_file, sampling, model))

@@ -16,6 +16,7 @@ from forge.cli.options import common
     "--endpoint", "urls", required=True, multiple=True,
     help="URL of an OpenAI-compatible server; several share the rows.",
 )  # fmt: skip
+@click.option("--model", help="Which of its models, an adapter's name too; the first listed unless told.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with the servers' key.")
 @click.option("--concurrency", default="auto", show_default=True, help="Requests at once: a number, or auto.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
@@ -39,6 +40,7 @@ def command(
     prompts: Path,
     out: Path,
     urls: tuple[str, ...],
+    model: str | None,
     api_key_file: Path | None,
     concurrency: str,
     schema: Path | None,
@@ -53,6 +55,7 @@ def command(
     from forge.stages.asking import generate
 
     done = generate(
-        prompts, out, urls, api_key_file, concurrency, sampling, schema, raw=raw, retry_failed=retry_failed
-    )
+        prompts, out, urls, api_key_file, concurrency, sampling, schema,
+        model=model, raw=raw, retry_failed=retry_failed,
+    )  # fmt: skip
     report.result(done)

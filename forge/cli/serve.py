@@ -25,9 +25,9 @@ def _adapters(context: click.Context, parameter: click.Parameter, given: tuple[s
 @click.option(
     "--runtime", default="embedded", show_default=True, help="embedded, llama-server, container or ollama."
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on, or Ollama's.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0: any free one."
+    "--port", type=click.IntRange(0, 65535), help="8080, or Ollama's own, unless told; 0: any free one."
 )
 @click.option("--context", type=click.IntRange(64), help="Context of each request, in tokens.")
 @click.option("--parallel", type=click.IntRange(1), help="Requests answered at once.")

@@ -223,7 +223,7 @@ class Deploy(Section):
         "embedded", description="what serves it"
     )
     keep: bool = Field(False, description="leave it running after the smoke queries; `forge stop` ends it")
-    host: Text = Field("127.0.0.1", description="address to listen on")
+    host: Text = Field("127.0.0.1", description="address to listen on; of `ollama`, where it is")
     without_key: bool = Field(False, description="let others than this machine in, where `host` does")
     port: int = Field(0, ge=0, le=65535, description="port; 0: any free one")
     context_tokens: Positive | None = Field(

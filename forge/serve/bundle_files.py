@@ -21,7 +21,11 @@ _SMOKE = """\
 # Checks the files, then asks the server that start.sh has started; `./smoke.sh files` only the first.
 set -eu
 cd "$(dirname "$0")"
-sha256sum -c SHA256SUMS >/dev/null
+if command -v sha256sum >/dev/null; then
+    sha256sum -c SHA256SUMS >/dev/null
+else  # macOS
+    shasum -a 256 -c SHA256SUMS >/dev/null
+fi
 echo "files: as they were packed"
 [ "${1:-}" = files ] && exit 0
 url="http://127.0.0.1:${PORT:-8080}"
@@ -96,7 +100,7 @@ _README = """\
 Then open http://127.0.0.1:8080 in a browser, or ask as OpenAI's API is asked:
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d @smoke.json
 
-smoke.sh checks every file against SHA256SUMS, then the running server's answer.
+On Linux and macOS smoke.sh checks every file against SHA256SUMS, then the running server's answer.
 With Ollama: ollama create {name} -f Modelfile (where there is one).
 LICENCES.txt says what may be done with the model and with the server.
 """

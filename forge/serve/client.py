@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 
-from forge.errors import MissingToolError
 from forge.serve import wire
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.streamed import Streamed
@@ -22,8 +21,8 @@ from forge.serve.wire import Reply, Sampling
 class Client:
     """A connection to `endpoint`. Use it as a context manager.
 
-    Every method raises `UnreachableError`, `BusyError`, `RefusedError` or `GoneError` (see `wire`), or
-    `StageError` for an answer that makes no sense.
+    Every method raises `UnreachableError`, `BusyError`, `RefusedError`, `GarbledError` or `GoneError`: see
+    `wire`.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -79,8 +78,7 @@ class Client:
 
     def model_names(self) -> list[str]:
         """The models that it serves."""
-        listed = self._ask("GET", "/v1/models").get("data") or []
-        return [str(model["id"]) for model in listed]
+        return wire.read_models(self.endpoint, self._ask("GET", wire.MODELS))
 
     def properties(self) -> Mapping[str, Any]:
         """llama-server's settings, such as `total_slots` and `default_generation_settings.n_ctx`."""
@@ -117,10 +115,11 @@ class Client:
         return wire.read_json(self.endpoint, response)
 
 
-def find(url: str, *, api_key: str | None = None) -> Endpoint:
-    """The endpoint at `url`, with the first model that it lists."""
+def find(url: str, *, model: str | None = None, api_key: str | None = None) -> Endpoint:
+    """The endpoint at `url`, with `model`, else the first that it lists.
+
+    Raises what `Client` raises, and `RecipeError` for a model that it does not list.
+    """
     with Client(Endpoint(url, "", api_key)) as client:
         names = client.model_names()
-    if not names:
-        raise MissingToolError(f"{url} serves no model", hint="load one there first")
-    return Endpoint(url, names[0], api_key)
+    return Endpoint(url, wire.choose_model(url, names, model), api_key)

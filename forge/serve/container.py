@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from forge.errors import RecipeError
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.llama_server import arguments, write_key
@@ -25,6 +26,7 @@ from forge.tools.containers import Container, Engine, current_name, docker_files
 # The llama.cpp build of docker/server/Dockerfile.
 BUILD = "b10868"
 IMAGE = f"forge-llama-server:{BUILD}"
+CUDA_IMAGE = f"ghcr.io/ggml-org/llama.cpp:server-cuda-{BUILD}"
 PORT = 8080
 _KEY = "/run/secrets/api-key"
 
@@ -36,6 +38,7 @@ def serve_container(settings: Settings, *, log: Path | None = None) -> Iterator[
     Raises what `serve_embedded` raises; `MissingToolError` means that no daemon answers.
     """
     ready.check(settings)
+    uses_gpu(settings)  # or refuses, before an image is built or pulled
     with engine() as daemon, tempfile.TemporaryDirectory(prefix="forge-serve-") as private:
         image = _image(daemon, settings)
         container = _start(daemon, image, settings, Path(private))
@@ -48,6 +51,22 @@ def serve_container(settings: Settings, *, log: Path | None = None) -> Iterator[
                         stream.write("".join(line + "\n" for line in container.said()))
             finally:
                 container.remove()
+
+
+def uses_gpu(settings: Settings) -> bool:
+    """Whether the container is given a GPU: an image of CUDA's is, unless no layers are to be there.
+
+    Raises `RecipeError` for layers on a GPU in an image that has no CUDA by its name.
+    """
+    image = settings.image or IMAGE
+    if "cuda" in image:
+        return settings.gpu_layers != 0
+    if settings.gpu_layers:
+        raise RecipeError(
+            f"layers on the GPU are asked for, and the image {image} runs on the CPU alone",
+            hint=f"leave --gpu-layers out, or name one with CUDA: --image {CUDA_IMAGE}",
+        )
+    return False
 
 
 def _image(daemon: Engine, settings: Settings) -> str:
@@ -81,7 +100,7 @@ def _start(daemon: Engine, image: str, settings: Settings, private: Path) -> Con
         mounts=mounts,
         published=(settings.host, settings.port),
         port=PORT,
-        gpu="cuda" in image and settings.gpu_layers != 0,
+        gpu=uses_gpu(settings),
     )
 
 

@@ -42,12 +42,18 @@ def running(directory: Path) -> list[Served]:
     """What runs, by name; records of what has died are taken away."""
     found = []
     for path in sorted(directory.glob("*.json")):
-        if _is_held(path.with_suffix(".lock")):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                found.append(Served(**json.loads(path.read_text(encoding="utf-8"))))
-        else:
+        if not _is_held(path.with_suffix(".lock")):
             _forget(path)
+        # A lock that the next one holds, which still loads, says nothing of the one that was killed.
+        elif (one := _recorded(path)) and psutil.pid_exists(one.pid):
+            found.append(one)
     return found
+
+
+def _recorded(path: Path) -> Served | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Served(**json.loads(path.read_text(encoding="utf-8")))
+    return None
 
 
 def _is_held(path: Path) -> bool:
@@ -92,6 +98,7 @@ def announced(directory: Path, name: str) -> Iterator[Callable[[Served], None]]:
         partial.replace(path)
 
     try:
+        path.unlink(missing_ok=True)  # of one that was killed
         yield tell
     finally:
         path.unlink(missing_ok=True)
@@ -140,14 +147,26 @@ def stop(directory: Path, name: str | None = None) -> list[Served]:
     if name is not None and not chosen:
         names = ", ".join(one.name for one in listed) or "none"
         raise DataError(f"{name} is not running", hint=f"running are: {names}")
-    for one in chosen:
-        # Its lock is held, so the pid is its own and no other program's.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            _end(psutil.Process(one.pid))
-        # By now the next one of that name may hold the lock, and the files are its own.
-        if not _is_held(directory / f"{one.name}.lock"):
-            _forget(directory / f"{one.name}.json")
+    # All of them while their locks are held, so that the pids are their own: psutil signals no other program
+    # that has one of them later, however long the first take to stop.
+    processes = [_process_of(one) for one in chosen]
+    for one, server in zip(chosen, processes, strict=True):
+        path = directory / f"{one.name}.json"
+        if server:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                _end(server)
+        if not _is_held(path.with_suffix(".lock")):
+            _forget(path)
+        # By now the next one of that name may hold the lock, and all but this record is its own.
+        elif (left := _recorded(path)) and left.pid == one.pid:
+            path.unlink(missing_ok=True)
     return chosen
+
+
+def _process_of(served: Served) -> psutil.Process | None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(served.pid)
+    return None
 
 
 def _end(server: psutil.Process) -> None:

@@ -23,7 +23,7 @@ def unknown_end() -> str:
 class Endpoint:
     """An OpenAI-compatible server: `url` is its root, with or without `/v1`.
 
-    `why_gone` says why a server that forge itself started has ended, with its last lines; it
+    `why_gone` says why the server of a runtime has ended, with its last lines where forge started it; it
     gives the empty text, at once, while the server runs or where forge cannot know. `device` is what the
     model runs on and `container` the id of the server's, where forge started it.
     """

@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from forge.serve import wire
 from forge.serve.endpoint import Endpoint
 from forge.serve.lanes import Lane, freest, slots_of
 from forge.serve.rows import Output, Row, read_rows
-from forge.serve.wire import BusyError, GoneError, RefusedError, Reply, Sampling, UnreachableError
+from forge.serve.wire import (
+    BusyError,
+    GarbledError,
+    GoneError,
+    RefusedError,
+    Reply,
+    Sampling,
+    UnreachableError,
+)
 
 LABEL = "generate"
 FIRST_PAUSE_SECONDS = 0.5
@@ -40,6 +48,8 @@ LONGEST_RETRY_AFTER_SECONDS = 120.0
 TRIES_OF_ONE_ROW = 5
 
 _NOT_NOW = (429, 503)
+# Worth another try.
+FOR_NOW = (BusyError, UnreachableError, GarbledError)
 _AGAIN = "run the same command again: it goes on where it stopped"
 _Task = asyncio.Task[dict[str, Any] | None]
 
@@ -74,7 +84,8 @@ def generate(
 
     `concurrency` is for each endpoint; None asks as many at once as it has slots. `raw` prompts get
     no chat template. While nothing is answered it
-    keeps trying for `patience_seconds`. Raises `DataError` for wrong rows before anything is sent,
+    keeps trying for `patience_seconds`. An endpoint whose `model` is empty, since it was away, is asked
+    for the first that it lists once it answers. Raises `DataError` for wrong rows before anything is sent,
     `RefusedError` where every request would be refused, `StageError` when rows are left to do, and
     `InterruptedByUserError`; whatever was answered by then is kept.
     """
@@ -90,7 +101,7 @@ def generate(
                 asyncio.run(_until_stopped(batch.run()))
         except (KeyboardInterrupt, asyncio.CancelledError) as stop:
             raise InterruptedByUserError(f"interrupted: {batch.so_far()}", hint=_AGAIN) from stop
-        except (BusyError, UnreachableError, GoneError) as failure:
+        except (*FOR_NOW, GoneError) as failure:
             raise StageError(f"{batch.so_far()}: {failure.message}", hint=_AGAIN) from failure
         finally:
             report.close()
@@ -218,7 +229,7 @@ class _Batch:
                     raise
                 self._outage.answered()
                 return {"id": row.id, "error": refusal.message}
-            except (BusyError, UnreachableError) as failure:
+            except FOR_NOW as failure:
                 errors += isinstance(failure, BusyError) and failure.status not in _NOT_NOW
                 if errors == TRIES_OF_ONE_ROW:
                     self.set_aside.append(f"{row.id!r}: {failure.message}")
@@ -233,18 +244,27 @@ class _Batch:
         raise AssertionError("count() does not end")
 
     async def _ask(self, lane: Lane, row: Row) -> Reply:
-        endpoint = lane.endpoint
-        if row.messages:
-            path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
-        else:
-            path, body = wire.COMPLETION, wire.completion_request(endpoint, row.raw, self.sampling)
         client = self._clients[self.lanes.index(lane)]
-        with lane.used(), wire.failures_of(endpoint):
+        with lane.used(), wire.failures_of(lane.endpoint):
+            if not lane.endpoint.model:
+                lane.endpoint = await _named(lane.endpoint, client)
+            endpoint = lane.endpoint
+            if row.messages:
+                path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
+            else:
+                path, body = wire.COMPLETION, wire.completion_request(endpoint, row.raw, self.sampling)
             response = await client.post(endpoint.route(path), json=body)
         reply = wire.read_reply(endpoint, wire.read_json(endpoint, response))
         lane.answered()
         self._outage.answered()
         return reply
+
+
+async def _named(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
+    """With the first model that it lists."""
+    response = await client.get(endpoint.route(wire.MODELS))
+    names = wire.read_models(endpoint, wire.read_json(endpoint, response))
+    return replace(endpoint, model=wire.choose_model(endpoint.url, names, None))
 
 
 def _client(lane: Lane) -> httpx.AsyncClient:

@@ -21,7 +21,7 @@ from typing import Any
 from forge.errors import RecipeError
 from forge.model.estimate import SERVER_START_BYTES
 from forge.model.gguf_header import GgufHeader, read_gguf
-from forge.serve.container import IMAGE, PORT
+from forge.serve.container import IMAGE, PORT, uses_gpu
 from forge.serve.llama_server import arguments
 from forge.serve.runtime import Settings
 from forge.serve.slots import cache_bytes_per_token
@@ -37,7 +37,7 @@ _KEY = "/run/secrets/api-key/api-key"
 def manifest(kind: str, settings: Settings, *, model_url: str | None = None, replicas: int = 1) -> str:
     """YAML for `docker compose` or `kubectl apply`.
 
-    Raises `RecipeError` for what it cannot say: adapters, or a URL for Compose.
+    Raises `RecipeError` for what it cannot say: adapters, a URL for Compose, a GPU without a CUDA image.
     """
     if settings.adapters:
         raise RecipeError("--print cannot say --lora: adapters by name need forge's own proxy")
@@ -85,7 +85,7 @@ def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
             hint="docker/compose.replicas.yaml puts them behind one; or --print kubernetes",
         )
     limit = memory_bytes(settings, read_gguf(settings.model))
-    server = {
+    server: dict[str, Any] = {
         "image": _literal(_image(settings)),
         "command": _flags(settings),
         "ports": [f"{in_url(settings.host)}:{settings.port or PORT}:{PORT}"],
@@ -98,6 +98,9 @@ def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
         "restart": "unless-stopped",
         "stop_grace_period": "20s",
     }
+    if uses_gpu(settings):
+        device = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+        server["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
     return {"name": _label(settings.alias), "services": {"server": server}}
 
 
@@ -140,6 +143,7 @@ def _server(settings: Settings) -> dict[str, Any]:
         mounts.append({"name": "api-key", "mountPath": str(Path(_KEY).parent), "readOnly": True})
     health = {"httpGet": {"path": "/health", "port": "http"}}
     needed = f"{_mebibytes(memory_bytes(settings, read_gguf(settings.model)))}Mi"
+    gpu = {"nvidia.com/gpu": "1"} if uses_gpu(settings) else {}
     return {
         "name": "server",
         "image": _image(settings),
@@ -151,7 +155,7 @@ def _server(settings: Settings) -> dict[str, Any]:
         "livenessProbe": {**health, "periodSeconds": 20, "timeoutSeconds": 10},
         "resources": {
             "requests": {"cpu": str(settings.threads or 1), "memory": needed},
-            "limits": {"memory": needed},
+            "limits": {"memory": needed, **gpu},
         },
         "securityContext": _HARMLESS,
         "volumeMounts": mounts,

@@ -32,13 +32,14 @@ from forge.serve import ready
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import refuse_foreign
-from forge.tools.ollama import Ollama, server_url, stops_in
-from forge.tools.ollama_server import reach
+from forge.tools.ollama import Ollama, address_of, server_url, stops_in
+from forge.tools.ollama_server import reach, why_gone
 
 # How many generated conversations are compared: the plain ones, and others from all over.
 _PLAIN, _ODD = 12, 36
 # More than any model has.
 _ALL_LAYERS = 999
+_LOOK = "Ollama's own log tells more; too little memory is a common reason"
 
 # Prompts -> how many tokens each has.
 Count = Callable[[Sequence[str]], Sequence[int]]
@@ -62,11 +63,12 @@ class Imported:
 def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
     """Import a GGUF and serve it; see `runtime.Runtime`. The model stays in Ollama's store afterwards.
 
-    The server is the one of OLLAMA_HOST, or at `settings.host` and `settings.port` where a port is told.
+    Its name is the new model's only when that has answered: to `settings.proof`, else to a tiny chat.
+    The server is the one of OLLAMA_HOST, or at `settings.host` and `settings.port` where one of them is
+    told: of another host than the default alone its port is Ollama's usual one.
     """
     _refuse(settings)
     ready.check_files(settings)  # the address is a server's that is there already, not a door of ours
-    told = f"{settings.host}:{settings.port}" if settings.port else None
     hand = hand_over_of(settings.model)
     if settings.modelfile:
         hand = hand.with_parameters_of(settings.modelfile)
@@ -75,10 +77,11 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     fixed = {name: value for name, value in machine.items() if value is not None}
     # The context is what was asked for; a Modelfile's is of the day that the run was shipped.
     hand = replace(hand, sampling={**hand.sampling, **fixed}, context_tokens=settings.context_tokens)
-    with reach(server_url(told), log=log) as server:
-        imported = import_model(server, settings.alias, settings.model, hand, ask=settings.proof)
+    with reach(server_url(address_of(settings.host, settings.port)), log=log) as server:
+        ask = settings.proof or partial(ready.prove_answer, model=settings.model, hint=_LOOK)
+        imported = import_model(server, settings.alias, settings.model, hand, ask=ask)
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
-        yield Endpoint(server.url, imported.name)
+        yield Endpoint(server.url, imported.name, why_gone=partial(why_gone, server.url))
 
 
 def _refuse(settings: Settings) -> None:

@@ -13,6 +13,7 @@ import psutil
 
 from forge import report
 from forge.errors import DataError, ForgeError, RecipeError, StageError
+from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint, unknown_end
@@ -84,8 +85,7 @@ def url_of(host: str, port: int | str) -> str:
 def threads_of(settings: Settings) -> int:
     """The physical cores that this process may use: llama.cpp gains nothing from more threads."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return settings.threads or min(physical, allowed)
+    return settings.threads or min(physical, usable_cores())
 
 
 def device_of(said: Sequence[str]) -> str:
@@ -111,22 +111,27 @@ def prove(endpoint: Endpoint, settings: Settings) -> None:
     Raises `GoneError` when the server ends meanwhile, `StageError` when it answers no chat.
     """
     _await_health(endpoint)
+    prove_answer(endpoint, settings.model, hint="is its chat template whole?")
     with Client(endpoint) as client:
-        try:
-            client.chat([{"role": "user", "content": "Hi"}], Sampling(max_tokens=1))
-        except GoneError:
-            raise
-        except ForgeError as failure:
-            raise StageError(
-                f"the server runs but answers no chat with {settings.model}: {failure.message}",
-                hint="is its chat template whole?",
-            ) from failure
         given = int(client.properties()["default_generation_settings"]["n_ctx"])
     if given < settings.context_tokens:
         raise StageError(
             f"the server gives each request {given} tokens of context, not {settings.context_tokens}",
             hint="ask for a shorter context or fewer parallel requests",
         )
+
+
+def prove_answer(endpoint: Endpoint, model: Path, *, hint: str) -> None:
+    """One tiny chat; raises `GoneError` when the server ends meanwhile, `StageError` when it fails."""
+    try:
+        with Client(endpoint) as client:
+            client.chat([{"role": "user", "content": "Hi"}], Sampling(max_tokens=1))
+    except GoneError:
+        raise
+    except ForgeError as failure:
+        raise StageError(
+            f"the server runs but answers no chat with {model}: {failure.message}", hint=hint
+        ) from failure
 
 
 def _await_health(endpoint: Endpoint) -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from forge.chat.modelfile import Modelfile
 from forge.serve.endpoint import Endpoint
+from forge.tools.hosts import DEFAULT_HOST
 
 # With one slot many clients queue (`slots.slots_for` has more). Each slot has its own full context, so a
 # long context gets fewer.
@@ -39,7 +40,7 @@ class Settings:
     model: Path
     alias: str
     context_tokens: int
-    host: str = "127.0.0.1"
+    host: str = DEFAULT_HOST
     port: int = 0
     parallel: int | None = None
     threads: int | None = None

@@ -8,6 +8,7 @@ from typing import cast
 
 from forge.errors import RecipeError
 from forge.serve.runtime import Runtime, Settings
+from forge.tools.hosts import DEFAULT_HOST
 
 # name -> module and function.
 RUNTIMES: Mapping[str, tuple[str, str]] = {
@@ -16,8 +17,6 @@ RUNTIMES: Mapping[str, tuple[str, str]] = {
     "container": ("forge.serve.container", "serve_container"),
     "ollama": ("forge.serve.ollama", "serve_ollama"),
 }
-# What says, before anything runs, whether one can run here; the others say so when they start.
-_CHECKS = {"embedded": ("forge.tools.xllamacpp", "check"), "ollama": ("forge.tools.ollama_server", "check")}
 # Settings that one runtime alone understands.
 _OWN = {"program": "llama-server", "image": "container"}
 
@@ -30,11 +29,19 @@ def runtime_for(name: str) -> Runtime:
     return cast(Runtime, getattr(importlib.import_module(module), function))
 
 
-def check_runtime(name: str) -> None:
-    """Raise `MissingToolError` when the runtime called `name` cannot run here."""
-    if name in _CHECKS:
-        module, function = _CHECKS[name]
-        getattr(importlib.import_module(module), function)()
+def check_runtime(name: str, *, host: str = DEFAULT_HOST, port: int = 0) -> None:
+    """Raise `MissingToolError` when the runtime called `name` cannot run here, or Ollama not there.
+
+    The others say so when they start.
+    """
+    if name == "embedded":
+        from forge.tools import xllamacpp
+
+        xllamacpp.check()
+    elif name == "ollama":
+        from forge.tools import ollama, ollama_server
+
+        ollama_server.check(ollama.server_url(ollama.address_of(host, port)))
 
 
 def refuse_foreign(name: str, settings: Settings) -> None:

@@ -7,6 +7,7 @@ become forge's errors here and nowhere else:
 * `UnreachableError`: nothing listens, or the connection broke: worth another try later.
 * `BusyError`: 408, 429, 5xx, or no answer in time: worth another try, after `retry_after` if it is given.
 * `RefusedError`: any other answer that is no success: the same request would fail again.
+* `GarbledError`: a success that holds no answer, as a proxy gives while the server behind it restarts.
 * `GoneError`: a server that forge started has ended by itself.
 """
 
@@ -26,6 +27,7 @@ from forge.serve.endpoint import Endpoint, Message, unknown_end
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
+MODELS = "/v1/models"
 # A long answer of a large model on a small machine takes minutes; a connection does not.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 # llama-server closes the connection after every streamed answer, and does not say so: the next
@@ -66,6 +68,10 @@ class RefusedError(DataError):
     def about_the_request(self) -> bool:
         """Whether another request could still succeed."""
         return self.status in _ABOUT_THE_REQUEST
+
+
+class GarbledError(StageError):
+    """What answers does not speak this API, or not now."""
 
 
 class GoneError(StageError):
@@ -174,18 +180,42 @@ def _end_of(endpoint: Endpoint) -> str:
 def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a successful answer. The whole body must have been read.
 
-    Raises `BusyError` or `RefusedError` for an error answer, `StageError` for what is not a JSON object.
+    Raises `BusyError` or `RefusedError` for an error answer, `GarbledError` for what is not a JSON object.
     """
     payload = _parse(response.content)
     if response.is_success and isinstance(payload, dict):
         return payload
     if response.is_success:
         shown = response.text[:80]
-        raise StageError(
+        raise GarbledError(
             f"{endpoint.url} answered with something that is not JSON: {shown!r}",
             hint="the URL must be the root of an OpenAI-compatible server",
         )
     raise error_answer(endpoint, response.status_code, payload, response.headers)
+
+
+def read_models(endpoint: Endpoint, payload: Mapping[str, Any]) -> list[str]:
+    """The names in the answer of `MODELS`; raises `GarbledError` where there are none to be read."""
+    try:
+        return [str(model["id"]) for model in payload["data"] or []]
+    except (KeyError, TypeError) as wrong:
+        raise GarbledError(f"{endpoint.url} answered with something that is no list of models") from wrong
+
+
+def choose_model(url: str, names: Sequence[str], wanted: str | None) -> str:
+    """`wanted` as the server at `url` lists it among `names`, or the first of them.
+
+    Raises `RecipeError`, which lists them, for one that it has not, `MissingToolError` where it has none.
+    """
+    if not names:
+        raise MissingToolError(f"{url} serves no model", hint="load one there first")
+    if not wanted:
+        return names[0]
+    # Ollama's list shows the tag of a name that was told without one.
+    for name in (wanted, f"{wanted}:latest"):
+        if name in names:
+            return name
+    raise RecipeError(f"{url} serves no model {wanted}", hint="served are " + ", ".join(names))
 
 
 def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
@@ -199,8 +229,8 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
             prompt_tokens=int(usage.get("prompt_tokens", 0)),
             completion_tokens=int(usage.get("completion_tokens", 0)),
         )
-    except (KeyError, IndexError, TypeError, AttributeError) as wrong:
-        raise StageError(f"{endpoint.url} answered with something that is no chat completion") from wrong
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as wrong:
+        raise GarbledError(f"{endpoint.url} answered with something that is no chat completion") from wrong
 
 
 def error_answer(

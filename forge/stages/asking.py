@@ -24,13 +24,14 @@ def chat(
     context: int | None,
     api_key_file: Path | None = None,
     sampling: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> dict[str, Any]:
-    """Talk to a run, a GGUF or a URL in the terminal."""
+    """Talk to a run, a GGUF or a URL in the terminal; `model` is which of a URL's."""
     from forge.serve.chat import converse
     from forge.serve.wire import Sampling
 
     with ExitStack() as stack:
-        endpoint = _reach(target, context, api_key_file, stack)
+        endpoint = _reach(target, context, api_key_file, model, stack)
         report.info(f"talking to {endpoint.model}; /quit ends, /reset forgets, /save FILE keeps")
         chosen = Sampling(**(sampling or {}))
         converse(endpoint, read=_read_line, write=report.write, system=system, sampling=chosen)
@@ -45,13 +46,16 @@ def _read_line(prompt: str) -> str:
     return input()
 
 
-def _reach(target: str, context: int | None, api_key_file: Path | None, stack: ExitStack) -> Endpoint:
+def _reach(
+    target: str, context: int | None, api_key_file: Path | None, model: str | None, stack: ExitStack
+) -> Endpoint:
     if target.startswith(("http://", "https://")):
         if context is not None:
             raise RecipeError("--context: whoever started that server has chosen its context")
-        return find(target, api_key=read_key(api_key_file))
-    if api_key_file is not None:
-        raise RecipeError("--api-key-file goes with a URL")
+        return find(target, model=model, api_key=read_key(api_key_file))
+    for flag, told in {"--api-key-file": api_key_file, "--model": model}.items():
+        if told is not None:
+            raise RecipeError(f"{flag} goes with a URL")
     wish = Wish(target, context=context)
     return open_runtime(wish, settings(wish), stack)
 
@@ -84,6 +88,7 @@ def generate(
     sampling: Mapping[str, Any],
     schema: Path | None = None,
     *,
+    model: str | None = None,
     raw: bool = False,
     retry_failed: bool = False,
 ) -> dict[str, Any]:
@@ -95,10 +100,8 @@ def generate(
 
     if concurrency != "auto" and not (concurrency.isdigit() and int(concurrency) > 0):
         raise RecipeError(f"--concurrency: a number or auto (got {concurrency})")
-    key = read_key(api_key_file)
-    endpoints = [find(url, api_key=key) for url in dict.fromkeys(urls)]
     done = run(
-        endpoints,
+        _endpoints(urls, model, read_key(api_key_file)),
         prompts,
         out,
         sampling=Sampling(**sampling, schema=_schema(schema)),
@@ -117,6 +120,24 @@ def generate(
             f"{done.failed} rows failed", hint="look at them in OUT; --retry-failed asks them again"
         )
     return asdict(done)
+
+
+def _endpoints(urls: Sequence[str], model: str | None, key: str | None) -> list[Endpoint]:
+    """What the URLs name; those that are away for now are asked again later, if one answers at all."""
+    from forge.serve.generate import FOR_NOW
+
+    found, away = [], []
+    for url in dict.fromkeys(urls):
+        try:
+            found.append(find(url, model=model, api_key=key))
+        except FOR_NOW as failure:
+            found.append(Endpoint(url, model or "", key))
+            away.append(failure)
+    if len(away) == len(found):
+        raise away[0]
+    for one in away:
+        report.warning(f"{one.message}: it is asked again while others answer")
+    return found
 
 
 def _schema(path: Path | None) -> dict[str, Any] | None:

@@ -75,8 +75,9 @@ class DeployAction(Action):
             alias=self.ship.recipe.name,
             context_tokens=context_tokens(self.ship, data),
             host=deploy.host,
-            # What is kept is started once more when all is proved, where an earlier one may serve still.
-            port=0 if deploy.keep else deploy.port,
+            # What is kept is started once more when all is proved, where an earlier one may serve still;
+            # Ollama's port is that of a server that is there already.
+            port=0 if deploy.keep and not in_ollama else deploy.port,
             parallel=deploy.parallel,
             threads=deploy.threads,
             gpu_layers=deploy.gpu_layers,

@@ -29,7 +29,7 @@ _INSTALL = "install the training stack: pip install 'forge-ship[train]'"
 def require_tools(ship: Ship, stages: Collection[str]) -> None:
     """Raise `MissingToolError` with everything that `stages` (those that will really run) lack."""
     needed = {name for stage in stages for name in _PACKAGES.get(stage, ())}
-    train = ship.recipe.train
+    train, deploy = ship.recipe.train, ship.recipe.deploy
     if not isinstance(train, Train):
         needed -= {"trl", "datasets"}  # an adapter that was made elsewhere
     elif "train" in stages and train.method == "qlora":
@@ -41,7 +41,7 @@ def require_tools(ship: Ship, stages: Collection[str]) -> None:
         "calibrate": partial(find_converters, ship.store.root),
         "export": partial(find_converters, ship.store.root),
         "verify": partial(find_converters, ship.store.root),
-        "deploy": partial(check_runtime, ship.recipe.deploy.runtime),
+        "deploy": partial(check_runtime, deploy.runtime, host=deploy.host, port=deploy.port),
     }
     for stage, check in checks.items():
         try:

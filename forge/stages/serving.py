@@ -23,20 +23,21 @@ from forge.serve.slots import slots_for
 from forge.stages.drive import find_gguf, find_run
 from forge.stages.record import read_manifest, read_run_modelfile
 from forge.store.artifacts import open_store
+from forge.tools.hosts import DEFAULT_HOST
 
 _DEFAULT_CONTEXT = 4096
-# What `forge serve` listens on unless told; 0 is any free one.
+# What `forge serve` listens on unless told.
 PORT = 8080
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What a person asked `forge serve` for; None leaves it to forge."""
+    """What a person asked `forge serve` for; None leaves it to forge, port 0 is any free one."""
 
     target: str
     runtime: str = "embedded"
-    host: str = "127.0.0.1"
-    port: int = 0
+    host: str = DEFAULT_HOST
+    port: int | None = 0
     context: int | None = None
     parallel: int | None = None
     threads: int | None = None
@@ -77,8 +78,7 @@ def settings(wish: Wish) -> Settings:
         alias=run.name if run else path.stem,
         context_tokens=wish.context or min(limit, _context_of(run)),
         host=wish.host,
-        # Ollama is where OLLAMA_HOST says, unless another port than the usual one is told.
-        port=0 if wish.runtime == "ollama" and wish.port == PORT else wish.port,
+        port=_port_of(wish),
         parallel=wish.parallel,
         threads=wish.threads,
         gpu_layers=wish.gpu_layers,
@@ -95,6 +95,12 @@ def settings(wish: Wish) -> Settings:
     if chosen.alias in wish.lora:
         raise RecipeError(f"--lora {chosen.alias}: the model itself has that name", hint="choose another")
     return chosen
+
+
+def _port_of(wish: Wish) -> int:
+    if wish.port is None:
+        return 0 if wish.runtime == "ollama" else PORT  # Ollama listens already, on a port of its own
+    return wish.port
 
 
 def _context_of(run: Path | None) -> int:
@@ -148,10 +154,7 @@ def serve(
             tell = stack.enter_context(detached.announced(served_directory(), chosen.alias))
         endpoint = open_runtime(wish, chosen, stack)
         report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
-        report.info(
-            f"context {chosen.context_tokens} tokens, {chosen.slots} requests at once, "
-            f"{ready.threads_of(chosen)} threads, on {endpoint.device}"
-        )
+        report.info(_in_words(wish, chosen, endpoint))
         if tell:
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             tell(
@@ -171,6 +174,17 @@ def serve(
         raise StageError(why)
 
 
+def _in_words(wish: Wish, chosen: Settings, endpoint: Endpoint) -> str:
+    """What is known of how it serves: requests at once, threads and device are Ollama's own affair."""
+    words = [f"context {chosen.context_tokens} tokens"]
+    if wish.runtime != "ollama":
+        words += [f"{chosen.slots} requests at once", f"{ready.threads_of(chosen)} threads"]
+        words += [f"on {endpoint.device}"]
+    elif chosen.threads:
+        words += [f"{chosen.threads} threads"]
+    return ", ".join(words)
+
+
 def _fields(endpoint: Endpoint, pid: int) -> dict[str, object]:
     fields = {"endpoint": endpoint.url, "model": endpoint.model, "pid": pid, "device": endpoint.device}
     return {**fields, "container": endpoint.container} if endpoint.container else fields
@@ -180,6 +194,10 @@ def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int
     """Print what starts the server elsewhere; nothing runs."""
     from forge.serve.manifests import manifest
 
+    if wish.runtime == "ollama":
+        raise RecipeError(
+            "--print writes how llama.cpp's server is started, not Ollama", hint="leave --runtime out"
+        )
     chosen = settings(replace(wish, runtime="container"))
     # A pod listens to its whole cluster, whatever the host is here.
     ready.check(replace(chosen, host="0.0.0.0") if kind == "kubernetes" else chosen)

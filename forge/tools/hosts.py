@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 
+# Where a server listens, or is, where nobody says.
+DEFAULT_HOST = "127.0.0.1"
+
 # What a server listens on is not always where it can be reached.
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 

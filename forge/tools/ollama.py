@@ -25,7 +25,7 @@ import httpx
 
 from forge import report
 from forge.errors import DataError, MissingToolError, RecipeError, StageError
-from forge.tools.hosts import in_url, is_loopback, reachable
+from forge.tools.hosts import DEFAULT_HOST, in_url, is_loopback, reachable
 
 PORT = 11434
 _CHUNK = 1 << 20
@@ -62,6 +62,16 @@ def server_url(host: str | None = None) -> str:
         raise RecipeError(f"{told!r} is not the address of a server", hint=f"such as 127.0.0.1:{PORT}")
     name = in_url(reachable(parts.hostname or "127.0.0.1"))
     return f"{scheme}://{name}:{port}{parts.path.rstrip('/')}"
+
+
+def address_of(host: str, port: int) -> str | None:
+    """For `server_url`, of a host and a port as every runtime has them; 0 is no port told.
+
+    None, which leaves it to OLLAMA_HOST, where neither is another than the usual one.
+    """
+    if port:
+        return f"{in_url(host)}:{port}"
+    return None if host == DEFAULT_HOST else in_url(host)
 
 
 class Ollama:

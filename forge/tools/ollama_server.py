@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
+
 from forge import process, report
 from forge.errors import MissingToolError, StageError
 from forge.tools.hosts import is_loopback
@@ -20,6 +22,8 @@ from forge.tools.ollama import Ollama, server_url
 
 _SECONDS_TO_START = 60.0
 _SECONDS_TO_HEAR_OUT = 5.0
+# It is asked again and again whether a server is still there, and that must hold up nobody.
+_TIMEOUT_OF_A_LOOK = httpx.Timeout(5.0)
 
 
 def check(url: str | None = None) -> None:
@@ -34,6 +38,18 @@ def check(url: str | None = None) -> None:
 
 def _can_start(url: str) -> bool:
     return is_loopback(urlsplit(url).hostname or "") and shutil.which("ollama") is not None
+
+
+def why_gone(url: str) -> str:
+    """For `Endpoint.why_gone`: empty while a server is there, however slow."""
+    try:
+        with Ollama(url, timeout=_TIMEOUT_OF_A_LOOK) as server:
+            server.version()
+    except MissingToolError:
+        return f"the Ollama server at {url} has ended, or cannot be reached any more"
+    except StageError:
+        pass  # busy, or just breaking off: the next look tells
+    return ""
 
 
 @contextlib.contextmanager

@@ -1,0 +1,80 @@
+"""The list of what runs in the background, where one server of a name follows another."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import filelock
+import psutil
+import pytest
+
+from forge import process
+from forge.errors import DataError, RecipeError
+from forge.serve import detached
+
+_SLEEPS = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+
+def _recorded(path: Path, pid: int) -> detached.Served:
+    served = detached.Served("tiny", "http://127.0.0.1:9", "tiny", "embedded", pid, None, "now")
+    path.write_text(json.dumps(asdict(served)))
+    return served
+
+
+def test_a_name_whose_server_still_loads_is_taken(tmp_path: Path) -> None:
+    """Its files are its own: the second command takes none of them away."""
+    lock = tmp_path / "tiny.lock"
+    with filelock.FileLock(lock):
+        with pytest.raises(RecipeError, match="tiny is being served already"):
+            detached.detach(tmp_path, "tiny", [sys.executable, "-c", ""])
+        assert [path.name for path in tmp_path.iterdir()] == ["tiny.lock"]
+
+
+@pytest.mark.programs
+def test_a_stopped_servers_name_may_be_the_next_ones_already(tmp_path: Path) -> None:
+    """Its lock is held by then: nobody waits for that. Of the one that was killed no record is left."""
+    record = tmp_path / "tiny.json"
+    with process.Child(_SLEEPS) as child, filelock.FileLock(tmp_path / "tiny.lock"):
+        served = _recorded(record, child.pid)
+        begun = time.monotonic()
+        assert detached.stop(tmp_path, "tiny") == [served]
+        assert time.monotonic() - begun < 30
+        assert child.ends_within(30)
+        assert not record.exists()
+
+
+@pytest.mark.programs
+def test_what_the_next_one_of_a_name_wrote_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may say that it serves while the one before is still being stopped."""
+    record = tmp_path / "tiny.json"
+    with process.Child(_SLEEPS) as child, filelock.FileLock(tmp_path / "tiny.lock"):
+        _recorded(record, child.pid)
+        end = psutil.Process.terminate
+
+        def end_and_be_followed(self: psutil.Process) -> None:
+            end(self)
+            _recorded(record, os.getpid())
+
+        monkeypatch.setattr(psutil.Process, "terminate", end_and_be_followed)
+        detached.stop(tmp_path, "tiny")
+        assert [one.pid for one in detached.running(tmp_path)] == [os.getpid()]
+
+
+@pytest.mark.programs
+def test_a_record_of_what_was_killed_lists_nothing(tmp_path: Path) -> None:
+    """Not even while the next one of that name, which still loads, holds the lock."""
+    with process.Child(_SLEEPS) as child:
+        child.kill()
+    _recorded(tmp_path / "tiny.json", child.pid)
+    with filelock.FileLock(tmp_path / "tiny.lock"):
+        assert detached.running(tmp_path) == []
+        with pytest.raises(DataError, match="tiny is not running"):
+            detached.stop(tmp_path, "tiny")
+    _recorded(tmp_path / "tiny.json", os.getpid())
+    with detached.announced(tmp_path, "tiny"):
+        assert detached.running(tmp_path) == []
