@@ -51,10 +51,10 @@ def podman_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if not _PODMAN.exists() or os.getuid():
         pytest.skip("needs root and podman: apt-get install podman netavark runc")
     root = tmp_path_factory.mktemp("podman")
-    # Its own limits are above what a container of the tests' machine may have; what ends a command in a
-    # container would stay for minutes; and there need not be a systemd to time the health checks.
+    # Its own limits are above what a container of the tests' machine may have. How a command in a
+    # container ended would be kept for minutes. No systemd need be here to time the health checks.
     limits = '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n'
-    (root / "containers.conf").write_text(f"{limits}[engine]\nexit_command_delay = 0\n")
+    (root / "containers.conf").write_text(f"{limits}[engine]\nexit_command_delay = 5\n")
     command = ["env", f"CONTAINERS_CONF={root}/containers.conf", "DISABLE_HC_SYSTEMD=true", str(_PODMAN)]
     places = {"--root": "data", "--runroot": "run", "--tmpdir": "tmp", "--network-config-dir": "networks"}
     command += [f"{flag}={root / name}" for flag, name in places.items()]
