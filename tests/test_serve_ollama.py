@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,7 @@ from forge.errors import StageError
 from forge.serve.client import Client
 from forge.serve.ollama import serve_ollama
 from forge.serve.runtime import Settings
-from forge.tools.ollama import Ollama
 from tests.fake_ollama import FakeOllama
-from tests.ollama_servers import SERVERS, asked, name_on
 from tests.servers import HELLO
 from tests.shipping import Workshop
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -23,33 +20,23 @@ from tests.tiny_gguf import REPLY, write_tiny_gguf
 pytestmark = [pytest.mark.network, pytest.mark.programs]
 
 
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
-
-
-@pytest.fixture(params=SERVERS)
-def url(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with asked(request.param) as found:
-        monkeypatch.setenv("OLLAMA_HOST", found)
-        yield found
-
-
-def test_it_has_answered_and_is_there(url: str, gguf: Path) -> None:
+def test_it_has_answered_and_is_there(
+    ollama_url: str, model_name: str, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is in memory already: it was asked before anyone was told that it serves."""
-    with Ollama(url) as server, name_on(server) as name:
-        with serve_ollama(Settings(gguf, name, 512)) as endpoint:
-            assert endpoint.why_gone() == ""
-            with Client(endpoint) as client:
-                assert client.chat(HELLO).text == REPLY
+    monkeypatch.setenv("OLLAMA_HOST", ollama_url)
+    with serve_ollama(Settings(tiny_gguf, model_name, 512)) as endpoint:
+        assert endpoint.why_gone() == ""
+        with Client(endpoint) as client:
+            assert client.chat(HELLO).text == REPLY
 
 
-def test_a_model_that_answers_no_chat_gets_no_name(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_answers_no_chat_gets_no_name(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeOllama() as fake:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         fake.troubles["/v1/chat/completions"] = ("error", 500, "model requires more system memory")
         with pytest.raises(StageError, match=r"answers no chat with .*: model requires more system memory"):
-            with serve_ollama(Settings(gguf, "yoda", 512)):
+            with serve_ollama(Settings(tiny_gguf, "yoda", 512)):
                 raise AssertionError("it served")
         assert fake.models == {}
 
