@@ -76,7 +76,9 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     # The context is what was asked for; a Modelfile's is of the day that the run was shipped.
     hand = replace(hand, sampling={**hand.sampling, **fixed}, context_tokens=settings.context_tokens)
     with reach(server_url(told), log=log) as server:
-        imported = import_model(server, settings.alias, settings.model, hand, ask=settings.proof)
+        imported = import_model(
+            server, settings.alias, settings.model, hand, adapter=settings.adapter, ask=settings.proof
+        )
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
         yield Endpoint(server.url, imported.name)
 
