@@ -11,6 +11,7 @@ from forge import report
 from forge.adapter.read import read_adapter
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
+from forge.export.adapter_only import refuse_impure
 from forge.model.architectures import check_exportable
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
@@ -25,7 +26,6 @@ def refuse_unbuilt(loaded: Loaded) -> None:
     """Raise `RecipeError` for what the recipe's language has and this version does not do yet."""
     recipe = loaded.recipe
     asked = {
-        "export.mode": recipe.export.mode != "merged",
         "train.lora.dora": isinstance(recipe.train, Train) and recipe.train.lora.dora,
     }
     problems = [
@@ -64,7 +64,9 @@ def check(ship: Ship) -> None:
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
     if ship.adopted and ship.adopted.directory:
-        read_adapter(ship.adopted.directory)
+        adapter = read_adapter(ship.adopted.directory)
+        if ship.recipe.export.mode == "adapter":
+            refuse_impure(adapter.impurities)
 
 
 def _check_targets(ship: Ship) -> None:
