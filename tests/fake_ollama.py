@@ -4,7 +4,7 @@ No package registry ships Ollama, so this stands in its place. What it does was 
 0.33: `test_fake_ollama` has a test for each statement, and runs the same tests against a live one where
 OLLAMA_HOST is set. `python -m tests.fake_ollama` is `ollama serve`.
 
-Not covered: adapters have no effect; native renderers; the cloud; pulling (an attempt is recorded).
+Not covered: native renderers; the cloud; pulling (an attempt is recorded).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class FakeOllama:
     counts_more: int = 0
 
     def __post_init__(self) -> None:
-        self.loaded: dict[tuple[str, int], str] = {}
+        self.loaded: dict[tuple[str, str | None, int], str] = {}
         self.awake: set[str] = set()
         self.lock = threading.Lock()
         self.kept = ""
@@ -235,20 +235,21 @@ class FakeOllama:
         }
 
     def _llama(self, model: Model, context: int, route: str, **fields: Any) -> dict[str, Any]:
-        """Ask the llama-server behind, which is started for a model and a context when it is first needed."""
-        key = (model.blob, context)
+        """Ask the llama-server behind, started for model, adapter and context when it is first needed."""
+        key = (model.blob, model.adapter, context)
         with self.lock:
             if key not in self.loaded:
                 try:
-                    self.loaded[key] = self.loader.submit(self._load, self.blob(model.blob), context).result()
+                    self.loaded[key] = self.loader.submit(self._load, model, context).result()
                 except ForgeError as failure:
                     raise RefusedError(500, f"llama runner process has terminated: {failure}") from failure
         found = httpx.post(self.loaded[key] + route, json=fields, timeout=120, trust_env=False).json()
         assert isinstance(found, dict)
         return found
 
-    def _load(self, path: Path, context: int) -> str:
-        settings = Settings(model=path, alias="behind", context_tokens=context, parallel=1)
+    def _load(self, model: Model, context: int) -> str:
+        path, adapter = self.blob(model.blob), self.blob(model.adapter) if model.adapter else None
+        settings = Settings(path, "behind", context_tokens=context, parallel=1, adapter=adapter)
         return self.running.enter_context(serve_embedded(settings)).url
 
     def _trouble(self, route: str) -> str:

@@ -24,6 +24,7 @@ from forge.stages import serving
 from forge.tools.ollama import Ollama, OllamaError
 from tests.fake_ollama import FakeOllama
 from tests.ollama_servers import PINNED
+from tests.servers import HELLO, write_adapter
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
@@ -241,13 +242,14 @@ def test_adapters_are_looked_at_here_because_ollama_does_not(
 ) -> None:
     told = hand_over_of(pinned_gguf)
     wrong = write_tiny_gguf(tmp_path / "a.gguf", architecture="qwen2", kind="adapter")
-    right = write_tiny_gguf(tmp_path / "b.gguf", kind="adapter")
+    right = write_adapter(tmp_path / "b.gguf", says="Y")
     with Ollama(fake_ollama.url) as server:
         with pytest.raises(DataError, match="architecture qwen2"):
             import_model(server, "yoda", pinned_gguf, told, adapter=wrong)
         with pytest.raises(DataError, match="a model, not an adapter"):
             import_model(server, "yoda", pinned_gguf, told, adapter=pinned_gguf)
         import_model(server, "yoda", pinned_gguf, told, adapter=right)
+        assert server.chat("yoda", HELLO)["message"]["content"] == "Y"
     assert fake_ollama.models["yoda:latest"].adapter is not None
 
 

@@ -146,6 +146,10 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
             "export.quant: looks at one merged model; use export.mode: merged",
         ),
         (
+            "export: {imatrix: true, mode: adapter}",
+            "export.imatrix: looks at one merged model; use export.mode: merged",
+        ),
+        (
             "export: {zzzz: 1}",
             "export.zzzz: unknown key; known here: mode, quant, imatrix, merge_base, keep_merged",
         ),

@@ -248,22 +248,25 @@ def _is_writable(**fields: Any) -> bool:
     return True
 
 
-def write_modelfiles(out: Path, *, file: str, told: HandOver) -> dict[str, Any]:
+def write_modelfiles(out: Path, *, file: str, told: HandOver, adapter: str | None = None) -> dict[str, Any]:
     """Write Modelfile.jinja, and Modelfile where a Go TEMPLATE was proved, into `out`; returns facts.
 
-    What they cannot hold is named in a comment of both and in the facts, as `left_out`.
+    `file` and `adapter` are names in the directory where they will lie. What the two cannot hold is named in
+    a comment of both and in the facts, as `left_out`.
     """
     written, left = without_unwritable(told)
     facts = {**told.facts(), "left_out": {name: list(texts) for name, texts in asdict(left).items()}}
     remark = f"# {left}\n" if left else ""
     if left:
         report.warning(f"Modelfile: {left}")
-    jinja = remark + render(written.modelfile("jinja", f"./{file}"))
+    beside = f"./{adapter}" if adapter else None
+    jinja = remark + render(written.modelfile("jinja", f"./{file}", adapter=beside))
     (out / MODELFILE_JINJA).write_text(jinja, encoding="utf-8")
     if told.compiled.go is None:
         reason = f"no Go TEMPLATE says what the chat template does: {told.compiled.reason}"
         return {"modelfile": None, "reason": reason, **facts}
-    (out / MODELFILE).write_text(remark + render(written.modelfile("go", f"./{file}")), encoding="utf-8")
+    go = remark + render(written.modelfile("go", f"./{file}", adapter=beside))
+    (out / MODELFILE).write_text(go, encoding="utf-8")
     return {"modelfile": MODELFILE, "reason": None, **facts}
 
 

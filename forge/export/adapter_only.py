@@ -11,12 +11,12 @@ import json
 import math
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer, find_base_tensor
-from forge.errors import StageError
+from forge.errors import DataError, Problem, StageError
 from forge.export.tensors import LazyTensor, read_rows, stored, write_safetensors
 from forge.export.upstream import REFUSALS, load, refused
 from forge.model.checkpoint import Checkpoint
@@ -35,6 +35,16 @@ def why_merged(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
     if heads:
         reasons.append(f"the base has no tensor of its own for {', '.join(heads)} (tied to the embedding?)")
     return tuple(reasons)
+
+
+def refuse_impure(reasons: Sequence[str]) -> None:
+    """Raise `DataError` with the `reasons` why an adapter must be merged, where there are any."""
+    if reasons:
+        raise DataError(
+            "this adapter has no GGUF form of its own",
+            hint="use mode merged, or auto",
+            problems=[Problem(reason) for reason in reasons],
+        )
 
 
 def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, work: Path) -> Path:

@@ -21,9 +21,9 @@ from typing import Any
 from forge import report
 from forge.adapter.read import Adapter, read_adapter
 from forge.adapter.vocabulary import check_tokenizer
-from forge.errors import DataError, Problem
+from forge.errors import DataError
 from forge.export import pretokenizer, proof
-from forge.export.adapter_only import why_merged, write_adapter
+from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
@@ -40,8 +40,14 @@ from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
+ADAPTER_SUFFIX = "-adapter.gguf"
 MERGED_DIRECTORY = "merged"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+
+
+def adapter_beside(gguf: Path) -> Path:
+    """Where the adapter lies that goes on the model `gguf`: beside it, under its name."""
+    return gguf.with_name(f"{gguf.stem}{ADAPTER_SUFFIX}")
 
 
 def export(
@@ -113,11 +119,8 @@ def _mode(asked: str, adapter: Adapter | None, checkpoint: Checkpoint) -> tuple[
     if adapter is None:
         raise DataError("there is no adapter to export as a file of its own", hint="use mode merged")
     reasons = why_merged(adapter, checkpoint)
-    if reasons and asked == "adapter":
-        problems = [Problem(reason) for reason in reasons]
-        raise DataError(
-            "this adapter has no GGUF form of its own", hint="use mode merged, or auto", problems=problems
-        )
+    if asked == "adapter":
+        refuse_impure(reasons)
     if reasons:
         report.info(f"merged, since {'; '.join(reasons)}")
     return ("merged" if reasons else "adapter"), reasons

@@ -189,8 +189,8 @@ class Export(Section):
     imatrix: bool = Field(False, description="round by an importance matrix of the training rows")
     merge_base: Literal["original", "nf4", "measured"] = Field(
         "original",
-        description="what the adapter is merged into; nf4: the base as QLoRA rounded it; measured: "
-        "whichever of the two answers held-out rows better",
+        description="what the adapter is merged into, or lies beside; nf4: the base as QLoRA rounded it; "
+        "measured: whichever of the two answers held-out rows better",
     )
     keep_merged: bool = Field(False, description="keep the merged checkpoint (for vLLM, for other tools)")
 

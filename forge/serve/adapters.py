@@ -48,7 +48,7 @@ _ASKING = ("/completion", "/completions", "/chat/completions", "/infill", "/mess
 
 @dataclass(frozen=True)
 class Route:
-    """Where the proxy sends requests, and which model name means which adapter (None: the base)."""
+    """Where the proxy sends requests, and which model name means which adapter (None: none of them)."""
 
     upstream: Endpoint
     numbers: Mapping[str, int | None]
@@ -85,12 +85,15 @@ def serve_with_adapters(
 ) -> Iterator[Endpoint]:
     """`runtime` behind a proxy at the host and port of `settings`; `names` are the adapters.
 
+    The model's own adapter is on for the model's own name alone: the others go on the base in its place.
     Raises what `runtime` raises, and `StageError` when the port is taken.
     """
     ready.check(replace(settings, adapters=tuple(names.values())))
     inner = replace(settings, host="127.0.0.1", port=0, adapters=tuple(names.values()))
     with runtime(inner, log=log) as upstream:
-        numbers: dict[str, int | None] = {settings.alias: None, **{name: n for n, name in enumerate(names)}}
+        own = None if settings.adapter is None else 0
+        others = enumerate(names, start=0 if own is None else 1)
+        numbers: dict[str, int | None] = {settings.alias: own, **{name: n for n, name in others}}
         with _proxy(settings, Route(upstream, numbers)) as port:
             yield replace(upstream, url=ready.url_of(settings.host, port))
 

@@ -31,7 +31,8 @@ _LOADER = "ld-linux"
 class Contents:
     """What goes into a bundle: `files` are further ones (name -> file) such as Modelfiles.
 
-    `question` and `expect` are the smoke test's: the answer to the first must hold the second.
+    `question` and `expect` are the smoke test's: the answer to the first must hold the second. `adapter`
+    is the model's own, which the server loads with it.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Contents:
     expect: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
     wheels: Sequence[Path] = ()
+    adapter: Path | None = None
 
 
 def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -> int:
@@ -55,16 +57,19 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
     wrong = [one for one in contents.wheels if one.suffix != ".whl" or not one.is_file()]
     if wrong:
         raise RecipeError(f"--wheel {wrong[0]}: not a wheel that is there")
-    if not re.fullmatch(r"[A-Za-z0-9._ ()+-]+", contents.model.name):
+    adapter = contents.adapter
+    weights = {path.name: path for path in (contents.model, adapter) if path}
+    for name in weights:
         # It stands in shell scripts and in the list of checksums.
-        raise RecipeError(
-            f"{contents.model.name}: a start script cannot say this name", hint="rename the file"
-        )
-    files: dict[str, Path | str] = {contents.model.name: contents.model, **contents.files}
+        if not re.fullmatch(r"[A-Za-z0-9._ ()+-]+", name):
+            raise RecipeError(f"{name}: a start script cannot say this name", hint="rename the file")
+    files: dict[str, Path | str] = {**weights, **contents.files}
     loader = _add_native(files, program, needed=not contents.wheels)
     files |= {f"wheels/{one.name}": one for one in contents.wheels}
-    files |= bundle_files.texts(contents.name, contents.model.name, contents.context_tokens, loader=loader,
-                                wheels=bool(contents.wheels))  # fmt: skip
+    files |= bundle_files.texts(
+        contents.name, contents.model.name, contents.context_tokens, loader=loader,
+        wheels=bool(contents.wheels), adapter=adapter.name if adapter else None,
+    )  # fmt: skip
     files["LICENCES.txt"] = bundle_files.licences(contents.licence, loader=loader)
     files["smoke.json"] = json.dumps(
         {"messages": [{"role": "user", "content": contents.question}], "max_tokens": 64, "temperature": 0}

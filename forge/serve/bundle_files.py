@@ -12,7 +12,7 @@ _START = """\
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 exec "$here/linux/lib/{loader}" --library-path "$here/linux/lib" "$here/linux/llama-server" \\
-    --model "$here/{model}" --alias {name} --ctx-size {context} --parallel 1 --jinja --offline \\
+    --model "$here/{model}"{lora} --alias {name} --ctx-size {context} --parallel 1 --jinja --offline \\
     --host 127.0.0.1 --port "${{PORT:-8080}}" --cors-origins "" "$@"
 """
 
@@ -63,7 +63,7 @@ import xllamacpp
 
 settings = xllamacpp.CommonParams()
 settings.model.path = str(Path(__file__).parent / "{model}")
-settings.model_alias = {{"{name}"}}
+{lora}settings.model_alias = {{"{name}"}}
 settings.hostnames = ["127.0.0.1"]
 settings.port = int(os.environ.get("PORT", "8080"))
 settings.n_ctx = {context}
@@ -131,15 +131,28 @@ are separate files, unchanged, and may be replaced.
 """
 
 
-def texts(name: str, model: str, context_tokens: int, *, loader: str, wheels: bool) -> dict[str, str]:
-    """File name -> text. `loader` is empty without a native server."""
+_LORA = ' --lora "$here/{adapter}"'
+_LORA_OF_WHEEL = """\
+adapter = str(Path(__file__).parent / "{adapter}")
+settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+"""
+
+
+def texts(
+    name: str, model: str, context_tokens: int, *, loader: str, wheels: bool, adapter: str | None = None
+) -> dict[str, str]:
+    """File name -> text. `loader` is empty without a native server; `adapter` is the model's own."""
     files: dict[str, str] = {"smoke.sh": _SMOKE}
     ways = ""
     if loader:
-        files["start.sh"] = _START.format(name=name, loader=loader, model=model, context=context_tokens)
+        lora = _LORA.format(adapter=adapter) if adapter else ""
+        files["start.sh"] = _START.format(
+            name=name, loader=loader, model=model, lora=lora, context=context_tokens
+        )
         ways += "Linux:    ./start.sh\n"
     if wheels:
-        files["serve.py"] = _SERVE.format(name=name, model=model, context=context_tokens)
+        lora = _LORA_OF_WHEEL.format(adapter=adapter) if adapter else ""
+        files["serve.py"] = _SERVE.format(name=name, model=model, lora=lora, context=context_tokens)
         files |= {"start.command": _COMMAND, "start.bat": _BATCH.replace("\n", "\r\n")}
         ways += "macOS:    ./start.command   (Python 3.10 or later)\n"
         ways += "Windows:  start.bat         (Python 3.10 or later)\n"

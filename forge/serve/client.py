@@ -104,6 +104,14 @@ class Client:
         told = self._ask("POST", "/completion", body).get("completion_probabilities") or [{}]
         return [(int(one["id"]), float(one["logprob"])) for one in told[0].get("top_logprobs", ())]
 
+    def adapter_scales(self) -> list[float]:
+        """The scales of llama-server's adapters, for requests that name none."""
+        with wire.failures_of(self.endpoint):
+            response = self._http.get(self.endpoint.route("/lora-adapters"))
+        if not response.is_success:
+            wire.read_json(self.endpoint, response)
+        return [float(one["scale"]) for one in response.json()]
+
     def apply_template(self, messages: Sequence[Message]) -> str:
         """The prompt that the server would give to the model."""
         body = {"messages": [dict(message) for message in messages]}

@@ -83,9 +83,9 @@ def _image(daemon: Engine, settings: Settings) -> str:
 
 def _start(daemon: Engine, image: str, settings: Settings, private: Path) -> Container:
     model = f"/models/{settings.model.name}"
-    inside = [f"/adapters/{number}.gguf" for number in range(len(settings.adapters))]
-    mounts = {model: settings.model, **dict(zip(inside, settings.adapters, strict=True))}
-    command = arguments(settings, model=model, adapters=tuple(inside))
+    adapters = {f"/adapters/{number}.gguf": path for number, path in enumerate(settings.loaded_adapters)}
+    mounts = {model: settings.model, **adapters}
+    command = arguments(settings, model=model, adapters=tuple(adapters))
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
     if settings.api_key:
         key = write_key(private, settings.api_key)

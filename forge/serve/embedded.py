@@ -52,7 +52,9 @@ def _for_child(settings: Settings) -> dict[str, object]:
     return {
         **asdict(settings),
         "model": str(settings.model.absolute()),
-        "adapters": [str(path.absolute()) for path in settings.adapters],
+        "adapter": None,
+        "adapters": [str(path.absolute()) for path in settings.loaded_adapters],
+        "switched": bool(settings.adapters),
         "modelfile": None,
         "slots": settings.slots,
         "threads": ready.threads_of(settings),

@@ -48,8 +48,8 @@ def start(settings: Mapping[str, Any]) -> Any:
         parameters.lora_adapters = [
             xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["adapters"]
         ]
-        # None is on until a request asks for it.
-        parameters.lora_init_without_apply = True
+        # Where requests choose, none is on until one asks for it.
+        parameters.lora_init_without_apply = settings["switched"]
     return xllamacpp.Server(parameters)
 
 

@@ -67,7 +67,7 @@ def arguments(settings: Settings, *, model: str = "", adapters: tuple[str, ...] 
     `model` and `adapters` replace the paths, for a server that sees them elsewhere.
     """
     model = model or str(settings.model.absolute())
-    adapters = adapters or tuple(str(path.absolute()) for path in settings.adapters)
+    adapters = adapters or tuple(str(path.absolute()) for path in settings.loaded_adapters)
     # llama-server divides the context among its slots.
     context = settings.context_tokens * settings.slots
     command = ["--model", model, "--alias", settings.alias, "--ctx-size", str(context)]
@@ -79,8 +79,8 @@ def arguments(settings: Settings, *, model: str = "", adapters: tuple[str, ...] 
         command += ["--n-gpu-layers", "all" if settings.gpu_layers == -1 else str(settings.gpu_layers)]
     for adapter in adapters:
         command += ["--lora", adapter]
-    # None is on until a request asks for it.
-    return [*command, "--lora-init-without-apply"] if adapters else command
+    # Where requests choose, none is on until one asks for it.
+    return [*command, "--lora-init-without-apply"] if settings.adapters else command
 
 
 def write_key(directory: Path, key: str) -> Path:

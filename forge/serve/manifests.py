@@ -3,7 +3,8 @@
 They are data for their tools, written from the same settings as `forge serve` uses: the same image
 and flags, nobody's user, nothing that can be written, and memory by the model's own header. Where
 the model is, is said in one place: a directory for Compose; for Kubernetes a volume claim that
-holds it, or a URL from which an init container fetches it, checked by its sha256.
+holds it, or a URL from which an init container fetches it, checked by its sha256. The model's own
+adapter is mounted beside it, or lies on the same claim.
 
 Not covered: an ingress, TLS, several machines' worth of one model. The key is a Secret that exists.
 """
@@ -37,7 +38,8 @@ _KEY = "/run/secrets/api-key/api-key"
 def manifest(kind: str, settings: Settings, *, model_url: str | None = None, replicas: int = 1) -> str:
     """YAML for `docker compose` or `kubectl apply`.
 
-    Raises `RecipeError` for what it cannot say: adapters, a URL for Compose, a GPU without a CUDA image.
+    Raises `RecipeError` for what it cannot say: adapters to choose from, a URL for Compose, or one for a
+    model that is two files, a GPU without a CUDA image.
     """
     if settings.adapters:
         raise RecipeError("--print cannot say --lora: adapters by name need forge's own proxy")
@@ -51,17 +53,27 @@ def manifest(kind: str, settings: Settings, *, model_url: str | None = None, rep
 def memory_bytes(settings: Settings, header: GgufHeader) -> int:
     """What the server needs: the file, the key-value cache of all slots, and itself."""
     cache = cache_bytes_per_token(header) * settings.context_tokens * settings.slots
-    return settings.model.stat().st_size + cache + SERVER_START_BYTES
+    return settings.file_bytes + cache + SERVER_START_BYTES
 
 
 def _flags(settings: Settings) -> list[str]:
-    command = arguments(settings, model=f"/models/{settings.model.name}")
+    model, *adapters = map(_inside, _files(settings))
+    command = arguments(settings, model=model, adapters=tuple(adapters))
     if settings.threads is None:
         # This machine's cores say nothing of the other's.
         at = command.index("--threads")
         del command[at : at + 2]
     command += ["--api-key-file", _KEY] if settings.api_key else []
     return [_literal(one) for one in command]
+
+
+def _files(settings: Settings) -> list[Path]:
+    """The model, and its own adapter where it has one."""
+    return [settings.model, *settings.loaded_adapters]
+
+
+def _inside(path: Path) -> str:
+    return f"/models/{path.name}"
 
 
 def _literal(text: str) -> str:
@@ -74,8 +86,15 @@ def _image(settings: Settings) -> str:
 
 
 def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
-    inside, source = _literal(f"/models/{settings.model.name}"), _literal(str(settings.model.absolute()))
-    mounts = [{"type": "bind", "source": source, "target": inside, "read_only": True}]
+    mounts = [
+        {
+            "type": "bind",
+            "source": _literal(str(path.absolute())),
+            "target": _literal(_inside(path)),
+            "read_only": True,
+        }
+        for path in _files(settings)
+    ]
     if settings.api_key:
         key = "${API_KEY_FILE:?a file with the key}"
         mounts.append({"type": "bind", "source": key, "target": _KEY, "read_only": True})
@@ -172,7 +191,13 @@ _HARMLESS: Mapping[str, Any] = {
 def _fetcher(settings: Settings, url: str) -> dict[str, Any]:
     if not url.startswith("https://"):
         raise RecipeError(f"--model-url {url}: not an https URL")
-    file = f"/models/{settings.model.name}"
+    if settings.adapter:
+        raise RecipeError(
+            f"--model-url fetches one file, and this model is two: {settings.model.name} and "
+            f"{settings.adapter.name}",
+            hint="leave it out and put both on the volume claim, or ship with export.mode: merged",
+        )
+    file = _inside(settings.model)
     script = 'curl --fail --location --silent --show-error --output "$1" "$2" && echo "$3  $1" | sha256sum -c'
     return {
         "name": "model",

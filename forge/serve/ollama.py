@@ -79,7 +79,9 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
     hand = replace(hand, sampling={**hand.sampling, **fixed}, context_tokens=settings.context_tokens)
     with reach(server_url(address_of(settings.host, settings.port)), log=log) as server:
         ask = settings.proof or partial(ready.prove_answer, model=settings.model, hint=_LOOK)
-        imported = import_model(server, settings.alias, settings.model, hand, ask=ask)
+        imported = import_model(
+            server, settings.alias, settings.model, hand, adapter=settings.adapter, ask=ask
+        )
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
         yield Endpoint(server.url, imported.name, why_gone=partial(why_gone, server.url))
 

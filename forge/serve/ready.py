@@ -36,7 +36,7 @@ def check(settings: Settings) -> None:
 def check_files(settings: Settings) -> None:
     """Raise `DataError` for files that cannot be served so, whoever serves them."""
     header = read_gguf(settings.model)
-    check_kinds(settings.model, header, settings.adapters)
+    check_kinds(settings.model, header, settings.loaded_adapters)
     limit = header.metadata.get(f"{header.architecture}.context_length")
     if isinstance(limit, int) and settings.context_tokens > limit:
         raise DataError(

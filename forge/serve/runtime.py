@@ -28,7 +28,8 @@ class Settings:
     `alias` is the name that clients see. Port 0 takes a free one. Every one of the `parallel`
     slots (None: chosen by the context) has the whole of `context_tokens`. `threads` None means the
     physical cores that this process may use, `gpu_layers` None as many as fit (-1: all).
-    `adapters` are GGUF adapters that a request may switch on by their place in this list.
+    `adapter` is the model's own: a GGUF adapter that is on in every answer. `adapters` are others that a
+    request may switch on instead (`serve.adapters` does, by their place in `loaded_adapters`).
     `without_key` is the explicit word that lets others than this machine in without a key;
     `cors_origins` says which web pages may ask (none; `localhost`; `*`). `program` is the
     llama-server to run, `image` the container's, where the runtime is that one.
@@ -46,6 +47,7 @@ class Settings:
     threads: int | None = None
     gpu_layers: int | None = None
     api_key: str | None = field(default=None, repr=False)
+    adapter: Path | None = None
     adapters: tuple[Path, ...] = ()
     without_key: bool = False
     cors_origins: str = ""
@@ -53,6 +55,16 @@ class Settings:
     image: str | None = None
     modelfile: Modelfile | None = None
     proof: Callable[[Endpoint], object] | None = None
+
+    @property
+    def loaded_adapters(self) -> tuple[Path, ...]:
+        """Every adapter that is loaded beside the model, its own first: llama-server's numbers."""
+        return (self.adapter, *self.adapters) if self.adapter else self.adapters
+
+    @property
+    def file_bytes(self) -> int:
+        """What the model and its adapters take, on the disk and in memory."""
+        return sum(path.stat().st_size for path in (self.model, *self.loaded_adapters))
 
     @property
     def slots(self) -> int:

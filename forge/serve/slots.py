@@ -20,7 +20,7 @@ _CACHE_BYTES = 2  # f16
 def slots_for(settings: Settings) -> int:
     """Slots for many clients of a model that runs on this machine's CPU."""
     of_one = max(1, cache_bytes_per_token(read_gguf(settings.model)) * settings.context_tokens)
-    taken = settings.model.stat().st_size + SERVER_START_BYTES
+    taken = settings.file_bytes + SERVER_START_BYTES
     room = int(available().free * _SHARE) - taken
     return max(1, min(_MOST, MOST_CONTEXT_OF_ALL_SLOTS // settings.context_tokens, room // of_one))
 

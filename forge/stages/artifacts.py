@@ -22,7 +22,7 @@ from forge.chat.hand_over import (
 from forge.chat.same_prompts import compare
 from forge.chat.stops import require
 from forge.data.prepare import TRAIN_FILE, Settings, prepare
-from forge.export.run import GGUF_FILE
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, adapter_beside
 from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
@@ -41,6 +41,12 @@ CALIBRATION_STAGE = "calibrate"
 def gguf_name(ship: Ship, exported: Mapping[str, Any]) -> str:
     """What the GGUF is called in the run; `exported` are the facts of the stage *export*."""
     return f"{ship.recipe.name}-{exported['quant']}.gguf"
+
+
+def adapter_in(export: Artifact) -> Path | None:
+    """The adapter's own GGUF, where *export* made one: what is served is then two files."""
+    path = export.path / ADAPTER_FILE
+    return path if path.is_file() else None
 
 
 def prompt_params(ship: Ship) -> dict[str, Json]:
@@ -202,6 +208,9 @@ class ExportStage(GgufStage):
             # Nothing of it can be gone on with, and it may be as large as the model.
             shutil.rmtree(out / "work", ignore_errors=True)
             raise
+        if measured:
+            placed = "merged into" if facts["mode"] == "merged" else "the adapter is on"
+            report.info(f"{placed} the {merge_base} base: {measured['why']}")
         return facts | {"merge_base": merge_base, "merge_base_measured": measured}
 
     def _measured_base(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any] | None:
@@ -217,9 +226,7 @@ class ExportStage(GgufStage):
             "rows_are": certificate_rows_are(inputs),
             "trust_remote_code": self.ship.recipe.base.trust_remote_code,
         }
-        measured = worker.call("choose_base", arguments, log=self.ship.log)
-        report.info(f"merged into the {measured['chosen']} base: {measured['why']}")
-        return measured
+        return worker.call("choose_base", arguments, log=self.ship.log)
 
 
 class ModelfileStage(ShipStage):
@@ -254,7 +261,8 @@ class ModelfileStage(ShipStage):
             licences=licences_of(self.ship.base_directory),
         )
         file = gguf_name(self.ship, inputs["export"].facts)
-        facts = write_modelfiles(out, file=file, told=told)
+        adapter = adapter_beside(Path(file)).name if adapter_in(inputs["export"]) else None
+        facts = write_modelfiles(out, file=file, told=told, adapter=adapter)
         written = {
             name: read_modelfile(out / name, facts["left_out"])
             for name in (MODELFILE, MODELFILE_JINJA)

@@ -38,6 +38,7 @@ def bundle(
     contents = Contents(
         name=re.sub(r"[^A-Za-z0-9._-]", "-", chosen.alias),
         model=chosen.model,
+        adapter=chosen.adapter,
         context_tokens=chosen.context_tokens,
         licence=_licence(manifest, chosen.model),
         question=question,

@@ -11,6 +11,7 @@ from typing import Any
 from forge import report
 from forge.data.prepare import look
 from forge.errors import DataError, ForgeError
+from forge.export.run import ADAPTER_SUFFIX, adapter_beside
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
 from forge.pipeline.run import run
@@ -184,15 +185,28 @@ def find_run(name: str) -> Path:
     raise DataError(f"there is no run {name}", hint=f"runs are: {names}")
 
 
-def find_gguf(name: str) -> Path:
-    """The GGUF that a run or a path stands for."""
+def find_model(name: str) -> tuple[Path, Path | None]:
+    """The GGUF that a run or a path stands for, and a run's own adapter to serve with it.
+
+    A path is that file alone. Raises `DataError`, also for a run whose adapter is gone: the base that is left
+    is not what was trained.
+    """
     path = Path(name)
     if path.suffix == ".gguf" or path.is_file():
-        return path.absolute()
+        return path.absolute(), None
     directory = find_run(name)
     found = sorted(directory.glob("*.gguf"))
-    if not found:
+    model = next((one for one in found if not one.name.endswith(ADAPTER_SUFFIX)), None)
+    if model is None:
         raise DataError(
             f"{directory} has no GGUF: its ship did not get that far", hint="forge ship its recipe"
         )
-    return found[0]
+    adapter = adapter_beside(model)
+    if adapter.is_file():
+        return model, adapter
+    if read_manifest(directory).get("facts", {}).get("export", {}).get("mode") == "adapter":
+        raise DataError(
+            f"{adapter} is gone, and {model.name} without it is the base",
+            hint="forge ship its recipe again; or name the file, for the base alone",
+        )
+    return model, None

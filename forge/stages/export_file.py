@@ -15,7 +15,7 @@ from forge import report, worker
 from forge.chat.template import ChatTemplate
 from forge.data.tokens import prompt_format
 from forge.errors import DataError, RecipeError
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY, adapter_beside
 from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
@@ -117,7 +117,7 @@ def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
 def _publish(scratch: Path, out: Path) -> dict[str, str | None]:
     """Move what was made to its final names: the GGUF last, since that is what people look for."""
     files: dict[str, str | None] = {}
-    adapter, merged = out.with_name(f"{out.stem}-adapter.gguf"), out.with_name(f"{out.stem}-merged")
+    adapter, merged = adapter_beside(out), out.with_name(f"{out.stem}-merged")
     if (scratch / ADAPTER_FILE).is_file():
         (scratch / ADAPTER_FILE).replace(adapter)
         files["adapter_gguf"] = str(adapter)

@@ -21,7 +21,7 @@ from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
 from forge.serve.endpoint import Endpoint, Message
-from forge.stages.artifacts import context_tokens
+from forge.stages.artifacts import adapter_in, context_tokens
 from forge.stages.ship import Ship
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class DeployAction(Action):
         in_ollama = deploy.runtime == "ollama"
         settings = Settings(
             model=artifact.path / GGUF_FILE,
+            adapter=adapter_in(artifact),
             alias=self.ship.recipe.name,
             context_tokens=context_tokens(self.ship, data),
             host=deploy.host,
@@ -96,6 +97,7 @@ class DeployAction(Action):
                 conversations[1 : 1 + _ASKED],
                 context_tokens=settings.context_tokens,
                 longest_tokens=int(data.get("longest_tokens", 0)),
+                is_adapted=artifact.facts["mode"] == "adapter",
             )
         return {
             "runtime": deploy.runtime,

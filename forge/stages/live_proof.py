@@ -32,14 +32,17 @@ def prove_live(
     *,
     context_tokens: int,
     longest_tokens: int,
+    is_adapted: bool = False,
 ) -> dict[str, Any]:
     """Ask the server; returns the hand-over, what was asked, and `problems`, empty when all is well.
 
-    `measured` is *verify*'s; `context_tokens` is what was asked for, `longest_tokens` the longest row.
+    `measured` is *verify*'s; `context_tokens` is what was asked for, `longest_tokens` the longest row;
+    `is_adapted`: the model is a base with an adapter of its own.
     """
     with Client(endpoint) as client:
         handover = _compare(client, measured["live"], measured["file"]["type"])
         problems = [
+            *_adapters(client, [1.0] if is_adapted else []),
             *_context(client, context_tokens, longest_tokens),
             *_sampling(client, measured["file"]["sampling"]),
         ]
@@ -93,6 +96,12 @@ def _compare(client: Client, expected: Sequence[Mapping[str, Any]], kind: str | 
         "perplexity": None,
         "prompts": compared,
     }
+
+
+def _adapters(client: Client, expected: Sequence[float]) -> Iterator[str]:
+    """A base that is served with its adapter on, whole: a weak adapter shows little in probabilities."""
+    if (scales := client.adapter_scales()) != expected:
+        yield f"the server has adapters on at the scales {scales}, expected are {list(expected)}"
 
 
 def _context(client: Client, asked: int, longest: int) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from forge import report, worker
 from forge.chat.hand_over import hand_over_of
-from forge.errors import CheckError, MissingToolError, StageError
+from forge.errors import CheckError, MissingToolError, RecipeError, StageError
 from forge.recipe.schema import Recipe, from_json
 from forge.serve.endpoint import Endpoint, Message
 from forge.stages.record import read_manifest, read_run_modelfile
@@ -43,11 +43,16 @@ def prove_in_ollama(ship: Ship, conversations: Sequence[Sequence[Message]], endp
 def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
     """`forge import`: a run or a GGUF file becomes the model `name`; returns the contract's fields."""
     from forge.serve.ollama import import_model
-    from forge.stages.drive import find_gguf
+    from forge.stages.drive import find_model
     from forge.tools.ollama import server_url
     from forge.tools.ollama_server import reach
 
-    gguf = find_gguf(target)
+    gguf, own = find_model(target)
+    if own and adapter:
+        raise RecipeError(
+            f"--adapter: {target} has one of its own, and Ollama takes one",
+            hint=f"name the base to put another on it: forge import {gguf}",
+        )
     told = hand_over_of(gguf)
     written = read_run_modelfile(gguf.parent)
     # One of another model that lies there by chance says nothing of this one.
@@ -60,7 +65,7 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
             name,
             gguf,
             told,
-            adapter=adapter,
+            adapter=adapter or own,
             count=partial(_count, gguf),
             ask=partial(smoke_passes, recipe) if recipe else _ask_anything,
         )

@@ -14,9 +14,9 @@ from typing import Any
 from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.errors import ForgeError
-from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY, adapter_beside
 from forge.pipeline.stage import Result
-from forge.stages.artifacts import ADAPTER_STAGE, gguf_name
+from forge.stages.artifacts import ADAPTER_STAGE, adapter_in, gguf_name
 from forge.stages.page import write_page
 from forge.stages.ship import Ship
 from forge.store import durable
@@ -69,7 +69,7 @@ def summary(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
     return {
         "run": str(directory),
         "adapter": str(directory / "adapter") if ADAPTER_STAGE in results else None,
-        "gguf": str(directory / gguf_name(ship, results["export"].facts)) if "export" in results else None,
+        **_weights(ship, results),
         "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
         "modelfile_reason": modelfile.get("reason"),
         **({"calibration": dict(results["calibrate"].facts)} if "calibrate" in results else {}),
@@ -77,6 +77,17 @@ def summary(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
         "endpoint": None,
         "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
     }
+
+
+def _weights(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
+    """The model's GGUF, and the adapter's where it has one; or why it has none where it was to have one."""
+    artifact = results["export"].artifact if "export" in results else None
+    if artifact is None:
+        return {"gguf": None}
+    gguf = ship.run_directory / gguf_name(ship, artifact.facts)
+    adapter = {"adapter_gguf": str(adapter_beside(gguf))} if adapter_in(artifact) else {}
+    reasons = artifact.facts["merged_because"]
+    return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
 
 
 def _proofs(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
@@ -131,11 +142,7 @@ def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
         for name in artifact.outputs:
             _place(artifact, name, artifact.path / name, directory / "adapter" / name, published)
     elif artifact.stage == "export":
-        target = directory / gguf_name(ship, artifact.facts)
-        for old in directory.glob("*.gguf"):
-            if old != target:
-                old.unlink()  # a file of an earlier recipe beside the new one would mislead
-        _place(artifact, GGUF_FILE, artifact.path / GGUF_FILE, target, published)
+        _publish_gguf(directory / gguf_name(ship, artifact.facts), artifact, published)
         if (artifact.path / MERGED_DIRECTORY).is_dir():
             publish(artifact.path / MERGED_DIRECTORY, directory / MERGED_DIRECTORY)
         else:
@@ -146,6 +153,22 @@ def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
                 publish(artifact.path / name, directory / name)
             else:
                 (directory / name).unlink(missing_ok=True)
+
+
+def _publish_gguf(target: Path, artifact: Artifact, published: str | None) -> None:
+    """The model as `target`, its adapter beside it, and no GGUF of an earlier recipe, which would mislead.
+
+    Of two files the model comes last and the one before goes first: whenever this is killed, nobody finds
+    a base without its adapter, or an adapter on a model that has it already.
+    """
+    adapter = {ADAPTER_FILE: adapter_beside(target)} if adapter_in(artifact) else {}
+    kept = {*adapter.values(), target}
+    if adapter and published != artifact.digest:
+        kept.remove(target)
+    for old in set(target.parent.glob("*.gguf")) - kept:
+        old.unlink()
+    for name, path in {**adapter, GGUF_FILE: target}.items():
+        _place(artifact, name, artifact.path / name, path, published)
 
 
 def _place(artifact: Artifact, name: str, source: Path, target: Path, published: str | None) -> None:

@@ -12,6 +12,7 @@ from forge.adapter.read import EMBEDDINGS, read_adapter
 from forge.adapter.vocabulary import check_tokenizer
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
+from forge.export.adapter_only import refuse_impure
 from forge.model.architectures import check_exportable
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
@@ -19,25 +20,6 @@ from forge.recipe.load import Loaded
 
 if TYPE_CHECKING:
     from forge.stages.ship import Ship
-
-
-def refuse_unbuilt(loaded: Loaded) -> None:
-    """Raise `RecipeError` for what the recipe's language has and this version does not do yet."""
-    recipe = loaded.recipe
-    asked = {
-        "export.mode": recipe.export.mode != "merged",
-    }
-    problems = [
-        _located(loaded, name, "this version cannot do that yet")
-        for name, is_asked in asked.items()
-        if is_asked
-    ]
-    if problems:
-        raise RecipeError(
-            "the recipe asks for what is not built yet",
-            hint="leave these out: the GGUF is merged",
-            problems=problems,
-        )
 
 
 def _located(loaded: Loaded, field: str, message: str) -> Problem:
@@ -66,6 +48,8 @@ def check(ship: Ship) -> None:
     if ship.adopted and ship.adopted.directory:
         adapter = read_adapter(ship.adopted.directory)
         check_tokenizer(adapter, ship.tensors, ship.tokenizer.directory, directory)
+        if ship.recipe.export.mode == "adapter":
+            refuse_impure(adapter.impurities)
 
 
 def _check_targets(ship: Ship) -> None:

@@ -20,7 +20,7 @@ from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import refuse_foreign, runtime_for
 from forge.serve.slots import slots_for
-from forge.stages.drive import find_gguf, find_run
+from forge.stages.drive import find_model, find_run
 from forge.stages.record import read_manifest, read_run_modelfile
 from forge.store.artifacts import open_store
 from forge.tools.hosts import DEFAULT_HOST
@@ -68,7 +68,7 @@ def settings(wish: Wish) -> Settings:
 
     A file has the context min(model's, 4096) unless told. Raises `RecipeError` and `DataError`.
     """
-    path = find_gguf(wish.target)
+    path, adapter = find_model(wish.target)
     header = read_gguf(path)
     most = header.metadata.get(f"{header.architecture}.context_length")
     limit = most if isinstance(most, int) else _DEFAULT_CONTEXT
@@ -83,6 +83,7 @@ def settings(wish: Wish) -> Settings:
         threads=wish.threads,
         gpu_layers=wish.gpu_layers,
         api_key=read_key(wish.api_key_file),
+        adapter=adapter,
         adapters=tuple(wish.lora.values()),
         without_key=wish.without_key,
         cors_origins=wish.cors_origins,

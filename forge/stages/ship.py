@@ -29,7 +29,7 @@ from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted, Recipe, Train
-from forge.stages.refusals import check, refuse_unbuilt
+from forge.stages.refusals import check
 from forge.stages.sources import data_files
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
@@ -204,7 +204,6 @@ def open_ship(
     Raises `DataError` for a base that cannot be trained or exported, or is not whole.
     """
     recipe = loaded.recipe
-    refuse_unbuilt(loaded)
     pins = pins or {}
     base, headers = _base(loaded, pins, offline=offline, fetch=fetch)
     adopted = None

@@ -8,12 +8,13 @@ from typing import Any
 
 from forge import report, worker
 from forge.errors import CheckError, ForgeError, Problem
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
+from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
 from forge.stages.artifacts import (
     ADAPTER_STAGE,
     CALIBRATION_STAGE,
     GgufStage,
+    adapter_in,
     importance_in,
     installed,
     largest_type,
@@ -56,7 +57,7 @@ class VerifyStage(GgufStage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = inputs["export"].path
-        merged, lora = export / MERGED_DIRECTORY, export / ADAPTER_FILE
+        merged, lora = export / MERGED_DIRECTORY, adapter_in(inputs["export"])
         work = out / "work"
         work.mkdir(exist_ok=True)
         arguments = {
@@ -64,7 +65,7 @@ class VerifyStage(GgufStage):
             "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
             "gguf": str(export / GGUF_FILE),
             "merged": str(merged) if merged.is_dir() else None,
-            "lora": str(lora) if lora.is_file() else None,
+            "lora": str(lora) if lora else None,
             "importance": importance_in(inputs),
             "tokenizer": str(self.ship.tokenizer.directory),
             "chat_template": self.ship.template.pinned_source(),
