@@ -75,6 +75,10 @@ class StageError(ForgeError):
     code = 4
 
 
+class UnmadeTypeError(StageError):
+    """This type cannot be made of this model, or not without an importance matrix; another may be."""
+
+
 class CheckError(ForgeError):
     """A check or a smoke query came out wrong: the artifact exists but is not what it should be."""
 

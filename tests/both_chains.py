@@ -2,8 +2,9 @@
 
 `python -m tests.both_chains vendor|forge TREE JOBS.json`. Imports of torch and transformers are most of
 what a small export costs, so all of one kind share a process. A job is {name, directory, outtype, quant,
-out}; with {adapter, merged} forge's merges and keeps the merged checkpoint there. The usual way is the
-converter's own script, then llama_model_quantize unless `quant` is `outtype`.
+out}; with {adapter, merged} forge's merges and keeps the merged checkpoint there, and with {end_of_turn_id}
+it is no plain export but the default one. The usual way is the converter's own script, then
+llama_model_quantize unless `quant` is `outtype`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def forge(tree: Path, job: dict[str, Any]) -> None:
     out = Path(job["out"])
     scratch = out.with_suffix(".scratch")
     scratch.mkdir()
-    settings = {"name": job["name"], "quant": job["quant"], "threads": 2, "plain": True}
+    settings = {"name": job["name"], "quant": job["quant"], "threads": 2}
+    settings |= {"plain": "end_of_turn_id" not in job, "end_of_turn_id": job.get("end_of_turn_id")}
     settings["keep_merged"] = "merged" in job
     template = Path(job["directory"], "chat_template.jinja").read_text(encoding="utf-8")
     directory = job["directory"]

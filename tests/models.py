@@ -33,7 +33,10 @@ KINDS = {
 }  # fmt: skip
 _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 512, "sliding_window": None},
-    "qwen3": {"head_dim": 64}, "gemma2": {"head_dim": 64}, "gemma3_text": {"head_dim": 64},
+    "qwen3": {"head_dim": 64},
+    # Gemma's own have the head's size for both; llama.cpp takes that for granted.
+    "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
+    "gemma3_text": {"head_dim": 64, "query_pre_attn_scalar": 64},
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
 }  # fmt: skip

@@ -73,11 +73,21 @@ def source_of(specimen: Specimen) -> dict[str, Any]:
     }
 
 
+# The converters of these families read a SentencePiece model, and nothing else.
+_VOCABULARIES = {"phi3": "phi-3", "gemma2": "gemma-spm", "gemma3_text": "gemma-spm"}
+
+
 def make_specimen(root: Path, architecture: str = "llama", *, seed: int = 0, **changes: Any) -> Specimen:
-    """A base of `architecture` with the home-made vocabulary, and a LoRA of all its linear layers."""
+    """A base of `architecture`, and a LoRA of all its linear layers; of attention's alone beside experts.
+
+    Its vocabulary is the home-made one where the family's converter reads that.
+    """
     root.mkdir(exist_ok=True)
-    base = make_model(root / "base", architecture, "home-made", seed=seed, **changes)
-    adapter = make_adapter(base, root / "adapter", seed=seed + 1)
+    vocabulary = _VOCABULARIES.get(architecture, "home-made")
+    base = make_model(root / "base", architecture, vocabulary, seed=seed, **changes)
+    # Experts are adapted fused by peft, which the adapter's reader refuses.
+    targets = ["q_proj", "v_proj"] if architecture in ("mixtral", "qwen3_moe") else "all-linear"
+    adapter = make_adapter(base, root / "adapter", seed=seed + 1, target_modules=targets)
     return Specimen(base, adapter, write_rows(base, root), root)
 
 

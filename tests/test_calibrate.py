@@ -16,6 +16,7 @@ from forge.data.prepare import TRAIN_FILE
 from forge.errors import DataError, StageError
 from forge.export.importance import read_importance, write_importance
 from forge.export.run import GGUF_FILE, export
+from forge.export.write import check_space
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import open_tokenizer
 from forge.verify.activations import squares
@@ -27,6 +28,7 @@ from tests.specimens import Specimen, make_specimen, source_of, write_rows
 
 pytestmark = [pytest.mark.training, pytest.mark.timeout(1500), PEFT_WARNS]
 
+SEARCHED = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "iq2_m")
 LINEAR = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -196,7 +198,7 @@ def search(specimen: Specimen, out: Path, max_kl: float, types: tuple[str, ...] 
         **source_of(specimen),
         rows=str(specimen.rows),
         measured_rows=str(specimen.rows),
-        types=types or ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q3_k_m", "iq2_m"),
+        types=types or SEARCHED,
         max_kl=max_kl,
         out=str(out),
         settings=settings,
@@ -204,14 +206,16 @@ def search(specimen: Specimen, out: Path, max_kl: float, types: tuple[str, ...] 
 
 
 def test_the_smallest_type_within_the_budget_is_found(searched: Path) -> None:
-    """From the largest down to the second in a row that is over it; nothing is left of the tries."""
+    """From the largest down; two in a row over it end their kind. Nothing is left of the tries."""
     facts = json.loads((searched / "facts.json").read_text(encoding="utf-8"))
     names = [one["quant"] for one in facts["types"]]
-    within = [one["quant"] for one in facts["types"] if one["kl_mean"] <= 0.01]
-    assert names[: len(within)] == within and len(names) == len(within) + 2
-    assert facts["quant"] == within[-1]
-    sizes = [one["bytes"] for one in facts["types"]]
-    assert sizes == sorted(sizes, reverse=True)
+    within = [one for one in facts["types"] if one["kl_mean"] <= 0.01]
+    assert facts["quant"] == min(within, key=lambda one: one["bytes"])["quant"]
+    assert [one["quant"] for one in within] == ["q8_0", "q6_k"]
+    assert tuple(names) == SEARCHED[:4] and tuple(facts["left_out"]) == SEARCHED[4:]
+    assert {*facts["left_out"].values()} == {"two larger types of its kind are over the budget"}
+    [warning] = facts["warnings"]
+    assert warning.startswith("no rows are held out")
     assert facts["f16"]["kl_mean"] == 0 and facts["f16"]["top1"] == 1
     assert all(one["tokens_per_second"] > 0 and one["perplexity"] > 1 for one in facts["types"])
     assert {path.name for path in (searched / "out").iterdir()} == {IMPORTANCE_FILE, CHOICE_FILE}
@@ -242,6 +246,24 @@ def test_a_stopped_search_goes_on_with_the_next_type(searched: Path, tmp_path: P
     facts = search(specimen, tmp_path / "out", 0.01, ("q8_0", "q6_k"))
     assert [one["kl_mean"] for one in facts["types"]] == [0.009, pytest.approx(facts["types"][1]["kl_mean"])]
     assert facts["quant"] == "q6_k"
+
+
+def test_below_four_bits_each_kind_of_types_ends_by_itself(searched: Path, tmp_path: Path) -> None:
+    """What is known already stands in for measuring: K types that are too bad say nothing of IQ types."""
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    row = json.loads((searched / "facts.json").read_text(encoding="utf-8"))["types"][0]
+    losses = {"q8_0": 0.001, "q4_k_m": 0.02, "q3_k_m": 0.03, "iq2_m": 0.009, "iq2_s": 0.02, "iq2_xs": 0.02}
+    known = [
+        {**row, "quant": kind, "kl_mean": kl, "bytes": 9 - at} for at, (kind, kl) in enumerate(losses.items())
+    ]
+    work = tmp_path / "out" / "work"
+    work.mkdir(parents=True)
+    (work / "measured.jsonl").write_text("".join(json.dumps(one) + "\n" for one in known), encoding="utf-8")
+    types = ("q8_0", "q4_k_m", "q3_k_m", "q2_k", "iq2_m", "iq2_s", "iq2_xs", "iq2_xxs")
+    facts = search(specimen, tmp_path / "out", 0.01, types)
+    assert [one["quant"] for one in facts["types"]] == list(losses)
+    assert list(facts["left_out"]) == ["q2_k", "iq2_xxs"] and facts["quant"] == "iq2_m"
 
 
 @pytest.mark.programs
@@ -291,7 +313,7 @@ def test_a_weight_that_the_matrix_does_not_know_gets_no_lowest_type(searched: Pa
     del found["blk.1.attn_q.weight"]
     write_importance(tmp_path / "some.gguf", found, 2, 64)
     with pytest.raises(
-        StageError, match=r"blk\.1\.attn_q\.weight would be IQ2_S|IQ3_XXS, and the importance"
+        StageError, match=r"blk\.1\.attn_q\.weight would be (IQ2_S|IQ3_XXS), and the importance"
     ):
         exported(specimen, tmp_path / "low", "iq3_xxs", importance=str(tmp_path / "some.gguf"))
 
@@ -306,9 +328,53 @@ def test_iq_files_are_verified_with_their_matrix_and_without(searched: Path, tmp
     certificate = specimen.verify(file, importance=matrix)
     assert certificate["ok"], certificate["problems"]
     assert certificate["handovers"][-1]["beyond_vendor"] == pytest.approx(1, abs=0.05)
-    with pytest.raises(StageError, match="could not quantize to iq3_xxs") as caught:
+    with pytest.raises(DataError, match="nothing says how much the type may lose") as caught:
         specimen.verify(file)
-    assert "nothing says how much the type may lose" in caught.value.hint
+    assert "--imatrix" in caught.value.hint
+    other = str(tmp_path / "other.gguf")
+    write_importance(Path(other), {"blk.99.ffn_up.weight": tuple(map(_ones, ((1, 256), (1,))))}, 1, 64)
+    with pytest.raises(DataError, match="another model's importance matrix"):
+        specimen.verify(file, importance=other)
+
+
+def _ones(shape: tuple[int, ...]) -> Any:
+    import numpy as np
+
+    return np.ones(shape)
+
+
+def test_a_full_disk_ends_the_search(searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of the types: what was measured is kept, and none is chosen for want of room."""
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    before = check_space
+
+    def full(directory: Path, needed: int) -> None:
+        before(directory, 10**15 if "q6_k-" in str(directory) else needed)
+
+    monkeypatch.setattr("forge.export.write.check_space", full)
+    with pytest.raises(StageError, match=r"the GGUF needs 1000000\.00 GB"):
+        search(specimen, tmp_path / "out", 0.01)
+    kept = (tmp_path / "out" / "work" / "measured.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["quant"] for line in kept] == ["q8_0"]
+    assert not (tmp_path / "out" / CHOICE_FILE).exists()
+
+
+def test_a_type_that_cannot_be_made_is_left_out_with_the_reason(searched: Path, tmp_path: Path) -> None:
+    """The matrix knows a weight too few for the lowest types; the search goes on with the others."""
+    base = searched / "specimen"
+    specimen = Specimen(base / "base", base / "adapter", base / TRAIN_FILE, tmp_path)
+    work = tmp_path / "out" / "work"
+    work.mkdir(parents=True)
+    exported(specimen, work / "f16", "f16")
+    found = dict(squares(work / "f16" / GGUF_FILE, ids_in(specimen.rows)[:2]))
+    del found["blk.1.attn_q.weight"]
+    write_importance(work / IMPORTANCE_FILE, found, 2, 64)
+    (work / "importance.json").write_text("{}")
+    facts = search(specimen, tmp_path / "out", 100.0, ("iq3_xxs", "q2_k", "iq2_m"))
+    assert [one["quant"] for one in facts["types"]] == ["q2_k"] and facts["quant"] == "q2_k"
+    assert list(facts["left_out"]) == ["iq3_xxs", "iq2_m"]
+    assert all("the importance matrix says nothing of it" in why for why in facts["left_out"].values())
 
 
 def test_the_smallest_is_chosen_by_bytes_and_not_by_place() -> None:

@@ -1,5 +1,7 @@
 """`--plain` writes the very bytes of the usual way: convert with the checkpoint's type, then quantize.
 
+Without it nothing differs but the metadata that is forge's to decide.
+
 Tensors, types, order, offsets and metadata, for every architecture and type that forge promises (O1,
 O2, N2; silent wrongs 6, 7, 12). The yardstick is the converter's own script and llama_model_quantize.
 """
@@ -16,8 +18,10 @@ from typing import Any
 import pytest
 
 from forge import process
-from forge.model.gguf_header import read_gguf
+from forge.export.upstream import OWN_KEYS
+from forge.model.gguf_header import GgufHeader, GgufTensor, LongArray, read_gguf
 from tests.models import change_json, make_adapter, make_model
+from tests.test_data_tokens import format_of
 from tests.vocabularies import converters
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -68,6 +72,10 @@ JOBS = (
 )
 
 
+# Exported without `--plain` too: BPE, SentencePiece, and one whose name changes how prompts are read.
+BY_DEFAULT = ("qwen2-biases", "llama-spm-added-tokens", "phi3-fused")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with `<chain>/<model>-<quant>.gguf` of both chains."""
@@ -90,6 +98,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, quant in JOBS
         ]  # fmt: skip
         run(chain, jobs, root)
+    (root / "default").mkdir()
+    by_default: list[dict[str, Any]] = [
+        {
+            "name": "the model", "directory": str(root / name), "quant": "q4_k_m",
+            "end_of_turn_id": format_of(root / name).end_of_turn_id,
+            "out": str(root / "default" / f"{name}-q4_k_m.gguf"),
+        }
+        for name in BY_DEFAULT
+    ]  # fmt: skip
+    run("forge", by_default, root)
     return root
 
 
@@ -111,13 +129,37 @@ def test_plain_writes_the_bytes_of_the_usual_way(made: Path, model: str, quant: 
     assert [*found.metadata] == [*expected.metadata]
     assert [*found.tensors.items()] == [*expected.tensors.items()]
     assert found.metadata == expected.metadata
-    with vendor.open("rb") as one, forge.open("rb") as other:
-        for name, tensor in expected.tensors.items():
-            one.seek(tensor.start)
-            other.seek(tensor.start)
-            size = tensor.end - tensor.start
-            assert one.read(size) == other.read(size), f"{name} ({tensor.type})"
+    for name, tensor in expected.tensors.items():
+        assert content(expected, tensor) == content(found, tensor), f"{name} ({tensor.type})"
     assert vendor.read_bytes() == forge.read_bytes()
+
+
+@pytest.mark.parametrize("model", BY_DEFAULT)
+def test_by_default_nothing_but_forges_own_metadata_differs(made: Path, model: str) -> None:
+    """Tensors, types and order are the usual chain's, and so is every key that is not listed."""
+    expected, found = (read_gguf(made / chain / f"{model}-q4_k_m.gguf") for chain in ("vendor", "default"))
+    assert [*found.tensors] == [*expected.tensors]
+    for name, tensor in expected.tensors.items():
+        other = found.tensors[name]
+        assert (tensor.type, tensor.shape) == (other.type, other.shape)
+        assert content(expected, tensor) == content(found, other), f"{name} ({tensor.type})"
+    told, usual = ({key: value_of(header, key) for key in header.metadata} for header in (found, expected))
+    different = {key for key in told.keys() | usual.keys() if told.get(key) != usual.get(key)}
+    assert different and different <= OWN_KEYS, different - OWN_KEYS
+    same = [[key for key in header if key not in different] for header in (told, usual)]
+    assert same[0] == same[1]
+
+
+def content(header: GgufHeader, tensor: GgufTensor) -> bytes:
+    with header.path.open("rb") as stream:
+        stream.seek(tensor.start)
+        return stream.read(tensor.end - tensor.start)
+
+
+def value_of(header: GgufHeader, key: str) -> Any:
+    """A value; long arrays (the vocabulary) as they stand in the file, wherever that is."""
+    value = header.metadata[key]
+    return header.array(key) if isinstance(value, LongArray) else value
 
 
 def test_the_models_are_what_their_names_say(made: Path) -> None:

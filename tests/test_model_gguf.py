@@ -11,6 +11,8 @@ import pytest
 from forge.errors import DataError
 from forge.model.gguf_header import LongArray, read_gguf
 from tests.model_files import write_gguf
+from tests.specimens import rewrite
+from tests.tiny_gguf import write_tiny_gguf
 from tests.vocabularies import llama_cpp_models
 
 TOKENS = tuple(f"token {number}" for number in range(300))
@@ -120,12 +122,15 @@ def test_gguf_tensors_that_lie(tmp_path: Path) -> None:
         read_gguf(tmp_path / "none.gguf")
 
 
-def test_bos_is_put_before_prompts_where_llama_cpp_puts_it() -> None:
+def test_bos_is_put_before_prompts_where_llama_cpp_puts_it(tmp_path: Path) -> None:
     """B of many a GGUF: it does not say so, and llama.cpp goes by the kind of the vocabulary."""
     import llama_cpp
 
     told = {}
-    for path in sorted(llama_cpp_models().glob("ggml-vocab-*.gguf")):
+    named: dict[str, Any] = {"tokenizer__ggml__add_bos_token": False, "tokenizer__ggml__pre": "gemma4"}
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", adds_bos=False)
+    overridden = rewrite(tiny, tmp_path / "overridden.gguf", **named)  # Gemma 4: true whatever a file says
+    for path in (overridden, *sorted(llama_cpp_models().glob("ggml-vocab-*.gguf"))):
         model = llama_cpp.Llama(model_path=str(path), vocab_only=True, verbose=False)
         try:
             vocabulary = llama_cpp.llama_model_get_vocab(model.model)
@@ -136,3 +141,4 @@ def test_bos_is_put_before_prompts_where_llama_cpp_puts_it() -> None:
         name: theirs for name, (_, theirs) in told.items()
     }
     assert {ours for ours, _ in told.values()} == {True, False}
+    assert told[overridden.name] == (True, True)

@@ -157,8 +157,6 @@ def test_the_second_ship_finds_every_pure_stage(shipped: tuple[Workshop, Answer]
     first = shipped[1]
     answer = again.ship()
     assert answer.cached == {stage: stage in PURE for stage in STAGES}
-    # Of wall time, on a machine that may be busy.
-    assert sum(stage["seconds"] for stage in answer.fields["stages"] if stage["cached"]) < 30
     assert answer.fields["smoke"] == first.fields["smoke"]
     assert answer.fields["learned"] == first.fields["learned"]
     assert (again.run / "mini-q4_k_m.gguf").read_bytes() == (shipped[0].run / "mini-q4_k_m.gguf").read_bytes()

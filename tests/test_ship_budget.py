@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from forge.model.gguf_header import read_gguf
+from forge.recipe.words import BUDGETED
 from tests.shipping import Answer, Workshop
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
@@ -29,7 +30,9 @@ def test_a_budget_chooses_the_smallest_type_within_it(workshop: Workshop) -> Non
     table, chosen = figures(made), made.fields["calibration"]["quant"]
     names = list(table)
     assert names[0] == "q8_0" and table[chosen] <= 0.02
-    assert all(table[name] > 0.02 for name in names[names.index(chosen) + 1 :])
+    sizes = {one["quant"]: one["bytes"] for one in made.fields["calibration"]["types"]}
+    assert all(sizes[name] >= sizes[chosen] for name in names if table[name] <= 0.02)
+    assert {*names, *made.fields["calibration"]["left_out"]} == {*BUDGETED}
     gguf = Path(made.fields["gguf"])
     assert gguf == workshop.run / f"mini-{chosen}.gguf" and gguf.is_file()
     assert made.fields["certificate"]["ok"] and made.fields["certificate"]["file"]["type"] == chosen
@@ -57,9 +60,14 @@ def test_a_budget_that_nothing_meets_stops_the_ship_with_the_table(workshop: Wor
     failed = workshop.ship(code=5)
     assert failed.fields["error"]["message"].startswith("no type is within a KL of 1e-09: the best of them")
     assert list(figures(failed)) == ["q8_0", "q6_k"]
+    left_out = failed.fields["calibration"]["left_out"]
+    assert {*left_out} == {*BUDGETED} - {"q8_0", "q6_k"}
+    assert {*left_out.values()} == {"two larger types of its kind are over the budget"}
+    assert "left out: q5_k_m, q5_k_s" in failed.said
     assert not list(workshop.run.glob("*.gguf"))
     page = (workshop.run / "report.html").read_text(encoding="utf-8")
     assert "No type is within" in page and page.count("<circle") == 2
+    assert "q2_k was left out: two larger types" in page
     assert "export.quant.max_kl" in failed.fields["error"]["hint"]
 
 
@@ -90,9 +98,34 @@ def test_files_alone_take_a_budget_and_rows(workshop: Workshop) -> None:
     calibration = made.fields["calibration"]
     assert made.fields["quant"] == calibration["quant"] and calibration["importance"]["rows"] == 36
     assert calibration["measured_on"]["rows"] == 4
-    assert {path.name for path in workshop.directory.iterdir()} == {"errors.txt", "rows.jsonl", "small.gguf"}
+    assert "warnings" not in calibration
+    left = {path.name for path in workshop.directory.iterdir()}
+    assert left == {"errors.txt", "rows.jsonl", "small.gguf", "small-imatrix.gguf"}
+    assert made.fields["imatrix"] == str(workshop.directory / "small-imatrix.gguf")
     none = workshop.forge(*given, "--max-kl", "1e-9")
     assert none.code == 5 and len(none.fields["calibration"]["types"]) == 2
+
+
+@pytest.mark.slow
+def test_a_file_that_needs_its_matrix_is_verified_with_it(workshop: Workshop) -> None:
+    """What forge exports it can certify, from what lies there; without the matrix it says what is missing."""
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (workshop.directory / "rows.jsonl").write_text(text, encoding="utf-8")
+    given = ("--base", "builtin:tiny", "--data", "rows.jsonl")
+    made = workshop.forge("export", *given, "--quant", "iq3_xxs", "--out", "small.gguf")
+    assert made.code == 0, made.said
+    good = workshop.forge("verify", *given, "--gguf", "small.gguf", "--imatrix", made.fields["imatrix"])
+    assert good.code == 0, good.said
+    assert good.fields["handovers"][-1]["to"] == "GGUF iq3_xxs"
+    assert good.fields["handovers"][-1]["beyond_vendor"] == pytest.approx(1, abs=0.05)
+    without = workshop.forge("verify", *given, "--gguf", "small.gguf")
+    assert without.code == 2 and "--imatrix" in without.fields["error"]["hint"]
+    assert any(
+        "it failed at: the file's header" in one["message"] for one in without.fields["error"]["problems"]
+    )
+    other = workshop.forge("verify", *given, "--gguf", "small.gguf", "--imatrix", "small.gguf")
+    assert other.code == 2 and "is no importance matrix" in other.fields["error"]["message"]
 
 
 @pytest.mark.parametrize(

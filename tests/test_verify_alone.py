@@ -64,6 +64,29 @@ def test_a_sound_file_has_the_contracts_fields(workshop: Workshop, tuned: Specim
     assert "verified: " in answer.said and "KL mean" in answer.said
 
 
+def test_what_four_bits_shifted_is_shown_where_it_is_told(workshop: Workshop, tuned: Specimen) -> None:
+    answer = _verify(workshop, tuned, _f16(tuned), "--trained-in-4bit")
+    assert answer.code == 0, answer.said
+    first = answer.fields["handovers"][0]
+    assert (first["from"], first["to"]) == ("as trained (NF4 base + adapter)", "fp32 base + adapter")
+    assert first["kl_mean"] > 1e-4
+    assert any("training saw the NF4 base" in warning for warning in answer.fields["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--max-kl", value) for value in ("nan", "inf", "0", "-1")),
+        *(("--min-top1", value) for value in ("nan", "1.5", "0", "-inf")),
+    ],
+)
+def test_a_limit_that_would_let_every_file_pass(
+    workshop: Workshop, tuned: Specimen, option: str, value: str
+) -> None:
+    told = _told(_error(_verify(workshop, tuned, _f16(tuned), option, value)))
+    assert told.startswith(f"{option}: {float(value)} is no ")
+
+
 @pytest.mark.slow
 def test_a_broken_file_is_exit_5_with_its_stage(workshop: Workshop, tuned: Specimen, tmp_path: Path) -> None:
     """On the user's own rows: the base's file, to which no adapter was applied."""
@@ -163,6 +186,9 @@ def test_rows_and_files_that_are_no_use(workshop: Workshop, tuned: Specimen, tmp
     text.write_text("not a model")
     _error(_verify(workshop, tuned, text))
     assert workshop.forge("verify", "--base", "builtin:tiny").code == 2
+    alone = ("--base", "builtin:tiny", "--gguf", str(file), "--trained-in-4bit")
+    assert "speaks of an adapter" in _told(_error(workshop.forge("verify", *alone)))
+    assert "is no importance matrix" in _told(_error(_verify(workshop, tuned, file, "--imatrix", str(file))))
     quantized = tmp_path / "quantized"
     shutil.copytree(TINY, quantized)
     change_json(quantized / "config.json", quantization_config={"quant_method": "awq", "bits": 4})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forge.errors import StageError
+from forge.errors import DataError, StageError
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, export
 from forge.model.safetensors_header import read_header
 from forge.verify.yardstick import make_quantized
@@ -195,18 +195,36 @@ def test_a_file_that_calls_itself_coarser_than_it_is_gets_no_allowance(
         claimed = rewrite(file, tmp_path / f"claimed-{kind}.gguf", general__file_type=10)
         found = specimen.verify(claimed, f16=str(sound))
         assert (found["ok"], found["broken_stage"], found["file"]["type"]) == (False, "merge", kind)
+        assert (
+            f"the file says that it is q2_k, its weights are {kind}: held against that" in found["warnings"]
+        )
+
+
+@pytest.mark.slow
+def test_a_file_that_calls_itself_finer_than_it_is_is_held_to_its_word(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """18 is Q6_K: what Q4_K loses is too much for it, though base and adapter are right."""
+    quantized = make_quantized(sound, tmp_path / "q4_k_m.gguf", "q4_k_m", 2)
+    claimed = rewrite(quantized, tmp_path / "claimed.gguf", general__file_type=18)
+    found = specimen.verify(claimed, f16=str(sound))
+    assert (found["ok"], found["broken_stage"], found["file"]["type"]) == (False, "quantize", "q6_k")
+    remark = (
+        "the file says that it is q6_k, its weights are mostly Q4_K, those of llama.cpp's own mostly Q6_K"
+    )
+    assert found["verdict"] == remark and remark in found["warnings"]
 
 
 def test_a_type_that_llama_cpp_does_not_make_is_not_certified(
     specimen: Specimen, sound: Path, tmp_path: Path
 ) -> None:
-    """IQ2_XXS asks for an importance matrix: there is nothing to hold the file against."""
+    """IQ2_XXS asks for an importance matrix: there is nothing to hold the file against, told early."""
     quantized = make_quantized(sound, tmp_path / "q4_k_m.gguf", "q4_k_m", 2)
     claimed = rewrite(quantized, tmp_path / "claimed.gguf", general__file_type=19)
-    with pytest.raises(StageError, match=r"could not quantize to iq2_xxs: .*importance matrix") as refused:
+    with pytest.raises(DataError, match=r"makes iq2_xxs files .* with an importance matrix only") as refused:
         specimen.verify(claimed, f16=str(sound))
-    assert "it failed at: llama.cpp's own quantization" in str(refused.value.problems[-1])
-    assert refused.value.hint
+    assert str(refused.value.problems[-1]).startswith("it failed at: the file's header")
+    assert "--imatrix" in refused.value.hint
     with pytest.raises(StageError, match="makes no files of type mxfp4"):
         make_quantized(sound, tmp_path / "none.gguf", "mxfp4", 1)
 

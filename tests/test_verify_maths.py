@@ -181,10 +181,29 @@ def test_the_shift_of_training_warns_and_never_fails() -> None:
     assert any("export.merge_base" in warning for warning in found["warnings"])
 
 
-def test_a_lossy_type_is_shown_beside_the_published_norm() -> None:
-    found = judge(_measurement(file=_leg(kl_mean=0.2, top1=0.8)), Gates())
+@pytest.mark.parametrize(
+    ("leg", "worse"),
+    [
+        ({"kl_mean": 0.2, "top1": 0.95}, True),
+        ({"kl_mean": 0.01, "top1": 0.8}, True),
+        ({"kl_mean": 0.01, "top1": 0.9186}, False),  # published as 91.9 %
+    ],
+)
+def test_a_lossy_type_is_shown_beside_the_published_norm(leg: dict[str, float], worse: bool) -> None:
+    found = judge(_measurement(file=_leg(**leg)), Gates())
     assert found["ok"]
-    assert any("0.0313, top-1 91.9%" in warning for warning in found["warnings"])
+    words = (
+        f"q4_k_m of this model has KL {leg['kl_mean']:.2g}, top-1 {leg['top1']:.1%}; of an 8B model KL 0.0313"
+    )
+    assert found["norm"]["words"] == f"{words}, top-1 91.9%"
+    assert (found["norm"]["kl_mean"], found["norm"]["top1"]) == (0.0313, 0.919)
+    assert found["norm"]["worse"] is worse
+    assert (f"{found['norm']['words']}; small models lose more" in found["warnings"]) is worse
+
+
+def test_a_type_without_a_published_norm_is_shown_beside_none() -> None:
+    found = judge(_measurement(file=_leg(kl_mean=0.2)) | {"file": {"type": "iq4_xs"}}, Gates())
+    assert found["norm"] is None and found["warnings"] == []
 
 
 def test_a_base_that_does_not_fit_even_in_pieces(tmp_path: Path) -> None:

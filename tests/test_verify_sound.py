@@ -41,6 +41,12 @@ SOUND: list[tuple[str, int, str, dict[str, Any]]] = [
     ("smollm3", 18, "q5_k_m", {}),
     ("starcoder2", 19, "q4_k_m", {"sliding_window": None}),
     ("stablelm", 20, "q8_0", {"tie_word_embeddings": False}),
+    ("phi3", 21, "q4_k_m", {}),
+    ("gemma2", 22, "q4_k_m", {}),
+    ("gemma3_text", 23, "q4_k_m", {}),
+    # Every token goes to all experts: between random ones so close a choice turns on float16's rounding.
+    ("mixtral", 24, "q4_k_m", {"num_experts_per_tok": 4}),
+    ("qwen3_moe", 25, "q4_k_m", {"num_experts_per_tok": 4, "norm_topk_prob": True}),
 ]
 
 

@@ -91,12 +91,12 @@ def template_files() -> list[Path]:
 def write_tokenizer(directory: Path, vocabulary: str, *, template: str | None = None) -> int:
     """Write the tokenizer's files; returns how many ids there are.
 
-    `vocabulary` is llama-spm, llama-bpe, qwen2, phi-3, gpt-2 or home-made. `template` replaces the
-    vocabulary's own (Llama-2 and GPT-2 get ChatML, for which two tokens are added).
+    `vocabulary` is llama-spm, gemma-spm, llama-bpe, qwen2, phi-3, gpt-2 or home-made. `template` replaces
+    the vocabulary's own (Llama-2, Gemma and GPT-2 get ChatML, for which two tokens are added).
     """
     directory.mkdir(parents=True, exist_ok=True)
     writers = {"llama-spm": _llama_2, "llama-bpe": _llama_3, "qwen2": _qwen2, "phi-3": _phi3}
-    writers |= {"gpt-2": _gpt2, "home-made": _home_made}
+    writers |= {"gpt-2": _gpt2, "home-made": _home_made, "gemma-spm": _gemma}
     tokenizer, config, own_template = writers[vocabulary](directory)
     added = {str(token["id"]): _without_id(token) for token in tokenizer["added_tokens"]}
     _write(directory / "tokenizer.json", tokenizer)
@@ -137,6 +137,13 @@ def _llama_2(directory: Path) -> Files:
     known = [_token(text, tokens.index(text)) for text in ("<unk>", "<s>", "</s>")]
     tokenizer = _spm(tokens, scores, [*known, *extra]) | {"post_processor": _begins_with(known[1])}
     return tokenizer, _config("<s>", "<|im_end|>", "<unk>", unk="<unk>", kind="LlamaTokenizer"), CHATML
+
+
+def _gemma(directory: Path) -> Files:
+    """Llama-2's pieces, read as Gemma reads its own: no space goes before a text."""
+    tokenizer, config, template = _llama_2(directory)
+    replaces = [step for step in tokenizer["normalizer"]["normalizers"] if step["type"] == "Replace"]
+    return tokenizer | {"normalizer": replaces[0]}, config, template
 
 
 def _phi3(directory: Path) -> Files:

@@ -27,7 +27,11 @@ from forge.errors import RecipeError
     type=click.FloatRange(0, min_open=True),
     help="The smallest type within this mean KL divergence (nats) from F16, instead.",
 )
-@click.option("--data", type=click.Path(path_type=Path), help="Rows (JSONL) to round and measure by.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Rows (JSONL) to round and measure by; leaves NAME-imatrix.gguf.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["merged", "adapter", "auto"]),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,7 +24,15 @@ from forge.errors import RecipeError
 @click.option("--gguf", type=click.Path(path_type=Path), help="The file to check, whoever made it.")
 @click.option("--lora", type=click.Path(path_type=Path), help="The adapter's own GGUF beside its base's.")
 @merge_base_option
+@click.option(
+    "--trained-in-4bit", is_flag=True, help="The adapter saw its base in NF4 (QLoRA): show what that shifts."
+)
 @click.option("--merged", type=click.Path(path_type=Path), help="The merged checkpoint, where one was kept.")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="The importance matrix (GGUF) that the file was rounded by; iq3_xxs and below need it.",
+)
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Rows to compare on (JSONL); else built-in ones."
 )
@@ -34,14 +43,8 @@ def command(
     recipe: Path | None,
     overrides: tuple[str, ...],
     base: str | None,
-    adapter: Path | None,
     gguf: Path | None,
-    lora: Path | None,
-    merge_base: str,
-    merged: Path | None,
-    data: Path | None,
-    max_kl: float | None,
-    min_top1: float | None,
+    **options: Any,
 ) -> None:
     """Prove that a GGUF is its base and adapter, or name the stage that broke it.
 
@@ -61,5 +64,5 @@ def command(
         raise RecipeError("give a RECIPE, or both --base and --gguf", hint="see: forge verify --help")
     from forge.stages.certify import Files, certify
 
-    files = Files(base, gguf, adapter, lora, merge_base, merged)
-    certify(files, data=data, max_kl=max_kl, min_top1=min_top1)
+    how = {name: options.pop(name) for name in ("data", "max_kl", "min_top1")}
+    certify(Files(base, gguf, **options), **how)

@@ -44,6 +44,15 @@ def write_importance(path: Path, found: Mapping[str, tuple[Any, Any]], rows: int
     writer.close()
 
 
+def weights_in(path: Path) -> list[str]:
+    """The weights that an imatrix GGUF is about; raises `DataError` for another file."""
+    tensors = read_gguf(path).tensors
+    names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
+    if not names or any(name + _COUNTS not in tensors for name in names):
+        raise DataError(f"{path} is no importance matrix", hint="llama-imatrix writes one")
+    return names
+
+
 def read_importance(path: Path) -> Importance:
     """The means of an imatrix GGUF; raises `DataError` for another file.
 
@@ -52,11 +61,8 @@ def read_importance(path: Path) -> Importance:
     import numpy as np
 
     tensors = read_gguf(path).tensors
-    names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
-    if not names or any(name + _COUNTS not in tensors for name in names):
-        raise DataError(f"{path} is no importance matrix", hint="llama-imatrix writes one")
     found = {}
-    for name in names:
+    for name in weights_in(path):
         sums, counts = (_values(path, tensors[name + end]) for end in (_SUMS, _COUNTS))
         sums = sums.reshape(counts.size, -1)
         counts = counts.reshape(-1, 1)

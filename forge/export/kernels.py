@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.errors import MissingToolError, StageError
+from forge.errors import MissingToolError, StageError, UnmadeTypeError
 from forge.export.compiled import library_file
 from forge.model.gguf_header import NUMBERS, TYPES
 
@@ -69,7 +69,8 @@ def ggml() -> Any:
 def ggml_kernel(kind: str, importance: Any = None) -> Kernel:
     """ggml's own, of any type, rounding by `importance` (float32, one value a column) where there is one.
 
-    The kernel raises `StageError` when ggml fills fewer bytes or more, or cannot go without importance.
+    The kernel raises `StageError` when ggml fills fewer bytes or more, `UnmadeTypeError` when it cannot go
+    without importance.
     """
     weights = None if importance is None else importance.ctypes.data
 
@@ -77,7 +78,7 @@ def ggml_kernel(kind: str, importance: Any = None) -> Kernel:
         rows, width = values.shape
         library, number = ggml(), NUMBERS[kind]
         if importance is None and library.ggml_quantize_requires_imatrix(number):
-            raise StageError(
+            raise UnmadeTypeError(
                 f"the importance matrix says nothing of it, and it would be {kind}",
                 hint="no token of the rows came to this weight; use a type of three bits or more",
             )
@@ -171,7 +172,7 @@ def quantize_rows(
 
 
     `importance` is a float32 array (width,): columns of greater values are rounded with more care.
-    Raises `StageError` that says which tensor, `name`, has values that the type cannot hold.
+    Raises `UnmadeTypeError` that says which tensor, `name`, has values that the type cannot hold.
     """
     kernel = kernels.get(kind) if importance is None else None
     try:
@@ -180,7 +181,7 @@ def quantize_rows(
         error.message = f"{name}: {error.message}"
         raise
     if not ggml().ggml_validate_row_data(NUMBERS[kind], made.ctypes.data, made.nbytes):
-        raise StageError(
+        raise UnmadeTypeError(
             f"{name} has values that {kind} cannot hold",
             hint="export it as bf16 or f32, or as a quantized type",
         )

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 from forge.chat.difference import first_difference
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, DataError, Problem
-from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
@@ -143,14 +142,14 @@ class ServedVocabulary:
     def __init__(self, vocabulary: Path) -> None:
         import llama_cpp
 
-        header = read_gguf(vocabulary)
         try:
             self._model = llama_cpp.Llama(model_path=str(vocabulary), vocab_only=True, verbose=False)
         except ValueError as error:
             raise CheckError(f"llama.cpp cannot load the model's vocabulary: {error}") from error
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model.model)
         bos = llama_cpp.llama_vocab_bos(self._vocabulary)
-        self._bos = self._text(bos) if header.adds_bos and bos >= 0 else ""
+        adds = llama_cpp.llama_vocab_get_add_bos(self._vocabulary)
+        self._bos = self._text(bos) if adds and bos >= 0 else ""
 
     def ids(self, text: str) -> list[int]:
         stripped = text.removeprefix(self._bos) if self._bos else text

@@ -14,16 +14,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from forge.errors import StageError
+from forge.errors import StageError, UnmadeTypeError
 from forge.export.importance import Importance, as_parameter
 from forge.export.upstream import Converted, extents, write_header
-from forge.model.gguf_header import TYPES
+from forge.model.gguf_header import TYPES, GgufHeader
 
 UNQUANTIZED = ("f16", "bf16", "f32")
 # [   1/ 219] output.weight - [ 1536, 32000,  1,  1], type =  f16, size = 93.75 MiB -> 26.37 MiB (q6_K)
 _TENSOR = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[[^\]]*\], type = *(\S+), size = (?:.*->.*\((\S+)\))?")
 _BLOCKS = {name: block for name, block, _ in TYPES.values()}
 _WEIGHTED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
+_EVEN = ("token_embd.", "output.", "per_layer_token_embd.")  # rounded without a matrix in any type
 _MIXTURE_BLOCK = 256  # q4_k_m and all others that are no tensor's type
 
 
@@ -40,7 +41,7 @@ def decide(converted: Converted, sparse: Path, quant: str, importance: Importanc
     """Type by tensor, in the order of the file that llama_model_quantize would write.
 
     `sparse` is the header of `converted`; with an `importance` matrix some tensors get another type.
-    Raises `StageError` with llama.cpp's own words.
+    Raises `UnmadeTypeError` with llama.cpp's own words.
     """
     if quant in UNQUANTIZED:
         return dict(converted.types)
@@ -54,12 +55,12 @@ def decide(converted: Converted, sparse: Path, quant: str, importance: Importanc
     with listening() as said:
         status = llama_cpp.llama_model_quantize(str(sparse).encode(), b"unused", ctypes.byref(parameters))
     if "will require an imatrix" in "".join(said):
-        raise StageError(
+        raise UnmadeTypeError(
             f"{quant} needs an importance matrix",
             hint="set export.imatrix: true in the recipe, or give forge export rows with --data",
         )
     if status:
-        raise StageError(
+        raise UnmadeTypeError(
             f"llama.cpp cannot make {quant} of this model: {last_words(said)}",
             hint="the whole output is in the run's log",
         )
@@ -72,13 +73,22 @@ def decide(converted: Converted, sparse: Path, quant: str, importance: Importanc
 
 def _refuse_unweighted(types: Mapping[str, str], quant: str, importance: Importance) -> None:
     """llama.cpp makes the lowest types of no weight that its matrix does not know (llama-quant.cpp)."""
-    outside = ("token_embd.", "output.", "per_layer_token_embd.")
     for name, kind in types.items():
-        if kind in _WEIGHTED and name not in importance and not name.startswith(outside):
-            raise StageError(
+        if _needs_importance(name, kind) and name not in importance:
+            raise UnmadeTypeError(
                 f"{name} would be {kind}, and the importance matrix says nothing of it",
                 hint=f"no token of the rows came to it: choose a larger type than {quant}",
             )
+
+
+def _needs_importance(name: str, kind: str) -> bool:
+    return kind in _WEIGHTED and not name.startswith(_EVEN)
+
+
+def is_made_by_importance(header: GgufHeader, quant: str) -> bool:
+    """Whether llama.cpp makes such a file of type `quant` with an importance matrix only."""
+    held = any(_needs_importance(name, tensor.type) for name, tensor in header.tensors.items())
+    return held or quant.upper() in _WEIGHTED
 
 
 def refuse_unloadable(path: Path) -> None:

@@ -30,6 +30,13 @@ REFUSALS = (
     RuntimeError, OSError, ImportError, SystemExit,
 )  # fmt: skip
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "float32"}
+OWN_KEYS = frozenset(
+    {
+        "general.name", "tokenizer.chat_template", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token",
+        "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
+    }
+)  # fmt: skip
+"""Metadata that may be other than the usual chain's: by `Choices`, the name and the pinned template."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +210,7 @@ def _decided(choices: Choices) -> Iterator[None]:
 
     def add_to_gguf(self: Any, writer: Any, quiet: bool = False) -> None:
         if choices.adds_bos is not None:
-            self.add_special_token = {"bos": choices.adds_bos, "eos": False}
+            self.add_special_token = {**self.add_special_token, "bos": choices.adds_bos, "eos": False}
         if choices.end_of_turn is not None:
             self.special_token_ids["eot"] = choices.end_of_turn
         if choices.space_prefix is not None:

@@ -54,6 +54,7 @@ _PRE_TOKENIZERS_WITH_BOS = (
     "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano",
     "tekken", "chameleon",
 )  # fmt: skip
+_PRE_TOKENIZERS_ALWAYS_WITH_BOS = ("gemma4", "granite-embed-multi-311m")  # whatever the file says
 
 Scalar = int | float | bool | str
 
@@ -103,10 +104,12 @@ class GgufHeader:
     @property
     def adds_bos(self) -> bool:
         """Whether servers put BOS before a prompt: what the file says, else what llama.cpp takes for it."""
+        model, pre = (self.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+        if model == "gemma4" or (model == "gpt2" and pre in _PRE_TOKENIZERS_ALWAYS_WITH_BOS):
+            return True
         told = self.metadata.get("tokenizer.ggml.add_bos_token")
         if isinstance(told, bool):
             return told
-        model, pre = (self.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
         return model in _MODELS_WITH_BOS or (model == "gpt2" and pre in _PRE_TOKENIZERS_WITH_BOS)
 
     @property
@@ -122,6 +125,12 @@ class GgufHeader:
                 reader.position = value.start
                 return reader.elements(value.kind, value.count)
         return value if isinstance(value, tuple) else (value,)
+
+
+def bits_of(kind: str) -> float:
+    """Bits of a weight of a tensor's type, such as 4.5 for Q4_K."""
+    _, block, size = TYPES[NUMBERS[kind]]
+    return 8 * size / block
 
 
 def read_gguf(path: Path) -> GgufHeader:

@@ -16,9 +16,10 @@ def stages_for(ship: Ship) -> tuple[Step, ...]:
     """
     from forge.recipe.schema import Adopted, Train
     from forge.stages.adapter import AdoptStage, EvaluateStage, TrainStage, ValidateStage
-    from forge.stages.artifacts import DataStage, ExportStage, ModelfileStage
+    from forge.stages.artifacts import DataStage, ExportStage
     from forge.stages.calibrate import CalibrateStage
     from forge.stages.live import DeployAction, SmokeAction
+    from forge.stages.modelfile_stage import ModelfileStage
     from forge.stages.verify import VerifyStage
 
     recipe = ship.recipe

@@ -1,4 +1,4 @@
-"""The pure stages at both ends of training: *data* before it, *export* and *modelfile* after it."""
+"""The pure stages at both ends of training: *data* before it, *export* after it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from forge import report, worker
-from forge.chat.hand_over import (
-    MODELFILE,
-    MODELFILE_JINJA,
-    hand_over,
-    licences_of,
-    read_modelfile,
-    sampling_of,
-    write_modelfiles,
-)
-from forge.chat.same_prompts import compare
 from forge.chat.stops import require
 from forge.data.prepare import TRAIN_FILE, Settings, prepare
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, adapter_beside
+from forge.export.run import ADAPTER_FILE
 from forge.model.estimate import export_disk
-from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Stage
 from forge.recipe.words import BUDGETED
 from forge.stages.rows import certificate_rows, certificate_rows_are
@@ -227,72 +216,6 @@ class ExportStage(GgufStage):
             "trust_remote_code": self.ship.recipe.base.trust_remote_code,
         }
         return worker.call("choose_base", arguments, log=self.ship.log)
-
-
-class ModelfileStage(ShipStage):
-    """Modelfile and Modelfile.jinja, for Ollama; prompts and stops held against the GGUF's own."""
-
-    name = "modelfile"
-    version = 4
-
-    def __init__(self, ship: Ship) -> None:
-        super().__init__(ship)
-        self.needs = (("data",) if ship.recipe.data else ()) + ("export",)
-
-    def params(self) -> Mapping[str, Json]:
-        return {
-            "file": gguf_name(self.ship, {"quant": quant_asked(self.ship)}),
-            "chat template": self.ship.template_digest,
-            "base": self.ship.base_digest,
-            "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
-            "smoke.max_tokens": longest_reply(self.ship),
-            **prompt_params(self.ship),
-        }
-
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        header, stops = read_gguf(inputs["export"].path / GGUF_FILE), self.ship.stops
-        told = hand_over(
-            self.ship.template,
-            # Whether the GGUF itself writes BOS; the tokenizer's files may say otherwise.
-            add_bos=header.adds_bos,
-            stops=stops.texts,
-            context_tokens=context_tokens(self.ship, inputs["data"].facts if "data" in inputs else {}),
-            sampling=sampling_of(self.ship.base_directory),
-            licences=licences_of(self.ship.base_directory),
-        )
-        file = gguf_name(self.ship, inputs["export"].facts)
-        adapter = adapter_beside(Path(file)).name if adapter_in(inputs["export"]) else None
-        facts = write_modelfiles(out, file=file, told=told, adapter=adapter)
-        written = {
-            name: read_modelfile(out / name, facts["left_out"])
-            for name in (MODELFILE, MODELFILE_JINJA)
-            if (out / name).exists()
-        }
-        broken = [problem for name, one in written.items() for problem in stops.in_modelfile(one, name)]
-        require([*stops.in_gguf(header), *broken])
-        same = compare(told, header.chat_template or "", written.get(MODELFILE))
-        report.info(f"{same.conversations} conversations: the same prompts through {', '.join(same.through)}")
-        return {
-            **facts,
-            "same_prompts": {"conversations": same.conversations, "through": list(same.through)},
-            "variables": {
-                "read": list(self.ship.template.variables_read()),
-                "pinned": dict(self.ship.template.variables),
-            },
-        }
-
-
-def context_tokens(ship: Ship, data_facts: Mapping[str, Any]) -> int:
-    """The context to serve with: what was asked, else min(model's, max(4096, training + reply))."""
-    asked = ship.recipe.deploy.context_tokens
-    most = ship.configuration.max_positions or 4096
-    wanted = max(4096, int(data_facts.get("max_length", 0)) + longest_reply(ship))
-    return asked or min(most, wanted)
-
-
-def longest_reply(ship: Ship) -> int:
-    """The tokens to leave for a reply: what the smoke queries ask for, 256 at least."""
-    return max([256, *(query.max_tokens for query in ship.recipe.smoke)])
 
 
 def installed(package: str) -> str:

@@ -32,7 +32,7 @@ class CalibrateStage(GgufStage):
     """Measures the types; that one of them is within the budget is judged on every run."""
 
     name = CALIBRATION_STAGE
-    version = 1
+    version = 2
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
@@ -100,6 +100,11 @@ def tell(facts: Mapping[str, Any]) -> None:
         for one in (facts["f16"], *facts["types"])
     ]
     report.table(f"types, for a KL of at most {facts['max_kl']:g}", columns, rows)
+    for reason in dict.fromkeys(facts["left_out"].values()):
+        kinds = [kind for kind, why in facts["left_out"].items() if why == reason]
+        report.info(f"left out: {', '.join(kinds)}: {reason}")
+    for warning in facts.get("warnings", ()):
+        report.warning(warning)
 
 
 def failure_of(facts: Mapping[str, Any]) -> CheckError | None:

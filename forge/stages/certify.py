@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 from forge import report, worker
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
-from forge.errors import DataError
+from forge.errors import DataError, RecipeError
+from forge.export.importance import weights_in
 from forge.model.base import resolve
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_unquantized, read_configuration
@@ -30,7 +32,8 @@ class Files:
     """A GGUF, and what it should have been made of.
 
     `lora` is the adapter's own GGUF where `gguf` is the base alone; `merge_base` (original or nf4) what the
-    adapter was merged into; `merged` a merged checkpoint on the way.
+    adapter was merged into; `merged` a merged checkpoint on the way; `imatrix` the importance matrix that
+    `gguf` was rounded by. `trained_in_4bit`: the adapter saw the base in NF4.
     """
 
     base: str
@@ -39,6 +42,8 @@ class Files:
     lora: Path | None = None
     merge_base: str = "original"
     merged: Path | None = None
+    imatrix: Path | None = None
+    trained_in_4bit: bool = False
 
 
 def certify(
@@ -50,9 +55,10 @@ def certify(
 ) -> dict[str, Any]:
     """Measure and judge; the certificate goes to `--json` whatever it says.
 
-    Raises `CheckError` for a file that is not base and adapter, `DataError` for one that cannot be
-    compared with them at all.
+    Raises `RecipeError` for limits that cannot be, `CheckError` for a file that is not base and adapter,
+    `DataError` for one that cannot be compared with them at all.
     """
+    _check_limits(max_kl, min_top1)
     base = resolve(files.base).directory
     assert base is not None  # only a plan leaves it open
     configuration = read_configuration(base)
@@ -69,13 +75,16 @@ def certify(
             "adapter": _text(files.adapter),
             "lora": _text(files.lora),
             "merged": _text(files.merged),
+            "importance": _text(files.imatrix),
             "tokenizer": str(tokenizer.directory.absolute()),
             "chat_template": tokenizer.chat_template,
             "rows": str(rows),
             "converters": str(find_converters(open_store(read_only=True).root)),
             "scratch": scratch,
-            "settings": {"merge_base": files.merge_base, "end_of_turn_id": end},
-        }
+            "settings": {
+                "merge_base": files.merge_base, "nf4": files.trained_in_4bit, "end_of_turn_id": end,
+            },
+        }  # fmt: skip
         measured = worker.call("verify", arguments)
     certificate = judge(measured, Gates(max_kl, min_top1))
     tell(certificate)
@@ -89,16 +98,28 @@ def _text(path: Path | None) -> str | None:
     return str(path.absolute()) if path else None
 
 
+def _check_limits(max_kl: float | None, min_top1: float | None) -> None:
+    """A limit that nothing can be over (nan) would pass every file."""
+    if max_kl is not None and not 0 < max_kl < math.inf:
+        raise RecipeError(f"--max-kl: {max_kl} is no limit", hint="such as 0.03")
+    if min_top1 is not None and not 0 < min_top1 <= 1:
+        raise RecipeError(f"--min-top1: {min_top1} is no share", hint="such as 0.9, for 90 %")
+
+
 def _check(files: Files, base: Path) -> None:
     """Raise `DataError` for a file that is not what it is named as, before anything is loaded."""
     check_unquantized(read_configuration(base), str(base))
     for gguf in (files.gguf, files.lora):
         if gguf:
             read_gguf(gguf)
+    if files.imatrix:
+        weights_in(files.imatrix)
     if files.adapter:
         read_adapter(files.adapter)
     elif files.lora:
         raise DataError("--lora needs the adapter that it was made from", hint="name it with --adapter")
+    elif files.trained_in_4bit:
+        raise DataError("--trained-in-4bit speaks of an adapter", hint="name it with --adapter")
     if files.merged:
         open_checkpoint(files.merged)
 

@@ -13,8 +13,9 @@ from forge.model.estimate import Estimate, available, inference, training
 from forge.pipeline.plan import Plan
 from forge.recipe.fields import values
 from forge.recipe.load import load
-from forge.stages.artifacts import context_tokens, largest_type
+from forge.stages.artifacts import largest_type
 from forge.stages.drive import find_run
+from forge.stages.modelfile_stage import context_tokens
 from forge.stages.record import read_manifest
 from forge.stages.ship import Ship
 from forge.stages.space import free_space, space_needed

@@ -43,9 +43,9 @@ def export(
 ) -> dict[str, Any]:
     """Write the GGUF `out`, and beside it what `mode` and `keep_merged` ask for.
 
-    It is rounded by an importance matrix of the rows in `data`; its type is `quant`, or the smallest within
-    `max_kl`. Files appear whole or not at all. Raises `RecipeError` for options that cannot be, `DataError`
-    for what cannot be exported, and for a busy `out`, `CheckError` when no type is good enough.
+    It is rounded by an importance matrix of the rows in `data`, which `forge verify` asks for; its type is
+    `quant`, or the smallest within `max_kl`. Files appear whole or not at all. Raises `RecipeError` for bad
+    options, `DataError` for what cannot be exported or a busy `out`, `CheckError` when no type is good.
     """
     _check_options(out, quant, data, max_kl, is_merged=mode == "merged" and not plain)
     quant, out = (quant or "q4_k_m").lower(), out.absolute()
@@ -58,7 +58,7 @@ def export(
     tokenizer = read_tokenizer(adapter if adapter is not None and own else directory)
     template, end_of_turn = (tokenizer.chat_template, None) if plain else _pinned(tokenizer)
     with _alone(out) as scratch:
-        arguments = {
+        arguments: dict[str, Any] = {
             "base": str(directory),
             "adapter": str(adapter.absolute()) if adapter else None,
             "tokenizer": str(tokenizer.directory),
@@ -74,7 +74,7 @@ def export(
         }  # fmt: skip
         calibration = calibrate_alone(arguments, data, configuration, max_kl, scratch) if data else None
         facts = worker.call("export", arguments)
-        files = _publish(scratch, out)
+        files = _publish(scratch, out, arguments["settings"].get("importance"))
     report.success(f"wrote {out}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds']:.1f} s")
     return {**files, **facts, "calibration": calibration}
 
@@ -114,7 +114,7 @@ def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
         raise
 
 
-def _publish(scratch: Path, out: Path) -> dict[str, str | None]:
+def _publish(scratch: Path, out: Path, importance: str | None) -> dict[str, str | None]:
     """Move what was made to its final names: the GGUF last, since that is what people look for."""
     files: dict[str, str | None] = {}
     adapter, merged = adapter_beside(out), out.with_name(f"{out.stem}-merged")
@@ -125,6 +125,10 @@ def _publish(scratch: Path, out: Path) -> dict[str, str | None]:
         shutil.rmtree(merged, ignore_errors=True)
         (scratch / MERGED_DIRECTORY).rename(merged)
         files["merged"] = str(merged)
+    if importance:
+        matrix = out.with_name(f"{out.stem}-imatrix.gguf")
+        Path(importance).replace(matrix)
+        files["imatrix"] = str(matrix)
     (scratch / GGUF_FILE).replace(out)
     return {"gguf": str(out), **files}
 

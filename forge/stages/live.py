@@ -21,7 +21,8 @@ from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
 from forge.serve.endpoint import Endpoint, Message
-from forge.stages.artifacts import adapter_in, context_tokens
+from forge.stages.artifacts import adapter_in
+from forge.stages.modelfile_stage import context_tokens
 from forge.stages.ship import Ship
 
 if TYPE_CHECKING:

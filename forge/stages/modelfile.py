@@ -43,7 +43,8 @@ def _from(target: Path) -> str:
     """FROM: the file itself; of a directory the one GGUF in it, or the one that an export would write."""
     if target.is_file():
         return str(target.absolute())
-    found = sorted(target.glob("*.gguf"))
+    beside = ("-adapter", "-imatrix")  # as `forge export` names what it leaves beside a model
+    found = [path for path in sorted(target.glob("*.gguf")) if not path.stem.endswith(beside)]
     if len(found) == 1:
         return str(found[0].absolute())
     whole = target.absolute()

@@ -101,6 +101,8 @@ def tell(certificate: Mapping[str, Any]) -> None:
         for one in certificate["handovers"]
     ]
     report.table("certificate", columns, rows)
+    if certificate["norm"] and not certificate["norm"]["worse"]:  # else it is one of the warnings
+        report.info(certificate["norm"]["words"])
     for warning in certificate["warnings"]:
         report.warning(warning)
     if certificate["ok"]:

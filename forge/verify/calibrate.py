@@ -2,8 +2,9 @@
 
 An F16 file is made as the certificate makes it; on it the training rows give an importance matrix.
 With a budget, types are exported with that matrix from the largest down, and each file's
-probabilities are compared with those of the F16 file on other rows. Smaller types are worse, but not
-strictly so: the walk ends at the second type in a row that is over the budget.
+probabilities are compared with those of the F16 file on other rows; the smallest by bytes that is within
+the budget is taken. Smaller types lose more, but not strictly so, and below four bits the K and IQ types go
+each its own way: a type is left out only when two larger ones of its kind in a row are over the budget.
 
 What was measured is kept in `out/work`: a ship's stopped search goes on with the next type. Not covered: an
 adapter beside its base, whose products with the weights are no part of the file.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.errors import DataError, StageError
+from forge.errors import DataError, UnmadeTypeError
 from forge.export import upstream
 from forge.export.importance import write_importance
 from forge.export.run import GGUF_FILE, export
@@ -38,6 +39,10 @@ _TOKENS = 16384
 _LONGEST = 2048
 _TIMED_TOKENS = 64
 _OVER_THE_BUDGET = 2
+_OWN_ROWS = (
+    "no rows are held out: the types were measured on the rows that the importance matrix was made of, where "
+    "they lose less than on others"
+)
 
 
 def calibrate(**arguments: Any) -> dict[str, Any]:
@@ -63,6 +68,8 @@ def calibrate(**arguments: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"importance": _importance(arguments, f16, work)}
     if arguments["types"]:
         found = _Search(arguments, f16, work).walk()
+        if arguments["rows"] == arguments["measured_rows"]:
+            found["warnings"] = [_OWN_ROWS]
         chosen = smallest(found["types"], arguments["max_kl"])
         facts |= {"max_kl": arguments["max_kl"], "quant": chosen, **found}
         (out / CHOICE_FILE).write_text(json.dumps({"quant": chosen}) + "\n", encoding="utf-8")
@@ -113,6 +120,13 @@ def _drawn(rows: Sequence[Mapping[str, Any]], context: int | None) -> list[list[
     return kept
 
 
+def _lines(kind: str) -> tuple[str, ...]:
+    """The kinds of types, each in one line by size, that `kind` is of: down to four bits there is one."""
+    if kind.startswith("iq"):
+        return ("IQ",)
+    return ("K",) if kind.startswith(("q2", "q3")) else ("K", "IQ")
+
+
 class _Search:
     """The walk down the types, each exported, measured and removed."""
 
@@ -128,24 +142,31 @@ class _Search:
         self._expected, self._seen = self._read(f16, "f16")
 
     def walk(self) -> dict[str, Any]:
+        """The types that were measured, and those that were left out with the reason."""
         found: list[dict[str, Any]] = []
-        known, over = self._known(), 0
+        left_out: dict[str, str] = {}
+        known, over = self._known(), dict.fromkeys(("K", "IQ"), 0)
         for kind in self._arguments["types"]:
+            lines = _lines(kind)
+            if all(over[line] == _OVER_THE_BUDGET for line in lines):
+                left_out[kind] = "two larger types of its kind are over the budget"
+                continue
             try:
                 measured = known.get(kind) or self._try(kind)
-            except StageError as failure:
-                if not found:
-                    raise
-                report.warning(f"{kind} and smaller types are left out: {failure.message}")
-                break
+            except UnmadeTypeError as failure:
+                left_out[kind] = failure.message
+                unmade = failure
+                continue
             found.append(measured)
             figures = f"KL {measured['kl_mean']:.2g}, top-1 {measured['top1']:.2%}"
             report.info(f"{kind}: {measured['bytes'] / 1e6:.1f} MB, {figures}")
-            over = over + 1 if measured["kl_mean"] > self._arguments["max_kl"] else 0
-            if over == _OVER_THE_BUDGET:
-                break
+            is_over = measured["kl_mean"] > self._arguments["max_kl"]
+            over |= {line: over[line] + 1 if is_over else 0 for line in lines}
+        if not found:
+            raise unmade
         return {
             "types": found,
+            "left_out": left_out,
             "f16": self._row("f16", self._seen, self._expected),
             "measured_on": {"rows": len(self._sample.rows), "positions": len(self._sample.positions)},
         }

@@ -28,6 +28,8 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
     broken = next(one for one in handovers if not one["ok"])
     if broken["to"] == "merged":
         return _merged(found, broken)
+    if "beyond_vendor" in broken and (words := unlike_its_word(found["file"])):
+        return Cause("quantize", words, "quantize again from f16 to the type that is wanted, or forge export")
     fits = found["weights"]
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
     own = broken["to"] == "GGUF f16" and "f16" in found["legs"]
@@ -48,6 +50,16 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
         )
     words = f"the file does not compute what the checkpoint does ({figures}), though its weights look right"
     return Cause("convert", words, "convert again; llama.cpp may not cover this configuration of the family")
+
+
+def unlike_its_word(file: Mapping[str, Any]) -> str:
+    """What the tensors of a file are that its type does not have; empty where they are as it says."""
+    if not (unlike := file.get("unlike")):
+        return ""
+    return (
+        f"the file says that it is {file['type']}, its weights are mostly {unlike['tensors']}, "
+        f"those of llama.cpp's own mostly {unlike['expected']}"
+    )
 
 
 def _merged(found: Mapping[str, Any], broken: Mapping[str, Any]) -> Cause:

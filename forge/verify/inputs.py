@@ -11,7 +11,8 @@ from typing import Any
 
 from forge import report
 from forge.errors import DataError, Problem
-from forge.export.types import UNQUANTIZED, type_name
+from forge.export.importance import weights_in
+from forge.export.types import UNQUANTIZED, is_made_by_importance, type_name
 from forge.model.config import Configuration
 from forge.model.gguf_header import GgufHeader, LongArray
 from forge.model.safetensors_header import TensorSpec
@@ -43,6 +44,23 @@ def refuse_other_model(header: GgufHeader, facts: Configuration) -> None:
             f"{facts.architecture}",
             hint="give the base that this file was made from",
             problems=problems,
+        )
+
+
+def refuse_other_importance(header: GgufHeader, importance: Path | None) -> None:
+    """What llama.cpp makes with an importance matrix only can be compared with that matrix only."""
+    if importance is None:
+        if is_made_by_importance(header, kind := type_of(header)):
+            raise DataError(
+                f"llama.cpp makes {kind} files such as {header.path} with an importance matrix only: without "
+                "it nothing says how much the type may lose",
+                hint="give the one that it was rounded by with --imatrix; "
+                "forge export --data leaves it beside the file",
+            )
+    elif not header.tensors.keys() & set(weights_in(importance)):
+        raise DataError(
+            f"{importance} is another model's importance matrix: it knows none of the file's weights",
+            hint="give the one that the file was rounded by",
         )
 
 
@@ -98,6 +116,7 @@ def file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
     )
     return {
         "type": type_of(header),
+        "says": type_name(header.metadata.get("general.file_type")),
         "architecture": header.architecture,
         "bytes": path.stat().st_size,
         "tensor_types": header.tensor_types,

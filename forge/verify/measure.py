@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forge import report
 from forge.adapter.read import Adapter, read_adapter
 from forge.adapter.vocabulary import resized_rows
 from forge.chat.template import ChatTemplate
@@ -23,7 +22,7 @@ from forge.errors import ForgeError, Problem
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration, read_configuration
 from forge.model.estimate import available, usable_cores
-from forge.model.gguf_header import read_gguf
+from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
 from forge.verify.compare import compare, converts, top_log_probabilities
@@ -32,6 +31,7 @@ from forge.verify.inputs import (
     most_frequent,
     read_rows,
     refuse_long,
+    refuse_other_importance,
     refuse_other_model,
     refuse_other_vocabulary,
     refuse_too_large,
@@ -78,6 +78,11 @@ class _Session:
         """The adapter's own GGUF, where the file is its base alone."""
         return Path(self.arguments["lora"]) if self.arguments.get("lora") else None
 
+    @property
+    def importance(self) -> Path | None:
+        """The matrix that the file was rounded by."""
+        return Path(self.arguments["importance"]) if self.arguments.get("importance") else None
+
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time a step; an error in it says how far it got."""
@@ -112,6 +117,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
     with session.step("the file's header"):
         header = read_gguf(gguf)
         refuse_other_model(header, facts)
+        refuse_other_importance(header, session.importance)
     rows = read_rows(Path(arguments["rows"]))
     session.found["file"] = file_facts(gguf, header)
     session.found["merge_base"] = session.settings.get("merge_base", "original")
@@ -176,7 +182,7 @@ def _legs(
     source = Weights(Path(arguments["base"]), session.adapter, nf4=nf4, trust_remote_code=trust)
     with session.step("the reference in float32"):
         expected = reference.logits(source, drawn, "the reference")
-        found["greedy"] = _greedy(source, made)
+        found["greedy"] = reference.greedy(source, made)
     measured = _Legs(session, drawn, context, expected)
     measured.of_checkpoints(source)
     files = measured.of_files(gguf, scratch)
@@ -225,17 +231,12 @@ class _Legs:
             return {"file": gguf, "f16": f16}
         direct = self._file("f16", f16)
         self._compare("file against f16", measured, direct)
-        given = session.arguments.get("importance")
-        importance = Path(given) if given else None
         vendor = scratch / "vendor.gguf"
         with session.step("llama.cpp's own quantization"):
-            yardstick.make_quantized(f16, vendor, kind, usable_cores(), importance)
-            header = read_gguf(gguf)
-            if most_frequent(read_gguf(vendor)) != most_frequent(header):
-                finer = type_of_tensors(header)
-                report.warning(f"the file says that it is {kind}, its weights are {finer}: held against that")
-                session.found["file"]["type"] = finer
-                yardstick.make_quantized(f16, vendor, finer, usable_cores(), importance)
+            yardstick.make_quantized(f16, vendor, kind, usable_cores(), session.importance)
+            held = _doubted(session.found["file"], read_gguf(gguf), read_gguf(vendor))
+            if held != kind:
+                yardstick.make_quantized(f16, vendor, held, usable_cores(), session.importance)
         self._file("vendor", vendor, direct)
         return {"file": gguf, "f16": f16, "vendor": vendor}
 
@@ -248,6 +249,19 @@ class _Legs:
     def _compare(self, name: str, logits: Any, against: Any = None) -> None:
         found = compare(self.expected if against is None else against, logits, self.drawn)
         self.session.found.setdefault("legs", {})[name] = found
+
+
+def _doubted(file: dict[str, Any], header: GgufHeader, vendor: GgufHeader) -> str:
+    """The type that the file is held against: its own word, unless its tensors are finer than that allows.
+
+    Else it is held to its word, and `file` says what is unlike it; `vendor` is llama.cpp's file of that type.
+    """
+    tensors, expected = most_frequent(header), most_frequent(vendor)
+    if bits_of(tensors) > bits_of(expected):
+        file["type"] = type_of_tensors(header)
+    elif tensors != expected:
+        file["unlike"] = {"tensors": tensors, "expected": expected}
+    return str(file["type"])
 
 
 def _directory(path: Path) -> Path:
@@ -271,23 +285,3 @@ def _expected_live(model: served.ServedModel, prompts: Sequence[Sequence[int]]) 
         {"ids": list(prompt), "top": top_log_probabilities(model.after(prompt), _LIVE_TOKENS)}
         for prompt in prompts
     ]
-
-
-def _greedy(source: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Any]:
-    """Whether the reference would have written the same: every token is its most likely one too.
-
-    One pass over prompt and answer tells, since up to the first other token both texts are the same.
-    """
-    rows = tuple((*prompt, *answer) for prompt, answer in made)
-    places = tuple(
-        (row, len(prompt) - 1 + at) for row, (prompt, answer) in enumerate(made) for at in range(len(answer))
-    )
-    taught = sample.Sample(rows, places, tuple(True for _ in places), len(rows))
-    best = reference.logits(source, taught, "reference (greedy answers)").argmax(axis=1).tolist()
-    same, firsts, at = 0, [], 0
-    for _, answer in made:
-        wrong = next((step for step, token in enumerate(answer) if best[at + step] != token), None)
-        same += wrong is None
-        firsts.append(wrong)
-        at += len(answer)
-    return {"prompts": len(made), "same": same, "first_difference": firsts}

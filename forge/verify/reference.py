@@ -13,7 +13,7 @@ Not covered, and refused: encoder-decoders, and what `loader` does not cover.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,26 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     if not torch.isfinite(found).all():
         raise DataError(f"{weights.base}: the logits of the reference are not finite", hint=DAMAGED)
     return found.numpy()
+
+
+def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Any]:
+    """Whether the reference would have written the same: every token is its most likely one too.
+
+    One pass over prompt and answer tells, since up to the first other token both texts are the same.
+    """
+    rows = tuple((*prompt, *answer) for prompt, answer in made)
+    places = tuple(
+        (row, len(prompt) - 1 + at) for row, (prompt, answer) in enumerate(made) for at in range(len(answer))
+    )
+    taught = Sample(rows, places, tuple(True for _ in places), len(rows))
+    best = logits(weights, taught, "reference (greedy answers)").argmax(axis=1).tolist()
+    same, firsts, at = 0, [], 0
+    for _, answer in made:
+        wrong = next((step for step, token in enumerate(answer) if best[at + step] != token), None)
+        same += wrong is None
+        firsts.append(wrong)
+        at += len(answer)
+    return {"prompts": len(made), "same": same, "first_difference": firsts}
 
 
 def _empty(weights: Weights, rows: int | None) -> Any:

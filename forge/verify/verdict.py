@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forge.verify.cause import Cause, cause_of
+from forge.verify.cause import Cause, cause_of, unlike_its_word
 from forge.verify.compare import MOST_NMSE, converts
 from forge.verify.sample import least_share
 
@@ -60,6 +60,7 @@ def judge(found: Mapping[str, Any], gates: Gates, live: Mapping[str, Any] | None
         **{name: found[name] for name in ("tokens", "prompt", "stops")},
         "handovers": [*handovers, live["handover"]] if live else handovers,
         "live": live,
+        "norm": _norm(found),
         "logits": logits | {"perplexity_gguf": final["perplexity"]},
         "greedy": found["greedy"],
         "base": _without_positions(found["legs"].get("base")),
@@ -154,7 +155,7 @@ def _sound_words(found: Mapping[str, Any], share: float) -> str:
 
 
 def _warnings(found: Mapping[str, Any]) -> list[str]:
-    legs, kind, told = found["legs"], found["file"]["type"], []
+    legs, told = found["legs"], _type_remarks(found["file"])
     trained = legs.get("trained")
     if trained and trained["kl_mean"] > _SHIFT_KL:
         told.append(
@@ -162,13 +163,33 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             f"{trained['top1']:.1%}; where that matters merge into the base as trained (export.merge_base), "
             "or train with method: lora"
         )
-    norm = NORMS.get(kind)
-    final = legs["file"]
-    if norm and final["kl_mean"] > norm[0]:
-        share = f", top-1 {norm[1]:.1%}" if norm[1] else ""
-        told.append(
-            f"KL {final['kl_mean']:.2g}, top-1 {final['top1']:.1%}: {kind} of an 8B model has KL "
-            f"{norm[0]:g}{share}; small models lose more"
-        )
+    norm = _norm(found)
+    if norm and norm["worse"]:
+        told.append(f"{norm['words']}; small models lose more")
     told += [f"not compared: {limit}" for limit in found["tokens"].get("limits", ())]
     return told
+
+
+def _type_remarks(file: Mapping[str, Any]) -> list[str]:
+    """Where a file's word for its type and its tensors differ."""
+    says, kind = file.get("says"), file["type"]
+    if says and says != kind:
+        return [f"the file says that it is {says}, its weights are {kind}: held against that"]
+    unlike = unlike_its_word(file)
+    return [unlike] if unlike else []
+
+
+def _norm(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a quantized type loses beside what it is known to lose; None where no figure is published."""
+    final, kind = found["legs"]["file"], found["file"]["type"]
+    if kind not in NORMS:
+        return None
+    kl_mean, top1 = NORMS[kind]
+    share = f", top-1 {top1:.1%}" if top1 else ""
+    return {
+        "kl_mean": kl_mean,
+        "top1": top1,
+        "worse": final["kl_mean"] > kl_mean or (top1 is not None and round(final["top1"], 3) < top1),
+        "words": f"{kind} of this model has KL {final['kl_mean']:.2g}, top-1 {final['top1']:.1%}; "
+        f"of an 8B model KL {kl_mean:g}{share}",
+    }

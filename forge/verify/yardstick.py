@@ -39,8 +39,7 @@ def make_f16(source: Mapping[str, Any], out: Path) -> Path:
 def make_quantized(f16: Path, target: Path, quant: str, threads: int, importance: Path | None = None) -> Path:
     """llama.cpp's own quantization of `f16` as `target`, by the `importance` matrix where there is one.
 
-    Without one it makes no type that needs it: those are not certified. Raises `StageError` with llama.cpp's
-    last words.
+    Without one it makes no type that needs it. Raises `StageError` with llama.cpp's last words.
     """
     import llama_cpp
 

@@ -1,0 +1,92 @@
+"""The stage *modelfile*: what the GGUF is handed to Ollama with, held against the GGUF and the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.chat.hand_over import (
+    MODELFILE,
+    MODELFILE_JINJA,
+    hand_over,
+    licences_of,
+    read_modelfile,
+    sampling_of,
+    write_modelfiles,
+)
+from forge.chat.same_prompts import compare
+from forge.chat.stops import require
+from forge.export.run import GGUF_FILE, adapter_beside
+from forge.model.gguf_header import read_gguf
+from forge.stages.artifacts import ShipStage, adapter_in, gguf_name, prompt_params, quant_asked
+from forge.stages.ship import Ship
+from forge.store.artifacts import Artifact
+from forge.store.digest import Json
+
+
+class ModelfileStage(ShipStage):
+    """Modelfile and Modelfile.jinja, for Ollama; prompts and stops held against the GGUF's own."""
+
+    name = "modelfile"
+    version = 4
+
+    def __init__(self, ship: Ship) -> None:
+        super().__init__(ship)
+        self.needs = (("data",) if ship.recipe.data else ()) + ("export",)
+
+    def params(self) -> Mapping[str, Json]:
+        return {
+            "file": gguf_name(self.ship, {"quant": quant_asked(self.ship)}),
+            "chat template": self.ship.template_digest,
+            "base": self.ship.base_digest,
+            "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
+            "smoke.max_tokens": longest_reply(self.ship),
+            **prompt_params(self.ship),
+        }
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        header, stops = read_gguf(inputs["export"].path / GGUF_FILE), self.ship.stops
+        told = hand_over(
+            self.ship.template,
+            # Whether the GGUF itself writes BOS; the tokenizer's files may say otherwise.
+            add_bos=header.adds_bos,
+            stops=stops.texts,
+            context_tokens=context_tokens(self.ship, inputs["data"].facts if "data" in inputs else {}),
+            sampling=sampling_of(self.ship.base_directory),
+            licences=licences_of(self.ship.base_directory),
+        )
+        file = gguf_name(self.ship, inputs["export"].facts)
+        adapter = adapter_beside(Path(file)).name if adapter_in(inputs["export"]) else None
+        facts = write_modelfiles(out, file=file, told=told, adapter=adapter)
+        written = {
+            name: read_modelfile(out / name, facts["left_out"])
+            for name in (MODELFILE, MODELFILE_JINJA)
+            if (out / name).exists()
+        }
+        broken = [problem for name, one in written.items() for problem in stops.in_modelfile(one, name)]
+        require([*stops.in_gguf(header), *broken])
+        same = compare(told, header.chat_template or "", written.get(MODELFILE))
+        report.info(f"{same.conversations} conversations: the same prompts through {', '.join(same.through)}")
+        return {
+            **facts,
+            "same_prompts": {"conversations": same.conversations, "through": list(same.through)},
+            "variables": {
+                "read": list(self.ship.template.variables_read()),
+                "pinned": dict(self.ship.template.variables),
+            },
+        }
+
+
+def context_tokens(ship: Ship, data_facts: Mapping[str, Any]) -> int:
+    """The context to serve with: what was asked, else min(model's, max(4096, training + reply))."""
+    asked = ship.recipe.deploy.context_tokens
+    most = ship.configuration.max_positions or 4096
+    wanted = max(4096, int(data_facts.get("max_length", 0)) + longest_reply(ship))
+    return asked or min(most, wanted)
+
+
+def longest_reply(ship: Ship) -> int:
+    """The tokens to leave for a reply: what the smoke queries ask for, 256 at least."""
+    return max([256, *(query.max_tokens for query in ship.recipe.smoke)])
