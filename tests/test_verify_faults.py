@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,26 @@ def test_an_adapter_beside_its_base_and_a_merge_into_nf4(specimen: Specimen, tmp
     assert found["ok"], found["problems"]
     assert found["handovers"][0]["from"] == "NF4 base + adapter"
     assert "4-bit" in specimen.verify(file)["verdict"]
+
+
+@pytest.mark.slow
+def test_faults_of_a_mixture_of_experts_are_no_near_ties(tmp_path: Path) -> None:
+    """Its sound file passes, beyond the limits at a fifth of the positions; these are so at most."""
+    import gguf
+    import numpy as np
+
+    changes = {"num_local_experts": 8, "num_hidden_layers": 6}
+    mixture = make_specimen(tmp_path / "mixtral", "mixtral", seed=27, **changes)
+    sound = mixture.f16(tmp_path / "f16")
+    found = mixture.verify(sound, f16=str(sound))
+    assert found["ok"], found["verdict"]
+    assert any("near ties between experts" in warning for warning in found["warnings"])
+    assert mixture.adapter
+    other = replace(mixture, adapter=scaled(mixture.adapter, tmp_path / "scaled", 2))
+    found = other.verify(sound, f16=str(sound))
+    assert (found["broken_stage"], "near ties" in str(found["warnings"])) == ("merge", False)
+    name = "blk.2.ffn_down_exps.weight"
+    down = next(one for one in gguf.GGUFReader(str(sound)).tensors if one.name == name)
+    turned = {name: np.roll(np.array(down.data), 1, axis=0)}
+    found = mixture.verify(rewrite(sound, tmp_path / "turned.gguf", turned), f16=str(sound))
+    assert found["broken_stage"] == "convert"

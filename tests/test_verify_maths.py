@@ -140,7 +140,7 @@ def _measurement(**legs: dict[str, Any]) -> dict[str, Any]:
     return {
         "legs": {**sound, **{name.replace("_", " "): leg for name, leg in legs.items()}},
         "tokens": good, "prompt": good, "stops": {"ok": True, "token": "</s>"},
-        "file": {"type": "q4_k_m"}, "greedy": {"prompts": 8, "same": 8},
+        "file": {"type": "q4_k_m", "experts": 0}, "greedy": {"prompts": 8, "same": 8},
         "sample": {"rows": 60, "positions": 1000},
         "weights": {"file": fit, "f16": fit, "vendor": fit},
     }  # fmt: skip
@@ -174,6 +174,21 @@ def test_a_conversion_has_fixed_limits(nmse: float, kl: float, ok: bool) -> None
     assert found["broken_stage"] == (None if ok else "convert")
 
 
+@pytest.mark.parametrize(
+    ("experts", "middle", "scale", "ok"),
+    [(8, 1e-6, 1.0, True), (0, 1e-6, 1.0, False), (8, 1e-3, 1.0, False), (8, 1e-6, 2.0, False)],
+)
+def test_near_ties_between_experts_are_no_fault(experts: int, middle: float, scale: float, ok: bool) -> None:
+    """Nor an excuse: half of the positions are within the limits, and the weights say nothing else."""
+    turned = _leg(nmse=0.01, kl_mean=0.01, nmse_middle=middle, kl_middle=1e-6, beyond=0.2)
+    measured = _measurement(f16=turned)
+    measured["file"]["experts"] = experts
+    measured["weights"]["f16"] = measured["weights"]["f16"] | {"scale": scale}
+    found = judge(measured, Gates())
+    assert found["ok"] is ok
+    assert ("near ties" in str(found["warnings"])) is ok
+
+
 def test_the_shift_of_training_warns_and_never_fails() -> None:
     found = judge(_measurement(trained=_leg(kl_mean=0.5, top1=0.6)), Gates())
     assert found["ok"]
@@ -202,7 +217,7 @@ def test_a_lossy_type_is_shown_beside_the_published_norm(leg: dict[str, float], 
 
 
 def test_a_type_without_a_published_norm_is_shown_beside_none() -> None:
-    found = judge(_measurement(file=_leg(kl_mean=0.2)) | {"file": {"type": "iq4_xs"}}, Gates())
+    found = judge(_measurement(file=_leg(kl_mean=0.2)) | {"file": {"type": "iq4_xs", "experts": 0}}, Gates())
     assert found["norm"] is None and found["warnings"] == []
 
 

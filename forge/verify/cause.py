@@ -30,15 +30,9 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
         return _merged(found, broken)
     if "beyond_vendor" in broken and (words := unlike_its_word(found["file"])):
         return Cause("quantize", words, "quantize again from f16 to the type that is wanted, or forge export")
-    fits = found["weights"]
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
-    own = broken["to"] == "GGUF f16" and "f16" in found["legs"]
-    file = fits["f16"] if own else fits["file"]
-    yardstick = fits["vendor" if "vendor" in fits and not own else "f16"]
-    differ = _unlike(file, yardstick)
-    for find in (_converted_wrongly, _merged_wrongly):
-        if cause := find(file, yardstick, differ):
-            return cause
+    if cause := told_by_weights(found, own=broken["to"] == "GGUF f16" and "f16" in found["legs"]):
+        return cause
     figures = f"NMSE {broken['nmse']:.2g}, KL {broken['kl_mean']:.2g}, top-1 {broken['top1']:.1%}"
     if "beyond_vendor" in broken:
         words = (
@@ -50,6 +44,15 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
         )
     words = f"the file does not compute what the checkpoint does ({figures}), though its weights look right"
     return Cause("convert", words, "convert again; llama.cpp may not cover this configuration of the family")
+
+
+def told_by_weights(found: Mapping[str, Any], *, own: bool) -> Cause | None:
+    """What the weights of the file say is wrong, or with `own` those of the f16 made here."""
+    fits = found["weights"]
+    file = fits["f16"] if own else fits["file"]
+    yardstick = fits["vendor" if "vendor" in fits and not own else "f16"]
+    differ = _unlike(file, yardstick)
+    return _converted_wrongly(file, yardstick, differ) or _merged_wrongly(file, yardstick, differ)
 
 
 def unlike_its_word(file: Mapping[str, Any]) -> str:

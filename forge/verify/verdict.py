@@ -5,6 +5,9 @@ differ at all; a quantized file further from f16 than llama.cpp's own of that ty
 an adapter that changes nothing. What a quantized type loses by its nature only warns, unless the
 recipe sets a limit. The words for a fault, and its stage, are in `cause`.
 
+A mixture of experts, of whose routers rounding turns near ties, is held to the limits of a conversion at
+its middle position, and to what its weights say.
+
 Not covered: the live server (deploy judges that), and what was learned (evaluate does).
 """
 
@@ -14,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from forge.verify.cause import Cause, cause_of, unlike_its_word
-from forge.verify.compare import MOST_NMSE, converts
+from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word
+from forge.verify.compare import MOST_NMSE, converts, converts_mostly
 from forge.verify.sample import least_share
 
 MOST_BEYOND_VENDOR = 1.2
@@ -129,14 +132,21 @@ def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         listed.append(_handover(start, "merged", legs["merged"], converts(legs["merged"])))
         start = "merged"
     if "f16" not in legs:
-        return [*listed, _handover(start, f"GGUF {kind}", legs["file"], converts(legs["file"]))]
-    listed.append(_handover(start, "GGUF f16", legs["f16"], converts(legs["f16"])))
+        return [*listed, _handover(start, f"GGUF {kind}", legs["file"], _is_converted(found, "file"))]
+    listed.append(_handover(start, "GGUF f16", legs["f16"], _is_converted(found, "f16")))
     against, vendor = legs["file against f16"], legs["vendor"]
     ok = against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + MOST_NMSE / 100
     last = _handover("GGUF f16", f"GGUF {kind}", against, ok)
     last["vendor"] = {key: vendor[key] for key in ("nmse", "kl_mean", "kl_max", "top1")}
     last["beyond_vendor"] = round(against["nmse"] / max(vendor["nmse"], 1e-30), 3)
     return [*listed, last]
+
+
+def _is_converted(found: Mapping[str, Any], name: str) -> bool:
+    leg = found["legs"][name]
+    if converts(leg) or not found["file"]["experts"]:
+        return converts(leg)
+    return converts_mostly(leg) and told_by_weights(found, own=name == "f16") is None
 
 
 def _handover(before: str, after: str, leg: Mapping[str, Any], ok: bool) -> dict[str, Any]:
@@ -162,6 +172,13 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             f"training saw the NF4 base, the export has the full one: KL {trained['kl_mean']:.2g}, top-1 "
             f"{trained['top1']:.1%}; where that matters merge into the base as trained (export.merge_base), "
             "or train with method: lora"
+        )
+    name = "f16" if "f16" in legs else "file"
+    if not converts(legs[name]) and _is_converted(found, name):
+        told.append(
+            f"rounding turned near ties between experts: {legs[name]['beyond']:.1%} of the positions are "
+            f"beyond NMSE {MOST_NMSE:g} ({legs[name]['nmse']:.2g} over all); the others are as they should, "
+            "and so are the weights that could be looked up"
         )
     norm = _norm(found)
     if norm and norm["worse"]:
