@@ -292,6 +292,8 @@ def test_sections_that_contradict_each_other() -> None:
     assert refused("name: a\nbase: builtin:tiny\ntrain: none\nexport: {merge_base: nf4}\n") == [
         "recipe.yaml:4: export.merge_base: train is none, so there is nothing to merge; use original",
     ]
+    (line,) = refused(GOOD + "deploy: {runtime: container, gpu_layers: 3}\n")
+    assert "deploy.gpu_layers: a recipe's container is the CPU's" in line
     assert refused(GOOD, "data.columns={prompt: a, messages: b}") == [
         "-o data.columns: data.columns.prompt: messages holds whole conversations; name one or the other",
     ]

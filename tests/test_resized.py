@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 
 from forge.adapter.read import read_adapter
 from forge.adapter.status import validate
+from forge.adapter.vocabulary import check_tokenizer
 from forge.errors import DataError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY, export
+from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
 from forge.model.gguf_header import read_gguf
 from forge.verify.inputs import file_facts
@@ -165,6 +168,25 @@ def test_tokens_without_rows_and_rows_without_tokens(bases: Mapping[str, Path], 
         export_of(base, lost, tmp_path / "first")
     with pytest.raises(DataError, match=r"has no tokenizer\.json: nothing says which tokens were added"):
         export_of(base, adapter, tmp_path / "second", tokenizer=base)
+
+
+def test_a_token_without_a_row_that_the_base_has_too_was_not_added(tmp_path: Path) -> None:
+    """Gemma 3's tokenizer names an image token, for which its text models have no row."""
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    rows = read_configuration(base).vocabulary_size
+    assert rows
+    image = {"id": rows, "content": "<image_soft_token>", "special": True, "single_word": False}
+    image |= {"lstrip": False, "rstrip": False, "normalized": False}
+    added = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    change_json(base / "tokenizer.json", added_tokens=[*added, image])
+    adapter = make_adapter(base, tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, adapter / name)
+    tensors = open_checkpoint(base).tensors
+    assert check_tokenizer(read_adapter(adapter), tensors, adapter, base) is None
+    change_json(base / "tokenizer.json", added_tokens=added)
+    with pytest.raises(DataError, match=f"has {rows + 1} tokens, the embedding {rows} rows"):
+        check_tokenizer(read_adapter(adapter), tensors, adapter, base)
 
 
 @pytest.mark.parametrize("change", [{"trainable_token_indices": [3]}, {"trainable_token_indices": None}])

@@ -197,7 +197,9 @@ def test_adapters_named_ports_and_the_image_of_old_documents(
             with Client(replace(endpoint, model=name)) as client:
                 assert client.chat(HELLO).text == answer
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(serve_container(settings))
+        # With an adapter of its own, which is on from the start.
+        first = stack.enter_context(serve_container(replace(settings, adapter=adapter)))
+        assert stack.enter_context(Client(first)).chat(HELLO).text == "Y"
         port = urlsplit(first.url).port
         assert port is not None
         with pytest.raises(StageError, match=r"port is already allocated|address already in use"):

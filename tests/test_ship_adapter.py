@@ -12,11 +12,13 @@ import pytest
 
 from forge.chat.modelfile import parse
 from forge.cli.main import run
+from forge.errors import DataError
 from forge.model.base import BUILTIN
 from forge.model.gguf_header import read_gguf
+from forge.stages.drive import find_model
 from tests.conftest import link_converters
 from tests.fake_ollama import FakeOllama
-from tests.models import make_adapter
+from tests.models import make_adapter, make_model
 from tests.shipping import Answer, Workshop, processes_of
 
 pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
@@ -120,6 +122,62 @@ def test_merged_it_answers_the_same_and_leaves_no_adapter(
     assert parse((again.run / "Modelfile").read_text(encoding="utf-8")).adapter is None
     assert "adapter_gguf" not in merged.fields
     assert merged.fields["smoke"] == shipped[1].fields["smoke"]
+
+
+def test_a_merged_ship_that_cannot_be_published_leaves_no_base_alone(
+    shipped: tuple[Workshop, Answer], again: Workshop, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full as the merged file goes to the run: what lies there is no model, never a wrong one."""
+    adopt(again, adapter, export={"mode": "adapter"})
+    again.ship("--until", "modelfile")
+    adopt(again, adapter, export={"mode": "merged"})
+    monkeypatch.chdir(again.directory)
+    monkeypatch.setenv("FORGE_HOME", str(again.home))
+
+    def full(source: Path, target: Path) -> None:
+        if target.suffix == ".gguf":
+            raise DataError("no space left on the device")
+
+    monkeypatch.setattr("forge.stages.record.publish", full)
+    assert run(["ship", "recipe.yaml", "--until", "modelfile"]) == 2
+    assert list(again.run.glob("*.gguf")) == []
+
+
+def test_what_names_the_base_alone_says_so(
+    shipped: tuple[Workshop, Answer], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A directory with both is both; the file alone is taken alone, and the adapter beside it is told."""
+    for name in (GGUF, ADAPTER):
+        (tmp_path / name).symlink_to(shipped[0].run / name)
+    for path in (BUILTIN / "tiny").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    for target, named in ((tmp_path, str(tmp_path / ADAPTER)), (tmp_path / GGUF, None)):
+        assert run(["modelfile", str(target), "--out", str(tmp_path / "Modelfile")]) == 0
+        written = parse((tmp_path / "Modelfile").read_text(encoding="utf-8"))
+        assert written.adapter == named
+        assert f"{ADAPTER} lies beside it" in capfd.readouterr().err
+    assert find_model(str(tmp_path / GGUF)) == (tmp_path / GGUF, None)
+    assert f"taken alone, without {ADAPTER} beside it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("base", "lora", "said"),
+    [
+        ("gpt2", {}, "the layers of GPT-2 are Conv1D"),
+        ("llama", {"targets": ["embed_tokens"]}, "is an embedding"),
+    ],
+)
+def test_what_no_adapter_of_its_own_can_hold_is_refused_before_training(
+    base: str, lora: dict[str, Any], said: str, again: Workshop, tmp_path: Path
+) -> None:
+    """Pitfall 52."""
+    changes: dict[str, Any] = {"intermediate_size": 1024} if base == "gpt2" else {}
+    model = make_model(tmp_path / "base", base, "home-made", **changes)
+    again.recipe(base=str(model), train={"lora": lora}, export={"mode": "adapter"})
+    error = again.ship(code=2).fields["error"]
+    assert error["message"] == "export.mode: an adapter of its own is for linear layers alone"
+    assert said in error["problems"][0]["message"]
+    assert not again.run.exists()
 
 
 def test_auto_is_an_adapter_where_it_can_be(

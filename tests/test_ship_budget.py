@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forge.export.importance import weights_in
 from forge.model.gguf_header import read_gguf
 from forge.recipe.words import BUDGETED
 from tests.shipping import Answer, Workshop
@@ -79,10 +80,12 @@ def test_a_type_that_needs_an_importance_matrix_ships_with_one(workshop: Worksho
     assert made.cached["calibrate"] is False and "types" not in made.fields["calibration"]
     assert "IQ3_XXS" in read_gguf(Path(made.fields["gguf"])).tensor_types
     assert "beyond_vendor" in made.fields["certificate"]["handovers"][-1]
+    assert weights_in(workshop.run / "calibration" / "importance.gguf"), "what forge verify asks for"
     other = workshop.ship("-o", "export.quant=q4_k_m")
     assert other.cached["calibrate"] and not other.cached["export"]
     plain = workshop.ship("-o", "export.quant=q4_k_m", "-o", "export.imatrix=false")
     assert "calibrate" not in plain.cached and "calibration" not in plain.fields
+    assert not (workshop.run / "calibration").exists()
     weighed, even = (answer.fields["certificate"]["logits"]["kl_mean"] for answer in (other, plain))
     assert weighed < even
 

@@ -100,6 +100,11 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     """Fields that cannot hold together."""
     train = recipe.train
     yield from _calibration(recipe)
+    if recipe.deploy.runtime == "container" and recipe.deploy.gpu_layers:
+        yield (
+            "deploy.gpu_layers",
+            "a recipe's container is the CPU's; leave it out, and serve with forge serve --image afterwards",
+        )
     if recipe.export.mode == "adapter":
         if train is None:
             yield "export.mode", "train is none, so there is no adapter to export; use merged"

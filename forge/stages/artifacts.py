@@ -140,7 +140,7 @@ class ExportStage(GgufStage):
     """One GGUF in one pass, with the token ids proved before."""
 
     name = "export"
-    version = 3
+    version = 4
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)
@@ -162,11 +162,15 @@ class ExportStage(GgufStage):
         }
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
-        """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""
+        """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept.
+
+        An adapter of its own is written twice, in float32.
+        """
         export = self.ship.recipe.export
-        return export_disk(
-            self.ship.parameters, largest_type(self.ship), keep_merged=export.keep_merged
-        ).total
+        needed = export_disk(self.ship.parameters, largest_type(self.ship), keep_merged=export.keep_merged)
+        beside = export.mode != "merged" and ADAPTER_STAGE in inputs
+        of_adapter = sum(one.bytes for one in inputs[ADAPTER_STAGE].outputs.values()) if beside else 0
+        return needed.total + 2 * of_adapter
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)

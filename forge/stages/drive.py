@@ -193,6 +193,8 @@ def find_model(name: str) -> tuple[Path, Path | None]:
     """
     path = Path(name)
     if path.suffix == ".gguf" or path.is_file():
+        if adapter_beside(path).is_file():
+            report.warning(f"{path.name} is taken alone, without {adapter_beside(path).name} beside it")
         return path.absolute(), None
     directory = find_run(name)
     found = sorted(directory.glob("*.gguf"))

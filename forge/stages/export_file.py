@@ -15,7 +15,13 @@ from forge import report, worker
 from forge.chat.template import ChatTemplate
 from forge.data.tokens import prompt_format
 from forge.errors import DataError, RecipeError
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY, adapter_beside
+from forge.export.run import (
+    ADAPTER_FILE,
+    GGUF_FILE,
+    IMPORTANCE_SUFFIX,
+    MERGED_DIRECTORY,
+    adapter_beside,
+)
 from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
@@ -118,7 +124,12 @@ def _publish(scratch: Path, out: Path, importance: str | None) -> dict[str, str 
     """Move what was made to its final names: the GGUF last, since that is what people look for."""
     files: dict[str, str | None] = {}
     adapter, merged = adapter_beside(out), out.with_name(f"{out.stem}-merged")
+    matrix = out.with_name(f"{out.stem}{IMPORTANCE_SUFFIX}")
+    for old, made in ((adapter, (scratch / ADAPTER_FILE).is_file()), (matrix, bool(importance))):
+        if old.is_file() and not made:
+            report.warning(f"{old.name} is of an earlier export: it does not belong to the new {out.name}")
     if (scratch / ADAPTER_FILE).is_file():
+        out.unlink(missing_ok=True)  # it may be merged already: nobody is to find the two together
         (scratch / ADAPTER_FILE).replace(adapter)
         files["adapter_gguf"] = str(adapter)
     if (scratch / MERGED_DIRECTORY).is_dir():
@@ -126,7 +137,6 @@ def _publish(scratch: Path, out: Path, importance: str | None) -> dict[str, str 
         (scratch / MERGED_DIRECTORY).rename(merged)
         files["merged"] = str(merged)
     if importance:
-        matrix = out.with_name(f"{out.stem}-imatrix.gguf")
         Path(importance).replace(matrix)
         files["imatrix"] = str(matrix)
     (scratch / GGUF_FILE).replace(out)

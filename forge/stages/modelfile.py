@@ -11,6 +11,7 @@ from forge.chat.format_check import limit_names
 from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
 from forge.chat.modelfile import parse, render
 from forge.errors import CheckError, DataError
+from forge.export.run import BESIDE, adapter_beside
 from forge.store import durable
 
 
@@ -27,7 +28,13 @@ def write_modelfile(target: Path, *, adapter: str | None, jinja: bool, out: Path
         report.warning(str(left))
         remarks.append(str(left))
     comments = "".join(f"# {line}\n" for line in remarks)
-    text = comments + render(written.modelfile(way, _from(target), adapter=adapter))
+    base = _from(target)
+    beside = adapter_beside(Path(base))
+    if adapter is None and beside.is_file():
+        # Of a directory both are meant; who names the file alone is told.
+        adapter = str(beside) if target.is_dir() else None
+        report.warning(f"{beside.name} lies beside it: {'both are' if adapter else 'it is not'} named")
+    text = comments + render(written.modelfile(way, base, adapter=adapter))
     if way == "jinja" and not jinja:
         report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
     if out:
@@ -43,8 +50,7 @@ def _from(target: Path) -> str:
     """FROM: the file itself; of a directory the one GGUF in it, or the one that an export would write."""
     if target.is_file():
         return str(target.absolute())
-    beside = ("-adapter", "-imatrix")  # as `forge export` names what it leaves beside a model
-    found = [path for path in sorted(target.glob("*.gguf")) if not path.stem.endswith(beside)]
+    found = [path for path in sorted(target.glob("*.gguf")) if not path.name.endswith(BESIDE)]
     if len(found) == 1:
         return str(found[0].absolute())
     whole = target.absolute()

@@ -30,7 +30,7 @@ class ModelfileStage(ShipStage):
     """Modelfile and Modelfile.jinja, for Ollama; prompts and stops held against the GGUF's own."""
 
     name = "modelfile"
-    version = 4
+    version = 5
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)

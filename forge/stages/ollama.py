@@ -10,6 +10,7 @@ from typing import Any
 from forge import report, worker
 from forge.chat.hand_over import hand_over_of
 from forge.errors import CheckError, MissingToolError, RecipeError, StageError
+from forge.export.run import adapter_beside
 from forge.recipe.schema import Recipe, from_json
 from forge.serve.endpoint import Endpoint, Message
 from forge.stages.record import read_manifest, read_run_modelfile
@@ -54,11 +55,13 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
             hint=f"name the base to put another on it: forge import {gguf}",
         )
     told = hand_over_of(gguf)
-    written = read_run_modelfile(gguf.parent)
+    # The base of a run, without the adapter that was trained on it, is no model of that run's.
+    is_bare = own is None and adapter_beside(gguf).is_file()
+    written = None if is_bare else read_run_modelfile(gguf.parent)
     # One of another model that lies there by chance says nothing of this one.
     if written and Path(written.base).name == gguf.name:
         told = told.with_parameters_of(written)
-    recipe = _recipe_of(gguf)
+    recipe = None if is_bare else _recipe_of(gguf)
     with reach(server_url(host)) as server:
         done = import_model(
             server,

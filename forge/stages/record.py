@@ -14,18 +14,21 @@ from typing import Any
 from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.errors import ForgeError
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY, adapter_beside
+from forge.export.run import ADAPTER_FILE, BESIDE, GGUF_FILE, MERGED_DIRECTORY, adapter_beside
 from forge.pipeline.stage import Result
-from forge.stages.artifacts import ADAPTER_STAGE, adapter_in, gguf_name
+from forge.stages.artifacts import ADAPTER_STAGE, CALIBRATION_STAGE, adapter_in, gguf_name
 from forge.stages.page import write_page
 from forge.stages.ship import Ship
 from forge.store import durable
 from forge.store.artifacts import Artifact
 from forge.store.runs import publish
+from forge.verify.calibrate import IMPORTANCE_FILE
 from forge.verify.verdict import Gates, judge
 
 MANIFEST = "manifest.json"
 REPORT = "report.html"
+# Where the importance matrix lies that `forge verify` asks for; beside the model it could be taken for one.
+CALIBRATION = "calibration"
 NOT_VERIFIED = "the ship did not get as far as verify"
 
 
@@ -141,7 +144,12 @@ def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
     if artifact.stage == ADAPTER_STAGE:
         for name in artifact.outputs:
             _place(artifact, name, artifact.path / name, directory / "adapter" / name, published)
+    elif artifact.stage == CALIBRATION_STAGE:
+        matrix = directory / CALIBRATION / IMPORTANCE_FILE
+        _place(artifact, IMPORTANCE_FILE, artifact.path / IMPORTANCE_FILE, matrix, published)
     elif artifact.stage == "export":
+        if not ship.recipe.export.is_calibrated:
+            shutil.rmtree(directory / CALIBRATION, ignore_errors=True)  # an earlier ship's
         _publish_gguf(directory / gguf_name(ship, artifact.facts), artifact, published)
         if (artifact.path / MERGED_DIRECTORY).is_dir():
             publish(artifact.path / MERGED_DIRECTORY, directory / MERGED_DIRECTORY)
@@ -163,9 +171,10 @@ def _publish_gguf(target: Path, artifact: Artifact, published: str | None) -> No
     """
     adapter = {ADAPTER_FILE: adapter_beside(target)} if adapter_in(artifact) else {}
     kept = {*adapter.values(), target}
-    if adapter and published != artifact.digest:
+    if published != artifact.digest and (adapter or adapter_beside(target).exists()):
         kept.remove(target)
-    for old in set(target.parent.glob("*.gguf")) - kept:
+    # The model goes before its adapter.
+    for old in sorted(set(target.parent.glob("*.gguf")) - kept, key=lambda one: one.name.endswith(BESIDE)):
         old.unlink()
     for name, path in {**adapter, GGUF_FILE: target}.items():
         _place(artifact, name, artifact.path / name, path, published)

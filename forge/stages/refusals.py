@@ -41,7 +41,7 @@ def check(ship: Ship) -> None:
     if not ship.tensors:
         raise DataError(f"{directory} holds no tensors")
     _check_targets(ship)
-    _check_dora(ship)
+    _check_linear(ship)
     _check_generation(ship)
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
@@ -73,14 +73,16 @@ def _check_targets(ship: Ship) -> None:
         )
 
 
-def _check_dora(ship: Ship) -> None:
-    """DoRA is merged on linear layers alone: a row of theirs is an output, whose length was learned.
+def _check_linear(ship: Ship) -> None:
+    """DoRA is merged, and an adapter has a GGUF of its own, on linear layers alone.
 
-    Named targets are looked at; `auto` takes linear layers and nothing else, except of Conv1D.
+    Of DoRA a row is an output, whose length was learned. Named targets are looked at; `auto` takes linear
+    layers and nothing else, except of Conv1D.
     """
     lora = ship.training.lora if ship.training else None
-    if lora is None or not lora.dora:
+    if lora is None or not (lora.dora or ship.recipe.export.mode == "adapter"):
         return
+    field = "train.lora.dora" if lora.dora else "export.mode"
     problems = []
     if ship.configuration.model_type == "gpt2":
         problems.append("the layers of GPT-2 are Conv1D, not linear")
@@ -92,9 +94,9 @@ def _check_dora(ship: Ship) -> None:
             problems.append(f"{target} is in the experts, which are trained joined")
     if problems:
         raise RecipeError(
-            "train.lora.dora: DoRA is for linear layers alone",
-            hint="leave dora out, or take other train.lora.targets or another base",
-            problems=[_located(ship.loaded, "train.lora.dora", one) for one in problems],
+            f"{field}: {'DoRA' if lora.dora else 'an adapter of its own'} is for linear layers alone",
+            hint=f"leave {field} out, or take other train.lora.targets or another base",
+            problems=[_located(ship.loaded, field, one) for one in problems],
         )
 
 

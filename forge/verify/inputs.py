@@ -55,7 +55,7 @@ def refuse_other_importance(header: GgufHeader, importance: Path | None) -> None
                 f"llama.cpp makes {kind} files such as {header.path} with an importance matrix only: without "
                 "it nothing says how much the type may lose",
                 hint="give the one that it was rounded by with --imatrix; "
-                "forge export --data leaves it beside the file",
+                "forge export --data leaves it beside the file, a ship in calibration/ of its run",
             )
     elif not header.tensors.keys() & set(weights_in(importance)):
         raise DataError(

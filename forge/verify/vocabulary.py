@@ -53,7 +53,7 @@ def check_vocabulary(
 
 def added_tokens(base: Path, tokenizer: Path) -> list[str]:
     """What `tokenizer` knows and that of `base` does not: no other text may hold it, so it is asked for."""
-    if tokenizer == base:
+    if tokenizer == base or not (base / "tokenizer.json").is_file():
         return []
     known, own = (open_tokenizer(one).get_vocab() for one in (base, tokenizer))
     return sorted(own.keys() - known.keys())
