@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import tarfile
 import tempfile
 import time
@@ -46,11 +47,12 @@ def docker_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def podman_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def podman_service() -> Iterator[Any]:
     """The same for podman's service, which is spoken to as docker is."""
     if not _PODMAN.exists() or os.getuid():
         pytest.skip("needs root and podman: apt-get install podman netavark runc")
-    root = tmp_path_factory.mktemp("podman")
+    # Podman takes no longer path than 50 characters for what runs.
+    root = Path(tempfile.mkdtemp(prefix="podman-", dir="/tmp"))
     # Its own limits are above what a container of the tests' machine may have. How a command in a
     # container ended would be kept for minutes. No systemd need be here to time the health checks.
     limits = '[containers]\ndefault_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]\n'
@@ -65,6 +67,7 @@ def podman_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             yield client
     finally:
         process.run(["umount", str(root / "data" / "overlay")])
+        shutil.rmtree(root, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from forge.model.estimate import SERVER_START_BYTES, available
 from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.serve.ready import check_kinds
 from forge.serve.runtime import MOST_CONTEXT_OF_ALL_SLOTS, Settings
 
 # On a CPU eight at once give a tenth more tokens a second than four, sixteen no more than eight; a
@@ -18,8 +19,13 @@ _CACHE_BYTES = 2  # f16
 
 
 def slots_for(settings: Settings) -> int:
-    """Slots for many clients of a model that runs on this machine's CPU."""
-    of_one = max(1, cache_bytes_per_token(read_gguf(settings.model)) * settings.context_tokens)
+    """Slots for many clients of a model that runs on this machine's CPU.
+
+    Raises `DataError` for files that are not what they are given as.
+    """
+    header = read_gguf(settings.model)
+    check_kinds(settings.model, header, settings.loaded_adapters)
+    of_one = max(1, cache_bytes_per_token(header) * settings.context_tokens)
     taken = settings.file_bytes + SERVER_START_BYTES
     room = int(available().free * _SHARE) - taken
     return max(1, min(_MOST, MOST_CONTEXT_OF_ALL_SLOTS // settings.context_tokens, room // of_one))
