@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from forge.serve.generate import generate
 from forge.serve.rows import read_rows
 from forge.serve.runtime import Settings
 from forge.serve.wire import RefusedError, Reply, Sampling, UnreachableError
-from forge.stages.asking import _schema
+from forge.stages.asking import _endpoints, _schema
 from tests.conftest import ROOT
 from tests.servers import HELLO
 from tests.stand_in_server import Failure, StandIn
@@ -214,6 +215,30 @@ def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers
     assert "it is asked again while others answer" in capsys.readouterr().err
     assert texts_of(out) == expected_texts(60)
     assert late.asked and {body["model"] for body in late.asked} == {"stand-in"}
+
+
+def test_endpoint_that_comes_late_without_the_model_answers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does one that asks for a key; the batch ends where nobody else is left."""
+    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
+    prompts, out = write_prompts(tmp_path, 12), tmp_path / "out.jsonl"
+    late = _stand_in(models=("other",))
+    late.start()
+    late.stop()
+    with _stand_in(api_key="k") as locked, _stand_in() as there:
+        away = _endpoints([late.endpoint.url, there.endpoint.url], "stand-in", None)[:1]
+        away.append(replace(locked.endpoint, api_key=None, proved=False))
+        late.start()
+        assert generate([*away, there.endpoint], prompts, out, concurrency=2).written == 12
+        with pytest.raises(RecipeError, match="serves no model stand-in"):
+            generate(away[0], prompts, tmp_path / "alone.jsonl")
+        late.stop()
+        assert late.asked == locked.asked == []
+    assert texts_of(out) == expected_texts(12)
+    said = capsys.readouterr().err
+    assert said.count(f"{late.endpoint.url} serves no model stand-in: it is left out") == 1
+    assert said.count("Invalid API Key: it is left out") == 1
 
 
 @pytest.mark.programs

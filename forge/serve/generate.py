@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 
 from forge import report
-from forge.errors import ForgeError, InterruptedByUserError, StageError
+from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageError
 from forge.serve import wire
 from forge.serve.endpoint import Endpoint
 from forge.serve.lanes import Lane, freest, slots_of
@@ -84,8 +84,9 @@ def generate(
 
     `concurrency` is for each endpoint; None asks as many at once as it has slots. `raw` prompts get
     no chat template. While nothing is answered it
-    keeps trying for `patience_seconds`. An endpoint whose `model` is empty, since it was away, is asked
-    for the first that it lists once it answers. Raises `DataError` for wrong rows before anything is sent,
+    keeps trying for `patience_seconds`. An endpoint that is not `proved` is asked for its models once it
+    answers: its `model`, or the first where none is named, must be there, or it is left out with a warning
+    while others answer. Raises `DataError` for wrong rows before anything is sent,
     `RefusedError` where every request would be refused, `StageError` when rows are left to do, and
     `InterruptedByUserError`; whatever was answered by then is kept.
     """
@@ -158,7 +159,7 @@ class _Batch:
         rows: Sequence[Row],
         patience_seconds: float,
     ) -> None:
-        self.lanes = lanes
+        self.lanes = list(lanes)
         self.output = output
         self.sampling = sampling
         self.rows = rows
@@ -183,7 +184,7 @@ class _Batch:
         waiting = iter(self.rows)
         running: set[_Task] = set()
         async with contextlib.AsyncExitStack() as stack:
-            self._clients = [await stack.enter_async_context(_client(lane)) for lane in self.lanes]
+            self._clients = {lane: await stack.enter_async_context(_client(lane)) for lane in self.lanes}
             try:
                 while True:
                     free = max(0, sum(int(lane.pace) for lane in self.lanes) - len(running))
@@ -224,8 +225,10 @@ class _Batch:
             lane = freest(self.lanes)
             try:
                 reply = await self._ask(lane, row)
-            except RefusedError as refusal:
-                if not refusal.about_the_request:
+            except (RecipeError, RefusedError) as refusal:
+                if self._leave_out(lane, refusal):
+                    continue
+                if not isinstance(refusal, RefusedError) or not refusal.about_the_request:
                     raise
                 self._outage.answered()
                 return {"id": row.id, "error": refusal.message}
@@ -243,11 +246,20 @@ class _Batch:
                 return _output_row(row, reply)
         raise AssertionError("count() does not end")
 
+    def _leave_out(self, lane: Lane, refusal: ForgeError) -> bool:
+        """Go on without a lane that came late and was found to be of no use, if another is left."""
+        if lane.endpoint.proved:
+            return False
+        if lane in self.lanes and len(self.lanes) > 1:
+            self.lanes.remove(lane)
+            report.warning(f"{refusal.message}: it is left out")
+        return lane not in self.lanes
+
     async def _ask(self, lane: Lane, row: Row) -> Reply:
-        client = self._clients[self.lanes.index(lane)]
+        client = self._clients[lane]
         with lane.used(), wire.failures_of(lane.endpoint):
-            if not lane.endpoint.model:
-                lane.endpoint = await _named(lane.endpoint, client)
+            if not lane.endpoint.proved:
+                lane.endpoint = await _proved(lane.endpoint, client)
             endpoint = lane.endpoint
             if row.messages:
                 path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
@@ -260,11 +272,11 @@ class _Batch:
         return reply
 
 
-async def _named(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
-    """With the first model that it lists."""
+async def _proved(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
+    """With its model as the server lists it, the first where none is named."""
     response = await client.get(endpoint.route(wire.MODELS))
     names = wire.read_models(endpoint, wire.read_json(endpoint, response))
-    return replace(endpoint, model=wire.choose_model(endpoint.url, names, None))
+    return replace(endpoint, model=wire.choose_model(endpoint.url, names, endpoint.model), proved=True)
 
 
 def _client(lane: Lane) -> httpx.AsyncClient:
