@@ -168,8 +168,8 @@ def test_several_endpoints_share_the_rows(tmp_path: Path) -> None:
 def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.generate.LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
     prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
     gone = _stand_in()
     gone.start()
@@ -188,8 +188,8 @@ def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers
     told: tuple[str, ...],
 ) -> None:
     """It gets its share when it comes, under its model's name; where none answers nothing begins."""
-    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.generate.LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
     late = _stand_in()
     late.start()
     late.stop()
@@ -221,19 +221,17 @@ def test_endpoint_that_comes_late_without_the_model_answers_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor does one that asks for a key; the batch ends where nobody else is left."""
-    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
     prompts, out = write_prompts(tmp_path, 12), tmp_path / "out.jsonl"
-    late = _stand_in(models=("other",))
-    late.start()
-    late.stop()
+    with _stand_in(models=("other",)) as late:
+        pass
     with _stand_in(api_key="k") as locked, _stand_in() as there:
         away = _endpoints([late.endpoint.url, there.endpoint.url], "stand-in", None)[:1]
         away.append(replace(locked.endpoint, api_key=None, proved=False))
-        late.start()
-        assert generate([*away, there.endpoint], prompts, out, concurrency=2).written == 12
-        with pytest.raises(RecipeError, match="serves no model stand-in"):
-            generate(away[0], prompts, tmp_path / "alone.jsonl")
-        late.stop()
+        with late:
+            assert generate([*away, there.endpoint], prompts, out, concurrency=2).written == 12
+            with pytest.raises(RecipeError, match="serves no model stand-in"):
+                generate(away[0], prompts, tmp_path / "alone.jsonl")
         assert late.asked == locked.asked == []
     assert texts_of(out) == expected_texts(12)
     said = capsys.readouterr().err
