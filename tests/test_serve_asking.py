@@ -239,6 +239,46 @@ def test_endpoint_that_comes_late_without_the_model_answers_nothing(
     assert said.count("Invalid API Key: it is left out") == 1
 
 
+def test_endpoint_that_comes_late_may_still_load_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lists none by then, and is asked again."""
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
+    prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
+    with _stand_in(models=()) as late, _stand_in(seconds=0.05) as there:
+
+        def load() -> None:
+            deadline = time.monotonic() + 20
+            while len(there.asked) < 10 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            late.models = ("stand-in",)
+
+        loading = threading.Thread(target=load)
+        loading.start()
+        endpoints = [replace(late.endpoint, model="", proved=False), there.endpoint]
+        try:
+            assert generate(endpoints, prompts, out, concurrency=2).written == 60
+        finally:
+            loading.join()
+    assert texts_of(out) == expected_texts(60)
+    assert late.asked and {body["model"] for body in late.asked} == {"stand-in"}
+
+
+def test_endpoint_that_stays_away_does_not_end_what_a_slow_one_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first answers may take longer than the patience with one that is away."""
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
+    prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
+    with _stand_in() as away:
+        pass
+    with _stand_in(seconds=0.5) as slow:
+        generate([away.endpoint, slow.endpoint], prompts, out, concurrency=2, patience_seconds=0.1)
+    assert texts_of(out) == expected_texts(4)
+
+
 @pytest.mark.programs
 @pytest.mark.parametrize("name", ["ask_with_requests.py", "ask_with_openai.py"])
 def test_examples_run_as_they_stand(served: Endpoint, name: str) -> None:

@@ -216,7 +216,9 @@ class _Batch:
                 if asked.errors == TRIES_OF_ONE_ROW:
                     self.set_aside.append(f"{row.id!r}: {failure.message}")
                     return None
-                if self._outage.is_over_patience():
+                # What another lane works on may still be answered, however long its first answers take.
+                others_work = any(other.running for other in self.lanes if other is not lane)
+                if self._outage.is_over_patience() and not others_work:
                     raise
                 lane.busy()
                 await asyncio.sleep(pause(asked.tries, failure))
@@ -261,6 +263,8 @@ async def _proved(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
     """With its model as the server lists it, the first where none is named."""
     response = await client.get(endpoint.route(wire.MODELS))
     names = wire.read_models(endpoint, wire.read_json(endpoint, response))
+    if not names:
+        raise GarbledError(f"{endpoint.url} serves no model yet")
     return replace(endpoint, model=wire.choose_model(endpoint.url, names, endpoint.model), proved=True)
 
 
