@@ -35,6 +35,7 @@ class StandIn:
     failures: list[Failure] = field(default_factory=list)
     refuse: str | None = None
     broken: str | None = None
+    garbled: str | None = None
     slots: int | None = None
     capacity: int = 1000
     api_key: str | None = None
@@ -133,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(400, "too long", type="exceed_context_size_error", n_prompt_tokens=99, n_ctx=8)
         if state.broken and state.broken in asked:
             return self.fail(500, "broken")
+        if state.garbled and state.garbled in asked:
+            return self.send(200, b"<html>", {})
         if failure and failure.status > 0:
             return self.give_up(failure)
         words = [word + " " for word in asked.upper().split()] + [state.suffix]

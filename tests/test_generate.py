@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.network]
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.02)
 
 
 def write_prompts(folder: Path, count: int) -> Path:
@@ -181,6 +181,44 @@ def test_row_that_breaks_the_server_blocks_no_other(tmp_path: Path) -> None:
         server.broken = None
         assert generate(server.endpoint, prompts, out).written == 1
     assert texts_of(out) == expected_texts(6)
+
+
+def test_row_that_never_gets_an_answer_blocks_no_other(tmp_path: Path) -> None:
+    """It makes room at once, and is set aside once the server has answered others often enough."""
+    prompts, out = write_prompts(tmp_path, 40), tmp_path / "out.jsonl"
+    with StandIn(garbled="row 9") as server:
+        with pytest.raises(StageError, match=r"39 of 40 rows written, 1 left to do: 9: .* not JSON"):
+            generate(server.endpoint, prompts, out, concurrency=1, patience_seconds=5)
+        assert server.prompts.count("row 9") == 6
+        # More of them than the requests that run at once.
+        server.garbled = "row 1"
+        with pytest.raises(StageError, match=r"30 of 41 rows written, 11 left to do: .* not JSON"):
+            generate(
+                server.endpoint,
+                write_prompts(tmp_path, 41),
+                tmp_path / "other",
+                concurrency=2,
+                patience_seconds=2,
+            )
+
+
+def test_usage_that_is_not_told_is_none(tmp_path: Path) -> None:
+    answer: dict[str, Any] = {"choices": [{"finish_reason": "stop", "message": {"content": "Yes"}}]}
+    unknown = {"prompt_tokens": None, "completion_tokens": None}
+    bodies = [answer, answer | {"usage": None}, answer | {"usage": unknown}]
+    prompts, out = write_prompts(tmp_path, 3), tmp_path / "out.jsonl"
+    with StandIn(failures=[Failure(200, body=json.dumps(body).encode()) for body in bodies]) as server:
+        assert generate(server.endpoint, prompts, out).written == 3
+    assert {row["text"] for row in _rows(out).values()} == {"Yes"}
+    assert [row["usage"] for row in _rows(out).values()] == [{"prompt_tokens": 0, "completion_tokens": 0}] * 3
+
+
+@pytest.mark.parametrize("error", ["no upstream", {"message": "no upstream", "code": 429}])
+def test_an_error_that_came_with_success_is_said(tmp_path: Path, error: object) -> None:
+    prompts, out = write_prompts(tmp_path, 1), tmp_path / "out.jsonl"
+    with StandIn(failures=[Failure(200, body=json.dumps({"error": error}).encode())] * 1000) as server:
+        with pytest.raises(StageError, match=r"0 of 1 rows written, 1 left to do: .*: no upstream"):
+            generate(server.endpoint, prompts, out, patience_seconds=0.2)
 
 
 def test_server_that_dies_and_comes_back_loses_nothing(tmp_path: Path) -> None:

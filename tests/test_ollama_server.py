@@ -7,6 +7,7 @@ import json
 import socket
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from forge.serve.ollama import import_model
 from forge.serve.runtimes import check_runtime
 from forge.tools import ollama as tool
 from forge.tools.ollama import Ollama, OllamaError, server_url
-from forge.tools.ollama_server import reach
+from forge.tools.ollama_server import reach, watch
 from tests.fake_ollama import FakeOllama
 from tests.ollama_servers import PINNED
 from tests.tiny_gguf import write_tiny_gguf
@@ -101,6 +102,21 @@ def test_it_is_started_where_the_program_is_here(
     assert told["name"] == "yoda" and told["prompt_checked"] > 40 and told["digest"]
     with pytest.raises(MissingToolError):
         Ollama(server_url()).version()
+
+
+def test_a_server_is_gone_when_it_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart is no end; nor is it looked for at every turn."""
+    with FakeOllama() as first:
+        pass
+    port = urlsplit(first.url).port
+    with watch(first.url) as why_gone:
+        assert [why_gone() for _ in range(9)] == [""] * 9
+        monkeypatch.setattr("forge.tools.ollama_server.SECONDS_BETWEEN_LOOKS", 0.0)
+        assert [why_gone(), why_gone()] == ["", ""]
+        with FakeOllama(port=port):
+            assert why_gone() == ""
+        assert [why_gone(), why_gone()] == ["", ""]
+        assert why_gone() == f"the Ollama server at {first.url} has ended, or cannot be reached any more"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.8.0.1", "[::1]"])

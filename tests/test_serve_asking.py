@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from forge.serve.generate import generate
 from forge.serve.rows import read_rows
 from forge.serve.runtime import Settings
 from forge.serve.wire import RefusedError, Reply, Sampling, UnreachableError
-from forge.stages.asking import _schema
+from forge.stages.asking import _endpoints, _schema
 from tests.conftest import ROOT
 from tests.servers import HELLO
 from tests.stand_in_server import Failure, StandIn
@@ -167,8 +168,8 @@ def test_several_endpoints_share_the_rows(tmp_path: Path) -> None:
 def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.generate.LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
     prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
     gone = _stand_in()
     gone.start()
@@ -187,8 +188,8 @@ def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers
     told: tuple[str, ...],
 ) -> None:
     """It gets its share when it comes, under its model's name; where none answers nothing begins."""
-    monkeypatch.setattr("forge.serve.generate.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.generate.LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
     late = _stand_in()
     late.start()
     late.stop()
@@ -214,6 +215,68 @@ def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers
     assert "it is asked again while others answer" in capsys.readouterr().err
     assert texts_of(out) == expected_texts(60)
     assert late.asked and {body["model"] for body in late.asked} == {"stand-in"}
+
+
+def test_endpoint_that_comes_late_without_the_model_answers_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does one that asks for a key; the batch ends where nobody else is left."""
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    prompts, out = write_prompts(tmp_path, 12), tmp_path / "out.jsonl"
+    with _stand_in(models=("other",)) as late:
+        pass
+    with _stand_in(api_key="k") as locked, _stand_in() as there:
+        away = _endpoints([late.endpoint.url, there.endpoint.url], "stand-in", None)[:1]
+        away.append(replace(locked.endpoint, api_key=None, proved=False))
+        with late:
+            assert generate([*away, there.endpoint], prompts, out, concurrency=2).written == 12
+            with pytest.raises(RecipeError, match="serves no model stand-in"):
+                generate(away[0], prompts, tmp_path / "alone.jsonl")
+        assert late.asked == locked.asked == []
+    assert texts_of(out) == expected_texts(12)
+    said = capsys.readouterr().err
+    assert said.count(f"{late.endpoint.url} serves no model stand-in: it is left out") == 1
+    assert said.count("Invalid API Key: it is left out") == 1
+
+
+def test_endpoint_that_comes_late_may_still_load_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lists none by then, and is asked again."""
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
+    prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
+    with _stand_in(models=()) as late, _stand_in(seconds=0.05) as there:
+
+        def load() -> None:
+            deadline = time.monotonic() + 20
+            while len(there.asked) < 10 and time.monotonic() < deadline:
+                time.sleep(0.005)
+            late.models = ("stand-in",)
+
+        loading = threading.Thread(target=load)
+        loading.start()
+        endpoints = [replace(late.endpoint, model="", proved=False), there.endpoint]
+        try:
+            assert generate(endpoints, prompts, out, concurrency=2).written == 60
+        finally:
+            loading.join()
+    assert texts_of(out) == expected_texts(60)
+    assert late.asked and {body["model"] for body in late.asked} == {"stand-in"}
+
+
+def test_endpoint_that_stays_away_does_not_end_what_a_slow_one_works_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first answers may take longer than the patience with one that is away."""
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
+    prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
+    with _stand_in() as away:
+        pass
+    with _stand_in(seconds=0.5) as slow:
+        generate([away.endpoint, slow.endpoint], prompts, out, concurrency=2, patience_seconds=0.1)
+    assert texts_of(out) == expected_texts(4)
 
 
 @pytest.mark.programs

@@ -49,6 +49,25 @@ def test_a_stopped_servers_name_may_be_the_next_ones_already(tmp_path: Path) -> 
 
 
 @pytest.mark.programs
+def test_what_a_command_that_still_starts_one_wrote_stays(tmp_path: Path) -> None:
+    """Its server does not hold the lock yet, and it waits for its own file; of the ended nothing is left."""
+    with process.Child(_SLEEPS) as ended:
+        ended.kill()
+    with process.Child(_SLEEPS) as served, process.Child(_SLEEPS) as starting:
+        for pid in (ended.pid, starting.pid, os.getpid()):
+            for kind in ("out", "log"):
+                (tmp_path / f"tiny.{pid}.{kind}").touch()
+        lock = filelock.FileLock(tmp_path / "tiny.lock")
+        lock.acquire()
+        _recorded(tmp_path / "tiny.json", served.pid)
+        assert [one.name for one in detached.running(tmp_path)] == ["tiny"]
+        lock.release()
+        assert detached.running(tmp_path) == []
+        kept = {f"tiny.{starting.pid}.{kind}" for kind in ("out", "log")}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.programs
 def test_what_the_next_one_of_a_name_wrote_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may say that it serves while the one before is still being stopped."""
     record = tmp_path / "tiny.json"

@@ -25,7 +25,7 @@ def _adapters(context: click.Context, parameter: click.Parameter, given: tuple[s
 @click.option(
     "--runtime", default="embedded", show_default=True, help="embedded, llama-server, container or ollama."
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on, or Ollama's.")
+@click.option("--host", help="Address to listen on, or Ollama's; 127.0.0.1, or OLLAMA_HOST, unless told.")
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="8080, or Ollama's own, unless told; 0: any free one."
 )

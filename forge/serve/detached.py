@@ -67,10 +67,14 @@ def _is_held(path: Path) -> bool:
 
 
 def _forget(path: Path) -> None:
-    """Take away the record `path`, its lock, and what the commands that started it wrote."""
-    written = re.compile(rf"{re.escape(path.stem)}\.\d+\.(out|log)")
-    started = [one for one in path.parent.iterdir() if written.fullmatch(one.name)]
-    for one in (path, path.with_suffix(".lock"), *started):
+    """Take away the record `path`, its lock, and what the commands that started it wrote.
+
+    What another command that still runs wrote stays: its server may not hold the lock yet.
+    """
+    written = re.compile(rf"{re.escape(path.stem)}\.(\d+)\.(out|log)")
+    started = {one: int(found[1]) for one in path.parent.iterdir() if (found := written.fullmatch(one.name))}
+    ended = [one for one, pid in started.items() if pid == os.getpid() or not psutil.pid_exists(pid)]
+    for one in (path, path.with_suffix(".lock"), *ended):
         one.unlink(missing_ok=True)
 
 

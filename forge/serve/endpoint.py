@@ -25,7 +25,8 @@ class Endpoint:
 
     `why_gone` says why the server of a runtime has ended, with its last lines where forge started it; it
     gives the empty text, at once, while the server runs or where forge cannot know. `device` is what the
-    model runs on and `container` the id of the server's, where forge started it.
+    model runs on and `container` the id of the server's, where forge started it. `proved` is False where the
+    server was away, so that nobody could see whether it lists `model`.
     """
 
     url: str
@@ -34,6 +35,7 @@ class Endpoint:
     why_gone: Callable[[], str] = field(default=unknown_end, repr=False, compare=False)
     device: str = field(default="unknown", compare=False)
     container: str | None = field(default=None, compare=False)
+    proved: bool = field(default=True, compare=False)
 
     def route(self, path: str) -> str:
         """The whole URL of a route such as `/v1/chat/completions`."""

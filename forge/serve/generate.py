@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from forge import report
-from forge.errors import ForgeError, InterruptedByUserError, StageError
+from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageError
 from forge.serve import wire
 from forge.serve.endpoint import Endpoint
 from forge.serve.lanes import Lane, freest, slots_of
+from forge.serve.retries import TRIES_OF_ONE_ROW, Asked, Outage, pause
 from forge.serve.rows import Output, Row, read_rows
 from forge.serve.wire import (
     BusyError,
@@ -41,13 +41,6 @@ from forge.serve.wire import (
 )
 
 LABEL = "generate"
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
-LONGEST_RETRY_AFTER_SECONDS = 120.0
-# A row that the living server fails to answer so often is set aside, so that it blocks no other.
-TRIES_OF_ONE_ROW = 5
-
-_NOT_NOW = (429, 503)
 # Worth another try.
 FOR_NOW = (BusyError, UnreachableError, GarbledError)
 _AGAIN = "run the same command again: it goes on where it stopped"
@@ -84,8 +77,9 @@ def generate(
 
     `concurrency` is for each endpoint; None asks as many at once as it has slots. `raw` prompts get
     no chat template. While nothing is answered it
-    keeps trying for `patience_seconds`. An endpoint whose `model` is empty, since it was away, is asked
-    for the first that it lists once it answers. Raises `DataError` for wrong rows before anything is sent,
+    keeps trying for `patience_seconds`. An endpoint that is not `proved` is asked for its models once it
+    answers: its `model`, or the first where none is named, must be there, or it is left out with a warning
+    while others answer. Raises `DataError` for wrong rows before anything is sent,
     `RefusedError` where every request would be refused, `StageError` when rows are left to do, and
     `InterruptedByUserError`; whatever was answered by then is kept.
     """
@@ -132,21 +126,6 @@ async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
             signal.signal(number, action)
 
 
-@dataclass
-class _Outage:
-    """How long nothing has been answered, from the first failure on."""
-
-    patience_seconds: float
-    since: float | None = None
-
-    def answered(self) -> None:
-        self.since = None
-
-    def is_over_patience(self) -> bool:
-        self.since = self.since or time.monotonic()
-        return time.monotonic() - self.since > self.patience_seconds
-
-
 class _Batch:
     """One run over the rows that are left."""
 
@@ -158,15 +137,16 @@ class _Batch:
         rows: Sequence[Row],
         patience_seconds: float,
     ) -> None:
-        self.lanes = lanes
+        self.lanes = list(lanes)
         self.output = output
         self.sampling = sampling
         self.rows = rows
+        self._waiting = deque(map(Asked, rows))
         self.written = 0
         self.failed = 0
         self.cut = 0
         self.set_aside: list[str] = []
-        self._outage = _Outage(patience_seconds)
+        self._outage = Outage(patience_seconds)
         self._tokens = 0
         self._begin = time.monotonic()
 
@@ -180,14 +160,14 @@ class _Batch:
 
     async def run(self) -> None:
         """Keep as many requests running as the pace allows; write all that has come at once."""
-        waiting = iter(self.rows)
         running: set[_Task] = set()
         async with contextlib.AsyncExitStack() as stack:
-            self._clients = [await stack.enter_async_context(_client(lane)) for lane in self.lanes]
+            self._clients = {lane: await stack.enter_async_context(_client(lane)) for lane in self.lanes}
             try:
                 while True:
                     free = max(0, sum(int(lane.pace) for lane in self.lanes) - len(running))
-                    running |= {asyncio.create_task(self._answer(row)) for row in islice(waiting, free)}
+                    next_ones = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+                    running |= {asyncio.create_task(self._answer(one)) for one in next_ones}
                     if not running:
                         return
                     done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
@@ -217,37 +197,56 @@ class _Batch:
             if error := task.exception():
                 raise error
 
-    async def _answer(self, row: Row) -> dict[str, Any] | None:
-        """The output's row, after as many tries as it takes; None when it is set aside."""
-        errors = 0
-        for attempt in count():
+    async def _answer(self, asked: Asked) -> dict[str, Any] | None:
+        """The output's row, after as many tries as it takes; None when it is set aside or waits again."""
+        row = asked.row
+        while True:
             lane = freest(self.lanes)
             try:
                 reply = await self._ask(lane, row)
-            except RefusedError as refusal:
-                if not refusal.about_the_request:
+            except (RecipeError, RefusedError) as refusal:
+                if self._leave_out(lane, refusal):
+                    continue
+                if not isinstance(refusal, RefusedError) or not refusal.about_the_request:
                     raise
                 self._outage.answered()
                 return {"id": row.id, "error": refusal.message}
             except FOR_NOW as failure:
-                errors += isinstance(failure, BusyError) and failure.status not in _NOT_NOW
-                if errors == TRIES_OF_ONE_ROW:
+                asked.failed(lane, failure)
+                if asked.errors == TRIES_OF_ONE_ROW:
                     self.set_aside.append(f"{row.id!r}: {failure.message}")
                     return None
-                if self._outage.is_over_patience():
+                # What another lane works on may still be answered, however long its first answers take.
+                others_work = any(other.running for other in self.lanes if other is not lane)
+                if self._outage.is_over_patience() and not others_work:
                     raise
                 lane.busy()
-                await asyncio.sleep(_pause(attempt, failure))
+                await asyncio.sleep(pause(asked.tries, failure))
+                if isinstance(failure, GarbledError):
+                    self._wait_again(asked)
+                    return None
             else:
                 self._tokens += reply.completion_tokens
                 return _output_row(row, reply)
-        raise AssertionError("count() does not end")
+
+    def _wait_again(self, asked: Asked) -> None:
+        """Let others go first, more of them each time, so that rows that are never answered stop nobody."""
+        self._waiting.insert(min(4**asked.tries, len(self._waiting)), asked)
+
+    def _leave_out(self, lane: Lane, refusal: ForgeError) -> bool:
+        """Go on without a lane that came late and was found to be of no use, if another is left."""
+        if lane.endpoint.proved:
+            return False
+        if lane in self.lanes and len(self.lanes) > 1:
+            self.lanes.remove(lane)
+            report.warning(f"{refusal.message}: it is left out")
+        return lane not in self.lanes
 
     async def _ask(self, lane: Lane, row: Row) -> Reply:
-        client = self._clients[self.lanes.index(lane)]
+        client = self._clients[lane]
         with lane.used(), wire.failures_of(lane.endpoint):
-            if not lane.endpoint.model:
-                lane.endpoint = await _named(lane.endpoint, client)
+            if not lane.endpoint.proved:
+                lane.endpoint = await _proved(lane.endpoint, client)
             endpoint = lane.endpoint
             if row.messages:
                 path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
@@ -260,26 +259,19 @@ class _Batch:
         return reply
 
 
-async def _named(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
-    """With the first model that it lists."""
+async def _proved(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
+    """With its model as the server lists it, the first where none is named."""
     response = await client.get(endpoint.route(wire.MODELS))
     names = wire.read_models(endpoint, wire.read_json(endpoint, response))
-    return replace(endpoint, model=wire.choose_model(endpoint.url, names, None))
+    if not names:
+        raise GarbledError(f"{endpoint.url} serves no model yet")
+    return replace(endpoint, model=wire.choose_model(endpoint.url, names, endpoint.model), proved=True)
 
 
 def _client(lane: Lane) -> httpx.AsyncClient:
     # A lane may get more than its most for a while, when another is away.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=lane.most)
     return httpx.AsyncClient(**wire.connection_options(lane.endpoint), limits=limits)
-
-
-def _pause(attempt: int, failure: ForgeError) -> float:
-    """Seconds until the next try: what the server asked for, else doubling; with jitter."""
-    asked = failure.retry_after if isinstance(failure, BusyError) else None
-    pause = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(attempt, 10))
-    if asked is not None:
-        pause = min(asked, LONGEST_RETRY_AFTER_SECONDS)
-    return pause * random.uniform(1.0, 1.25)
 
 
 def _output_row(row: Row, reply: Reply) -> dict[str, Any]:

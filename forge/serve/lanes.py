@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -30,6 +32,7 @@ class Lane:
     most: int
     pace: float = field(init=False)
     running: int = 0
+    answered_at: float = -math.inf
 
     def __post_init__(self) -> None:
         self.pace = float(self.most)
@@ -47,6 +50,7 @@ class Lane:
 
     def answered(self) -> None:
         self.pace = min(float(self.most), self.pace + 1 / self.pace)
+        self.answered_at = time.monotonic()
 
 
 def freest(lanes: Sequence[Lane]) -> Lane:

@@ -33,7 +33,7 @@ from forge.serve.endpoint import Endpoint, Message
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import refuse_foreign
 from forge.tools.ollama import Ollama, address_of, server_url, stops_in
-from forge.tools.ollama_server import reach, why_gone
+from forge.tools.ollama_server import reach, watch
 
 # How many generated conversations are compared: the plain ones, and others from all over.
 _PLAIN, _ODD = 12, 36
@@ -83,7 +83,8 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
             server, settings.alias, settings.model, hand, adapter=settings.adapter, ask=ask
         )
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
-        yield Endpoint(server.url, imported.name, why_gone=partial(why_gone, server.url))
+        with watch(server.url) as why_gone:
+            yield Endpoint(server.url, imported.name, why_gone=why_gone)
 
 
 def _refuse(settings: Settings) -> None:

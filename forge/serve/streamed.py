@@ -46,10 +46,8 @@ class Streamed:
             raise StageError(f"{self.endpoint.url} sent an event that is not JSON: {data[:80]!r}") from wrong
         if not isinstance(event, dict):
             raise StageError(f"{self.endpoint.url} sent an event that is no JSON object: {data[:80]!r}")
-        if error := event.get("error"):
-            # Once a stream has begun its status is 200, whatever happens later.
-            status = error.get("code") if isinstance(error, dict) else None
-            raise wire.error_answer(self.endpoint, status if isinstance(status, int) else 500, event, {})
+        # Once a stream has begun its status is 200, whatever happens later.
+        wire.check_error(self.endpoint, event)
         return event
 
     def _pieces_of(self, event: dict[str, Any]) -> Iterator[str]:
@@ -64,5 +62,5 @@ class Streamed:
         """The whole answer; raises `httpx.RemoteProtocolError` when its last event never came."""
         if not self._ended:
             raise httpx.RemoteProtocolError("the stream ended without its last event")
-        counts = (int(self._usage.get(key, 0)) for key in ("prompt_tokens", "completion_tokens"))
+        counts = (int(self._usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
         return Reply("".join(self._pieces), self._finish_reason, *counts)

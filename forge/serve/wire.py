@@ -184,6 +184,7 @@ def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
     """
     payload = _parse(response.content)
     if response.is_success and isinstance(payload, dict):
+        check_error(endpoint, payload)
         return payload
     if response.is_success:
         shown = response.text[:80]
@@ -192,6 +193,15 @@ def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
             hint="the URL must be the root of an OpenAI-compatible server",
         )
     raise error_answer(endpoint, response.status_code, payload, response.headers)
+
+
+def check_error(endpoint: Endpoint, payload: Mapping[str, Any]) -> None:
+    """Raise the error that an answer tells of whose status was 200: a stream's event, or a proxy's."""
+    if not (error := payload.get("error")):
+        return
+    code = error.get("code") if isinstance(error, dict) else None
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    raise error_answer(endpoint, status, payload, {})
 
 
 def read_models(endpoint: Endpoint, payload: Mapping[str, Any]) -> list[str]:
@@ -226,8 +236,8 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
         return Reply(
             text=(choice["text"] if "text" in choice else choice["message"].get("content")) or "",
             finish_reason=choice.get("finish_reason") or "",
-            prompt_tokens=int(usage.get("prompt_tokens", 0)),
-            completion_tokens=int(usage.get("completion_tokens", 0)),
+            prompt_tokens=int(usage.get("prompt_tokens") or 0),
+            completion_tokens=int(usage.get("completion_tokens") or 0),
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as wrong:
         raise GarbledError(f"{endpoint.url} answered with something that is no chat completion") from wrong

@@ -131,7 +131,7 @@ def _endpoints(urls: Sequence[str], model: str | None, key: str | None) -> list[
         try:
             found.append(find(url, model=model, api_key=key))
         except FOR_NOW as failure:
-            found.append(Endpoint(url, model or "", key))
+            found.append(Endpoint(url, model or "", key, proved=False))
             away.append(failure)
     if len(away) == len(found):
         raise away[0]

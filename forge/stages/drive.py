@@ -97,14 +97,17 @@ def _keep(target: Ship) -> str:
     """Leave the model served as `forge serve --detach` does; give its address."""
     from forge.serve import detached
     from forge.stages.serving import Wish, detach, served_directory
+    from forge.tools.hosts import DEFAULT_HOST
 
     deploy = target.recipe.deploy
     name = target.recipe.name
     if any(one.name == name for one in detached.running(served_directory())):
         report.info(f"{name} was being served before this ship; it is stopped")
         detached.stop(served_directory(), name)
+    # A recipe's host is told where it is another than the usual one; else Ollama is where OLLAMA_HOST says.
+    host = None if deploy.host == DEFAULT_HOST else deploy.host
     wish = Wish(
-        str(target.run_directory), runtime=deploy.runtime, host=deploy.host, port=deploy.port,
+        str(target.run_directory), runtime=deploy.runtime, host=host, port=deploy.port,
         parallel=deploy.parallel, threads=deploy.threads, gpu_layers=deploy.gpu_layers,
         without_key=deploy.without_key,
     )  # fmt: skip

@@ -36,7 +36,7 @@ class Wish:
 
     target: str
     runtime: str = "embedded"
-    host: str = DEFAULT_HOST
+    host: str | None = None
     port: int | None = 0
     context: int | None = None
     parallel: int | None = None
@@ -77,7 +77,7 @@ def settings(wish: Wish) -> Settings:
         model=path,
         alias=run.name if run else path.stem,
         context_tokens=wish.context or min(limit, _context_of(run)),
-        host=wish.host,
+        host=wish.host or DEFAULT_HOST,
         port=_port_of(wish),
         parallel=wish.parallel,
         threads=wish.threads,
@@ -99,9 +99,12 @@ def settings(wish: Wish) -> Settings:
 
 
 def _port_of(wish: Wish) -> int:
-    if wish.port is None:
-        return 0 if wish.runtime == "ollama" else PORT  # Ollama listens already, on a port of its own
-    return wish.port
+    if wish.runtime == "ollama":
+        from forge.tools import ollama
+
+        # It listens already: where the host is told on its usual port, else where OLLAMA_HOST says.
+        return wish.port or (ollama.PORT if wish.host else 0)
+    return PORT if wish.port is None else wish.port
 
 
 def _context_of(run: Path | None) -> int:

@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -24,6 +24,9 @@ _SECONDS_TO_START = 60.0
 _SECONDS_TO_HEAR_OUT = 5.0
 # It is asked again and again whether a server is still there, and that must hold up nobody.
 _TIMEOUT_OF_A_LOOK = httpx.Timeout(5.0)
+SECONDS_BETWEEN_LOOKS = 10.0
+# A server that is restarted is away for one or two looks.
+_LOOKS_THAT_MISS_IT = 3
 
 
 def check(url: str | None = None) -> None:
@@ -40,16 +43,39 @@ def _can_start(url: str) -> bool:
     return is_loopback(urlsplit(url).hostname or "") and shutil.which("ollama") is not None
 
 
-def why_gone(url: str) -> str:
-    """For `Endpoint.why_gone`: empty while a server is there, however slow."""
-    try:
-        with Ollama(url, timeout=_TIMEOUT_OF_A_LOOK) as server:
-            server.version()
-    except MissingToolError:
-        return f"the Ollama server at {url} has ended, or cannot be reached any more"
-    except StageError:
-        pass  # busy, or just breaking off: the next look tells
-    return ""
+class _Watch:
+    """For `Endpoint.why_gone`: empty while a server is there, however slow, or away for a restart alone."""
+
+    def __init__(self, server: Ollama) -> None:
+        self._server = server
+        self._looked = time.monotonic()
+        self._missed = 0
+
+    def __call__(self) -> str:
+        """Why it is gone; it looks every 10 seconds, however often it is asked."""
+        if time.monotonic() - self._looked >= SECONDS_BETWEEN_LOOKS:
+            self._look()
+            self._looked = time.monotonic()
+        if self._missed < _LOOKS_THAT_MISS_IT:
+            return ""
+        return f"the Ollama server at {self._server.url} has ended, or cannot be reached any more"
+
+    def _look(self) -> None:
+        try:
+            self._server.version()
+        except MissingToolError:
+            self._missed += 1
+            return
+        except StageError:
+            pass  # busy, or just breaking off: the next look tells
+        self._missed = 0
+
+
+@contextlib.contextmanager
+def watch(url: str) -> Iterator[Callable[[], str]]:
+    """What `Endpoint.why_gone` asks of the server at `url`."""
+    with Ollama(url, timeout=_TIMEOUT_OF_A_LOOK) as server:
+        yield _Watch(server)
 
 
 @contextlib.contextmanager
