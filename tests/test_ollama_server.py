@@ -7,7 +7,6 @@ import json
 import socket
 import sys
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -108,12 +107,11 @@ def test_a_server_is_gone_when_it_stays_away(monkeypatch: pytest.MonkeyPatch) ->
     """A restart is no end; nor is it looked for at every turn."""
     with FakeOllama() as first:
         pass
-    port = urlsplit(first.url).port
     with watch(first.url) as why_gone:
         assert [why_gone() for _ in range(9)] == [""] * 9
         monkeypatch.setattr("forge.tools.ollama_server.SECONDS_BETWEEN_LOOKS", 0.0)
         assert [why_gone(), why_gone()] == ["", ""]
-        with FakeOllama(port=port):
+        with FakeOllama(port=first.port):
             assert why_gone() == ""
         assert [why_gone(), why_gone()] == ["", ""]
         assert why_gone() == f"the Ollama server at {first.url} has ended, or cannot be reached any more"

@@ -138,15 +138,18 @@ def test_without_a_server_nothing_is_trained(tmp_path: Path, monkeypatch: pytest
     assert place.stage_directories("train") == []
 
 
+@pytest.mark.parametrize("named", [True, False])
 def test_a_ship_into_the_server_that_its_recipe_names(
-    place: Workshop, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch
+    place: Workshop, fake: FakeOllama, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:
-    """Looked for, proved and kept there, wherever OLLAMA_HOST is."""
-    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    place.recipe(deploy={"runtime": "ollama", "host": "localhost", "port": fake.port, "keep": True})
+    """Looked for, proved and kept there, wherever OLLAMA_HOST is; at OLLAMA_HOST where it names none."""
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9" if named else fake.url)
+    address = {"host": "localhost", "port": fake.port} if named else {}
+    place.recipe(deploy={"runtime": "ollama", **address, "keep": True})
+    url = f"http://localhost:{fake.port}" if named else fake.url
     try:
-        assert place.ship().fields["endpoint"] == f"http://localhost:{fake.port}"
-        assert place.manifest()["facts"]["deploy"]["endpoint"] == f"http://localhost:{fake.port}"
+        assert place.ship().fields["endpoint"] == url
+        assert place.manifest()["facts"]["deploy"]["endpoint"] == url
     finally:
         assert place.forge("stop").fields == {"stopped": ["mini"]}
         place.recipe(deploy={"runtime": "ollama"})
