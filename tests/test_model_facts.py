@@ -75,6 +75,24 @@ def test_a_nested_configuration() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "experts"),
+    [
+        ({}, None),
+        ({"num_local_experts": 8}, 8),
+        ({"num_experts": 128}, 128),
+        ({"n_routed_experts": 64, "n_shared_experts": 2}, 64),
+        ({"moe_num_experts": 64}, 64),
+        ({"ffn_config": {"moe_num_experts": 16}}, 16),
+        ({"num_local_experts": 0}, None),
+        ({"text_config": {"num_experts": 16}}, 16),
+    ],
+)
+def test_experts_have_many_names(fields: dict[str, Any], experts: int | None) -> None:
+    """Mixtral, Qwen, DeepSeek, ERNIE, DBRX; a dense Granite says zero."""
+    assert configuration_of({**LLAMA, **fields}).experts == experts
+
+
+@pytest.mark.parametrize(
     ("settings", "told"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq, 4 bits"),

@@ -333,6 +333,10 @@ def test_faults_of_a_mixture_of_experts_are_no_near_ties(tmp_path: Path) -> None
     other = replace(mixture, adapter=scaled(mixture.adapter, tmp_path / "scaled", 2))
     found = other.verify(sound, f16=str(sound))
     assert (found["broken_stage"], "near ties" in str(found["warnings"])) == ("merge", False)
+    quantized = make_quantized(sound, tmp_path / "q4_k_m.gguf", "q4_k_m", 2)
+    assert mixture.verify(quantized, f16=str(sound))["ok"]
+    # Four bits alone put it nearly as far from f16: the weights tell.
+    assert other.verify(quantized)["broken_stage"] == "merge"
     name = "blk.2.ffn_down_exps.weight"
     down = next(one for one in gguf.GGUFReader(str(sound)).tensors if one.name == name)
     turned = {name: np.roll(np.array(down.data), 1, axis=0)}

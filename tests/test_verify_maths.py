@@ -10,7 +10,7 @@ import pytest
 
 from forge.errors import DataError
 from forge.model.safetensors_header import TensorSpec
-from forge.verify.compare import compare, converts, top_log_probabilities
+from forge.verify.compare import compare, converts, converts_mostly, times_as_far, top_log_probabilities
 from forge.verify.inputs import refuse_too_large
 from forge.verify.sample import LONGEST, Sample, draw, least_share
 from forge.verify.verdict import Gates, judge
@@ -51,6 +51,36 @@ def test_the_measures_are_what_they_say() -> None:
     assert found["perplexity"] == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.25)) / 2))
     # All logits are log(3)/2 from their mean; at the first position both are off by twice that.
     assert found["nmse"] == pytest.approx(2.0)
+
+
+def test_faults_of_a_part_of_each_row_are_no_near_ties() -> None:
+    """Eight rows behind one prompt: at four of ten positions by chance, or at the last third of each row."""
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    rows = tuple((*range(20), *random.integers(20, 40, size=77).tolist()) for _ in range(8))
+    positions = tuple((row, index) for row in range(8) for index in range(96))
+    sample = Sample(rows, positions, (True,) * 768, 8)
+    logits: Any = random.normal(size=(768, 40))
+    late = np.array([index >= 64 for _, index in positions])
+    # What is turned in a prompt is turned in every row: half of its positions here.
+    ties = np.where([index < 20 for _, index in positions], [index % 2 == 0 for _, index in positions], False)
+
+    def rounded(size: float, *turned: Any) -> Any:
+        noise = size * random.normal(size=logits.shape)
+        for places in turned:
+            noise += places[:, None] * random.normal(size=logits.shape)
+        return logits + noise
+
+    by_chance = [random.random(768) < 0.4 for _ in range(2)]
+    near_ties = compare(logits, rounded(1e-3, by_chance[0], ties), sample)
+    assert converts_mostly(near_ties) and not converts(near_ties)
+    assert not converts_mostly(compare(logits, rounded(1e-3, late), sample))
+    theirs = rounded(0.05, by_chance[0], ties)
+    assert times_as_far(logits, rounded(0.05, by_chance[1], ties), theirs, sample) < 1.2
+    assert times_as_far(logits, rounded(0.05, by_chance[1], ties, late), theirs, sample) > 1.2
+    assert times_as_far(logits, rounded(0.07, by_chance[1], ties), theirs, sample) > 1.2
+    assert times_as_far(logits, logits, logits, sample) == 0.0
 
 
 def test_perplexity_is_the_answers_and_a_padded_vocabulary_does_not_count() -> None:
@@ -140,7 +170,7 @@ def _measurement(**legs: dict[str, Any]) -> dict[str, Any]:
     return {
         "legs": {**sound, **{name.replace("_", " "): leg for name, leg in legs.items()}},
         "tokens": good, "prompt": good, "stops": {"ok": True, "token": "</s>"},
-        "file": {"type": "q4_k_m", "experts": 0}, "greedy": {"prompts": 8, "same": 8},
+        "file": {"type": "q4_k_m"}, "experts": 0, "greedy": {"prompts": 8, "same": 8},
         "sample": {"rows": 60, "positions": 1000},
         "weights": {"file": fit, "f16": fit, "vendor": fit},
     }  # fmt: skip
@@ -181,12 +211,52 @@ def test_a_conversion_has_fixed_limits(nmse: float, kl: float, ok: bool) -> None
 def test_near_ties_between_experts_are_no_fault(experts: int, middle: float, scale: float, ok: bool) -> None:
     """Nor an excuse: half of the positions are within the limits, and the weights say nothing else."""
     turned = _leg(nmse=0.01, kl_mean=0.01, nmse_middle=middle, kl_middle=1e-6, beyond=0.2)
-    measured = _measurement(f16=turned)
-    measured["file"]["experts"] = experts
+    measured = _measurement(f16=turned, file_against_f16=_leg(beyond_vendor=1.0))
+    measured["experts"] = experts
     measured["weights"]["f16"] = measured["weights"]["f16"] | {"scale": scale}
     found = judge(measured, Gates())
     assert found["ok"] is ok
     assert ("near ties" in str(found["warnings"])) is ok
+
+
+@pytest.mark.parametrize(("rest", "ok"), [(3e-4, True), (5e-3, False)])
+def test_what_was_merged_into_a_mixture_is_rounded_once(rest: float, ok: bool) -> None:
+    """The f16 made here has no other to be held against: what float16 rounds is the measure."""
+    turned = _leg(nmse=0.01, kl_mean=0.01, nmse_middle=1e-6, kl_middle=1e-6, beyond=0.2)
+    measured = _measurement(f16=turned, file_against_f16=_leg(beyond_vendor=1.0)) | {"experts": 8}
+    name = "blk.0.attn_q.weight"
+    seen = {"adapted": [name], "rests": {name: rest}, "layouts": {name: "plain"}}
+    measured["weights"]["f16"] = measured["weights"]["f16"] | seen
+    found = judge(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (ok, None if ok else "merge")
+
+
+@pytest.mark.parametrize(
+    ("share", "times", "scale", "stage"),
+    [(1.3, 1.1, 1.0, None), (1.0, 1.3, 1.0, "quantize"), (1.0, 1.1, 0.0, "merge")],
+)
+def test_a_quantized_mixture_is_held_to_the_middle_position_and_to_its_weights(
+    share: float, times: float, scale: float, stage: str | None
+) -> None:
+    """Other near ties turned in llama.cpp's own: the means differ by more, or hide a fault."""
+    measured = _measurement(file_against_f16=_leg(nmse=2e-3 * share, beyond_vendor=times)) | {"experts": 8}
+    measured["weights"]["file"] = measured["weights"]["file"] | {"scale": scale}
+    found = judge(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (stage is None, stage)
+    assert found["handovers"][-1]["beyond_vendor"] == times
+    assert judge(measured | {"experts": 0}, Gates())["ok"] is (share < 1.2)
+
+
+def test_rows_that_the_file_lost_are_those_that_llama_cpps_own_has() -> None:
+    """Rows so small that the type rounds them to zeros are lost in both."""
+    measured = _measurement(file=_leg(nmse=1.0), file_against_f16=_leg(nmse=1.0))
+    fit = measured["weights"]["vendor"]
+    lost = {"token_embd.weight": 2}
+    measured["weights"] |= {"file": {**fit, "lost_rows": lost}, "vendor": {**fit, "lost_rows": lost}}
+    assert judge(measured, Gates())["broken_stage"] == "quantize"
+    measured["weights"]["vendor"] = fit
+    found = judge(measured, Gates())
+    assert (found["broken_stage"], "2 rows of token_embd.weight" in found["verdict"]) == ("convert", True)
 
 
 def test_the_shift_of_training_warns_and_never_fails() -> None:
@@ -217,7 +287,7 @@ def test_a_lossy_type_is_shown_beside_the_published_norm(leg: dict[str, float], 
 
 
 def test_a_type_without_a_published_norm_is_shown_beside_none() -> None:
-    found = judge(_measurement(file=_leg(kl_mean=0.2)) | {"file": {"type": "iq4_xs", "experts": 0}}, Gates())
+    found = judge(_measurement(file=_leg(kl_mean=0.2)) | {"file": {"type": "iq4_xs"}}, Gates())
     assert found["norm"] is None and found["warnings"] == []
 
 

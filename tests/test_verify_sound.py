@@ -10,7 +10,7 @@ import pytest
 from forge.export.run import GGUF_FILE, export
 from forge.verify.yardstick import make_quantized
 from tests.models import PEFT_WARNS
-from tests.specimens import make_specimen, source_of
+from tests.specimens import Specimen, make_specimen, source_of
 
 pytestmark = [
     pytest.mark.training,
@@ -20,6 +20,8 @@ pytestmark = [
     PEFT_WARNS,
 ]
 
+# Routers of random weights are so undecided that float16's rounding turns choices at a fifth of positions.
+NEAR_TIES: dict[str, Any] = {"num_local_experts": 8, "num_hidden_layers": 6}
 SOUND: list[tuple[str, int, str, dict[str, Any]]] = [
     ("llama", 1, "q4_k_m", {}),
     ("llama", 2, "q8_0", {"tie_word_embeddings": False}),
@@ -46,8 +48,7 @@ SOUND: list[tuple[str, int, str, dict[str, Any]]] = [
     ("gemma3_text", 23, "q4_k_m", {}),
     ("mixtral", 24, "q4_k_m", {}),
     ("qwen3_moe", 25, "q4_k_m", {"norm_topk_prob": True}),
-    # Its random routers are so undecided that float16's rounding turns choices at a fifth of the positions.
-    ("mixtral", 27, "f16", {"num_local_experts": 8, "num_hidden_layers": 6}),
+    ("mixtral", 27, "f16", NEAR_TIES),
 ]
 
 
@@ -68,9 +69,26 @@ def test_sound(architecture: str, seed: int, quant: str, changes: dict[str, Any]
 def test_quantized_from_another_source(source: str, quant: str, tmp_path: Path) -> None:
     """Others quantize from bf16 or f32: other bytes than from f16, and no fault."""
     specimen = make_specimen(tmp_path / "specimen", "llama", seed=30)
-    (tmp_path / source).mkdir()
-    settings = {"name": "yoda", "quant": source, "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
-    export(**source_of(specimen), data=None, out=str(tmp_path / source), settings=settings)
-    make_quantized(tmp_path / source / GGUF_FILE, tmp_path / "file.gguf", quant, 2)
+    make_quantized(_exported(specimen, source, tmp_path), tmp_path / "file.gguf", quant, 2)
     found = specimen.verify(tmp_path / "file.gguf")
     assert found["ok"], (found["verdict"], found["handovers"])
+
+
+@pytest.mark.parametrize(("source", "quant"), [("f32", "q6_k"), ("bf16", "q8_0"), ("q8_0", "q8_0")])
+def test_a_mixture_quantized_from_another_source(source: str, quant: str, tmp_path: Path) -> None:
+    """Its near ties turn otherwise than in llama.cpp's own; forge rounds the merged float32 itself."""
+    specimen = make_specimen(tmp_path / "specimen", "mixtral", seed=27, **NEAR_TIES)
+    file = _exported(specimen, source, tmp_path)
+    if source != quant:
+        make_quantized(file, tmp_path / "file.gguf", quant, 2)
+        file = tmp_path / "file.gguf"
+    found = specimen.verify(file)
+    assert found["ok"], (found["verdict"], found["handovers"])
+
+
+def _exported(specimen: Specimen, quant: str, directory: Path) -> Path:
+    """forge's own file of that type."""
+    (directory / "exported").mkdir()
+    settings = {"name": "yoda", "quant": quant, "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
+    export(**source_of(specimen), data=None, out=str(directory / "exported"), settings=settings)
+    return directory / "exported" / GGUF_FILE

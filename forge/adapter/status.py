@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from forge.adapter.read import WEIGHTS_FILE, Adapter, read_adapter
-from forge.adapter.vocabulary import fitted, resize, resized_rows
+from forge.adapter.vocabulary import fitted, resize, resized_rows, trained_apart
 from forge.errors import CheckError, DataError, Problem
 from forge.model.checkpoint import open_checkpoint
+from forge.model.safetensors_header import TensorSpec
 
 _MOST_NAMED = 8
 
@@ -49,9 +50,15 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
         "impurities": list(found.impurities),
         "scale": scales[0] if len(scales) == 1 else {name: one.scale for name, one in found.layers.items()},
         "trainable_parameters": sum(_numel(spec.shape) for spec in _specs(found)),
-        "exports": ["merged"] if found.impurities else ["merged", "adapter"],
+        "exports": _exports(found, tensors),
         "problems": [],
     }
+
+
+def _exports(found: Adapter, base: Mapping[str, TensorSpec]) -> list[str]:
+    """What forge can export; nothing of an adapter that only peft can merge into this base."""
+    merged = [] if trained_apart(found, base) else ["merged"]
+    return merged if found.impurities else [*merged, "adapter"]
 
 
 def _on_meta(base: str, found: Adapter, rows: int | None, trust_remote_code: bool) -> Any:

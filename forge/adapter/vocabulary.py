@@ -115,11 +115,23 @@ def _without_copy(parts: Mapping[str, Part], is_copy: Callable[[Part, Part], boo
     }
 
 
-def is_trained_apart(given: str, adapter: Adapter) -> bool:
-    """Whether the whole embedding `given` was trained beside the one that the base ties to its output layer.
+def trained_apart(adapter: Adapter, base: Mapping[str, TensorSpec]) -> frozenset[str]:
+    """The parts of `adapter` that moved the embedding alone, on a `base` that ties the output layer to it.
 
-    peft copies modules_to_save, unless it is told to keep the copies tied. `adapter` is as it was read: an
-    output layer in it is the same, or `fitted` leaves it there to be refused.
+    In the one tensor of such a base the output layer would move with them. A whole tensor is named as
+    in `replaced`, factors as in `layers`; `adapter` is as it was read.
+    """
+    if any(_leaf(name) in HEADS for name in base):
+        return frozenset()
+    whole = [name for name in adapter.replaced if _leaf(name) in EMBEDDINGS and _is_apart(name, adapter)]
+    return frozenset([*whole, *(name for name, layer in adapter.layers.items() if layer.is_embedding)])
+
+
+def _is_apart(given: str, adapter: Adapter) -> bool:
+    """Whether the whole embedding `given` was trained beside the one that is tied.
+
+    peft copies modules_to_save, unless it is told to keep the copies tied. An output layer in the adapter is
+    the same, or `fitted` leaves it there to be refused.
     """
     module = given.rpartition(".")[0]
     named = adapter.configuration.get("modules_to_save") or ()

@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from forge.adapter.read import EMBEDDINGS, Adapter, LoraLayer, TokenRows, find_base_tensor
-from forge.adapter.vocabulary import HEADS, fitted, is_of_tokens, is_trained_apart, resized_rows
+from forge.adapter.read import Adapter, LoraLayer, TokenRows, find_base_tensor
+from forge.adapter.vocabulary import fitted, is_of_tokens, resized_rows, trained_apart
 from forge.errors import DataError, Problem
 from forge.export.nf4 import through_nf4
 from forge.export.tensors import LazyTensor, read_rows, stored
@@ -70,8 +70,9 @@ class _Parts:
 def _match(checkpoint: Checkpoint, adapter: Adapter) -> _Parts:
     base, parts = checkpoint.tensors, _Parts()
     once = fitted(adapter, base)
-    problems = [*_match_whole(once, adapter, base, parts), *_match_rows(once, base, parts)]
-    problems += _match_layers(once, base, parts)
+    apart = trained_apart(adapter, base)
+    problems = [*_match_whole(once, apart, base, parts), *_match_rows(once, base, parts)]
+    problems += _match_layers(once, apart, base, parts)
     if problems:
         raise DataError(
             f"{len(problems)} parts of the adapter cannot be merged into this base",
@@ -83,14 +84,13 @@ def _match(checkpoint: Checkpoint, adapter: Adapter) -> _Parts:
 
 
 def _match_whole(
-    adapter: Adapter, given: Adapter, base: Mapping[str, TensorSpec], parts: _Parts
+    adapter: Adapter, apart: Collection[str], base: Mapping[str, TensorSpec], parts: _Parts
 ) -> Iterator[Problem]:
-    """`given` is the adapter as it was read."""
     for part, spec in adapter.replaced.items():
         name = find_base_tensor(part, base)
         if name is None:
             yield Problem("the base has no such tensor (is it tied to the embedding?)", part)
-        elif _is_tied(base) and _is_embedding(name) and is_trained_apart(part, given):
+        elif part in apart:
             yield Problem(_TIED, part)
         elif base[name].shape != spec.shape and not (
             is_of_tokens(name) and base[name].shape[1:] == spec.shape[1:]
@@ -115,27 +115,21 @@ def _match_rows(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts)
             parts.rows[name] = rows
 
 
-def _match_layers(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
+def _match_layers(
+    adapter: Adapter, apart: Collection[str], base: Mapping[str, TensorSpec], parts: _Parts
+) -> Iterator[Problem]:
     for module, layer in adapter.layers.items():
         name = find_base_tensor(f"{module}.weight", base)
         if layer.magnitude and _is_transposed(layer, adapter):
             yield Problem("DoRA is merged on linear layers alone", module)
         elif name is None:
             yield Problem("the base has no such tensor", f"{module}.weight")
-        elif _is_tied(base) and layer.is_embedding:
+        elif module in apart:
             yield Problem(_TIED, module)
         elif (shape := parts.shape(name, base)) != _delta_shape(layer, adapter):
             yield Problem(f"{_delta_shape(layer, adapter)} does not fit the base's {shape}", module)
         else:
             parts.layers[name] = layer
-
-
-def _is_tied(base: Mapping[str, TensorSpec]) -> bool:
-    return not any(head in name for name in base for head in HEADS)
-
-
-def _is_embedding(name: str) -> bool:
-    return name.rpartition(".weight")[0].endswith(EMBEDDINGS)
 
 
 def _is_transposed(layer: LoraLayer, adapter: Adapter) -> bool:

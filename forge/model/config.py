@@ -18,6 +18,7 @@ from typing import Any
 from forge.errors import DataError
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
 
 
@@ -39,6 +40,8 @@ class Configuration:
     dtype: str | None
     encoder_decoder: bool
     quantization: str | None
+    experts: int | None
+    """Those that a router chooses among, in a layer; None where there is no router."""
     remote_code: bool
     """It names Python files of its own (`auto_map`); transformers may know the architecture anyway."""
     raw: Mapping[str, Any]
@@ -98,6 +101,7 @@ def configuration_of(raw: Mapping[str, Any], *, where: str = "config.json") -> C
         dtype=_dtype(raw, text),
         encoder_decoder=bool(raw.get("is_encoder_decoder", False)),
         quantization=_quantization(raw, text),
+        experts=_experts(text),
         remote_code=bool(raw.get("auto_map")),
         raw=raw,
     )
@@ -145,6 +149,11 @@ def _count(config: Mapping[str, Any], *names: str) -> int | None:
         if type(value) is int and value > 0:
             return value
     return None
+
+
+def _experts(text: Mapping[str, Any]) -> int | None:
+    part = text.get("ffn_config")  # DBRX keeps them there
+    return _count(text, *_EXPERTS) or (_count(part, *_EXPERTS) if isinstance(part, dict) else None)
 
 
 def _key_value_heads(text: Mapping[str, Any], heads: int | None) -> int | None:

@@ -145,6 +145,7 @@ class _Search:
         """The types that were measured, and those that were left out with the reason."""
         found: list[dict[str, Any]] = []
         left_out: dict[str, str] = {}
+        unmade: UnmadeTypeError | None = None
         known, over = self._known(), dict.fromkeys(("K", "IQ"), 0)
         for kind in self._arguments["types"]:
             lines = _lines(kind)
@@ -155,14 +156,14 @@ class _Search:
                 measured = known.get(kind) or self._try(kind)
             except UnmadeTypeError as failure:
                 left_out[kind] = failure.message
-                unmade = failure
+                unmade = unmade or failure
                 continue
             found.append(measured)
             figures = f"KL {measured['kl_mean']:.2g}, top-1 {measured['top1']:.2%}"
             report.info(f"{kind}: {measured['bytes'] / 1e6:.1f} MB, {figures}")
             is_over = measured["kl_mean"] > self._arguments["max_kl"]
             over |= {line: over[line] + 1 if is_over else 0 for line in lines}
-        if not found:
+        if unmade and not found:
             raise unmade
         return {
             "types": found,

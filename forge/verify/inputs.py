@@ -121,7 +121,6 @@ def file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         "tensor_types": header.tensor_types,
         "vocabulary": count,
-        "experts": header.metadata.get(f"{header.architecture}.expert_count") or 0,
         "sampling": {
             key: value for key, value in header.metadata.items() if key.startswith("general.sampling.")
         },

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.adapter.read import Adapter, LoraLayer, find_base_tensor
-from forge.adapter.vocabulary import fitted, resized_rows
+from forge.adapter.vocabulary import fitted, resized_rows, trained_apart
 from forge.errors import DataError
 from forge.model.checkpoint import open_checkpoint
 from forge.model.safetensors_header import TensorSpec
@@ -49,13 +49,19 @@ class Weights:
 class Loader:
     """Reads tensors of a checkpoint in float32, and what the adapter adds to them.
 
-    Raises `DataError` for an adapter with parts that have no place in the checkpoint.
+    Raises `DataError` for an adapter with parts that have no place in the checkpoint, or one too many.
     """
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
         self.checkpoint = open_checkpoint(weights.base)
         self._tensors = self.checkpoint.tensors
+        if weights.adapter and (apart := sorted(trained_apart(weights.adapter, self._tensors))):
+            raise DataError(
+                f"{apart[0]} was trained apart from the output layer, which the base ties to it: in its one "
+                "tensor both would change",
+                hint="merge the adapter with peft and verify what comes of it, without an adapter",
+            )
         adapter = fitted(weights.adapter, self._tensors) if weights.adapter else None
         self.rows = resized_rows(adapter, self._tensors) if adapter else None
         tuned = None if weights.plain else adapter

@@ -25,7 +25,7 @@ from forge.model.estimate import available, usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
-from forge.verify.compare import compare, converts, top_log_probabilities
+from forge.verify.compare import compare, converts, times_as_far, top_log_probabilities
 from forge.verify.inputs import (
     file_facts,
     most_frequent,
@@ -120,6 +120,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
         refuse_other_importance(header, session.importance)
     rows = read_rows(Path(arguments["rows"]))
     session.found["file"] = file_facts(gguf, header)
+    session.found["experts"] = facts.experts or 0
     session.found["merge_base"] = session.settings.get("merge_base", "original")
     with session.step("token ids, prompt and stops"):
         session.found |= _vocabulary(session, rows)
@@ -237,7 +238,9 @@ class _Legs:
             held = _doubted(session.found["file"], read_gguf(gguf), read_gguf(vendor))
             if held != kind:
                 yardstick.make_quantized(f16, vendor, held, usable_cores(), session.importance)
-        self._file("vendor", vendor, direct)
+        theirs = self._file("vendor", vendor, direct)
+        against = session.found["legs"]["file against f16"]
+        against["beyond_vendor"] = times_as_far(direct, measured, theirs, self.drawn)
         return {"file": gguf, "f16": f16, "vendor": vendor}
 
     def _file(self, name: str, path: Path, against: Any = None) -> Any:

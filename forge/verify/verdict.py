@@ -5,10 +5,12 @@ differ at all; a quantized file further from f16 than llama.cpp's own of that ty
 an adapter that changes nothing. What a quantized type loses by its nature only warns, unless the
 recipe sets a limit. The words for a fault, and its stage, are in `cause`.
 
-A mixture of experts, of whose routers rounding turns near ties, is held to the limits of a conversion at
-its middle position, and to what its weights say.
+A mixture of experts, of whose routers rounding turns near ties, is held to the limits at half of all
+positions and at a quarter of those of every stretch of the rows, to those of a conversion or to llama.cpp's
+own quantized file position by position; the weights that can be looked up must say nothing else.
 
-Not covered: the live server (deploy judges that), and what was learned (evaluate does).
+Not covered: in a mixture, a fault in few experts alone or at few tokens alone, for the experts' own
+weights are mostly not looked up; the live server (deploy judges that), and what was learned (evaluate does).
 """
 
 from __future__ import annotations
@@ -135,18 +137,28 @@ def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [*listed, _handover(start, f"GGUF {kind}", legs["file"], _is_converted(found, "file"))]
     listed.append(_handover(start, "GGUF f16", legs["f16"], _is_converted(found, "f16")))
     against, vendor = legs["file against f16"], legs["vendor"]
+    beyond = against["nmse"] / max(vendor["nmse"], 1e-30)
     ok = against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + MOST_NMSE / 100
+    if _has_experts(found):
+        # Which near ties turn depends on the last bit of what was quantized: means differ by chance.
+        beyond = against["beyond_vendor"]
+        ok = beyond <= MOST_BEYOND_VENDOR and told_by_weights(found, own=False) is None
     last = _handover("GGUF f16", f"GGUF {kind}", against, ok)
     last["vendor"] = {key: vendor[key] for key in ("nmse", "kl_mean", "kl_max", "top1")}
-    last["beyond_vendor"] = round(against["nmse"] / max(vendor["nmse"], 1e-30), 3)
+    last["beyond_vendor"] = round(beyond, 3)
     return [*listed, last]
 
 
 def _is_converted(found: Mapping[str, Any], name: str) -> bool:
     leg = found["legs"][name]
-    if converts(leg) or not found["file"]["experts"]:
+    if converts(leg) or not _has_experts(found):
         return converts(leg)
     return converts_mostly(leg) and told_by_weights(found, own=name == "f16") is None
+
+
+def _has_experts(found: Mapping[str, Any]) -> bool:
+    """Whether the base has experts to choose among; a file's own word for it would excuse any file."""
+    return bool(found["experts"] > 1)
 
 
 def _handover(before: str, after: str, leg: Mapping[str, Any], ok: bool) -> dict[str, Any]:
@@ -177,8 +189,9 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
     if not converts(legs[name]) and _is_converted(found, name):
         told.append(
             f"rounding turned near ties between experts: {legs[name]['beyond']:.1%} of the positions are "
-            f"beyond NMSE {MOST_NMSE:g} ({legs[name]['nmse']:.2g} over all); the others are as they should, "
-            "and so are the weights that could be looked up"
+            f"beyond NMSE {MOST_NMSE:g} ({legs[name]['nmse']:.2g} over all); half of all and a quarter of "
+            "every stretch of the rows are within, and the weights that could be looked up are right; the "
+            "experts' mostly could not: a fault in few of them alone would not show"
         )
     norm = _norm(found)
     if norm and norm["worse"]:
