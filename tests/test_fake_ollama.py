@@ -109,12 +109,8 @@ def test_a_jinja_near_to_a_known_one_is_taken_for_it(
     ollama_client: Ollama, model_name: str, tmp_path: Path
 ) -> None:
     """ChatML with renamed tokens is prompted with <|im_start|>, in silence; its stops come with it."""
-    make(
-        ollama_client,
-        model_name,
-        write_tiny_gguf(tmp_path / "m.gguf", template=RENAMED),
-        parameters={"num_ctx": 512},
-    )
+    path = write_tiny_gguf(tmp_path / "m.gguf", template=RENAMED)
+    make(ollama_client, model_name, path, parameters={"num_ctx": 512})
     assert ollama_client.prompt(model_name, USER).startswith("<|im_start|>user\n")
     assert "<|im_end|>" in stops_in(ollama_client.show(model_name))
 
@@ -131,12 +127,8 @@ def test_forges_remark_keeps_the_guess_off(ollama_client: Ollama, model_name: st
 def test_without_a_template_it_falls_back_to_chatml(
     ollama_client: Ollama, model_name: str, tmp_path: Path
 ) -> None:
-    make(
-        ollama_client,
-        model_name,
-        write_tiny_gguf(tmp_path / "m.gguf", template=None),
-        parameters={"num_ctx": 512},
-    )
+    path = write_tiny_gguf(tmp_path / "m.gguf", template=None)
+    make(ollama_client, model_name, path, parameters={"num_ctx": 512})
     assert ollama_client.prompt(model_name, USER) == ChatTemplate(CHATML).render(
         USER, add_generation_prompt=True
     )
