@@ -47,6 +47,12 @@ def _stand_in(**how: object) -> StandIn:
     return StandIn(**how)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
+
+
 @pytest.mark.programs
 def test_async_client_says_what_the_other_says(served: Endpoint) -> None:
     async def ask() -> list[Reply]:
@@ -165,11 +171,7 @@ def test_several_endpoints_share_the_rows(tmp_path: Path) -> None:
     assert min(len(one.asked), len(two.asked)) >= 10
 
 
-def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
+def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
     gone = _stand_in()
     gone.start()
@@ -183,13 +185,10 @@ def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(
 @pytest.mark.parametrize("told", [(), ("--model", "stand-in")])
 def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     told: tuple[str, ...],
 ) -> None:
     """It gets its share when it comes, under its model's name; where none answers nothing begins."""
-    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
     late = _stand_in()
     late.start()
     late.stop()
@@ -218,10 +217,9 @@ def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers
 
 
 def test_endpoint_that_comes_late_without_the_model_answers_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nor does one that asks for a key; the batch ends where nobody else is left."""
-    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
     prompts, out = write_prompts(tmp_path, 12), tmp_path / "out.jsonl"
     with _stand_in(models=("other",)) as late:
         pass
@@ -239,12 +237,8 @@ def test_endpoint_that_comes_late_without_the_model_answers_nothing(
     assert said.count("Invalid API Key: it is left out") == 1
 
 
-def test_endpoint_that_comes_late_may_still_load_its_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_endpoint_that_comes_late_may_still_load_its_model(tmp_path: Path) -> None:
     """It lists none by then, and is asked again."""
-    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
     prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
     with _stand_in(models=()) as late, _stand_in(seconds=0.05) as there:
 
@@ -265,12 +259,8 @@ def test_endpoint_that_comes_late_may_still_load_its_model(
     assert late.asked and {body["model"] for body in late.asked} == {"stand-in"}
 
 
-def test_endpoint_that_stays_away_does_not_end_what_a_slow_one_works_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_endpoint_that_stays_away_does_not_end_what_a_slow_one_works_on(tmp_path: Path) -> None:
     """Its first answers may take longer than the patience with one that is away."""
-    monkeypatch.setattr("forge.serve.retries.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("forge.serve.retries.LONGEST_PAUSE_SECONDS", 0.05)
     prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
     with _stand_in() as away:
         pass
