@@ -134,6 +134,14 @@ def test_what_is_no_answer_is_asked_again(tmp_path: Path) -> None:
     assert texts_of(out) == expected_texts(4)
 
 
+def test_a_gateway_whose_server_restarts_costs_no_row(tmp_path: Path) -> None:
+    """Seven times each, which of a server's own errors would be too often."""
+    prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
+    with StandIn(failures=[Failure(502, body=b"<html>gateway</html>"), Failure(504)] * 14) as server:
+        assert generate(server.endpoint, prompts, out).written == 4
+    assert texts_of(out) == expected_texts(4)
+
+
 def test_what_stays_no_answer_ends_the_run_with_what_is_left(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 3), tmp_path / "out.jsonl"
     with StandIn(failures=[Failure(200, body=_GARBLED[0])] * 1000) as server:

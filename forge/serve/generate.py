@@ -28,7 +28,7 @@ from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageE
 from forge.serve import wire
 from forge.serve.endpoint import Endpoint
 from forge.serve.lanes import Lane, freest, slots_of
-from forge.serve.retries import TRIES_OF_ONE_ROW, Asked, Outage, pause
+from forge.serve.retries import TRIES_OF_ONE_ROW, Asked, Outage, is_of_a_proxy, pause
 from forge.serve.rows import Output, Row, read_rows
 from forge.serve.wire import (
     BusyError,
@@ -222,7 +222,7 @@ class _Batch:
                     raise
                 lane.busy()
                 await asyncio.sleep(pause(asked.tries, failure))
-                if isinstance(failure, GarbledError):
+                if is_of_a_proxy(failure):
                     self._wait_again(asked)
                     return None
             else:

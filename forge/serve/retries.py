@@ -19,6 +19,8 @@ LONGEST_RETRY_AFTER_SECONDS = 120.0
 TRIES_OF_ONE_ROW = 5
 
 _NOT_NOW = (429, 503)
+# Of a proxy: the server behind it is gone, or was too slow.
+_OF_A_GATEWAY = (502, 504)
 
 
 @dataclass(eq=False, slots=True)
@@ -33,15 +35,16 @@ class Asked:
     def failed(self, lane: Lane, failure: ForgeError) -> None:
         """Count a failure.
 
-        What is no answer speaks against the row only where the lane has answered others since the row
-        failed last: while the server behind a proxy restarts nobody is answered.
+        What a proxy may say of any row speaks against this one only where the lane has answered others since
+        the row failed last: while the server behind it restarts nobody is answered.
         """
         self.tries += 1
-        if isinstance(failure, BusyError):
+        if is_of_a_proxy(failure):
+            if lane.answered_at > self.failed_at:
+                self.errors += 1
+                self.tries = 1
+        elif isinstance(failure, BusyError):
             self.errors += failure.status not in _NOT_NOW
-        elif isinstance(failure, GarbledError) and lane.answered_at > self.failed_at:
-            self.errors += 1
-            self.tries = 1
         self.failed_at = time.monotonic()
 
 
@@ -58,6 +61,13 @@ class Outage:
     def is_over_patience(self) -> bool:
         self.since = self.since or time.monotonic()
         return time.monotonic() - self.since > self.patience_seconds
+
+
+def is_of_a_proxy(failure: ForgeError) -> bool:
+    """Whether it is no answer of a server: nothing that makes sense, or a gateway's own error."""
+    return isinstance(failure, GarbledError) or (
+        isinstance(failure, BusyError) and failure.status in _OF_A_GATEWAY
+    )
 
 
 def pause(tries: int, failure: ForgeError) -> float:
