@@ -161,9 +161,7 @@ FUZZ: Mapping[str, Callable[[Any, int], Any]] = {
     "float16": _halved,
     "bfloat16": _truncated,
     "uneven": _uneven,
-    "near nothing": lambda random, blocks: (
-        _normal(random, blocks) * _powers(random, -18, -12, (blocks, 16, 1))
-    ),
+    "near nothing": _near_nothing,
     "huge": lambda random, blocks: random.uniform(-3.4e38, 3.4e38, (blocks, 16, 16)),
     "subnormal": _subnormal,
     "any bits": _bits,
