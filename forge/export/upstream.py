@@ -11,6 +11,7 @@ Not covered: multimodal projectors, Mistral's own format, checkpoints in `.bin` 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import sys
@@ -101,6 +102,17 @@ def bytes_of(kind: str, shape: Sequence[int]) -> int:
     return math.prod(shape) // block * block_bytes
 
 
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """torch and transformers are imported here and stay: to look through them for garbage takes a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@_without_collection()
 def convert(
     tree: Path,
     description: Path,
