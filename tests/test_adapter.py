@@ -14,7 +14,6 @@ import pytest
 from forge.adapter.read import read_adapter, scale_of
 from forge.adapter.status import validate
 from forge.errors import CheckError, DataError, ForgeError
-from forge.verify.loader import Loader, Weights
 from tests.models import PEFT_WARNS, change_json, change_tensors, make_adapter, make_model
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(1500)]
@@ -112,25 +111,6 @@ def test_impure_adapters_are_for_merging(kind: str, untied: Path, tmp_path: Path
     assert told["pure"] is False
     assert reason in told["impurities"]
     assert told["exports"] == ["merged"]
-
-
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and:UserWarning")
-@pytest.mark.parametrize(
-    "options", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}]
-)
-def test_an_embedding_trained_apart_from_a_tied_head_has_no_export(
-    options: dict[str, Any], base: Path, untied: Path, tmp_path: Path
-) -> None:
-    """`forge export` refuses it, and so does the reference: in peft the output layer keeps the old weight."""
-    fields = {"target_modules": ["q_proj"], **options}
-    adapter = make_adapter(base, tmp_path / "a", **fields)
-    told = validate(str(base), str(adapter))
-    assert (told["ok"], told["exports"]) == (True, [])
-    with pytest.raises(DataError, match=r"model\.embed_tokens.* was trained apart from the output layer"):
-        Loader(Weights(base, read_adapter(adapter)))
-    apart = make_adapter(untied, tmp_path / "b", **fields)
-    assert validate(str(untied), str(apart))["exports"] == ["merged"]
-    Loader(Weights(untied, read_adapter(apart)))
 
 
 def test_conv1d(tmp_path: Path) -> None:

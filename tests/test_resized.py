@@ -12,7 +12,7 @@ import pytest
 
 from forge.adapter.read import read_adapter
 from forge.adapter.status import validate
-from forge.adapter.vocabulary import check_tokenizer
+from forge.adapter.vocabulary import check_tokenizer, fit
 from forge.errors import DataError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY, export
 from forge.model.checkpoint import open_checkpoint
@@ -147,17 +147,6 @@ def test_factors_of_a_resized_embedding(bases: Mapping[str, Path], tmp_path: Pat
         torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=1e-5)
 
 
-def test_two_tensors_in_the_place_of_one_are_refused(bases: Mapping[str, Path], tmp_path: Path) -> None:
-    """A tied base, both trained whole and apart: the file could hold one of them."""
-    adapter = make_resized(bases["tied"], tmp_path / "a", added=more(bases["tied"]), modules_to_save=BOTH)
-    with pytest.raises(DataError, match="cannot be merged into this base") as refused:
-        export_of(bases["tied"], adapter, tmp_path / "out")
-    assert [str(one) for one in refused.value.problems] == [
-        "lm_head.weight: the base has no such tensor (is it tied to the embedding?)"
-    ]
-    assert "train: none" in refused.value.hint
-
-
 def test_tokens_without_rows_and_rows_without_tokens(bases: Mapping[str, Path], tmp_path: Path) -> None:
     base = bases["tied"]
     adapter = make_resized(base, tmp_path / "a", added=more(base))
@@ -182,11 +171,11 @@ def test_a_token_without_a_row_that_the_base_has_too_was_not_added(tmp_path: Pat
     adapter = make_adapter(base, tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(base / name, adapter / name)
-    tensors = open_checkpoint(base).tensors
-    assert check_tokenizer(read_adapter(adapter), tensors, adapter, base) is None
+    fitted = fit(read_adapter(adapter), open_checkpoint(base))
+    check_tokenizer(fitted, adapter)
     change_json(base / "tokenizer.json", added_tokens=added)
     with pytest.raises(DataError, match=f"has {rows + 1} tokens, the embedding {rows} rows"):
-        check_tokenizer(read_adapter(adapter), tensors, adapter, base)
+        check_tokenizer(fitted, adapter)
 
 
 @pytest.mark.parametrize("change", [{"trainable_token_indices": [3]}, {"trainable_token_indices": None}])

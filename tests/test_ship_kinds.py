@@ -136,9 +136,11 @@ def test_the_same_recipe_ships_other_families_with_their_real_vocabularies(
 
 
 @pytest.mark.slow
-def test_an_adapter_that_brought_its_chat_tokens_ships(workshop: Workshop) -> None:
-    """Pitfall 6: its tokenizer, its template and every row that came with it."""
-    theirs = make_resized(copy_of_tiny(workshop.directory / "tiny"), workshop.directory / "theirs")
+@pytest.mark.parametrize("whole", [None, ["embed_tokens", "lm_head"]])
+def test_an_adapter_that_brought_its_chat_tokens_ships(whole: list[str] | None, workshop: Workshop) -> None:
+    """Pitfall 6: its tokenizer, its template and every row that came with it; of a tied base both tensors."""
+    tiny = copy_of_tiny(workshop.directory / "tiny")
+    theirs = make_resized(tiny, workshop.directory / "theirs", modules_to_save=whole)
     template = theirs / "chat_template.jinja"
     text = template.read_text(encoding="utf-8").replace("<|im_start|>", ADDED[0])
     template.write_text(text.replace("<|im_end|>", ADDED[1]), encoding="utf-8")
@@ -153,6 +155,7 @@ def test_an_adapter_that_brought_its_chat_tokens_ships(workshop: Workshop) -> No
     shipped = read_gguf(Path(answer.fields["gguf"]))
     rows = workshop.manifest()["facts"]["validate"]["vocabulary_rows"]
     assert rows in shipped.tensors["token_embd.weight"].shape
+    assert ("output.weight" in shipped.tensors) == bool(whole)
     (theirs / "tokenizer.json").unlink()
     error = workshop.forge("plan", "recipe.yaml").fields["error"]
     assert error["code"] == 2 and "tokenizer.save_pretrained" in error["hint"]

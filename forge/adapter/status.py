@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from forge.adapter.read import WEIGHTS_FILE, Adapter, read_adapter
-from forge.adapter.vocabulary import fitted, resize, resized_rows, trained_apart
+from forge.adapter.vocabulary import Fitted, fit
 from forge.errors import CheckError, DataError, Problem
 from forge.model.checkpoint import open_checkpoint
-from forge.model.safetensors_header import TensorSpec
 
 _MOST_NAMED = 8
 
@@ -23,13 +22,14 @@ _MOST_NAMED = 8
 def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """The adapter's status, purity, scales and the exports it allows.
 
-    `vocabulary_rows` are those of its embedding where it was resized, else None.
+    `vocabulary_rows` are those of its embedding where it was resized, else None; `untied` tells that it
+    trained embedding and output layer apart, which the base ties.
     Raises `CheckError` with every problem: irregular, inactive, not finite, zero, or not matching
     the base's layers.
     """
-    found, tensors = read_adapter(Path(adapter)), open_checkpoint(Path(base)).tensors
-    rows = resized_rows(found, tensors)
-    model = _on_meta(base, fitted(found, tensors), rows, trust_remote_code)
+    fitted = fit(read_adapter(Path(adapter)), open_checkpoint(Path(base)))
+    found = fitted.adapter
+    model = _on_meta(base, fitted, trust_remote_code)
     status = _plain(model.get_model_status())
     layers = [_plain(layer) for layer in model.get_layer_status()]
     problems = [*_status_problems(status, layers, found), *_number_problems(found)]
@@ -45,31 +45,26 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
         "status": status,
         "layers": layers,
         "adapted_modules": sorted(found.layers),
-        "vocabulary_rows": rows,
+        "vocabulary_rows": fitted.rows,
+        "untied": fitted.untied,
         "pure": not found.impurities,
         "impurities": list(found.impurities),
         "scale": scales[0] if len(scales) == 1 else {name: one.scale for name, one in found.layers.items()},
         "trainable_parameters": sum(_numel(spec.shape) for spec in _specs(found)),
-        "exports": _exports(found, tensors),
+        "exports": ["merged"] if found.impurities or fitted.untied else ["merged", "adapter"],
         "problems": [],
     }
 
 
-def _exports(found: Adapter, base: Mapping[str, TensorSpec]) -> list[str]:
-    """What forge can export; nothing of an adapter that only peft can merge into this base."""
-    merged = [] if trained_apart(found, base) else ["merged"]
-    return merged if found.impurities else [*merged, "adapter"]
-
-
-def _on_meta(base: str, found: Adapter, rows: int | None, trust_remote_code: bool) -> Any:
-    """peft's model of base and adapter; `rows` are those of an embedding that was resized."""
+def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
+    """peft's model of base and adapter, without weights."""
     import peft
     import torch
     import transformers
 
     configuration = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    if rows is not None:
-        resize(configuration, rows)
+    found = fitted.adapter
+    fitted.configure(configuration)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             configuration, trust_remote_code=trust_remote_code
@@ -100,12 +95,12 @@ def _refuse_mismatch(found: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> N
             problems.append(Problem(f"shape {delta} does not fit the base's {base_shape}", module))
     for name, spec in found.replaced.items():
         if name not in shapes:
-            problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", name))
+            problems.append(Problem("the base has no such tensor", name))
         elif shapes[name] != spec.shape:
             problems.append(Problem(f"shape {spec.shape} does not fit the base's {shapes[name]}", name))
     for name, rows in found.rows.items():
         if name not in shapes:
-            problems.append(Problem("the base has no such tensor (is it tied to the embedding?)", name))
+            problems.append(Problem("the base has no such tensor", name))
         elif max(rows.tokens, default=0) >= shapes[name][0]:
             problems.append(Problem(f"token {max(rows.tokens)} has no row in {shapes[name]}", name))
     if problems:

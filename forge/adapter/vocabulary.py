@@ -1,23 +1,26 @@
-"""An adapter with a vocabulary of its own: embeddings of other rows than the base's.
+"""An adapter on its base, where the two have other embeddings than the base alone: more rows, or two for one.
 
 Who adds tokens calls `resize_token_embeddings`; peft then saves the whole embedding and the output layer
 beside the factors (`save_embedding_layers`, `modules_to_save`), or beside the rows of those tokens
 (`trainable_token_indices`). The tuned model has as many rows as they have, and the tokenizer is the
 adapter's own.
 
-Not covered, and refused where it is merged: two tensors in the place of one that the base ties.
+Many small bases have one tensor for embedding and output layer. peft trains a copy of each, or one alone,
+unless it is told to keep them tied: the tuned model has two, and is written so. In one tensor both would
+change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from forge.adapter.read import EMBEDDINGS, Adapter, find_base_tensor, read_adapter
 from forge.errors import DataError
-from forge.model.checkpoint import open_checkpoint
+from forge.model.checkpoint import Checkpoint, open_checkpoint
+from forge.model.config import read_configuration
 from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -28,11 +31,56 @@ _BLOCK = 1 << 20
 _SAVE = "save it again with save_embedding_layers=True, or merge it with peft and ship that with train: none"
 
 
-def resized_rows(adapter: Adapter, base: Mapping[str, TensorSpec]) -> int | None:
-    """The rows of the tuned model's embedding, where the base has another number of them.
+@dataclass(frozen=True)
+class Fitted:
+    """An adapter and the base that it goes onto.
 
-    Raises `DataError` when the embedding and the output layer would not have the same.
+    `adapter` has no copy of the embedding where the tuned model has one tensor for both. `rows` are those of
+    the tuned model's embedding, where the base has another number of them. `untied`: the base has one tensor
+    and the tuned model two; the checkpoint then has the embedding's values a second time, as the output
+    layer's.
     """
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    rows: int | None
+    untied: bool
+
+    def configure(self, configuration: Any) -> None:
+        """Give a transformers configuration the tuned model's embedding."""
+        text = configuration.get_text_config()
+        if self.untied:
+            configuration.tie_word_embeddings = text.tie_word_embeddings = False
+        if self.rows is not None:
+            text.vocab_size = self.rows
+            if (text.pad_token_id or 0) >= self.rows:
+                text.pad_token_id = None  # no embedding is built with such a one
+
+
+def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fitted:
+    """`adapter` on the base `checkpoint`, as it is in its files.
+
+    Raises `DataError` when the embedding and the output layer would not have the same number of rows.
+    """
+    base = dict(checkpoint.tensors)
+    heads = [name for name in base if _leaf(name) in HEADS]
+    embedding = next((name for name in base if _leaf(name) in EMBEDDINGS), None)
+    untied = False
+    if embedding and read_configuration(checkpoint.directory).tied_embeddings:
+        copies = all(_is_copy(base[name], base[embedding]) for name in heads)
+        once = _without_copies(adapter)
+        untied = not copies or any(_heads(once)) or _moves_embedding_alone(adapter)
+        if not untied:
+            adapter = once
+        if copies:
+            # transformers ties them whatever is stored; a second tensor would be left as it was.
+            base = {name: spec for name, spec in base.items() if name not in heads}
+            if untied:
+                base[next(_heads(once), _head_of(embedding))] = base[embedding]
+    return Fitted(replace(checkpoint, tensors=base), adapter, _resized_rows(adapter, base), untied)
+
+
+def _resized_rows(adapter: Adapter, base: Mapping[str, TensorSpec]) -> int | None:
     before = {name: spec.shape[0] for name, spec in base.items() if is_of_tokens(name)}
     after = dict(before)
     for given, spec in adapter.replaced.items():
@@ -50,33 +98,24 @@ def resized_rows(adapter: Adapter, base: Mapping[str, TensorSpec]) -> int | None
 
 
 def rows_beside(base: Path, adapter: Path) -> int | None:
-    """`resized_rows` of the adapter in a directory on the base in another."""
-    return resized_rows(read_adapter(adapter), open_checkpoint(base).tensors)
+    """The rows of the tuned model's embedding, where the base in `base` has another number of them."""
+    return fit(read_adapter(adapter), open_checkpoint(base)).rows
 
 
-def resize(configuration: Any, rows: int) -> None:
-    """Give a transformers configuration an embedding of `rows` rows."""
-    text = configuration.get_text_config()
-    text.vocab_size = rows
-    if (text.pad_token_id or 0) >= rows:
-        text.pad_token_id = None  # no embedding is built with such a one
+def check_tokenizer(fitted: Fitted, tokenizer: Path) -> None:
+    """Check that there is a row for each token of the tokenizer in `tokenizer`.
 
-
-def check_tokenizer(
-    adapter: Adapter, base: Mapping[str, TensorSpec], tokenizer: Path, bases: Path
-) -> int | None:
-    """`resized_rows`, and a row for each token of the tokenizer in `tokenizer`.
-
-    `bases` is the directory of the base's own. Raises `DataError` when tokens have no rows, or rows that
-    the adapter added no tokens.
+    Raises `DataError` when tokens have no rows, or rows that the adapter added no tokens.
     """
-    rows, own = resized_rows(adapter, base), tokenizer.resolve() != bases.resolve()
+    bases, rows = fitted.checkpoint.directory, fitted.rows
+    own = tokenizer.resolve() != bases.resolve()
     if rows is not None and not own:
         raise DataError(
-            f"{adapter.directory} resized the embedding to {rows} rows and has no tokenizer.json: "
+            f"{fitted.adapter.directory} resized the embedding to {rows} rows and has no tokenizer.json: "
             "nothing says which tokens were added",
             hint="save the tokenizer of that training beside it: tokenizer.save_pretrained(DIRECTORY)",
         )
+    base = fitted.checkpoint.tensors
     there = rows or max((spec.shape[0] for name, spec in base.items() if is_of_tokens(name)), default=None)
     tokens = read_tokenizer(tokenizer).vocabulary_size if own else 0
     # Gemma 3's tokenizer names an image token for which its text models have no row: nobody added that.
@@ -87,16 +126,10 @@ def check_tokenizer(
             "it was saved without those that were added",
             hint=_SAVE,
         )
-    return rows
 
 
-def fitted(adapter: Adapter, base: Mapping[str, TensorSpec]) -> Adapter:
-    """`adapter` without the copy of the embedding that peft saves as the output layer of a tied base.
-
-    A layer that is no copy is left where it is: the base has no place for it.
-    """
-    if any(_leaf(name) in HEADS for name in base):
-        return adapter
+def _without_copies(adapter: Adapter) -> Adapter:
+    """`adapter` without the copy of the embedding that peft saves as the output layer of a tied base."""
     return replace(
         adapter,
         replaced=_without_copy(adapter.replaced, _is_copy),
@@ -115,31 +148,30 @@ def _without_copy(parts: Mapping[str, Part], is_copy: Callable[[Part, Part], boo
     }
 
 
-def trained_apart(adapter: Adapter, base: Mapping[str, TensorSpec]) -> frozenset[str]:
-    """The parts of `adapter` that moved the embedding alone, on a `base` that ties the output layer to it.
+def _heads(adapter: Adapter) -> Iterator[str]:
+    """The names of the output layer's tensor in `adapter`."""
+    for name in (*adapter.replaced, *adapter.rows, *(f"{module}.weight" for module in adapter.layers)):
+        if _leaf(name) in HEADS:
+            yield name
 
-    In the one tensor of such a base the output layer would move with them. A whole tensor is named as
-    in `replaced`, factors as in `layers`; `adapter` is as it was read.
+
+def _head_of(embedding: str) -> str:
+    """What the output layer is called beside an embedding of that name."""
+    return "embed_out.weight" if _leaf(embedding) == "embed_in" else "lm_head.weight"
+
+
+def _moves_embedding_alone(adapter: Adapter) -> bool:
+    """Whether the embedding was trained beside the tensor that is tied, and the output layer was not.
+
+    peft copies modules_to_save, unless it is told to keep the copies tied.
     """
-    if any(_leaf(name) in HEADS for name in base):
-        return frozenset()
-    whole = [name for name in adapter.replaced if _leaf(name) in EMBEDDINGS and _is_apart(name, adapter)]
-    return frozenset([*whole, *(name for name, layer in adapter.layers.items() if layer.is_embedding)])
-
-
-def _is_apart(given: str, adapter: Adapter) -> bool:
-    """Whether the whole embedding `given` was trained beside the one that is tied.
-
-    peft copies modules_to_save, unless it is told to keep the copies tied. An output layer in the adapter is
-    the same, or `fitted` leaves it there to be refused.
-    """
-    module = given.rpartition(".")[0]
+    if any(layer.is_embedding for layer in adapter.layers.values()):
+        return True
     named = adapter.configuration.get("modules_to_save") or ()
-    return (
-        any(f".{module}".endswith(f".{one}") for one in named)
-        and not adapter.configuration.get("ensure_weight_tying")
-        and not any(_leaf(name) in HEADS for name in adapter.replaced)
-    )
+    if adapter.configuration.get("ensure_weight_tying") or any(_heads(adapter)):
+        return False
+    modules = [name.rpartition(".")[0] for name in adapter.replaced if _leaf(name) in EMBEDDINGS]
+    return any(f".{module}".endswith(f".{one}") for module in modules for one in named)
 
 
 def is_of_tokens(name: str) -> bool:
@@ -155,6 +187,8 @@ def _leaf(name: str) -> str:
 def _is_copy(one: TensorSpec, other: TensorSpec) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    if not one.file.is_file():
+        return True  # a plan has a base's headers alone; the export has its values
     with one.file.open("rb") as first, other.file.open("rb") as second:
         first.seek(one.start)
         second.seek(other.start)

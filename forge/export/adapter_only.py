@@ -15,25 +15,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer, find_base_tensor
+from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer
+from forge.adapter.vocabulary import Fitted
 from forge.errors import DataError, Problem, StageError
 from forge.export.tensors import LazyTensor, read_rows, stored, write_safetensors
 from forge.export.upstream import REFUSALS, load, refused
-from forge.model.checkpoint import Checkpoint
 
 SCRIPT = "convert_lora_to_gguf.py"
 
 
-def why_merged(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Why `adapter` cannot be a GGUF of its own over this base; empty when it can."""
-    reasons = list(adapter.impurities)
-    heads = [
-        module
-        for module in adapter.layers
-        if find_base_tensor(f"{module}.weight", checkpoint.tensors) is None
-    ]
-    if heads:
-        reasons.append(f"the base has no tensor of its own for {', '.join(heads)} (tied to the embedding?)")
+def why_merged(fitted: Fitted) -> tuple[str, ...]:
+    """Why the adapter cannot be a GGUF of its own over this base; empty when it can."""
+    reasons = list(fitted.adapter.impurities)
+    if fitted.untied:
+        reasons.append("it trained embedding and output layer apart, which the base ties")
     return tuple(reasons)
 
 
@@ -47,11 +42,11 @@ def refuse_impure(reasons: Sequence[str]) -> None:
         )
 
 
-def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, work: Path) -> Path:
+def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, work: Path) -> int:
     """Write `work/adapter.gguf` in float32 for the base in `description`; its general.name is `name`.
 
-    The converter sees a copy that holds the factors and nothing of where they came from. Raises
-    `StageError` with the converter's own words.
+    The converter sees a copy that holds the factors and nothing of where they came from. Returns the file's
+    bytes. Raises `StageError` with the converter's own words.
     """
     scratch, target = work / "adapter" / _plain(name), work / "adapter.gguf"
     scratch.mkdir(parents=True)
@@ -71,7 +66,7 @@ def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, wo
         sys.argv = before
     if not target.is_file():
         raise StageError("llama.cpp's adapter converter wrote nothing", hint="its output is in the run's log")
-    return target
+    return target.stat().st_size
 
 
 def _factors(adapter: Adapter, alpha: float) -> Iterator[LazyTensor]:

@@ -7,24 +7,27 @@ from itertools import islice
 from pathlib import Path
 
 from forge.adapter.tokenizer import copy_tokenizer
+from forge.adapter.vocabulary import Fitted
 from forge.chat.template import ChatTemplate, Message
-from forge.model.config import with_vocabulary
+from forge.model.config import with_own_head, with_vocabulary
 from forge.model.tokenizer_files import read_tokenizer
 
 _OWN_ROWS = 100
 
 
 def describe(
-    base: Path, tokenizer: Path, chat_template: str | None, out: Path, rows: int | None = None
+    base: Path, tokenizer: Path, chat_template: str | None, out: Path, fitted: Fitted | None = None
 ) -> None:
     """Write everything of a checkpoint but its weights into `out`.
 
-    `tokenizer` is the directory whose tokenizer counts; `chat_template` the pinned text; `rows` those of the
-    embedding, where it was resized.
+    `tokenizer` is the directory whose tokenizer counts; `chat_template` the pinned text; `fitted` the adapter
+    on this base, whose embedding may be another.
     """
     described = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if rows is not None:
-        described = with_vocabulary(described, rows)
+    if fitted and fitted.rows is not None:
+        described = with_vocabulary(described, fitted.rows)
+    if fitted and fitted.untied:
+        described = with_own_head(described)
     if "n_positions" in described:
         # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
         described.setdefault("n_ctx", described["n_positions"])

@@ -5,8 +5,7 @@ the adapter does not touch is copied in its own type. Checked against peft's own
 
 An embedding that was resized has the adapter's rows; rows of tokens that were trained alone go over it.
 
-Not covered, and refused: DoRA of an embedding or a Conv1D, and an embedding or `lm_head` of its own on a
-base that ties the two: training moved one alone, in one tensor both would move.
+Not covered, and refused: DoRA of an embedding or a Conv1D.
 """
 
 from __future__ import annotations
@@ -17,32 +16,32 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from forge.adapter.read import Adapter, LoraLayer, TokenRows, find_base_tensor
-from forge.adapter.vocabulary import fitted, is_of_tokens, resized_rows, trained_apart
+from forge.adapter.vocabulary import Fitted, is_of_tokens
 from forge.errors import DataError, Problem
 from forge.export.nf4 import through_nf4
 from forge.export.tensors import LazyTensor, read_rows, stored
 from forge.model.checkpoint import Checkpoint
 from forge.model.safetensors_header import TensorSpec
 
-_TIED = "the base ties its output layer to the embedding, which would change with it"
+
+def base_tensors(checkpoint: Checkpoint, *, nf4: Collection[str] = ()) -> list[LazyTensor]:
+    """Every tensor of the base; those that `nf4` names go through NF4 and back, as training had them."""
+    return [_base(name, spec, nf4) for name, spec in checkpoint.tensors.items()]
 
 
-def merged_tensors(
-    checkpoint: Checkpoint, adapter: Adapter | None, *, nf4: Collection[str] = ()
-) -> list[LazyTensor]:
-    """Every tensor of the base, those that the adapter touches merged on loading.
+def merged_tensors(fitted: Fitted, *, nf4: Collection[str] = ()) -> list[LazyTensor]:
+    """Every tensor of the tuned model, those that the adapter touches merged on loading.
 
     `nf4` names the base's tensors that go through NF4 and back first, as training had them.
     Raises `DataError` that lists every part of the adapter which has no place in the base.
     """
-    if adapter is None:
-        return [_base(spec, nf4) for spec in checkpoint.tensors.values()]
-    parts = _match(checkpoint, adapter)
+    base, adapter = fitted.checkpoint.tensors, fitted.adapter
+    parts = _match(base, adapter)
     tensors = []
-    for name, spec in checkpoint.tensors.items():
+    for name, spec in base.items():
         # peft saves an adapted embedding's own weight beside its factors: the delta goes onto that.
         whole = parts.replaced.get(name)
-        tensor = stored(whole, name) if whole else _base(spec, nf4)
+        tensor = stored(whole, name) if whole else _base(name, spec, nf4)
         if rows := parts.rows.get(name):
             tensor = replace(tensor, dtype="F32", read=_with_rows(tensor, rows))
         if layer := parts.layers.get(name):
@@ -67,31 +66,24 @@ class _Parts:
         return self.replaced.get(name, base[name]).shape
 
 
-def _match(checkpoint: Checkpoint, adapter: Adapter) -> _Parts:
-    base, parts = checkpoint.tensors, _Parts()
-    once = fitted(adapter, base)
-    apart = trained_apart(adapter, base)
-    problems = [*_match_whole(once, apart, base, parts), *_match_rows(once, base, parts)]
-    problems += _match_layers(once, apart, base, parts)
+def _match(base: Mapping[str, TensorSpec], adapter: Adapter) -> _Parts:
+    parts = _Parts()
+    problems = [*_match_whole(adapter, base, parts), *_match_rows(adapter, base, parts)]
+    problems += _match_layers(adapter, base, parts)
     if problems:
         raise DataError(
             f"{len(problems)} parts of the adapter cannot be merged into this base",
             hint="train on the linear layers alone, or merge it with peft and ship that with train: none",
             problems=problems,
         )
-    resized_rows(once, base)
     return parts
 
 
-def _match_whole(
-    adapter: Adapter, apart: Collection[str], base: Mapping[str, TensorSpec], parts: _Parts
-) -> Iterator[Problem]:
+def _match_whole(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
     for part, spec in adapter.replaced.items():
         name = find_base_tensor(part, base)
         if name is None:
-            yield Problem("the base has no such tensor (is it tied to the embedding?)", part)
-        elif part in apart:
-            yield Problem(_TIED, part)
+            yield Problem("the base has no such tensor", part)
         elif base[name].shape != spec.shape and not (
             is_of_tokens(name) and base[name].shape[1:] == spec.shape[1:]
         ):
@@ -104,7 +96,7 @@ def _match_rows(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts)
     for part, rows in adapter.rows.items():
         name = find_base_tensor(part, base)
         if name is None:
-            yield Problem("the base has no such tensor (is it tied to the embedding?)", part)
+            yield Problem("the base has no such tensor", part)
             continue
         count, *width = parts.shape(name, base)
         if list(rows.values.shape[1:]) != width:
@@ -115,17 +107,13 @@ def _match_rows(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts)
             parts.rows[name] = rows
 
 
-def _match_layers(
-    adapter: Adapter, apart: Collection[str], base: Mapping[str, TensorSpec], parts: _Parts
-) -> Iterator[Problem]:
+def _match_layers(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
     for module, layer in adapter.layers.items():
         name = find_base_tensor(f"{module}.weight", base)
         if layer.magnitude and _is_transposed(layer, adapter):
             yield Problem("DoRA is merged on linear layers alone", module)
         elif name is None:
             yield Problem("the base has no such tensor", f"{module}.weight")
-        elif module in apart:
-            yield Problem(_TIED, module)
         elif (shape := parts.shape(name, base)) != _delta_shape(layer, adapter):
             yield Problem(f"{_delta_shape(layer, adapter)} does not fit the base's {shape}", module)
         else:
@@ -141,8 +129,9 @@ def _delta_shape(layer: LoraLayer, adapter: Adapter) -> tuple[int, ...]:
     return (shape[1], shape[0]) if _is_transposed(layer, adapter) else shape
 
 
-def _base(spec: TensorSpec, nf4: Collection[str]) -> LazyTensor:
-    return through_nf4(stored(spec)) if spec.name in nf4 else stored(spec)
+def _base(name: str, spec: TensorSpec, nf4: Collection[str]) -> LazyTensor:
+    tensor = stored(spec, name)
+    return through_nf4(tensor) if name in nf4 else tensor
 
 
 def _merger(base: LazyTensor, layer: LoraLayer, *, transposed: bool) -> Callable[[int, int], Any]:

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.adapter.read import Adapter, read_adapter
-from forge.adapter.vocabulary import check_tokenizer
+from forge.adapter.read import read_adapter
+from forge.adapter.vocabulary import Fitted, check_tokenizer, fit
 from forge.errors import DataError
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
-from forge.export.merge import merged_tensors
+from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
@@ -45,6 +45,7 @@ IMPORTANCE_SUFFIX = "-imatrix.gguf"
 BESIDE = (ADAPTER_SUFFIX, IMPORTANCE_SUFFIX)
 """What a GGUF's name ends with that lies beside a model and is none."""
 MERGED_DIRECTORY = "merged"
+_OUTPUT = "output.weight"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
@@ -78,19 +79,19 @@ def export(
     shutil.rmtree(work, ignore_errors=True)
     description = work / "description"
     description.mkdir(parents=True)
-    checkpoint, found = open_checkpoint(Path(base)), read_adapter(Path(adapter)) if adapter else None
-    rows = check_tokenizer(found, checkpoint.tensors, Path(tokenizer), Path(base)) if found else None
-    describe(Path(base), Path(tokenizer), chat_template, description, rows)
-    mode, reasons = _mode(settings.get("mode", "merged"), found, checkpoint)
+    checkpoint, found = _open(Path(base), Path(adapter) if adapter else None, Path(tokenizer))
+    describe(Path(base), Path(tokenizer), chat_template, description, found)
+    mode, reasons = _mode(settings.get("mode", "merged"), found)
     # Matched against the base in either mode: an adapter that fits nothing is told here.
     nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
-    merged = merged_tensors(checkpoint, found, nf4=nf4)
-    tensors = merged if mode == "merged" else merged_tensors(checkpoint, None, nf4=nf4)
+    merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
+    tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
     converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
+    _check_untied(found, converted)
     with one_thread():
         written, compiled = _write(converted, work, description, merged, Path(converters), settings)
     if mode == "adapter" and found:
-        written += write_adapter(Path(converters), description, found, settings["name"], work).stat().st_size
+        written += write_adapter(Path(converters), description, found.adapter, settings["name"], work)
     header = _publish(work, target)
     return _facts(target, header, converted, settings["quant"]) | {
         "mode": mode,
@@ -105,6 +106,15 @@ def export(
     }
 
 
+def _open(base: Path, adapter: Path | None, tokenizer: Path) -> tuple[Checkpoint, Fitted | None]:
+    checkpoint = open_checkpoint(base)
+    if adapter is None:
+        return checkpoint, None
+    found = fit(read_adapter(adapter), checkpoint)
+    check_tokenizer(found, tokenizer)
+    return checkpoint, found
+
+
 def _publish(work: Path, target: Path) -> GgufHeader:
     """Read the GGUF back, and give what was made its names: the GGUF last."""
     header = read_gguf(work / GGUF_FILE)
@@ -115,18 +125,31 @@ def _publish(work: Path, target: Path) -> GgufHeader:
     return header
 
 
-def _mode(asked: str, adapter: Adapter | None, checkpoint: Checkpoint) -> tuple[str, tuple[str, ...]]:
+def _mode(asked: str, found: Fitted | None) -> tuple[str, tuple[str, ...]]:
     """merged or adapter, and why it is merged where it was to be an adapter (N4, pitfall 52)."""
-    if asked == "merged" or (adapter is None and asked == "auto"):
+    if asked == "merged" or (found is None and asked == "auto"):
         return "merged", ()
-    if adapter is None:
+    if found is None:
         raise DataError("there is no adapter to export as a file of its own", hint="use mode merged")
-    reasons = why_merged(adapter, checkpoint)
+    reasons = why_merged(found)
     if asked == "adapter":
         refuse_impure(reasons)
     if reasons:
         report.info(f"merged, since {'; '.join(reasons)}")
     return ("merged" if reasons else "adapter"), reasons
+
+
+def _check_untied(found: Fitted | None, converted: Converted) -> None:
+    """Raise `DataError` where two tensors were trained, and a family's GGUF has one for both."""
+    if found is None or not found.untied:
+        return
+    report.info("the adapter trained embedding and output layer apart, which the base ties: both are written")
+    if _OUTPUT not in converted.tensors:
+        raise DataError(
+            "the adapter trained the embedding or the output layer apart, which the base ties, and llama.cpp "
+            f"has one tensor for the two in {converted.metadata['general.architecture'].value}",
+            hint="train it again with ensure_weight_tying=True, or without either",
+        )
 
 
 def _lay_out(

@@ -135,6 +135,14 @@ def with_vocabulary(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return found
 
 
+def with_own_head(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A parsed configuration whose output layer is not tied to the embedding."""
+    parts = {name: {**part} for name in _TEXT_PARTS if isinstance(part := raw.get(name), dict)}
+    for part in parts.values():
+        part["tie_word_embeddings"] = False
+    return {**raw, **parts, "tie_word_embeddings": False}
+
+
 def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in _TEXT_PARTS:
         part = raw.get(name)

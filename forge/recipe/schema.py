@@ -105,7 +105,9 @@ class Lora(Section):
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     dora: bool = Field(False, description="weight-decomposed LoRA of linear layers; exported merged only")
     modules_to_save: tuple[Text, ...] = Field(
-        (), description="modules trained whole beside the adapter; exported merged only"
+        (),
+        description="modules trained whole beside the adapter, an embedding and an output layer that the "
+        "base ties as one; exported merged only",
     )
 
 

@@ -24,7 +24,9 @@ def validate(base: str, adapter: Path) -> dict[str, Any]:
     )
     if facts["vocabulary_rows"]:
         report.info(f"it resized the embedding to {facts['vocabulary_rows']} rows")
+    if facts["untied"]:
+        report.info("it trained embedding and output layer apart, which the base ties: both are written")
     if not facts["pure"]:
         report.info("not pure: " + "; ".join(facts["impurities"]))
-    told = ("ok", "status", "layers", "vocabulary_rows", "pure", "scale", "exports", "problems")
+    told = ("ok", "status", "layers", "vocabulary_rows", "untied", "pure", "scale", "exports", "problems")
     return {key: facts[key] for key in told}

@@ -7,7 +7,7 @@ and autocast alike (pitfall 19). Not covered: 8-bit bases, and more than one GPU
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,12 +81,14 @@ def load_base(
 def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpointing: bool) -> Any:
     """The model with fresh LoRA layers in float32, everything else frozen.
 
-    Raises `DataError` when the target names match no layer, listing what there is, or when an
-    embedding is to be trained that the base ties to its output layer.
+    An embedding that the base ties to its output layer stays tied when it is trained whole.
+    Raises `DataError` when the target names match no layer, listing what there is, or when such an
+    embedding is to get factors of its own.
     """
     import peft
 
-    _refuse_tied(model, lora)
+    tied = _tied_names(model)
+    _refuse_factors(lora["targets"], tied)
     if quantize:
         model = peft.prepare_model_for_kbit_training(
             model,
@@ -102,6 +104,7 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpoint
         use_rslora=lora["rslora"],
         use_dora=lora["dora"],
         modules_to_save=list(lora["modules_to_save"]) or None,
+        ensure_weight_tying=any(_last(name) in tied for name in lora["modules_to_save"]),
         task_type="CAUSAL_LM",
     )
     try:
@@ -113,19 +116,26 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpoint
         ) from error
 
 
-def _refuse_tied(model: Any, lora: Mapping[str, Any]) -> None:
-    """Training would move one of two tied tensors alone, and no merge could keep them apart."""
+def _tied_names(model: Any) -> Collection[str]:
+    """What the embedding and the output layer are called, where the base has one tensor for both."""
     if not model.config.get_text_config().tie_word_embeddings:
-        return
+        return ()
     tied = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if id(module) in tied}
-    targets = () if isinstance(lora["targets"], str) else lora["targets"]
-    for field, chosen in (("targets", targets), ("modules_to_save", lora["modules_to_save"])):
-        if wrong := sorted(name for name in chosen if name.rpartition(".")[2] in names):
-            raise DataError(
-                f"train.lora.{field}: {', '.join(wrong)}: the base ties its output layer to the embedding",
-                hint="leave it out, or use a base that keeps the two apart",
-            )
+    return {_last(name) for name, module in model.named_modules() if id(module) in tied}
+
+
+def _refuse_factors(targets: str | Sequence[str], tied: Collection[str]) -> None:
+    """Factors would move one of two tied tensors alone: some families have no place for a second."""
+    named = () if isinstance(targets, str) else targets
+    if wrong := sorted(name for name in named if _last(name) in tied):
+        raise DataError(
+            f"train.lora.targets: {', '.join(wrong)}: the base ties its output layer to the embedding",
+            hint="name it in train.lora.modules_to_save, where the two are trained as one, or leave it out",
+        )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def linear_names(model: Any) -> Sequence[str]:
@@ -134,7 +144,7 @@ def linear_names(model: Any) -> Sequence[str]:
 
     return sorted(
         {
-            name.rpartition(".")[2]
+            _last(name)
             for name, module in model.named_modules()
             if isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
         }

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.adapter.read import Adapter, LoraLayer, find_base_tensor
-from forge.adapter.vocabulary import fitted, resized_rows, trained_apart
+from forge.adapter.vocabulary import Fitted, fit
 from forge.errors import DataError
 from forge.model.checkpoint import open_checkpoint
 from forge.model.safetensors_header import TensorSpec
@@ -54,16 +54,11 @@ class Loader:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self.checkpoint = open_checkpoint(weights.base)
+        base = open_checkpoint(weights.base)
+        self.fitted: Fitted | None = fit(weights.adapter, base) if weights.adapter else None
+        adapter = self.fitted.adapter if self.fitted else None
+        self.checkpoint = self.fitted.checkpoint if self.fitted else base
         self._tensors = self.checkpoint.tensors
-        if weights.adapter and (apart := sorted(trained_apart(weights.adapter, self._tensors))):
-            raise DataError(
-                f"{apart[0]} was trained apart from the output layer, which the base ties to it: in its one "
-                "tensor both would change",
-                hint="merge the adapter with peft and verify what comes of it, without an adapter",
-            )
-        adapter = fitted(weights.adapter, self._tensors) if weights.adapter else None
-        self.rows = resized_rows(adapter, self._tensors) if adapter else None
         tuned = None if weights.plain else adapter
         self._layers = _by_tensor(tuned.layers, self._tensors) if tuned else {}
         self._replaced = _by_tensor(adapter.replaced, self._tensors, "") if adapter else {}

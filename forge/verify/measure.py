@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.adapter.read import Adapter, read_adapter
-from forge.adapter.vocabulary import resized_rows
+from forge.adapter.vocabulary import fit
 from forge.chat.template import ChatTemplate
 from forge.errors import ForgeError, Problem
 from forge.model.checkpoint import open_checkpoint
@@ -70,7 +70,7 @@ class _Session:
         """Those of the tuned model: the base's, but for an embedding that was resized."""
         base = Path(self.arguments["base"])
         facts = read_configuration(base)
-        rows = resized_rows(self.adapter, open_checkpoint(base).tensors) if self.adapter else None
+        rows = fit(self.adapter, open_checkpoint(base)).rows if self.adapter else None
         return replace(facts, vocabulary_size=rows or facts.vocabulary_size)
 
     @property

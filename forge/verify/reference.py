@@ -5,8 +5,8 @@ checkpoint, makes them float32 and adds the adapter; a hook behind it drops them
 norm and head come and go in the same way. So the modules run unchanged, whatever the family, and
 the peak is one layer, the embedding and the activations of the sampled rows.
 
-Where the adapter resized the embedding, the model is built with its rows. The arithmetic is float32, of
-an NF4 base too.
+Where the adapter resized the embedding, or parted it from the output layer, the model is built so. The
+arithmetic is float32, of an NF4 base too.
 
 Not covered, and refused: encoder-decoders, and what `loader` does not cover.
 """
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from forge import report
-from forge.adapter.vocabulary import resize
+from forge.adapter.vocabulary import Fitted
 from forge.errors import DataError
 from forge.verify.loader import DAMAGED, Loader, Weights
 from forge.verify.sample import Sample
@@ -33,7 +33,7 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     import torch
 
     loader = Loader(weights)
-    model = _empty(weights, loader.rows)
+    model = _empty(weights, loader.fitted)
     head = model.get_output_embeddings()
     if head is None:
         raise DataError(f"{type(model).__name__} has no output layer: it gives no logits")
@@ -76,19 +76,16 @@ def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]
     return {"prompts": len(made), "same": same, "first_difference": firsts}
 
 
-def _empty(weights: Weights, rows: int | None) -> Any:
-    """The model without weights; its buffers (rotary frequencies) are computed, not loaded.
-
-    `rows` are those of its embedding, where they are not the base's.
-    """
+def _empty(weights: Weights, fitted: Fitted | None) -> Any:
+    """The model without weights; its buffers (rotary frequencies) are computed, not loaded."""
     import accelerate
     import torch
     import transformers
 
     remote = weights.trust_remote_code
     configuration = transformers.AutoConfig.from_pretrained(weights.base, trust_remote_code=remote)
-    if rows is not None:
-        resize(configuration, rows)
+    if fitted:
+        fitted.configure(configuration)
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(

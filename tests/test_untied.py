@@ -1,0 +1,213 @@
+"""Adapters that trained embedding and output layer apart on a base that ties them: both are written.
+
+In peft the two are then two tensors, and a merge into the one gives another model (silent wrong 6). What is
+right here is peft's own model with the adapter on, not what peft merges.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge import worker
+from forge.adapter.read import read_adapter
+from forge.adapter.status import validate
+from forge.errors import DataError
+from forge.export.run import GGUF_FILE, MERGED_DIRECTORY, export
+from forge.model.gguf_header import read_gguf
+from forge.verify.loader import Weights
+from forge.verify.reference import logits
+from forge.verify.sample import Sample
+from tests.models import (
+    PEFT_WARNS,
+    change_tensors,
+    load,
+    make_adapter,
+    make_model,
+    make_resized,
+    prepare_rows,
+)
+from tests.specimens import Specimen, rewrite, write_rows
+from tests.test_data_tokens import format_of
+from tests.test_train import arguments
+from tests.vocabularies import converters
+
+pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
+
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+APART: Mapping[str, dict[str, Any]] = {
+    "embedding, whole": {"modules_to_save": [EMBEDDING]},
+    "head, whole": {"modules_to_save": [HEAD]},
+    "both, whole": {"modules_to_save": [EMBEDDING, HEAD]},
+    "embedding, factors": {"target_modules": [EMBEDDING, "q_proj"]},
+    "head, factors": {"target_modules": [HEAD, "q_proj"]},
+    "both, factors": {"target_modules": [EMBEDDING, HEAD, "q_proj"]},
+    "head, factors, DoRA": {"target_modules": [HEAD, "q_proj"], "use_dora": True},
+    "embedding whole, head factors": {"modules_to_save": [EMBEDDING], "target_modules": [HEAD, "q_proj"]},
+    "rows of tokens": {"trainable_token_indices": {EMBEDDING: [3, 9], HEAD: [3, 7, 9]}},
+}
+TIED: Mapping[str, dict[str, Any]] = {
+    "neither": {},
+    "one, whole": {"modules_to_save": [EMBEDDING], "ensure_weight_tying": True},
+    "both, whole": {"modules_to_save": [EMBEDDING, HEAD], "ensure_weight_tying": True},
+    "rows of tokens": {"trainable_token_indices": [3, 9]},
+}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tied") / "base", "llama", "home-made")
+
+
+@pytest.fixture(scope="module")
+def stored_twice(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same base; its file has the output layer too, as older tools save it."""
+    from safetensors.torch import load_file
+
+    base = tmp_path_factory.mktemp("twice") / "base"
+    shutil.copytree(tied, base)
+    weights = base / "model.safetensors"
+    change_tensors(weights, {"lm_head.weight": load_file(weights)["model.embed_tokens.weight"].clone()})
+    return base
+
+
+def export_of(base: Path, adapter: Path, out: Path, *, tokenizer: Path | None = None) -> dict[str, Any]:
+    """An f16 file, and the merged checkpoint."""
+    out.mkdir()
+    return export(
+        base=str(base),
+        adapter=str(adapter),
+        tokenizer=str(tokenizer or base),
+        chat_template=(base / "chat_template.jinja").read_text(encoding="utf-8"),
+        data=None,
+        out=str(out),
+        converters=str(converters()),
+        settings={"name": "yoda", "quant": "f16", "keep_merged": True, "threads": 2, "end_of_turn_id": 2},
+    )
+
+
+def check(base: Path, adapter: Path, out: Path, *, rows: int | None = None, owns: bool = False) -> None:
+    """Peft's logits against those of the reference, of the merged checkpoint and of the GGUF in llama.cpp."""
+    import llama_cpp
+    import numpy as np
+    import torch
+
+    ids = [5, 9, 3, 31, 7, 60]
+    with torch.inference_mode():
+        wanted = load(base, adapter, merge=False, rows=rows)(torch.tensor([ids])).logits[0].numpy()
+        plain = load(base)(torch.tensor([ids])).logits[0].numpy()
+    sample = Sample((tuple(ids),), tuple((0, at) for at in range(6)), (True,) * 6, 1)
+    found = logits(Weights(base, read_adapter(adapter)), sample, "tuned")
+    np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-4)
+    export_of(base, adapter, out, tokenizer=adapter if owns else None)
+    with torch.inference_mode():
+        merged = load(out / MERGED_DIRECTORY)(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(merged, wanted, atol=2e-4, rtol=1e-4)
+    model = llama_cpp.Llama(str(out / GGUF_FILE), logits_all=True, n_ctx=64, verbose=False, n_threads=1)
+    try:
+        model.eval(ids)
+        served = np.array(model.scores[: len(ids), : wanted.shape[1]])
+    finally:
+        model.close()
+    count = plain.shape[1]
+    moved = float(((plain - wanted[:, :count]) ** 2).mean())
+    assert float(((served - wanted) ** 2).mean()) < min(1e-5 * wanted.var(), 0.02 * moved)
+
+
+@pytest.mark.parametrize("case", APART)
+def test_trained_apart_is_written_apart(case: str, tied: Path, tmp_path: Path) -> None:
+    """Pitfall 23, silent wrong 6, D7."""
+    adapter = make_adapter(tied, tmp_path / "adapter", **APART[case])
+    told = validate(str(tied), str(adapter))
+    assert (told["ok"], told["untied"], told["exports"]) == (True, True, ["merged"])
+    check(tied, adapter, tmp_path / "out")
+    assert "output.weight" in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
+    configuration = json.loads((tmp_path / "out" / MERGED_DIRECTORY / "config.json").read_text())
+    assert configuration["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_trained_as_one_is_written_as_one(case: str, tied: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(tied, tmp_path / "adapter", **TIED[case])
+    assert validate(str(tied), str(adapter))["untied"] is False
+    check(tied, adapter, tmp_path / "out")
+    assert "output.weight" not in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
+
+
+@pytest.mark.parametrize("named", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_forge_trains_the_two_as_one(named: tuple[str, ...], method: str, tied: Path, tmp_path: Path) -> None:
+    """`train.lora.modules_to_save` of a tied base: D7, pitfall 23."""
+    data = tmp_path / "data"
+    data.mkdir()
+    lora = {"r": 8, "alpha": 16, "modules_to_save": named}
+    fields = arguments(
+        tied, prepare_rows(tied, data), tmp_path / "out", method=method, lora=lora, max_steps=8
+    )
+    worker.call("train", fields, log=tmp_path / "log.txt")
+    told = validate(str(tied), str(tmp_path / "out"))
+    assert (told["untied"], told["exports"]) == (False, ["merged"])
+    check(tied, tmp_path / "out", tmp_path / "exported")
+    curve = (tmp_path / "out" / "logs" / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(curve[-1])["loss"] < json.loads(curve[0])["loss"]
+
+
+def test_factors_that_are_kept_tied(tied: Path, tmp_path: Path) -> None:
+    """peft puts the embedding's factors on the output layer too, turned around."""
+    adapter = make_adapter(
+        tied, tmp_path / "adapter", target_modules=[EMBEDDING, "q_proj"], ensure_weight_tying=True
+    )
+    check(tied, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("options", [TIED["one, whole"], APART["embedding, whole"], APART["both, whole"]])
+def test_a_tied_base_that_stores_both(options: dict[str, Any], stored_twice: Path, tmp_path: Path) -> None:
+    """The second tensor is the first for transformers, whatever a converter makes of it."""
+    check(stored_twice, make_adapter(stored_twice, tmp_path / "adapter", **options), tmp_path / "out")
+
+
+def test_both_resized_and_trained_apart(tied: Path, tmp_path: Path) -> None:
+    """What trl's users do who add tokens: modules_to_save of both, on a small base."""
+    adapter = make_resized(tied, tmp_path / "adapter", modules_to_save=[EMBEDDING, HEAD], multiple=128)
+    told = validate(str(tied), str(adapter))
+    assert told["untied"] and told["vocabulary_rows"]
+    check(tied, adapter, tmp_path / "out", rows=told["vocabulary_rows"], owns=True)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen3"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", family, "home-made", intermediate_size=1024)
+    both = ["wte" if family == "gpt2" else EMBEDDING, HEAD]
+    fields = {"fan_in_fan_out": True} if family == "gpt2" else {}
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=both, **fields)
+    check(base, adapter, tmp_path / "out")
+
+
+def test_a_family_that_has_one_tensor_only_is_refused(tmp_path: Path) -> None:
+    """llama.cpp's Gemma has no output layer of its own: nothing could hold the second tensor."""
+    base = make_model(tmp_path / "base", "gemma2", "gemma-spm")
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=[EMBEDDING])
+    with pytest.raises(DataError, match="has one tensor for the two in gemma2") as refused:
+        export_of(base, adapter, tmp_path / "out")
+    assert "ensure_weight_tying" in refused.value.hint
+    assert not (tmp_path / "out" / GGUF_FILE).exists()
+
+
+def test_the_certificate_sees_a_retied_head(tied: Path, tmp_path: Path) -> None:
+    """The sound file, and what is left of it without its output layer: llama.cpp takes the embedding."""
+    adapter = make_adapter(tied, tmp_path / "adapter", modules_to_save=[EMBEDDING, HEAD])
+    specimen = Specimen(tied, adapter, write_rows(tied, tmp_path), tmp_path)
+    owns = {"end_of_turn_id": format_of(tied).end_of_turn_id}
+    export_of(tied, adapter, tmp_path / "out")
+    sound = tmp_path / "out" / GGUF_FILE
+    found = specimen.verify(sound, **owns)
+    assert found["ok"], found["problems"]
+    broken = rewrite(sound, tmp_path / "broken.gguf", {"output.weight": None})
+    found = specimen.verify(broken, f16=str(sound), **owns)
+    assert (found["ok"], found["broken_stage"]) == (False, "convert"), found["verdict"]
+    assert "missing from the file, such as lm_head.weight" in found["verdict"]
