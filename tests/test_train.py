@@ -57,18 +57,24 @@ def arguments(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, An
 
 Trained = tuple[Path, dict[str, Any]]
 METHODS = ("lora", "qlora")
+BOTH = {"r": 16, "alpha": 32, "dropout": 0.05, "modules_to_save": ("embed_tokens", "lm_head")}
+RUNS: Mapping[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "qlora": {"method": "qlora"},
+    "tied": {"method": "lora", "lora": BOTH},
+}
 COMPUTE = {"lora": "float32", "qlora": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
 def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Trained]:
-    """Both methods, uninterrupted."""
+    """Every run, uninterrupted."""
     root = tmp_path_factory.mktemp("trained")
     made = {}
-    for method in METHODS:
-        out = root / method
-        told = worker.call("train", arguments(base, data, out, method=method), log=root / "log.txt")
-        made[method] = (out, told)
+    for name, changes in RUNS.items():
+        out = root / name
+        told = worker.call("train", arguments(base, data, out, **changes), log=root / "log.txt")
+        made[name] = (out, told)
     return made
 
 
@@ -163,13 +169,13 @@ def wait_for_checkpoints(out: Path, count: int, child: process.Child) -> None:
 
 # Often enough that there is one whenever it is killed.
 OFTEN = 0.0001
-STOPS = {"lora": signal.SIGKILL, "qlora": signal.SIGTERM}
+STOPS = {"lora": signal.SIGKILL, "qlora": signal.SIGTERM, "tied": signal.SIGKILL}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("run", RUNS)
 def test_a_stopped_run_resumes_bit_for_bit(
-    method: str,
+    run: str,
     base: Path,
     data: Path,
     trained: Mapping[str, Trained],
@@ -178,17 +184,17 @@ def test_a_stopped_run_resumes_bit_for_bit(
 ) -> None:
     """kill -9 of the parent, and SIGTERM: the adapter is that of the run which nobody disturbed."""
     out = tmp_path / "out"
-    given = arguments(base, data, out, method=method, checkpoint_minutes=OFTEN)
+    given = arguments(base, data, out, checkpoint_minutes=OFTEN, **RUNS[run])
     child = start(given)
     wait_for_checkpoints(out, 2, child)
-    os.kill(child.pid, STOPS[method])
+    os.kill(child.pid, STOPS[run])
     assert child.wait(600) != 0
     assert not (out / "adapter_model.safetensors").exists()
     checkpoint = last_checkpoint(out / "work")
     assert checkpoint is not None
     told = worker.call("train", given, log=tmp_path / "log.txt")
     assert str(told["resumed_from"]).startswith("checkpoint-")
-    whole, _ = trained[method]
+    whole, _ = trained[run]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert losses(out) == pytest.approx(losses(whole), abs=1e-6)
