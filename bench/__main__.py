@@ -30,6 +30,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "ship": ship.measure,
     "export": export.measure,
     "export-large": export.measure_large,
+    "export-ggml": export.measure_without_kernels,
     "validate": validate.measure,
     "verify": verify.measure,
     "serve": serve.measure,
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"no benchmark {', '.join(unknown)}; there is {', '.join(BENCHMARKS)}")
     if options.list:
         for name in BENCHMARKS:
-            print(f"{name:10} {_first_line(BENCHMARKS[name])}")
+            print(f"{name:12} {_first_line(BENCHMARKS[name])}")
         return 0
     facts = machine()
     outcomes: list[Outcome] = []
