@@ -12,6 +12,7 @@ handles the signal itself, as training does.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib
 import json
 import os
@@ -23,7 +24,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from forge import process, report
 from forge.errors import ForgeError, InterruptedByUserError, MissingToolError, StageError, from_json
@@ -169,10 +170,18 @@ def main() -> None:
     request = json.loads(sys.stdin.readline())
     process.exit_with_parent(sys.stdin)
     status = _answer(request, sink)
-    # What is registered is done; taking torch apart object by object would take another second.
+    _leave(status, protocol)
+
+
+def _leave(status: int, protocol: IO[str]) -> NoReturn:
+    """End with what is registered done and every stream written, C's too.
+
+    Taking torch apart object by object, as the interpreter does, would take another second.
+    """
     atexit._run_exitfuncs()
     for stream in (protocol, sys.stdout, sys.stderr):
         stream.flush()
+    ctypes.CDLL(None).fflush(None)
     os._exit(status)
 
 

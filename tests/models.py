@@ -28,7 +28,7 @@ KINDS = {
     "llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2", "mistral": "Mistral",
     "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
-    "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",
+    "cohere": "Cohere", "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",
     "starcoder2": "Starcoder2",
 }  # fmt: skip
 _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {

@@ -20,6 +20,7 @@ from forge.adapter.status import validate
 from forge.errors import DataError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY, export
 from forge.model.gguf_header import read_gguf
+from forge.train.run import train
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
@@ -37,7 +38,14 @@ from tests.test_data_tokens import format_of
 from tests.test_train import arguments
 from tests.vocabularies import converters
 
-pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
+pytestmark = [
+    pytest.mark.training,
+    pytest.mark.programs,
+    pytest.mark.timeout(1500),
+    PEFT_WARNS,
+    # peft says that what is tested here can lead to complications.
+    pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and:UserWarning"),
+]
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 APART: Mapping[str, dict[str, Any]] = {
@@ -50,6 +58,8 @@ APART: Mapping[str, dict[str, Any]] = {
     "head, factors, DoRA": {"target_modules": [HEAD, "q_proj"], "use_dora": True},
     "embedding whole, head factors": {"modules_to_save": [EMBEDDING], "target_modules": [HEAD, "q_proj"]},
     "rows of tokens": {"trainable_token_indices": {EMBEDDING: [3, 9], HEAD: [3, 7, 9]}},
+    "rows of tokens, head factors": {"trainable_token_indices": [3, 9], "target_modules": [HEAD, "q_proj"]},
+    "named by its end": {"modules_to_save": ["tokens"]},
 }
 TIED: Mapping[str, dict[str, Any]] = {
     "neither": {},
@@ -139,29 +149,55 @@ def test_trained_as_one_is_written_as_one(case: str, tied: Path, tmp_path: Path)
     assert "output.weight" not in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
 
 
-@pytest.mark.parametrize("named", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("named", [(EMBEDDING,), (HEAD,), ("tokens", HEAD)])
 def test_forge_trains_the_two_as_one(named: tuple[str, ...], method: str, tied: Path, tmp_path: Path) -> None:
     """`train.lora.modules_to_save` of a tied base: D7, pitfall 23."""
-    data = tmp_path / "data"
+    data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
+    prepare_rows(tied, data)
     lora = {"r": 8, "alpha": 16, "modules_to_save": named}
-    fields = arguments(
-        tied, prepare_rows(tied, data), tmp_path / "out", method=method, lora=lora, max_steps=8
-    )
+    fields = arguments(tied, data, out, method=method, lora=lora, max_steps=8)
     worker.call("train", fields, log=tmp_path / "log.txt")
-    told = validate(str(tied), str(tmp_path / "out"))
+    told = validate(str(tied), str(out))
     assert (told["untied"], told["exports"]) == (False, ["merged"])
-    check(tied, tmp_path / "out", tmp_path / "exported")
-    curve = (tmp_path / "out" / "logs" / "training.jsonl").read_text(encoding="utf-8").splitlines()
+    check(tied, out, tmp_path / "exported")
+    curve = (out / "logs" / "training.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(curve[-1])["loss"] < json.loads(curve[0])["loss"]
 
 
-def test_factors_that_are_kept_tied(tied: Path, tmp_path: Path) -> None:
+def test_forge_does_not_train_what_peft_does_not_tie(tmp_path: Path) -> None:
+    """peft ties what is called embed_tokens or lm_head; of GPT-2's it warns, and trains them apart."""
+    base = make_model(tmp_path / "base", "gpt2", "home-made")
+    lora = {"r": 8, "alpha": 16, "modules_to_save": ("wte",)}
+    (tmp_path / "data").mkdir()
+    data = prepare_rows(base, tmp_path / "data")
+    with pytest.raises(
+        DataError, match=r"train\.lora\.modules_to_save: .* these are lm_head, transformer.wte"
+    ):
+        train(**arguments(base, data, tmp_path / "out", method="lora", lora=lora))
+
+
+def test_what_peft_was_asked_to_tie_in_vain(tmp_path: Path) -> None:
+    """GPT-2's embedding: the configuration says tied, the file has a copy that was trained apart."""
+    base = make_model(tmp_path / "base", "gpt2", "home-made", intermediate_size=1024)
+    options: dict[str, Any] = {
+        "modules_to_save": ["wte"],
+        "ensure_weight_tying": True,
+        "fan_in_fan_out": True,
+    }
+    adapter = make_adapter(base, tmp_path / "adapter", **options)
+    check(base, adapter, tmp_path / "out")
+    assert "output.weight" in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
+
+
+@pytest.mark.parametrize("named", [EMBEDDING, HEAD])
+def test_factors_that_are_kept_tied(named: str, tied: Path, tmp_path: Path) -> None:
     """peft puts the embedding's factors on the output layer too, turned around."""
     adapter = make_adapter(
-        tied, tmp_path / "adapter", target_modules=[EMBEDDING, "q_proj"], ensure_weight_tying=True
+        tied, tmp_path / "adapter", target_modules=[named, "q_proj"], ensure_weight_tying=True
     )
+    assert validate(str(tied), str(adapter))["ok"]
     check(tied, adapter, tmp_path / "out")
 
 
@@ -188,11 +224,32 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     check(base, adapter, tmp_path / "out")
 
 
-def test_a_family_that_has_one_tensor_only_is_refused(tmp_path: Path) -> None:
-    """llama.cpp's Gemma has no output layer of its own: nothing could hold the second tensor."""
-    base = make_model(tmp_path / "base", "gemma2", "gemma-spm")
+def test_a_pure_adapter_on_a_head_of_its_own_stays_pure(stored_twice: Path, tmp_path: Path) -> None:
+    """transformers ties no two tensors that differ, and the adapter touched neither."""
+    import torch
+    from safetensors.torch import load_file
+
+    base = shutil.copytree(stored_twice, tmp_path / "base")
+    weights = base / "model.safetensors"
+    head = load_file(weights)["lm_head.weight"].float()
+    change_tensors(weights, {"lm_head.weight": torch.flip(head, [0]).to(torch.bfloat16)})
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    told = validate(str(base), str(adapter))
+    assert (told["untied"], told["exports"]) == (False, ["merged", "adapter"])
+    check(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("family", "vocabulary", "name"),
+    [("gemma2", "gemma-spm", "gemma2"), ("cohere", "home-made", "command-r")],
+)
+def test_a_family_that_has_one_tensor_only_is_refused(
+    family: str, vocabulary: str, name: str, tmp_path: Path
+) -> None:
+    """llama.cpp has no output layer of their own for these: nothing could hold the second tensor."""
+    base = make_model(tmp_path / "base", family, vocabulary)
     adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=[EMBEDDING])
-    with pytest.raises(DataError, match="has one tensor for the two in gemma2") as refused:
+    with pytest.raises(DataError, match=f"has one tensor for the two in {name}") as refused:
         export_of(base, adapter, tmp_path / "out")
     assert "ensure_weight_tying" in refused.value.hint
     assert not (tmp_path / "out" / GGUF_FILE).exists()

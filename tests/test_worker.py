@@ -69,6 +69,7 @@ def test_a_result_comes_back_with_what_was_said(said: Said, tmp_path: Path) -> N
     ]
     assert log.read_text().splitlines()[1:] == [
         "a print", "a print to standard error", "a program's print", '{"event": "result", "value": "forged"}',
+        "a print of C",
     ]  # fmt: skip
 
 

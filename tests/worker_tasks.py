@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -28,6 +29,7 @@ def speak(words: list[Any]) -> dict[str, Any]:
     forged = json.dumps({"event": "result", "value": "forged"})
     echoed = process.run(["echo", "a program's print\n" + forged]).output
     os.write(1, f"{echoed}\n".encode())
+    ctypes.CDLL(None).printf(b"a print of C\n")
     return {"words": words}
 
 

@@ -64,7 +64,7 @@ def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
 
     configuration = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     found = fitted.adapter
-    fitted.configure(configuration)
+    fitted.resize(configuration)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
             configuration, trust_remote_code=trust_remote_code
@@ -74,8 +74,10 @@ def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.to_empty(device="cpu")
         model.tie_weights()
-    _refuse_mismatch(found, {name: tuple(p.shape) for name, p in model.named_parameters()})
-    with torch.device("meta"):
+    parameters = model.named_parameters(remove_duplicate=False)
+    _refuse_mismatch(found, {name: tuple(parameter.shape) for name, parameter in parameters})
+    # Under that device the numbers of the tokens would have no values.
+    with torch.device("cpu" if found.rows else "meta"):
         return peft.PeftModel.from_pretrained(
             model, str(found.directory), low_cpu_mem_usage=True, torch_device="cpu"
         )
@@ -116,8 +118,8 @@ def _status_problems(
     status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], found: Adapter
 ) -> Iterator[Problem]:
     for field, value in status.items():
-        if field == "requires_grad" and found.rows:
-            continue  # peft freezes factors when it loads them, but not rows of tokens
+        if field == "requires_grad" and (found.rows or found.configuration.get("ensure_weight_tying")):
+            continue  # peft freezes factors when it loads them, but not rows of tokens, nor what it ties
         if value == "irregular" or (isinstance(value, dict) and "irregular" in value.values()):
             yield Problem("irregular: its layers disagree", f"status.{field}")
     if status["enabled"] is not True:

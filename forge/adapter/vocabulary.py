@@ -6,21 +6,22 @@ beside the factors (`save_embedding_layers`, `modules_to_save`), or beside the r
 adapter's own.
 
 Many small bases have one tensor for embedding and output layer. peft trains a copy of each, or one alone,
-unless it is told to keep them tied: the tuned model has two, and is written so. In one tensor both would
-change.
+unless it is told to keep them tied and can: the tuned model has two, and is written so. In one tensor both
+would change. Rows of tokens it always keeps tied, unless both are named with other tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from forge.adapter.read import EMBEDDINGS, Adapter, find_base_tensor, read_adapter
 from forge.errors import DataError
 from forge.model.checkpoint import Checkpoint, open_checkpoint
-from forge.model.config import read_configuration
+from forge.model.config import read_json, ties_embeddings
 from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -38,46 +39,56 @@ class Fitted:
     `adapter` has no copy of the embedding where the tuned model has one tensor for both. `rows` are those of
     the tuned model's embedding, where the base has another number of them. `untied`: the base has one tensor
     and the tuned model two; the checkpoint then has the embedding's values a second time, as the output
-    layer's.
+    layer's. `own_head`: the tuned model has two, and the base's configuration says one.
     """
 
     checkpoint: Checkpoint
     adapter: Adapter
     rows: int | None
-    untied: bool
+    untied: bool = False
+    own_head: bool = False
 
     def configure(self, configuration: Any) -> None:
         """Give a transformers configuration the tuned model's embedding."""
-        text = configuration.get_text_config()
-        if self.untied:
+        self.resize(configuration)
+        if self.own_head:
+            text = configuration.get_text_config()
             configuration.tie_word_embeddings = text.tie_word_embeddings = False
-        if self.rows is not None:
-            text.vocab_size = self.rows
-            if (text.pad_token_id or 0) >= self.rows:
-                text.pad_token_id = None  # no embedding is built with such a one
+
+    def resize(self, configuration: Any) -> None:
+        """Give a transformers configuration as many rows as the tuned model has."""
+        if self.rows is None:
+            return
+        text = configuration.get_text_config()
+        text.vocab_size = self.rows
+        if (text.pad_token_id or 0) >= self.rows:
+            text.pad_token_id = None  # no embedding is built with such a one
 
 
 def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fitted:
     """`adapter` on the base `checkpoint`, as it is in its files.
 
-    Raises `DataError` when the embedding and the output layer would not have the same number of rows.
+    Of a checkpoint without files, a plan's, the headers alone are read. Raises `DataError` when the embedding
+    and the output layer would not have the same number of rows.
     """
-    base = dict(checkpoint.tensors)
-    heads = [name for name in base if _leaf(name) in HEADS]
-    embedding = next((name for name in base if _leaf(name) in EMBEDDINGS), None)
-    untied = False
-    if embedding and read_configuration(checkpoint.directory).tied_embeddings:
-        copies = all(_is_copy(base[name], base[embedding]) for name in heads)
-        once = _without_copies(adapter)
-        untied = not copies or any(_heads(once)) or _moves_embedding_alone(adapter)
-        if not untied:
-            adapter = once
-        if copies:
-            # transformers ties them whatever is stored; a second tensor would be left as it was.
-            base = {name: spec for name, spec in base.items() if name not in heads}
-            if untied:
-                base[next(_heads(once), _head_of(embedding))] = base[embedding]
-    return Fitted(replace(checkpoint, tensors=base), adapter, _resized_rows(adapter, base), untied)
+    base = checkpoint.tensors
+    heads = [name for name in base if _is_weight(name, HEADS)]
+    embedding = next((name for name in base if _is_weight(name, EMBEDDINGS)), None)
+    if embedding is None or not ties_embeddings(read_json(checkpoint.directory / "config.json")):
+        return Fitted(checkpoint, adapter, _resized_rows(adapter, base))
+    if checkpoint.files and not all(_is_copy(base[name], base[embedding]) for name in heads):
+        # transformers ties no two tensors that differ, whatever the configuration says.
+        return Fitted(checkpoint, adapter, _resized_rows(adapter, base), own_head=True)
+    once = _without_copies(adapter)
+    untied = any(_heads(once)) or _moves_embedding_alone(adapter)
+    # transformers ties them whatever is stored; a second tensor would be left as it was.
+    tensors = {name: spec for name, spec in base.items() if name not in heads}
+    if untied:
+        head = next(_heads(once), "lm_head.weight")
+        tensors[head] = base[embedding]
+        once = _with_rows_of_both(adapter, head)
+    rows = _resized_rows(once, tensors)
+    return Fitted(replace(checkpoint, tensors=tensors), once, rows, untied, own_head=untied)
 
 
 def _resized_rows(adapter: Adapter, base: Mapping[str, TensorSpec]) -> int | None:
@@ -128,6 +139,14 @@ def check_tokenizer(fitted: Fitted, tokenizer: Path) -> None:
         )
 
 
+def _with_rows_of_both(adapter: Adapter, head: str) -> Adapter:
+    """`adapter` with the embedding's rows for the output layer `head` too, where it has none of its own."""
+    rows = next((rows for name, rows in adapter.rows.items() if _is_weight(name, EMBEDDINGS)), None)
+    if rows is None or any(_is_weight(name, HEADS) for name in adapter.rows):
+        return adapter
+    return replace(adapter, rows={**adapter.rows, head: rows})
+
+
 def _without_copies(adapter: Adapter) -> Adapter:
     """`adapter` without the copy of the embedding that peft saves as the output layer of a tied base."""
     return replace(
@@ -151,27 +170,23 @@ def _without_copy(parts: Mapping[str, Part], is_copy: Callable[[Part, Part], boo
 def _heads(adapter: Adapter) -> Iterator[str]:
     """The names of the output layer's tensor in `adapter`."""
     for name in (*adapter.replaced, *adapter.rows, *(f"{module}.weight" for module in adapter.layers)):
-        if _leaf(name) in HEADS:
+        if _is_weight(name, HEADS):
             yield name
-
-
-def _head_of(embedding: str) -> str:
-    """What the output layer is called beside an embedding of that name."""
-    return "embed_out.weight" if _leaf(embedding) == "embed_in" else "lm_head.weight"
 
 
 def _moves_embedding_alone(adapter: Adapter) -> bool:
     """Whether the embedding was trained beside the tensor that is tied, and the output layer was not.
 
-    peft copies modules_to_save, unless it is told to keep the copies tied.
+    peft copies modules_to_save. What it kept tied it saves for both, and it ties fewer names than it is asked
+    to (ensure_weight_tying), so what counts is what is in the file.
     """
     if any(layer.is_embedding for layer in adapter.layers.values()):
         return True
-    named = adapter.configuration.get("modules_to_save") or ()
-    if adapter.configuration.get("ensure_weight_tying") or any(_heads(adapter)):
+    if any(_heads(adapter)):
         return False
-    modules = [name.rpartition(".")[0] for name in adapter.replaced if _leaf(name) in EMBEDDINGS]
-    return any(f".{module}".endswith(f".{one}") for module in modules for one in named)
+    named = adapter.configuration.get("modules_to_save") or ()
+    modules = [name.rpartition(".")[0] for name in adapter.replaced if _is_weight(name, EMBEDDINGS)]
+    return any(module.endswith(one) for module in modules for one in named)
 
 
 def is_of_tokens(name: str) -> bool:
@@ -179,16 +194,20 @@ def is_of_tokens(name: str) -> bool:
     return _leaf(name) in EMBEDDINGS + HEADS
 
 
+def _is_weight(name: str, modules: Collection[str]) -> bool:
+    """Whether the tensor `name` is the weight of one of `modules`."""
+    return name.endswith(".weight") and _leaf(name) in modules
+
+
 def _leaf(name: str) -> str:
     """The last part of the module that the tensor `name` is of."""
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
+@cache
 def _is_copy(one: TensorSpec, other: TensorSpec) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    if not one.file.is_file():
-        return True  # a plan has a base's headers alone; the export has its values
     with one.file.open("rb") as first, other.file.open("rb") as second:
         first.seek(one.start)
         second.seek(other.start)

@@ -26,7 +26,7 @@ def describe(
     described = json.loads((base / "config.json").read_text(encoding="utf-8"))
     if fitted and fitted.rows is not None:
         described = with_vocabulary(described, fitted.rows)
-    if fitted and fitted.untied:
+    if fitted and fitted.own_head:
         described = with_own_head(described)
     if "n_positions" in described:
         # GPT-2's converter reads `n_ctx`, which transformers no longer writes.

@@ -45,7 +45,6 @@ IMPORTANCE_SUFFIX = "-imatrix.gguf"
 BESIDE = (ADAPTER_SUFFIX, IMPORTANCE_SUFFIX)
 """What a GGUF's name ends with that lies beside a model and is none."""
 MERGED_DIRECTORY = "merged"
-_OUTPUT = "output.weight"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
@@ -86,8 +85,8 @@ def export(
     nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
     merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
     tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
-    converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings)
-    _check_untied(found, converted)
+    apart = bool(found and found.untied)
+    converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings, apart)
     with one_thread():
         written, compiled = _write(converted, work, description, merged, Path(converters), settings)
     if mode == "adapter" and found:
@@ -139,19 +138,6 @@ def _mode(asked: str, found: Fitted | None) -> tuple[str, tuple[str, ...]]:
     return ("merged" if reasons else "adapter"), reasons
 
 
-def _check_untied(found: Fitted | None, converted: Converted) -> None:
-    """Raise `DataError` where two tensors were trained, and a family's GGUF has one for both."""
-    if found is None or not found.untied:
-        return
-    report.info("the adapter trained embedding and output layer apart, which the base ties: both are written")
-    if _OUTPUT not in converted.tensors:
-        raise DataError(
-            "the adapter trained the embedding or the output layer apart, which the base ties, and llama.cpp "
-            f"has one tensor for the two in {converted.metadata['general.architecture'].value}",
-            hint="train it again with ensure_weight_tying=True, or without either",
-        )
-
-
 def _lay_out(
     description: Path,
     work: Path,
@@ -159,8 +145,14 @@ def _lay_out(
     data: str | None,
     converters: Path,
     settings: Mapping[str, Any],
+    apart: bool,
 ) -> tuple[Converted, proof.Compared]:
-    """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it."""
+    """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it.
+
+    `apart`: embedding and output layer, which the base ties, are two tensors.
+    """
+    if apart:
+        report.info("embedding and output layer were trained apart, which the base ties: both are written")
     template = template_in(description)
     tried = proof.cases(template, proof.test_strings(), own_conversations(data))
     bos = read_tokenizer(description).tokens.get("bos")
@@ -179,6 +171,7 @@ def _lay_out(
         outtype=_outtype(tensors, settings["quant"]),
         name=settings["name"] if plain else pretokenizer.model_name(description, settings["name"]),
         choices=None if plain else choices,
+        apart=apart,
     )
     report.advance("convert", 1, 1)
     sparse = work / "header.gguf"

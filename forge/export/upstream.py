@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge.errors import StageError
+from forge.errors import DataError, StageError
 from forge.export.tensors import LazyTensor
 from forge.model.gguf_header import NUMBERS, TYPES
 
@@ -121,11 +121,13 @@ def convert(
     outtype: str,
     name: str,
     choices: Choices | None,
+    apart: bool = False,
 ) -> Converted:
     """Let the converter of the model in `description` (a checkpoint without weights) do its work.
 
     `outtype` is f32, f16 or bf16; `name` becomes general.name; without `choices` nothing is decided
-    but by upstream. Raises `StageError` with the converter's own words.
+    but by upstream. `apart` asks for an output layer beside the embedding. Raises `DataError` where the
+    family has none, `StageError` with the converter's own words.
     """
     import torch
 
@@ -141,6 +143,9 @@ def convert(
                 Path("unused"),
                 model_name=name,
             )
+            gguf = conversion.base.gguf
+            if apart and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[model.model_arch]:
+                raise _one_tensor(gguf.MODEL_ARCH_NAMES[model.model_arch])
             model.prepare_tensors()
             model.prepare_metadata(vocab_only=False)
     except REFUSALS as refusal:
@@ -148,7 +153,18 @@ def convert(
     finally:
         quants.quantize = quantize
     infos = model.gguf_writer.tensors[0]
+    if apart and "output.weight" not in infos:  # Gemma's converter leaves it out
+        raise _one_tensor(gguf.MODEL_ARCH_NAMES[model.model_arch])
     return Converted(model.gguf_writer, {name: info.dtype.name for name, info in infos.items()})
+
+
+def _one_tensor(architecture: str) -> DataError:
+    return DataError(
+        "the adapter trained the embedding or the output layer apart, which the base ties, and llama.cpp has "
+        f"one tensor for the two in {architecture}",
+        hint="train it again with the embedding in modules_to_save and ensure_weight_tying=True, as "
+        "train.lora.modules_to_save does, or without either",
+    )
 
 
 def load(tree: Path) -> Any:

@@ -97,7 +97,7 @@ def configuration_of(raw: Mapping[str, Any], *, where: str = "config.json") -> C
         max_positions=_count(
             text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"
         ),
-        tied_embeddings=_tied(raw, text),
+        tied_embeddings=ties_embeddings(raw),
         dtype=_dtype(raw, text),
         encoder_decoder=bool(raw.get("is_encoder_decoder", False)),
         quantization=_quantization(raw, text),
@@ -176,8 +176,9 @@ def _intermediate(text: Mapping[str, Any], hidden: int | None) -> int | None:
     return given or (4 * hidden if hidden else None)
 
 
-def _tied(raw: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
-    for config in (raw, text):
+def ties_embeddings(raw: Mapping[str, Any]) -> bool:
+    """Whether a parsed configuration has one tensor for embedding and output layer."""
+    for config in (raw, _text_part(raw)):
         if isinstance(config.get("tie_word_embeddings"), bool):
             return bool(config["tie_word_embeddings"])
     # transformers' own default before version 5, for which such files were written, was True;

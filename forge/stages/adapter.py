@@ -10,6 +10,7 @@ from typing import Any
 from forge import worker
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from forge.adapter.tokenizer import copy_tokenizer
+from forge.adapter.vocabulary import is_of_tokens
 from forge.errors import CheckError, DataError, ForgeError
 from forge.model.estimate import lora_parameters
 from forge.recipe.schema import Train
@@ -52,10 +53,20 @@ class TrainStage(ShipStage):
         return self.bytes_kept() * (1 + 2 * 3)
 
     def bytes_kept(self) -> int:
-        """The adapter of every matrix, in float32: the most that it can be."""
+        """The adapter of every matrix and what is saved whole, in float32: the most that it can be.
+
+        An embedding and an output layer that are tied are saved for both.
+        """
         lora = self._train.lora
-        matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) == 2]
-        return 4 * lora_parameters(matrices, lora.r, dora=lora.dora)
+        matrices = {name: spec for name, spec in self.ship.tensors.items() if len(spec.shape) == 2}
+        factors = lora_parameters(matrices.values(), lora.r, dora=lora.dora)
+        whole = [
+            spec.numel
+            for name, spec in matrices.items()
+            if lora.modules_to_save
+            and (is_of_tokens(name) or any(f".{one}." in f".{name}" for one in lora.modules_to_save))
+        ]
+        return 4 * (factors + 2 * sum(whole))
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         settings = self._train.model_dump(mode="json") | {
@@ -104,7 +115,7 @@ class ValidateStage(ShipStage):
     """peft's own status of the adapter on this base; a sound one only goes on."""
 
     name = "validate"
-    version = 1
+    version = 2
     needs = (ADAPTER_STAGE,)
 
     def params(self) -> Mapping[str, Json]:

@@ -32,7 +32,7 @@ class CalibrateStage(GgufStage):
     """Measures the types; that one of them is within the budget is judged on every run."""
 
     name = CALIBRATION_STAGE
-    version = 2
+    version = 3
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)

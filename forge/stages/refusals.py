@@ -8,13 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forge import report
-from forge.adapter.read import EMBEDDINGS, read_adapter
-from forge.adapter.vocabulary import check_tokenizer, fit
+from forge.adapter.read import EMBEDDINGS
+from forge.adapter.vocabulary import check_tokenizer
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
 from forge.export.adapter_only import refuse_impure, why_merged
 from forge.model.architectures import check_exportable
-from forge.model.checkpoint import Checkpoint
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
 from forge.recipe.load import Loaded
@@ -46,11 +45,10 @@ def check(ship: Ship) -> None:
     _check_generation(ship)
     if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
         raise DataError("the pad token is the end of turn: the model would never learn to stop")
-    if ship.adopted and ship.adopted.directory:
-        fitted = fit(read_adapter(ship.adopted.directory), Checkpoint(directory, ship.tensors, ()))
-        check_tokenizer(fitted, ship.tokenizer.directory)
+    if ship.fitted:
+        check_tokenizer(ship.fitted, ship.tokenizer.directory)
         if ship.recipe.export.mode == "adapter":
-            refuse_impure(why_merged(fitted))
+            refuse_impure(why_merged(ship.fitted))
 
 
 def _check_targets(ship: Ship) -> None:

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from forge.adapter.read import read_adapter
+from forge.adapter.vocabulary import Fitted, fit
 from forge.chat.stops import StopContract
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
@@ -23,7 +25,7 @@ from forge.model.base import (
     resolve,
     resolve_headers,
 )
-from forge.model.checkpoint import open_checkpoint
+from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.config import Configuration, read_configuration
 from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
@@ -82,9 +84,18 @@ class Ship:
         """The base's tensors; raises `DataError` for a checkpoint that is not whole."""
         return self.headers if self.headers is not None else open_checkpoint(self.base_directory).tensors
 
+    @cached_property
+    def fitted(self) -> Fitted | None:
+        """The adapter that is adopted, on this base, by their headers; None where none is here."""
+        if self.adopted is None or self.adopted.directory is None:
+            return None
+        return fit(read_adapter(self.adopted.directory), Checkpoint(self.base_directory, self.tensors, ()))
+
     @property
     def parameters(self) -> int:
-        return sum(tensor.numel for tensor in self.tensors.values())
+        """Those of the tuned model."""
+        tensors = self.fitted.checkpoint.tensors if self.fitted else self.tensors
+        return sum(tensor.numel for tensor in tensors.values())
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles:

@@ -31,7 +31,7 @@ class VerifyStage(GgufStage):
     """Measures the file; the measurement is kept, the verdict is not."""
 
     name = "verify"
-    version = 2
+    version = 3
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)

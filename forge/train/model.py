@@ -13,6 +13,10 @@ from typing import Any
 
 from forge.errors import DataError, MissingToolError
 
+_HEAD = "lm_head"
+# What peft.utils.constants.EMBEDDING_LAYER_NAMES has.
+_PEFT_TIES = {"embed_tokens", _HEAD}
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -89,6 +93,7 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpoint
 
     tied = _tied_names(model)
     _refuse_factors(lora["targets"], tied)
+    whole = _trained_whole(lora["modules_to_save"], tied)
     if quantize:
         model = peft.prepare_model_for_kbit_training(
             model,
@@ -103,8 +108,8 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpoint
         target_modules="all-linear" if targets in ("auto", "all-linear") else list(targets),
         use_rslora=lora["rslora"],
         use_dora=lora["dora"],
-        modules_to_save=list(lora["modules_to_save"]) or None,
-        ensure_weight_tying=any(_last(name) in tied for name in lora["modules_to_save"]),
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(tied) and _HEAD in whole,
         task_type="CAUSAL_LM",
     )
     try:
@@ -117,21 +122,39 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpoint
 
 
 def _tied_names(model: Any) -> Collection[str]:
-    """What the embedding and the output layer are called, where the base has one tensor for both."""
+    """Where the embedding and the output layer are, where the base has one tensor for both."""
     if not model.config.get_text_config().tie_word_embeddings:
         return ()
     tied = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-    return {_last(name) for name, module in model.named_modules() if id(module) in tied}
+    return {name for name, module in model.named_modules() if id(module) in tied}
 
 
 def _refuse_factors(targets: str | Sequence[str], tied: Collection[str]) -> None:
     """Factors would move one of two tied tensors alone: some families have no place for a second."""
     named = () if isinstance(targets, str) else targets
-    if wrong := sorted(name for name in named if _last(name) in tied):
+    if wrong := sorted(name for name in named if any(f".{one}".endswith(f".{name}") for one in tied)):
         raise DataError(
             f"train.lora.targets: {', '.join(wrong)}: the base ties its output layer to the embedding",
             hint="name it in train.lora.modules_to_save, where the two are trained as one, or leave it out",
         )
+
+
+def _trained_whole(named: Sequence[str], tied: Collection[str]) -> list[str]:
+    """The modules to save, the output layer for an embedding that is tied to it: peft then ties both.
+
+    peft matches the end of a name, and ties an embedding of no other name.
+    """
+    others = [name for name in named if not any(one.endswith(name) for one in tied)]
+    if len(others) == len(named):
+        return list(named)
+    if not {_last(one) for one in tied} <= _PEFT_TIES:
+        raise DataError(
+            "train.lora.modules_to_save: the base ties its output layer to the embedding, and peft would "
+            f"train them apart: it knows {' and '.join(sorted(_PEFT_TIES))}, "
+            f"these are {', '.join(sorted(tied))}",
+            hint="leave both out",
+        )
+    return [*others, _HEAD]
 
 
 def _last(name: str) -> str:
