@@ -15,17 +15,25 @@ from typing import Any
 import pytest
 
 from forge import worker
+from forge.adapter import vocabulary
 from forge.adapter.read import read_adapter
 from forge.adapter.status import validate
-from forge.errors import DataError
-from forge.export.run import GGUF_FILE, MERGED_DIRECTORY, export
+from forge.adapter.vocabulary import saved_whole
+from forge.errors import CheckError, DataError
+from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
+from forge.model.checkpoint import open_checkpoint
 from forge.model.gguf_header import read_gguf
+from forge.model.safetensors_header import read_header
+from forge.recipe.schema import Train
+from forge.train.model import with_lora
 from forge.train.run import train
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
+from forge.verify.token_layers import are_touched, refuse_others
 from tests.models import (
     PEFT_WARNS,
+    change_json,
     change_tensors,
     load,
     make_adapter,
@@ -35,8 +43,8 @@ from tests.models import (
 )
 from tests.specimens import Specimen, rewrite, write_rows
 from tests.test_data_tokens import format_of
+from tests.test_resized import export_of
 from tests.test_train import arguments
-from tests.vocabularies import converters
 
 pytestmark = [
     pytest.mark.training,
@@ -55,6 +63,7 @@ APART: Mapping[str, dict[str, Any]] = {
     "embedding, factors": {"target_modules": [EMBEDDING, "q_proj"]},
     "head, factors": {"target_modules": [HEAD, "q_proj"]},
     "both, factors": {"target_modules": [EMBEDDING, HEAD, "q_proj"]},
+    "embedding, factors of all": {"target_modules": "all-linear", "modules_to_save": [EMBEDDING]},
     "head, factors, DoRA": {"target_modules": [HEAD, "q_proj"], "use_dora": True},
     "embedding whole, head factors": {"modules_to_save": [EMBEDDING], "target_modules": [HEAD, "q_proj"]},
     "rows of tokens": {"trainable_token_indices": {EMBEDDING: [3, 9], HEAD: [3, 7, 9]}},
@@ -86,21 +95,6 @@ def stored_twice(tied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def export_of(base: Path, adapter: Path, out: Path, *, tokenizer: Path | None = None) -> dict[str, Any]:
-    """An f16 file, and the merged checkpoint."""
-    out.mkdir()
-    return export(
-        base=str(base),
-        adapter=str(adapter),
-        tokenizer=str(tokenizer or base),
-        chat_template=(base / "chat_template.jinja").read_text(encoding="utf-8"),
-        data=None,
-        out=str(out),
-        converters=str(converters()),
-        settings={"name": "yoda", "quant": "f16", "keep_merged": True, "threads": 2, "end_of_turn_id": 2},
-    )
-
-
 def check(base: Path, adapter: Path, out: Path, *, rows: int | None = None, owns: bool = False) -> None:
     """Peft's logits against those of the reference, of the merged checkpoint and of the GGUF in llama.cpp."""
     import llama_cpp
@@ -114,7 +108,9 @@ def check(base: Path, adapter: Path, out: Path, *, rows: int | None = None, owns
     sample = Sample((tuple(ids),), tuple((0, at) for at in range(6)), (True,) * 6, 1)
     found = logits(Weights(base, read_adapter(adapter)), sample, "tuned")
     np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-4)
-    export_of(base, adapter, out, tokenizer=adapter if owns else None)
+    if are_touched(read_adapter(adapter)):
+        refuse_others(Weights(base, read_adapter(adapter)))
+    export_of(base, adapter, out, tokenizer=adapter if owns else base)
     with torch.inference_mode():
         merged = load(out / MERGED_DIRECTORY)(torch.tensor([ids])).logits[0].numpy()
     np.testing.assert_allclose(merged, wanted, atol=2e-4, rtol=1e-4)
@@ -215,6 +211,14 @@ def test_both_resized_and_trained_apart(tied: Path, tmp_path: Path) -> None:
     check(tied, adapter, tmp_path / "out", rows=told["vocabulary_rows"], owns=True)
 
 
+def test_factors_of_an_embedding_that_is_saved_without_its_weight(tmp_path: Path) -> None:
+    """peft saves the weight beside the factors of embed_tokens, and of no other name."""
+    base = make_model(tmp_path / "base", "gpt2", "home-made", intermediate_size=1024)
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["wte", "c_attn"], fan_in_fan_out=True)
+    assert validate(str(base), str(adapter))["ok"]
+    check(base, adapter, tmp_path / "out")
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "qwen3"])
 def test_other_families(family: str, tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", family, "home-made", intermediate_size=1024)
@@ -224,19 +228,74 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     check(base, adapter, tmp_path / "out")
 
 
-def test_a_pure_adapter_on_a_head_of_its_own_stays_pure(stored_twice: Path, tmp_path: Path) -> None:
-    """transformers ties no two tensors that differ, and the adapter touched neither."""
+@pytest.fixture(scope="module")
+def differing(stored_twice: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose configuration says tied, and whose file has two tensors that differ."""
     import torch
     from safetensors.torch import load_file
 
-    base = shutil.copytree(stored_twice, tmp_path / "base")
+    base = shutil.copytree(stored_twice, tmp_path_factory.mktemp("differing") / "base")
     weights = base / "model.safetensors"
     head = load_file(weights)["lm_head.weight"].float()
     change_tensors(weights, {"lm_head.weight": torch.flip(head, [0]).to(torch.bfloat16)})
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    told = validate(str(base), str(adapter))
-    assert (told["untied"], told["exports"]) == (False, ["merged", "adapter"])
-    check(base, adapter, tmp_path / "out")
+    return base
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"]},
+        {"trainable_token_indices": [3, 9]},
+        {"modules_to_save": [EMBEDDING]},
+        {"target_modules": [EMBEDDING, "q_proj"]},
+    ],
+)
+def test_a_head_that_differs_is_not_tied(options: dict[str, Any], differing: Path, tmp_path: Path) -> None:
+    """transformers ties no two tensors that differ; peft ties rows of tokens by the configuration."""
+    adapter = make_adapter(differing, tmp_path / "adapter", **options)
+    told = validate(str(differing), str(adapter))
+    pure = options == {"target_modules": ["q_proj"]}
+    assert (told["untied"], told["exports"]) == (False, ["merged", "adapter"] if pure else ["merged"])
+    check(differing, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [(EMBEDDING,), (HEAD,), (EMBEDDING, HEAD)])
+def test_training_leaves_a_head_that_differs(name: tuple[str, ...], differing: Path) -> None:
+    import torch
+
+    model, ids = load(differing), torch.tensor([[5, 9, 3]])
+    with torch.inference_mode():
+        before = model(ids).logits
+        lora = Train.model_validate({"lora": {"modules_to_save": name}}).lora.model_dump()
+        after = with_lora(model, lora, quantize=False, checkpointing=False)(ids).logits
+    torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["q_proj"]}, {"trainable_token_indices": [3, 9]}, APART["both, whole"]]
+)
+def test_a_configuration_that_is_silent(options: dict[str, Any], stored_twice: Path, tmp_path: Path) -> None:
+    """A Llama that does not say whether it ties has two tensors for transformers 5, equal or not."""
+    base = shutil.copytree(stored_twice, tmp_path / "base")
+    change_json(base / "config.json", tie_word_embeddings=None)
+    check(base, make_adapter(base, tmp_path / "adapter", **options), tmp_path / "out")
+
+
+def test_rows_named_by_the_ends_of_modules(tied: Path, tmp_path: Path) -> None:
+    rows = {"tokens": [3, 9], "head": [5, 31]}
+    check(tied, make_adapter(tied, tmp_path / "adapter", trainable_token_indices=rows), tmp_path / "out")
+
+
+def test_what_is_saved_whole_is_counted(tied: Path, tmp_path: Path) -> None:
+    """The most room that an adapter can take: a tied embedding is saved for both."""
+    tensors = open_checkpoint(tied).tensors
+    both = 2 * tensors["model.embed_tokens.weight"].numel
+    found = {named: saved_whole(tensors, [named]) for named in (EMBEDDING, HEAD, "norm", "mlp")}
+    assert (found[EMBEDDING], found[HEAD]) == (both, both)
+    assert (found["norm"], found["mlp"]) == (5 * 256, 2 * 3 * 256 * 512)
+    adapter = make_adapter(tied, tmp_path / "adapter", **TIED["both, whole"])
+    saved = read_header(adapter / "adapter_model.safetensors").items()
+    assert both == sum(spec.numel for name, spec in saved if "lora" not in name)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +309,7 @@ def test_a_family_that_has_one_tensor_only_is_refused(
     base = make_model(tmp_path / "base", family, vocabulary)
     adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=[EMBEDDING])
     with pytest.raises(DataError, match=f"has one tensor for the two in {name}") as refused:
-        export_of(base, adapter, tmp_path / "out")
+        export_of(base, adapter, tmp_path / "out", tokenizer=base)
     assert "ensure_weight_tying" in refused.value.hint
     assert not (tmp_path / "out" / GGUF_FILE).exists()
 
@@ -260,7 +319,7 @@ def test_the_certificate_sees_a_retied_head(tied: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tied, tmp_path / "adapter", modules_to_save=[EMBEDDING, HEAD])
     specimen = Specimen(tied, adapter, write_rows(tied, tmp_path), tmp_path)
     owns = {"end_of_turn_id": format_of(tied).end_of_turn_id}
-    export_of(tied, adapter, tmp_path / "out")
+    export_of(tied, adapter, tmp_path / "out", tokenizer=tied)
     sound = tmp_path / "out" / GGUF_FILE
     found = specimen.verify(sound, **owns)
     assert found["ok"], found["problems"]
@@ -268,3 +327,18 @@ def test_the_certificate_sees_a_retied_head(tied: Path, tmp_path: Path) -> None:
     found = specimen.verify(broken, f16=str(sound), **owns)
     assert (found["ok"], found["broken_stage"]) == (False, "convert"), found["verdict"]
     assert "missing from the file, such as lm_head.weight" in found["verdict"]
+
+
+@pytest.mark.parametrize("case", ["embedding, whole", "both, whole", "embedding, factors"])
+def test_what_is_read_otherwise_than_peft_has_it_is_refused(
+    case: str, tied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Export and reference read an adapter alike: their mistake would be certified, were it not for peft."""
+    adapter = make_adapter(tied, tmp_path / "adapter", **APART[case])
+    weights = Weights(tied, read_adapter(adapter))
+    refuse_others(weights)
+    monkeypatch.setattr(vocabulary, "_moves_embedding_alone", lambda adapter: False)
+    monkeypatch.setattr(vocabulary, "_heads", lambda adapter: iter(()))
+    monkeypatch.setattr(vocabulary, "_is_copy", lambda one, other: True)
+    with pytest.raises(CheckError, match="is not what peft has"):
+        refuse_others(weights)

@@ -130,9 +130,9 @@ def _token_rows(module: str, values: TensorSpec, configuration: Mapping[str, Any
     """`values` with the tokens that the configuration names: one list for all, or one by module."""
     named = configuration.get("trainable_token_indices")
     if isinstance(named, dict):
+        fits = [one for key, one in named.items() if module.endswith(key)]
         # Of tied modules one may be named for both.
-        fits = [one for key, one in named.items() if f".{module}".endswith(f".{key}")]
-        named = next(iter([*fits, *named.values()]), None)
+        named = next(iter(fits or named.values()), None) if fits or len(named) == 1 else None
     if not isinstance(named, list) or any(type(token) is not int or token < 0 for token in named):
         raise DataError(f"{module}: the configuration does not say whose rows it trained", hint=_AGAIN)
     if len(named) != values.shape[0]:

@@ -118,8 +118,8 @@ def _status_problems(
     status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], found: Adapter
 ) -> Iterator[Problem]:
     for field, value in status.items():
-        if field == "requires_grad" and (found.rows or found.configuration.get("ensure_weight_tying")):
-            continue  # peft freezes factors when it loads them, but not rows of tokens, nor what it ties
+        if field == "requires_grad":
+            continue  # of how it was loaded just now: peft freezes factors then, but no others
         if value == "irregular" or (isinstance(value, dict) and "irregular" in value.values()):
             yield Problem("irregular: its layers disagree", f"status.{field}")
     if status["enabled"] is not True:

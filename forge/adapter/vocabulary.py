@@ -7,12 +7,12 @@ adapter's own.
 
 Many small bases have one tensor for embedding and output layer. peft trains a copy of each, or one alone,
 unless it is told to keep them tied and can: the tuned model has two, and is written so. In one tensor both
-would change. Rows of tokens it always keeps tied, unless both are named with other tokens.
+would change. Rows of tokens it keeps tied, unless the output layer has rows of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ HEADS = ("lm_head", "embed_out")
 """What families call the output layer."""
 Part = TypeVar("Part")
 _BLOCK = 1 << 20
+_BOTH = "train it with both in modules_to_save, or merge it with peft and ship that with train: none"
 _SAVE = "save it again with save_embedding_layers=True, or merge it with peft and ship that with train: none"
 
 
@@ -39,7 +40,7 @@ class Fitted:
     `adapter` has no copy of the embedding where the tuned model has one tensor for both. `rows` are those of
     the tuned model's embedding, where the base has another number of them. `untied`: the base has one tensor
     and the tuned model two; the checkpoint then has the embedding's values a second time, as the output
-    layer's. `own_head`: the tuned model has two, and the base's configuration says one.
+    layer's. `own_head`: the tuned model has two, where the base's configuration does not say so.
     """
 
     checkpoint: Checkpoint
@@ -74,10 +75,12 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fitted:
     base = checkpoint.tensors
     heads = [name for name in base if _is_weight(name, HEADS)]
     embedding = next((name for name in base if _is_weight(name, EMBEDDINGS)), None)
-    if embedding is None or not ties_embeddings(read_json(checkpoint.directory / "config.json")):
+    said = ties_embeddings(read_json(checkpoint.directory / "config.json"))
+    if embedding is None or said is False or (said is None and heads):
         return Fitted(checkpoint, adapter, _resized_rows(adapter, base))
     if checkpoint.files and not all(_is_copy(base[name], base[embedding]) for name in heads):
-        # transformers ties no two tensors that differ, whatever the configuration says.
+        # transformers ties no two tensors that differ, whatever the configuration says; peft ties rows by it.
+        adapter = _with_rows_of_both(adapter, heads[0])
         return Fitted(checkpoint, adapter, _resized_rows(adapter, base), own_head=True)
     once = _without_copies(adapter)
     untied = any(_heads(once)) or _moves_embedding_alone(adapter)
@@ -103,7 +106,7 @@ def _resized_rows(adapter: Adapter, base: Mapping[str, TensorSpec]) -> int | Non
     if len(set(after.values())) > 1:
         rows = ", ".join(f"{count} of {name.rpartition('.')[0]}" for name, count in after.items())
         raise DataError(
-            f"the adapter resized the embedding or the output layer alone: rows are {rows}", hint=_SAVE
+            f"the adapter resized the embedding or the output layer alone: rows are {rows}", hint=_BOTH
         )
     return next(iter(after.values()))
 
@@ -187,6 +190,21 @@ def _moves_embedding_alone(adapter: Adapter) -> bool:
     named = adapter.configuration.get("modules_to_save") or ()
     modules = [name.rpartition(".")[0] for name in adapter.replaced if _is_weight(name, EMBEDDINGS)]
     return any(module.endswith(one) for module in modules for one in named)
+
+
+def saved_whole(base: Mapping[str, TensorSpec], named: Sequence[str]) -> int:
+    """Values that peft saves for the modules to save `named`, by the ends of their names.
+
+    An embedding that is the output layer too is saved for both.
+    """
+    saved = {name for name in base if any(f"{one}." in name for one in named)}
+    count = sum(base[name].numel for name in saved)
+    if any(_is_weight(name, HEADS) for name in base):
+        return count
+    tied = {name for name in base if _is_weight(name, EMBEDDINGS)}
+    heads = any(head.endswith(one) for head in HEADS for one in named)
+    both = sum(base[name].numel for name in tied) if heads or tied & saved else 0
+    return count + both * (1 if tied & saved else 2)
 
 
 def is_of_tokens(name: str) -> bool:

@@ -97,7 +97,7 @@ def configuration_of(raw: Mapping[str, Any], *, where: str = "config.json") -> C
         max_positions=_count(
             text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"
         ),
-        tied_embeddings=ties_embeddings(raw),
+        tied_embeddings=ties_embeddings(raw) is not False,
         dtype=_dtype(raw, text),
         encoder_decoder=bool(raw.get("is_encoder_decoder", False)),
         quantization=_quantization(raw, text),
@@ -176,14 +176,15 @@ def _intermediate(text: Mapping[str, Any], hidden: int | None) -> int | None:
     return given or (4 * hidden if hidden else None)
 
 
-def ties_embeddings(raw: Mapping[str, Any]) -> bool:
-    """Whether a parsed configuration has one tensor for embedding and output layer."""
+def ties_embeddings(raw: Mapping[str, Any]) -> bool | None:
+    """Whether a parsed configuration has one tensor for embedding and output layer; None where it is silent.
+
+    transformers 5 then does as the family does; before it tied, and the families that untie wrote it down.
+    """
     for config in (raw, _text_part(raw)):
         if isinstance(config.get("tie_word_embeddings"), bool):
             return bool(config["tie_word_embeddings"])
-    # transformers' own default before version 5, for which such files were written, was True;
-    # the families that untie write it down.
-    return True
+    return None
 
 
 def _dtype(raw: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:

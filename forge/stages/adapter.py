@@ -10,7 +10,7 @@ from typing import Any
 from forge import worker
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from forge.adapter.tokenizer import copy_tokenizer
-from forge.adapter.vocabulary import is_of_tokens
+from forge.adapter.vocabulary import saved_whole
 from forge.errors import CheckError, DataError, ForgeError
 from forge.model.estimate import lora_parameters
 from forge.recipe.schema import Train
@@ -53,20 +53,11 @@ class TrainStage(ShipStage):
         return self.bytes_kept() * (1 + 2 * 3)
 
     def bytes_kept(self) -> int:
-        """The adapter of every matrix and what is saved whole, in float32: the most that it can be.
-
-        An embedding and an output layer that are tied are saved for both.
-        """
+        """The adapter of every matrix and what is saved whole, in float32: the most that it can be."""
         lora = self._train.lora
-        matrices = {name: spec for name, spec in self.ship.tensors.items() if len(spec.shape) == 2}
-        factors = lora_parameters(matrices.values(), lora.r, dora=lora.dora)
-        whole = [
-            spec.numel
-            for name, spec in matrices.items()
-            if lora.modules_to_save
-            and (is_of_tokens(name) or any(f".{one}." in f".{name}" for one in lora.modules_to_save))
-        ]
-        return 4 * (factors + 2 * sum(whole))
+        matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) == 2]
+        factors = lora_parameters(matrices, lora.r, dora=lora.dora)
+        return 4 * (factors + saved_whole(self.ship.tensors, lora.modules_to_save))
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         settings = self._train.model_dump(mode="json") | {

@@ -80,16 +80,23 @@ class Ship:
         return read_configuration(self.base_directory)
 
     @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base's, without files where its headers alone are here; `DataError` where it is not whole."""
+        if self.headers is not None:
+            return Checkpoint(self.base_directory, self.headers, ())
+        return open_checkpoint(self.base_directory)
+
+    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
-        """The base's tensors; raises `DataError` for a checkpoint that is not whole."""
-        return self.headers if self.headers is not None else open_checkpoint(self.base_directory).tensors
+        """The base's tensors; raises as `checkpoint`."""
+        return self.checkpoint.tensors
 
     @cached_property
     def fitted(self) -> Fitted | None:
-        """The adapter that is adopted, on this base, by their headers; None where none is here."""
+        """The adapter that is adopted, on this base; None where none is here."""
         if self.adopted is None or self.adopted.directory is None:
             return None
-        return fit(read_adapter(self.adopted.directory), Checkpoint(self.base_directory, self.tensors, ()))
+        return fit(read_adapter(self.adopted.directory), self.checkpoint)
 
     @property
     def parameters(self) -> int:

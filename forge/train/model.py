@@ -123,9 +123,10 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpoint
 
 def _tied_names(model: Any) -> Collection[str]:
     """Where the embedding and the output layer are, where the base has one tensor for both."""
-    if not model.config.get_text_config().tie_word_embeddings:
-        return ()
-    tied = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or embedding.weight is not head.weight:
+        return ()  # whatever the configuration says
+    tied = {id(embedding), id(head)}
     return {name for name, module in model.named_modules() if id(module) in tied}
 
 

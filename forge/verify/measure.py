@@ -24,7 +24,7 @@ from forge.model.config import Configuration, read_configuration
 from forge.model.estimate import available, usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
-from forge.verify import reference, sample, served, weights, yardstick
+from forge.verify import reference, sample, served, token_layers, weights, yardstick
 from forge.verify.compare import compare, converts, times_as_far, top_log_probabilities
 from forge.verify.inputs import (
     file_facts,
@@ -181,6 +181,9 @@ def _legs(
     trust = session.settings.get("trust_remote_code", False)
     nf4 = session.settings.get("merge_base") == "nf4"
     source = Weights(Path(arguments["base"]), session.adapter, nf4=nf4, trust_remote_code=trust)
+    if session.adapter and token_layers.are_touched(session.adapter):
+        with session.step("embedding and output layer in peft"):
+            token_layers.refuse_others(source)
     with session.step("the reference in float32"):
         expected = reference.logits(source, drawn, "the reference")
         found["greedy"] = reference.greedy(source, made)
