@@ -129,7 +129,7 @@ def test_an_output_layer_left_behind_is_refused(bases: Mapping[str, Path], tmp_p
     for of in (lambda: validate(str(base), str(adapter)), lambda: export_of(base, adapter, tmp_path / "out")):
         with pytest.raises(DataError, match="resized the embedding or the output layer alone") as refused:
             of()
-        assert "save_embedding_layers" in refused.value.hint
+        assert "both in modules_to_save" in refused.value.hint
 
 
 def test_factors_of_a_resized_embedding(bases: Mapping[str, Path], tmp_path: Path) -> None:
