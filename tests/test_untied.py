@@ -298,6 +298,14 @@ def test_what_is_saved_whole_is_counted(tied: Path, tmp_path: Path) -> None:
     assert both == sum(spec.numel for name, spec in saved if "lora" not in name)
 
 
+def test_an_embedding_that_is_scaled(tmp_path: Path) -> None:
+    """Gemma 3 multiplies what it looks up, and its GGUF has a place for an output layer."""
+    base = make_model(tmp_path / "base", "gemma3_text", "gemma-spm")
+    for kind, options in {"whole": {"modules_to_save": [EMBEDDING]}, "rows": TIED["rows of tokens"]}.items():
+        adapter = make_adapter(base, tmp_path / kind, **options)
+        refuse_others(Weights(base, read_adapter(adapter)))
+
+
 @pytest.mark.parametrize(
     ("family", "vocabulary", "name"),
     [("gemma2", "gemma-spm", "gemma2"), ("cohere", "home-made", "command-r")],

@@ -13,12 +13,11 @@ Not covered, and refused: encoder-decoders, and what `loader` does not cover.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from forge import report
-from forge.adapter.vocabulary import Fitted
 from forge.errors import DataError
 from forge.verify.loader import DAMAGED, Loader, Weights
 from forge.verify.sample import Sample
@@ -33,7 +32,7 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     import torch
 
     loader = Loader(weights)
-    model = _empty(weights, loader.fitted)
+    model = empty_model(weights, loader.fitted.configure if loader.fitted else None)
     head = model.get_output_embeddings()
     if head is None:
         raise DataError(f"{type(model).__name__} has no output layer: it gives no logits")
@@ -76,16 +75,19 @@ def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]
     return {"prompts": len(made), "same": same, "first_difference": firsts}
 
 
-def _empty(weights: Weights, fitted: Fitted | None) -> Any:
-    """The model without weights; its buffers (rotary frequencies) are computed, not loaded."""
+def empty_model(weights: Weights, change: Callable[[Any], None] | None = None) -> Any:
+    """The model without weights; its buffers (rotary frequencies) are computed, not loaded.
+
+    `change` is given transformers' configuration first. Raises `DataError` for an unknown family.
+    """
     import accelerate
     import torch
     import transformers
 
     remote = weights.trust_remote_code
     configuration = transformers.AutoConfig.from_pretrained(weights.base, trust_remote_code=remote)
-    if fitted:
-        fitted.configure(configuration)
+    if change:
+        change(configuration)
     try:
         with accelerate.init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(

@@ -16,9 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 from forge.adapter.read import Adapter
-from forge.adapter.vocabulary import Fitted, is_of_tokens
+from forge.adapter.vocabulary import is_of_tokens
 from forge.errors import CheckError
 from forge.verify.loader import Loader, Weights
+from forge.verify.reference import empty_model
 
 _ROWS = 512
 _MOST = 1e-4
@@ -40,7 +41,7 @@ def refuse_others(weights: Weights) -> None:
         return
     ours, base = Loader(weights), Loader(replace(weights, plain=True))
     assert ours.fitted is not None
-    model = _without_layers(weights, ours.fitted)
+    model = empty_model(weights, ours.fitted.resize)  # tied as training had it, which peft looks at
     layers = {"embedding": model.get_input_embeddings(), "output layer": model.get_output_embeddings()}
     where = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     names = [where[id(module)] for module in layers.values()]
@@ -48,7 +49,7 @@ def refuse_others(weights: Weights) -> None:
     for label, module in layers.items():
         either = sorted(names, key=where[id(module)].__ne__)  # its own name first: of two tied one is stored
         expected[label] = copy.deepcopy(module)
-        expected[label].weight = ours.parameter(either, module.weight, linear=False)
+        _fill(expected[label], ours.parameter(either, module.weight, linear=False))
         _fill(module, base.parameter(either, module.weight, linear=False))
     if ours.fitted.untied or not ours.fitted.own_head:
         model.tie_weights()
@@ -60,29 +61,13 @@ def refuse_others(weights: Weights) -> None:
             _compare(label, module(given[label]), found[label](given[label]))
 
 
-def _without_layers(weights: Weights, fitted: Fitted) -> Any:
-    """The base as training had it, on the meta device but for its embedding and its output layer."""
-    import torch
-    import transformers
-
-    remote = weights.trust_remote_code
-    configuration = transformers.AutoConfig.from_pretrained(weights.base, trust_remote_code=remote)
-    fitted.resize(configuration)  # and tied as it was, which peft looks at
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(
-            configuration, dtype=torch.float32, trust_remote_code=remote
-        )
-    return model.eval()
-
-
 def _fill(module: Any, weight: Any) -> None:
     import torch
 
-    module.to_empty(device="cpu")
-    module.weight = weight
-    for name, parameter in module.named_parameters():
-        if name != "weight":  # a bias, which no adapter changes
-            torch.nn.init.zeros_(parameter)
+    for name, empty in module.named_parameters(recurse=False):
+        # A bias is one that no adapter changes.
+        values = weight if name == "weight" else torch.nn.Parameter(torch.zeros(empty.shape))
+        setattr(module, name, values)
 
 
 def _given(shape: tuple[int, int], adapter: Adapter) -> Mapping[str, Any]:
