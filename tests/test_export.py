@@ -239,14 +239,15 @@ def test_own_rows_are_compared(small: tuple[Path, Path], tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    """Twenty times the layers, merged and quantized in about the same memory."""
+    """Three times the layers in about the same memory; both hold as much as may be made ahead."""
     wide: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048}
     peaks, sizes = [], []
-    for layers in (2, 40):
+    for layers in (20, 60):
         place = tmp_path / str(layers)
         base = make_model(place / "base", "llama", "home-made", num_hidden_layers=layers, **wide)
         found = export(base, make_adapter(base, place / "adapter"), place / "out")
         peaks.append(found["peak_rss_bytes"])
         sizes.append((base / "model.safetensors").stat().st_size)
     assert sizes[1] - sizes[0] > 290e6
-    assert peaks[1] - peaks[0] < 0.1 * (sizes[1] - sizes[0])
+    # Held quantized, the layers would take 0.28 of their size more.
+    assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])

@@ -2,12 +2,14 @@
 
 llama.cpp's converter lays out the model without reading a weight. On that header, a sparse file, the
 token ids are compared, llama.cpp loads it and says which type each tensor gets; only then are the
-weights read, merged, quantized and written, straight into the file. Everything is written under
-`out/work`, and only the finished, read-back file moves to `out`.
+weights read, merged, quantized and written, straight into the file (some are quantized before, on a core
+that has nothing to do: `ahead`). Everything is written under `out/work`, and only the finished, read-back
+file moves to `out`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import resource
@@ -24,15 +26,16 @@ from forge.adapter.vocabulary import Fitted, check_tokenizer, fit
 from forge.errors import DataError
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
+from forge.export.ahead import Ahead, quantizing_ahead
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
-from forge.export.tensors import LazyTensor, one_thread, write_safetensors
+from forge.export.tensors import LazyTensor, one_thread, without_collection, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, convert
-from forge.export.write import write_gguf, writing
+from forge.export.write import Rounding, write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
@@ -85,10 +88,10 @@ def export(
     nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
     merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
     tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
-    apart = bool(found and found.untied)
-    converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings, apart)
+    with without_collection(), one_thread(), _ahead(tensors, Path(converters), settings) as ahead:
+        converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings, found)
     with one_thread():
-        written, compiled = _write(converted, work, description, merged, Path(converters), settings)
+        written, compiled = _write(converted, ahead, work, description, merged, Path(converters), settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found.adapter, settings["name"], work)
     header = _publish(work, target)
@@ -138,6 +141,15 @@ def _mode(asked: str, found: Fitted | None) -> tuple[str, tuple[str, ...]]:
     return ("merged" if reasons else "adapter"), reasons
 
 
+def _ahead(
+    tensors: Sequence[LazyTensor], converters: Path, settings: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[Ahead]:
+    """Slabs made while the model is laid out, where there is a core for it and nothing to round by."""
+    if settings.get("importance") or (settings["threads"] or usable_cores()) == 1:
+        return contextlib.nullcontext(Ahead())
+    return quantizing_ahead(tensors, settings["quant"], converters.parent)
+
+
 def _lay_out(
     description: Path,
     work: Path,
@@ -145,12 +157,10 @@ def _lay_out(
     data: str | None,
     converters: Path,
     settings: Mapping[str, Any],
-    apart: bool,
+    found: Fitted | None,
 ) -> tuple[Converted, proof.Compared]:
-    """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it.
-
-    `apart`: embedding and output layer, which the base ties, are two tensors.
-    """
+    """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it."""
+    apart = bool(found and found.untied)
     if apart:
         report.info("embedding and output layer were trained apart, which the base ties: both are written")
     template = template_in(description)
@@ -200,6 +210,7 @@ def _outtype(tensors: Sequence[LazyTensor], quant: str) -> str:
 
 def _write(
     converted: Converted,
+    ahead: Ahead,
     work: Path,
     description: Path,
     merged: Sequence[LazyTensor],
@@ -230,10 +241,9 @@ def _write(
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
-        kernels,
+        Rounding(kernels, importance, ahead),
         settings["threads"] or usable_cores(),
         lambda done, total: report.advance("export", done, total),
-        importance,
     )
     return written, list(kernels)
 

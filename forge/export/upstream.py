@@ -11,7 +11,6 @@ Not covered: multimodal projectors, Mistral's own format, checkpoints in `.bin` 
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import math
 import sys
@@ -102,17 +101,6 @@ def bytes_of(kind: str, shape: Sequence[int]) -> int:
     return math.prod(shape) // block * block_bytes
 
 
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """torch and transformers are imported here and stay: to look through them for garbage takes a second."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-@_without_collection()
 def convert(
     tree: Path,
     description: Path,
@@ -152,10 +140,26 @@ def convert(
         raise refused(refusal) from refusal
     finally:
         quants.quantize = quantize
+    _pack_arrays_once(model.gguf_writer)
     infos = model.gguf_writer.tensors[0]
     if apart and "output.weight" not in infos:  # Gemma's converter leaves it out
         raise _one_tensor(gguf.MODEL_ARCH_NAMES[model.model_arch])
     return Converted(model.gguf_writer, {name: info.dtype.name for name, info in infos.items()})
+
+
+def _pack_arrays_once(writer: Any) -> None:
+    """The header is written twice, and the vocabulary's strings take gguf-py a second for each 100,000."""
+    pack = writer._pack_val
+    packed: dict[int, tuple[Any, bytes]] = {}  # with the array, so that its id stays its own
+
+    def pack_val(value: Any, kind: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
+        if kind.name != "ARRAY":
+            return bytes(pack(value, kind, add_vtype, sub_type))
+        if id(value) not in packed:
+            packed[id(value)] = value, pack(value, kind, add_vtype, sub_type)
+        return packed[id(value)][1]
+
+    writer._pack_val = pack_val
 
 
 def _one_tensor(architecture: str) -> DataError:

@@ -14,18 +14,33 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from forge.errors import StageError
+from forge.export.ahead import Ahead
 from forge.export.importance import Importance
 from forge.export.kernels import Kernel, quantize_rows
-from forge.export.tensors import LazyTensor, slabs
+from forge.export.tensors import LazyTensor, are_finite, slabs
 from forge.export.upstream import Converted, Pending, extents, write_header
 
 Advance = Callable[[int, int], None]
 _PLAIN = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How values become the bytes of a type.
+
+    `kernels` quantize the types that they are for, ggml's own library the others, and every tensor that
+    `importance` has, which is rounded by it. What is in `ahead` is not made again.
+    """
+
+    kernels: Mapping[str, Kernel]
+    importance: Importance
+    ahead: Ahead
 
 
 def write_gguf(
@@ -33,15 +48,11 @@ def write_gguf(
     path: Path,
     metadata: Mapping[str, Any],
     types: Mapping[str, str],
-    kernels: Mapping[str, Kernel],
+    rounding: Rounding,
     threads: int,
     on_progress: Advance,
-    importance: Importance,
 ) -> int:
     """Write the whole file to `path`; returns its bytes. `on_progress` is told bytes done and in all.
-
-    `kernels` quantize the types that they are for, ggml's own library the others, and every tensor that
-    `importance` has, which is rounded by it.
 
     Raises `StageError` when the disk is full, before anything is written if that is known, or when
     a tensor cannot be given its type; `DataError` for weights that are not finite.
@@ -55,7 +66,7 @@ def write_gguf(
             stream.seek(0, os.SEEK_END)
             stream.write(bytes(start - stream.tell()))
             done = 0
-            for name, made, last in _in_order(_jobs(converted, types, kernels, importance), threads):
+            for name, made, last in _in_order(_jobs(converted, types, rounding), threads):
                 stream.write(made.data)
                 done += made.nbytes
                 if last:
@@ -113,11 +124,9 @@ def _finished(ahead: deque[tuple[str, Future[Any], bool]]) -> tuple[str, Any, bo
     return name, future.result(), last
 
 
-def _jobs(
-    converted: Converted, types: Mapping[str, str], kernels: Mapping[str, Kernel], importance: Importance
-) -> Iterator[_Job]:
+def _jobs(converted: Converted, types: Mapping[str, str], rounding: Rounding) -> Iterator[_Job]:
     """The slabs of every tensor, each as a thunk that gives its bytes."""
-    slab = partial(_slab, kernels)
+    slab = partial(_slab, rounding.kernels)
     for name, kind in types.items():
         info = converted.tensors[name]
         data, info.tensor = info.tensor, None  # so that a tensor's memory ends with its last slab
@@ -130,13 +139,17 @@ def _jobs(
         if not isinstance(data, Pending) or stored not in _PLAIN:
             yield name, partial(_as_made, name, data, stored, kind), True
             continue
-        read = _reader(data)
+        source = data.source
+        unturned = source if source is not None and source.shape == data.shape else None
+        read = partial(_read_source, unturned) if unturned else _evaluated_reader(data)
         del data
         shape = info.shape
         width = shape[-1] if shape else 1
         rows = math.prod(shape[:-1])
-        for start, stop, weights in _pieces(rows, width, importance.get(name)):
-            yield name, partial(slab, name, read, stored, kind, weights, start, stop), stop == rows
+        for start, stop, weights in _pieces(rows, width, rounding.importance.get(name)):
+            made = rounding.ahead.take(unturned, start, stop, stored, kind) if unturned else None
+            again = partial(slab, name, read, stored, kind, weights, start, stop)
+            yield name, again if made is None else partial(_already, made), stop == rows
 
 
 def _pieces(rows: int, width: int, importance: Any) -> Iterator[tuple[int, int, Any]]:
@@ -149,11 +162,12 @@ def _pieces(rows: int, width: int, importance: Any) -> Iterator[tuple[int, int, 
             yield number * each + start, number * each + stop, weights
 
 
-def _reader(data: Pending) -> Callable[[int, int], Any]:
-    """Rows of a tensor as a float array, from its file where the converter left it as it was."""
-    source = data.source
-    if source is not None and source.shape == data.shape:
-        return partial(_read_source, source)
+def _already(made: Any) -> Any:
+    return made
+
+
+def _evaluated_reader(data: Pending) -> Callable[[int, int], Any]:
+    """Rows, as a float array, of a tensor that the converter has turned around, which is in memory whole."""
     import numpy as np
 
     whole = _evaluated(data.data)
@@ -192,7 +206,7 @@ def _slab(
     rounded = values.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored])
     if kind == stored:
         raw = rounded.reshape(-1).view(torch.uint8).numpy()
-        if kind != "F32" and not torch.isfinite(rounded).all():
+        if kind != "F32" and not are_finite(rounded):
             raise StageError(f"{name} has values that {kind} cannot hold", hint="export it as bf16 or f32")
         return raw
     return quantize_rows(name, kind, np.ascontiguousarray(rounded.float().numpy()), kernels, importance)

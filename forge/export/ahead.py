@@ -1,0 +1,106 @@
+"""Slabs quantized while the converter still lays out the model. Runs in a worker.
+
+To read a model's description takes one core some seconds (transformers, the vocabulary, the token ids);
+the others quantize meanwhile what will likely be wanted. Which type a tensor gets is not known then: it is
+taken for the type that the mixture is named after, and the commonest shape of tensor comes first, since the
+exceptions are the embedding and some layers of other shapes. What turns out otherwise is thrown away: a
+wrong guess costs work on a core that had none, and no byte of the file is other for a right one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from forge.errors import DataError, MissingToolError, StageError
+from forge.export.kernels import choose_kernels, quantize_rows
+from forge.export.tensors import LazyTensor, slabs
+from forge.model.gguf_header import NUMBERS, TYPES
+
+# Of quantized slabs: what is held before the first byte is written.
+MOST_BYTES = 32 << 20
+_QUANTIZED = {name for name, block, _ in TYPES.values() if block > 1}
+
+
+class Ahead:
+    """Slabs of tensors by name and bounds, as bytes of one type."""
+
+    def __init__(self, kind: str = "") -> None:
+        self.kind = kind
+        self._made: dict[tuple[str, int, int], Any] = {}
+        self._stopped = threading.Event()
+
+    def take(self, tensor: LazyTensor, start: int, stop: int, stored: str, kind: str) -> Any:
+        """The bytes of rows [start, stop) as `kind`, given once; None when they were not made.
+
+        `stored` is the type that the values are rounded to first: here they were not.
+        """
+        if kind != self.kind or stored not in ("F32", tensor.dtype):
+            return None
+        return self._made.pop((tensor.name, start, stop), None)
+
+    def stop(self) -> None:
+        """Make no more."""
+        self._stopped.set()
+
+    def fill(self, tensors: Sequence[LazyTensor], tools: Path) -> None:
+        """Quantize `tensors` in order until there is enough, or it is stopped."""
+        import numpy as np
+
+        # One stretch of memory: slabs that stay, between others that go, would keep the gaps too.
+        memory: Any = np.empty(MOST_BYTES, np.uint8)
+        held = 0
+        # What cannot be read or made is told when the file is written, in the order of the file.
+        with contextlib.suppress(DataError, StageError, MissingToolError):
+            kernels = choose_kernels(tools, [self.kind], tell=False)
+            for tensor in tensors:
+                for start, stop in slabs(tensor.rows, tensor.width):
+                    if self._stopped.is_set():
+                        return
+                    values = tensor.read(start, stop).float().contiguous().numpy()
+                    made = quantize_rows(tensor.name, self.kind, values, kernels)
+                    if held + made.nbytes > len(memory):
+                        return
+                    kept = memory[held : held + made.nbytes]
+                    kept[:] = made
+                    self._made[tensor.name, start, stop] = kept
+                    held += made.nbytes
+
+
+@contextlib.contextmanager
+def quantizing_ahead(tensors: Sequence[LazyTensor], quant: str, tools: Path) -> Iterator[Ahead]:
+    """Fill an `Ahead` on a thread beside what is done inside; it is ended with it.
+
+    The compiled kernels of the directory `tools` are used, if they are there.
+    """
+    ahead = Ahead(_likely(quant) or "")
+    if not ahead.kind:
+        yield ahead
+        return
+    ordered = _by_likelihood(tensors, ahead.kind)
+    thread = threading.Thread(name="ahead", target=ahead.fill, args=(ordered, tools))
+    thread.start()
+    try:
+        yield ahead
+    finally:
+        ahead.stop()
+        thread.join()
+
+
+def _likely(quant: str) -> str | None:
+    """The type of most tensors of the mixture `quant`, such as Q4_K of q4_k_m; None where no name tells."""
+    name = quant.upper()
+    return next((kind for kind in (name, name[:-2]) if kind in _QUANTIZED), None)
+
+
+def _by_likelihood(tensors: Sequence[LazyTensor], kind: str) -> list[LazyTensor]:
+    """The matrices whose rows are whole blocks of `kind`, those of the commonest shape first."""
+    block = TYPES[NUMBERS[kind]][1]
+    fitting = [tensor for tensor in tensors if len(tensor.shape) == 2 and tensor.width % block == 0]
+    number = Counter(tensor.shape for tensor in fitting)
+    return sorted(fitting, key=lambda tensor: (-number[tensor.shape], -math.prod(tensor.shape)))

@@ -1,0 +1,130 @@
+"""What is quantized while the model is laid out: the same bytes, where they are wanted, not too many."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forge.errors import DataError
+from forge.export import ahead
+from forge.export.ahead import Ahead, quantizing_ahead
+from forge.export.kernels import quantize_rows
+from forge.export.tensors import LazyTensor
+from forge.model.gguf_header import NUMBERS, TYPES
+from tests.models import make_adapter, make_model
+from tests.test_export import export
+
+WIDTH = 256
+
+
+def matrix(name: str, rows: int = 512, dtype: str = "F32") -> LazyTensor:
+    """Always the same values of a name."""
+    values = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(len(name)))
+    values = values.to(torch.bfloat16 if dtype == "BF16" else torch.float32)
+    return LazyTensor(name, dtype, (rows, WIDTH), lambda start, stop: values[start:stop])
+
+
+def made(tensors: Sequence[LazyTensor], quant: str = "q4_k_m", tools: Path = Path("none")) -> Ahead:
+    """All that there is to make."""
+    with quantizing_ahead(tensors, quant, tools) as found:
+        for thread in threading.enumerate():
+            if thread.name == "ahead":
+                thread.join()
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_a_slab_has_the_bytes_of_any_other(dtype: str) -> None:
+    tensor = matrix("a", rows=5000, dtype=dtype)  # two slabs
+    found = made([tensor])
+    for start, stop in ((0, 4096), (4096, 5000)):
+        expected = quantize_rows("a", "Q4_K", tensor.read(start, stop).float().numpy(), {})
+        assert (found.take(tensor, start, stop, "F32", "Q4_K") == expected).all()
+
+
+def test_it_is_given_for_what_it_is_alone() -> None:
+    """Of this type, of these rows, not rounded to another type before, and once."""
+    tensor = matrix("a")
+    found = made([tensor])
+    assert found.take(tensor, 0, 512, "F32", "Q6_K") is None
+    assert found.take(tensor, 0, 512, "F16", "Q4_K") is None
+    assert found.take(tensor, 0, 256, "F32", "Q4_K") is None
+    assert found.take(matrix("b"), 0, 512, "F32", "Q4_K") is None
+    assert found.take(tensor, 0, 512, "F32", "Q4_K") is not None
+    assert found.take(tensor, 0, 512, "F32", "Q4_K") is None
+
+
+@pytest.mark.parametrize(
+    ("quant", "kind"),
+    [("q4_k_m", "Q4_K"), ("q3_k_s", "Q3_K"), ("q2_k", "Q2_K"), ("q8_0", "Q8_0"), ("iq4_xs", "IQ4_XS")],
+)
+def test_the_mixture_tells_the_type(quant: str, kind: str) -> None:
+    tensor = matrix("a")
+    slab = made([tensor], quant).take(tensor, 0, 512, "F32", kind)
+    _, block, size = TYPES[NUMBERS[kind]]
+    assert slab.nbytes == 512 * WIDTH // block * size
+
+
+@pytest.mark.parametrize("quant", ["f16", "bf16", "f32", "iq2_xxs", "nonsense"])
+def test_nothing_is_made_where_it_is_of_no_use(quant: str) -> None:
+    """Nothing to quantize, or not without an importance matrix."""
+    tensor = matrix("a")
+    found = made([tensor], quant)
+    assert found.take(tensor, 0, 512, "F32", found.kind) is None
+
+
+def test_the_commonest_shape_comes_first_and_there_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "MOST_BYTES", 2 * 512 * WIDTH // 256 * 144)
+    head, layers = matrix("head", rows=1024), [matrix(name) for name in ("a", "bb", "ccc", "dddd")]
+    row = LazyTensor("norm", "F32", (WIDTH,), lambda start, stop: torch.ones(1, WIDTH))
+    narrow = LazyTensor("narrow", "F32", (9, 32), lambda start, stop: torch.ones(9, 32))
+    found = made([head, row, narrow, *layers])
+    assert found.take(head, 0, 1024, "F32", "Q4_K") is None
+    told = [found.take(tensor, 0, 512, "F32", "Q4_K") is not None for tensor in layers]
+    assert told == [True, True, False, False]
+
+
+def test_what_cannot_be_read_is_no_error_yet() -> None:
+    def broken(start: int, stop: int) -> Any:
+        raise DataError("broken")
+
+    found = made([LazyTensor("a", "F32", (512, WIDTH), broken)])
+    assert found.take(matrix("a"), 0, 512, "F32", "Q4_K") is None
+
+
+def test_it_ends_with_the_block() -> None:
+    """Also when that fails: nothing goes on to read a model that is refused."""
+    reads: list[int] = []
+    started = threading.Event()
+
+    def endless(start: int, stop: int) -> Any:
+        reads.append(start)
+        started.set()
+        return torch.ones(stop - start, WIDTH)
+
+    many = [LazyTensor(str(number), "F32", (4096, WIDTH), endless) for number in range(10_000)]
+    before = threading.active_count()
+    with pytest.raises(DataError), quantizing_ahead(many, "q4_k_m", Path("none")):
+        started.wait(60)
+        raise DataError("refused")
+    assert threading.active_count() == before
+    count = len(reads)
+    assert 0 < count < 10_000
+
+
+@pytest.mark.training
+@pytest.mark.programs
+@pytest.mark.timeout(1500)
+def test_one_thread_which_makes_nothing_ahead_writes_the_same_file(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base", "llama", "home-made", num_hidden_layers=3)
+    adapter = make_adapter(base, tmp_path / "adapter")
+    files = []
+    for threads in (1, 2):
+        export(base, adapter, tmp_path / str(threads), threads=threads)
+        files.append((tmp_path / str(threads) / "model.gguf").read_bytes())
+    assert files[0] == files[1]
