@@ -2,9 +2,9 @@
 
 To read a model's description takes one core some seconds (transformers, the vocabulary, the token ids);
 the others quantize meanwhile what will likely be wanted. Which type a tensor gets is not known then: it is
-taken for the type that the mixture is named after, and the commonest shape of tensor comes first, since the
-exceptions are the embedding and some layers of other shapes. What turns out otherwise is thrown away: a
-wrong guess costs work on a core that had none, and no byte of the file is other for a right one.
+taken for the type that the mixture is named after. The layers' shape with most values comes first, since the
+exceptions are embeddings and smaller layers. What turns out otherwise is never used: a wrong guess costs work
+on a core that had none, and no byte of the file is other for a right one.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import contextlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forge.errors import DataError, MissingToolError, StageError
 from forge.export.kernels import choose_kernels, quantize_rows
-from forge.export.tensors import LazyTensor, slabs
+from forge.export.tensors import LazyTensor, one_thread, slabs, without_collection
+from forge.export.upstream import import_converter
+from forge.model.estimate import usable_cores
 from forge.model.gguf_header import NUMBERS, TYPES
 
-# Of quantized slabs: what is held before the first byte is written.
+# Of quantized slabs, which are held until the file is written.
 MOST_BYTES = 32 << 20
+# Of one shape: a model's embedding and output layer.
+_MOST_EMBEDDINGS = 2
+_FLOATS = ("F32", "F16", "BF16")
 _QUANTIZED = {name for name, block, _ in TYPES.values() if block > 1}
 
 
@@ -32,6 +36,7 @@ class Ahead:
 
     def __init__(self, kind: str = "") -> None:
         self.kind = kind
+        self.taken = 0
         self._made: dict[tuple[str, int, int], Any] = {}
         self._stopped = threading.Event()
 
@@ -42,7 +47,13 @@ class Ahead:
         """
         if kind != self.kind or stored not in ("F32", tensor.dtype):
             return None
-        return self._made.pop((tensor.name, start, stop), None)
+        made = self._made.pop((tensor.name, start, stop), None)
+        self.taken += made is not None
+        return made
+
+    def clear(self) -> None:
+        """Forget what was not taken."""
+        self._made.clear()
 
     def stop(self) -> None:
         """Make no more."""
@@ -50,13 +61,13 @@ class Ahead:
 
     def fill(self, tensors: Sequence[LazyTensor], tools: Path) -> None:
         """Quantize `tensors` in order until there is enough, or it is stopped."""
-        import numpy as np
+        # Whatever fails here fails again when the file is written, and is told then.
+        with contextlib.suppress(Exception):
+            import numpy as np
 
-        # One stretch of memory: slabs that stay, between others that go, would keep the gaps too.
-        memory: Any = np.empty(MOST_BYTES, np.uint8)
-        held = 0
-        # What cannot be read or made is told when the file is written, in the order of the file.
-        with contextlib.suppress(DataError, StageError, MissingToolError):
+            # One stretch of memory: slabs that stay, between others that go, would keep the gaps too.
+            memory: Any = np.empty(MOST_BYTES, np.uint8)
+            held = 0
             kernels = choose_kernels(tools, [self.kind], tell=False)
             for tensor in tensors:
                 for start, stop in slabs(tensor.rows, tensor.width):
@@ -73,6 +84,35 @@ class Ahead:
 
 
 @contextlib.contextmanager
+def meanwhile(
+    tensors: Sequence[LazyTensor], description: Path, converters: Path, settings: Mapping[str, Any]
+) -> Iterator[Ahead]:
+    """Import what the layout inside takes, and quantize beside that and beside it.
+
+    `settings` are those of `forge.export.run.export`.
+    """
+    with contextlib.ExitStack() as stack:
+        with without_collection():
+            stack.enter_context(one_thread())
+            ahead = stack.enter_context(_ahead(tensors, converters.parent, settings))
+            import_converter(converters, description)
+        yield ahead
+
+
+def _ahead(
+    tensors: Sequence[LazyTensor], tools: Path, settings: Mapping[str, Any]
+) -> contextlib.AbstractContextManager[Ahead]:
+    """Slabs made while the model is laid out, where there is a core for it and nothing to round by.
+
+    Not of what goes through NF4, which is a whole tensor's work for its first slab.
+    """
+    threads = settings["threads"] or usable_cores()
+    if threads == 1 or settings.get("importance") or settings.get("merge_base") == "nf4":
+        return contextlib.nullcontext(Ahead())
+    return quantizing_ahead(tensors, settings["quant"], tools)
+
+
+@contextlib.contextmanager
 def quantizing_ahead(tensors: Sequence[LazyTensor], quant: str, tools: Path) -> Iterator[Ahead]:
     """Fill an `Ahead` on a thread beside what is done inside; it is ended with it.
 
@@ -83,7 +123,7 @@ def quantizing_ahead(tensors: Sequence[LazyTensor], quant: str, tools: Path) -> 
         yield ahead
         return
     ordered = _by_likelihood(tensors, ahead.kind)
-    thread = threading.Thread(name="ahead", target=ahead.fill, args=(ordered, tools))
+    thread = threading.Thread(name="ahead", target=ahead.fill, args=(ordered, tools), daemon=True)
     thread.start()
     try:
         yield ahead
@@ -99,8 +139,17 @@ def _likely(quant: str) -> str | None:
 
 
 def _by_likelihood(tensors: Sequence[LazyTensor], kind: str) -> list[LazyTensor]:
-    """The matrices whose rows are whole blocks of `kind`, those of the commonest shape first."""
+    """The matrices whose rows are whole blocks of `kind`: layers first, by the values in all of a shape."""
     block = TYPES[NUMBERS[kind]][1]
-    fitting = [tensor for tensor in tensors if len(tensor.shape) == 2 and tensor.width % block == 0]
+    fitting = [
+        tensor
+        for tensor in tensors
+        if len(tensor.shape) == 2 and tensor.width % block == 0 and tensor.dtype in _FLOATS
+    ]
     number = Counter(tensor.shape for tensor in fitting)
-    return sorted(fitting, key=lambda tensor: (-number[tensor.shape], -math.prod(tensor.shape)))
+
+    def rank(tensor: LazyTensor) -> tuple[bool, int]:
+        count = number[tensor.shape]
+        return count <= _MOST_EMBEDDINGS, -count * math.prod(tensor.shape)
+
+    return sorted(fitting, key=rank)

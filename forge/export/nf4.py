@@ -79,8 +79,9 @@ class _Last:
     def of(self, tensor: LazyTensor) -> Any:
         with self._lock:
             if self._tensor is not tensor:
-                self._tensor, self._values = tensor, None
+                self._tensor = self._values = None  # before the next, so that memory holds one
                 self._values = _round_trip(tensor)
+                self._tensor = tensor
             return self._values
 
 

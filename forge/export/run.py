@@ -9,7 +9,6 @@ file moves to `out`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import resource
@@ -26,13 +25,13 @@ from forge.adapter.vocabulary import Fitted, check_tokenizer, fit
 from forge.errors import DataError
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
-from forge.export.ahead import Ahead, quantizing_ahead
+from forge.export.ahead import Ahead, meanwhile
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
-from forge.export.tensors import LazyTensor, one_thread, without_collection, write_safetensors
+from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, convert
 from forge.export.write import Rounding, write_gguf, writing
@@ -88,7 +87,7 @@ def export(
     nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
     merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
     tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
-    with without_collection(), one_thread(), _ahead(tensors, Path(converters), settings) as ahead:
+    with meanwhile(tensors, description, Path(converters), settings) as ahead:
         converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings, found)
     with one_thread():
         written, compiled = _write(converted, ahead, work, description, merged, Path(converters), settings)
@@ -139,15 +138,6 @@ def _mode(asked: str, found: Fitted | None) -> tuple[str, tuple[str, ...]]:
     if reasons:
         report.info(f"merged, since {'; '.join(reasons)}")
     return ("merged" if reasons else "adapter"), reasons
-
-
-def _ahead(
-    tensors: Sequence[LazyTensor], converters: Path, settings: Mapping[str, Any]
-) -> contextlib.AbstractContextManager[Ahead]:
-    """Slabs made while the model is laid out, where there is a core for it and nothing to round by."""
-    if settings.get("importance") or (settings["threads"] or usable_cores()) == 1:
-        return contextlib.nullcontext(Ahead())
-    return quantizing_ahead(tensors, settings["quant"], converters.parent)
 
 
 def _lay_out(
@@ -245,6 +235,7 @@ def _write(
         settings["threads"] or usable_cores(),
         lambda done, total: report.advance("export", done, total),
     )
+    report.detail(f"{ahead.taken} slabs were quantized while the model was laid out")
     return written, list(kernels)
 
 

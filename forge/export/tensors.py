@@ -12,6 +12,7 @@ import gc
 import json
 import math
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,12 +77,17 @@ def one_thread() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_collection() -> Iterator[None]:
-    """torch and transformers are imported here and stay: to look through them for garbage takes a second."""
+    """torch and transformers are imported here and stay: to look through them for garbage takes a second.
+
+    It is never done later either, unless they were there before, and with them perhaps what is garbage soon.
+    """
+    is_first = "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        if is_first:
+            gc.freeze()
         gc.enable()
 
 

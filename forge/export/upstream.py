@@ -14,8 +14,8 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,12 +75,17 @@ class Pending:
         return found
 
 
+_Packed = dict[int, tuple[Any, bytes]]
+
+
 @dataclass(frozen=True)
 class Converted:
     """What a converter would write. `writer` is its GGUFWriter: metadata and tensors in their order."""
 
     writer: Any
     types: Mapping[str, str]
+    # Arrays by id, each with its bytes: the header is written twice, and gguf-py packs a vocabulary slowly.
+    packed: _Packed = field(default_factory=dict)
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -140,26 +145,10 @@ def convert(
         raise refused(refusal) from refusal
     finally:
         quants.quantize = quantize
-    _pack_arrays_once(model.gguf_writer)
     infos = model.gguf_writer.tensors[0]
     if apart and "output.weight" not in infos:  # Gemma's converter leaves it out
         raise _one_tensor(gguf.MODEL_ARCH_NAMES[model.model_arch])
     return Converted(model.gguf_writer, {name: info.dtype.name for name, info in infos.items()})
-
-
-def _pack_arrays_once(writer: Any) -> None:
-    """The header is written twice, and the vocabulary's strings take gguf-py a second for each 100,000."""
-    pack = writer._pack_val
-    packed: dict[int, tuple[Any, bytes]] = {}  # with the array, so that its id stays its own
-
-    def pack_val(value: Any, kind: Any, add_vtype: bool, sub_type: Any = None) -> bytes:
-        if kind.name != "ARRAY":
-            return bytes(pack(value, kind, add_vtype, sub_type))
-        if id(value) not in packed:
-            packed[id(value)] = value, pack(value, kind, add_vtype, sub_type)
-        return packed[id(value)][1]
-
-    writer._pack_val = pack_val
 
 
 def _one_tensor(architecture: str) -> DataError:
@@ -180,6 +169,12 @@ def load(tree: Path) -> Any:
     import conversion.base  # type: ignore[import-not-found]
 
     return conversion
+
+
+def import_converter(tree: Path, description: Path) -> None:
+    """Import what converting the model in `description` takes, which is seconds' work, and do no more."""
+    with contextlib.suppress(*REFUSALS):  # `convert` is told the same
+        load(tree).base.ModelBase.load_hparams(description, False)
 
 
 def refused(refusal: BaseException) -> StageError:
@@ -274,17 +269,28 @@ def write_header(
     kept = writer.tensors, writer.kv_data
     writer.tensors, writer.kv_data = [placed], [dict(metadata)]
     writer.state, writer.fout = type(writer.state).NO_FILE, None
+    writer._pack_val = partial(_pack_once, converted.packed, writer._pack_val)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         at: int = writer.fout[0].tell()
     finally:
+        del writer._pack_val  # the class's own again
         writer.tensors, writer.kv_data = kept
         if writer.fout:
             writer.close()
     alignment: int = writer.data_alignment
     return -(-at // alignment) * alignment
+
+
+def _pack_once(packed: _Packed, pack: Callable[..., bytes], value: Any, kind: Any, **how: Any) -> bytes:
+    """GGUFWriter._pack_val, which packs an array that is in `packed` no second time."""
+    if kind.name != "ARRAY":
+        return pack(value, kind, **how)
+    if id(value) not in packed:
+        packed[id(value)] = value, pack(value, kind, **how)
+    return packed[id(value)][1]
 
 
 def extents(types: Mapping[str, str], converted: Converted) -> Iterator[tuple[str, int]]:

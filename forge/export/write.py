@@ -73,6 +73,7 @@ def write_gguf(
                     stream.write(bytes(-sizes[name] % converted.writer.data_alignment))
                 on_progress(done, total)
             end = stream.tell()
+            rounding.ahead.clear()
             stream.flush()
             os.fsync(stream.fileno())
     return end
@@ -147,7 +148,8 @@ def _jobs(converted: Converted, types: Mapping[str, str], rounding: Rounding) ->
         width = shape[-1] if shape else 1
         rows = math.prod(shape[:-1])
         for start, stop, weights in _pieces(rows, width, rounding.importance.get(name)):
-            made = rounding.ahead.take(unturned, start, stop, stored, kind) if unturned else None
+            alike = unturned if weights is None else None
+            made = rounding.ahead.take(alike, start, stop, stored, kind) if alike else None
             again = partial(slab, name, read, stored, kind, weights, start, stop)
             yield name, again if made is None else partial(_already, made), stop == rows
 

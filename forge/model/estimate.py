@@ -43,7 +43,7 @@ QUANT_BITS: Mapping[str, float] = {
 }  # fmt: skip
 
 # Resident size of a worker that has imported torch, transformers, peft and trl; of the converter.
-TRAINING_START_BYTES, EXPORT_START_BYTES, SERVER_START_BYTES = 900_000_000, 450_000_000, 100_000_000
+TRAINING_START_BYTES, EXPORT_START_BYTES, SERVER_START_BYTES = 900_000_000, 550_000_000, 100_000_000
 
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _EMBEDDING = re.compile(
