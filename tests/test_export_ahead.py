@@ -122,7 +122,7 @@ def test_it_ends_with_the_block() -> None:
 @pytest.mark.programs
 @pytest.mark.timeout(1500)
 def test_the_file_is_the_same_with_and_without(tmp_path: Path) -> None:
-    """On one thread nothing is made ahead, nor is anything that is rounded by importance or through NF4."""
+    """Slabs that were made ahead are in it, where there are two threads."""
     base = make_model(tmp_path / "base", "llama", "home-made", num_hidden_layers=3)
     adapter = make_adapter(base, tmp_path / "adapter")
     files, used = [], []
@@ -135,6 +135,17 @@ def test_the_file_is_the_same_with_and_without(tmp_path: Path) -> None:
         used.append(int(said.split()[0]))
     assert files[0] == files[1]
     assert used[0] == 0 < used[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [({}, "Q4_K"), ({"threads": 1}, ""), ({"importance": "a.gguf"}, ""), ({"merge_base": "nf4"}, "")],
+)
+def test_when_nothing_is_made_ahead(settings: dict[str, Any], kind: str) -> None:
+    """Not without a core for it, nor of what is rounded by importance, nor through NF4."""
+    whole = {"quant": "q4_k_m", "threads": 2} | settings
+    with ahead._ahead([matrix("a")], Path("none"), whole) as found:
+        assert found.kind == kind
 
 
 def test_a_type_that_cannot_be_read_is_left_alone() -> None:
