@@ -10,7 +10,7 @@ import pytest
 
 from forge.export.importance import weights_in
 from forge.model.gguf_header import read_gguf
-from forge.recipe.words import BUDGETED
+from forge.recipe.quants import BUDGETED
 from tests.shipping import Answer, Workshop
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]

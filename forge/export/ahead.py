@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge.export.imports import import_converter, without_collection
 from forge.export.kernels import choose_kernels, quantize_rows
-from forge.export.tensors import LazyTensor, one_thread, slabs, without_collection
-from forge.export.upstream import import_converter
+from forge.export.tensors import LazyTensor, one_thread, slabs
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import NUMBERS, TYPES
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,16 @@ _BY_PATTERN = {
     + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
 }
 
+Stated = Mapping[str, Any]
+"""What a tokenizer.json states; empty where there is none."""
+
+
+def read(directory: Path) -> Stated:
+    """The tokenizer.json in `directory`."""
+    path = directory / "tokenizer.json"
+    content: Stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
 
 # llama.cpp takes the flags of some special tokens from the *name* of the model: any name with one of
 # these in it changes how every prompt is read, or stops the file from loading.
@@ -28,26 +39,25 @@ _STRIPPING_NAME = "phi-3"
 _STRIPPING_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 
 
-def model_name(directory: Path, name: str) -> str:
+def model_name(stated: Stated, name: str) -> str:
     """`name` such that llama.cpp reads special tokens as tokenizer.json does.
 
     Phi-3's special tokens take the white space after them (`rstrip`). The GGUF has no place for
     that; llama.cpp does it where general.name has "phi-3" in it, and there alone (pitfall 49).
     """
-    added = _read(directory).get("added_tokens") or []
+    added = stated.get("added_tokens") or []
     strips = any(token.get("rstrip") for token in added)
     if strips and {token["content"] for token in added} >= _STRIPPING_TOKENS:
         return name if _STRIPPING_NAME in name.lower() else f"{name} ({_STRIPPING_NAME})"
     return _NAMES_WITH_EFFECT.sub(lambda found: " ".join(part for part in found.groups() if part), name)
 
 
-def space_prefix(directory: Path) -> bool | None:
+def space_prefix(stated: Stated) -> bool | None:
     """Whether a space goes before each stretch of text between special tokens; None: no SentencePiece.
 
     llama.cpp does it always or never. Metaspace's `first` means the text's very start, which in a
     chat is a special token, so never.
     """
-    stated = _read(directory)
     if not (stated.get("model") or {}).get("byte_fallback"):
         return None
     steps = [*_steps(stated, "normalizer"), *_steps(stated, "pre_tokenizer")]
@@ -59,9 +69,9 @@ def space_prefix(directory: Path) -> bool | None:
     return "Prepend" in kinds
 
 
-def decide(directory: Path) -> str:
+def decide(stated: Stated) -> str:
     """The pre-tokenizer's name in llama.cpp, or "" when tokenizer.json does not settle it."""
-    steps = _steps(_read(directory), "pre_tokenizer")
+    steps = _steps(stated, "pre_tokenizer")
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
@@ -72,13 +82,7 @@ def decide(directory: Path) -> str:
     return ""
 
 
-def _read(directory: Path) -> dict[str, Any]:
-    path = directory / "tokenizer.json"
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
-
-
-def _steps(stated: dict[str, Any], part: str) -> list[dict[str, Any]]:
+def _steps(stated: Stated, part: str) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, which may be a sequence, one step, or absent."""
     whole = stated.get(part) or {}
     inner: list[dict[str, Any]] = whole.get(part.replace("_", "") + "s", [whole])

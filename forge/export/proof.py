@@ -56,7 +56,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """`text` is what is encoded; `content` what somebody wrote of it."""
 
     text: str
@@ -65,20 +65,20 @@ class _Case:
 
 def cases(
     template: ChatTemplate | None, texts: Sequence[str], conversations: Sequence[Sequence[Message]]
-) -> list[_Case]:
+) -> list[Case]:
     """Each text as a user's and an assistant's message, each conversation, rendered; else as they are.
 
     What the template refuses is left out.
     """
     if template is None:
         contents = [str(message["content"]) for messages in conversations for message in messages]
-        return [_Case(text, text) for text in (*texts, *contents)]
+        return [Case(text, text) for text in (*texts, *contents)]
     found = []
     for messages in (*map(_dialogue, texts), *conversations):
         content = "\n".join(str(message["content"]) for message in messages)
         asks = messages[-1]["role"] != "assistant"
         try:
-            found.append(_Case(template.render(messages, add_generation_prompt=asks), content))
+            found.append(Case(template.render(messages, add_generation_prompt=asks), content))
         except DataError:
             continue
     return found
@@ -89,7 +89,7 @@ def _dialogue(text: str) -> list[Message]:
 
 
 def compare_ids(
-    directory: Path, vocabulary: Path, tried: Sequence[_Case], *, end_of_turn: int | None = None
+    directory: Path, vocabulary: Path, tried: Sequence[Case], *, end_of_turn: int | None = None
 ) -> Compared:
     """Check that the tokenizer in `directory` and the GGUF `vocabulary` give equal ids for every case.
 
@@ -123,7 +123,7 @@ def compare_ids(
     return Compared(len(kept), limits)
 
 
-def _differences(tried: Sequence[_Case], reference: Tokenizer, served: ServedVocabulary) -> Iterator[Problem]:
+def _differences(tried: Sequence[Case], reference: Tokenizer, served: ServedVocabulary) -> Iterator[Problem]:
     for case in tried:
         expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
         found = served.ids(case.text)
@@ -190,8 +190,8 @@ class _Limit:
 
 
 def _without_limits(
-    tried: Sequence[_Case], tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary
-) -> tuple[list[_Case], tuple[str, ...]]:
+    tried: Sequence[Case], tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary
+) -> tuple[list[Case], tuple[str, ...]]:
     kept = [case for case in tried if case.text and "\0" not in case.text]
     told = []
     for limit in _limits(tokenizer_json, reference, served):

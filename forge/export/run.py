@@ -155,29 +155,25 @@ def _lay_out(
         report.info("embedding and output layer were trained apart, which the base ties: both are written")
     template = template_in(description)
     tried = proof.cases(template, proof.test_strings(), own_conversations(data))
-    bos = read_tokenizer(description).tokens.get("bos")
-    choices = Choices(
-        pre_tokenizer=pretokenizer.decide(description),
-        adds_bos=None if template is None else bool(bos and tried and tried[0].text.startswith(bos)),
-        space_prefix=pretokenizer.space_prefix(description),
-        end_of_turn=settings.get("end_of_turn_id"),
-    )
-    plain = settings.get("plain", False)
+    if settings.get("plain"):
+        name, choices = settings["name"], None
+    else:
+        name, choices = _decided(description, None if template is None else tried, settings)
     report.advance("convert", 0, 1)
     converted = convert(
         converters,
         description,
         tensors,
         outtype=_outtype(tensors, settings["quant"]),
-        name=settings["name"] if plain else pretokenizer.model_name(description, settings["name"]),
-        choices=None if plain else choices,
+        name=name,
+        choices=choices,
         apart=apart,
     )
     report.advance("convert", 1, 1)
     sparse = work / "header.gguf"
     with writing(work):
         write_sparse(converted, sparse)
-    if plain:
+    if choices is None:
         report.warning("plain: the vocabulary is the converter's own, its token ids were not compared")
         compared = proof.Compared(0, ())
     else:
@@ -185,6 +181,24 @@ def _lay_out(
         compared = proof.compare_ids(description, sparse, tried, end_of_turn=choices.end_of_turn)
     refuse_unloadable(sparse)
     return converted, compared
+
+
+def _decided(
+    description: Path, rendered: Sequence[proof.Case] | None, settings: Mapping[str, Any]
+) -> tuple[str, Choices]:
+    """The model's name as llama.cpp may have it, and what forge decides of the vocabulary.
+
+    `rendered` are prompts by the chat template, if there is one.
+    """
+    stated = pretokenizer.read(description)
+    bos = read_tokenizer(description).tokens.get("bos")
+    begins = bool(bos and rendered and rendered[0].text.startswith(bos))
+    return pretokenizer.model_name(stated, settings["name"]), Choices(
+        pre_tokenizer=pretokenizer.decide(stated),
+        adds_bos=None if rendered is None else begins,
+        space_prefix=pretokenizer.space_prefix(stated),
+        end_of_turn=settings.get("end_of_turn_id"),
+    )
 
 
 def _outtype(tensors: Sequence[LazyTensor], quant: str) -> str:

@@ -8,11 +8,9 @@ where a read gives an error. Format: github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 import struct
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,22 +71,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """torch and transformers are imported here and stay: to look through them for garbage takes a second.
-
-    It is never done later either, unless they were there before, and with them perhaps what is garbage soon.
-    """
-    is_first = "torch" not in sys.modules
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_first:
-            gc.freeze()
-        gc.enable()
 
 
 def slabs(rows: int, width: int) -> Iterator[tuple[int, int]]:

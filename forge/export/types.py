@@ -15,8 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from forge.errors import StageError, UnmadeTypeError
+from forge.export.header import write_header
 from forge.export.importance import Importance, as_parameter
-from forge.export.upstream import Converted, extents, write_header
+from forge.export.upstream import Converted, extents
 from forge.model.gguf_header import TYPES, GgufHeader
 
 UNQUANTIZED = ("f16", "bf16", "f32")

@@ -14,7 +14,7 @@ import contextlib
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,9 +75,6 @@ class Pending:
         return found
 
 
-_Packed = dict[int, tuple[Any, bytes]]
-
-
 @dataclass(frozen=True)
 class Converted:
     """What a converter would write. `writer` is its GGUFWriter: metadata and tensors in their order."""
@@ -85,7 +82,7 @@ class Converted:
     writer: Any
     types: Mapping[str, str]
     # Arrays by id, each with its bytes: the header is written twice, and gguf-py packs a vocabulary slowly.
-    packed: _Packed = field(default_factory=dict)
+    packed: dict[int, tuple[Any, bytes]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Mapping[str, Any]:
@@ -171,12 +168,6 @@ def load(tree: Path) -> Any:
     return conversion
 
 
-def import_converter(tree: Path, description: Path) -> None:
-    """Import what converting the model in `description` takes, which is seconds' work, and do no more."""
-    with contextlib.suppress(*REFUSALS):  # `convert` is told the same
-        load(tree).base.ModelBase.load_hparams(description, False)
-
-
 def refused(refusal: BaseException) -> StageError:
     """The error for what a converter raised."""
     said = " ".join(str(refusal).split()) or type(refusal).__name__
@@ -249,48 +240,6 @@ def _decided(choices: Choices) -> Iterator[None]:
         yield
     finally:
         TextModel.get_vocab_base_pre, SpecialVocab.add_to_gguf = known, add
-
-
-def write_header(
-    converted: Converted, path: Path, metadata: Mapping[str, Any], types: Mapping[str, str]
-) -> int:
-    """Write a GGUF's header to `path`, the tensors in the order and of the types of `types`.
-
-    Returns where the tensors' bytes begin.
-    """
-    import gguf
-
-    writer = converted.writer
-    placed = {}
-    for name, kind in types.items():
-        shape = converted.tensors[name].shape
-        number = gguf.GGMLQuantizationType[kind]
-        placed[name] = type(converted.tensors[name])(shape, number, bytes_of(kind, shape))
-    kept = writer.tensors, writer.kv_data
-    writer.tensors, writer.kv_data = [placed], [dict(metadata)]
-    writer.state, writer.fout = type(writer.state).NO_FILE, None
-    writer._pack_val = partial(_pack_once, converted.packed, writer._pack_val)
-    try:
-        writer.write_header_to_file(path)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        at: int = writer.fout[0].tell()
-    finally:
-        del writer._pack_val  # the class's own again
-        writer.tensors, writer.kv_data = kept
-        if writer.fout:
-            writer.close()
-    alignment: int = writer.data_alignment
-    return -(-at // alignment) * alignment
-
-
-def _pack_once(packed: _Packed, pack: Callable[..., bytes], value: Any, kind: Any, **how: Any) -> bytes:
-    """GGUFWriter._pack_val, which packs an array that is in `packed` no second time."""
-    if kind.name != "ARRAY":
-        return pack(value, kind, **how)
-    if id(value) not in packed:
-        packed[id(value)] = value, pack(value, kind, **how)
-    return packed[id(value)][1]
 
 
 def extents(types: Mapping[str, str], converted: Converted) -> Iterator[tuple[str, int]]:

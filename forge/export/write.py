@@ -21,10 +21,11 @@ from typing import Any
 
 from forge.errors import StageError
 from forge.export.ahead import Ahead
+from forge.export.header import write_header
 from forge.export.importance import Importance
 from forge.export.kernels import Kernel, quantize_rows
 from forge.export.tensors import LazyTensor, are_finite, slabs
-from forge.export.upstream import Converted, Pending, extents, write_header
+from forge.export.upstream import Converted, Pending, extents
 
 Advance = Callable[[int, int], None]
 _PLAIN = ("F32", "F16", "BF16")

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from forge.recipe.explain import nearest
+from forge.recipe.quants import NEED_IMATRIX
 from forge.recipe.schema import Adopted, Recipe, Train
 from forge.recipe.tree import Node
-from forge.recipe.words import BUILTIN_BASES, BUILTIN_DATA, DATA_SUFFIXES, NEED_IMATRIX
+from forge.recipe.words import BUILTIN_BASES, BUILTIN_DATA, DATA_SUFFIXES
 
 Finding = tuple[str, str]
 """A dotted field and what to say about it."""

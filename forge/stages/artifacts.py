@@ -15,7 +15,7 @@ from forge.data.prepare import TRAIN_FILE, Settings, prepare
 from forge.export.run import ADAPTER_FILE
 from forge.model.estimate import export_disk
 from forge.pipeline.stage import Stage
-from forge.recipe.words import BUDGETED
+from forge.recipe.quants import BUDGETED
 from forge.stages.rows import certificate_rows, certificate_rows_are
 from forge.stages.ship import Ship
 from forge.store.artifacts import Artifact

@@ -18,7 +18,7 @@ from forge.errors import CheckError, ForgeError
 from forge.model.config import Configuration
 from forge.model.estimate import certificate_disk
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
-from forge.recipe.words import BUDGETED
+from forge.recipe.quants import BUDGETED
 from forge.stages.artifacts import ADAPTER_STAGE, CALIBRATION_STAGE, GgufStage
 from forge.stages.rows import own_rows, plain_rows
 from forge.stages.ship import Ship

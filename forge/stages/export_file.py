@@ -25,10 +25,9 @@ from forge.export.run import (
 from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
-from forge.model.config import check_unquantized, read_configuration
+from forge.model.config import Configuration, check_unquantized, read_configuration
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
-from forge.recipe.words import NEED_IMATRIX, QUANTS
-from forge.stages.calibrate import calibrate_alone
+from forge.recipe.quants import NEED_IMATRIX, QUANTS
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
 
@@ -78,11 +77,20 @@ def export(
                 "merge_base": merge_base,
             },
         }  # fmt: skip
-        calibration = calibrate_alone(arguments, data, configuration, max_kl, scratch) if data else None
+        calibration = _calibrate(arguments, data, configuration, max_kl, scratch) if data else None
         facts = worker.call("export", arguments)
         files = _publish(scratch, out, arguments["settings"].get("importance"))
     report.success(f"wrote {out}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds']:.1f} s")
     return {**files, **facts, "calibration": calibration}
+
+
+def _calibrate(
+    arguments: dict[str, Any], data: Path, configuration: Configuration, max_kl: float | None, scratch: Path
+) -> dict[str, Any]:
+    """`calibrate_alone`, imported here: it brings a recipe's whole code, which other exports start without."""
+    from forge.stages.calibrate import calibrate_alone
+
+    return calibrate_alone(arguments, data, configuration, max_kl, scratch)
 
 
 def _check_options(
