@@ -87,7 +87,7 @@ def export(
 def _calibrate(
     arguments: dict[str, Any], data: Path, configuration: Configuration, max_kl: float | None, scratch: Path
 ) -> dict[str, Any]:
-    """`calibrate_alone`, imported here: it brings a recipe's whole code, which other exports start without."""
+    """`calibrate_alone`, imported here: it brings a recipe's code, which other exports start without."""
     from forge.stages.calibrate import calibrate_alone
 
     return calibrate_alone(arguments, data, configuration, max_kl, scratch)
