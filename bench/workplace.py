@@ -27,9 +27,9 @@ class Workplace:
 
     @property
     def environment(self) -> Mapping[str, str]:
-        # Nothing here may wait for the network, and what pip installs has its bytecode: so has a checkout.
-        quiet = {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": ""}
-        return {"FORGE_HOME": str(self.home), **quiet, **self.more}
+        # Nothing may wait for the network. What pip installs has its bytecode: so has what runs here.
+        settings = {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "PYTHONDONTWRITEBYTECODE": ""}
+        return {"FORGE_HOME": str(self.home), **settings, **self.more}
 
 
 @contextmanager

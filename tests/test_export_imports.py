@@ -38,6 +38,19 @@ from forge.export.upstream import load
 tree, description = map(Path, sys.argv[1:])
 print(load(tree).base.ModelBase.load_hparams(description, False))
 """
+WHOLE = """
+import sys
+from forge.export.run import export
+converters, base, out = sys.argv[1:]
+settings = {"name": "x", "quant": "q8_0", "keep_merged": False, "threads": 1, "end_of_turn_id": None}
+export(base, None, base, None, None, out, converters, settings)
+assert "torch._dynamo" not in sys.modules, "the compiler was imported"
+"""
+WITHOUT_RECIPES = """
+import sys
+import forge.cli.main, forge.cli.export, forge.stages.export_file
+assert not {"pydantic", "ruamel.yaml", "torch"} & sys.modules.keys()
+"""
 BROKEN = """
 import sys
 from pathlib import Path
@@ -47,8 +60,8 @@ import_converter(*map(Path, sys.argv[1:]))
 """
 
 
-def run(program: str, description: Path) -> process.Finished:
-    command = [sys.executable, "-W", "ignore", "-c", program, str(converters()), str(description)]
+def run(program: str, *paths: Path) -> process.Finished:
+    command = [sys.executable, "-W", "ignore", "-c", program, str(converters()), *map(str, paths)]
     return process.run(command, directory=Path(__file__).parent.parent)
 
 
@@ -66,3 +79,15 @@ def test_what_cannot_be_imported_is_told(tmp_path: Path) -> None:
     broken = run(BROKEN, make_model(tmp_path / "base"))
     assert broken.status == 1
     assert "transformers.activations" in broken.output
+
+
+def test_a_whole_export_goes_without_the_compiler(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    made = run(WHOLE, base, tmp_path / "out")
+    assert made.status == 0, made.output
+
+
+def test_an_export_of_files_reads_no_recipe(tmp_path: Path) -> None:
+    """pydantic and the recipe's schema take longer to import than an export's options to read."""
+    started = run(WITHOUT_RECIPES, tmp_path)
+    assert started.status == 0, started.output

@@ -1,6 +1,7 @@
 """A GGUF's header, written by gguf-py's own writer. Runs in a worker.
 
-Only arrays are packed here: gguf-py packs a vocabulary item by item, a second for 150,000 tokens.
+Only long arrays are packed here, at once: gguf-py packs item by item, which takes a second for a vocabulary
+of 150,000 tokens, and the header is written twice.
 Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
@@ -33,7 +34,7 @@ def write_header(
     kept = writer.tensors, writer.kv_data
     writer.tensors, writer.kv_data = [placed], [dict(metadata)]
     writer.state, writer.fout = type(writer.state).NO_FILE, None
-    writer._pack_val = partial(_pack_once, converted.packed, writer._pack_val)
+    writer._pack_val = partial(_pack, writer._pack_val)
     try:
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
@@ -48,26 +49,15 @@ def write_header(
     return -(-at // alignment) * alignment
 
 
-def _pack_once(
-    packed: dict[int, tuple[Any, bytes]], pack: Callable[..., bytes], value: Any, kind: Any, **how: Any
-) -> bytes:
-    """GGUFWriter._pack_val, which packs an array that is in `packed` no second time."""
-    if kind.name != "ARRAY":
-        return pack(value, kind, **how)
-    if id(value) not in packed:
-        packed[id(value)] = value, _pack_array(pack, value, kind, **how)
-    return packed[id(value)][1]
-
-
-def _pack_array(
+def _pack(
     pack: Callable[..., bytes], value: Any, kind: Any, *, add_vtype: bool, sub_type: Any = None
 ) -> bytes:
-    """The bytes that gguf-py's `pack` gives, which has those arrays that are not packed here."""
-    name, items = _packed_items(value) if isinstance(value, list) else ("", b"")
-    number = getattr(type(kind), name, None)
-    if not items or not add_vtype or sub_type not in (None, number):
-        return pack(value, kind, add_vtype=add_vtype, sub_type=sub_type)
-    return struct.pack("<IIQ", kind, number, len(value)) + items
+    """The bytes that gguf-py's `pack` gives; it is asked for all but a list of plain items."""
+    if kind.name == "ARRAY" and isinstance(value, list) and add_vtype and sub_type is None:
+        name, items = _packed_items(value)
+        if items:
+            return struct.pack("<IIQ", kind, type(kind)[name], len(value)) + items
+    return pack(value, kind, add_vtype=add_vtype, sub_type=sub_type)
 
 
 def _packed_items(value: list[Any]) -> tuple[str, bytes]:

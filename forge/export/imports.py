@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,14 @@ from forge.export.upstream import REFUSALS, load
 def import_converter(tree: Path, description: Path) -> None:
     """Import what converting the model in `description` takes, which is seconds' work, and do no more."""
     with _without_compiler():
-        # Alone, so that a transformers that cannot be imported like this is told: to the converter, a
-        # failed import would be a configuration that transformers does not know.
-        importlib.import_module("transformers.activations")
-        with contextlib.suppress(*REFUSALS):  # `convert` is told the same
-            load(tree).base.ModelBase.load_hparams(description, False)
+        try:
+            load(tree).base.AutoConfig.from_pretrained(description, trust_remote_code=False)
+        except (ImportError, NameError):
+            # Told here: the converter would go on by config.json alone, as for a model that transformers
+            # does not know.
+            raise
+        except REFUSALS:
+            pass  # `convert` is told the same
 
 
 @contextlib.contextmanager
@@ -41,10 +43,12 @@ def without_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """Import transformers without what torch compiles models with, or spreads them over machines: a second.
+    """transformers is imported without torch's compiler and without its distributed tensors, a second's work.
 
-    To check the name of an activation it imports its modelling code, which imports the two: the first to
-    mark a method of its server, the second where torch says that it has it. An export runs no model.
+    To check the name of an activation transformers imports its modelling code. There the compiler only marks
+    a method of transformers' own server, and distributed tensors are left out where torch says that it has
+    none. transformers and accelerate then stay on one machine for the rest of the process, which is meant:
+    an export runs no model, and a certificate has run its own before.
     """
     import torch
 
@@ -56,6 +60,6 @@ def _without_compiler() -> Iterator[None]:
         torch.compiler.disable, torch.distributed.is_available = disable, is_available
 
 
-def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """torch.compiler.disable, as a decorator with and without arguments, of what is not compiled."""
-    return function if function is not None else _as_it_is
+def _as_it_is(fn: Any = None, recursive: bool = True, *, reason: str | None = None) -> Any:
+    """torch.compiler.disable, which is also a decorator with arguments, of what is not compiled."""
+    return (lambda function: function) if fn is None else fn

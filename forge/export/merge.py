@@ -140,12 +140,10 @@ def _merger(base: LazyTensor, layer: LoraLayer, *, transposed: bool) -> Callable
     def merge(start: int, stop: int) -> Any:
         weight = base.read(start, stop).float()
         if transposed:
-            b, a = _whole(layer.b), _columns(layer.a, start, stop)
-            delta = a.T @ b.T
+            left, right = _columns(layer.a, start, stop).T, _whole(layer.b).T
         else:
-            b, a = read_rows(layer.b, start, stop).float(), _whole(layer.a)
-            delta = b @ a
-        merged = weight.add_(delta, alpha=layer.scale)
+            left, right = read_rows(layer.b, start, stop).float(), _whole(layer.a)
+        merged = weight.addmm_(left, right, alpha=layer.scale)
         if layer.magnitude is None:
             return merged
         # peft's DoRA: each row keeps its direction and gets the learned length.

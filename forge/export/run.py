@@ -158,7 +158,7 @@ def _lay_out(
     if settings.get("plain"):
         name, choices = settings["name"], None
     else:
-        name, choices = _decided(description, None if template is None else tried, settings)
+        name, choices = _choose(description, None if template is None else tried, settings)
     report.advance("convert", 0, 1)
     converted = convert(
         converters,
@@ -183,7 +183,7 @@ def _lay_out(
     return converted, compared
 
 
-def _decided(
+def _choose(
     description: Path, rendered: Sequence[proof.Case] | None, settings: Mapping[str, Any]
 ) -> tuple[str, Choices]:
     """The model's name as llama.cpp may have it, and what forge decides of the vocabulary.

@@ -15,7 +15,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,6 @@ class Converted:
 
     writer: Any
     types: Mapping[str, str]
-    # Arrays by id, each with its bytes: the header is written twice, and gguf-py packs a vocabulary slowly.
-    packed: dict[int, tuple[Any, bytes]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Mapping[str, Any]:
