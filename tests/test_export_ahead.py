@@ -14,7 +14,7 @@ from forge import report
 from forge.errors import DataError
 from forge.export import ahead
 from forge.export.ahead import Ahead, quantizing_ahead
-from forge.export.kernels import quantize_rows
+from forge.export.kernels import CHOICE, quantize_rows
 from forge.export.tensors import LazyTensor
 from forge.model.gguf_header import NUMBERS, TYPES
 from tests.models import make_adapter, make_model
@@ -121,8 +121,9 @@ def test_it_ends_with_the_block() -> None:
 @pytest.mark.training
 @pytest.mark.programs
 @pytest.mark.timeout(1500)
-def test_the_file_is_the_same_with_and_without(tmp_path: Path) -> None:
-    """Slabs that were made ahead are in it, where there are two threads."""
+def test_the_file_is_the_same_with_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slabs that were made ahead are in it, where there are two threads and ggml's own kernels."""
+    monkeypatch.setenv(CHOICE, "ggml")
     base = make_model(tmp_path / "base", "llama", "home-made", num_hidden_layers=3)
     adapter = make_adapter(base, tmp_path / "adapter")
     files, used = [], []
@@ -146,6 +147,14 @@ def test_when_nothing_is_made_ahead(settings: dict[str, Any], kind: str) -> None
     whole = {"quant": "q4_k_m", "threads": 2} | settings
     with ahead._ahead([matrix("a")], Path("none"), whole) as found:
         assert found.kind == kind
+
+
+def test_nothing_is_made_with_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are quick: beside the imports more time is lost than saved."""
+    tensor = matrix("a")
+    monkeypatch.setattr(ahead, "choose_kernels", lambda *_, **__: {"Q4_K": None})
+    assert made([tensor]).take(tensor, 0, 512, "F32", "Q4_K") is None
+    assert made([tensor], "q8_0").take(tensor, 0, 512, "F32", "Q8_0") is not None
 
 
 def test_a_type_that_cannot_be_read_is_left_alone() -> None:

@@ -5,6 +5,9 @@ the others quantize meanwhile what will likely be wanted. Which type a tensor ge
 taken for the type that the mixture is named after. The layers' shape with most values comes first, since the
 exceptions are embeddings and smaller layers. What turns out otherwise is never used: a wrong guess costs work
 on a core that had none, and no byte of the file is other for a right one.
+
+With the compiled kernels nothing is made ahead: they are quick enough that the imports, which share Python's
+one lock with this, lost more time than was saved.
 """
 
 from __future__ import annotations
@@ -60,15 +63,17 @@ class Ahead:
         self._stopped.set()
 
     def fill(self, tensors: Sequence[LazyTensor], tools: Path) -> None:
-        """Quantize `tensors` in order until there is enough, or it is stopped."""
+        """Quantize `tensors` in order until there is enough, or it is stopped; not with compiled kernels."""
         # Whatever fails here fails again when the file is written, and is told then.
         with contextlib.suppress(Exception):
             import numpy as np
 
+            kernels = choose_kernels(tools, [self.kind], tell=False)
+            if self.kind in kernels:
+                return
             # One stretch of memory: slabs that stay, between others that go, would keep the gaps too.
             memory: Any = np.empty(MOST_BYTES, np.uint8)
             held = 0
-            kernels = choose_kernels(tools, [self.kind], tell=False)
             for tensor in tensors:
                 for start, stop in slabs(tensor.rows, tensor.width):
                     if self._stopped.is_set():
@@ -116,7 +121,7 @@ def _ahead(
 def quantizing_ahead(tensors: Sequence[LazyTensor], quant: str, tools: Path) -> Iterator[Ahead]:
     """Fill an `Ahead` on a thread beside what is done inside; it is ended with it.
 
-    The compiled kernels of the directory `tools` are used, if they are there.
+    Where the directory `tools` has compiled kernels for the type, nothing is made.
     """
     ahead = Ahead(_likely(quant) or "")
     if not ahead.kind:
