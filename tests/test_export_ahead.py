@@ -31,9 +31,9 @@ def matrix(name: str, rows: int = 512, dtype: str = "F32") -> LazyTensor:
     return LazyTensor(name, dtype, (rows, WIDTH), lambda start, stop: values[start:stop])
 
 
-def made(tensors: Sequence[LazyTensor], quant: str = "q4_k_m", tools: Path = Path("none")) -> Ahead:
+def made(tensors: Sequence[LazyTensor], quant: str = "q4_k_m") -> Ahead:
     """All that there is to make."""
-    with quantizing_ahead(tensors, quant, tools) as found:
+    with ahead._ahead(tensors, Path("none"), {"quant": quant, "threads": 2}) as found:
         for thread in threading.enumerate():
             if thread.name == "ahead":
                 thread.join()
@@ -111,7 +111,7 @@ def test_it_ends_with_the_block() -> None:
 
     # All of them together are less than may be held.
     many = [LazyTensor(str(number), "F32", (1, WIDTH), endless) for number in range(200_000)]
-    with pytest.raises(DataError), quantizing_ahead(many, "q4_k_m", Path("none")):
+    with pytest.raises(DataError), quantizing_ahead(many, "Q4_K"):
         started.wait(60)
         raise DataError("refused")
     assert "ahead" not in {thread.name for thread in threading.enumerate()}
@@ -152,7 +152,11 @@ def test_when_nothing_is_made_ahead(settings: dict[str, Any], kind: str) -> None
 def test_nothing_is_made_with_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are quick: beside the imports more time is lost than saved."""
     tensor = matrix("a")
-    monkeypatch.setattr(ahead, "choose_kernels", lambda *_, **__: {"Q4_K": None})
+
+    def compiled(tools: Path, kinds: Sequence[str], *, tell: bool) -> dict[str, None]:
+        return {kind: None for kind in kinds if kind == "Q4_K"}
+
+    monkeypatch.setattr(ahead, "choose_kernels", compiled)
     assert made([tensor]).take(tensor, 0, 512, "F32", "Q4_K") is None
     assert made([tensor], "q8_0").take(tensor, 0, 512, "F32", "Q8_0") is not None
 

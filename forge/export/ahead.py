@@ -62,15 +62,12 @@ class Ahead:
         """Make no more."""
         self._stopped.set()
 
-    def fill(self, tensors: Sequence[LazyTensor], tools: Path) -> None:
-        """Quantize `tensors` in order until there is enough, or it is stopped; not with compiled kernels."""
+    def fill(self, tensors: Sequence[LazyTensor]) -> None:
+        """Quantize `tensors` in order, by ggml's own kernels, until there is enough, or it is stopped."""
         # Whatever fails here fails again when the file is written, and is told then.
         with contextlib.suppress(Exception):
             import numpy as np
 
-            kernels = choose_kernels(tools, [self.kind], tell=False)
-            if self.kind in kernels:
-                return
             # One stretch of memory: slabs that stay, between others that go, would keep the gaps too.
             memory: Any = np.empty(MOST_BYTES, np.uint8)
             held = 0
@@ -79,7 +76,7 @@ class Ahead:
                     if self._stopped.is_set():
                         return
                     values = tensor.read(start, stop).float().contiguous().numpy()
-                    made = quantize_rows(tensor.name, self.kind, values, kernels)
+                    made = quantize_rows(tensor.name, self.kind, values, {})
                     if held + made.nbytes > len(memory):
                         return
                     kept = memory[held : held + made.nbytes]
@@ -109,26 +106,23 @@ def _ahead(
 ) -> contextlib.AbstractContextManager[Ahead]:
     """Slabs made while the model is laid out, where there is a core for it and nothing to round by.
 
-    Not of what goes through NF4, which is a whole tensor's work for its first slab.
+    Not with compiled kernels, nor of what goes through NF4, a whole tensor's work for its first slab.
     """
+    kind = _likely(settings["quant"])
     threads = settings["threads"] or usable_cores()
-    if threads == 1 or settings.get("importance") or settings.get("merge_base") == "nf4":
+    if kind is None or threads == 1 or settings.get("importance") or settings.get("merge_base") == "nf4":
         return contextlib.nullcontext(Ahead())
-    return quantizing_ahead(tensors, settings["quant"], tools)
+    if choose_kernels(tools, [kind], tell=False):
+        return contextlib.nullcontext(Ahead())
+    return quantizing_ahead(tensors, kind)
 
 
 @contextlib.contextmanager
-def quantizing_ahead(tensors: Sequence[LazyTensor], quant: str, tools: Path) -> Iterator[Ahead]:
-    """Fill an `Ahead` on a thread beside what is done inside; it is ended with it.
-
-    Where the directory `tools` has compiled kernels for the type, nothing is made.
-    """
-    ahead = Ahead(_likely(quant) or "")
-    if not ahead.kind:
-        yield ahead
-        return
-    ordered = _by_likelihood(tensors, ahead.kind)
-    thread = threading.Thread(name="ahead", target=ahead.fill, args=(ordered, tools), daemon=True)
+def quantizing_ahead(tensors: Sequence[LazyTensor], kind: str) -> Iterator[Ahead]:
+    """Fill an `Ahead` of type `kind` on a thread beside what is done inside; it is ended with it."""
+    ahead = Ahead(kind)
+    ordered = _by_likelihood(tensors, kind)
+    thread = threading.Thread(name="ahead", target=ahead.fill, args=(ordered,), daemon=True)
     thread.start()
     try:
         yield ahead
