@@ -7,11 +7,12 @@ the converter's own table, and refused when that does not know it either.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from forge.model.config import read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _BY_PATTERN = {
@@ -26,10 +27,9 @@ Stated = Mapping[str, Any]
 
 
 def read(directory: Path) -> Stated:
-    """The tokenizer.json in `directory`."""
+    """The tokenizer.json in `directory`; raises `DataError` for a broken one."""
     path = directory / "tokenizer.json"
-    content: Stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    return read_json(path) if path.is_file() else {}
 
 
 # llama.cpp takes the flags of some special tokens from the *name* of the model: any name with one of
