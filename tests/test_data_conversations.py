@@ -7,21 +7,22 @@ from typing import Any
 
 import pytest
 
-from forge.data.conversations import Conversation, detect_format, to_conversations
+from forge.data.conversation import Conversation, Json
+from forge.data.conversations import detect_format, to_conversations
 from forge.data.sources import Row
-from forge.data.split import fingerprint, refuse_overlap, split
+from forge.data.split import refuse_overlap, split
 from forge.errors import DataError, Problem
 
-USER = {"role": "user", "content": "Hi"}
-ANSWER = {"role": "assistant", "content": "Hello."}
-SYSTEM = {"role": "system", "content": "Be brief."}
+USER: dict[str, Json] = {"role": "user", "content": "Hi"}
+ANSWER: dict[str, Json] = {"role": "assistant", "content": "Hello."}
+SYSTEM: dict[str, Json] = {"role": "system", "content": "Be brief."}
 
 
 def row(line: int = 1, **values: Any) -> Row:
     return Row(values, "rows.jsonl", line)
 
 
-FORMS: Mapping[str, tuple[Row, Mapping[str, str], list[Mapping[str, str]]]] = {
+FORMS: Mapping[str, tuple[Row, Mapping[str, str], list[dict[str, Json]]]] = {
     "prompt": (row(prompt="Hi", completion="Hello."), {}, [USER, ANSWER]),
     "mapped columns": (
         row(sentence="Hi", translation="x", translation_extra="Hello."),
@@ -68,13 +69,13 @@ def test_every_form(form: str) -> None:
     """E1, E2, E5, E6, E8."""
     given, columns, expected = FORMS[form]
     (conversation,) = to_conversations([given], "auto", columns)
-    assert list(conversation.messages) == expected
-    assert conversation.row is given
+    assert conversation.messages() == expected
+    assert conversation.place == given.place
 
 
 def test_content_is_not_trimmed_or_changed() -> None:
     (one,) = to_conversations([row(prompt="  a\n", completion="\tb ")], "prompt", {})
-    assert [message["content"] for message in one.messages] == ["  a\n", "\tb "]
+    assert [turn.content for turn in one.turns] == ["  a\n", "\tb "]
 
 
 FAULTS: Mapping[str, tuple[Row, Problem]] = {
@@ -160,24 +161,24 @@ def test_split_sizes(share: float, expected: int) -> None:
     training, heldout = split(rows, share, 42)
     assert len(heldout) == expected
     assert len(training) == 100 - expected
-    assert sorted(one.row.line for one in training + heldout) == list(range(100))
+    assert sorted(one.place.line for one in training + heldout) == list(range(100))
 
 
 def test_equal_rows_stay_on_one_side() -> None:
     """Pitfall 63."""
     training, heldout = split(conversations(100, copies=4), 0.2, 42)
-    assert not {*map(fingerprint, training)} & {*map(fingerprint, heldout)}
+    assert not {one.fingerprint() for one in training} & {one.fingerprint() for one in heldout}
     assert 20 <= len(heldout) < 24
     refuse_overlap(training, heldout)
 
 
 def test_the_split_depends_on_text_and_seed_alone() -> None:
     rows = conversations(60)
-    held = {fingerprint(one) for one in split(rows, 6, 42)[1]}
-    assert held == {fingerprint(one) for one in split(rows[::-1], 6, 42)[1]}
-    assert held != {fingerprint(one) for one in split(rows, 6, 43)[1]}
+    held = {one.fingerprint() for one in split(rows, 6, 42)[1]}
+    assert held == {one.fingerprint() for one in split(rows[::-1], 6, 42)[1]}
+    assert held != {one.fingerprint() for one in split(rows, 6, 43)[1]}
     more = to_conversations([row(99, prompt="a new row", completion="x")], "prompt", {})
-    assert len(held & {fingerprint(one) for one in split(rows + more, 6, 42)[1]}) >= 5
+    assert len(held & {one.fingerprint() for one in split(rows + more, 6, 42)[1]}) >= 5
 
 
 def test_no_training_row_left() -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from forge.chat.template import ChatTemplate, Message
-from forge.data.conversations import Conversation
-from forge.data.sources import Row
+from forge.chat.template import ChatTemplate
+from forge.data.conversation import Conversation, Place, Turn
 from forge.data.tokens import IGNORED, Encoded, PromptFormat, encode_all, prompt_format
 from forge.errors import DataError
 from forge.model.tokenizer_files import read_tokenizer
@@ -18,11 +17,11 @@ from tests.vocabularies import trl_template, write_tokenizer
 
 pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
 
-USER: Message = {"role": "user", "content": "There is bacon in this sandwich."}
-ANSWER: Message = {"role": "assistant", "content": "In this sandwich, bacon there is."}
-AGAIN: Message = {"role": "user", "content": "  Ünïcode, tabs\tand\nlines 123?"}
-SECOND: Message = {"role": "assistant", "content": "Hmm.\n\n1. Yes!\n2. No 🙂"}
-SYSTEM: Message = {"role": "system", "content": "Speak like Yoda."}
+USER = Turn("user", "There is bacon in this sandwich.")
+ANSWER = Turn("assistant", "In this sandwich, bacon there is.")
+AGAIN = Turn("user", "  Ünïcode, tabs\tand\nlines 123?")
+SECOND = Turn("assistant", "Hmm.\n\n1. Yes!\n2. No 🙂")
+SYSTEM = Turn("system", "Speak like Yoda.")
 ENDS = {"home-made": "<|im_end|>", "llama-bpe": "<|eot_id|>", "phi-3": "<|end|>", "qwen2": "<|im_end|>"}
 
 
@@ -42,9 +41,8 @@ def format_of(directory: Path, template: str | None = None) -> PromptFormat:
     )
 
 
-def encode(form: PromptFormat, *messages: Message, supervise: str = "all") -> Encoded:
-    row = Row({}, "rows.jsonl", 1)
-    (encoded,) = encode_all([Conversation(tuple(messages), row)], form, supervise=supervise)
+def encode(form: PromptFormat, *turns: Turn, supervise: str = "all") -> Encoded:
+    (encoded,) = encode_all([Conversation(turns, Place("rows.jsonl", 1))], form, supervise=supervise)
     return encoded
 
 
@@ -61,25 +59,27 @@ def supervised_runs(encoded: Encoded) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("vocabulary", ENDS)
-@pytest.mark.parametrize("messages", [[USER, ANSWER], [USER, ANSWER, AGAIN, SECOND], [SYSTEM, AGAIN, SECOND]])
+@pytest.mark.parametrize("turns", [[USER, ANSWER], [USER, ANSWER, AGAIN, SECOND], [SYSTEM, AGAIN, SECOND]])
 def test_the_mask_is_the_answer_and_its_end(
-    vocabulary: str, messages: Sequence[Message], directories: Mapping[str, Path]
+    vocabulary: str, turns: Sequence[Turn], directories: Mapping[str, Path]
 ) -> None:
     """F3, F4, F9, F10; pitfalls 16, 27, 28, 46, 50; silent wrong 5: every answer whole, nothing else."""
     form = format_of(directories[vocabulary])
     assert form.end_of_turn == ENDS[vocabulary]
     assert form.end_of_turn_id == form.tokenizer.token_to_id(ENDS[vocabulary])
-    encoded = encode(form, *messages)
+    encoded = encode(form, *turns)
     said = [form.tokenizer.decode(run, skip_special_tokens=False).strip() for run in supervised_runs(encoded)]
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    answers = [turn.content for turn in turns if turn.role == "assistant"]
     assert said == [answer + ENDS[vocabulary] for answer in answers]
     assert all(
         label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True)
     )
     assert encoded.input_ids[-1] == form.end_of_turn_id
-    whole = form.ids(form.template.render(messages))
+    whole = form.ids(form.template.render([turn.as_message() for turn in turns]))
     assert list(encoded.input_ids) == whole[: len(encoded.input_ids)]
-    prompt = form.ids(form.template.render(messages[:-1], add_generation_prompt=True))
+    prompt = form.ids(
+        form.template.render([turn.as_message() for turn in turns[:-1]], add_generation_prompt=True)
+    )
     assert list(encoded.input_ids[: len(prompt)]) == prompt
 
 
@@ -88,7 +88,7 @@ def test_only_the_last_answer_when_asked(vocabulary: str, directories: Mapping[s
     form = format_of(directories[vocabulary])
     encoded = encode(form, USER, ANSWER, AGAIN, SECOND, supervise="last")
     (run,) = supervised_runs(encoded)
-    assert form.tokenizer.decode(run, skip_special_tokens=True).strip() == SECOND["content"]
+    assert form.tokenizer.decode(run, skip_special_tokens=True).strip() == SECOND.content
     assert encoded.supervised == len(run)
 
 
@@ -98,7 +98,7 @@ def test_ids_are_those_of_transformers(directories: Mapping[str, Path]) -> None:
 
     directory = directories["llama-bpe"]
     reference = transformers.AutoTokenizer.from_pretrained(directory)
-    messages = [dict(message) for message in (SYSTEM, USER, ANSWER)]
+    messages = [turn.as_message() for turn in (SYSTEM, USER, ANSWER)]
     expected = reference.apply_chat_template(messages, return_dict=True)["input_ids"]
     encoded = encode(format_of(directory), SYSTEM, USER, ANSWER)
     assert list(encoded.input_ids) == expected[: len(encoded.input_ids)]
@@ -106,9 +106,9 @@ def test_ids_are_those_of_transformers(directories: Mapping[str, Path]) -> None:
     assert reference("x")["input_ids"][0] == 128000
 
 
-def refusal(form: PromptFormat, *messages: Message) -> str:
+def refusal(form: PromptFormat, *turns: Turn) -> str:
     with pytest.raises(DataError, match="1 of 1 rows cannot be encoded") as caught:
-        encode(form, *messages)
+        encode(form, *turns)
     (problem,) = caught.value.problems
     assert (problem.file, problem.line) == ("rows.jsonl", 1)
     return problem.message
@@ -161,13 +161,13 @@ def test_faults_of_a_template(fault: str, directories: Mapping[str, Path]) -> No
         form.end_of_turn,
         form.end_of_turn_id,
     )
-    answer = {"role": "assistant", "content": "The red dog"}
+    answer = Turn("assistant", "The red dog")
     assert refusal(form, USER, answer) == message
 
 
 def test_a_template_that_cuts_earlier_thoughts_is_for_last_answers(directories: Mapping[str, Path]) -> None:
     form = format_of(directories["qwen2"], trl_template("qwen3"))
-    thought: Message = {"role": "assistant", "content": "<think>\nHmm.\n</think>\n\nYes."}
+    thought = Turn("assistant", "<think>\nHmm.\n</think>\n\nYes.")
     with pytest.raises(DataError) as caught:
         encode(form, USER, thought, AGAIN, SECOND)
     assert caught.value.problems
@@ -175,7 +175,7 @@ def test_a_template_that_cuts_earlier_thoughts_is_for_last_answers(directories: 
 
 def test_an_answer_that_holds_the_end_of_turn(directories: Mapping[str, Path]) -> None:
     form = format_of(directories["home-made"])
-    message = refusal(form, USER, {"role": "assistant", "content": "a<|im_end|>b"})
+    message = refusal(form, USER, Turn("assistant", "a<|im_end|>b"))
     assert message == "the answer contains <|im_end|>, which ends a turn"
 
 
@@ -194,9 +194,9 @@ def test_a_template_without_end_of_turn(template: str, message: str, directories
 
 def test_every_row_is_told_at_once(directories: Mapping[str, Path]) -> None:
     form = format_of(directories["home-made"])
-    bad: Message = {"role": "assistant", "content": "<|im_end|>"}
+    bad = Turn("assistant", "<|im_end|>")
     rows = [
-        Conversation((USER, bad if number % 2 else ANSWER), Row({}, "rows.jsonl", number))
+        Conversation((USER, bad if number % 2 else ANSWER), Place("rows.jsonl", number))
         for number in range(6)
     ]
     with pytest.raises(DataError, match="3 of 6 rows cannot be encoded") as caught:

@@ -27,7 +27,8 @@ import jinja2.utils
 from forge.chat.bounded import BoundedSandbox, measured
 from forge.errors import DataError
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+"""`role` and `content`, and what else a template may read (`tool_calls`, `reasoning_content`)."""
 
 # The day that Llama's own templates fall back to; any fixed day would do.
 DEFAULT_DAY = "2024-07-26"

@@ -7,9 +7,9 @@ Not covered: tool calls, images, and plain-text rows (there is no chat to serve 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from forge.data.conversation import Conversation, Turn
 from forge.data.sources import Row, refuse
 from forge.errors import DataError, Problem
 
@@ -18,14 +18,6 @@ _ROLES = ("system", "user", "assistant")
 # ShareGPT's names (E6). Others are refused: a template drops a role that it does not know.
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _MESSAGES_KEYS = ("messages", "conversations")
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages of one row, ending with the assistant's."""
-
-    messages: tuple[Mapping[str, str], ...]
-    row: Row
 
 
 def detect_format(row: Row, columns: Columns) -> str:
@@ -59,7 +51,7 @@ def to_conversations(rows: Sequence[Row], form: str, columns: Columns) -> list[C
             "data.format: text: plain text has no turns, so there is no chat to train or to serve",
             hint="give prompt and completion, or messages",
         )
-    readers: Mapping[str, Callable[[Row, Columns], tuple[Mapping[str, str], ...]]] = {
+    readers: Mapping[str, Callable[[Row, Columns], tuple[Turn, ...]]] = {
         "prompt": _from_prompt,
         "messages": _from_messages,
         "sharegpt": _from_sharegpt,
@@ -74,7 +66,7 @@ def to_conversations(rows: Sequence[Row], form: str, columns: Columns) -> list[C
         except _BadRowError as bad:
             problems.append(row.problem(bad.message, bad.field))
         else:
-            conversations.append(Conversation(messages, row))
+            conversations.append(Conversation(messages, row.place))
     names = ", ".join(str(key) for key in rows[0].values)
     refuse(problems, f"{len(problems)} of {len(rows)} rows cannot be used", f"the columns are: {names}")
     return conversations
@@ -98,17 +90,17 @@ def _text(values: Mapping[str, Any], column: str, *, empty_ok: bool = False) -> 
     return value
 
 
-def _from_prompt(row: Row, columns: Columns) -> tuple[Mapping[str, str], ...]:
+def _from_prompt(row: Row, columns: Columns) -> tuple[Turn, ...]:
     messages = []
     if "system" in columns:
         system = _text(row.values, columns["system"], empty_ok=True)
-        messages += [{"role": "system", "content": system}] if system.strip() else []
+        messages += [Turn("system", system)] if system.strip() else []
     prompt = _text(row.values, columns.get("prompt", "prompt"))
     completion = _text(row.values, columns.get("completion", "completion"))
     return (
         *messages,
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": completion},
+        Turn("user", prompt),
+        Turn("assistant", completion),
     )
 
 
@@ -120,7 +112,7 @@ def _turns(row: Row, columns: Columns) -> tuple[str, list[Mapping[str, Any]]]:
     return column, turns
 
 
-def _from_messages(row: Row, columns: Columns) -> tuple[Mapping[str, str], ...]:
+def _from_messages(row: Row, columns: Columns) -> tuple[Turn, ...]:
     column, turns = _turns(row, columns)
     messages = []
     for number, turn in enumerate(turns):
@@ -131,13 +123,13 @@ def _from_messages(row: Row, columns: Columns) -> tuple[Mapping[str, str], ...]:
         if role not in _ROLES:
             raise _BadRowError(f"role {role!r} is not one of {', '.join(_ROLES)}", place)
         try:
-            messages.append({"role": role, "content": _text(turn, "content", empty_ok=role == "system")})
+            messages.append(Turn(role, _text(turn, "content", empty_ok=role == "system")))
         except _BadRowError as bad:
             raise _BadRowError(bad.message, f"{place}.{bad.field}") from None
     return tuple(messages)
 
 
-def _from_sharegpt(row: Row, columns: Columns) -> tuple[Mapping[str, str], ...]:
+def _from_sharegpt(row: Row, columns: Columns) -> tuple[Turn, ...]:
     column, turns = _turns(row, columns)
     messages = []
     for number, turn in enumerate(turns):
@@ -145,24 +137,24 @@ def _from_sharegpt(row: Row, columns: Columns) -> tuple[Mapping[str, str], ...]:
         if speaker not in _SHAREGPT_ROLES:
             known = ", ".join(_SHAREGPT_ROLES)
             raise _BadRowError(f"from {speaker!r} is not one of {known}", f"{column}[{number}]")
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": _text(turn, "value")})
+        messages.append(Turn(_SHAREGPT_ROLES[speaker], _text(turn, "value")))
     return tuple(messages)
 
 
-def _from_alpaca(row: Row, columns: Columns) -> tuple[Mapping[str, str], ...]:
+def _from_alpaca(row: Row, columns: Columns) -> tuple[Turn, ...]:
     instruction = _text(row.values, "instruction")
     given = row.values.get("input") or ""
     prompt = f"{instruction}\n\n{given}" if str(given).strip() else instruction
     return (
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": _text(row.values, "output")},
+        Turn("user", prompt),
+        Turn("assistant", _text(row.values, "output")),
     )
 
 
-def _check_turns(messages: tuple[Mapping[str, str], ...]) -> None:
-    if messages[-1]["role"] != "assistant":
+def _check_turns(messages: tuple[Turn, ...]) -> None:
+    if messages[-1].role != "assistant":
         raise _BadRowError("the last message is not the assistant's: there is nothing to learn")
-    if any(message["role"] == "system" for message in messages[1:]):
+    if any(message.role == "system" for message in messages[1:]):
         raise _BadRowError("a system message that is not the first")
-    if not any(message["role"] == "user" for message in messages):
+    if not any(message.role == "user" for message in messages):
         raise _BadRowError("no message is the user's")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.data.conversations import Conversation, to_conversations
+from forge.data.conversation import Conversation
+from forge.data.conversations import to_conversations
 from forge.data.sources import read_rows, refuse
 from forge.data.split import refuse_overlap, split
 from forge.data.tokens import Encoded, PromptFormat, encode_all
@@ -98,7 +99,7 @@ def _fit(rows: Sequence[Encoded], limit: int, settings: Settings) -> list[Encode
     too_long = [row for row in rows if len(row.input_ids) > limit]
     if settings.overlong == "error":
         refuse(
-            [row.conversation.row.problem(f"{len(row.input_ids)} tokens, {limit} fit") for row in too_long],
+            [row.conversation.place.problem(f"{len(row.input_ids)} tokens, {limit} fit") for row in too_long],
             f"{len(too_long)} rows are longer than {limit} tokens",
             "raise train.max_length, or set data.overlong to drop or truncate",
         )
@@ -117,7 +118,7 @@ def _write(path: Path, rows: Sequence[Encoded]) -> None:
             line = {
                 "input_ids": row.input_ids,
                 "labels": row.labels,
-                "messages": [dict(message) for message in row.conversation.messages],
+                "messages": row.conversation.messages(),
             }
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.data.conversation import Place
 from forge.errors import DataError, Problem
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -30,8 +31,12 @@ class Row:
     file: str
     line: int
 
+    @property
+    def place(self) -> Place:
+        return Place(self.file, self.line)
+
     def problem(self, message: str, field: str = "") -> Problem:
-        return Problem(message, field, self.file, self.line)
+        return self.place.problem(message, field)
 
 
 def locate(source: str, directory: Path) -> Path:

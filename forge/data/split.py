@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 
-from forge.data.conversations import Conversation
+from forge.data.conversation import Conversation
 from forge.data.sources import refuse
 from forge.errors import DataError
-
-
-def fingerprint(conversation: Conversation) -> str:
-    """Equal for rows that say the same."""
-    text = json.dumps([dict(message) for message in conversation.messages], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def split(
@@ -29,21 +22,21 @@ def split(
     wanted = round(share * len(conversations)) if share < 1 else int(share)
     order = {
         mark: hashlib.sha256(f"{seed}:{mark}".encode()).hexdigest()
-        for mark in {fingerprint(conversation) for conversation in conversations}
+        for mark in {conversation.fingerprint() for conversation in conversations}
     }
     held: set[str] = set()
     count = 0
     sizes: dict[str, int] = {}
     for conversation in conversations:
-        mark = fingerprint(conversation)
+        mark = conversation.fingerprint()
         sizes[mark] = sizes.get(mark, 0) + 1
     for mark in sorted(sizes, key=order.__getitem__):
         if count >= wanted:
             break
         held.add(mark)
         count += sizes[mark]
-    training = [row for row in conversations if fingerprint(row) not in held]
-    heldout = [row for row in conversations if fingerprint(row) in held]
+    training = [row for row in conversations if row.fingerprint() not in held]
+    heldout = [row for row in conversations if row.fingerprint() in held]
     if not training:
         raise DataError(
             f"data.eval: {len(heldout)} held-out rows of {len(conversations)} leaves none to train on",
@@ -54,11 +47,11 @@ def split(
 
 def refuse_overlap(training: Sequence[Conversation], heldout: Sequence[Conversation]) -> None:
     """A held-out row that is also trained on proves nothing (pitfall 63)."""
-    known = {fingerprint(conversation) for conversation in training}
+    known = {conversation.fingerprint() for conversation in training}
     problems = [
-        conversation.row.problem("this held-out row is also a training row")
+        conversation.place.problem("this held-out row is also a training row")
         for conversation in heldout
-        if fingerprint(conversation) in known
+        if conversation.fingerprint() in known
     ]
     refuse(
         problems, f"data.eval: {len(problems)} held-out rows are training rows too", "remove them from one"

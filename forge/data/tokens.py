@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from forge.chat.template import ChatTemplate, Message
-from forge.data.conversations import Conversation
+from forge.chat.template import ChatTemplate
+from forge.data.conversation import Conversation, Turn
 from forge.data.sources import refuse
 from forge.errors import DataError, Problem
 
@@ -64,7 +64,7 @@ def prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
     Raises `DataError` when the template closes an answer with no special token: a model trained
     so would never stop (pitfall 28).
     """
-    question: Message = {"role": "user", "content": "dolor sit amet"}
+    question = {"role": "user", "content": "dolor sit amet"}
     text = template.render([question, {"role": "assistant", "content": _SENTINEL}])
     _, found, after = text.partition(_SENTINEL)
     if not found:
@@ -95,7 +95,7 @@ def encode_all(
         try:
             encoded.append(_encode(conversation, form, supervise))
         except DataError as error:
-            problems.append(conversation.row.problem(error.message))
+            problems.append(conversation.place.problem(error.message))
     refuse(
         problems,
         f"{len(problems)} of {len(conversations)} rows cannot be encoded with this base's template",
@@ -107,16 +107,16 @@ def encode_all(
 
 
 def _encode(conversation: Conversation, form: PromptFormat, supervise: str) -> Encoded:
-    messages = conversation.messages
-    whole = form.template.render(messages)
-    _check_content(messages, whole, form)
+    turns = conversation.turns
+    whole = form.template.render(conversation.messages())
+    _check_content(turns, whole, form)
     ids = form.ids(whole)
     if form.bos_id is not None and ids[:2] == [form.bos_id] * 2:
         raise DataError("the row begins with BOS twice: the template writes one that is there already")
     labels = [IGNORED] * len(ids)
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     for index in answers if supervise == "all" else answers[-1:]:
-        start, end = _answer_span(messages, index, whole, ids, form)
+        start, end = _answer_span(turns, index, whole, ids, form)
         labels[start:end] = ids[start:end]
     # What follows the last end of turn (a newline, say) is never generated: the server has stopped.
     last = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
@@ -124,15 +124,15 @@ def _encode(conversation: Conversation, form: PromptFormat, supervise: str) -> E
 
 
 def _answer_span(
-    messages: Sequence[Message], index: int, whole: str, ids: list[int], form: PromptFormat
+    turns: Sequence[Turn], index: int, whole: str, ids: list[int], form: PromptFormat
 ) -> tuple[int, int]:
     """Token positions [start, end) of the answer at `index`, its end of turn included."""
-    prompt = form.template.render(messages[:index], add_generation_prompt=True)
+    prompt = form.template.render([turn.as_message() for turn in turns[:index]], add_generation_prompt=True)
     if not whole.startswith(prompt):
         raise DataError("the prompt is not a prefix of the conversation: the template rewrites earlier turns")
     start = _prefix_length(prompt, ids, form)
-    content_at = whole.find(messages[index]["content"].strip(), len(prompt))
-    closing_at = whole.find(form.end_of_turn, content_at + len(messages[index]["content"].strip()))
+    content_at = whole.find(turns[index].content.strip(), len(prompt))
+    closing_at = whole.find(form.end_of_turn, content_at + len(turns[index].content.strip()))
     if content_at < 0 or closing_at < 0:
         raise DataError(f"the answer does not end with {form.end_of_turn}")
     end = _prefix_length(whole[: closing_at + len(form.end_of_turn)], ids, form)
@@ -153,9 +153,9 @@ def _prefix_length(prefix: str, ids: list[int], form: PromptFormat) -> int:
     return len(alone)
 
 
-def _check_content(messages: Sequence[Message], whole: str, form: PromptFormat) -> None:
-    for number, message in enumerate(messages):
-        if message["content"].strip() not in whole:
-            raise DataError(f"message {number} ({message['role']}) is dropped or changed by the template")
-        if message["role"] == "assistant" and form.end_of_turn in message["content"]:
+def _check_content(turns: Sequence[Turn], whole: str, form: PromptFormat) -> None:
+    for number, turn in enumerate(turns):
+        if turn.content.strip() not in whole:
+            raise DataError(f"message {number} ({turn.role}) is dropped or changed by the template")
+        if turn.role == "assistant" and form.end_of_turn in turn.content:
             raise DataError(f"the answer contains {form.end_of_turn}, which ends a turn")

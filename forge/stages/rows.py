@@ -67,7 +67,7 @@ def plain_rows(data: Path | None, tokenizer: Tokenizer, out: Path) -> Path:
     target = out / TRAIN_FILE
     with target.open("w", encoding="utf-8") as stream:
         for conversation in to_conversations(rows, "auto" if data else "prompt", columns):
-            text = "\n".join(message["content"] for message in conversation.messages)
-            row = {"input_ids": tokenizer.encode(text).ids, "messages": list(conversation.messages)}
+            text = "\n".join(turn.content for turn in conversation.turns)
+            row = {"input_ids": tokenizer.encode(text).ids, "messages": conversation.messages()}
             stream.write(json.dumps(row) + "\n")
     return target

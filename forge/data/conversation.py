@@ -1,0 +1,97 @@
+"""What a row of any format becomes: a conversation with typed turns, or a plain text.
+
+Readers (`conversations`) make it, `tokens` encodes it, `split` compares it. Nothing here knows a file
+format or a template.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from forge.errors import Problem
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands: its file and the line in it, or its number from 1 where a file has no lines."""
+
+    file: str
+    line: int
+
+    def problem(self, message: str, field: str = "") -> Problem:
+        return Problem(message, field, self.file, self.line)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call that an assistant turn makes; `arguments` are JSON, as the row has them."""
+
+    name: str
+    arguments: Json
+    id: str = ""
+
+    def as_json(self) -> dict[str, Json]:
+        """In the shape that chat templates and OpenAI's API use."""
+        call: dict[str, Json] = {
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
+        return {"id": self.id, **call} if self.id else call
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn. `role` is system, user, assistant or tool; `content` is "" where a turn only calls tools.
+
+    `trained` is what the row itself says of the loss: False for a turn that must carry none, True for
+    one that must, None where it says nothing. Only an assistant's turn is ever trained.
+    """
+
+    role: str
+    content: str
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
+    name: str = ""
+    trained: bool | None = None
+
+    def as_message(self) -> dict[str, Json]:
+        """What a chat template is given: role and content, and the rest only where there is some."""
+        message: dict[str, Json] = {"role": self.role, "content": self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.as_json() for call in self.tool_calls]
+        if self.tool_call_id:
+            message["tool_call_id"] = self.tool_call_id
+        if self.name:
+            message["name"] = self.name
+        return message
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The turns of one row, ending with an assistant's; or, with no turns, `text` that is learned whole.
+
+    `tools` are the functions that a template shows the model, as JSON schemas.
+    """
+
+    turns: tuple[Turn, ...]
+    place: Place
+    tools: tuple[Mapping[str, Json], ...] = ()
+    text: str = ""
+
+    def messages(self) -> list[dict[str, Json]]:
+        """What a chat template is given."""
+        return [turn.as_message() for turn in self.turns]
+
+    def fingerprint(self) -> str:
+        """Equal for rows that say the same, whatever of it is trained."""
+        said = [self.messages(), list(map(dict, self.tools)), self.text]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
