@@ -25,6 +25,7 @@ from forge.tools.llama_cpp import converters_directory, find_converters
 
 pytest_plugins = [
     "tests.guard", "tests.servers", "tests.shipping", "tests.ollama_servers", "tests.docker_daemon",
+    "tests.real.smollm2",
 ]  # fmt: skip
 
 ROOT = Path(__file__).parent.parent

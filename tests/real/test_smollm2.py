@@ -1,0 +1,44 @@
+"""The real model of the tests is one: it answers sensibly, and its tokenizer is llama.cpp's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.real.smollm2 import gguf_file
+
+pytestmark = [pytest.mark.training, pytest.mark.slow]
+
+_TEXTS = (
+    "What is the capital of France?",
+    "It cost $1,234.56 in 2024; 007 wasn't impressed.\n\n\tTwo  spaces, naïve café, 東京, 👋🏽",
+    "def f(x):\n    return x ** 2  # don't\r\n",
+)
+
+
+def test_it_answers_a_question(smollm2: Path) -> None:
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for question, answer in (("What is the capital of France?", "Paris"), ("What is 2 + 2?", "4")):
+        messages = [{"role": "user", "content": question}]
+        asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        ids: Any = asked["input_ids"]
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+        assert answer in tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_its_tokenizer_gives_the_ids_of_llama_cpp(smollm2: Path) -> None:
+    import llama_cpp
+    import tokenizers
+
+    ours = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
+    theirs = llama_cpp.Llama(str(gguf_file()), vocab_only=True, verbose=False)
+    for text in _TEXTS:
+        assert ours.encode(text).ids == theirs.tokenize(text.encode(), add_bos=False, special=True), text
+        assert ours.decode(ours.encode(text).ids) == text
+    theirs.close()
