@@ -159,8 +159,12 @@ def quantized(place: Place) -> None:
 
 
 def own_code(place: Place) -> None:
-    place.configure(auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    place.configure(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
     (place.base / "modeling.py").write_text("raise SystemExit('code of the base was run')")
+
+
+def unknown_family(place: Place) -> None:
+    place.configure(model_type="lama")
 
 
 def no_template(place: Place) -> None:
@@ -174,7 +178,8 @@ BASES: dict[str, tuple[Callable[[Place], None], str, str]] = {
     "pickled weights": (pickled, "base: only pickled PyTorch weights", "save_pretrained"),
     "OPT": (unsupported, "OPTForCausalLM: OPT has no GGUF form", "serve it with transformers or vLLM"),
     "quantized": (quantized, "base", "use the model that it was quantized from"),
-    "code of its own": (own_code, "./base runs Python code of its own", "trust_remote_code: true"),
+    "code of its own": (own_code, "LlamaForCausalLM runs Python code of its own", "trust_remote_code: true"),
+    "a family nobody has": (unknown_family, "LlamaForCausalLM: transformers has no language", "config.json"),
     "no chat template": (no_template, "base has no chat template", "instruct version"),
 }
 

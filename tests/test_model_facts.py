@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,19 @@ from typing import Any
 import pytest
 
 from forge.errors import DataError
-from forge.model.architectures import LIST, check_exportable, convertible, reason_against, registered, text_of
+from forge.model.architectures import (
+    LIST,
+    MODEL_TYPES,
+    check_exportable,
+    check_trainable,
+    convertible,
+    needs_own_code,
+    own_code_note,
+    reason_against,
+    registered,
+    text_of,
+    text_of_model_types,
+)
 from forge.model.config import check_unquantized, configuration_of, read_configuration
 from forge.tools.llama_cpp import find_converters
 from tests.conftest import SESSION_HOME
@@ -134,6 +147,51 @@ def test_n5_the_families_of_the_documents_can_be_exported() -> None:
         "GPTNeoXForCausalLM", "MambaForCausalLM",
     ]  # fmt: skip
     assert {name: architecture(name) for name in names} == dict.fromkeys(names)
+
+
+HUB: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "cases" / "hub_configurations.json").read_text(encoding="utf-8")
+)
+# Everything of the set that is refused, and why; what is not listed is accepted.
+REFUSED_OF_THE_HUB = {
+    "facebook--opt-1.3b--reduced": "OPT has no GGUF form",
+    "facebook--opt-350m": "OPT has no GGUF form",
+    "google--gemma-2b-it": "already quantized (bitsandbytes, 4 bits)",
+    "openai--gpt-oss-20b": "already quantized (mxfp4)",
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_every_configuration_of_the_hub_is_accepted_or_refused_with_a_true_reason(name: str) -> None:
+    """N5: fields of public models; those of Phi-3, Phi-2 and DeepSeek-V3 name Python files (auto_map)."""
+    configuration = configuration_of(HUB[name])
+    try:
+        check_unquantized(configuration, name)
+        check_exportable(configuration)
+        check_trainable(configuration, trust_remote_code=False)
+    except DataError as refusal:
+        assert REFUSED_OF_THE_HUB.get(name, "accepted") in refusal.message
+    else:
+        assert name not in REFUSED_OF_THE_HUB
+
+
+def test_a_known_family_never_runs_the_code_that_its_base_names() -> None:
+    phi = configuration_of(HUB["microsoft--Phi-3-mini-4k-instruct"])
+    assert phi.remote_code and not needs_own_code(phi)
+    assert own_code_note(phi, trust_remote_code=False) == (
+        "the base's own Python code is not run: transformers has phi3"
+    )
+    assert "(trust_remote_code changes nothing)" in str(own_code_note(phi, trust_remote_code=True))
+    unknown = configuration_of({**HUB["microsoft--Phi-3-mini-4k-instruct"], "model_type": "phi3small"})
+    assert needs_own_code(unknown) and own_code_note(unknown, trust_remote_code=True) is None
+    check_trainable(unknown, trust_remote_code=True)
+    with pytest.raises(DataError, match="runs Python code of its own"):
+        check_trainable(unknown, trust_remote_code=False)
+
+
+@pytest.mark.training
+def test_the_model_types_are_those_of_the_installed_transformers() -> None:
+    assert MODEL_TYPES.read_text(encoding="utf-8") == text_of_model_types()
 
 
 def test_pitfall_53_n5_opt_is_refused_before_training_with_what_can_be_done() -> None:

@@ -241,7 +241,7 @@ def test_a_directory_with_an_at_sign_is_not_a_revision(tmp_path: Path) -> None:
         ),
         (
             "base.trust_remote_code=true",
-            "-o base.trust_remote_code: runs Python code of the base's author on this machine",
+            "-o base.trust_remote_code: runs the base's own Python code where transformers lacks its family",
         ),
     ],
 )

@@ -28,6 +28,7 @@ def describe(
         described = with_vocabulary(described, fitted.rows)
     if fitted and fitted.own_head:
         described = with_own_head(described)
+    described.pop("auto_map", None)
     if "n_positions" in described:
         # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
         described.setdefault("n_ctx", described["n_positions"])
@@ -35,14 +36,22 @@ def describe(
     copy_tokenizer(base, out)
     if tokenizer != base:
         copy_tokenizer(tokenizer, out)
+    _drop(out / "tokenizer_config.json", "auto_map")
     if chat_template is not None:
         # One template alone, and the pinned one: an older file beside it might be preferred.
         (out / "chat_template.json").unlink(missing_ok=True)
         (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        configuration = out / "tokenizer_config.json"
-        fields = json.loads(configuration.read_text(encoding="utf-8"))
-        if fields.pop("chat_template", None) is not None:
-            configuration.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
+        _drop(out / "tokenizer_config.json", "chat_template")
+
+
+def _drop(path: Path, name: str) -> None:
+    """Remove a field of a JSON file, where there is such a file and field.
+
+    `auto_map` above all: the converters ask transformers for tokenizers with `trust_remote_code=True`.
+    """
+    fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if fields.pop(name, None) is not None:
+        path.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def template_in(directory: Path) -> ChatTemplate | None:

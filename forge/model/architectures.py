@@ -1,7 +1,8 @@
 """Which Hugging Face architectures can become a GGUF that chats, known before anything is trained.
 
 `architectures.txt` lists what the pinned llama.cpp's converters register, with the module that does
-it; `python -m forge.model.architectures TREE` writes it anew from that source tree. Converting is
+it; `model_types.txt` the families that the pinned transformers has a causal language model of, with its
+class. `python -m forge.model.architectures TREE` writes both anew. Converting is
 not enough for a chat model: encoders, encoder-decoders, draft heads and audio models convert too
 and are refused here with what can be done instead.
 
@@ -21,6 +22,7 @@ from forge.errors import DataError
 from forge.model.config import Configuration
 
 LIST = Path(__file__).with_name("architectures.txt")
+MODEL_TYPES = Path(__file__).with_name("model_types.txt")
 
 _ALTERNATIVE_BASES = (
     "a base such as Qwen/Qwen2.5-0.5B-Instruct, HuggingFaceTB/SmolLM2-360M-Instruct or "
@@ -49,6 +51,49 @@ def convertible() -> dict[str, str]:
     """Architecture -> the converter's module, for all that the pinned converters take as text models."""
     lines = LIST.read_text(encoding="utf-8").splitlines()
     return dict(line.split() for line in lines if line and not line.startswith("#"))
+
+
+@cache
+def model_types() -> dict[str, str]:
+    """`model_type` -> class, for every family of which transformers has a causal language model."""
+    lines = MODEL_TYPES.read_text(encoding="utf-8").splitlines()
+    return dict(line.split() for line in lines if line and not line.startswith("#"))
+
+
+def needs_own_code(configuration: Configuration) -> bool:
+    """Whether only the base's own Python files (`auto_map`) can run it: transformers lacks the family.
+
+    A family that came to the hub before it came to transformers names its files for ever; they are not
+    needed any more, and often no longer run.
+    """
+    return configuration.remote_code and configuration.model_type not in model_types()
+
+
+def check_trainable(configuration: Configuration, *, trust_remote_code: bool) -> None:
+    """Raise `DataError` for a base that transformers cannot load, or only by running the base's own code."""
+    if configuration.model_type in model_types():
+        return
+    kind = configuration.model_type
+    if not configuration.remote_code:
+        about = f"the model_type {kind!r}" if kind else "no model_type in its config.json"
+        raise DataError(
+            f"{configuration.architecture}: transformers has no language model for {about}",
+            hint=f"look for a typing error in config.json; or choose {_ALTERNATIVE_BASES}",
+        )
+    if not trust_remote_code:
+        raise DataError(
+            f"{configuration.architecture} runs Python code of its own, which forge does not do unasked; "
+            f"transformers has no language model for the model_type {kind!r}",
+            hint="read that code, then set base: {id: ..., trust_remote_code: true}",
+        )
+
+
+def own_code_note(configuration: Configuration, *, trust_remote_code: bool) -> str | None:
+    """What to tell of a base that carries code which is not run."""
+    if not configuration.remote_code or needs_own_code(configuration):
+        return None
+    asked = " (trust_remote_code changes nothing)" if trust_remote_code else ""
+    return f"the base's own Python code is not run{asked}: transformers has {configuration.model_type}"
 
 
 def check_exportable(configuration: Configuration) -> None:
@@ -121,7 +166,17 @@ def text_of(found: dict[str, str]) -> str:
     return head + "".join(f"{name} {module}\n" for name, module in found.items())
 
 
+def text_of_model_types() -> str:
+    """The content of `model_types.txt`, from the transformers that is installed."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    head = "# Written by `python -m forge.model.architectures TREE`: transformers' model_type, class.\n"
+    return head + "".join(
+        f"{kind} {name}\n" for kind, name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items())
+    )
+
+
 if __name__ == "__main__":
     LIST.write_text(text_of(registered(Path(sys.argv[1]))), encoding="utf-8")
-    convertible.cache_clear()
-    report.info(f"{LIST}: {len(convertible())} architectures")
+    MODEL_TYPES.write_text(text_of_model_types(), encoding="utf-8")
+    report.info(f"{len(convertible())} architectures, {len(model_types())} model types")

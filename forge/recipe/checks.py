@@ -164,6 +164,9 @@ def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:
             "without held-out rows (data.eval) the measure favours the base of training",
         )
     if recipe.base.trust_remote_code:
-        yield "base.trust_remote_code", "runs Python code of the base's author on this machine"
+        yield (
+            "base.trust_remote_code",
+            "runs the base's own Python code where transformers lacks its family",
+        )
     if recipe.smoke and recipe.deploy.runtime == "none":
         yield "smoke", "is not asked: deploy.runtime is none"

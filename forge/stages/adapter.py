@@ -61,7 +61,7 @@ class TrainStage(ShipStage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         settings = self._train.model_dump(mode="json") | {
-            "trust_remote_code": self.ship.recipe.base.trust_remote_code,
+            "trust_remote_code": self.ship.runs_own_code,
             "max_length": inputs["data"].facts["max_length"],
             "pad_token": self.ship.pad_token,
         }
@@ -119,7 +119,7 @@ class ValidateStage(ShipStage):
         arguments = {
             "base": str(self.ship.base_directory),
             "adapter": str(inputs[ADAPTER_STAGE].path),
-            "trust_remote_code": self.ship.recipe.base.trust_remote_code,
+            "trust_remote_code": self.ship.runs_own_code,
         }
         return worker.call("validate", arguments, log=self.ship.log)
 
@@ -149,7 +149,7 @@ class EvaluateStage(ShipStage):
             "device": training.device if training else "auto",
             "dtype": training.dtype if training else "auto",
             "quantize": bool(training and training.method == "qlora"),
-            "trust_remote_code": self.ship.recipe.base.trust_remote_code,
+            "trust_remote_code": self.ship.runs_own_code,
             "seed": training.seed if training else 0,
             "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
             "pad_token_id": self.ship.pad_token_id,

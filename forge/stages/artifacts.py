@@ -217,7 +217,7 @@ class ExportStage(GgufStage):
             "adapter": str(inputs[ADAPTER_STAGE].path),
             "rows": str(certificate_rows(self.ship, inputs, work)),
             "rows_are": certificate_rows_are(inputs),
-            "trust_remote_code": self.ship.recipe.base.trust_remote_code,
+            "trust_remote_code": self.ship.runs_own_code,
         }
         return worker.call("choose_base", arguments, log=self.ship.log)
 

@@ -40,6 +40,9 @@ def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
     problems = [str(problem) for problem in ship.base.problems]
     for problem in problems:
         report.warning(problem)
+    notes = ship.notes if ship.base.directory else []
+    for note in notes:
+        report.info(note)
     return {
         "stages": [
             {"name": one.name, "cached": one.cached, "reasons": list(one.reasons)} for one in planned.stages
@@ -48,6 +51,7 @@ def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
         "disk": disk,
         "downloads": _downloads(ship),
         "problems": problems,
+        "notes": notes,
     }
 
 

@@ -90,6 +90,8 @@ def _open(loaded: Loaded, store: Store, directory: Path) -> Ship:
     target = open_ship(loaded, store, directory, pins=read_manifest(directory).get("pins"))
     for problem in target.base.problems:
         report.warning(str(problem))
+    for note in target.notes:
+        report.info(note)
     return target
 
 

@@ -13,7 +13,7 @@ from forge.adapter.vocabulary import check_tokenizer
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
 from forge.export.adapter_only import refuse_impure, why_merged
-from forge.model.architectures import check_exportable
+from forge.model.architectures import check_exportable, check_trainable
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
 from forge.recipe.load import Loaded
@@ -33,11 +33,7 @@ def check(ship: Ship) -> None:
     directory = ship.base_directory
     check_unquantized(ship.configuration, str(directory))
     check_exportable(ship.configuration)
-    if ship.configuration.remote_code and not ship.recipe.base.trust_remote_code:
-        raise DataError(
-            f"{ship.base.spec} runs Python code of its own, which forge does not do unasked",
-            hint="read that code, then set base: {id: ..., trust_remote_code: true}",
-        )
+    check_trainable(ship.configuration, trust_remote_code=ship.recipe.base.trust_remote_code)
     if not ship.tensors:
         raise DataError(f"{directory} holds no tensors")
     _check_targets(ship)

@@ -19,6 +19,7 @@ from forge.adapter.vocabulary import Fitted, fit
 from forge.chat.stops import StopContract
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
+from forge.model.architectures import needs_own_code, own_code_note
 from forge.model.base import (
     UNKNOWN,
     ResolvedBase,
@@ -78,6 +79,17 @@ class Ship:
     @cached_property
     def configuration(self) -> Configuration:
         return read_configuration(self.base_directory)
+
+    @property
+    def runs_own_code(self) -> bool:
+        """Whether Python code of the base is run: it is asked for, and transformers lacks the family."""
+        return self.recipe.base.trust_remote_code and needs_own_code(self.configuration)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the base, and need not act on."""
+        note = own_code_note(self.configuration, trust_remote_code=self.recipe.base.trust_remote_code)
+        return [note] if note else []
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -76,7 +76,7 @@ class VerifyStage(GgufStage):
                 "merge_base": inputs["export"].facts["merge_base"],
                 "nf4": bool(self.ship.training and self.ship.training.method == "qlora"),
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
-                "trust_remote_code": self.ship.recipe.base.trust_remote_code,
+                "trust_remote_code": self.ship.runs_own_code,
             },
         }
         return worker.call("verify", arguments, log=self.ship.log)
