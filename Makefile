@@ -18,6 +18,12 @@ ALL := not gpu and not ollama
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
+# What depends on the processor, once more as on one without AVX2: torch, oneDNN and forge's own kernels
+# can be told so; ggml and bitsandbytes have no such switch.
+OLD_PROCESSOR := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 FORGE_KERNELS=ggml
+BY_PROCESSOR := $(addprefix tests/test_,train_arithmetic.py train_evaluate.py verify_reference.py \
+    verify_bases.py export_merge.py)
+
 LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
 
 .PHONY: documents setup ship test test-all llama-server lint bench clean
@@ -35,6 +41,7 @@ test: lint
 
 test-all: lint llama-server
 	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(ALL)"
+	$(OLD_PROCESSOR) $(PYTEST) -m "$(QUICK)" $(BY_PROCESSOR)
 
 # What the container and the bundle are tested with; needs cmake. The library's own build is linked to.
 llama-server: $(LLAMA_SERVER)

@@ -88,6 +88,15 @@ def test_an_error_keeps_its_class_its_hint_and_all_its_problems(said: Said) -> N
     assert said.calls == []
 
 
+def test_no_kernel_of_a_hub_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes imports the package `kernels`, where it is installed, to fetch and run one."""
+    for name in ("kernels", "colonels"):
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parent.parent}")
+    assert worker.call("find", {"name": "colonels"}) == {"found": True}
+    assert worker.call("find", {"name": "kernels"}) == {"found": False}
+
+
 def test_a_bug_is_a_failed_stage_and_its_traceback_is_in_the_log(said: Said, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     with pytest.raises(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -108,7 +108,11 @@ def ignore() -> dict[str, Any]:
     return {}
 
 
+def find(name: str) -> dict[str, Any]:
+    return {"found": importlib.util.find_spec(name) is not None}
+
+
 if __name__ == "__main__":
     names = ("speak", "hurry", "fail", "divide", "lack", "hoard", "die", "sleep", "finish_step", "finish_all")
-    worker.TASKS = {name: f"tests.worker_tasks:{name}" for name in (*names, "ignore")}
+    worker.TASKS = {name: f"tests.worker_tasks:{name}" for name in (*names, "find", "ignore")}
     worker.main()

@@ -128,7 +128,7 @@ class EvaluateStage(ShipStage):
     """Held-out loss and answers of base and tuned model; judged afresh on every run."""
 
     name = "evaluate"
-    version = 1
+    version = 2
     needs = ("data", ADAPTER_STAGE)
 
     def params(self) -> Mapping[str, Json]:

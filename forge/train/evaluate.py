@@ -17,7 +17,7 @@ from forge import report
 from forge.adapter.vocabulary import rows_beside
 from forge.data.prepare import HELDOUT_FILE
 from forge.data.tokens import IGNORED
-from forge.train.model import choose_hardware, load_base
+from forge.train.model import arithmetic_of, choose_hardware, load_base
 
 _SHORT_TOKENS = 64
 _MOST_ANSWERS = 100
@@ -58,6 +58,9 @@ def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) ->
     after = _measure(model, rows, short, tokenizer, settings, "evaluate the tuned model")
     return {
         "rows": len(rows),
+        "device": hardware.device,
+        "compute": hardware.compute,
+        "arithmetic": arithmetic_of(hardware, quantize=settings["quantize"]),
         "loss": {"before": before["loss"], "after": after["loss"]},
         "perplexity": {"before": _perplexity(before["loss"]), "after": _perplexity(after["loss"])},
         "exact": _exact(short, before["answers"], after["answers"], tokenizer),

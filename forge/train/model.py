@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from forge.errors import DataError, MissingToolError
+from forge.train.arithmetic import compute_as_asked, measured_arithmetic
 
 _HEAD = "lm_head"
 # What peft.utils.constants.EMBEDDING_LAYER_NAMES has.
@@ -49,9 +50,17 @@ def choose_hardware(device: str, dtype: str) -> Hardware:
         # Emulated bfloat16 (Turing and older) is slower than float16, so it does not count (A2).
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware(chosen, "bfloat16" if native else "float16", "bf16" if native else "fp16")
-    # oneDNN calls bfloat16 supported wherever it can emulate it, which is several times slower.
-    native = chosen == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    native = chosen == "cpu" and _has_bfloat16(torch)
     return Hardware(chosen, "bfloat16" if native else "float32", "")
+
+
+def _has_bfloat16(torch: Any) -> bool:
+    """Whether the processor multiplies bfloat16 itself and torch may use it there.
+
+    oneDNN calls bfloat16 supported wherever it can emulate it, which is several times slower.
+    """
+    masked = not torch.backends.cpu.get_cpu_capability().startswith("AVX512")  # ATEN_CPU_CAPABILITY
+    return not masked and bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def load_base(
@@ -72,14 +81,30 @@ def load_base(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            # Compute in float32 where bfloat16 is missing: float16 overflows (A2, pitfall 26).
-            bnb_4bit_compute_dtype=torch.float32 if hardware.compute == "float16" else compute,
+            bnb_4bit_compute_dtype=getattr(torch, _compute_type(hardware, quantize=True)),
         )
     if hardware.device != "cpu":
         options["device_map"] = {"": 0 if hardware.device == "cuda" else hardware.device}
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
     model.config.use_cache = False
+    compute_as_asked(model)
     return model
+
+
+def arithmetic_of(hardware: Hardware, *, quantize: bool) -> Mapping[str, str]:
+    """What the layers of `load_base` multiply in, in training and in evaluation, as measured.
+
+    Under autocast the layers themselves hold another type; what it turns the product into is its name.
+    """
+    import torch
+
+    compute = getattr(torch, _compute_type(hardware, quantize=quantize))
+    return measured_arithmetic(compute, hardware.device, four_bit=quantize)
+
+
+def _compute_type(hardware: Hardware, *, quantize: bool) -> str:
+    """Quantized layers compute in float32 where bfloat16 is missing: float16 overflows (A2, pitfall 26)."""
+    return "float32" if quantize and hardware.compute == "float16" else hardware.compute
 
 
 def with_lora(model: Any, lora: Mapping[str, Any], *, quantize: bool, checkpointing: bool) -> Any:

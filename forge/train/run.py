@@ -16,7 +16,14 @@ from typing import Any
 from forge import report
 from forge.data.prepare import TRAIN_FILE
 from forge.errors import DataError, InterruptedByUserError, StageError
-from forge.train.model import Hardware, choose_hardware, load_base, trainable_to_float32, with_lora
+from forge.train.model import (
+    Hardware,
+    arithmetic_of,
+    choose_hardware,
+    load_base,
+    trainable_to_float32,
+    with_lora,
+)
 from forge.train.save import save_adapter
 from forge.train.watch import last_checkpoint, watcher
 
@@ -66,6 +73,7 @@ def train(
         "total_parameters": total,
         "device": hardware.device,
         "compute": hardware.compute,
+        "arithmetic": arithmetic_of(hardware, quantize=settings["method"] == "qlora"),
         "resumed_from": checkpoint.name if checkpoint else None,
     }
 
