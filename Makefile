@@ -12,6 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCE := $(FORGE_HOME)/downloads/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz
 WHEELS ?= $(FORGE_HOME)/wheels
 READY := .venv/.ready
+NOW := not slow and not docker and not gpu and not ollama and not training and not programs and not network
 QUICK := not slow and not docker and not gpu and not ollama
 ALL := not gpu and not ollama
 # Two files of tests at a time, each with one thread: most of what they run cannot use two.
@@ -26,7 +27,7 @@ BY_PROCESSOR := $(addprefix tests/test_,train_arithmetic.py train_evaluate.py ve
 
 LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
 
-.PHONY: documents setup ship test test-all llama-server lint bench clean
+.PHONY: documents setup ship quick test test-all release llama-server lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -34,6 +35,11 @@ setup: $(READY)
 ship: $(READY)
 	$(BIN)/forge ship templates/recipes/quickstart.yaml
 	@echo "for forge outside of make, with this store: export FORGE_HOME=$(FORGE_HOME)"
+
+# For the work at hand: what needs neither a program, nor a socket, nor the training stack.
+quick: $(READY)
+	$(BIN)/ruff check
+	$(PYTEST) -q -m "$(NOW)"
 
 test: lint
 	$(PYTEST) -m "$(QUICK)"
@@ -61,6 +67,12 @@ lint: $(READY)
 
 documents: $(READY)
 	$(BIN)/python -m tests.generated
+
+# Builds what is uploaded, and sees it start in an empty environment. See CONTRIBUTING.md.
+release: test-all
+	rm -rf dist && $(BIN)/python -m build
+	$(PYTHON) -m venv dist/.try && dist/.try/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	dist/.try/bin/forge --version && rm -rf dist/.try
 
 bench: $(READY)
 	$(BIN)/python -m bench

@@ -99,7 +99,7 @@ def encode_all(
     refuse(
         problems,
         f"{len(problems)} of {len(conversations)} rows cannot be encoded with this base's template",
-        "data.supervise: last trains on the last answer alone"
+        "train.supervise: last trains on the last answer alone"
         if any("prefix" in problem.message for problem in problems)
         else "mend these rows, or leave them out",
     )
