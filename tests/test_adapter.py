@@ -192,7 +192,6 @@ UNUSABLE: Mapping[str, tuple[dict[str, Any], str]] = {
     "prefix tuning": ({"peft_type": "PREFIX_TUNING"}, "is a PREFIX_TUNING adapter; only LoRA can be merged"),
     "IA3": ({"peft_type": "IA3"}, "is a IA3 adapter"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "is a PROMPT_TUNING adapter"),
-    "biases": ({"bias": "all"}, "trained biases too"),
 }
 
 

@@ -83,9 +83,8 @@ CONFIGURATIONS: dict[str, tuple[object, list[str]]] = {
         {**CONFIGURATION, "rank_pattern": [1], "alpha_pattern": {"q_proj": "2", "(": 1}},
         [
             "rank_pattern: must be an object (got [1])",
-            'alpha_pattern.q_proj: must be a number (got "2")',
-            "alpha_pattern: '(' is not a regular expression: missing ), unterminated subpattern "
-            "at position 0",
+            'alpha_pattern: q_proj must be a number (got "2"); '
+            "'(' is not a regular expression: missing ), unterminated subpattern at position 0",
         ],
     ),
 }

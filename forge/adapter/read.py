@@ -4,8 +4,8 @@ Reads `adapter_config.json` and the header of `adapter_model.safetensors`; no to
 `tuners/lora` (scale alpha / r, or alpha / sqrt(r) with rsLoRA; `rank_pattern` and `alpha_pattern`
 matched as peft's `get_pattern_key` does) and `utils/save_and_load` (tensor names).
 
-Not covered: other kinds of adapter (prefix, IA3, prompt tuning ...), which have no GGUF form, and
-biases trained along (`bias` other than none).
+Not covered: other kinds of adapter (prefix, IA3, prompt tuning ...), which have no GGUF form, and what
+`settings` says is refused.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.settings import faults
 from forge.errors import DataError, Problem
 from forge.model.safetensors_header import TensorSpec, read_header
 
@@ -88,7 +89,7 @@ class Adapter:
 
     @property
     def impurities(self) -> tuple[str, ...]:
-        """Why it has no adapter-only GGUF form; empty when it is pure (D13, pitfall 52)."""
+        """Why it has no adapter-only GGUF form over any base; empty when it is pure (D13, pitfall 52)."""
         reasons = []
         if self.replaced:
             reasons.append("it carries whole tensors: " + ", ".join(sorted(self.replaced)))
@@ -96,8 +97,6 @@ class Adapter:
             reasons.append("it carries rows of tokens: " + ", ".join(sorted(self.rows)))
         if any(layer.magnitude for layer in self.layers.values()):
             reasons.append("DoRA magnitudes have no place in a GGUF adapter")
-        if self.configuration.get("fan_in_fan_out"):
-            reasons.append("its layers are Conv1D, whose factors are transposed")
         if any(layer.is_embedding for layer in self.layers.values()):
             reasons.append("it adapts the embedding")
         return tuple(reasons)
@@ -162,40 +161,12 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
             f"{directory} is a {kind} adapter; only LoRA can be merged and converted to GGUF",
             hint="serve it with peft and transformers instead, or train a LoRA",
         )
-    if configuration.get("bias", "none") != "none":
-        raise DataError(
-            f"{directory} trained biases too (bias: {configuration['bias']}), which forge does not merge yet",
-            hint="merge it with peft's merge_and_unload and ship the result with train: none",
-        )
-    problems = [Problem(said, field, str(path)) for field, said in _mistyped(configuration)]
+    problems = [Problem(fault.message, fault.field, str(path)) for fault in faults(configuration)]
     if problems:
         count = "1 setting" if len(problems) == 1 else f"{len(problems)} settings"
-        raise DataError(f"{path}: {count} cannot be used", hint=_AGAIN, problems=problems)
+        hints = dict.fromkeys(fault.hint or _AGAIN for fault in faults(configuration))
+        raise DataError(f"{path}: {count} cannot be used", hint="; ".join(hints), problems=problems)
     return configuration
-
-
-def _mistyped(configuration: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the scale is made from and is missing or of another kind: (field, what is wrong)."""
-    for field, pattern_field, kinds in (
-        ("r", "rank_pattern", (int,)),
-        ("lora_alpha", "alpha_pattern", (int, float)),
-    ):
-        patterns = configuration.get(pattern_field) or {}
-        if not isinstance(patterns, dict):
-            yield pattern_field, f"must be an object (got {json.dumps(patterns)})"
-            patterns = {}
-        values = {field: configuration.get(field)} | {
-            f"{pattern_field}.{pattern}": value for pattern, value in patterns.items()
-        }
-        for name, value in values.items():
-            if type(value) not in kinds or (field == "r" and value == 0):
-                wanted = "a number" if field == "lora_alpha" else "a whole number above 0"
-                yield name, f"must be {wanted} (got {json.dumps(value)})"
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                yield pattern_field, f"{pattern!r} is not a regular expression: {error}"
 
 
 def _sort_tensors(

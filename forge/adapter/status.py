@@ -39,6 +39,7 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
             hint="train it again; an adapter in this state must not be shipped",
             problems=problems[:_MOST_NAMED],
         )
+    impurities = list(fitted.impurities)
     scales = sorted({round(layer.scale, 6) for layer in found.layers.values()})
     return {
         "ok": True,
@@ -47,11 +48,11 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
         "adapted_modules": sorted(found.layers),
         "vocabulary_rows": fitted.rows,
         "untied": fitted.untied,
-        "pure": not found.impurities,
-        "impurities": list(found.impurities),
+        "pure": not impurities,
+        "impurities": impurities,
         "scale": scales[0] if len(scales) == 1 else {name: one.scale for name, one in found.layers.items()},
         "trainable_parameters": sum(_numel(spec.shape) for spec in _specs(found)),
-        "exports": ["merged"] if found.impurities or fitted.untied else ["merged", "adapter"],
+        "exports": ["merged"] if impurities else ["merged", "adapter"],
         "problems": [],
     }
 
@@ -75,7 +76,7 @@ def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
             module.to_empty(device="cpu")
         model.tie_weights()
     parameters = model.named_parameters(remove_duplicate=False)
-    _refuse_mismatch(found, {name: tuple(parameter.shape) for name, parameter in parameters})
+    _refuse_mismatch(fitted, {name: tuple(parameter.shape) for name, parameter in parameters})
     # Under that device the numbers of the tokens would have no values.
     with torch.device("cpu" if found.rows else "meta"):
         return peft.PeftModel.from_pretrained(
@@ -83,13 +84,13 @@ def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
         )
 
 
-def _refuse_mismatch(found: Adapter, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _refuse_mismatch(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Every adapted module must be in the base with the right shape (pitfalls 6, 11 of silent wrongs)."""
-    problems = []
+    problems, found = [], fitted.adapter
     for module, layer in found.layers.items():
         base_shape = shapes.get(f"{module}.weight")
         delta = (layer.b.shape[0], layer.a.shape[1])
-        if layer.is_embedding or found.configuration.get("fan_in_fan_out"):
+        if fitted.is_transposed(layer):
             delta = (delta[1], delta[0])
         if base_shape is None:
             problems.append(Problem("the base has no such layer", module))

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from forge.adapter.read import EMBEDDINGS, Adapter, find_base_tensor, read_adapter
+from forge.adapter.read import EMBEDDINGS, Adapter, LoraLayer, find_base_tensor, read_adapter
 from forge.errors import DataError
 from forge.model.checkpoint import Checkpoint, open_checkpoint
-from forge.model.config import read_json, ties_embeddings
+from forge.model.config import CONV1D_FAMILIES, read_json, ties_embeddings
 from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -48,6 +48,27 @@ class Fitted:
     rows: int | None
     untied: bool = False
     own_head: bool = False
+
+    @property
+    def impurities(self) -> tuple[str, ...]:
+        """Why it has no GGUF form of its own over this base; empty when it is pure (D13, pitfall 52)."""
+        reasons = list(self.adapter.impurities)
+        if any(self.is_transposed(one) and not one.is_embedding for one in self.adapter.layers.values()):
+            reasons.append("its layers are Conv1D, whose factors are transposed")
+        if self.untied:
+            reasons.append("it trained embedding and output layer apart, which the base ties")
+        return tuple(reasons)
+
+    def is_transposed(self, layer: LoraLayer) -> bool:
+        """Whether the base has the transpose of B A's shape: an embedding, or a Conv1D.
+
+        That is the base's word, as for peft, and never that of the adapter's fan_in_fan_out.
+        """
+        return layer.is_embedding or (self._is_conv1d and layer.module.rpartition(".")[2] not in HEADS)
+
+    @cached_property
+    def _is_conv1d(self) -> bool:
+        return read_json(self.checkpoint.directory / "config.json").get("model_type") in CONV1D_FAMILIES
 
     def configure(self, configuration: Any) -> None:
         """Give a transformers configuration the tuned model's embedding."""

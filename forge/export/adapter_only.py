@@ -26,10 +26,7 @@ SCRIPT = "convert_lora_to_gguf.py"
 
 def why_merged(fitted: Fitted) -> tuple[str, ...]:
     """Why the adapter cannot be a GGUF of its own over this base; empty when it can."""
-    reasons = list(fitted.adapter.impurities)
-    if fitted.untied:
-        reasons.append("it trained embedding and output layer apart, which the base ties")
-    return tuple(reasons)
+    return fitted.impurities
 
 
 def refuse_impure(reasons: Sequence[str]) -> None:

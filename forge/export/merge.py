@@ -35,8 +35,8 @@ def merged_tensors(fitted: Fitted, *, nf4: Collection[str] = ()) -> list[LazyTen
     `nf4` names the base's tensors that go through NF4 and back first, as training had them.
     Raises `DataError` that lists every part of the adapter which has no place in the base.
     """
-    base, adapter = fitted.checkpoint.tensors, fitted.adapter
-    parts = _match(base, adapter)
+    base = fitted.checkpoint.tensors
+    parts = _match(fitted)
     tensors = []
     for name, spec in base.items():
         # peft saves an adapted embedding's own weight beside its factors: the delta goes onto that.
@@ -45,7 +45,7 @@ def merged_tensors(fitted: Fitted, *, nf4: Collection[str] = ()) -> list[LazyTen
         if rows := parts.rows.get(name):
             tensor = replace(tensor, dtype="F32", read=_with_rows(tensor, rows))
         if layer := parts.layers.get(name):
-            merger = _merger(tensor, layer, transposed=_is_transposed(layer, adapter))
+            merger = _merger(tensor, layer, transposed=fitted.is_transposed(layer))
             tensor = replace(tensor, dtype="F32", read=merger)
         elif whole:
             tensor = replace(tensor, dtype="F32", read=_in_float32(tensor))
@@ -66,10 +66,10 @@ class _Parts:
         return self.replaced.get(name, base[name]).shape
 
 
-def _match(base: Mapping[str, TensorSpec], adapter: Adapter) -> _Parts:
-    parts = _Parts()
+def _match(fitted: Fitted) -> _Parts:
+    base, adapter, parts = fitted.checkpoint.tensors, fitted.adapter, _Parts()
     problems = [*_match_whole(adapter, base, parts), *_match_rows(adapter, base, parts)]
-    problems += _match_layers(adapter, base, parts)
+    problems += _match_layers(fitted, base, parts)
     if problems:
         raise DataError(
             f"{len(problems)} parts of the adapter cannot be merged into this base",
@@ -107,26 +107,23 @@ def _match_rows(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts)
             parts.rows[name] = rows
 
 
-def _match_layers(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
-    for module, layer in adapter.layers.items():
+def _match_layers(fitted: Fitted, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
+    for module, layer in fitted.adapter.layers.items():
+        transposed = fitted.is_transposed(layer)
         name = find_base_tensor(f"{module}.weight", base)
-        if layer.magnitude and _is_transposed(layer, adapter):
+        if layer.magnitude and transposed:
             yield Problem("DoRA is merged on linear layers alone", module)
         elif name is None:
             yield Problem("the base has no such tensor", f"{module}.weight")
-        elif (shape := parts.shape(name, base)) != _delta_shape(layer, adapter):
-            yield Problem(f"{_delta_shape(layer, adapter)} does not fit the base's {shape}", module)
+        elif (shape := parts.shape(name, base)) != (delta := _delta_shape(layer, transposed)):
+            yield Problem(f"{delta} does not fit the base's {shape}", module)
         else:
             parts.layers[name] = layer
 
 
-def _is_transposed(layer: LoraLayer, adapter: Adapter) -> bool:
-    return layer.is_embedding or bool(adapter.configuration.get("fan_in_fan_out"))
-
-
-def _delta_shape(layer: LoraLayer, adapter: Adapter) -> tuple[int, ...]:
+def _delta_shape(layer: LoraLayer, transposed: bool) -> tuple[int, ...]:
     shape = (layer.b.shape[0], layer.a.shape[1])
-    return (shape[1], shape[0]) if _is_transposed(layer, adapter) else shape
+    return (shape[1], shape[0]) if transposed else shape
 
 
 def _base(name: str, spec: TensorSpec, nf4: Collection[str]) -> LazyTensor:

@@ -19,6 +19,8 @@ from forge.errors import DataError
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
+"""Those whose layers, but for the output layer, are transformers' Conv1D: weights are (in, out)."""
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
 
 

@@ -80,7 +80,7 @@ class AdoptStage(ShipStage):
     """An adapter that another tool made, checked and taken into the store."""
 
     name = ADAPTER_STAGE
-    version = 1
+    version = 2
 
     def params(self) -> Mapping[str, Json]:
         return {"train.from": self.ship.adapter_digest, "base": self.ship.base_digest}
@@ -106,7 +106,7 @@ class ValidateStage(ShipStage):
     """peft's own status of the adapter on this base; a sound one only goes on."""
 
     name = "validate"
-    version = 2
+    version = 3
     needs = (ADAPTER_STAGE,)
 
     def params(self) -> Mapping[str, Json]:

@@ -140,7 +140,7 @@ class ExportStage(GgufStage):
     """One GGUF in one pass, with the token ids proved before."""
 
     name = "export"
-    version = 5
+    version = 6
 
     def __init__(self, ship: Ship) -> None:
         super().__init__(ship)

@@ -243,6 +243,8 @@ def open_ship(
         adopted = resolve(
             source, revision=revision, offline=offline, fetch=fetch == "all", relative_to=loaded.directory
         )
+    if adopted and adopted.directory:
+        read_adapter(adopted.directory)  # what it cannot be is refused though the base may not be here yet
     files, heldout = data_files(loaded, offline=offline, fetch=fetch == "all")
     ship = Ship(loaded, store, run_directory, base, adopted, files, heldout, headers)
     if base.directory is not None:

@@ -63,7 +63,6 @@ class Loader:
         self._layers = _by_tensor(tuned.layers, self._tensors) if tuned else {}
         self._replaced = _by_tensor(adapter.replaced, self._tensors, "") if adapter else {}
         self._token_rows = _by_tensor(tuned.rows, self._tensors, "") if tuned else {}
-        self._transposed = bool(adapter and adapter.configuration.get("fan_in_fan_out"))
         self._used: set[str] = set()
 
     def parameter(self, names: Sequence[str], empty: Any, linear: bool) -> Any:
@@ -125,7 +124,9 @@ class Loader:
     def added(self, name: str, weight: Any) -> Any:
         """What the adapter adds to the tensor `name`, whose values are `weight`; None where nothing is."""
         layer = self._layers.get(name)
-        return _delta(layer, weight, transposed=self._transposed) if layer else None
+        if layer is None or self.fitted is None:
+            return None
+        return _delta(layer, weight, transposed=self.fitted.is_transposed(layer))
 
     def refuse_unused(self) -> None:
         """Every part of the adapter must have been in the way of the rows."""
@@ -160,17 +161,16 @@ def _read(spec: TensorSpec) -> Any:
     return tensor
 
 
-def _delta(layer: LoraLayer, weight: Any, *, transposed: bool = False) -> Any:
+def _delta(layer: LoraLayer, weight: Any, *, transposed: bool) -> Any:
     """What a LoRA layer adds to its `weight`, in float32: scale x B A.
 
     Of DoRA, what leads from the weight to the sum with each row at its learned length. Raises `DataError`
     for the DoRA of an embedding or a Conv1D.
     """
     product = (_read(layer.b) @ _read(layer.a)).mul_(layer.scale)
-    turned = transposed or layer.is_embedding
     if layer.magnitude is None:
-        return product.T.contiguous() if turned else product
-    if turned:
+        return product.T.contiguous() if transposed else product
+    if transposed:
         raise DataError(
             f"{layer.module}: the reference covers DoRA on linear layers alone",
             hint="train it as a plain LoRA, or on the linear layers",
