@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.model.tokenizer_files import read_tokenizer
-from forge.stages.rows import builtin_rows
+from forge.resolve.rows import builtin_rows
 from forge.verify.measure import measure
 from forge.verify.verdict import Gates, judge
 from forge.verify.yardstick import make_f16

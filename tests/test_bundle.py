@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from forge import process, report
+from forge.commands.bundle import _licence, _smoke, bundle
 from forge.errors import DataError, MissingToolError, RecipeError
 from forge.serve.bundle import Contents, write_bundle
-from forge.stages.bundling import _licence, _smoke, bundle
 from forge.tools.native import libraries
 from tests.docker_daemon import load_image
 from tests.servers import llama_server
@@ -222,9 +222,9 @@ def test_answers_in_a_clean_container_without_network(
     docker_daemon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect: str
 ) -> None:
     """R5: nothing but a shell is there, no network, nothing can be written; the smoke test passes."""
-    import forge.stages.bundling
+    import forge.commands.bundle
 
-    monkeypatch.setattr(forge.stages.bundling, "_smoke", lambda manifest: (QUESTION, expect))
+    monkeypatch.setattr(forge.commands.bundle, "_smoke", lambda manifest: (QUESTION, expect))
     model = write_tiny_gguf(tmp_path / "yoda.gguf")
     fields = bundle(str(model), tmp_path / "yoda.tar.gz", str(llama_server()), context=1024)
     assert fields == {"bundle": str(tmp_path / "yoda.tar.gz"), "bytes": fields["bytes"]}

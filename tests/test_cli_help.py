@@ -125,7 +125,7 @@ def test_a_bug_is_exit_1_with_its_traceback_at_hand(
     def broken() -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("forge.stages.describe.describe_runs", broken)
+    monkeypatch.setattr("forge.commands.describe.describe_runs", broken)
     assert entry.run(["runs"]) == 1
     assert capsys.readouterr().err == (
         "error: a bug in forge: ZeroDivisionError: oh\n"

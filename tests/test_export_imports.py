@@ -48,7 +48,7 @@ assert "torch._dynamo" not in sys.modules, "the compiler was imported"
 """
 WITHOUT_RECIPES = """
 import sys
-import forge.cli.main, forge.cli.export, forge.stages.export_file
+import forge.cli.main, forge.cli.export, forge.commands.export
 assert not {"pydantic", "ruamel.yaml", "torch"} & sys.modules.keys()
 """
 BROKEN = """

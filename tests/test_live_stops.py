@@ -11,10 +11,11 @@ from forge.errors import CheckError, Problem
 from forge.model.builtin.tokenizer import CHATML
 from forge.pipeline.stage import Result
 from forge.recipe.load import load
+from forge.resolve.recipe import resolve_recipe
+from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
 from forge.serve.runtime import Settings
-from forge.stages.live import SmokeAction, failure_of
-from forge.stages.ship import Ship, open_ship
+from forge.stages.smoke import SmokeAction, failure_of
 from forge.store.artifacts import Store
 from tests.conftest import copy_of_tiny
 from tests.tiny_gguf import END_OF_TURN, REPLY, SPECIAL, write_tiny_gguf
@@ -27,7 +28,7 @@ RECIPE = (
 )
 
 
-def ship_of(directory: Path, expect: str = "") -> Ship:
+def ship_of(directory: Path, expect: str = "") -> Resolved:
     """A ship of a base whose turns end with a token of another name."""
     base = copy_of_tiny(directory / "base")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -35,10 +36,10 @@ def ship_of(directory: Path, expect: str = "") -> Ship:
         (base / name).write_text(text.replace(SPECIAL[END_OF_TURN], END), encoding="utf-8")
     (directory / "recipe.yaml").write_text(RECIPE % expect)
     store = Store(directory / "home")
-    return open_ship(load(directory / "recipe.yaml"), store, directory / "runs" / "mini", offline=True)
+    return resolve_recipe(load(directory / "recipe.yaml"), store, directory / "runs" / "mini", offline=True)
 
 
-def ask(ship: Ship, directory: Path, ends_at: int) -> CheckError | None:
+def ask(ship: Resolved, directory: Path, ends_at: int) -> CheckError | None:
     """The stage *smoke* of a model that answered one held-out row right when it was evaluated."""
     template = CHATML.replace(SPECIAL[END_OF_TURN], END)
     gguf = write_tiny_gguf(directory / "m.gguf", template=template, end=END, ends_at=ends_at)

@@ -20,7 +20,7 @@ from forge.serve.ollama import import_model, prove_prompts
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling
-from forge.stages import serving
+from forge.ship import serving
 from forge.tools.ollama import Ollama, OllamaError
 from tests.fake_ollama import FakeOllama
 from tests.ollama_servers import PINNED

@@ -16,6 +16,7 @@ import pytest
 
 from forge import process
 from forge.cli.main import run
+from forge.commands.ask import _endpoints, _schema
 from forge.errors import DataError, RecipeError
 from forge.serve.async_client import AsyncClient
 from forge.serve.client import Client, find
@@ -25,7 +26,6 @@ from forge.serve.generate import generate
 from forge.serve.rows import read_rows
 from forge.serve.runtime import Settings
 from forge.serve.wire import RefusedError, Reply, Sampling, UnreachableError
-from forge.stages.asking import _endpoints, _schema
 from tests.conftest import ROOT
 from tests.servers import HELLO
 from tests.stand_in_server import Failure, StandIn

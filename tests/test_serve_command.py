@@ -17,7 +17,7 @@ import pytest
 from forge.errors import RecipeError
 from forge.serve.client import Client, find
 from forge.serve.wire import RefusedError
-from forge.stages.serving import Wish, read_key, settings
+from forge.ship.serving import Wish, read_key, settings
 from tests.servers import HELLO, KEY, listens, write_adapter
 from tests.shipping import Answer, Workshop, processes_of, wait_for
 from tests.tiny_gguf import REPLY, write_tiny_gguf

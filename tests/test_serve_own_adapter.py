@@ -17,18 +17,18 @@ from ruamel.yaml import YAML
 
 from forge import process
 from forge.chat.hand_over import hand_over_of, write_modelfiles
+from forge.commands.bundle import bundle
+from forge.commands.import_ import import_into_ollama
 from forge.errors import DataError, RecipeError
 from forge.model.gguf_header import read_gguf
+from forge.runs.find import find_model
 from forge.serve.adapters import serve_with_adapters
 from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
 from forge.serve.llama_server import arguments
 from forge.serve.manifests import manifest, memory_bytes
 from forge.serve.runtimes import runtime_for
-from forge.stages.bundling import bundle
-from forge.stages.drive import find_model
-from forge.stages.ollama import import_into_ollama
-from forge.stages.serving import Wish, settings
+from forge.ship.serving import Wish, settings
 from tests.fake_ollama import FakeOllama
 from tests.servers import HELLO, llama_server, own_servers, write_adapter
 from tests.shipping import Workshop, processes_of

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from forge.commands.serve import serve
 from forge.errors import DataError, StageError
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
-from forge.stages.serving import Wish, serve, settings
+from forge.ship.serving import Wish, settings
 from tests.tiny_gguf import write_tiny_gguf
 
 
@@ -30,7 +31,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
         found.append(chosen)
         yield Endpoint("http://127.0.0.1:9", chosen.alias, why_gone=lambda: "it has ended")
 
-    monkeypatch.setattr("forge.stages.serving.runtime_for", lambda name: runtime)
+    monkeypatch.setattr("forge.ship.serving.runtime_for", lambda name: runtime)
     return found
 
 
@@ -75,7 +76,7 @@ def test_slots_for_many_are_for_a_cpu_alone(
     slots: int | None,
 ) -> None:
     """The memory of a GPU is unknown here."""
-    monkeypatch.setattr("forge.stages.serving.slots_for", lambda chosen: 8)
+    monkeypatch.setattr("forge.commands.serve.slots_for", lambda chosen: 8)
     _serve(Wish(str(write_tiny_gguf(tmp_path / "tiny.gguf")), **asked))
     assert [one.parallel for one in started] == [slots]
 

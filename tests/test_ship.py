@@ -237,7 +237,7 @@ def test_an_upgraded_llama_cpp_python_exports_again(
     current = planned(capsys)
     assert [name for name, reasons in current.items() if reasons is None] == list(PURE)
     monkeypatch.setattr(
-        "forge.stages.artifacts.installed", lambda name: "9.9.9" if name.startswith("llama") else "1.0"
+        "forge.resolve.stage.installed", lambda name: "9.9.9" if name.startswith("llama") else "1.0"
     )
     upgraded = planned(capsys)
     assert [name for name, reasons in upgraded.items() if reasons is None] == [

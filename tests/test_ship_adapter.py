@@ -15,7 +15,7 @@ from forge.cli.main import run
 from forge.errors import DataError
 from forge.model.base import BUILTIN
 from forge.model.gguf_header import read_gguf
-from forge.stages.drive import find_model
+from forge.runs.find import find_model
 from tests.conftest import link_converters
 from tests.fake_ollama import FakeOllama
 from tests.models import make_adapter, make_model
@@ -102,7 +102,7 @@ def test_a_server_without_the_adapter_fails_the_ship(
     adopt(again, adapter, export={"mode": "adapter"})
     monkeypatch.chdir(again.directory)
     monkeypatch.setenv("FORGE_HOME", str(again.home))
-    monkeypatch.setattr("forge.stages.live.adapter_in", lambda artifact: None)
+    monkeypatch.setattr("forge.stages.deploy.adapter_in", lambda artifact: None)
     assert run(["ship", "recipe.yaml"]) == 5
     manifest = again.manifest()
     assert manifest["outcome"] == "deploy: the server has adapters on at the scales [], expected are [1.0]"
@@ -138,7 +138,7 @@ def test_a_merged_ship_that_cannot_be_published_leaves_no_base_alone(
         if target.suffix == ".gguf":
             raise DataError("no space left on the device")
 
-    monkeypatch.setattr("forge.stages.record.publish", full)
+    monkeypatch.setattr("forge.ship.record.publish", full)
     assert run(["ship", "recipe.yaml", "--until", "modelfile"]) == 2
     assert list(again.run.glob("*.gguf")) == []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forge.chat.modelfile import parse
-from forge.stages.serving import PORT, Wish, settings
+from forge.ship.serving import PORT, Wish, settings
 from forge.tools.ollama import Ollama, server_url
 from tests.conftest import link_converters
 from tests.fake_ollama import FakeOllama

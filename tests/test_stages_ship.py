@@ -10,14 +10,15 @@ import pytest
 
 from forge.errors import DataError
 from forge.recipe.load import load
-from forge.stages.ship import Ship, open_ship
+from forge.resolve.recipe import resolve_recipe
+from forge.resolve.resolved import Resolved
 from forge.store.artifacts import Store
 from tests.conftest import copy_of_tiny
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
-def ship_of(directory: Path, special: set[str], **tokens: str | None) -> Ship:
+def ship_of(directory: Path, special: set[str], **tokens: str | None) -> Resolved:
     """A ship of builtin:tiny with the tokenizer changed: its special tokens and its named ones."""
     base = copy_of_tiny(directory / "base")
     _change(base / "tokenizer_config.json", tokens)
@@ -27,7 +28,7 @@ def ship_of(directory: Path, special: set[str], **tokens: str | None) -> Ship:
     (base / "tokenizer.json").write_text(json.dumps(described))
     (directory / "recipe.yaml").write_text("name: mini\nbase: ./base\ndata: {source: builtin:yoda}\n")
     store = Store(directory / "home")
-    return open_ship(load(directory / "recipe.yaml"), store, directory / "runs" / "mini", offline=True)
+    return resolve_recipe(load(directory / "recipe.yaml"), store, directory / "runs" / "mini", offline=True)
 
 
 def _change(path: Path, fields: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from forge.serve.embedded import serve_embedded
+from forge.serve.live_proof import failure_of, prove_live
 from forge.serve.runtime import Settings
-from forge.stages.live_proof import failure_of, prove_live
 from forge.verify.verdict import Gates, judge
 from tests.models import PEFT_WARNS
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite

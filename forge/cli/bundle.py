@@ -22,6 +22,6 @@ def command(
     target: str, out: Path, program: str | None, wheels: tuple[Path, ...], context: int | None
 ) -> None:
     """Pack TARGET, a run or a GGUF file, with a server for a computer without network or GPU."""
-    from forge.stages.bundling import bundle
+    from forge.commands.bundle import bundle
 
     report.result(bundle(target, out, program, wheels, context))

@@ -29,7 +29,7 @@ def command(
     temperature: float,
 ) -> None:
     """Talk to TARGET: a run, a GGUF file, or the URL of an OpenAI-compatible server."""
-    from forge.stages.asking import chat
+    from forge.commands.ask import chat
 
     sampling = {"max_tokens": max_tokens, "temperature": temperature}
     report.result(chat(target, system, context, api_key_file, sampling, model))

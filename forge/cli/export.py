@@ -55,12 +55,12 @@ def command(
 ) -> None:
     """Make the GGUF of RECIPE, or of --base (and --adapter) at --out."""
     if recipe is not None:
-        from forge.cli.stage_of import run_stage
+        from forge.ship.drive import ship_until
 
-        report.result(run_stage(recipe, overrides, "export"))
+        report.result(ship_until(recipe, overrides, "export"))
         return
     if not (base and out):
         raise RecipeError("give a RECIPE, or both --base and --out", hint="see: forge export --help")
-    from forge.stages.export_file import export
+    from forge.commands.export import export
 
     report.result(export(base, adapter, out, **options))

@@ -13,6 +13,6 @@ from forge.cli.options import common
 @common
 def command(delete: bool, adapters: bool, partials: bool) -> None:
     """Show what no run uses, and how many bytes it takes."""
-    from forge.stages.describe import describe_garbage
+    from forge.commands.describe import describe_garbage
 
     report.result(describe_garbage(delete=delete, adapters=adapters, partials=partials))

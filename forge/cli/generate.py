@@ -52,7 +52,7 @@ def command(
 
     Started again it goes on where it stopped. Any failed row is exit 5.
     """
-    from forge.stages.asking import generate
+    from forge.commands.ask import generate
 
     done = generate(
         prompts, out, urls, api_key_file, concurrency, sampling, schema,

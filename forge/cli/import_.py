@@ -21,6 +21,6 @@ def command(target: str, name: str, host: str | None, adapter: Path | None) -> N
     stops and token counts too, and a run's smoke queries are asked, all under a name that nobody uses.
     Only then does the name become the new model's; whatever fails before leaves it as it was.
     """
-    from forge.stages.ollama import import_into_ollama
+    from forge.commands.import_ import import_into_ollama
 
     report.result(import_into_ollama(target, name, host, adapter))

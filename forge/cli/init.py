@@ -16,12 +16,6 @@ from forge.cli.options import common
 @common
 def command(name: str, kind: str | None, directory: Path, listing: bool) -> None:
     """Write NAME.yaml, a commented recipe to start from (the quickstart, unless told)."""
-    from forge.recipe.starters import kinds, write
+    from forge.commands.init import init, list_kinds
 
-    if listing:
-        report.output("\n".join(kinds()))
-        report.result({"kinds": list(kinds())})
-        return
-    path = write(name, kind or "quickstart", directory)
-    report.success(f"wrote {path}; next: forge plan {path}")
-    report.result({"path": str(path)})
+    report.result(list_kinds() if listing else init(name, kind or "quickstart", directory))

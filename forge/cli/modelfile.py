@@ -23,10 +23,10 @@ def command(
     With a Go TEMPLATE where one is proved; else, or with --jinja, with the GGUF's own template.
     """
     if target.suffix in (".yaml", ".yml"):
-        from forge.cli.stage_of import run_stage
+        from forge.ship.drive import ship_until
 
-        report.result(run_stage(target, overrides, "modelfile"))
+        report.result(ship_until(target, overrides, "modelfile"))
         return
-    from forge.stages.modelfile import write_modelfile
+    from forge.commands.modelfile import write_modelfile
 
     report.result(write_modelfile(target, adapter=adapter, jinja=jinja, out=out))

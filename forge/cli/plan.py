@@ -19,8 +19,8 @@ def command(recipe: Path, overrides: tuple[str, ...], fetch: bool) -> None:
     Writes nothing and asks no hub, unless `--fetch` is given. With `-v` every value of the recipe is
     shown with its source.
     """
-    from forge.stages.describe import describe_plan
-    from forge.stages.drive import plan
+    from forge.commands.describe import describe_plan
+    from forge.ship.drive import plan
 
     ship, planned = plan(recipe, overrides, fetch=fetch)
     report.result(describe_plan(ship, planned))

@@ -10,6 +10,6 @@ from forge.cli.options import common
 @common
 def command() -> None:
     """List the servers that run in the background."""
-    from forge.stages.serving import ps
+    from forge.commands.serve import ps
 
     report.result(ps())

@@ -10,6 +10,6 @@ from forge.cli.options import common
 @common
 def command() -> None:
     """List the runs that this store knows."""
-    from forge.stages.describe import describe_runs
+    from forge.commands.describe import describe_runs
 
     report.result({"runs": describe_runs()})

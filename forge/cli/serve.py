@@ -63,16 +63,18 @@ def command(
     **wish: Any,
 ) -> None:
     """Serve TARGET, a run or a GGUF file, as an OpenAI-compatible endpoint until Ctrl-C."""
-    from forge.stages import serving
+    from forge.commands.serve import serve, show_manifest
+    from forge.ship.serving import Wish
+    from forge.ship.serving import detach as leave_running
 
-    wanted = serving.Wish(**wish)
+    wanted = Wish(**wish)
     if kind and (detach or show):
         raise click.UsageError("--print runs nothing: leave --detach and --open out")
     if kind:
-        serving.show_manifest(kind, wanted, model_url=model_url, replicas=replicas)
+        show_manifest(kind, wanted, model_url=model_url, replicas=replicas)
     elif model_url or replicas != 1:
         raise click.UsageError("--model-url and --replicas go with --print")
     elif detach:
-        report.result(serving.detach(wanted, show=show))
+        report.result(leave_running(wanted, show=show))
     else:
-        serving.serve(wanted, said=report.result, show=show, listed=listed)
+        serve(wanted, said=report.result, show=show, listed=listed)

@@ -23,6 +23,6 @@ def command(
     What is already made is found again; what was stopped goes on. Exit codes: 2 recipe or data,
     3 a missing tool, 4 a stage, 5 a check or a smoke query, 130 interrupted.
     """
-    from forge.stages.drive import ship
+    from forge.ship.drive import ship
 
     report.result(ship(recipe, overrides, from_stage=from_stage, until=until, retrain=retrain))

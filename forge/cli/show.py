@@ -11,6 +11,6 @@ from forge.cli.options import common
 @common
 def command(run: str) -> None:
     """Show what RUN holds: a run's name or directory, or a recipe that was shipped."""
-    from forge.stages.describe import describe_run
+    from forge.commands.describe import describe_run
 
     report.result(describe_run(run))

@@ -11,6 +11,6 @@ from forge.cli.options import common
 @common
 def command(run: str) -> None:
     """Serve RUN (a name or a directory) and ask its recipe's smoke queries again; exit 5 if one fails."""
-    from forge.stages.asking import smoke
+    from forge.commands.ask import smoke
 
     report.result(smoke(run))

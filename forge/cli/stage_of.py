@@ -18,16 +18,8 @@ def stage_command(stage: str, description: str) -> click.Command:
     @overrides_option
     @common
     def command(recipe: Path, overrides: tuple[str, ...]) -> None:
-        report.result(run_stage(recipe, overrides, stage))
+        from forge.ship.drive import ship_until
+
+        report.result(ship_until(recipe, overrides, stage))
 
     return command
-
-
-def run_stage(recipe: Path, overrides: tuple[str, ...], stage: str) -> dict[str, object]:
-    """Ship up to `stage` and return its facts beside the summary of the ship."""
-    from forge.stages.drive import ship
-    from forge.stages.record import read_manifest
-
-    fields = ship(recipe, overrides, until=stage)
-    facts = read_manifest(Path(fields["run"])).get("facts", {}).get(stage, {})
-    return {**fields, **facts}

@@ -11,6 +11,6 @@ from forge.cli.options import common
 @common
 def command(name: str | None) -> None:
     """Stop the background server NAME, or all of them."""
-    from forge.stages.serving import stop
+    from forge.commands.serve import stop
 
     report.result(stop(name))

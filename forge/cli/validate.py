@@ -22,12 +22,12 @@ def command(recipe: Path | None, overrides: tuple[str, ...], base: str | None, a
     not finite, zero or not fitting is exit 5 or 2, with the layers' names.
     """
     if recipe is not None:
-        from forge.cli.stage_of import run_stage
+        from forge.ship.drive import ship_until
 
-        report.result(run_stage(recipe, overrides, "validate"))
+        report.result(ship_until(recipe, overrides, "validate"))
         return
     if not (base and adapter):
         raise RecipeError("give a RECIPE, or both --base and --adapter", hint="see: forge validate --help")
-    from forge.stages.alone import validate
+    from forge.commands.validate import validate
 
     report.result(validate(base, adapter))

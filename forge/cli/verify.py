@@ -53,16 +53,16 @@ def command(
     and quantization. Exit 5 when they differ by more than that explains.
     """
     if recipe is not None:
-        from forge.cli.stage_of import run_stage
+        from forge.ship.drive import ship_until
 
-        fields = run_stage(recipe, overrides, "verify")
+        fields = ship_until(recipe, overrides, "verify")
         certificate = fields["certificate"]
         assert isinstance(certificate, dict)  # a ship that ended well has one
         report.result({**fields, **certificate})
         return
     if not (base and gguf):
         raise RecipeError("give a RECIPE, or both --base and --gguf", hint="see: forge verify --help")
-    from forge.stages.certify import Files, certify
+    from forge.commands.verify import Files, certify
 
     how = {name: options.pop(name) for name in ("data", "max_kl", "min_top1")}
     certify(Files(base, gguf, **options), **how)

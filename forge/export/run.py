@@ -42,17 +42,8 @@ from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
-ADAPTER_SUFFIX = "-adapter.gguf"
-IMPORTANCE_SUFFIX = "-imatrix.gguf"
-BESIDE = (ADAPTER_SUFFIX, IMPORTANCE_SUFFIX)
-"""What a GGUF's name ends with that lies beside a model and is none."""
 MERGED_DIRECTORY = "merged"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-
-
-def adapter_beside(gguf: Path) -> Path:
-    """Where the adapter lies that goes on the model `gguf`: beside it, under its name."""
-    return gguf.with_name(f"{gguf.stem}{ADAPTER_SUFFIX}")
 
 
 def export(

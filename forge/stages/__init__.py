@@ -1,4 +1,4 @@
-"""The whole pipeline, readable as one tuple. `serve.live` and `stages.record` come after it."""
+"""The whole pipeline, readable as one tuple. `ship.record` comes after it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from forge.pipeline.stage import Step
-    from forge.stages.ship import Ship
+    from forge.resolve.resolved import Resolved
 
 
-def stages_for(ship: Ship) -> tuple[Step, ...]:
+def stages_for(ship: Resolved) -> tuple[Step, ...]:
     """The stages of a ship, in order.
 
     Up to *verify* each is pure and kept in the store; *deploy* and *smoke* look at the world.
     """
     from forge.recipe.schema import Adopted, Train
-    from forge.stages.adapter import AdoptStage, EvaluateStage, TrainStage, ValidateStage
-    from forge.stages.artifacts import DataStage, ExportStage
+    from forge.stages.adopt import AdoptStage
     from forge.stages.calibrate import CalibrateStage
-    from forge.stages.live import DeployAction, SmokeAction
+    from forge.stages.data import DataStage
+    from forge.stages.deploy import DeployAction
+    from forge.stages.evaluate import EvaluateStage
+    from forge.stages.export import ExportStage
     from forge.stages.modelfile_stage import ModelfileStage
+    from forge.stages.smoke import SmokeAction
+    from forge.stages.train import TrainStage
+    from forge.stages.validate import ValidateStage
     from forge.stages.verify import VerifyStage
 
     recipe = ship.recipe

@@ -1,7 +1,6 @@
 """*calibrate*: an importance matrix of the training rows, and the type that a budget allows.
 
-A stage where the recipe asks for one of the two: *export* and *verify* then take the matrix; and the
-same for `forge export` on files alone.
+A stage where the recipe asks for one of the two: *export* and *verify* then take the matrix.
 """
 
 from __future__ import annotations
@@ -11,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from forge import report, worker
-from forge.chat.template import ChatTemplate
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
-from forge.data.tokens import prompt_format
 from forge.errors import CheckError, ForgeError
-from forge.model.config import Configuration
 from forge.model.estimate import certificate_disk
-from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 from forge.recipe.quants import BUDGETED
-from forge.stages.artifacts import ADAPTER_STAGE, CALIBRATION_STAGE, GgufStage
-from forge.stages.rows import own_rows, plain_rows
-from forge.stages.ship import Ship
+from forge.resolve.resolved import Resolved
+from forge.resolve.stage import GgufStage
+from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.tools.llama_cpp import find_converters
 from forge.verify.calibrate import IMPORTANCE_FILE
+
+CALIBRATION_STAGE = "calibrate"
+
+
+def importance_in(inputs: Mapping[str, Artifact]) -> str | None:
+    """The importance matrix that the file is rounded by."""
+    return str(inputs[CALIBRATION_STAGE].path / IMPORTANCE_FILE) if CALIBRATION_STAGE in inputs else None
 
 
 class CalibrateStage(GgufStage):
@@ -34,7 +36,7 @@ class CalibrateStage(GgufStage):
     name = CALIBRATION_STAGE
     version = 3
 
-    def __init__(self, ship: Ship) -> None:
+    def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
         self.needs = ("data", *((ADAPTER_STAGE,) if ship.recipe.train is not None else ()))
 
@@ -119,51 +121,3 @@ def failure_of(facts: Mapping[str, Any]) -> CheckError | None:
     )
     failure.fields = {"calibration": facts}
     return failure
-
-
-def calibrate_alone(
-    arguments: dict[str, Any], data: Path, configuration: Configuration, max_kl: float | None, scratch: Path
-) -> dict[str, Any]:
-    """Put the importance matrix of `data`'s rows, and with `max_kl` the type, into `arguments` of an export.
-
-    A tenth of the rows is measured on and left out of the matrix. Raises `CheckError` when no type is
-    within the budget.
-    """
-    rows, measured = _rows(arguments, data, configuration, scratch)
-    out = scratch / "calibration"
-    out.mkdir(exist_ok=True)
-    settings = arguments["settings"]
-    given = ("base", "adapter", "tokenizer", "chat_template", "converters")
-    facts = worker.call(
-        "calibrate",
-        {
-            **{name: arguments[name] for name in given},
-            "rows": str(rows),
-            "measured_rows": str(measured),
-            "types": [] if max_kl is None else list(BUDGETED),
-            "max_kl": max_kl,
-            "out": str(out),
-            "settings": {**settings, "keep_merged": False},
-        },
-    )
-    tell(facts)
-    if failure := failure_of(facts):
-        raise failure
-    settings["importance"] = str(out / IMPORTANCE_FILE)
-    settings["quant"] = facts.get("quant", settings["quant"])
-    return facts
-
-
-def _rows(
-    arguments: Mapping[str, Any], data: Path, configuration: Configuration, scratch: Path
-) -> tuple[Path, Path]:
-    """The rows to calibrate on, and those to measure on: others, where there are enough."""
-    files = read_tokenizer(Path(arguments["tokenizer"]))
-    tokenizer = open_tokenizer(files.directory)
-    if arguments["chat_template"] is None:
-        rows = plain_rows(data, tokenizer, scratch)
-        return rows, rows
-    form = prompt_format(ChatTemplate(arguments["chat_template"], files.template_tokens), tokenizer)
-    rows = own_rows(data, form, configuration.max_positions, scratch, heldout=0.1)
-    held = scratch / HELDOUT_FILE
-    return rows, held if held.stat().st_size else rows

@@ -18,10 +18,13 @@ from forge.chat.hand_over import (
 )
 from forge.chat.same_prompts import compare
 from forge.chat.stops import require
-from forge.export.run import GGUF_FILE, adapter_beside
+from forge.export.run import GGUF_FILE
 from forge.model.gguf_header import read_gguf
-from forge.stages.artifacts import ShipStage, adapter_in, gguf_name, prompt_params, quant_asked
-from forge.stages.ship import Ship
+from forge.resolve.derived import context_tokens, gguf_name, longest_reply, prompt_params, quant_asked
+from forge.resolve.resolved import Resolved
+from forge.resolve.stage import ShipStage
+from forge.runs.files import adapter_beside
+from forge.stages.export import adapter_in
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 
@@ -32,7 +35,7 @@ class ModelfileStage(ShipStage):
     name = "modelfile"
     version = 5
 
-    def __init__(self, ship: Ship) -> None:
+    def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
         self.needs = (("data",) if ship.recipe.data else ()) + ("export",)
 
@@ -77,16 +80,3 @@ class ModelfileStage(ShipStage):
                 "pinned": dict(self.ship.template.variables),
             },
         }
-
-
-def context_tokens(ship: Ship, data_facts: Mapping[str, Any]) -> int:
-    """The context to serve with: what was asked, else min(model's, max(4096, training + reply))."""
-    asked = ship.recipe.deploy.context_tokens
-    most = ship.configuration.max_positions or 4096
-    wanted = max(4096, int(data_facts.get("max_length", 0)) + longest_reply(ship))
-    return asked or min(most, wanted)
-
-
-def longest_reply(ship: Ship) -> int:
-    """The tokens to leave for a reply: what the smoke queries ask for, 256 at least."""
-    return max([256, *(query.max_tokens for query in ship.recipe.smoke)])

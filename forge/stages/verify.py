@@ -10,17 +10,13 @@ from forge import report, worker
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
-from forge.stages.artifacts import (
-    ADAPTER_STAGE,
-    CALIBRATION_STAGE,
-    GgufStage,
-    adapter_in,
-    importance_in,
-    installed,
-    largest_type,
-)
-from forge.stages.rows import certificate_rows
-from forge.stages.ship import Ship
+from forge.resolve.derived import largest_type
+from forge.resolve.resolved import Resolved
+from forge.resolve.rows import certificate_rows
+from forge.resolve.stage import GgufStage, installed
+from forge.stages.calibrate import CALIBRATION_STAGE, importance_in
+from forge.stages.export import adapter_in
+from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.tools.llama_cpp import find_converters
@@ -33,7 +29,7 @@ class VerifyStage(GgufStage):
     name = "verify"
     version = 3
 
-    def __init__(self, ship: Ship) -> None:
+    def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
         data = ("data",) if ship.recipe.data else ()
         calibrated = (CALIBRATION_STAGE,) if ship.recipe.export.is_calibrated else ()

@@ -10,23 +10,24 @@ from typing import Any
 
 from forge import report
 from forge.data.prepare import look
-from forge.errors import DataError, ForgeError
-from forge.export.run import ADAPTER_SUFFIX, adapter_beside
+from forge.errors import ForgeError
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
 from forge.pipeline.run import run
 from forge.pipeline.stage import Result
 from forge.recipe.load import Loaded, load
+from forge.resolve.recipe import resolve_recipe
+from forge.resolve.resolved import Resolved
+from forge.runs.files import RUNS
+from forge.runs.manifest import read_manifest
+from forge.ship.preflight import require_tools
+from forge.ship.record import learned, record, summary
+from forge.ship.space import require_space
 from forge.stages import stages_for
-from forge.stages.artifacts import DataStage
-from forge.stages.preflight import require_tools
-from forge.stages.record import MANIFEST, learned, read_manifest, record, summary
-from forge.stages.ship import Ship, open_ship
-from forge.stages.space import require_space
+from forge.stages.data import DataStage
 from forge.store import runs
 from forge.store.artifacts import Store, open_store
 
-RUNS = "runs"
 _READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s
 
 
@@ -86,8 +87,15 @@ def ship(
     return fields
 
 
-def _open(loaded: Loaded, store: Store, directory: Path) -> Ship:
-    target = open_ship(loaded, store, directory, pins=read_manifest(directory).get("pins"))
+def ship_until(recipe: Path, overrides: Sequence[str], stage: str) -> dict[str, Any]:
+    """Ship up to and with `stage`; its facts stand beside the summary of the ship."""
+    fields = ship(recipe, overrides, until=stage)
+    facts = read_manifest(Path(fields["run"])).get("facts", {}).get(stage, {})
+    return {**fields, **facts}
+
+
+def _open(loaded: Loaded, store: Store, directory: Path) -> Resolved:
+    target = resolve_recipe(loaded, store, directory, pins=read_manifest(directory).get("pins"))
     for problem in target.base.problems:
         report.warning(str(problem))
     for note in target.notes:
@@ -95,10 +103,10 @@ def _open(loaded: Loaded, store: Store, directory: Path) -> Ship:
     return target
 
 
-def _keep(target: Ship) -> str:
+def _keep(target: Resolved) -> str:
     """Leave the model served as `forge serve --detach` does; give its address."""
     from forge.serve import detached
-    from forge.stages.serving import Wish, detach, served_directory
+    from forge.ship.serving import Wish, detach, served_directory
     from forge.tools.hosts import DEFAULT_HOST
 
     deploy = target.recipe.deploy
@@ -124,18 +132,18 @@ def _load(recipe: Path, overrides: Sequence[str]) -> Loaded:
 
 
 def _failed_live(results: Mapping[str, Result]) -> ForgeError | None:
-    from forge.stages.live_proof import failure_of
+    from forge.serve.live_proof import failure_of
 
     return failure_of(results["deploy"].facts["live"]) if "deploy" in results else None
 
 
 def _failed_smoke(results: Mapping[str, Result]) -> ForgeError | None:
-    from forge.stages.live import failure_of
+    from forge.stages.smoke import failure_of
 
     return failure_of(results["smoke"].facts) if "smoke" in results else None
 
 
-def _finish(target: Ship, results: Mapping[str, Result], failure: ForgeError | None) -> dict[str, Any]:
+def _finish(target: Resolved, results: Mapping[str, Result], failure: ForgeError | None) -> dict[str, Any]:
     """Say how it went."""
     figures = learned(results)
     if figures and figures["metric"] == "exact_match":
@@ -152,68 +160,21 @@ def _finish(target: Ship, results: Mapping[str, Result], failure: ForgeError | N
     return summary(target, results)
 
 
-def plan(recipe: Path, overrides: Sequence[str] = (), *, fetch: bool = False) -> tuple[Ship, Plan]:
+def plan(recipe: Path, overrides: Sequence[str] = (), *, fetch: bool = False) -> tuple[Resolved, Plan]:
     """What a ship would run, and why. Writes nothing; asks the hub only with `fetch`."""
     loaded = _load(recipe, overrides)
     store, directory = open_store(read_only=True), run_directory(loaded)
     pins = read_manifest(directory).get("pins")
-    target = open_ship(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
+    target = resolve_recipe(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
     planned = plan_stages(stages_for(target), store, runs.requests(store, directory))
     if not all(one.cached for one in planned.stages if one.name == "data"):
         _look_at_data(target)
     return target, planned
 
 
-def _look_at_data(target: Ship) -> None:
+def _look_at_data(target: Resolved) -> None:
     """Rows that a ship would refuse are told by its plan, where reading them takes no time."""
     files = [*target.data_files, *([target.heldout] if isinstance(target.heldout, Path) else [])]
     light = all(path.suffix.lower() != ".parquet" for path in files)
     if target.data_files and light and sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN:
         look(DataStage(target).settings())
-
-
-def find_run(name: str) -> Path:
-    """The directory of a run, by path or by name from anywhere; raises `DataError`."""
-    for candidate in (Path(name), Path(RUNS) / name):
-        if (candidate / MANIFEST).is_file():
-            return candidate.absolute()
-    known = runs.runs(open_store(read_only=True))
-    found = [run.directory for run in known if run.name == name and (run.directory / MANIFEST).is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(
-            f"there are {len(found)} runs called {name}",
-            hint="name its directory: " + ", ".join(map(str, found)),
-        )
-    names = ", ".join(sorted({run.name for run in known})) or "none yet"
-    raise DataError(f"there is no run {name}", hint=f"runs are: {names}")
-
-
-def find_model(name: str) -> tuple[Path, Path | None]:
-    """The GGUF that a run or a path stands for, and a run's own adapter to serve with it.
-
-    A path is that file alone. Raises `DataError`, also for a run whose adapter is gone: the base that is left
-    is not what was trained.
-    """
-    path = Path(name)
-    if path.suffix == ".gguf" or path.is_file():
-        if adapter_beside(path).is_file():
-            report.warning(f"{path.name} is taken alone, without {adapter_beside(path).name} beside it")
-        return path.absolute(), None
-    directory = find_run(name)
-    found = sorted(directory.glob("*.gguf"))
-    model = next((one for one in found if not one.name.endswith(ADAPTER_SUFFIX)), None)
-    if model is None:
-        raise DataError(
-            f"{directory} has no GGUF: its ship did not get that far", hint="forge ship its recipe"
-        )
-    adapter = adapter_beside(model)
-    if adapter.is_file():
-        return model, adapter
-    if read_manifest(directory).get("facts", {}).get("export", {}).get("mode") == "adapter":
-        raise DataError(
-            f"{adapter} is gone, and {model.name} without it is the base",
-            hint="forge ship its recipe again; or name the file, for the base alone",
-        )
-    return model, None

@@ -11,8 +11,8 @@ from functools import partial
 
 from forge.errors import MissingToolError, Problem
 from forge.recipe.schema import Train
+from forge.resolve.resolved import Resolved
 from forge.serve.runtimes import check_runtime
-from forge.stages.ship import Ship
 from forge.tools.llama_cpp import find_converters
 
 _PACKAGES: Mapping[str, tuple[str, ...]] = {
@@ -26,7 +26,7 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 _INSTALL = "install the training stack: pip install 'forge-ship[train]'"
 
 
-def require_tools(ship: Ship, stages: Collection[str]) -> None:
+def require_tools(ship: Resolved, stages: Collection[str]) -> None:
     """Raise `MissingToolError` with everything that `stages` (those that will really run) lack."""
     needed = {name for stage in stages for name in _PACKAGES.get(stage, ())}
     train, deploy = ship.recipe.train, ship.recipe.deploy

@@ -13,12 +13,11 @@ from forge.model.estimate import Estimate, available, inference, training
 from forge.pipeline.plan import Plan
 from forge.recipe.fields import values
 from forge.recipe.load import load
-from forge.stages.artifacts import largest_type
-from forge.stages.drive import find_run
-from forge.stages.modelfile_stage import context_tokens
-from forge.stages.record import read_manifest
-from forge.stages.ship import Ship
-from forge.stages.space import free_space, space_needed
+from forge.resolve.derived import context_tokens, largest_type
+from forge.resolve.resolved import Resolved
+from forge.runs.find import find_run
+from forge.runs.manifest import read_manifest
+from forge.ship.space import free_space, space_needed
 from forge.store import collect as garbage_collection
 from forge.store import runs as store_runs
 from forge.store.artifacts import open_store
@@ -26,7 +25,7 @@ from forge.store.artifacts import open_store
 _PLANNING_LENGTH = 1024  # tokens of a row, where the recipe leaves the length to the data
 
 
-def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
+def describe_plan(ship: Resolved, planned: Plan) -> dict[str, Any]:
     """Show a plan; returns the contract's fields."""
     for name, value in sorted(values(ship.recipe).items()):
         source = ship.loaded.sources[name]
@@ -55,7 +54,7 @@ def describe_plan(ship: Ship, planned: Plan) -> dict[str, Any]:
     }
 
 
-def _memory(ship: Ship) -> dict[str, Any] | None:
+def _memory(ship: Resolved) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
     tensors = ship.tensors
@@ -91,14 +90,14 @@ def _memory(ship: Ship) -> dict[str, Any] | None:
     }
 
 
-def _downloads(ship: Ship) -> str | int:
+def _downloads(ship: Resolved) -> str | int:
     """Bytes of weights that a ship would fetch; unknown where not even headers are here."""
     if ship.base.directory is None:
         return UNKNOWN
     return sum(tensor.bytes for tensor in (ship.headers or {}).values())
 
 
-def _disk(ship: Ship, planned: Plan) -> dict[str, Any] | None:
+def _disk(ship: Resolved, planned: Plan) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
     estimate = space_needed(ship, planned)

@@ -1,17 +1,14 @@
-"""The stages that look at the world: *deploy* starts a server and proves its prompts, *smoke* asks it."""
+"""The stage *deploy*: starts a server and proves its prompts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from forge import report
-from forge.chat import stops
 from forge.chat.difference import first_difference
 from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
@@ -20,33 +17,19 @@ from forge.errors import CheckError, Problem
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
+from forge.resolve.derived import context_tokens
+from forge.resolve.resolved import Resolved
 from forge.serve.endpoint import Endpoint, Message
-from forge.stages.artifacts import adapter_in
-from forge.stages.modelfile_stage import context_tokens
-from forge.stages.ship import Ship
+from forge.stages.export import adapter_in
+from forge.stages.smoke import queries_in, smoke_passes
 
 if TYPE_CHECKING:
-    from forge.serve.smoke import Query
+    pass
 
 # The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
 EXPORT = "export"
 _OWN_PROMPTS = 50
 _ASKED = 8
-
-
-def queries_in(recipe: Recipe) -> list[Query]:
-    """The recipe's smoke queries."""
-    from forge.serve.smoke import Query
-
-    queries = []
-    for query in recipe.smoke:
-        if query.messages is not None:
-            messages = tuple({"role": turn.role, "content": turn.content} for turn in query.messages)
-        else:
-            system = ({"role": "system", "content": query.system},) if query.system else ()
-            messages = (*system, {"role": "user", "content": query.prompt or ""})
-        queries.append(Query(messages, query.expect, query.max_tokens))
-    return queries
 
 
 class DeployAction(Action):
@@ -55,15 +38,14 @@ class DeployAction(Action):
     name = "deploy"
     needs = (EXPORT,)
 
-    def __init__(self, ship: Ship) -> None:
+    def __init__(self, ship: Resolved) -> None:
         self.ship = ship
         self.endpoint: Endpoint | None = None
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
+        from forge.serve.live_proof import prove_live
         from forge.serve.runtime import Settings
         from forge.serve.runtimes import runtime_for
-        from forge.stages.live_proof import prove_live
-        from forge.stages.ollama import prove_in_ollama
 
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT].artifact
@@ -131,7 +113,7 @@ def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
         return [json.loads(line)["messages"][:-1] for line in islice(stream, _OWN_PROMPTS)]
 
 
-def prove_prompts(ship: Ship, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:
+def prove_prompts(ship: Resolved, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:
     """The server writes each prompt as training did, in text and in ids.
 
     Where the GGUF adds BOS, llama-server takes it off the text and puts it back as a token. Raises
@@ -163,65 +145,25 @@ def _differs(what: str, expected: Sequence[object], found: Sequence[object]) -> 
     )
 
 
-class SmokeAction(Action):
-    """The recipe's queries, and the held-out rows, asked of the served model.
+def prove_in_ollama(ship: Resolved, conversations: Sequence[Sequence[Message]], endpoint: Endpoint) -> None:
+    """The model that `endpoint` names writes each prompt as training did, with as many tokens, and answers.
 
-    Failed queries do not raise here: the run is recorded first.
+    Its runtime has compared it with the GGUF's own template; this holds it against the tokenizer that
+    trained. Raises `CheckError` with the first difference, or the smoke queries
+    that failed.
     """
+    from forge.serve.ollama import prove_prompts, prove_stops
+    from forge.tools.ollama import Ollama
 
-    name = "smoke"
-    needs = ("deploy",)
-
-    def __init__(self, ship: Ship) -> None:
-        self.ship = ship
-
-    def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
-        from forge.serve.smoke import run_smoke
-
-        deployed = results["deploy"].facts
-        endpoint = Endpoint(deployed["endpoint"], deployed["model"])
-        answers = run_smoke(endpoint, queries_in(self.ship.recipe))
-        for answer in answers:
-            report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))
-        facts: dict[str, Any] = {"smoke": [asdict(answer) for answer in answers]}
-        exact = results["evaluate"].facts.get("exact") if "evaluate" in results else None
-        if exact:
-            facts["heldout"] = _ask_heldout(endpoint, exact["answers"])
-        replies = [(answer.answer, answer.finish_reason) for answer in answers]
-        replies += [
-            (row["served"], row["finish_reason"]) for row in facts.get("heldout", {}).get("answers", ())
-        ]
-        should_end = bool(exact and exact["after"])
-        facts["stops"] = [one.message for one in self.ship.stops.in_replies(replies, should_end=should_end)]
-        return facts
-
-
-def failure_of(facts: Mapping[str, Any]) -> CheckError | None:
-    """The error of what *smoke* found: replies that do not end as they should, and queries that failed."""
-    from forge.serve.smoke import Answer
-    from forge.serve.smoke import failure_of as failure_of_answers
-
-    broken = stops.failure_of([Problem(message, stops.LIVE) for message in facts["stops"]])
-    failed = failure_of_answers([Answer(**answer) for answer in facts["smoke"]])
-    if broken and failed:
-        broken.problems += failed.problems
-    return broken or failed
-
-
-def _ask_heldout(endpoint: Endpoint, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Held-out questions to the shipped file behind its server: how many answers are exact."""
-    from forge.serve.client import Client
-    from forge.serve.wire import Sampling
-
-    asked: list[dict[str, Any]] = []
-    with Client(endpoint) as client:
-        for number, row in enumerate(rows, 1):
-            reply = client.chat(row["messages"], Sampling(max_tokens=128, seed=0))
-            asked.append({**row, "served": reply.text.strip(), "finish_reason": reply.finish_reason})
-            report.advance("ask the held-out rows", number, len(rows))
-    return {
-        "rows": len(asked),
-        "exact": sum(row["served"] == row["expected"] for row in asked),
-        "stopped": sum(row["finish_reason"] == "stop" for row in asked),
-        "answers": asked,
-    }
+    form = ship.prompt_format
+    with Ollama(endpoint.url) as server:
+        prove_stops(server, endpoint.model, ship.stops.texts)
+        prove_prompts(
+            server,
+            endpoint.model,
+            ship.template,
+            conversations,
+            writes_bos=None,
+            count=lambda texts: [len(form.ids(text)) for text in texts],
+        )
+    smoke_passes(ship.recipe, endpoint)

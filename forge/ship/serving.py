@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 import webbrowser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from forge import report
-from forge.errors import InterruptedByUserError, RecipeError, StageError
+from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
-from forge.serve import detached, ready
+from forge.runs.find import find_model, find_run
+from forge.runs.manifest import read_manifest, read_run_modelfile
+from forge.serve import detached
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 from forge.serve.runtimes import refuse_foreign, runtime_for
-from forge.serve.slots import slots_for
-from forge.stages.drive import find_model, find_run
-from forge.stages.record import read_manifest, read_run_modelfile
 from forge.store.artifacts import open_store
 from forge.tools.hosts import DEFAULT_HOST
 
@@ -141,73 +137,6 @@ def open_runtime(wish: Wish, chosen: Settings, stack: ExitStack) -> Endpoint:
     return stack.enter_context(serve_with_adapters(runtime, chosen, wish.lora))
 
 
-def serve(
-    wish: Wish, *, said: Callable[[Mapping[str, object]], None], show: bool = False, listed: bool = False
-) -> None:
-    """Serve until Ctrl-C or SIGTERM; `said` hears of the endpoint once it answers.
-
-    `show` opens the server's web page in a browser; `listed` shows the server in `forge ps`.
-    """
-    chosen = settings(wish)  # once: the key may come out of a pipe, which gives it a single time
-    if wish.runtime == "embedded" and not chosen.parallel and not chosen.gpu_layers:
-        # For many clients, where nobody says how many; forge knows the memory of a CPU alone.
-        chosen = replace(chosen, parallel=slots_for(chosen))
-    with ExitStack() as stack:
-        tell = None
-        if listed:
-            tell = stack.enter_context(detached.announced(served_directory(), chosen.alias))
-        endpoint = open_runtime(wish, chosen, stack)
-        report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
-        report.info(_in_words(wish, chosen, endpoint))
-        if tell:
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            tell(
-                detached.Served(
-                    chosen.alias, endpoint.url, endpoint.model, wish.runtime, os.getpid(),
-                    endpoint.container, since,
-                )
-            )  # fmt: skip
-        said(_fields(endpoint, os.getpid()))
-        if show:
-            webbrowser.open(endpoint.url)
-        try:
-            while not (why := endpoint.why_gone()):
-                time.sleep(1)
-        except KeyboardInterrupt:
-            raise InterruptedByUserError("stopped serving") from None
-        raise StageError(why)
-
-
-def _in_words(wish: Wish, chosen: Settings, endpoint: Endpoint) -> str:
-    """What is known of how it serves: requests at once, threads and device are Ollama's own affair."""
-    words = [f"context {chosen.context_tokens} tokens"]
-    if wish.runtime != "ollama":
-        words += [f"{chosen.slots} requests at once", f"{ready.threads_of(chosen)} threads"]
-        words += [f"on {endpoint.device}"]
-    elif chosen.threads:
-        words += [f"{chosen.threads} threads"]
-    return ", ".join(words)
-
-
-def _fields(endpoint: Endpoint, pid: int) -> dict[str, object]:
-    fields = {"endpoint": endpoint.url, "model": endpoint.model, "pid": pid, "device": endpoint.device}
-    return {**fields, "container": endpoint.container} if endpoint.container else fields
-
-
-def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int) -> None:
-    """Print what starts the server elsewhere; nothing runs."""
-    from forge.serve.manifests import manifest
-
-    if wish.runtime == "ollama":
-        raise RecipeError(
-            "--print writes how llama.cpp's server is started, not Ollama", hint="leave --runtime out"
-        )
-    chosen = settings(replace(wish, runtime="container"))
-    # A pod listens to its whole cluster, whatever the host is here.
-    ready.check(replace(chosen, host="0.0.0.0") if kind == "kubernetes" else chosen)
-    report.output(manifest(kind, chosen, model_url=model_url, replicas=replicas).rstrip("\n"))
-
-
 def served_directory() -> Path:
     """Where what runs in the background is written down."""
     return open_store(read_only=True).root / "serving"
@@ -226,24 +155,3 @@ def detach(wish: Wish, *, show: bool = False) -> Mapping[str, object]:
     if show:
         webbrowser.open(str(fields["endpoint"]))
     return fields
-
-
-def ps() -> dict[str, Any]:
-    """`forge ps`."""
-    found = detached.running(served_directory())
-    if found:
-        columns = ("name", "endpoint", "runtime", "pid", "since")
-        report.table("", columns, [[getattr(one, name) for name in columns] for one in found])
-    else:
-        report.info("nothing is being served in the background")
-    return {"running": [asdict(one) for one in found]}
-
-
-def stop(name: str | None) -> dict[str, Any]:
-    """`forge stop`."""
-    stopped: Sequence[detached.Served] = detached.stop(served_directory(), name)
-    for one in stopped:
-        report.success(f"stopped {one.name} ({one.endpoint})")
-    if not stopped:
-        report.info("nothing was being served in the background")
-    return {"stopped": [one.name for one in stopped]}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from forge.data.tokens import PromptFormat
-    from forge.stages.ship import Ship
+    from forge.resolve.resolved import Resolved
     from forge.store.artifacts import Artifact
 
 _BUILTIN = "builtin:yoda_heldout"
@@ -24,7 +24,7 @@ _NEEDED = "--data takes rows of prompt and completion, or of messages, that fit 
 _BUILTIN_COLUMNS = {"prompt": "sentence", "completion": "translation"}
 
 
-def certificate_rows(ship: Ship, inputs: Mapping[str, Artifact], out: Path) -> Path:
+def certificate_rows(ship: Resolved, inputs: Mapping[str, Artifact], out: Path) -> Path:
     """What a ship is measured on: its held-out rows, else those of training, else built-in ones."""
     if "data" not in inputs:
         return builtin_rows(ship.prompt_format, ship.configuration.max_positions, out)

@@ -11,24 +11,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA, read_modelfile
-from forge.chat.modelfile import Modelfile
+from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
 from forge.errors import ForgeError
-from forge.export.run import ADAPTER_FILE, BESIDE, GGUF_FILE, MERGED_DIRECTORY, adapter_beside
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.pipeline.stage import Result
-from forge.stages.artifacts import ADAPTER_STAGE, CALIBRATION_STAGE, adapter_in, gguf_name
-from forge.stages.page import write_page
-from forge.stages.ship import Ship
+from forge.resolve.derived import gguf_name
+from forge.resolve.resolved import Resolved
+from forge.runs.files import BESIDE, CALIBRATION, MANIFEST, REPORT, adapter_beside
+from forge.runs.manifest import read_manifest
+from forge.ship.page import write_page
+from forge.stages.calibrate import CALIBRATION_STAGE
+from forge.stages.export import adapter_in
+from forge.stages.train import ADAPTER_STAGE
 from forge.store import durable
 from forge.store.artifacts import Artifact
 from forge.store.runs import publish
 from forge.verify.calibrate import IMPORTANCE_FILE
 from forge.verify.verdict import Gates, judge
 
-MANIFEST = "manifest.json"
-REPORT = "report.html"
-# Where the importance matrix lies that `forge verify` asks for; beside the model it could be taken for one.
-CALIBRATION = "calibration"
 NOT_VERIFIED = "the ship did not get as far as verify"
 
 
@@ -55,7 +55,7 @@ def learned(results: Mapping[str, Result]) -> dict[str, Any] | None:
     }
 
 
-def certificate(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any] | None:
+def certificate(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any] | None:
     """The verdict on this ship's file, the live server's leg among it where one was asked."""
     if "verify" not in results:
         return None
@@ -64,7 +64,7 @@ def certificate(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any] | N
     return judge(results["verify"].facts, Gates(verify.max_kl, verify.min_top1), live)
 
 
-def summary(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
+def summary(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any]:
     """The JSON result of `forge ship`; whoever leaves a server running puts its address in."""
     directory = ship.run_directory
     modelfile = results["modelfile"].facts if "modelfile" in results else {}
@@ -82,7 +82,7 @@ def summary(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
     }
 
 
-def _weights(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
+def _weights(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any]:
     """The model's GGUF, and the adapter's where it has one; or why it has none where it was to have one."""
     artifact = results["export"].artifact if "export" in results else None
     if artifact is None:
@@ -93,7 +93,7 @@ def _weights(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
     return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
 
 
-def _proofs(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
+def _proofs(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any]:
     """What the summary and the manifest both tell."""
     found = certificate(ship, results)
     return {
@@ -107,7 +107,7 @@ def _proofs(ship: Ship, results: Mapping[str, Result]) -> dict[str, Any]:
     }
 
 
-def record(ship: Ship, results: Mapping[str, Result], failure: BaseException | None = None) -> None:
+def record(ship: Resolved, results: Mapping[str, Result], failure: BaseException | None = None) -> None:
     """Publish the artifacts that there are into the run's directory, then manifest and report."""
     directory = ship.run_directory
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,25 +120,7 @@ def record(ship: Ship, results: Mapping[str, Result], failure: BaseException | N
     write_page(directory / REPORT, manifest, results)
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The run's last manifest; empty when there is none that can be read."""
-    try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
-
-
-def read_run_modelfile(directory: Path) -> Modelfile | None:
-    """What the run tells Ollama: its Modelfile.jinja, and what that cannot hold; None where there is none."""
-    path = directory / MODELFILE_JINJA
-    if not path.is_file():
-        return None
-    facts = read_manifest(directory).get("facts", {}).get("modelfile", {})
-    return read_modelfile(path, facts.get("left_out"))
-
-
-def _publish(ship: Ship, artifact: Artifact, published: str | None) -> None:
+def _publish(ship: Resolved, artifact: Artifact, published: str | None) -> None:
     """Put the artifact's files into the run; `published` is the digest of what lies there."""
     directory = ship.run_directory
     if artifact.stage == ADAPTER_STAGE:
@@ -187,7 +169,7 @@ def _place(artifact: Artifact, name: str, source: Path, target: Path, published:
         publish(source, target)
 
 
-def _manifest(ship: Ship, results: Mapping[str, Result], failure: BaseException | None) -> dict[str, Any]:
+def _manifest(ship: Resolved, results: Mapping[str, Result], failure: BaseException | None) -> dict[str, Any]:
     return {
         "format": 1,
         "name": ship.recipe.name,

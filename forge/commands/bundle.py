@@ -10,11 +10,11 @@ from typing import Any
 from forge import report
 from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
 from forge.model.gguf_header import read_gguf
+from forge.runs.find import find_run
+from forge.runs.manifest import read_manifest
 from forge.serve import ready
 from forge.serve.bundle import Contents, write_bundle
-from forge.stages.drive import find_run
-from forge.stages.record import read_manifest
-from forge.stages.serving import Wish, settings
+from forge.ship.serving import Wish, settings
 
 _HELLO = "Hello!"
 # What may stand in a JSON text as it is, so that the smoke test can look for it.

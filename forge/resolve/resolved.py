@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from forge.adapter.read import read_adapter
 from forge.adapter.vocabulary import Fitted, fit
@@ -23,17 +23,13 @@ from forge.model.architectures import needs_own_code, own_code_note
 from forge.model.base import (
     UNKNOWN,
     ResolvedBase,
-    resolve,
-    resolve_headers,
 )
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.config import Configuration, read_configuration
 from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
-from forge.recipe.schema import Adopted, Recipe, Train
-from forge.stages.refusals import check
-from forge.stages.sources import data_files
+from forge.recipe.schema import Recipe, Train
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
 
@@ -45,7 +41,7 @@ _TOKENIZER_FILES = ("tokenizer*", "chat_template.*", "special_tokens_map.json", 
 
 
 @dataclass(frozen=True)
-class Ship:
+class Resolved:
     """One recipe, resolved. `directory` of the base or adapter is None only in a plan."""
 
     loaded: Loaded
@@ -216,53 +212,3 @@ class Ship:
             "adapter": adopted.spec if adopted else None,
             "adapter_revision": adopted.revision if adopted else None,
         }
-
-
-def open_ship(
-    loaded: Loaded,
-    store: Store,
-    run_directory: Path,
-    *,
-    pins: dict[str, Any] | None = None,
-    offline: bool = False,
-    fetch: Literal["all", "headers", "nothing"] = "all",
-) -> Ship:
-    """Find everything that the recipe names, and refuse what cannot work, before anything runs.
-
-    `pins` are those of the run's last ship: a hub name without revision stays at its commit. With
-    `fetch` other than all the hub is asked for headers only, or not at all; good for a plan.
-    Raises `DataError` for a base that cannot be trained or exported, or is not whole.
-    """
-    recipe = loaded.recipe
-    pins = pins or {}
-    base, headers = _base(loaded, pins, offline=offline, fetch=fetch)
-    adopted = None
-    if isinstance(recipe.train, Adopted):
-        source = recipe.train.source
-        revision = recipe.train.revision or _pin(pins, "adapter", source)
-        adopted = resolve(
-            source, revision=revision, offline=offline, fetch=fetch == "all", relative_to=loaded.directory
-        )
-    if adopted and adopted.directory:
-        read_adapter(adopted.directory)  # what it cannot be is refused though the base may not be here yet
-    files, heldout = data_files(loaded, offline=offline, fetch=fetch == "all")
-    ship = Ship(loaded, store, run_directory, base, adopted, files, heldout, headers)
-    if base.directory is not None:
-        check(ship)
-    return ship
-
-
-def _base(
-    loaded: Loaded, pins: dict[str, Any], *, offline: bool, fetch: str
-) -> tuple[ResolvedBase, Mapping[str, TensorSpec] | None]:
-    spec = loaded.recipe.base.id
-    revision = loaded.recipe.base.revision or _pin(pins, "base", spec)
-    if fetch != "headers":
-        whole = fetch == "all"
-        found = resolve(spec, revision=revision, offline=offline, fetch=whole, relative_to=loaded.directory)
-        return found, None
-    return resolve_headers(spec, revision=revision, offline=offline, relative_to=loaded.directory)
-
-
-def _pin(pins: dict[str, Any], kind: str, spec: str) -> str | None:
-    return pins.get(f"{kind}_revision") if pins.get(kind) == spec else None

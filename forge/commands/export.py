@@ -15,19 +15,14 @@ from forge import report, worker
 from forge.chat.template import ChatTemplate
 from forge.data.tokens import prompt_format
 from forge.errors import DataError, RecipeError
-from forge.export.run import (
-    ADAPTER_FILE,
-    GGUF_FILE,
-    IMPORTANCE_SUFFIX,
-    MERGED_DIRECTORY,
-    adapter_beside,
-)
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
 from forge.model.config import Configuration, check_unquantized, read_configuration
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.quants import NEED_IMATRIX, QUANTS
+from forge.runs.files import IMPORTANCE_SUFFIX, adapter_beside
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
 
@@ -88,7 +83,7 @@ def _calibrate(
     arguments: dict[str, Any], data: Path, configuration: Configuration, max_kl: float | None, scratch: Path
 ) -> dict[str, Any]:
     """`calibrate_alone`, imported here: it brings a recipe's code, which other exports start without."""
-    from forge.stages.calibrate import calibrate_alone
+    from forge.commands.calibrate import calibrate_alone
 
     return calibrate_alone(arguments, data, configuration, max_kl, scratch)
 

@@ -19,7 +19,7 @@ from forge.model.estimate import linear_tensors
 from forge.recipe.load import Loaded
 
 if TYPE_CHECKING:
-    from forge.stages.ship import Ship
+    from forge.resolve.resolved import Resolved
 
 
 def _located(loaded: Loaded, field: str, message: str) -> Problem:
@@ -28,7 +28,7 @@ def _located(loaded: Loaded, field: str, message: str) -> Problem:
     return Problem(message, field, *where)
 
 
-def check(ship: Ship) -> None:
+def check(ship: Resolved) -> None:
     """Raise `DataError` for a base that cannot become what the recipe asks for."""
     directory = ship.base_directory
     check_unquantized(ship.configuration, str(directory))
@@ -47,7 +47,7 @@ def check(ship: Ship) -> None:
             refuse_impure(why_merged(ship.fitted))
 
 
-def _check_targets(ship: Ship) -> None:
+def _check_targets(ship: Resolved) -> None:
     """Names that fit no module, told before training; matched as peft does, whole or behind a dot.
 
     Left to peft where transformers joins the experts' tensors under names that no file has.
@@ -68,7 +68,7 @@ def _check_targets(ship: Ship) -> None:
         )
 
 
-def _check_linear(ship: Ship) -> None:
+def _check_linear(ship: Resolved) -> None:
     """DoRA is merged, and an adapter has a GGUF of its own, on linear layers alone.
 
     Of DoRA a row is an output, whose length was learned. Named targets are looked at; `auto` takes linear
@@ -95,7 +95,7 @@ def _check_linear(ship: Ship) -> None:
         )
 
 
-def _check_generation(ship: Ship) -> None:
+def _check_generation(ship: Resolved) -> None:
     """A merged checkpoint is served by what reads its generation_config.json; the GGUF by its own ids."""
     path = ship.base_directory / GENERATION
     broken = ship.stops.in_generation_config(read_json(path)) if path.is_file() else []

@@ -20,7 +20,7 @@ from forge.model.config import check_unquantized, read_configuration
 from forge.model.estimate import certificate_disk
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
-from forge.stages.rows import builtin_rows, own_rows, plain_rows
+from forge.resolve.rows import builtin_rows, own_rows, plain_rows
 from forge.stages.verify import failure_of, tell
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from forge.pipeline.stage import Result
-from forge.stages.pictures import ids_that_differ, kl_by_position, kl_by_size, loss_curve, top1_by_stage
+from forge.ship.pictures import ids_that_differ, kl_by_position, kl_by_size, loss_curve, top1_by_stage
 from forge.store import durable
 from forge.train.run import LOG_FILE
 

@@ -10,41 +10,16 @@ from typing import Any
 from forge import report, worker
 from forge.chat.hand_over import hand_over_of
 from forge.errors import CheckError, MissingToolError, RecipeError, StageError
-from forge.export.run import adapter_beside
 from forge.recipe.schema import Recipe, from_json
-from forge.serve.endpoint import Endpoint, Message
-from forge.stages.record import read_manifest, read_run_modelfile
-from forge.stages.ship import Ship
-
-
-def prove_in_ollama(ship: Ship, conversations: Sequence[Sequence[Message]], endpoint: Endpoint) -> None:
-    """The model that `endpoint` names writes each prompt as training did, with as many tokens, and answers.
-
-    Its runtime has compared it with the GGUF's own template; this holds it against the tokenizer that
-    trained. Raises `CheckError` with the first difference, or the smoke queries
-    that failed.
-    """
-    from forge.serve.ollama import prove_prompts, prove_stops
-    from forge.tools.ollama import Ollama
-
-    form = ship.prompt_format
-    with Ollama(endpoint.url) as server:
-        prove_stops(server, endpoint.model, ship.stops.texts)
-        prove_prompts(
-            server,
-            endpoint.model,
-            ship.template,
-            conversations,
-            writes_bos=None,
-            count=lambda texts: [len(form.ids(text)) for text in texts],
-        )
-    smoke_passes(ship.recipe, endpoint)
+from forge.runs.files import adapter_beside
+from forge.runs.manifest import read_manifest, read_run_modelfile
+from forge.stages.smoke import ask_anything, smoke_passes
 
 
 def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
     """`forge import`: a run or a GGUF file becomes the model `name`; returns the contract's fields."""
+    from forge.runs.find import find_model
     from forge.serve.ollama import import_model
-    from forge.stages.drive import find_model
     from forge.tools.ollama import server_url
     from forge.tools.ollama_server import reach
 
@@ -70,7 +45,7 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
             told,
             adapter=adapter or own,
             count=partial(_count, gguf),
-            ask=partial(smoke_passes, recipe) if recipe else _ask_anything,
+            ask=partial(smoke_passes, recipe) if recipe else ask_anything,
         )
     report.success(
         f"{done.name}: {done.prompts} prompts compared, the tokens of {done.counted} counted, "
@@ -101,24 +76,3 @@ def _recipe_of(gguf: Path) -> Recipe | None:
     """The recipe of the run in whose directory the file lies."""
     recipe = read_manifest(gguf.parent).get("recipe")
     return from_json(recipe) if recipe else None
-
-
-def smoke_passes(recipe: Recipe, endpoint: Endpoint) -> None:
-    """The run's smoke queries; raises `CheckError` when one fails."""
-    from forge.serve.smoke import failure_of, run_smoke
-    from forge.stages.live import queries_in
-
-    answers = run_smoke(endpoint, queries_in(recipe))
-    if failure := failure_of(answers, " in Ollama"):
-        raise failure
-    if not answers:
-        _ask_anything(endpoint)
-
-
-def _ask_anything(endpoint: Endpoint) -> None:
-    """Any answer shows that the server can load the model."""
-    from forge.serve.client import Client
-    from forge.serve.wire import Sampling
-
-    with Client(endpoint) as client:
-        client.chat([{"role": "user", "content": "Hello!"}], Sampling(max_tokens=16))

@@ -11,7 +11,7 @@ from forge.chat.format_check import limit_names
 from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
 from forge.chat.modelfile import parse, render
 from forge.errors import CheckError, DataError
-from forge.export.run import BESIDE, adapter_beside
+from forge.runs.files import BESIDE, adapter_beside
 from forge.store import durable
 
 

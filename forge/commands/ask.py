@@ -11,11 +11,12 @@ from typing import Any
 
 from forge import report
 from forge.errors import CheckError, RecipeError
+from forge.runs.find import find_run
+from forge.runs.manifest import read_manifest
 from forge.serve.client import find
 from forge.serve.endpoint import Endpoint
-from forge.stages.drive import find_run
-from forge.stages.record import read_manifest
-from forge.stages.serving import Wish, open_runtime, read_key, settings
+from forge.ship.serving import Wish, open_runtime, read_key, settings
+from forge.stages.smoke import queries_in
 
 
 def chat(
@@ -64,7 +65,6 @@ def smoke(run: str) -> dict[str, Any]:
     """Ask a run's smoke queries again, of its file; raises `CheckError` when one fails."""
     from forge.recipe.schema import from_json
     from forge.serve.smoke import failure_of, run_smoke
-    from forge.stages.live import queries_in
 
     directory = find_run(run)
     recipe = from_json(read_manifest(directory)["recipe"])

@@ -13,14 +13,14 @@ from forge.errors import StageError
 from forge.model.estimate import Estimate, export_disk
 from forge.pipeline.plan import Plan
 from forge.pipeline.run import MORE_SPACE, size
-from forge.stages.adapter import TrainStage
-from forge.stages.artifacts import largest_type
+from forge.resolve.derived import largest_type
+from forge.resolve.resolved import Resolved
 from forge.stages.calibrate import CalibrateStage
-from forge.stages.ship import Ship
+from forge.stages.train import TrainStage
 from forge.stages.verify import VerifyStage
 
 
-def space_needed(ship: Ship, planned: Plan) -> Estimate:
+def space_needed(ship: Resolved, planned: Plan) -> Estimate:
     """Bytes at the fullest moment: what the stages that run keep, and the most that one takes beside it."""
     runs = {one.name for one in planned.stages if not one.cached}
     export = ship.recipe.export
@@ -47,7 +47,7 @@ def free_space(root: Path) -> int:
     return shutil.disk_usage(root).free
 
 
-def require_space(ship: Ship, planned: Plan) -> None:
+def require_space(ship: Resolved, planned: Plan) -> None:
     """Raise `StageError` when the disk cannot hold this ship."""
     needed, free = space_needed(ship, planned), free_space(ship.store.root)
     if needed.total > free:

@@ -1,0 +1,21 @@
+"""`forge init`: a commented recipe to start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.recipe.starters import kinds, write
+
+
+def init(name: str, kind: str, directory: Path) -> dict[str, Any]:
+    """Write `name`.yaml of a kind; raises `RecipeError` for one that there is not."""
+    path = write(name, kind, directory)
+    report.success(f"wrote {path}; next: forge plan {path}")
+    return {"path": str(path)}
+
+
+def list_kinds() -> dict[str, Any]:
+    report.output("\n".join(kinds()))
+    return {"kinds": list(kinds())}

@@ -1,0 +1,43 @@
+"""`forge template`: the chat template of any model as a Go template, proved on generated conversations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.chat.format_check import NOT_CLAIMED, compile_template, limit_names
+from forge.chat.format_source import read_source
+from forge.chat.hand_over import pinned
+
+
+def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
+    """Show the Go template of `path`, or why there is none; returns the contract's fields."""
+    source = read_source(path, bos=bos, eos=eos)
+    found = compile_template(source.template, add_bos=source.add_bos)
+    limits, given = limit_names(found.limits), pinned(source.template)
+    if found.go is None:
+        report.warning(f"refused: {found.reason}")
+    else:
+        report.success(
+            f"{found.status}: {found.checked} conversations compared; stops: {', '.join(found.stops)}"
+        )
+        for limit in limits:
+            report.info(f"not claimed: {limit}")
+        report.info(f"never claimed: {'; '.join(NOT_CLAIMED)}")
+        if given["day"]:
+            report.info(f"it writes a date: the text has {given['day']} for good")
+        if read := given["variables_read"]:
+            report.info(f"it reads {', '.join(read)}: the text has them undefined")
+        report.output(found.go)
+    return {
+        "status": found.status,
+        "limits": limits,
+        "reason": found.reason,
+        "go": found.go,
+        "stops": list(found.stops),
+        "default_system": found.chat.default_system if found.chat else None,
+        "conversations_checked": found.checked,
+        **given,
+        "not_claimed": list(NOT_CLAIMED),
+    }

@@ -1,0 +1,49 @@
+"""What follows from a resolved recipe: the name of its file, its type, the context to serve it with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from forge.recipe.quants import BUDGETED
+from forge.resolve.resolved import Resolved
+from forge.store.digest import Json
+
+
+def gguf_name(ship: Resolved, exported: Mapping[str, Any]) -> str:
+    """What the GGUF is called in the run; `exported` are the facts of the stage *export*."""
+    return f"{ship.recipe.name}-{exported['quant']}.gguf"
+
+
+def prompt_params(ship: Resolved) -> dict[str, Json]:
+    """What a rendered prompt and its ids depend on."""
+    training = ship.training
+    return {
+        "base.tokenizer": ship.tokenizer_digest,
+        "train.template_variables": dict(training.template_variables) if training else {},
+    }
+
+
+def quant_asked(ship: Resolved) -> str:
+    """The type in a stage's request; one that a budget chose is known by *calibrate*'s digest."""
+    quant = ship.recipe.export.quant
+    return quant if isinstance(quant, str) else "within a budget"
+
+
+def largest_type(ship: Resolved) -> str:
+    """The type, or the largest that a budget may choose: what there must be room for."""
+    quant = ship.recipe.export.quant
+    return quant if isinstance(quant, str) else BUDGETED[0]
+
+
+def context_tokens(ship: Resolved, data_facts: Mapping[str, Any]) -> int:
+    """The context to serve with: what was asked, else min(model's, max(4096, training + reply))."""
+    asked = ship.recipe.deploy.context_tokens
+    most = ship.configuration.max_positions or 4096
+    wanted = max(4096, int(data_facts.get("max_length", 0)) + longest_reply(ship))
+    return asked or min(most, wanted)
+
+
+def longest_reply(ship: Resolved) -> int:
+    """The tokens to leave for a reply: what the smoke queries ask for, 256 at least."""
+    return max([256, *(query.max_tokens for query in ship.recipe.smoke)])

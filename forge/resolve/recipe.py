@@ -1,0 +1,67 @@
+"""A recipe with everything that it names, found: the base at its commit, the adapter, the data files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from forge.adapter.read import read_adapter
+from forge.model.base import ResolvedBase, resolve, resolve_headers
+from forge.model.safetensors_header import TensorSpec
+from forge.recipe.load import Loaded
+from forge.recipe.schema import Adopted
+from forge.resolve.refusals import check
+from forge.resolve.resolved import Resolved
+from forge.resolve.sources import data_files
+from forge.store.artifacts import Store
+
+
+def resolve_recipe(
+    loaded: Loaded,
+    store: Store,
+    run_directory: Path,
+    *,
+    pins: dict[str, Any] | None = None,
+    offline: bool = False,
+    fetch: Literal["all", "headers", "nothing"] = "all",
+) -> Resolved:
+    """Find everything that the recipe names, and refuse what cannot work, before anything runs.
+
+    `pins` are those of the run's last ship: a hub name without revision stays at its commit. With
+    `fetch` other than all the hub is asked for headers only, or not at all; good for a plan.
+    Raises `DataError` for a base that cannot be trained or exported, or is not whole.
+    """
+    recipe = loaded.recipe
+    pins = pins or {}
+    base, headers = _base(loaded, pins, offline=offline, fetch=fetch)
+    adopted = None
+    if isinstance(recipe.train, Adopted):
+        source = recipe.train.source
+        revision = recipe.train.revision or _pin(pins, "adapter", source)
+        adopted = resolve(
+            source, revision=revision, offline=offline, fetch=fetch == "all", relative_to=loaded.directory
+        )
+    if adopted and adopted.directory:
+        read_adapter(adopted.directory)  # what it cannot be is refused though the base may not be here yet
+    files, heldout = data_files(loaded, offline=offline, fetch=fetch == "all")
+    ship = Resolved(loaded, store, run_directory, base, adopted, files, heldout, headers)
+    if base.directory is not None:
+        check(ship)
+    return ship
+
+
+def _base(
+    loaded: Loaded, pins: dict[str, Any], *, offline: bool, fetch: str
+) -> tuple[ResolvedBase, Mapping[str, TensorSpec] | None]:
+    spec = loaded.recipe.base.id
+    revision = loaded.recipe.base.revision or _pin(pins, "base", spec)
+    if fetch != "headers":
+        whole = fetch == "all"
+        found = resolve(spec, revision=revision, offline=offline, fetch=whole, relative_to=loaded.directory)
+        return found, None
+    return resolve_headers(spec, revision=revision, offline=offline, relative_to=loaded.directory)
+
+
+def _pin(pins: dict[str, Any], kind: str, spec: str) -> str | None:
+    return pins.get(f"{kind}_revision") if pins.get(kind) == spec else None

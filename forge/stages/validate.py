@@ -1,0 +1,35 @@
+"""The stage *validate*: is the adapter sound on this base?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forge import worker
+from forge.resolve.stage import ShipStage, installed
+from forge.stages.train import ADAPTER_STAGE
+from forge.store.artifacts import Artifact
+from forge.store.digest import Json
+
+
+class ValidateStage(ShipStage):
+    """peft's own status of the adapter on this base; a sound one only goes on."""
+
+    name = "validate"
+    version = 3
+    needs = (ADAPTER_STAGE,)
+
+    def params(self) -> Mapping[str, Json]:
+        return {"base": self.ship.base_digest}
+
+    def tools(self) -> Mapping[str, str]:
+        return {"peft": installed("peft")}
+
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        arguments = {
+            "base": str(self.ship.base_directory),
+            "adapter": str(inputs[ADAPTER_STAGE].path),
+            "trust_remote_code": self.ship.runs_own_code,
+        }
+        return worker.call("validate", arguments, log=self.ship.log)
