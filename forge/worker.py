@@ -3,7 +3,8 @@
 `call` starts `python -m forge.worker`, writes one JSON line (the task and its arguments) and reads
 JSON lines back: what `report` says, then one result or one error. The library's own prints, on
 standard output or error, end in the log, never in the protocol. Arguments and results are plain
-JSON; large things are passed as paths.
+JSON; large things are passed as paths. `perform` sends a dataclass and gives one back, read by `codec`
+on both sides: a misspelt field is a type error here and refused there.
 
 A worker that is asked to stop (SIGTERM) raises KeyboardInterrupt in its task, unless the task
 handles the signal itself, as training does.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
+import inspect
 import json
 import os
 import signal
@@ -22,11 +24,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, TypeVar, get_type_hints
 
 from forge import process, report
+from forge.codec import from_plain, to_plain
 from forge.errors import ForgeError, InterruptedByUserError, MissingToolError, StageError, from_json
 
 # The whole of what a worker may run: task name -> module:function.
@@ -41,11 +45,24 @@ TASKS: Mapping[str, str] = {
     "count": "forge.verify.vocabulary:count",
 }
 
+Request = TypeVar("Request")
+Answer = TypeVar("Answer")
 
 COMMAND: Sequence[str] = (sys.executable, "-m", "forge.worker")
 # How long a task may take to stop when it is asked to. Training finishes its step and a checkpoint.
 _GRACE_SECONDS: Mapping[str, float] = {"train": 600.0}
 _LAST_LINES = 20
+
+
+def perform(task: Callable[[Request], Answer], request: Request, *, log: Path | None = None) -> Answer:
+    """Run `task`, one of `TASKS`, in a worker process on `request`, a dataclass; its result is one, too.
+
+    Raises what `call` raises.
+    """
+    where = f"{task.__module__}:{task.__qualname__}"
+    [name] = [name for name, function in TASKS.items() if function == where]
+    answer: type[Answer] = get_type_hints(task)["return"]
+    return from_plain(answer, call(name, to_plain(request), log=log))
 
 
 def call(task: str, arguments: Mapping[str, Any], *, log: Path | None = None) -> dict[str, Any]:
@@ -192,8 +209,8 @@ def _answer(request: Mapping[str, Any], sink: ParentSink) -> int:
     module, _, function = TASKS[request["task"]].partition(":")
     try:
         with process.signals_as_interrupt():
-            value = getattr(importlib.import_module(module), function)(**request["arguments"])
-        sink.send("result", value=value)
+            value = _perform(getattr(importlib.import_module(module), function), request["arguments"])
+        sink.send("result", value=to_plain(value))
         return 0
     except KeyboardInterrupt:
         failure: ForgeError = InterruptedByUserError(
@@ -214,6 +231,15 @@ def _answer(request: Mapping[str, Any], sink: ParentSink) -> int:
         failure = StageError(f"{request['task']} failed: {type(bug).__name__}: {bug}")
     sink.send("error", error=failure.as_json())
     return failure.code
+
+
+def _perform(task: Callable[..., object], arguments: Mapping[str, Any]) -> object:
+    """A task that takes one dataclass is given its request; another the arguments by name."""
+    parameters = list(inspect.signature(task).parameters)
+    kind = get_type_hints(task)[parameters[0]] if len(parameters) == 1 else None
+    if is_dataclass(kind) and isinstance(kind, type):
+        return task(from_plain(kind, arguments))
+    return task(**arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-_EVERYONE = {"errors", "report"}
+_EVERYONE = {"errors", "report", "codec"}
 _BELOW_RESOLVE = {
     "process", "worker", "recipe", "store", "pipeline", "model", "chat", "data", "adapter", "train",
     "export", "verify", "tools", "serve",
@@ -19,6 +19,7 @@ _BELOW_RESOLVE = {
 ARROWS: Mapping[str, set[str]] = {
     "errors": set(),
     "report": set(),
+    "codec": set(),
     "process": set(),
     "worker": {"process"},
     "recipe": set(),

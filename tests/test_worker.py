@@ -21,6 +21,7 @@ from forge.errors import (
     StageError,
 )
 from tests.test_process import wait_until_gone
+from tests.worker_tasks import Order, Receipt, deliver
 
 pytestmark = pytest.mark.programs
 
@@ -147,6 +148,14 @@ def test_a_death_without_a_word(said: Said, tmp_path: Path, how: str, expected: 
         worker.call("die", {"how": how}, log=log)
     assert str(caught.value) == f"die: the worker process {expected}"
     assert caught.value.hint == f"see the end of {log}"
+
+
+def test_a_typed_task_takes_one_class_and_gives_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "TASKS", {"deliver": "tests.worker_tasks:deliver"})
+    order = Order((Path("/a/b"), Path("c")), scale=2)
+    assert worker.perform(deliver, order) == Receipt(("b", "c"), 2.0, Path("/a"))
+    with pytest.raises(StageError, match="Order has no path"):
+        worker.call("deliver", {"paths": [], "path": "/a/b"})
 
 
 @pytest.fixture

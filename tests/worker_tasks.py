@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from forge import process, report, worker
@@ -112,7 +114,24 @@ def find(name: str) -> dict[str, Any]:
     return {"found": importlib.util.find_spec(name) is not None}
 
 
+@dataclass(frozen=True)
+class Order:
+    paths: tuple[Path, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Receipt:
+    names: tuple[str, ...]
+    scale: float
+    where: Path
+
+
+def deliver(order: Order) -> Receipt:
+    return Receipt(tuple(path.name for path in order.paths), order.scale, order.paths[0].parent)
+
+
 if __name__ == "__main__":
     names = ("speak", "hurry", "fail", "divide", "lack", "hoard", "die", "sleep", "finish_step", "finish_all")
-    worker.TASKS = {name: f"tests.worker_tasks:{name}" for name in (*names, "find", "ignore")}
+    worker.TASKS = {name: f"tests.worker_tasks:{name}" for name in (*names, "find", "ignore", "deliver")}
     worker.main()
