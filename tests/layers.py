@@ -63,6 +63,8 @@ class Import:
     name: str
     line: int
     is_top: bool
+    parts: tuple[str, ...] = ()
+    """What is imported from the module `name`: a module of a room, maybe."""
 
     @property
     def package(self) -> str:
@@ -76,7 +78,7 @@ def faults(sources: Mapping[str, str]) -> list[str]:
         tree = ast.parse(text, path)
         for line, said in _faults_of(PurePosixPath(path), text, tree):
             found.append(f"{path}:{line}: {said}")
-    return found
+    return found + list(circle_faults(sources))
 
 
 def _faults_of(path: PurePosixPath, text: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -97,13 +99,47 @@ def imports(tree: ast.Module) -> Iterator[Import]:
                 for alias in child.names:
                     yield Import(alias.name, child.lineno, is_top)
             elif isinstance(child, ast.ImportFrom):
-                yield from (Import(name, child.lineno, is_top) for name in _names(child))
+                parts = tuple(alias.name for alias in child.names)
+                yield from (Import(name, child.lineno, is_top, parts) for name in _names(child))
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 yield from walk(child, False)
             else:
                 yield from walk(child, is_top)
 
     return walk(tree, True)
+
+
+def circle_faults(sources: Mapping[str, str]) -> Iterator[str]:
+    """Files that import each other, at the top or inside a function, however long the way round.
+
+    An import inside a function for the sake of speed (torch, httpx, a command's module) leads to files that
+    do not lead back. One whose target reaches the importer stands there only to make a circle work.
+    """
+    edges = {path: dict(_files_imported(text, path, sources)) for path, text in sources.items()}
+    for path in sorted(edges):
+        for target, found in sorted(edges[path].items()):
+            if path in _reached(target, edges):
+                where = "" if found.is_top else " inside a function"
+                yield f"{path}:{found.line}: imports {target}{where}, which leads back here"
+
+
+def _files_imported(text: str, path: str, sources: Mapping[str, str]) -> Iterator[tuple[str, Import]]:
+    for found in imports(ast.parse(text, path)):
+        for name in (found.name, *(f"{found.name}.{part}" for part in found.parts)):
+            stem = name.replace(".", "/")
+            for target in (f"{stem}.py", f"{stem}/__init__.py"):
+                if target in sources and target != path and sources[target].strip():
+                    yield target, found
+
+
+def _reached(start: str, edges: Mapping[str, Mapping[str, Import]]) -> set[str]:
+    seen, ahead = set(), [start]
+    while ahead:
+        path = ahead.pop()
+        if path not in seen:
+            seen.add(path)
+            ahead.extend(edges[path])
+    return seen
 
 
 def _names(node: ast.ImportFrom) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layers import ARROWS, HEAVY, faults
+from tests.layers import ARROWS, HEAVY, circle_faults, faults
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +31,23 @@ def test_the_table_has_no_circle() -> None:
         ready = {room for room, targets in ARROWS.items() if room not in below and targets <= below.keys()}
         assert ready, f"these import each other in a circle: {ARROWS.keys() - below.keys()}"
         below |= {room: ARROWS[room] for room in ready}
+
+
+CIRCLE = {
+    "forge/data/a.py": "from forge.data.b import b",
+    "forge/data/b.py": "from forge.data import c",
+    "forge/data/c.py": "def f() -> None:\n    import forge.data.a",
+    "forge/data/d.py": "from forge.data.a import a",
+}
+
+
+def test_files_that_import_each_other_are_named_with_the_import_inside_a_function() -> None:
+    assert list(circle_faults(CIRCLE)) == [
+        "forge/data/a.py:1: imports forge/data/b.py, which leads back here",
+        "forge/data/b.py:1: imports forge/data/c.py, which leads back here",
+        "forge/data/c.py:2: imports forge/data/a.py inside a function, which leads back here",
+    ]
+    assert list(circle_faults({**CIRCLE, "forge/data/c.py": "x = 1"})) == []
 
 
 BAD = {

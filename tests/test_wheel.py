@@ -93,7 +93,7 @@ def test_the_wheel_holds_the_package_and_what_ships_with_it(wheel: Path) -> None
     for needed in (
         "model/builtin/tiny/model.safetensors",
         "data/builtin/yoda.jsonl",
-        "stages/page.html.jinja",
+        "ship/page.html.jinja",
     ):
         assert f"forge/{needed}" in names
     assert f"{information}/licenses/LICENSE" in names

@@ -21,7 +21,7 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
     from forge.stages.deploy import DeployAction
     from forge.stages.evaluate import EvaluateStage
     from forge.stages.export import ExportStage
-    from forge.stages.modelfile_stage import ModelfileStage
+    from forge.stages.modelfile import ModelfileStage
     from forge.stages.smoke import SmokeAction
     from forge.stages.train import TrainStage
     from forge.stages.validate import ValidateStage
