@@ -13,7 +13,7 @@ from forge.errors import CheckError, Problem
 from forge.model.gguf_header import read_gguf
 from tests.tiny_gguf import write_tiny_gguf
 
-STOPS = StopContract("<|im_end|>", {"<|im_end|>": 2, "</s>": 7}, "<|pad|>")
+STOPS = StopContract("<|im_end|>", {"<|im_end|>": 2, "</s>": 7})
 DIALOGUE = {"messages": [{"role": "user"}, {"role": "assistant"}] * 2, "labels": [-100, 5, 2, -100, 7, 2]}
 ROW = {"labels": [-100, -100, 5, 6, 2]}
 
@@ -41,22 +41,19 @@ def test_it_holds_everywhere(tmp_path: Path) -> None:
 def test_a_break_names_its_place(tmp_path: Path) -> None:
     """Silent wrongs 4 and 5, pitfalls 16, 27, 28, 54."""
     header = read_gguf(write_tiny_gguf(tmp_path / "m.gguf"))
-    masked = StopContract("<|im_end|>", STOPS.ids, "<|im_end|>")
-    other = StopContract("<|end|>", {"<|end|>": 9}, "<|pad|>")
+    other = StopContract("<|end|>", {"<|end|>": 9})
     broken: dict[str, list[Problem]] = {
         "row 1: <|im_end|> is not supervised": STOPS.in_mask([{"labels": [-100, 5, 6]}], may_be_cut=False),
         "row 2: <|im_end|> is not supervised": STOPS.in_mask([ROW, {"labels": [-100, 5, 6, -100, 7, 2]}], may_be_cut=True),
         "row 3: <|im_end|> is not supervised": STOPS.in_mask([DIALOGUE, DIALOGUE, {**DIALOGUE, "labels": [-100, -100, -100, 7, 2]}], may_be_cut=False, every_turn=True),
-        "row 1: PAD is </s>, which is supervised": StopContract("<|im_end|>", STOPS.ids, "</s>").in_mask([{"labels": [-100, 5, 7, 2]}], may_be_cut=False),
         "row 1: nothing is supervised": STOPS.in_mask([{"labels": [-100, -100]}], may_be_cut=True),
-        "PAD is <|im_end|>, the end of turn": masked.in_mask([ROW], may_be_cut=False),
         "eos_token_id is 7, without the end of turn <|im_end|> (2)": STOPS.in_generation_config({"eos_token_id": 7}),
         "its end ids are eos 2, eot 2; the end of turn is <|end|> (9)": other.in_gguf(header),
         "no PARAMETER stop for </s>": STOPS.in_modelfile(parse("FROM x\nPARAMETER stop <|im_end|>"), "Modelfile"),
         "a reply holds <|im_end|> as text: 'Yes.<|im_end|>'": STOPS.in_replies([("Yes.<|im_end|>", "stop")], should_end=False),
         "no reply ends by itself; the tuned model's did": STOPS.in_replies([("on and on", "length")], should_end=True),
     }  # fmt: skip
-    places = [*6 * [LOSS_MASK], GENERATION, GGUF, "Modelfile", LIVE, LIVE]
+    places = [*4 * [LOSS_MASK], GENERATION, GGUF, "Modelfile", LIVE, LIVE]
     for (said, problems), place in zip(broken.items(), places, strict=True):
         assert problems == [Problem(said, place)]
         with pytest.raises(CheckError, match=f"broken at {place}"):

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from forge.errors import DataError
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
@@ -55,7 +54,20 @@ def test_d3_pads_with_its_pad_else_unk_else_another_never_eos(
     assert ship.prompt_format.tokenizer.id_to_token(ship.pad_token_id) == pads
 
 
-def test_d3_nothing_to_pad_with_is_said_before_training(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no special token besides EOS to pad with") as failed:
-        ship_of(tmp_path, {END}, pad_token=END)
-    assert failed.value.hint == "add a pad token to the base's tokenizer"
+@pytest.mark.parametrize("pad", [END, "[PAD]"], ids=["EOS", "not in tokenizer.json"])
+def test_d3_a_tokenizer_with_one_special_token_pads_with_it(tmp_path: Path, pad: str) -> None:
+    """ibm-granite/granite-3.1 #2, huggingface/smol-course #159: padding has the label -100, any id serves."""
+    ship = ship_of(tmp_path, {END}, pad_token=pad)
+    assert ship.pad_token == END
+    assert ship.pad_token_id == ship.prompt_format.end_of_turn_id
+
+
+@pytest.mark.training
+def test_pitfall_27_padding_with_eos_leaves_every_eos_in_the_loss() -> None:
+    """The training library pads labels by position; a row's own labels stay as they are."""
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    rows = [{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [7, 2], "labels": [7, 2]}]
+    batch = DataCollatorForLanguageModeling(pad_token_id=2).torch_call(rows)
+    assert batch["labels"].tolist() == [[-100, 6, 2], [7, 2, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]

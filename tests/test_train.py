@@ -52,7 +52,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 def arguments(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
     named = {"base": str(base), "base_name": "someone/base", "base_revision": "a1b2", "data": str(data)}
-    return {**named, "out": str(out), "settings": settings(**changes)}
+    return {**named, "out": str(out), "settings": settings(**changes) | {"tokenizer": str(base)}}
 
 
 Trained = tuple[Path, dict[str, Any]]

@@ -25,11 +25,10 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class StopContract:
-    """`ids` has the id of every text of `texts`; `end_of_turn` is one of them; `pad` is a text too."""
+    """`ids` has the id of every text of `texts`; `end_of_turn` is one of them."""
 
     end_of_turn: str
     ids: Mapping[str, int]
-    pad: str
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -42,18 +41,15 @@ class StopContract:
         """`rows` have `labels`: each supervises something, and the end of every turn that it supervises.
 
         Rows that may be cut may lack the last one. `every_turn`: all the assistant turns of a row's
-        `messages` are supervised. PAD is no token that is: where pads are masked by id it would be lost.
+        `messages` are supervised. Which token pads does not matter: labels are made before rows are padded.
         """
         end = self.ids[self.end_of_turn]
-        is_masked = self.pad == self.end_of_turn
-        found = [Problem(f"PAD is {self.pad}, the end of turn", LOSS_MASK)] if is_masked else []
+        found: list[Problem] = []
         for number, row in enumerate(rows, 1):
             supervised = [label for label in row["labels"] if label != _IGNORED]
             if not supervised:
                 found.append(Problem(f"row {number}: nothing is supervised", LOSS_MASK))
                 continue
-            if self.ids.get(self.pad) in supervised and not is_masked:
-                found.append(Problem(f"row {number}: PAD is {self.pad}, which is supervised", LOSS_MASK))
             ends = _ends(row["labels"])
             open_turns = sum(one != end for one in (ends[:-1] if may_be_cut else ends))
             wanted = sum(one["role"] == "assistant" for one in row["messages"]) if every_turn else 0

@@ -39,8 +39,6 @@ def check(ship: Resolved) -> None:
     _check_targets(ship)
     _check_linear(ship)
     _check_generation(ship)
-    if ship.prompt_format.end_of_turn_id == ship.pad_token_id:
-        raise DataError("the pad token is the end of turn: the model would never learn to stop")
     if ship.fitted:
         check_tokenizer(ship.fitted, ship.tokenizer.directory)
         if ship.recipe.export.mode == "adapter":

@@ -146,21 +146,16 @@ class Resolved:
 
     @property
     def pad_token(self) -> str:
-        """A special token that is neither EOS nor the end of turn (D3, pitfall 27).
+        """The tokenizer's PAD, else another special token, one that ends a reply last (D3).
 
-        Padding is masked out, so which token it is changes nothing; but one that is also EOS would
-        be masked where it counts.
+        Padding has the label -100 and no attention, so which token it is changes nothing.
         """
-        known = self.tokenizer.tokens
-        ends = {known.get("eos"), self.prompt_format.end_of_turn}
+        known, vocabulary = self.tokenizer.tokens, self.prompt_format.tokenizer
+        ends = [token for token in (known.get("eos"), self.prompt_format.end_of_turn) if token]
         named = [known[name] for name in ("pad", "unk") if name in known]
-        for token in (*named, *self.tokenizer.special_tokens):
-            if token not in ends and token != known.get("bos"):
-                return token
-        raise DataError(
-            "the tokenizer has no special token besides EOS to pad with",
-            hint="add a pad token to the base's tokenizer",
-        )
+        last = {*ends, known.get("bos")}
+        first = [token for token in (*named, *self.tokenizer.special_tokens) if token not in last]
+        return next(token for token in (*first, *ends) if vocabulary.token_to_id(token) is not None)
 
     @cached_property
     def stops(self) -> StopContract:
@@ -168,12 +163,12 @@ class Resolved:
         form = self.prompt_format
         ends = {form.tokenizer.id_to_token(number): number for number in self.tokenizer.eos_ids}
         ids = {text: number for text, number in ends.items() if text}
-        return StopContract(form.end_of_turn, {form.end_of_turn: form.end_of_turn_id, **ids}, self.pad_token)
+        return StopContract(form.end_of_turn, {form.end_of_turn: form.end_of_turn_id, **ids})
 
     @cached_property
     def pad_token_id(self) -> int:
         number = self.prompt_format.tokenizer.token_to_id(self.pad_token)
-        assert isinstance(number, int), self.pad_token
+        assert number is not None  # `pad_token` has an id
         return number
 
     @cached_property

@@ -61,6 +61,7 @@ class TrainStage(ShipStage):
             "trust_remote_code": self.ship.runs_own_code,
             "max_length": inputs["data"].facts["max_length"],
             "pad_token": self.ship.pad_token,
+            "tokenizer": str(self.ship.tokenizer.directory),
         }
         arguments = {
             "base": str(self.ship.base_directory),

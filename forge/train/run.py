@@ -35,9 +35,9 @@ def train(
 ) -> dict[str, Any]:
     """Train an adapter on `data` and save it in `out`; returns what was done.
 
-    `settings` is the recipe's `train` section and `trust_remote_code`; checkpoints live in
-    `out/work`, which the store keeps when the run is killed. Raises `StageError` on divergence or
-    lack of memory, `InterruptedByUserError` on SIGTERM, after a checkpoint.
+    `settings` is the recipe's `train` section, `trust_remote_code`, `pad_token` and `tokenizer`, its
+    directory; checkpoints live in `out/work`, which the store keeps when the run is killed. Raises
+    `StageError` on divergence or lack of memory, `InterruptedByUserError` on SIGTERM, after a checkpoint.
     """
     import torch
 
@@ -63,7 +63,9 @@ def train(
             "the checkpoint is kept",
             hint="run the same command again to go on from there",
         )
-    save_adapter(trainer.model, Path(base), target, base_name=base_name, base_revision=base_revision)
+    save_adapter(
+        trainer.model, Path(settings["tokenizer"]), target, base_name=base_name, base_revision=base_revision
+    )
     trainable, total = trainer.model.get_nb_trainable_parameters()
     return {
         "steps": trainer.state.global_step,
@@ -102,11 +104,11 @@ def _trainer(
         seed=settings["seed"],
     )
     model = with_lora(model, settings["lora"], quantize=quantize, checkpointing=checkpointing)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        base, trust_remote_code=settings["trust_remote_code"]
-    )
     pad = settings["pad_token"]
-    tokenizer.pad_token = pad
+    # The rows are ids already: it only pads, and no class of the base's own is needed for that.
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(Path(settings["tokenizer"]) / "tokenizer.json"), pad_token=pad
+    )
     with (data / TRAIN_FILE).open(encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     _refuse_foreign_ids(rows, model.get_input_embeddings().weight.shape[0])

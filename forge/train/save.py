@@ -10,8 +10,10 @@ from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import StageError
 
 
-def save_adapter(model: Any, base: Path, out: Path, *, base_name: str, base_revision: str | None) -> None:
-    """Write adapter_config.json, adapter_model.safetensors and the tokenizer's files into `out`."""
+def save_adapter(
+    model: Any, tokenizer: Path, out: Path, *, base_name: str, base_revision: str | None
+) -> None:
+    """Write the adapter and the files of the directory `tokenizer` into `out`."""
     model.save_pretrained(str(out))
     weights = out / "adapter_model.safetensors"
     if not weights.exists():
@@ -27,4 +29,4 @@ def save_adapter(model: Any, base: Path, out: Path, *, base_name: str, base_revi
         if isinstance(configuration.get(key), list):
             configuration[key] = sorted(configuration[key])
     (out / "adapter_config.json").write_text(json.dumps(configuration, indent=2, sort_keys=True) + "\n")
-    copy_tokenizer(base, out)
+    copy_tokenizer(tokenizer, out)
