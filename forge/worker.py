@@ -43,6 +43,7 @@ TASKS: Mapping[str, str] = {
     "verify": "forge.verify.measure:measure",
     "choose_base": "forge.verify.bases:choose_base",
     "count": "forge.verify.vocabulary:count",
+    "machine": "forge.train.machine:look",
 }
 
 Request = TypeVar("Request")

@@ -21,6 +21,7 @@ ARROWS: Mapping[str, set[str]] = {
     "report": set(),
     "codec": set(),
     "process": set(),
+    "diagnosis": set(),
     "worker": {"process"},
     "recipe": set(),
     "store": set(),
@@ -38,8 +39,8 @@ ARROWS: Mapping[str, set[str]] = {
     "resolve": _BELOW_RESOLVE,
     "stages": _BELOW_RESOLVE | {"resolve", "runs"},
     "ship": _BELOW_RESOLVE | {"resolve", "runs", "stages"},
-    "commands": _BELOW_RESOLVE | {"resolve", "runs", "stages", "ship"},
-    "cli": {"commands", "ship", "process"},
+    "commands": _BELOW_RESOLVE | {"resolve", "runs", "stages", "ship", "diagnosis"},
+    "cli": {"commands", "ship", "process", "diagnosis"},
     "__main__": {"cli"},
 }
 # Imported in worker code, inside functions, only.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import click
 
 from forge import process, report
-from forge.errors import ForgeError, InterruptedByUserError, RecipeError
+from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageError
 
 # name -> one line of help. Each lives in forge/cli/<name>.py as a click command called `command`;
 # only the one that is called is imported.
@@ -40,6 +40,7 @@ COMMANDS = {
     "runs": "List the runs.",
     "gc": "Show, and with --delete remove, what no run uses.",
     "setup": "Fetch what an install does not bring.",
+    "doctor": "Look at this machine, or explain a message of a tool.",
 }
 
 
@@ -108,5 +109,18 @@ def run(arguments: Sequence[str]) -> int:
             f"a bug in forge: {type(bug).__name__}: {bug}",
             hint="run it again with -v for the traceback, and please report it",
         )
+    _diagnose(failure)
     report.error(failure)
     return failure.code
+
+
+def _diagnose(failure: ForgeError) -> None:
+    """Add what is known of a library's message to the hint of a stage that failed, or of a bug."""
+    if failure.code not in (ForgeError.code, StageError.code):
+        return
+    from forge.diagnosis import explain
+
+    for text in (failure.message, *(problem.message for problem in failure.problems)):
+        if known := explain(text):
+            failure.hint = f"{known.cause}: {known.remedy}" + (f" ({failure.hint})" if failure.hint else "")
+            return

@@ -19,7 +19,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PINNED = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)@(?P<revision>[^\s@]+)")
-_TRACKERS = (
+TRACKERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive"),
     *("flyte", "mlflow", "neptune", "tensorboard", "wandb"),
 )
@@ -96,8 +96,8 @@ def _reporters(value: Any) -> tuple[str, ...]:
     if value == "none" or (isinstance(value, (list, tuple)) and not value):
         return ()
     words = (value,) if isinstance(value, str) else _words(value)
-    if words is None or not set(words) <= set(_TRACKERS):
-        raise ValueError(f"must be none or a list of: {', '.join(_TRACKERS)}")
+    if words is None or not set(words) <= set(TRACKERS):
+        raise ValueError(f"must be none or a list of: {', '.join(TRACKERS)}")
     return words
 
 
