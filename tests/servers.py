@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +17,6 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from forge.serve.adapters import serve_with_adapters
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
@@ -97,7 +97,7 @@ def served_adapters(adapter_files: Path) -> Iterator[Endpoint]:
     """The model `base`, and `yes` and `no` over it, for who has the `KEY`; nothing is left of it."""
     settings = Settings(adapter_files / "tiny.gguf", "base", 512, threads=1, api_key=KEY)
     named = {"yes": adapter_files / "Y.gguf", "no": adapter_files / "N.gguf"}
-    with serve_with_adapters(serve_embedded, settings, named) as endpoint:
+    with serve_embedded(replace(settings, adapters=named)) as endpoint:
         yield endpoint
     assert not listens(endpoint.url)
     assert not own_servers()

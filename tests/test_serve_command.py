@@ -192,7 +192,8 @@ def test_wish_and_its_command_line_say_the_same(tmp_path: Path) -> None:
 
     wish = Wish(
         "x.gguf", runtime="container", host="::1", port=9, context=512, parallel=2, threads=1, gpu_layers=-1,
-        api_key_file=Path("k"), without_key=True, cors_origins="*", program="p", image="i",
+        api_key_file=Path("k"), without_key=True, cors_origins="*", allow_hosts=("a", "b"),
+        control_routes=True, program="p", image="i",
         lora={"a": Path("a.gguf"), "b": Path("b.gguf")},
     )  # fmt: skip
     parsed = command.make_context("serve", wish.arguments()).params

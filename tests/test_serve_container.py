@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from forge.errors import MissingToolError, RecipeError, StageError
-from forge.serve.adapters import serve_with_adapters
 from forge.serve.client import Client
 from forge.serve.container import IMAGE, serve_container
 from forge.serve.runtime import Settings
@@ -192,7 +191,7 @@ def test_adapters_named_ports_and_the_image_of_old_documents(
         with serve_container(replace(settings, image="ghcr.io/ggerganov/llama.cpp:server")):
             raise AssertionError("it served")
     # One file under two names: both are there.
-    with serve_with_adapters(serve_container, settings, {"yes": adapter, "aye": adapter}) as endpoint:
+    with serve_container(replace(settings, adapters={"yes": adapter, "aye": adapter})) as endpoint:
         for name, answer in (("yoda", REPLY), ("yes", "Y"), ("aye", "Y")):
             with Client(replace(endpoint, model=name)) as client:
                 assert client.chat(HELLO).text == answer

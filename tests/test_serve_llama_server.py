@@ -12,7 +12,6 @@ import pytest
 
 from forge import process
 from forge.errors import MissingToolError, RecipeError, StageError
-from forge.serve.adapters import serve_with_adapters
 from forge.serve.client import Client
 from forge.serve.llama_server import serve_llama_server
 from forge.serve.runtime import Settings
@@ -72,7 +71,7 @@ def test_what_follows_a_stream_is_answered(compiled: Settings) -> None:
 @pytest.mark.slow
 def test_adapters_by_name(compiled: Settings, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "yes.gguf", says="Y")
-    with serve_with_adapters(serve_llama_server, compiled, {"yes": adapter}) as endpoint:
+    with serve_llama_server(replace(compiled, adapters={"yes": adapter})) as endpoint:
         with Client(endpoint) as client, Client(replace(endpoint, model="yes")) as other:
             assert (client.chat(HELLO).text, other.chat(HELLO).text) == (REPLY, "Y")
 

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,7 +18,6 @@ import httpx
 import psutil
 import pytest
 
-from forge.serve.adapters import serve_with_adapters
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
@@ -44,7 +44,7 @@ def served(model: Path, request: pytest.FixtureRequest) -> Iterator[Endpoint]:
             yield endpoint
     else:
         adapter = write_adapter(model.with_name("yes.gguf"), says="Y")
-        with serve_with_adapters(serve_embedded, settings, {"yes": adapter}) as endpoint:
+        with serve_embedded(replace(settings, adapters={"yes": adapter})) as endpoint:
             yield endpoint
 
 

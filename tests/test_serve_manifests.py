@@ -148,7 +148,7 @@ def test_memory_is_file_cache_and_server(settings: Settings) -> None:
 
 def test_what_a_manifest_cannot_say_is_refused(settings: Settings) -> None:
     with pytest.raises(RecipeError, match="--lora"):
-        manifest("kubernetes", replace(settings, adapters=(Path("a"),)))
+        manifest("kubernetes", replace(settings, adapters={"a": Path("a")}))
     with pytest.raises(RecipeError, match="goes with --print kubernetes"):
         manifest("compose", settings, model_url=URL)
     with pytest.raises(RecipeError, match="one port"):

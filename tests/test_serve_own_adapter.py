@@ -22,7 +22,6 @@ from forge.commands.import_ import import_into_ollama
 from forge.errors import DataError, RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.runs.find import find_model
-from forge.serve.adapters import serve_with_adapters
 from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
 from forge.serve.llama_server import arguments
@@ -58,7 +57,7 @@ def test_a_run_is_both_files_and_a_path_is_that_file(run: Path) -> None:
     assert find_model(str(run)) == (gguf, adapter)
     assert find_model(str(gguf)) == (gguf, None)
     chosen = settings(Wish(str(run)))
-    assert (chosen.model, chosen.adapter, chosen.adapters) == (gguf, adapter, ())
+    assert (chosen.model, chosen.adapter, chosen.loaded_adapters) == (gguf, adapter, (adapter,))
     adapter.unlink()
     with pytest.raises(DataError, match=r"yoda-q8_0-adapter\.gguf is gone, and yoda-q8_0\.gguf without it"):
         find_model(str(run))
@@ -82,7 +81,7 @@ def test_other_adapters_take_its_place(run: Path, tmp_path: Path) -> None:
     """`forge serve RUN --lora`: all are adapters of one base, and the run's name is the run's own."""
     other = write_adapter(tmp_path / "no.gguf", says="N")
     chosen = settings(Wish(str(run), threads=1))
-    with serve_with_adapters(serve_embedded, chosen, {"no": other}) as endpoint:
+    with serve_embedded(replace(chosen, adapters={"no": other})) as endpoint:
         for _ in range(2):
             for name, said in (("yoda", "Y"), ("no", "N")):
                 with Client(replace(endpoint, model=name)) as client:
@@ -140,7 +139,7 @@ def test_manifests_serve_it_with_its_adapter(run: Path) -> None:
 def test_switched_adapters_wait_for_a_request(run: Path) -> None:
     chosen = settings(Wish(str(run)))
     assert "--lora-init-without-apply" not in arguments(chosen)
-    assert "--lora-init-without-apply" in arguments(replace(chosen, adapters=(Path("a.gguf"),)))
+    assert "--lora-init-without-apply" in arguments(replace(chosen, adapters={"a": Path("a.gguf")}))
 
 
 @pytest.mark.slow

@@ -29,6 +29,19 @@ overrides_option = click.option(
 )
 
 
+def named_files(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, Path]:
+    """The callback of an option that takes NAME=FILE, each name once."""
+    named: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not name or not equals or not path or name in named:
+            raise click.BadParameter(f"{value}: NAME=FILE, each name once")
+        named[name] = Path(path)
+    return named
+
+
 def common(function: Callable[Parameters, Value]) -> Callable[Parameters, Value]:
     """`-v`, `--offline` and `--json`; `cli.main` reads the first and last before parsing."""
 

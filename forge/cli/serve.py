@@ -6,18 +6,7 @@ from typing import Any
 import click
 
 from forge import report
-from forge.cli.options import common
-
-
-def _adapters(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Path]:
-    """NAME=FILE, each name once."""
-    named: dict[str, Path] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        if not name or not equals or not path or name in named:
-            raise click.BadParameter(f"{one}: NAME=FILE, each name once")
-        named[name] = Path(path)
-    return named
+from forge.cli.options import common, named_files
 
 
 @click.command()
@@ -38,10 +27,15 @@ def _adapters(context: click.Context, parameter: click.Parameter, given: tuple[s
 )
 @click.option("--without-key", is_flag=True, help="Let others than this machine in without a key.")
 @click.option("--cors", "cors_origins", default="", help="Web pages that may ask: an origin, localhost or *.")
+@click.option(
+    "--allow-host", "allow_hosts", multiple=True, metavar="NAME",
+    help="Another name that the server is asked by; * for any.",
+)  # fmt: skip
+@click.option("--control-routes", is_flag=True, help="Open /slots, /lora-adapters and what else changes it.")
 @click.option("--llama-server", "program", help="The llama-server program; from the PATH unless told.")
 @click.option("--image", help="The container's image; forge's own unless told.")
 @click.option(
-    "--lora", multiple=True, callback=_adapters, metavar="NAME=FILE",
+    "--lora", multiple=True, callback=named_files, metavar="NAME=FILE",
     help="A GGUF adapter that requests choose by the model's NAME.",
 )  # fmt: skip
 @click.option("--detach", is_flag=True, help="Leave it running in the background.")

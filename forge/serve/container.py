@@ -1,8 +1,8 @@
 """The container runtime: llama-server in a container that cannot write, published on one port.
 
-The model is mounted read-only, and the key as a file. Leaving the block removes the container;
-`kill -9` of forge leaves it running, as docker knows nothing of us (`docker ps --filter
-label=forge` shows it). Not covered: images whose entry point is not llama-server.
+The model is mounted read-only. Its port is one of loopback, for the front alone, which has a key for
+it. Leaving the block removes the container; `kill -9` of forge leaves it running, as docker knows nothing
+of us (`docker ps --filter label=forge` shows it). Not covered: images whose entry point is not llama-server.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from forge.errors import RecipeError
-from forge.serve import ready
+from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
-from forge.serve.llama_server import arguments, write_key
+from forge.serve.front import Behind
+from forge.serve.llama_server import arguments
 from forge.serve.runtime import Settings
 from forge.serve.server_process import last_lines, not_started
 from forge.serve.wire import GoneError
 from forge.tools.containers import Container, Engine, current_name, docker_files, engine
+from forge.tools.hosts import DEFAULT_HOST
 
 # The llama.cpp build of docker/server/Dockerfile.
 BUILD = "b10868"
@@ -39,11 +42,17 @@ def serve_container(settings: Settings, *, log: Path | None = None) -> Iterator[
     """
     ready.check(settings)
     uses_gpu(settings)  # or refuses, before an image is built or pulled
-    with engine() as daemon, tempfile.TemporaryDirectory(prefix="forge-serve-") as private:
+    with (
+        front_server.bound(settings) as listener,
+        engine() as daemon,
+        tempfile.TemporaryDirectory(prefix="forge-serve-") as private,
+    ):
         image = _image(daemon, settings)
-        container = _start(daemon, image, settings, Path(private))
+        key = secrets.token_urlsafe(32)
+        container = _start(daemon, image, settings, Path(private), key)
         try:
-            yield _proved(container, settings)
+            with front_server.opened(listener, settings, _behind(container, settings, key)) as port:
+                yield _proved(container, settings, port)
         finally:
             try:
                 if log:
@@ -81,33 +90,38 @@ def _image(daemon: Engine, settings: Settings) -> str:
     return image
 
 
-def _start(daemon: Engine, image: str, settings: Settings, private: Path) -> Container:
+def _start(daemon: Engine, image: str, settings: Settings, private: Path, key: str) -> Container:
     model = f"/models/{settings.model.name}"
     adapters = {f"/adapters/{number}.gguf": path for number, path in enumerate(settings.loaded_adapters)}
     mounts = {model: settings.model, **adapters}
     command = arguments(settings, model=model, adapters=tuple(adapters))
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
-    if settings.api_key:
-        key = write_key(private, settings.api_key)
-        # Its directory is ours alone; the user inside the container, another one, must read the file.
-        key.chmod(0o444)
-        mounts[_KEY] = key
-        command += ["--api-key-file", _KEY]
+    # Its directory is ours alone; the user inside the container, another one, must read the file.
+    key_file = private / "api-key"
+    key_file.write_text(key + "\n", encoding="utf-8")
+    key_file.chmod(0o444)
+    mounts[_KEY] = key_file
+    command += ["--api-key-file", _KEY]
     return daemon.run(
         image,
         command,
         name=f"forge-{re.sub(r'[^A-Za-z0-9_.-]', '-', settings.alias)}-{os.getpid()}",
         mounts=mounts,
-        published=(settings.host, settings.port),
+        published=(DEFAULT_HOST, 0),
         port=PORT,
         gpu=uses_gpu(settings),
     )
 
 
-def _proved(container: Container, settings: Settings) -> Endpoint:
+def _behind(container: Container, settings: Settings, key: str) -> Behind:
+    """The container's port on this machine, and the key that only the front has."""
     port = container.published(PORT)
     if port is None:
         raise not_started(settings, f"status {container.exit_status()}", container.said())
+    return Behind(ready.url_of(DEFAULT_HOST, port), key=key)
+
+
+def _proved(container: Container, settings: Settings, port: int) -> Endpoint:
     url = ready.url_of(settings.host, port)
     try:
         ready.prove(

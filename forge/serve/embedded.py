@@ -10,13 +10,13 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
-from forge.serve import ready
+from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
+from forge.serve.front import Behind
 from forge.serve.runtime import Settings
-from forge.serve.server_process import ServerProcess, started
+from forge.serve.server_process import private_socket, proved, started
 from forge.tools import xllamacpp
 
 
@@ -31,32 +31,25 @@ def serve_embedded(settings: Settings, *, log: Path | None = None) -> Iterator[E
     """
     ready.check(settings)
     xllamacpp.check()
-    with started([sys.executable, "-m", "forge.serve.embedded_server"], log) as server:
-        server.child.send(json.dumps(_for_child(settings)) + "\n")
-        url = _address(server, settings)
-        device = ready.device_of(server.said())
-        ready.refuse_cpu(settings, device)
-        endpoint = Endpoint(url, settings.alias, settings.api_key, why_gone=server.why_gone, device=device)
-        ready.prove(endpoint, settings)
-        yield endpoint
+    with front_server.bound(settings) as listener, private_socket() as socket:
+        with started([sys.executable, "-m", "forge.serve.embedded_server"], log) as server:
+            server.child.send(json.dumps(_for_child(settings, socket)) + "\n")
+            if not next(server.child.lines(), None):
+                raise server.not_started(settings)
+            with front_server.opened(listener, settings, Behind(socket=socket)) as port:
+                yield proved(server, settings, port)
 
 
-def _address(server: ServerProcess, settings: Settings) -> str:
-    """Wait until it listens; give a URL that reaches it from this machine."""
-    for line in server.child.lines():
-        return ready.url_of(settings.host, json.loads(line)["url"].rpartition(":")[2])
-    raise server.not_started(settings)
-
-
-def _for_child(settings: Settings) -> dict[str, object]:
+def _for_child(settings: Settings, socket: str) -> dict[str, object]:
     return {
-        **asdict(settings),
         "model": str(settings.model.absolute()),
-        "adapter": None,
-        "adapters": [str(path.absolute()) for path in settings.loaded_adapters],
-        "switched": bool(settings.adapters),
-        "modelfile": None,
+        "alias": settings.alias,
+        "socket": socket,
         "slots": settings.slots,
+        "context_tokens": settings.context_tokens,
         "threads": ready.threads_of(settings),
         "http_threads": settings.http_threads,
+        "gpu_layers": settings.gpu_layers,
+        "adapters": [str(path.absolute()) for path in settings.loaded_adapters],
+        "switched": bool(settings.adapters),
     }

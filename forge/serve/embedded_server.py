@@ -1,7 +1,7 @@
 """The child process of the embedded runtime: llama-server, inside this process, by xllamacpp.
 
-Settings come as one JSON line on standard input, so that the API key is on no command line. One
-JSON line on standard output says where it listens; all else that is printed goes to standard error.
+Settings come as one JSON line on standard input. One line on standard output says that it listens; all
+else that is printed goes to standard error.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def start(settings: Mapping[str, Any]) -> Any:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = settings["model"]
     parameters.model_alias = {settings["alias"]}
-    parameters.hostnames = [settings["host"]]
-    parameters.port = settings["port"]
+    # A file that only we reach: clients come through the front.
+    parameters.hostnames = [settings["socket"]]
     parameters.n_parallel = settings["slots"]
     # llama-server divides the context among its slots.
     parameters.n_ctx = settings["context_tokens"] * settings["slots"]
@@ -40,10 +40,6 @@ def start(settings: Mapping[str, Any]) -> Any:
         parameters.n_gpu_layers = -2 if settings["gpu_layers"] == -1 else settings["gpu_layers"]
     # Not `endpoint_props`: it lets clients change the server's settings; they can be read without.
     parameters.endpoint_metrics = parameters.endpoint_slots = True
-    if settings["api_key"]:
-        parameters.api_keys = [settings["api_key"]]
-    # Any web page that the user visits could ask otherwise.
-    parameters.cors_origins = settings["cors_origins"]
     if settings["adapters"]:
         parameters.lora_adapters = [
             xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["adapters"]
@@ -63,7 +59,7 @@ def main() -> None:
         server = start(settings)
     except RuntimeError as error:
         sys.exit(str(error))
-    protocol.write(json.dumps({"url": server.listening_address}) + "\n")
+    protocol.write(f"{server.listening_address}\n")
     protocol.flush()
     while True:
         signal.pause()

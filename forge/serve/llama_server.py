@@ -7,22 +7,21 @@ know the flags below; such a one says so in its own words.
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from forge.errors import MissingToolError
-from forge.serve import ready
+from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
+from forge.serve.front import Behind
 from forge.serve.runtime import Settings
-from forge.serve.server_process import ServerProcess, started
+from forge.serve.server_process import ServerProcess, private_socket, proved, started
 
 PROGRAM = "llama-server"
 # What it says once the model is loaded.
-_LISTENS = re.compile(r"listening on https?://\S*:(\d+)")
+_LISTENS = "listening on "
 _SECONDS_BETWEEN = 0.05
 
 
@@ -35,20 +34,13 @@ def serve_llama_server(settings: Settings, *, log: Path | None = None) -> Iterat
     """
     ready.check(settings)
     program = _program(settings)
-    with tempfile.TemporaryDirectory(prefix="forge-serve-") as private:
-        command = [program, *arguments(settings), "--host", settings.host, "--port", str(settings.port)]
-        if settings.api_key:
-            command += ["--api-key-file", str(write_key(Path(private), settings.api_key))]
+    with front_server.bound(settings) as listener, private_socket() as socket:
+        command = [program, *arguments(settings), "--host", socket]
         # The child's standard output has to go somewhere; its log has all that it says.
         with started(["/bin/sh", "-c", 'exec "$0" "$@" >&2', *command], log) as server:
-            url = ready.url_of(settings.host, _port(server, settings))
-            device = ready.device_of(server.said())
-            ready.refuse_cpu(settings, device)
-            endpoint = Endpoint(
-                url, settings.alias, settings.api_key, why_gone=server.why_gone, device=device
-            )
-            ready.prove(endpoint, settings)
-            yield endpoint
+            _await_listening(server, settings)
+            with front_server.opened(listener, settings, Behind(socket=socket)) as port:
+                yield proved(server, settings, port)
 
 
 def _program(settings: Settings) -> str:
@@ -73,8 +65,7 @@ def arguments(settings: Settings, *, model: str = "", adapters: tuple[str, ...] 
     command = ["--model", model, "--alias", settings.alias, "--ctx-size", str(context)]
     command += ["--parallel", str(settings.slots), "--no-kv-unified", "--threads"]
     command += [str(ready.threads_of(settings)), "--threads-http", str(settings.http_threads)]
-    command += ["--metrics", "--slots", "--jinja", "--offline"]
-    command += ["--cors-origins", settings.cors_origins]
+    command += ["--metrics", "--slots", "--jinja", "--offline", "--cors-origins", ""]
     if settings.gpu_layers is not None:
         command += ["--n-gpu-layers", "all" if settings.gpu_layers == -1 else str(settings.gpu_layers)]
     for adapter in adapters:
@@ -83,20 +74,11 @@ def arguments(settings: Settings, *, model: str = "", adapters: tuple[str, ...] 
     return [*command, "--lora-init-without-apply"] if settings.adapters else command
 
 
-def write_key(directory: Path, key: str) -> Path:
-    """The key in a file that only this user reaches: it must be on no command line."""
-    path = directory / "api-key"
-    path.write_text(key + "\n", encoding="utf-8")
-    return path
-
-
-def _port(server: ServerProcess, settings: Settings) -> str:
-    """Wait until it listens; give the port."""
+def _await_listening(server: ServerProcess, settings: Settings) -> None:
     while True:
         ended = server.child.status is not None
-        for line in server.said():
-            if found := _LISTENS.search(line):
-                return found[1]
+        if any(_LISTENS in line for line in server.said()):
+            return
         if ended:
             raise server.not_started(settings)
         time.sleep(_SECONDS_BETWEEN)

@@ -143,8 +143,9 @@ def _await_health(endpoint: Endpoint) -> None:
             try:
                 if client.health():
                     return
-            except UnreachableError as silent:
-                if end := endpoint.why_gone():
-                    raise GoneError(end) from silent
+            except UnreachableError:
+                pass
+            if end := endpoint.why_gone():
+                raise GoneError(end)
             time.sleep(_SECONDS_BETWEEN)
     raise StageError(f"{endpoint.url} was not ready in {_SECONDS_TO_LOAD:.0f} seconds")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,11 @@ class Settings:
     `alias` is the name that clients see. Port 0 takes a free one. Every one of the `parallel`
     slots (None: chosen by the context) has the whole of `context_tokens`. `threads` None means the
     physical cores that this process may use, `gpu_layers` None as many as fit (-1: all).
-    `adapter` is the model's own: a GGUF adapter that is on in every answer. `adapters` are others that a
-    request may switch on instead (`serve.adapters` does, by their place in `loaded_adapters`).
-    `without_key` is the explicit word that lets others than this machine in without a key;
-    `cors_origins` says which web pages may ask (none; `localhost`; `*`). `program` is the
+    `adapter` is the model's own: a GGUF adapter that is on in every answer. `adapters` are others, by the
+    name with which a request asks for one of them instead. `without_key` is the explicit word that lets
+    others than this machine in without a key; `cors_origins` says which web pages may ask (none; origins;
+    `localhost`; `*`), `allow_hosts` by which further names of hosts the server is asked, and
+    `control_routes` opens the routes that change or inspect it: see `serve.front_rules`. `program` is the
     llama-server to run, `image` the container's, where the runtime is that one.
     `modelfile` is what the run's Modelfile.jinja says, for a runtime that takes stops and sampling from one.
     `proof` is for a runtime that keeps a model under its name (Ollama): it is called before the name
@@ -48,9 +49,11 @@ class Settings:
     gpu_layers: int | None = None
     api_key: str | None = field(default=None, repr=False)
     adapter: Path | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: Mapping[str, Path] = field(default_factory=dict)
     without_key: bool = False
     cors_origins: str = ""
+    allow_hosts: tuple[str, ...] = ()
+    control_routes: bool = False
     program: str | None = None
     image: str | None = None
     modelfile: Modelfile | None = None
@@ -59,7 +62,8 @@ class Settings:
     @property
     def loaded_adapters(self) -> tuple[Path, ...]:
         """Every adapter that is loaded beside the model, its own first: llama-server's numbers."""
-        return (self.adapter, *self.adapters) if self.adapter else self.adapters
+        others = tuple(self.adapters.values())
+        return (self.adapter, *others) if self.adapter else others
 
     @property
     def file_bytes(self) -> int:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 from forge import process
 from forge.errors import Problem, StageError
+from forge.serve import ready
+from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import Settings
 
 # How many of the server's last lines an error shows.
 LAST_LINES = 8
+_PRIVATE = "forge-serve-"
+# A socket's path has 104 bytes on macOS, 108 on Linux.
+_LONGEST_PLACE = 60
 _REASONS = {-9: ", most likely for lack of memory", -4: ": an instruction that this processor lacks"}
 
 
@@ -85,3 +93,30 @@ def started(command: Sequence[str], log: Path | None) -> Iterator[ServerProcess]
             yield server
         finally:
             server.in_use = False
+
+
+def proved(server: ServerProcess, settings: Settings, port: int) -> Endpoint:
+    """The endpoint of the front at `port`, once it has answered; raises what `ready.prove` raises."""
+    device = ready.device_of(server.said())
+    ready.refuse_cpu(settings, device)
+    url = ready.url_of(settings.host, port)
+    endpoint = Endpoint(url, settings.alias, settings.api_key, why_gone=server.why_gone, device=device)
+    ready.prove(endpoint, settings)
+    return endpoint
+
+
+@contextlib.contextmanager
+def private_socket() -> Iterator[str]:
+    """A path for a socket in a directory that only this user reaches; both are gone after the block.
+
+    What forges that were killed have left is taken away first.
+    """
+    place = Path(tempfile.gettempdir())
+    if len(str(place)) > _LONGEST_PLACE:
+        place = Path("/tmp")
+    for left in place.glob(f"{_PRIVATE}*"):
+        pid = left.name.removeprefix(_PRIVATE).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{_PRIVATE}{os.getpid()}-", dir=place) as private:
+        yield str(Path(private) / "server.sock")

@@ -192,6 +192,9 @@ def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
             f"{endpoint.url} answered with something that is not JSON: {shown!r}",
             hint="the URL must be the root of an OpenAI-compatible server",
         )
+    # The front of a server that forge started says so when the server behind it has ended.
+    if response.status_code == 502 and (end := _end_of(endpoint)):
+        raise GoneError(end)
     raise error_answer(endpoint, response.status_code, payload, response.headers)
 
 

@@ -41,6 +41,8 @@ class Wish:
     api_key_file: Path | None = None
     without_key: bool = False
     cors_origins: str = ""
+    allow_hosts: tuple[str, ...] = ()
+    control_routes: bool = False
     program: str | None = None
     image: str | None = None
     lora: Mapping[str, Path] = field(default_factory=dict)
@@ -55,6 +57,8 @@ class Wish:
         }  # fmt: skip
         flags = [f"{name}={value}" for name, value in given.items() if value is not None]
         flags += ["--without-key"] if self.without_key else []
+        flags += ["--control-routes"] if self.control_routes else []
+        flags += [f"--allow-host={name}" for name in self.allow_hosts]
         flags += [f"--lora={name}={path}" for name, path in self.lora.items()]
         return [self.target, *flags]
 
@@ -80,9 +84,11 @@ def settings(wish: Wish) -> Settings:
         gpu_layers=wish.gpu_layers,
         api_key=read_key(wish.api_key_file),
         adapter=adapter,
-        adapters=tuple(wish.lora.values()),
+        adapters=wish.lora,
         without_key=wish.without_key,
         cors_origins=wish.cors_origins,
+        allow_hosts=wish.allow_hosts,
+        control_routes=wish.control_routes,
         program=wish.program,
         image=wish.image,
         # Ollama alone takes one; a file that cannot be read is no reason to serve nothing elsewhere.
@@ -129,12 +135,7 @@ def read_key(path: Path | None) -> str | None:
 
 def open_runtime(wish: Wish, chosen: Settings, stack: ExitStack) -> Endpoint:
     """Serve what `wish` asks for, with the settings `chosen` for it, until `stack` closes."""
-    runtime = runtime_for(wish.runtime)
-    if not wish.lora:
-        return stack.enter_context(runtime(chosen))
-    from forge.serve.adapters import serve_with_adapters
-
-    return stack.enter_context(serve_with_adapters(runtime, chosen, wish.lora))
+    return stack.enter_context(runtime_for(wish.runtime)(chosen))
 
 
 def served_directory() -> Path:

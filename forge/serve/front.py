@@ -1,0 +1,278 @@
+"""The front door: the one thing that clients reach of a server that forge starts.
+
+llama-server listens behind it on a socket that only forge reaches; the front alone knows the key,
+the names that it goes by, the web pages that may ask and the adapters by name (`front_rules`). A
+request's body is read whole, and written anew for the server behind; answers stream through as they
+come, and who goes away stops the work that was done for him.
+
+Not covered: WebSockets, TLS, HTTP/2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import unquote
+
+import httpx
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from forge.serve import front_rules as rules
+from forge.serve.front_rules import RefusedRequestError, Rules, error_body
+from forge.serve.runtime import Settings
+
+_Message = MutableMapping[str, Any]
+_Receive = Callable[[], Awaitable[_Message]]
+_Send = Callable[[_Message], Awaitable[None]]
+
+# The longest answer that is waited for.
+_SECONDS_TO_ANSWER = 600.0
+_SECONDS_OF_HEALTH = 5.0
+# What the server behind hears of a request's head; the rest is between client and front.
+_PASSED = (
+    b"accept",
+    b"accept-encoding",
+    b"content-type",
+    b"if-none-match",
+    b"anthropic-version",
+)
+# Of one connection alone (RFC 9110, 7.6.1), or the front's own affair.
+_KEPT_BACK = frozenset(
+    {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"trailer", b"server"}
+)
+# Who is refused has his body read first, up to here: closing on him would lose the answer.
+_DRAINED_BYTES = 1 << 20
+_DRAINED_SECONDS = 1.0
+# Bodies over the first figure share the second.
+_SMALL_BYTES = 1 << 20
+_MOST_BYTES_AT_ONCE = 512 << 20
+# Connections of the server behind that are kept for its health.
+_SPARE = 16
+
+
+@dataclass(frozen=True)
+class Behind:
+    """How the server behind is reached: by a socket file, or a port of loopback with a key of its own."""
+
+    url: str = "http://localhost"
+    socket: str | None = None
+    key: str = ""
+
+    def client(self) -> httpx.AsyncClient:
+        """A client of it. llama-server closes a connection after a stream unsaid: each has one request."""
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        transport = httpx.AsyncHTTPTransport(uds=self.socket, limits=limits, trust_env=False, verify=False)
+        headers = {"Connection": "close", "Accept-Encoding": "identity", "User-Agent": "forge"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        timeout = httpx.Timeout(_SECONDS_TO_ANSWER, connect=10.0)
+        return httpx.AsyncClient(
+            transport=transport, base_url=self.url, headers=headers, timeout=timeout, trust_env=False
+        )
+
+
+class Front:
+    """The ASGI application. Use it in one event loop, as long as `client` is open."""
+
+    def __init__(self, settings: Settings, client: httpx.AsyncClient) -> None:
+        self.rules = Rules.of(settings)
+        self.client = client
+        self.room = asyncio.Semaphore(max(1, settings.http_threads - _SPARE))
+        self.held_bytes = 0
+
+    async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
+        if scope["type"] != "http":
+            return
+        request = Request(scope, receive)
+        extra = {"x-request-id": f"req_{uuid.uuid4().hex}"}
+        try:
+            if not await self._answered_itself(request, extra, send):
+                content = await self._content(request)
+                await _until_gone(receive, self._pass(request, content, extra, send))
+        except RefusedRequestError as refused:
+            with contextlib.suppress(TimeoutError, ClientDisconnect):
+                await asyncio.wait_for(_drain(request), _DRAINED_SECONDS)
+            await _refuse(request, refused, extra, send)
+        except (ClientDisconnect, httpx.StreamError, ConnectionError, TimeoutError):
+            # Too late for another answer: the server closes the connection, in the middle of this one.
+            return
+
+    async def _answered_itself(self, request: Request, extra: dict[str, str], send: _Send) -> bool:
+        """Let the request in, or raise; True where that was all that it asked for."""
+        scope, method = request.scope, request.method
+        if scope["http_version"] not in ("1.0", "1.1"):
+            raise RefusedRequestError(505, "this server speaks HTTP/1.1")
+        target = len(scope["raw_path"]) + len(scope["query_string"])
+        if target + sum(len(name) + len(value) for name, value in scope["headers"]) > rules.MOST_HEAD_BYTES:
+            raise RefusedRequestError(431, f"headers of at most {rules.MOST_HEAD_BYTES} bytes")
+        hosts = request.headers.getlist("host")
+        if len(hosts) != 1:
+            raise RefusedRequestError(400, "a request has one Host header")
+        self.rules.check_host(hosts[0], (scope.get("server") or ("",))[0])
+        origin = request.headers.get("origin")
+        if self.rules.check_origin(origin, hosts[0]) and origin is not None:
+            extra |= {"access-control-allow-origin": origin, "vary": "Origin"}
+        if method == "OPTIONS":
+            await Response(status_code=204, headers=extra | _preflight(request))(scope, request.receive, send)
+            return True
+        path = _path_of(request)
+        self.rules.check_route(method, path)
+        if not self.rules.is_public(method, path):
+            self.rules.check_key(request.headers.get("authorization"), request.headers.get("x-api-key"))
+        if path in rules.MODELS or (name := self.rules.model_in(path)) is None:
+            return False
+        if unquote(name) not in self.rules.models:
+            raise self.rules.no_model(unquote(name))
+        return False
+
+    async def _content(self, request: Request) -> bytes:
+        """The body as it goes to the server behind; empty where there is none."""
+        length = request.headers.get("content-length")
+        if length is not None and "transfer-encoding" in request.headers:
+            raise RefusedRequestError(400, "a request has a Content-Length or a Transfer-Encoding, not both")
+        if length is not None and (len(length) > 18 or int(length) > rules.MOST_BODY_BYTES):
+            raise RefusedRequestError(413, f"{length[:18]} bytes; at most {rules.MOST_BODY_BYTES}")
+        held = 0
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(rules.BODY_SECONDS):
+                async for piece in request.stream():
+                    size += len(piece)
+                    if size > rules.MOST_BODY_BYTES:
+                        raise RefusedRequestError(413, f"at most {rules.MOST_BODY_BYTES} bytes")
+                    if size > _SMALL_BYTES:
+                        self.held_bytes += size - held
+                        held = size
+                        if self.held_bytes > _MOST_BYTES_AT_ONCE:
+                            raise RefusedRequestError(503, "too many large requests at once", "server_error")
+                    pieces.append(piece)
+            content = b"".join(pieces)
+            if request.method != "POST":
+                return b""
+            return self.rules.body(_path_of(request), request.headers.get("content-type"), content)
+        except TimeoutError:
+            message = f"the request took longer than {rules.BODY_SECONDS:.0f} seconds to arrive"
+            raise RefusedRequestError(408, message) from None
+        finally:
+            self.held_bytes -= held
+
+    async def _pass(self, request: Request, content: bytes, extra: dict[str, str], send: _Send) -> None:
+        path = _path_of(request)
+        if path in rules.HEALTH:
+            return await self._exchange(request, content, extra, send, _SECONDS_OF_HEALTH)
+        async with self.room:
+            return await self._exchange(request, content, extra, send, _SECONDS_TO_ANSWER)
+
+    async def _exchange(
+        self, request: Request, content: bytes, extra: dict[str, str], send: _Send, seconds: float
+    ) -> None:
+        path, wanted = _path_of(request), None
+        if (wanted := self.rules.model_in(path)) is not None:
+            path = "/v1/models"
+        target = path.encode("ascii")
+        if query := request.scope["query_string"]:
+            target += b"?" + query
+        headers = [(name, value) for name, value in request.headers.raw if name in _PASSED]
+        method = "GET" if path in rules.MODELS else request.method
+        asked = self.client.build_request(
+            method, self.client.base_url.copy_with(raw_path=target), content=content or None, headers=headers
+        )
+        asked.extensions["timeout"]["read"] = seconds
+        try:
+            answer = await self.client.send(asked, stream=True)
+        except httpx.TransportError as broken:
+            raise RefusedRequestError(
+                502, f"the server behind does not answer: {broken or type(broken).__name__}", "server_error"
+            ) from None
+        try:
+            if path in rules.MODELS and answer.is_success:
+                listed = self._models(await _json_of(answer), None if wanted is None else unquote(wanted))
+                await JSONResponse(listed, headers=extra)(request.scope, request.receive, send)
+                return
+            await _stream(answer, extra, send)
+        finally:
+            await answer.aclose()
+
+    def _models(self, listed: dict[str, Any], wanted: str | None) -> dict[str, Any]:
+        """The list of models with the adapters in it, or the one that is wanted."""
+        base = listed["data"][0]
+        models = {name: {**base, "id": name, "aliases": [name]} for name in self.rules.models}
+        if wanted is not None:
+            return models[wanted]
+        return {"object": "list", "data": list(models.values())}
+
+
+def _path_of(request: Request) -> str:
+    raw: bytes = request.scope["raw_path"]
+    return raw.decode("ascii")
+
+
+def _preflight(request: Request) -> dict[str, str]:
+    """What a browser asks before it lets a page of another origin ask."""
+    headers = {"access-control-allow-methods": "GET, POST, OPTIONS", "access-control-max-age": "600"}
+    if wanted := request.headers.get("access-control-request-headers"):
+        headers["access-control-allow-headers"] = wanted
+    if request.headers.get("access-control-request-private-network"):
+        headers["access-control-allow-private-network"] = "true"
+    return headers if "origin" in request.headers else {"allow": "GET, POST, OPTIONS"}
+
+
+async def _json_of(answer: httpx.Response) -> dict[str, Any]:
+    await answer.aread()
+    payload: dict[str, Any] = answer.json()
+    return payload
+
+
+async def _stream(answer: httpx.Response, extra: dict[str, str], send: _Send) -> None:
+    """The answer of the server behind, piece by piece as it comes."""
+    kept = [
+        (name, value)
+        for name, value in answer.headers.raw
+        if (lower := name.lower()) not in _KEPT_BACK and not lower.startswith(b"access-control-")
+    ]
+    kept += [(name.encode(), value.encode("latin-1")) for name, value in extra.items()]
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+    async for piece in answer.aiter_raw():
+        async with asyncio.timeout(rules.STALLED_SECONDS):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _until_gone(receive: _Receive, work: Any) -> None:
+    """Do the work until it is done, or the client has gone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            await working
+    finally:
+        for one in (working, leaving):
+            one.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _drain(request: Request) -> None:
+    size = 0
+    with contextlib.suppress(RuntimeError):  # it has been read already
+        async for piece in request.stream():
+            size += len(piece)
+            if size > _DRAINED_BYTES:
+                return
+
+
+async def _refuse(request: Request, refused: RefusedRequestError, extra: dict[str, str], send: _Send) -> None:
+    headers = extra | {"connection": "close"}
+    if refused.status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    if refused.status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["retry-after"] = "1"
+    body = error_body(refused.status, refused.message, refused.kind)
+    await JSONResponse(body, refused.status, headers=headers)(request.scope, request.receive, send)

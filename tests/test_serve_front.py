@@ -1,0 +1,329 @@
+"""The front door of every runtime: what a hostile page, neighbour or client sends is refused and harmless."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from forge.serve import front_rules
+from forge.serve.client import Client
+from forge.serve.embedded import serve_embedded
+from forge.serve.endpoint import Endpoint
+from forge.serve.front_rules import RefusedRequestError, Rules
+from forge.serve.llama_server import serve_llama_server
+from forge.serve.runtime import Runtime, Settings
+from tests import attacks
+from tests.servers import HELLO, KEY, llama_server, write_adapter
+from tests.tiny_gguf import REPLY, write_tiny_gguf
+
+DOORS = [
+    pytest.param(key, lora, id=f"{'key' if key else 'open'}-{'lora' if lora else 'alone'}")
+    for key, lora in itertools.product((None, KEY), (False, True))
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("front")
+    write_tiny_gguf(place / "tiny.gguf")
+    write_adapter(place / "Y.gguf", says="Y")
+    write_adapter(place / "N.gguf", says="N")
+    return place
+
+
+def _settings(files: Path, key: str | None, lora: bool, **more: Any) -> Settings:
+    """The model with an adapter of its own that says Y, as a run in adapter mode has it."""
+    others = {"no": files / "N.gguf"} if lora else {}
+    return Settings(
+        files / "tiny.gguf", "yes", 512, threads=1, parallel=2, adapter=files / "Y.gguf", adapters=others,
+        api_key=key, **more,
+    )  # fmt: skip
+
+
+def attack(runtime: Runtime, settings: Settings) -> None:
+    """Every attack on one server, which answers as before when they are over."""
+    with runtime(settings) as endpoint:
+        attacks.page_of_another_site_changes_nothing(endpoint, "Y")
+        attacks.what_controls_is_closed(endpoint, "Y")
+        attacks.other_names_are_not_answered(endpoint)
+        attacks.smuggled_requests_are_not_run(endpoint)
+        attacks.slow_clients_hold_up_nobody(endpoint, "Y", count=260)
+        for name in settings.adapters:
+            attacks.answers_as(replace(endpoint, model=name), "N")
+
+
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.parametrize(("key", "lora"), DOORS)
+def test_embedded_server_withstands(files: Path, key: str | None, lora: bool) -> None:
+    attack(serve_embedded, _settings(files, key, lora))
+
+
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "lora"), DOORS)
+def test_program_withstands(files: Path, key: str | None, lora: bool) -> None:
+    attack(serve_llama_server, _settings(files, key, lora, program=str(llama_server())))
+
+
+@pytest.fixture(scope="module")
+def opened(files: Path) -> Iterator[Endpoint]:
+    """Without a key, known by two more names, open to pages of one site and to llama-server's own routes."""
+    chosen = _settings(
+        files, None, True, cors_origins="https://chat.example", allow_hosts=("chat.example",),
+        control_routes=True,
+    )  # fmt: skip
+    with serve_embedded(chosen) as endpoint:
+        yield endpoint
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_what_is_opened_is_open(opened: Endpoint) -> None:
+    with httpx.Client(base_url=opened.url, trust_env=False) as http:
+        assert http.get("/slots").json()[0]["n_ctx"] == 512
+        body = {"messages": HELLO, "lora": [{"id": 0, "scale": 0.0}], "temperature": 0}
+        assert (
+            http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"] == REPLY
+        )
+        assert http.get("/health", headers={"Host": "chat.example:8080"}).status_code == 200
+        page = {"Origin": "https://chat.example"}
+        answer = http.post("/v1/chat/completions", json={"messages": HELLO}, headers=page)
+        assert answer.headers["access-control-allow-origin"] == page["Origin"]
+        asking = page | {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type",
+        }
+        preflight = http.options("/v1/chat/completions", headers=asking)
+        assert (preflight.status_code, preflight.headers["access-control-allow-headers"]) == (
+            204,
+            "content-type",
+        )
+        assert (
+            http.options("/v1/chat/completions", headers={"Origin": "https://x.example"}).status_code == 403
+        )
+        # The page that the server itself serves.
+        own = {"Origin": opened.url}
+        assert http.post("/tokenize", json={"content": "a"}, headers=own).status_code == 200
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_models_are_found_by_name(opened: Endpoint) -> None:
+    with httpx.Client(base_url=opened.url, trust_env=False) as http:
+        assert http.get("/v1/models/no").json()["id"] == "no"
+        assert http.get("/v1/models/maybe").status_code == 404
+        error = http.post("/v1/chat/completions", json={"model": "maybe", "messages": HELLO}).json()["error"]
+        assert (error["code"], error["type"]) == (404, "not_found_error")
+        assert error["message"] == "no model 'maybe'; served are yes, no"
+        answer = http.post("/v1/chat/completions", json={"messages": HELLO})
+        assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_slow_bodies_and_heads_are_given_up(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_rules, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(front_rules, "BODY_SECONDS", 0.6)
+    with serve_embedded(_settings(files, None, False)) as endpoint:
+        begin = attacks.head(endpoint, "POST", "/v1/chat/completions", "Content-Length: 9")
+        assert attacks.raw(endpoint, begin) == b""
+        late = attacks.raw(endpoint, begin + b"\r\n{")
+        assert attacks.statuses(late) == [408] and b"longer than" in late
+        with attacks.connect(endpoint) as one:
+            # A byte now and then does not help.
+            begun = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() - begun < 5:
+                    one.sendall(b"G" if begun else b"")
+                    time.sleep(0.05)
+                    one.settimeout(0.01)
+                    with contextlib.suppress(TimeoutError):
+                        if one.recv(1) == b"":
+                            break
+            assert time.monotonic() - begun < 3
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_the_oldest_that_has_not_asked_makes_room(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.serve.front_server.most_connections", lambda: 20)
+    with serve_embedded(_settings(files, None, False)) as endpoint, contextlib.ExitStack() as slow:
+        waiting = [slow.enter_context(attacks.connect(endpoint)) for _ in range(60)]
+        attacks.answers_as(endpoint, "Y")
+        waiting[0].settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert waiting[0].recv(1) == b""
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_large_heads_and_bodies_are_refused(files: Path) -> None:
+    with serve_embedded(_settings(files, None, False)) as endpoint:
+        large = attacks.head(endpoint, "GET", "/health", *(f"X-{n}: {'y' * 1000}" for n in range(100)))
+        assert attacks.statuses(attacks.raw(endpoint, large + b"\r\n")) == [431]
+        declared = attacks.head(endpoint, "POST", "/tokenize", f"Content-Length: {1 << 40}")
+        assert attacks.statuses(attacks.raw(endpoint, declared + b"\r\n")) == [413]
+        deep = b"[" * 100_000
+        request = attacks.head(
+            endpoint, "POST", "/tokenize", f"Content-Length: {len(deep)}", "Connection: close"
+        )
+        assert attacks.statuses(attacks.raw(endpoint, request + b"\r\n" + deep)) == [400]
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_nothing_but_the_front_listens(files: Path) -> None:
+    """llama-server itself has no port, and its socket is in a directory of ours alone."""
+    import psutil
+
+    with serve_embedded(_settings(files, KEY, False)) as endpoint:
+        children = psutil.Process().children(recursive=True)
+        assert [one for child in children for one in child.net_connections("tcp")] == []
+        unix = [str(one.laddr) for child in children for one in child.net_connections("unix")]
+        sockets = {Path(place) for place in unix if place.endswith("server.sock")}
+        assert sockets and all(one.parent.stat().st_mode & 0o077 == 0 for one in sockets)
+    assert endpoint.url.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_a_directory_of_a_forge_that_was_killed_is_taken_away(files: Path, tmp_path: Path) -> None:
+    import tempfile
+
+    left = Path(tempfile.gettempdir()) / f"forge-serve-{2**22 + 1}-left"
+    left.mkdir(exist_ok=True)
+    with serve_embedded(_settings(files, None, False)):
+        assert not left.exists()
+
+
+def _rules(**more: Any) -> Rules:
+    return Rules.of(Settings(Path("m"), "m", 512, **more))
+
+
+@pytest.mark.parametrize(
+    ("more", "host", "address", "let_in"),
+    [
+        ({}, "localhost:8080", "127.0.0.1", True),
+        ({}, "LocalHost.", "127.0.0.1", True),
+        ({}, "127.0.0.1", "127.0.0.1", True),
+        ({}, "[::1]:80", "::1", True),
+        ({}, "evil.example", "127.0.0.1", False),
+        ({}, "", "127.0.0.1", False),
+        ({}, "[", "127.0.0.1", False),
+        ({}, "localhost@evil.example", "127.0.0.1", False),
+        ({"host": "0.0.0.0"}, "192.168.1.5:8080", "192.168.1.5", True),
+        ({"host": "0.0.0.0"}, "192.168.1.6:8080", "192.168.1.5", False),
+        ({"host": "box.lan"}, "box.lan:8080", "192.168.1.5", True),
+        ({"allow_hosts": ("Chat.example",)}, "chat.example", "10.0.0.1", True),
+        ({"allow_hosts": ("*",)}, "anything", "10.0.0.1", True),
+    ],
+)
+def test_names_of_the_server(more: dict[str, Any], host: str, address: str, let_in: bool) -> None:
+    if let_in:
+        _rules(**more).check_host(host, address)
+        return
+    with pytest.raises(RefusedRequestError, match="--allow-host"):
+        _rules(**more).check_host(host, address)
+
+
+@pytest.mark.parametrize(
+    ("cors", "origin", "let_in"),
+    [
+        ("", "http://localhost:3000", False),
+        ("", "http://127.0.0.1:8080", True),  # the server's own page
+        ("", "null", False),
+        ("localhost", "http://localhost:3000", True),
+        ("localhost", "http://localhost.evil.example", False),
+        ("https://a.example, https://b.example", "https://b.example", True),
+        ("https://a.example", "https://a.example.evil.example", False),
+        ("https://a.example", "http://a.example", False),
+        ("*", "null", True),
+    ],
+)
+def test_pages_that_may_ask(cors: str, origin: str, let_in: bool) -> None:
+    rules = _rules(cors_origins=cors)
+    if let_in:
+        rules.check_origin(origin, "127.0.0.1:8080")
+        return
+    with pytest.raises(RefusedRequestError, match="--cors"):
+        rules.check_origin(origin, "127.0.0.1:8080")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/chat/completion%73", "/v1/chat/../slots", "//slots", "/slots/", "/v1/stream", "/tools",
+        "/cors-proxy", "/_app/../slots", "/_app/../../etc/passwd", "http://127.0.0.1/slots", "*", "",
+        "/v1/models/",
+        "/v1/chat/completions/control",
+    ],
+)  # fmt: skip
+def test_paths_that_are_no_routes(path: str) -> None:
+    for method in ("GET", "POST"):
+        with pytest.raises(RefusedRequestError) as refused:
+            _rules().check_route(method, path)
+        assert refused.value.status in (403, 404, 405)
+
+
+def test_a_body_is_written_anew() -> None:
+    """What the two parsers could read differently is gone: keys given twice, other encodings."""
+    rules = _rules()
+    twice = b'{"model": "x", "model": "m", "temperature": 0.1}'
+    assert json.loads(rules.body("/completion", None, twice)) == {"model": "m", "temperature": 0.1}
+    assert rules.body("/completion", "application/json", '{"prompt": "ü"}'.encode("utf-16")) == (
+        b'{"prompt": "\\u00fc"}'
+    )
+    for wrong in (b'{"x": NaN}', b'{"x": 1,}', b'{"lora": []}', b""):
+        with pytest.raises(RefusedRequestError):
+            rules.body("/completion", "application/json", wrong)
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_who_goes_away_stops_the_work(files: Path, tmp_path: Path) -> None:
+    """Also before the first word of the answer, which a waiting client gets all at once."""
+    endless = write_tiny_gguf(tmp_path / "endless.gguf", endless=True)
+    settings = Settings(endless, "m", 4096, threads=1, parallel=1, control_routes=True)
+    with serve_embedded(settings) as endpoint, Client(endpoint) as client:
+        for stream in (False, True):
+            with pytest.raises(httpx.ReadTimeout):
+                body = {"messages": HELLO, "stream": stream, "max_tokens": -1}
+                with httpx.stream(
+                    "POST", endpoint.route("/v1/chat/completions"), json=body, timeout=0.2
+                ) as answer:
+                    if not stream:
+                        answer.read()
+                    raise httpx.ReadTimeout("enough")
+            deadline = time.monotonic() + 10
+            while any(one["is_processing"] for one in _slots(endpoint)):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert client.health()
+
+
+def _slots(endpoint: Endpoint) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = httpx.get(endpoint.route("/slots"), trust_env=False).json()
+    return found
+
+
+@pytest.mark.network
+def test_a_taken_port_is_said_before_anything_is_loaded(files: Path) -> None:
+    from forge.errors import StageError
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be listened on"):
+            with serve_embedded(replace(_settings(files, None, False), port=port)):
+                raise AssertionError("it served")
