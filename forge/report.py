@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from forge.errors import ForgeError, InterruptedByUserError
 
@@ -162,6 +162,33 @@ class RichSink:
         self._tasks.clear()
 
 
+class NotebookSink(PlainSink):
+    """In Jupyter: text as in a terminal, and one line for each long step that is written over."""
+
+    seconds_between = 0.5
+
+    def __init__(self, stream: IO[str], errors: IO[str]) -> None:
+        super().__init__(stream, errors)
+        self._lines: dict[str, Any] = {}
+        self._shown: dict[str, float] = {}
+
+    def advance(self, label: str, done: float, total: float, note: str) -> None:
+        from IPython import display
+
+        now = time.monotonic()
+        if done < total and now - self._shown.get(label, -1.0) < self.seconds_between:
+            return
+        self._shown[label] = now
+        share = f"{100 * done / total:3.0f} %" if total else ""
+        line = display.Pretty(" ".join(part for part in (f"{label}:", share, note) if part))
+        if label in self._lines:
+            self._lines[label].update(line)
+        else:
+            self._lines[label] = display.display(line, display_id=True)
+        if done >= total:
+            del self._lines[label], self._shown[label]
+
+
 _sink: Sink | None = None
 _verbose = False
 _json = False
@@ -179,6 +206,8 @@ def configure(*, sink: Sink | None = None, verbose: bool = False, as_json: bool 
 
 
 def _default_sink(stream: IO[str]) -> Sink:
+    if "ipykernel" in sys.modules:
+        return NotebookSink(stream, sys.stderr)
     if stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
         return RichSink(stream)
     return PlainSink(stream, sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from tests.conftest import link_converters
 from tests.shipping import PURE, STAGES, Workshop, processes_of
 
+NOTEBOOK = Path(__file__).parent.parent / "docs" / "quickstart.ipynb"
 QUICKSTART = Path(__file__).parent.parent / "templates" / "recipes" / "quickstart.yaml"
 
 
@@ -43,12 +45,35 @@ def test_the_shipped_file_behind_its_server_speaks_yoda(tmp_path: Path) -> None:
     assert {name for name, cached in again.cached.items() if cached} == {*PURE}
     assert again.fields["learned"] == learned and again.fields["smoke"] == answer.fields["smoke"]
 
+    the_notebook_does_the_same(workshop)
+
     endpoint = workshop.forge("serve", "quickstart", "--port", "0", "--detach").fields["endpoint"]
     try:
         answers_as_llama_server_does(endpoint)
     finally:
         assert workshop.forge("stop", "quickstart").code == 0
     assert processes_of(home) == []
+
+
+def the_notebook_does_the_same(workshop: Workshop) -> None:
+    """docs/quickstart.ipynb runs whole, in the same place and store: nothing is trained again."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
+    environment = os.environ | {"FORGE_HOME": str(workshop.home), "PYTHONPATH": str(NOTEBOOK.parent.parent)}
+    client = NotebookClient(
+        notebook,
+        timeout=900,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(workshop.directory)}},
+    )
+    client.execute(env=environment)
+    outputs = ["".join(str(output) for output in cell.get("outputs", ())) for cell in notebook.cells]
+    assert "'verify': True" in outputs[3], "the plan knows that it is in the store"
+    assert "'metric': 'exact_match'" in outputs[5] and "True" in outputs[5]
+    assert "tonight" in outputs[7].lower()
+    assert "train.lora.r" in outputs[9] and "data" in outputs[9]
 
 
 def answers_as_llama_server_does(endpoint: str) -> None:

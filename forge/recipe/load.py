@@ -45,12 +45,13 @@ class Loaded:
     warnings: tuple[str, ...]
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> Loaded:
+def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) -> Loaded:
     """Load the recipe at `path`; `overrides` are `key=value` with a YAML value, later ones win.
 
-    Raises `RecipeError` with every problem of the file, in its order, then those of the overrides.
+    With `text` that is the recipe, and `path` only says where it would lie. Raises `RecipeError` with every
+    problem of the file, in its order, then those of the overrides.
     """
-    root, problems = _parse(path)
+    root, problems = _parse(path, _read(path) if text is None else text)
     translation = old_names.translate(root)
     problems += translation.problems
     warnings = translation.warnings
@@ -99,8 +100,7 @@ def _read(path: Path) -> str:
         raise _unreadable(path, f"cannot be read: {failure.strerror}", "check its permissions") from None
 
 
-def _parse(path: Path) -> tuple[Node, list[Problem]]:
-    text = _read(path)
+def _parse(path: Path, text: str) -> tuple[Node, list[Problem]]:
     reader = Reader(str(path))
     root = reader.read(text)
     if root is None and reader.problems:

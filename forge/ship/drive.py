@@ -36,7 +36,7 @@ def run_directory(loaded: Loaded) -> Path:
 
 
 def ship(
-    recipe: Path,
+    recipe: Path | Loaded,
     overrides: Sequence[str] = (),
     *,
     from_stage: str | None = None,
@@ -87,7 +87,7 @@ def ship(
     return fields
 
 
-def ship_until(recipe: Path, overrides: Sequence[str], stage: str) -> dict[str, Any]:
+def ship_until(recipe: Path | Loaded, overrides: Sequence[str], stage: str) -> dict[str, Any]:
     """Ship up to and with `stage`; its facts stand beside the summary of the ship."""
     fields = ship(recipe, overrides, until=stage)
     facts = read_manifest(Path(fields["run"])).get("facts", {}).get(stage, {})
@@ -124,8 +124,9 @@ def _keep(target: Resolved) -> str:
     return str(detach(wish)["endpoint"])
 
 
-def _load(recipe: Path, overrides: Sequence[str]) -> Loaded:
-    loaded = load(recipe, overrides)
+def _load(recipe: Path | Loaded, overrides: Sequence[str]) -> Loaded:
+    """A recipe that is loaded already carries its overrides."""
+    loaded = recipe if isinstance(recipe, Loaded) else load(recipe, overrides)
     for warning in loaded.warnings:
         report.warning(warning)
     return loaded
@@ -160,7 +161,9 @@ def _finish(target: Resolved, results: Mapping[str, Result], failure: ForgeError
     return summary(target, results)
 
 
-def plan(recipe: Path, overrides: Sequence[str] = (), *, fetch: bool = False) -> tuple[Resolved, Plan]:
+def plan(
+    recipe: Path | Loaded, overrides: Sequence[str] = (), *, fetch: bool = False
+) -> tuple[Resolved, Plan]:
     """What a ship would run, and why. Writes nothing; asks the hub only with `fetch`."""
     loaded = _load(recipe, overrides)
     store, directory = open_store(read_only=True), run_directory(loaded)
