@@ -16,6 +16,7 @@ import pytest
 
 from forge.chat.template import ChatTemplate
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.reading import Source
 from forge.data.tokens import prompt_format
 from tests.vocabularies import write_tokenizer
 
@@ -202,7 +203,7 @@ def prepare_rows(base: Path, directory: Path) -> Path:
     source.write_text(json.dumps(rows), encoding="utf-8")
     template = ChatTemplate((base / "chat_template.jinja").read_text(encoding="utf-8"))
     form = prompt_format(template, Tokenizer.from_file(str(base / "tokenizer.json")))
-    prepare(Settings([source], 0), form, 512, directory)
+    prepare(Settings([Source((source,))], 0), form, 512, directory)
     (directory / HELDOUT_FILE).write_bytes((directory / TRAIN_FILE).read_bytes())
     return directory
 

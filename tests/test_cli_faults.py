@@ -212,8 +212,8 @@ def test_each_shard_that_is_missing_is_named(place: Place) -> None:
 DATA: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no rows": ([], "data.source: rows.jsonl has no rows"),
     "other columns": (
-        [{"question": "a", "reply": "b"}] * 8,
-        "rows.jsonl:1: cannot tell the data's format from its columns: question, reply",
+        [{"question": "a", "note": "b"}] * 8,
+        "rows.jsonl:1: cannot tell the data's format from its columns: question, note",
     ),
 }
 

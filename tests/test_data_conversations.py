@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
-from forge.data.conversation import Conversation, Json
-from forge.data.conversations import detect_format, to_conversations
-from forge.data.sources import Row
+from forge import report
+from forge.data.conversation import Conversation, Json, Row
+from forge.data.conversations import to_conversations
+from forge.data.layout import Shape
+from forge.data.problems import BadRows
 from forge.data.split import refuse_overlap, split
-from forge.errors import DataError, Problem
+from forge.errors import DataError
+from tests.told_sink import Told
 
 USER: dict[str, Json] = {"role": "user", "content": "Hi"}
 ANSWER: dict[str, Json] = {"role": "assistant", "content": "Hello."}
@@ -22,136 +27,540 @@ def row(line: int = 1, **values: Any) -> Row:
     return Row(values, "rows.jsonl", line)
 
 
-FORMS: Mapping[str, tuple[Row, Mapping[str, str], list[dict[str, Json]]]] = {
-    "prompt": (row(prompt="Hi", completion="Hello."), {}, [USER, ANSWER]),
+CALL: dict[str, Json] = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+}
+RESULT: dict[str, Json] = {"role": "tool", "content": "3"}
+NAMED: Mapping[str, str] = {"prompt": "sentence", "completion": "translation_extra"}
+
+# What is read -> the row, the recipe's columns, the messages, and the format that is shown.
+FORMS: Mapping[str, tuple[Row, Mapping[str, str], list[dict[str, Json]], str]] = {
+    "prompt": (row(prompt="Hi", completion="Hello."), {}, [USER, ANSWER], "prompt"),
     "mapped columns": (
         row(sentence="Hi", translation="x", translation_extra="Hello."),
-        {"prompt": "sentence", "completion": "translation_extra"},
+        NAMED,
         [USER, ANSWER],
+        "prompt",
     ),
     "mapped system": (
         row(s="Be brief.", prompt="Hi", completion="Hello."),
-        {"prompt": "prompt", "completion": "completion", "system": "s"},
+        {"system": "s"},
         [SYSTEM, USER, ANSWER],
+        "prompt",
     ),
-    "empty system": (
-        row(s=" ", prompt="Hi", completion="Hello."),
-        {"prompt": "prompt", "completion": "completion", "system": "s"},
-        [USER, ANSWER],
+    "empty system": (row(s=" ", prompt="Hi", completion="Hello."), {"system": "s"}, [USER, ANSWER], "prompt"),
+    "null system": (row(system=None, prompt="Hi", completion="Hello."), {}, [USER, ANSWER], "prompt"),
+    "question": (row(Question="Hi", ANSWER="Hello."), {}, [USER, ANSWER], "question"),
+    "prompt and response": (row(prompt="Hi", response="Hello."), {}, [USER, ANSWER], "prompt"),
+    "input and output": (row(Input="Hi", Output="Hello."), {}, [USER, ANSWER], "prompt"),
+    "system_prompt": (
+        row(system_prompt="Be brief.", question="Hi", response="Hello."),
+        {},
+        [SYSTEM, USER, ANSWER],
+        "prompt",
     ),
-    "messages": (row(messages=[SYSTEM, USER, ANSWER]), {}, [SYSTEM, USER, ANSWER]),
-    "conversations": (row(conversations=[USER, ANSWER, USER, ANSWER]), {}, [USER, ANSWER, USER, ANSWER]),
+    "lists of messages": (row(prompt=[USER], completion=[ANSWER]), {}, [USER, ANSWER], "prompt"),
+    "lists of messages as text": (
+        row(prompt=json.dumps([SYSTEM, USER]), completion=json.dumps([ANSWER])),
+        {},
+        [SYSTEM, USER, ANSWER],
+        "prompt",
+    ),
+    "thinking": (
+        row(question="Hi", reasoning="Hm.", answer="Hello."),
+        {},
+        [USER, {**ANSWER, "reasoning_content": "Hm."}],
+        "question",
+    ),
+    "messages": (row(messages=[SYSTEM, USER, ANSWER]), {}, [SYSTEM, USER, ANSWER], "messages"),
+    "conversations": (
+        row(conversations=[USER, ANSWER, USER, ANSWER]),
+        {},
+        [USER, ANSWER, USER, ANSWER],
+        "messages",
+    ),
     "mapped messages": (
         row(chat=[USER, ANSWER], prompt="x", completion="y"),
         {"messages": "chat"},
         [USER, ANSWER],
+        "messages",
     ),
+    "messages beside a null": (
+        row(messages=None, conversations=[USER, ANSWER]),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "messages as JSON": (row(messages=json.dumps([USER, ANSWER])), {}, [USER, ANSWER], "messages"),
+    "messages as a literal": (row(messages=repr([USER, ANSWER])), {}, [USER, ANSWER], "messages"),
+    "a struct of lists": (
+        row(messages={"role": ["user", "assistant"], "content": ["Hi", "Hello."]}),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "a system column": (
+        row(system="Be brief.", messages=[USER, ANSWER]),
+        {},
+        [SYSTEM, USER, ANSWER],
+        "messages",
+    ),
+    "empty system turn": (
+        row(messages=[{"role": "system", "content": ""}, USER, ANSWER]),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "null system turn": (
+        row(messages=[{"role": "system", "content": None}, USER, ANSWER]),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "two system turns": (
+        row(messages=[SYSTEM, {"role": "developer", "content": "Be kind."}, USER, ANSWER]),
+        {},
+        [{"role": "system", "content": "Be brief.\n\nBe kind."}, USER, ANSWER],
+        "messages",
+    ),
+    "late system": (row(messages=[USER, SYSTEM, ANSWER]), {}, [USER, SYSTEM, ANSWER], "messages"),
+    "ends with the user": (row(messages=[USER, ANSWER, USER]), {}, [USER, ANSWER], "messages"),
+    "content parts": (
+        row(
+            messages=[
+                {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                ANSWER,
+            ]
+        ),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "Gemini's": (
+        row(
+            systemInstruction={"parts": [{"text": "Be brief."}]},
+            contents=[
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"text": "Hello."}]},
+            ],
+        ),
+        {},
+        [SYSTEM, USER, ANSWER],
+        "messages",
+    ),
+    "turns without a role": (row(conversations=["Hi", "Hello."]), {}, [USER, ANSWER], "messages"),
     "sharegpt": (
         row(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]),
         {},
         [USER, ANSWER],
+        "sharegpt",
+    ),
+    "sharegpt of others": (
+        row(conversations=[{"from": "User", "value": "Hi"}, {"from": "ChatGPT", "value": "Hello."}]),
+        {},
+        [USER, ANSWER],
+        "sharegpt",
+    ),
+    "role with value": (
+        row(conversations=[{"role": "human", "value": "Hi"}, {"role": "bing", "value": "Hello."}]),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "sharegpt with system": (
+        row(
+            system="Be brief.",
+            conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}],
+        ),
+        {"system": "system"},
+        [SYSTEM, USER, ANSWER],
+        "sharegpt",
+    ),
+    "sharegpt with tools": (
+        row(
+            conversations=[
+                {"from": "human", "value": "Hi"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+                {"from": "observation", "value": "3"},
+                {"from": "gpt", "value": "Hello."},
+            ]
+        ),
+        {},
+        [USER, CALL, RESULT, ANSWER],
+        "sharegpt",
+    ),
+    "tool calls": (
+        row(messages=[USER, {**CALL, "content": None}, RESULT, ANSWER]),
+        {},
+        [USER, CALL, RESULT, ANSWER],
+        "messages",
+    ),
+    "arguments as text": (
+        row(
+            messages=[
+                USER,
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+                    ],
+                },
+                {**RESULT, "tool_call_id": "c1"},
+                ANSWER,
+            ]
+        ),
+        {},
+        [
+            USER,
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+                ],
+            },
+            {**RESULT, "tool_call_id": "c1"},
+            ANSWER,
+        ],
+        "messages",
+    ),
+    "an old function call": (
+        row(
+            messages=[
+                USER,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "add", "arguments": '{"a": 1}'},
+                },
+                {"role": "function", "name": "add", "content": "3"},
+                ANSWER,
+            ]
+        ),
+        {},
+        [USER, CALL, {**RESULT, "name": "add"}, ANSWER],
+        "messages",
     ),
     "alpaca": (
         row(instruction="Add", input="1 2", output="3"),
         {},
         [{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}],
+        "alpaca",
     ),
     "alpaca without input": (
         row(instruction="Hi", input="", output="Hello.", text="### ..."),
         {},
         [USER, ANSWER],
+        "alpaca",
     ),
+    "alpaca mapped": (
+        row(instruction="Add", input="1 2", output="3"),
+        {"prompt": "instruction", "completion": "output"},
+        [{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}],
+        "alpaca",
+    ),
+    "alpaca with history and system": (
+        row(instruction="Hi", input=None, output="Hello.", history=[["Hi", "Hello."]], system="Be brief."),
+        {},
+        [SYSTEM, USER, ANSWER, USER, ANSWER],
+        "alpaca",
+    ),
+    "dolly": (
+        row(instruction="Add", context="1 2", response="3", category="qa"),
+        {},
+        [{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}],
+        "dolly",
+    ),
+    "preference": (row(prompt="Hi", chosen="Hello.", rejected="Go."), {}, [USER, ANSWER], "preference"),
+    "preference of messages": (
+        row(prompt=[SYSTEM, USER], chosen=[ANSWER], rejected=[ANSWER]),
+        {},
+        [SYSTEM, USER, ANSWER],
+        "preference",
+    ),
+    "preference of conversations": (
+        row(prompt="Hi", chosen=[USER, ANSWER], rejected=[USER, ANSWER]),
+        {},
+        [USER, ANSWER],
+        "preference",
+    ),
+    "preference of dialogues": (
+        row(chosen="\n\nHuman: Hi\n\nAssistant: Hello.", rejected="\n\nHuman: Hi\n\nAssistant: Go."),
+        {},
+        [USER, ANSWER],
+        "preference",
+    ),
+    "guanaco": (row(text="### Human: Hi### Assistant: Hello."), {}, [USER, ANSWER], "text"),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form(form: str) -> None:
-    """E1, E2, E5, E6, E8."""
-    given, columns, expected = FORMS[form]
-    (conversation,) = to_conversations([given], "auto", columns)
+    """E1, E2, E5, E6, E7, E8: every shape that people have, under the names that they use."""
+    source, columns, expected, shown = FORMS[form]
+    reading = to_conversations([source], Shape(columns=columns))
+    (conversation,) = reading.conversations
     assert conversation.messages() == expected
-    assert conversation.place == given.place
+    assert conversation.place == source.place
+    assert reading.format == shown
+
+
+def test_plain_text_is_learned_whole() -> None:
+    """E3."""
+    (conversation,) = to_conversations([row(text="Once upon a time.")]).conversations
+    assert (conversation.turns, conversation.text) == ((), "Once upon a time.")
+
+
+def test_tools_are_carried() -> None:
+    """A `tools` column that is dropped trains a model that never saw the tools it is served with."""
+    bare: dict[str, Json] = {"name": "add", "parameters": {"type": "object"}}
+    wrapped: Json = {"type": "function", "function": bare}
+    for value in ([wrapped], [bare], json.dumps([bare])):
+        (one,) = to_conversations([row(messages=[USER, ANSWER], tools=value)]).conversations
+        assert list(one.tools) == [wrapped]
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"trainable": "false"},
+        {"training": 0},
+        {"loss": False},
+    ],
+)
+def test_a_turn_says_that_it_carries_no_loss(mark: Mapping[str, Json]) -> None:
+    """OpenAI's `weight: 0`, axolotl's `training: false`, ms-swift's `loss: false` (axolotl PR 1702)."""
+    turns = [USER, {**ANSWER, **mark}, USER, {**ANSWER, "weight": 1}]
+    (one,) = to_conversations([row(messages=turns)]).conversations
+    assert [turn.trained for turn in one.turns] == [None, False, None, True]
+    (alone,) = to_conversations([row(messages=[USER, ANSWER, {**USER, "weight": 1}, ANSWER])]).conversations
+    assert [turn.trained for turn in alone.turns] == [None] * 4
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"label": False}])
+def test_a_row_says_that_it_is_not_learned(mark: Mapping[str, Json]) -> None:
+    reading = to_conversations(
+        [
+            Row({"prompt": "Hi", "completion": "No.", **mark}, "rows.jsonl", 1),
+            row(2, prompt="Hi", completion="Hello."),
+        ]
+    )
+    assert [one.place.line for one in reading.conversations] == [2]
+    (key,) = mark
+    assert list(reading.notes.counts) == [f"left out: {key} is {str(mark[key]).lower()}"]
+    silent = to_conversations(
+        [row(messages=[USER, {**ANSWER, "weight": 0}]), row(2, messages=[USER, ANSWER])]
+    )
+    assert [one.place.line for one in silent.conversations] == [2]
+
+
+def test_what_plays_no_part_is_listed() -> None:
+    turns = [{**USER, "id": 7}, {**ANSWER, "model": "m"}]
+    reading = to_conversations(
+        [row(messages=turns, source="x", id=1, category=None), row(2, messages=turns, source="y")]
+    )
+    assert reading.notes.unused == {"source": 2, "id": 1, "messages[].id": 2, "messages[].model": 2}
+    assert (
+        to_conversations(
+            [row(prompt="Hi", completion="Hello.", topic="t")], Shape(ignore=("topic",))
+        ).notes.unused
+        == {}
+    )
+
+
+def test_who_was_taken_for_whom_is_shown() -> None:
+    turns = [{"from": "Kunde", "value": "Hi"}, {"from": "chatgpt", "value": "Hello."}]
+    reading = to_conversations([row(conversations=turns)], Shape(roles={"kunde": "user"}))
+    assert reading.notes.roles == {"Kunde": "user", "chatgpt": "assistant"}
 
 
 def test_content_is_not_trimmed_or_changed() -> None:
-    (one,) = to_conversations([row(prompt="  a\n", completion="\tb ")], "prompt", {})
+    (one,) = to_conversations([row(prompt="  a\n", completion="\tb ")]).conversations
     assert [turn.content for turn in one.turns] == ["  a\n", "\tb "]
+    (brackets,) = to_conversations([row(prompt="[1, 2]", completion='{"a": 1}')]).conversations
+    assert [turn.content for turn in brackets.turns] == ["[1, 2]", '{"a": 1}']
 
 
-FAULTS: Mapping[str, tuple[Row, Problem]] = {
-    "missing column": (row(prompt="Hi"), Problem("there is no such column", "completion")),
-    "empty": (row(prompt=" ", completion="x"), Problem("is empty", "prompt")),
-    "not text": (row(prompt="Hi", completion=3), Problem("is int, not text", "completion")),
-    "null": (row(prompt=None, completion="x"), Problem("is NoneType, not text", "prompt")),
-    "no list": (row(messages="Hi"), Problem("is not a list of messages", "messages")),
-    "empty list": (row(messages=[]), Problem("is not a list of messages", "messages")),
-    "no object": (row(messages=["Hi"]), Problem("is not a list of messages", "messages")),
-    "unknown role": (
-        row(messages=[{"role": "human", "content": "Hi"}, ANSWER]),
-        Problem("role 'human' is not one of system, user, assistant", "messages[0]"),
+WEIGHT = (
+    "a row's weight can be 0 or 1 here: data.ignore: [weight] leaves it out of account, "
+    "and a source in data.source can have a weight"
+)
+FAULTS: Mapping[str, tuple[Row, str]] = {
+    "empty": (row(prompt=" ", completion="x"), "prompt: is empty"),
+    "not text": (row(prompt="Hi", completion=3), "completion: is int, not text"),
+    "null": (row(prompt=None, completion="x"), "prompt: is null"),
+    "no list": (row(messages="Hi"), "messages: is not a list of messages"),
+    "empty list": (row(messages=[]), "messages: is not a list of messages"),
+    "no object": (row(messages=[1]), "messages: is not a list of messages"),
+    "no content": (row(messages=[USER, {"role": "assistant"}]), "messages[1].content: there is no such key"),
+    "empty answer": (row(messages=[USER, {**ANSWER, "content": ""}]), "messages[1].content: is empty"),
+    "null answer": (row(messages=[USER, {**ANSWER, "content": None}]), "messages[1].content: is empty"),
+    "a picture": (
+        row(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]),
+        "messages[0].content[0]: is a part of type 'image_url'; only text can be learned here",
     ),
-    "tool role": (
-        row(messages=[USER, {"role": "tool", "content": "3"}, ANSWER]),
-        Problem("role 'tool' is not one of system, user, assistant", "messages[1]"),
+    "a picture beside": (
+        row(prompt="Hi", completion="x", image="a.png"),
+        "image: only text can be learned here; data.ignore: [image] leaves it out of account",
     ),
-    "tool call": (
-        row(messages=[USER, {**ANSWER, "tool_calls": [1]}]),
-        Problem("has tool_calls, which is not supported", "messages[1]"),
+    "no user": (row(messages=[SYSTEM, ANSWER]), "no message is the user's"),
+    "no answer": (
+        row(messages=[USER, USER]),
+        "there is no turn of the assistant: there is nothing to learn",
     ),
-    "no content": (
-        row(messages=[USER, {"role": "assistant"}]),
-        Problem("there is no such column", "messages[1].content"),
+    "half a weight": (
+        row(messages=[USER, {**ANSWER, "weight": 0.5}]),
+        "messages[1].weight: is 0.5; only 0 and 1 (false and true) are supported",
     ),
-    "content parts": (
-        row(messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]),
-        Problem("is list, not text", "messages[0].content"),
+    "a trained question": (
+        row(messages=[{**USER, "train": True}, ANSWER]),
+        "messages[0].train: a turn of the user cannot carry loss here",
     ),
-    "ends with the user": (
-        row(messages=[USER, ANSWER, USER]),
-        Problem("the last message is not the assistant's: there is nothing to learn"),
+    "a contradiction": (
+        row(messages=[USER, {**ANSWER, "train": True, "weight": 0}]),
+        "messages[1]: its keys contradict each other about the loss",
     ),
-    "late system": (row(messages=[USER, SYSTEM, ANSWER]), Problem("a system message that is not the first")),
-    "no user": (row(messages=[SYSTEM, ANSWER]), Problem("no message is the user's")),
-    "unknown speaker": (
-        row(conversations=[{"from": "bard", "value": "Hi"}]),
-        Problem("from 'bard' is not one of human, gpt, system", "conversations[0]"),
+    "a heavy row": (row(prompt="Hi", completion="x", weight=0.5), f"weight: is 0.5; {WEIGHT}"),
+    "loss of prompts": (
+        row(prompt="Hi", completion="x", train_on_input=True),
+        "train_on_input: prompts carry no loss here; data.ignore: [train_on_input] leaves it out of account",
     ),
+    "tokens": (
+        row(prompt="Hi", completion="x", input_ids=[1, 2]),
+        "input_ids: the row is tokenized already; give its text or its messages; "
+        "data.ignore: [input_ids] leaves it out of account",
+    ),
+    "a template of its own": (
+        row(messages=[USER, ANSWER], chat_template_kwargs={"enable_thinking": False}),
+        "chat_template_kwargs: a template's variables are the same for every row; "
+        "set train.template_variables; data.ignore: [chat_template_kwargs] leaves it out of account",
+    ),
+    "half a character": (
+        row(messages=[{**USER, "content": "Hi \ud83d"}, ANSWER]),
+        "messages[0].content: has half a character (lone surrogate)",
+    ),
+    "half a character in a call": (
+        row(
+            messages=[
+                USER,
+                {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": "\ud83d"}}]},
+            ]
+        ),
+        "messages[1].tool_calls: has half a character (lone surrogate)",
+    ),
+    "no arguments": (
+        row(messages=[USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}]),
+        "messages[1].tool_calls: the arguments of a call are not a JSON object",
+    ),
+    "tools that are none": (row(messages=[USER, ANSWER], tools="add"), "tools: is not a list of tools"),
 }
-FORM_OF = {"unknown speaker": "sharegpt", "missing column": "prompt"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_row_that_cannot_be_used_is_named(fault: str) -> None:
     """Pitfalls 15 and 51: nothing is dropped or guessed."""
-    given, problem = FAULTS[fault]
+    source, message = FAULTS[fault]
     with pytest.raises(DataError, match=r"^1 of 1 rows cannot be used$") as caught:
-        to_conversations([given], FORM_OF.get(fault, "auto"), {})
-    assert caught.value.problems == (Problem(problem.message, problem.field, "rows.jsonl", 1),)
-    assert caught.value.hint.startswith("the columns are: ")
+        to_conversations([source])
+    (problem,) = caught.value.problems
+    assert str(problem) == f"rows.jsonl:1: {message}"
 
 
-def test_every_bad_row_is_told_at_once() -> None:
-    rows = [row(n, prompt="a", completion="b" if n % 2 else "") for n in range(1, 7)]
-    with pytest.raises(DataError, match="3 of 6 rows cannot be used") as caught:
-        to_conversations(rows, "auto", {})
+def test_an_unknown_speaker_is_told_the_names_and_the_field() -> None:
+    with pytest.raises(DataError) as caught:
+        to_conversations(
+            [
+                row(conversations=[{"from": "Kunde", "value": "Hi"}]),
+                row(2, conversations=[{"from": "Kunde", "value": "Hi"}]),
+            ]
+        )
+    (problem,) = caught.value.problems
+    assert problem.message.startswith("from 'Kunde' is none of: user, human")
+    assert problem.message.endswith("data.roles: {NAME: user} adds a name (2 times; also 2)")
+
+
+def test_equal_problems_are_counted_once() -> None:
+    rows = [row(n, prompt="a", completion="b" if n % 2 else "") for n in range(1, 13)]
+    with pytest.raises(DataError, match="6 of 12 rows cannot be used") as caught:
+        to_conversations(rows)
     assert [str(problem) for problem in caught.value.problems] == [
-        f"rows.jsonl:{n}: completion: is empty" for n in (2, 4, 6)
+        "rows.jsonl:2: completion: is empty (6 times; also 4, 6, 8, ...)"
     ]
 
 
+def test_bad_rows_are_left_out_where_the_recipe_allows_it() -> None:
+    rows = [row(n, prompt="a", completion="b" if n % 2 else "") for n in range(1, 7)]
+    bad, told = BadRows(3), Told()
+    report.configure(sink=told)
+    assert len(to_conversations(rows, bad=bad).conversations) == 3
+    assert [problem.line for problem in bad.skipped] == [2, 4, 6]
+    assert ("warning", "left out: rows.jsonl:2: completion: is empty (3 times; also 4, 6)") in told.texts
+    with pytest.raises(DataError, match=r"3 of 6 rows cannot be used; data.skip_bad_rows allows 2"):
+        to_conversations(rows, bad=BadRows(2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message", "hint"),
+    [
+        (
+            Shape("alpaca"),
+            "data.format: alpaca does not fit the rows, whose columns are: messages",
+            "data.format: messages",
+        ),
+        (Shape("sharegpt"), "data.format: sharegpt does not fit the rows", "data.format: messages"),
+        (Shape("text"), "data.format: text does not fit the rows", "data.format: messages"),
+        (
+            Shape(columns={"messages": "mesages"}),
+            "data.columns.messages: no row has a column 'mesages'; did you mean messages?",
+            "the columns are: messages",
+        ),
+    ],
+)
+def test_a_setting_that_the_rows_contradict(shape: Shape, message: str, hint: str) -> None:
+    """One line with the right setting, not one a row."""
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
+        to_conversations([row(messages=[USER, ANSWER]), row(2, messages=[USER, ANSWER])], shape)
+    assert hint in caught.value.hint
+    assert caught.value.problems == ()
+
+
 def test_formats_are_told_apart_or_refused() -> None:
-    assert detect_format(row(messages=[USER], prompt="", completion=""), {}) == "messages"
+    both = to_conversations([row(messages=[USER, ANSWER], prompt="x", completion="y")])
+    assert both.format == "messages"
+    assert both.notes.unused == {"prompt": 1, "completion": 1}
     with pytest.raises(
         DataError, match=r"rows\.jsonl:1: cannot tell the data's format from its columns: a, b"
     ):
-        detect_format(row(a=1, b=2), {})
-    with pytest.raises(DataError, match="plain text has no turns"):
-        to_conversations([row(text="x")], "text", {})
+        to_conversations([row(a=1, b=2)])
+    with pytest.raises(DataError, match="both answer and solution could be the completion"):
+        to_conversations([row(problem="x", answer="y", solution="z")])
+    with pytest.raises(DataError, match="cannot tell") as caught:
+        to_conversations([row(text="good", label="pos")])
+    assert caught.value.hint == "to learn the label: data.columns: {prompt: text, completion: label}"
+
+
+def test_a_reader_of_ones_own() -> None:
+    """E4: a function makes of a row what forge then reads as any other."""
+    made: dict[int, object] = {1: [USER, ANSWER], 2: {"question": "Hi", "answer": "Hello."}, 3: None}
+    rows = [row(n, number=n) for n in made]
+    with pytest.raises(DataError, match="1 of 2 rows cannot be used"):
+        to_conversations(rows[:2], Shape(reader=lambda values: made[values["number"]]))
+    reading = to_conversations([rows[0], rows[2]], Shape(reader=lambda values: made[values["number"]]))
+    assert [one.messages() for one in reading.conversations] == [[USER, ANSWER]]
+    assert reading.notes.counts == {"left out by the reader that data.format names": 1}
+    with pytest.raises(DataError) as caught:
+        to_conversations(rows[:1], Shape(reader=lambda values: 5))
+    assert "data.format returned int, not messages, a row, a text or None" in str(caught.value.problems[0])
 
 
 def conversations(count: int, *, copies: int = 1) -> list[Conversation]:
     rows = [row(n, prompt=f"question {n % (count // copies)}", completion="x") for n in range(count)]
-    return to_conversations(rows, "prompt", {})
+    return list(to_conversations(rows).conversations)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.1, 10), (0.0, 0), (7, 7), (0.5, 50)])
@@ -167,18 +576,18 @@ def test_split_sizes(share: float, expected: int) -> None:
 def test_equal_rows_stay_on_one_side() -> None:
     """Pitfall 63."""
     training, heldout = split(conversations(100, copies=4), 0.2, 42)
-    assert not {one.fingerprint() for one in training} & {one.fingerprint() for one in heldout}
+    assert not {one.fingerprint for one in training} & {one.fingerprint for one in heldout}
     assert 20 <= len(heldout) < 24
     refuse_overlap(training, heldout)
 
 
 def test_the_split_depends_on_text_and_seed_alone() -> None:
     rows = conversations(60)
-    held = {one.fingerprint() for one in split(rows, 6, 42)[1]}
-    assert held == {one.fingerprint() for one in split(rows[::-1], 6, 42)[1]}
-    assert held != {one.fingerprint() for one in split(rows, 6, 43)[1]}
-    more = to_conversations([row(99, prompt="a new row", completion="x")], "prompt", {})
-    assert len(held & {one.fingerprint() for one in split(rows + more, 6, 42)[1]}) >= 5
+    held = {one.fingerprint for one in split(rows, 6, 42)[1]}
+    assert held == {one.fingerprint for one in split(rows[::-1], 6, 42)[1]}
+    assert held != {one.fingerprint for one in split(rows, 6, 43)[1]}
+    more = list(to_conversations([row(99, prompt="a new row", completion="x")]).conversations)
+    assert len(held & {one.fingerprint for one in split(rows + more, 6, 42)[1]}) >= 5
 
 
 def test_no_training_row_left() -> None:
@@ -196,4 +605,6 @@ def test_overlap_of_two_files_is_refused() -> None:
     rows = conversations(5)
     with pytest.raises(DataError, match="2 held-out rows are training rows too") as caught:
         refuse_overlap(rows, rows[3:])
-    assert [problem.line for problem in caught.value.problems] == [3, 4]
+    assert [str(problem) for problem in caught.value.problems] == [
+        "rows.jsonl:3: this held-out row is also a training row (2 times; also 4)"
+    ]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.reading import Source
 from forge.data.tokens import PromptFormat
 from forge.errors import DataError
 from tests.test_data_tokens import format_of
@@ -32,7 +33,7 @@ def write(path: Path, questions: tuple[str, ...] = QUESTIONS) -> Path:
 
 
 def settings(path: Path, **changes: Any) -> Settings:
-    return dataclasses.replace(Settings(source=[path], heldout=0), **changes)
+    return dataclasses.replace(Settings(sources=[Source((path,))], heldout=0), **changes)
 
 
 def lengths(form: PromptFormat, questions: tuple[str, ...] = QUESTIONS) -> list[int]:
@@ -71,19 +72,29 @@ def test_both_files_whole(form: PromptFormat, tmp_path: Path) -> None:
         "rows": 4,
         "heldout_rows": 1,
         "longest_tokens": max(counted),
+        "shortest_tokens": min(counted),
+        "median_tokens": sorted(counted)[2],
         "mean_tokens": round(sum(counted) / 4, 1),
+        "tokens": sum(counted),
         "supervised_tokens": sum(label >= 0 for row in training for label in row["labels"]),
         "overlong_rows": 0,
         "max_length": max(lengths(form)),
         "end_of_turn": "<|im_end|>",
         "end_of_turn_id": 2,
+        "texts": 0,
+        "duplicates": 0,
+        "read": ["rows.jsonl (JSON lines): 5 rows, prompt (prompt, completion)"],
+        "notes": {},
+        "roles": {},
+        "unused": {},
+        "bad_rows": [],
         "first_row": {"text": first["text"], "supervised": f"{kept[0].upper()}<|im_end|>"},
     }
 
 
 def test_several_files_and_a_limit(form: PromptFormat, tmp_path: Path) -> None:
     one, two = write(tmp_path / "a.jsonl", QUESTIONS[:2]), write(tmp_path / "b.jsonl", QUESTIONS[2:])
-    told = prepare(settings(one, source=[one, two], limit=3), form, None, tmp_path)
+    told = prepare(settings(one, sources=[Source((one, two))], limit=3), form, None, tmp_path)
     assert told["rows"] == 3
     asked = [row["messages"][0]["content"] for row in read(tmp_path / TRAIN_FILE)]
     assert asked == list(QUESTIONS[:3])

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from forge.data.sources import BUILTIN, Row, digest_of, locate, read_rows
+from forge.data.conversation import Row
+from forge.data.files import read_rows
+from forge.data.problems import refuse
+from forge.data.sources import BUILTIN, digest_of, locate
 from forge.errors import DataError, Problem
 
 ROWS = [
@@ -79,18 +82,27 @@ def test_every_broken_line_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="4 lines are not JSON objects") as caught:
         read_rows(path)
     assert caught.value.problems == (
-        Problem("not JSON: Expecting value", "", "rows.jsonl", 2),
-        Problem("not an object in braces", "", "rows.jsonl", 3),
-        Problem("not an object in braces", "", "rows.jsonl", 4),
-        Problem("not JSON: Expecting value", "", "rows.jsonl", 6),
+        Problem("not JSON: Expecting value (2 times; also 6)", "", "rows.jsonl", 2),
+        Problem("not an object in braces (2 times; also 4)", "", "rows.jsonl", 3),
     )
 
 
 def test_many_problems_are_counted_and_the_first_shown(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", "x\n" * 50)
-    with pytest.raises(DataError, match=r"50 lines .* \(the first 20 of 50 are shown\)") as caught:
+    """Equal faults are one problem, with how many there are and where the next ones stand."""
+    path = write(tmp_path / "rows.jsonl", "x\n" * 50 + "[1]\n")
+    with pytest.raises(DataError, match="51 lines are not JSON objects") as caught:
         read_rows(path)
-    assert [problem.line for problem in caught.value.problems] == list(range(1, 21))
+    assert [str(problem) for problem in caught.value.problems] == [
+        "rows.jsonl:1: not JSON: Expecting value (50 times; also 2, 3, 4, ...)",
+        "rows.jsonl:51: not an object in braces",
+    ]
+
+
+def test_many_kinds_of_problems_are_cut() -> None:
+    problems = [Problem(f"fault {number}", "", "rows.jsonl", number) for number in range(50)]
+    with pytest.raises(DataError, match=r"\(the first 20 of 50 kinds are shown\)") as caught:
+        refuse(problems, "50 rows", "mend them")
+    assert caught.value.problems == tuple(problems[:20])
 
 
 @pytest.mark.parametrize(
@@ -108,8 +120,8 @@ def test_many_problems_are_counted_and_the_first_shown(tmp_path: Path) -> None:
         ("rows.csv", b'a,b\n1,"x\n', r"rows\.csv:\d: not CSV: unexpected end of data"),
         ("rows.csv", b"a,b\n1,2\n1,2,3\n", "1 lines do not fit the header"),
         ("rows.csv", b"a,b\n1,2\n1\n", "1 lines do not fit the header"),
-        ("rows.txt", b"text", "unknown kind of file"),
-        ("rows", b"text", "unknown kind of file"),
+        ("rows.parquet", b"text", "is not Parquet, as its name says"),
+        ("rows", b"text", "is an unknown kind of file"),
     ],
 )
 def test_faults_of_a_file(name: str, content: bytes, message: str, tmp_path: Path) -> None:
@@ -132,8 +144,8 @@ def test_lines_that_do_not_fit_the_header(tmp_path: Path) -> None:
 
 @pytest.mark.training
 def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.parquet", "not a table")
-    with pytest.raises(DataError, match="is not a Parquet file"):
+    path = write(tmp_path / "rows.parquet", "PAR1 and no table")
+    with pytest.raises(DataError, match="is not a whole Parquet file"):
         read_rows(path)
 
 
@@ -144,7 +156,6 @@ def test_locate(tmp_path: Path) -> None:
     assert locate("builtin:yoda", tmp_path) == BUILTIN / "yoda.jsonl"
     for source, message in {
         "absent.jsonl": r"absent\.jsonl does not exist",
-        ".": "is a directory",
         "builtin:gollum": "there is no built-in data 'builtin:gollum'",
     }.items():
         with pytest.raises(DataError, match=message):

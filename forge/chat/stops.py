@@ -41,7 +41,8 @@ class StopContract:
         """`rows` have `labels`: each supervises something, and the end of every turn that it supervises.
 
         Rows that may be cut may lack the last one. `every_turn`: all the assistant turns of a row's
-        `messages` are supervised. Which token pads does not matter: labels are made before rows are padded.
+        `messages` are supervised, or as many as `answers` says. Which token pads does not matter: labels
+        are made before rows are padded.
         """
         end = self.ids[self.end_of_turn]
         found: list[Problem] = []
@@ -50,9 +51,12 @@ class StopContract:
             if not supervised:
                 found.append(Problem(f"row {number}: nothing is supervised", LOSS_MASK))
                 continue
+            if "messages" in row and not row["messages"]:
+                continue  # a plain text: nobody's turn ends in it
             ends = _ends(row["labels"])
             open_turns = sum(one != end for one in (ends[:-1] if may_be_cut else ends))
-            wanted = sum(one["role"] == "assistant" for one in row["messages"]) if every_turn else 0
+            answers = row.get("answers", sum(one["role"] == "assistant" for one in row.get("messages", ())))
+            wanted = answers if every_turn else 0
             if open_turns or (len(ends) < wanted and not may_be_cut):
                 found.append(Problem(f"row {number}: {self.end_of_turn} is not supervised", LOSS_MASK))
         return found

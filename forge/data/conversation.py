@@ -6,11 +6,12 @@ format or a template.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from forge.errors import Problem
 
@@ -26,6 +27,22 @@ class Place:
 
     def problem(self, message: str, field: str = "") -> Problem:
         return Problem(message, field, self.file, self.line)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and where it stands: the line of a text file, else its number from 1."""
+
+    values: Mapping[str, Any]
+    file: str
+    line: int
+
+    @property
+    def place(self) -> Place:
+        return Place(self.file, self.line)
+
+    def problem(self, message: str, field: str = "") -> Problem:
+        return self.place.problem(message, field)
 
 
 @dataclass(frozen=True)
@@ -86,11 +103,14 @@ class Conversation:
     place: Place
     tools: tuple[Mapping[str, Json], ...] = ()
     text: str = ""
+    weight: float = 1.0
+    """How often it is seen in an epoch, against the others."""
 
     def messages(self) -> list[dict[str, Json]]:
         """What a chat template is given."""
         return [turn.as_message() for turn in self.turns]
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for rows that say the same, whatever of it is trained."""
         said = [self.messages(), list(map(dict, self.tools)), self.text]

@@ -1,160 +1,259 @@
-"""Rows to conversations: prompt and completion, messages, ShareGPT, Alpaca.
+"""Rows to conversations, whatever shape they have: which column plays which part, then the turns.
 
-Every row either becomes a conversation or is named as a problem; nothing is dropped or guessed.
-Not covered: tool calls, images, and plain-text rows (there is no chat to serve in them).
+Every row becomes a conversation, is left out because it says so itself, or is named as a problem; every
+column is used, refused by name, or listed as unused. Not covered: the files (`files`), templates (`tokens`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from forge.data.conversation import Conversation, Turn
-from forge.data.sources import Row, refuse
+from forge.data import fields
+from forge.data.conversation import Conversation, Row, Turn
+from forge.data.layout import (
+    AUTO,
+    EMPTY,
+    MESSAGES,
+    PREFERENCE,
+    SHAREGPT,
+    TEXT,
+    Layout,
+    Reader,
+    Shape,
+    layout_of,
+    require_columns,
+)
+from forge.data.problems import BadRows
+from forge.data.turns import BadRowError, Notes, finished, parsed, text_of, tools_of, turns_of
 from forge.errors import DataError, Problem
 
-Columns = Mapping[str, str]
-_ROLES = ("system", "user", "assistant")
-# ShareGPT's names (E6). Others are refused: a template drops a role that it does not know.
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-_MESSAGES_KEYS = ("messages", "conversations")
+_DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
 
 
-def detect_format(row: Row, columns: Columns) -> str:
-    """`prompt`, `messages`, `sharegpt` or `alpaca`, from the mapped columns or else the row's keys."""
-    if {"prompt", "completion"} <= columns.keys():
-        return "prompt"
-    keys = row.values.keys()
-    listed = (
-        [columns["messages"]] if "messages" in columns else [key for key in _MESSAGES_KEYS if key in keys]
-    )
-    if listed:
-        turns = row.values.get(listed[0])
-        is_sharegpt = isinstance(turns, list) and turns and isinstance(turns[0], dict) and "from" in turns[0]
-        return "sharegpt" if is_sharegpt else "messages"
-    if {"prompt", "completion"} <= keys:
-        return "prompt"
-    if {"instruction", "output"} <= keys:
-        return "alpaca"
-    raise DataError(
-        f"{row.file}:{row.line}: cannot tell the data's format from its columns: {', '.join(keys)}",
-        hint="say which is which: data.columns: {prompt: ..., completion: ...} or {messages: ...}",
-    )
+@dataclass(frozen=True)
+class Reading:
+    """The conversations of some rows, how the rows were understood, and what was done to them."""
+
+    conversations: tuple[Conversation, ...]
+    format: str
+    why: str
+    notes: Notes
+    rows: int = 0
 
 
-def to_conversations(rows: Sequence[Row], form: str, columns: Columns) -> list[Conversation]:
-    """Every row as a conversation; raises one `DataError` with every row that cannot be one."""
-    if form == "auto":
-        form = detect_format(rows[0], columns)
-    if form == "text":
-        raise DataError(
-            "data.format: text: plain text has no turns, so there is no chat to train or to serve",
-            hint="give prompt and completion, or messages",
-        )
-    readers: Mapping[str, Callable[[Row, Columns], tuple[Turn, ...]]] = {
-        "prompt": _from_prompt,
-        "messages": _from_messages,
-        "sharegpt": _from_sharegpt,
-        "alpaca": _from_alpaca,
-    }
+def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRows | None = None) -> Reading:
+    """Every row as a conversation; raises one `DataError` with every row that cannot be one.
+
+    `bad` says how many may be left out instead.
+    """
+    shape, bad, notes = shape or Shape(), bad or BadRows(), Notes()
     problems: list[Problem] = []
+    given = len(rows)
+    if shape.reader is not None:
+        rows = list(_read_by(shape.reader, rows, notes, problems))
+        shape = replace(shape, format=AUTO)
+    if not rows:
+        bad.settle(problems, f"{len(problems)} of {given} rows cannot be used", "look at data.format")
+        raise DataError("no row is left to learn from", hint="look at what data.format makes of the rows")
+    require_columns(rows, shape)
+    layout = layout_of(rows, shape)
     conversations: list[Conversation] = []
     for row in rows:
         try:
-            messages = readers[form](row, columns)
-            _check_turns(messages)
-        except _BadRowError as bad:
-            problems.append(row.problem(bad.message, bad.field))
+            conversation = _conversation(row, layout, shape, notes)
+        except BadRowError as wrong:
+            problems.append(row.problem(wrong.message, wrong.field))
         else:
-            conversations.append(Conversation(messages, row.place))
-    names = ", ".join(str(key) for key in rows[0].values)
-    refuse(problems, f"{len(problems)} of {len(rows)} rows cannot be used", f"the columns are: {names}")
-    return conversations
+            conversations += [conversation] if conversation else []
+    names = ", ".join(map(str, rows[0].values))
+    bad.settle(problems, f"{len(problems)} of {given} rows cannot be used", f"the columns are: {names}")
+    if not conversations:
+        raise DataError(
+            "no row is left to learn from", hint="the rows' own weight, train or label leave all out"
+        )
+    used = {part: columns[0] for part, columns in layout.parts.items() if columns}
+    why = ", ".join(
+        column if part == plain_part(column) else f"{column} as {part}" for part, column in used.items()
+    )
+    if shape.reader is not None:
+        why += ", from the reader that data.format names"
+    return Reading(tuple(conversations), layout.format, why, notes, given)
 
 
-class _BadRowError(Exception):
-    def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
+def plain_part(column: str) -> str:
+    """A column's name as it is compared, to say where it plays the part of its own name."""
+    return fields.plain(column)
 
 
-def _text(values: Mapping[str, Any], column: str, *, empty_ok: bool = False) -> str:
-    if column not in values:
-        raise _BadRowError("there is no such column", column)
-    value = values[column]
-    if not isinstance(value, str):
-        raise _BadRowError(f"is {type(value).__name__}, not text", column)
-    if not value.strip() and not empty_ok:
-        raise _BadRowError("is empty", column)
+def _read_by(reader: Reader, rows: Sequence[Row], notes: Notes, problems: list[Problem]) -> Iterator[Row]:
+    for row in rows:
+        try:
+            made = reader(row.values)
+        except DataError as error:
+            problems.append(row.problem(error.message))
+            continue
+        if made is None:
+            notes.counts["left out by the reader that data.format names"] += 1
+        elif isinstance(made, Mapping):
+            yield replace(row, values=made)
+        elif isinstance(made, str):
+            yield replace(row, values={"text": made})
+        elif isinstance(made, (list, tuple)):
+            yield replace(row, values={"messages": list(made)})
+        else:
+            problems.append(
+                row.problem(
+                    f"data.format returned {type(made).__name__}, not messages, a row, a text or None"
+                )
+            )
+
+
+def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conversation | None:
+    """The row's conversation; None for a row that says itself that it is not to be learned."""
+    _refuse_keys(row, layout, shape, notes)
+    if (why := _left_out(row, layout)) is not None:
+        notes.counts[f"left out: {why}"] += 1
+        return None
+    column, value = layout.value(row, fields.TOOLS)
+    tools = tools_of(value, column)
+    if layout.format == TEXT:
+        return _from_text(row, layout, notes)
+    turns = list(_system(row, layout))
+    if layout.format in (MESSAGES, SHAREGPT):
+        column, value = layout.value(row, fields.MESSAGES)
+        turns += turns_of(value, column, shape.roles, notes)
+    else:
+        turns += _exchange(row, layout, shape, notes)
+    done = finished(turns, notes)
+    if all(turn.trained is False for turn in done if turn.role == "assistant"):
+        notes.counts["left out: no answer carries loss, says the row"] += 1
+        return None
+    return Conversation(done, row.place, tools)
+
+
+def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
+    for key in layout.unused:
+        value = row.values.get(key)
+        if value in EMPTY or key in shape.ignore:
+            continue
+        why = fields.ROW_REFUSED.get(fields.plain(key))
+        tokens = isinstance(value, list) and all(isinstance(item, int) for item in value)
+        if why and value is not False and (tokens or not why.startswith("the row is tokenized")):
+            raise BadRowError(f"{why}; data.ignore: [{key}] leaves it out of account", key)
+        notes.unused[key] += 1
+
+
+def _left_out(row: Row, layout: Layout) -> str | None:
+    """Why the row says of itself that it is not to be learned."""
+    for part in (fields.TRAINED, fields.LABEL, fields.WEIGHT):
+        column, value = layout.value(row, part)
+        if part == fields.WEIGHT and value not in (None, 0, 1, "0", "1", "", "1.0", "0.0"):
+            raise BadRowError(
+                f"is {value!r}; a row's weight can be 0 or 1 here: data.ignore: [{column}] leaves it "
+                "out of account, and a source in data.source can have a weight",
+                column,
+            )
+        is_flag = (
+            isinstance(value, bool) or part == fields.WEIGHT or (part == fields.TRAINED and value in (0, 1))
+        )
+        if is_flag and value in (False, 0, "0", "0.0"):
+            return f"{column} is {str(value).lower()}"
+    return None
+
+
+def _system(row: Row, layout: Layout) -> Iterator[Turn]:
+    column, value = layout.value(row, fields.SYSTEM)
+    if isinstance(value, Mapping) and "parts" in value:
+        value = value["parts"]
+    text = text_of(value, column, empty_ok=True)
+    if text.strip():
+        yield Turn("system", text)
+
+
+def _exchange(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[Turn]:
+    """Prompt and answer, with what stands before and between: history, input, thinking."""
+    answer_part = fields.CHOSEN if layout.format == PREFERENCE else fields.COMPLETION
+    place, answer = layout.value(row, answer_part)
+    asked, prompt = layout.value(row, fields.PROMPT)
+    if layout.format == PREFERENCE:
+        notes.counts["preference pairs: the chosen answer is learned, the rejected one is not used"] += 1
+        if isinstance(answer, str) and prompt in EMPTY:
+            yield from dialogue(answer, place)
+            return
+    answer = _listed(answer)
+    prompt = _listed(prompt)
+    if isinstance(answer, list) and answer and isinstance(answer[0], Mapping):
+        reply = list(turns_of(answer, place, shape.roles, notes))
+        if reply[0].role != "assistant" and layout.format == PREFERENCE:
+            yield from reply  # the whole conversation, its prompt included
+            return
+    else:
+        thought = layout.value(row, fields.REASONING)
+        reasoning = text_of(thought[1], thought[0], empty_ok=True)
+        reply = [Turn("assistant", text_of(_said(answer, row, place), place), reasoning=reasoning)]
+    yield from _history(row, layout)
+    beside, more = layout.value(row, fields.INPUT)
+    extra = text_of(more, beside, empty_ok=True) if more is not None else ""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
+        if extra.strip():
+            raise BadRowError(f"stands beside a {asked} that is a list of messages", beside)
+        yield from turns_of(prompt, asked, shape.roles, notes)
+    else:
+        question = text_of(_said(prompt, row, asked), asked)
+        yield Turn("user", f"{question}\n\n{extra}" if extra.strip() else question)
+    yield from reply
+
+
+def _said(value: object, row: Row, column: str) -> object:
+    if column not in row.values:
+        raise BadRowError("there is no such column", column)
+    if value is None:
+        raise BadRowError("is null", column)
     return value
 
 
-def _from_prompt(row: Row, columns: Columns) -> tuple[Turn, ...]:
-    messages = []
-    if "system" in columns:
-        system = _text(row.values, columns["system"], empty_ok=True)
-        messages += [Turn("system", system)] if system.strip() else []
-    prompt = _text(row.values, columns.get("prompt", "prompt"))
-    completion = _text(row.values, columns.get("completion", "completion"))
-    return (
-        *messages,
-        Turn("user", prompt),
-        Turn("assistant", completion),
-    )
+def _listed(value: object) -> object:
+    """A list of messages that stands as a text; any other text, JSON or not, is what it is."""
+    made = parsed(value)
+    is_messages = isinstance(made, list) and made and isinstance(made[0], Mapping) and "role" in made[0]
+    if isinstance(made, Mapping) and isinstance(value, Mapping) and {"role", "from"} & value.keys():
+        return [made]
+    return made if is_messages else value
 
 
-def _turns(row: Row, columns: Columns) -> tuple[str, list[Mapping[str, Any]]]:
-    column = columns.get("messages") or next((key for key in _MESSAGES_KEYS if key in row.values), "messages")
-    turns = row.values.get(column)
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise _BadRowError("is not a list of messages", column)
-    return column, turns
+def _history(row: Row, layout: Layout) -> Iterator[Turn]:
+    """Alpaca's earlier exchanges: [[question, answer], ...]; they carry loss as other turns do."""
+    column, value = layout.value(row, fields.HISTORY)
+    value = parsed(value)
+    if value in EMPTY:
+        return
+    if not isinstance(value, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value
+    ):
+        raise BadRowError("is not a list of [question, answer]", column)
+    for number, (question, answer) in enumerate(value):
+        yield Turn("user", text_of(question, f"{column}[{number}][0]"))
+        yield Turn("assistant", text_of(answer, f"{column}[{number}][1]"))
 
 
-def _from_messages(row: Row, columns: Columns) -> tuple[Turn, ...]:
-    column, turns = _turns(row, columns)
-    messages = []
-    for number, turn in enumerate(turns):
-        place = f"{column}[{number}]"
-        if extra := [key for key in ("tool_calls", "tool_call_id") if turn.get(key)]:
-            raise _BadRowError(f"has {extra[0]}, which is not supported", place)
-        role = turn.get("role")
-        if role not in _ROLES:
-            raise _BadRowError(f"role {role!r} is not one of {', '.join(_ROLES)}", place)
-        try:
-            messages.append(Turn(role, _text(turn, "content", empty_ok=role == "system")))
-        except _BadRowError as bad:
-            raise _BadRowError(bad.message, f"{place}.{bad.field}") from None
-    return tuple(messages)
+def _from_text(row: Row, layout: Layout, notes: Notes) -> Conversation:
+    column, value = layout.value(row, fields.TEXT)
+    text = text_of(_said(value, row, column), column)
+    if "### Human:" in text and "### Assistant:" in text:
+        notes.counts["texts of ### Human: and ### Assistant:, read as conversations"] += 1
+        return Conversation(finished(list(dialogue(text, column)), notes), row.place)
+    return Conversation((), row.place, text=text)
 
 
-def _from_sharegpt(row: Row, columns: Columns) -> tuple[Turn, ...]:
-    column, turns = _turns(row, columns)
-    messages = []
-    for number, turn in enumerate(turns):
-        speaker = turn.get("from")
-        if speaker not in _SHAREGPT_ROLES:
-            known = ", ".join(_SHAREGPT_ROLES)
-            raise _BadRowError(f"from {speaker!r} is not one of {known}", f"{column}[{number}]")
-        messages.append(Turn(_SHAREGPT_ROLES[speaker], _text(turn, "value")))
-    return tuple(messages)
-
-
-def _from_alpaca(row: Row, columns: Columns) -> tuple[Turn, ...]:
-    instruction = _text(row.values, "instruction")
-    given = row.values.get("input") or ""
-    prompt = f"{instruction}\n\n{given}" if str(given).strip() else instruction
-    return (
-        Turn("user", prompt),
-        Turn("assistant", _text(row.values, "output")),
-    )
-
-
-def _check_turns(messages: tuple[Turn, ...]) -> None:
-    if messages[-1].role != "assistant":
-        raise _BadRowError("the last message is not the assistant's: there is nothing to learn")
-    if any(message.role == "system" for message in messages[1:]):
-        raise _BadRowError("a system message that is not the first")
-    if not any(message.role == "user" for message in messages):
-        raise _BadRowError("no message is the user's")
+def dialogue(text: str, place: str) -> Iterator[Turn]:
+    """The turns of a text that marks them `Human:` and `Assistant:`, as Guanaco and HH-RLHF do."""
+    pieces = _DIALOGUE.split(text)
+    if len(pieces) < 3 or pieces[0].strip():
+        raise BadRowError(
+            "is one text without Human: and Assistant:, and there is no prompt beside it", place
+        )
+    roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
+    for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
+        yield Turn(roles[speaker], text_of(said.strip(), place))

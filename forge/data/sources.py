@@ -1,48 +1,44 @@
-"""Rows from where people keep them: JSONL, JSON, CSV, Parquet, a hub dataset, or built in.
+"""Where rows come from: built in, a file, a directory, a pattern; and which files are of a split.
 
-Not covered: streaming; all rows are read into memory (text only, so gigabytes are needed before
-that matters).
+Not covered: the hub (`model.base` fetches; what it gives is a directory).
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from forge.data.conversation import Place
-from forge.errors import DataError, Problem
+from forge.data.files import SUFFIXES, is_data_file
+from forge.data.json_rows import SPLITS
+from forge.errors import DataError
 
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_PREFIX = "builtin:"
 _BUILTIN_FILES = {"yoda": "yoda.jsonl", "yoda_heldout": "yoda_heldout.jsonl"}
-_MOST_PROBLEMS = 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record and where it stands: the line of a JSONL file, else its number from 1."""
-
-    values: Mapping[str, Any]
-    file: str
-    line: int
-
-    @property
-    def place(self) -> Place:
-        return Place(self.file, self.line)
-
-    def problem(self, message: str, field: str = "") -> Problem:
-        return self.place.problem(message, field)
+# What lies beside rows and holds none.
+_NOT_ROWS = {
+    "dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json", "package.json",
+    "config.json",
+}  # fmt: skip
+_SAME_SPLIT = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 
 
 def locate(source: str, directory: Path) -> Path:
-    """The file that `source` names: built in, absolute, or relative to `directory`.
+    """The one file that `source` names: built in, absolute, or relative to `directory`.
 
     Raises `DataError` when there is no such file. Hub ids are resolved before (see `model.base`).
+    """
+    files = locate_all(source, directory, "train")
+    if len(files) != 1:
+        raise DataError(f"data.source: {source} is {len(files)} files, and one is needed here")
+    return files[0]
+
+
+def locate_all(source: str, directory: Path, split: str) -> tuple[Path, ...]:
+    """The files that `source` names: built in, a file, those of a directory or of a pattern (`*.jsonl`).
+
+    Raises `DataError` when there is none.
     """
     if source.startswith(BUILTIN_PREFIX):
         name = source.removeprefix(BUILTIN_PREFIX)
@@ -51,40 +47,65 @@ def locate(source: str, directory: Path) -> Path:
                 f"data.source: there is no built-in data {source!r}",
                 hint="built in are " + ", ".join(BUILTIN_PREFIX + known for known in _BUILTIN_FILES),
             )
-        return BUILTIN / _BUILTIN_FILES[name]
-    path = (directory / Path(source).expanduser()).resolve()
+        return (BUILTIN / _BUILTIN_FILES[name],)
+    path = directory / Path(source).expanduser()
     if path.is_file():
-        return path
-    kind = "is a directory" if path.is_dir() else "does not exist"
-    raise DataError(f"data.source: {path} {kind}", hint="name a .jsonl, .json, .csv or .parquet file")
+        return (path.resolve(),)
+    if path.is_dir():
+        return files_of_split(path.resolve(), split)
+    if any(letter in source for letter in "*?["):
+        root = Path(path.anchor)
+        found = sorted(one for one in root.glob(str(path.relative_to(root))) if one.is_file())
+        if found:
+            return tuple(found)
+        raise DataError(f"data.source: no file matches {source}", hint=f"looked in {directory}")
+    raise DataError(
+        f"data.source: {path} does not exist",
+        hint=f"name a file ({', '.join(SUFFIXES)}), a directory or a pattern",
+    )
 
 
-def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """All rows of a file (the first `limit`), or one `DataError` that lists every unreadable line."""
-    readers: Mapping[str, Callable[[Path], Iterator[Row]]] = {
-        ".jsonl": _jsonl,
-        ".json": _json,
-        ".csv": _csv,
-        ".parquet": _parquet,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+def files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
+    """The data files below a directory that belong to `split` by their name, as the hub does it.
+
+    Where no name says a split, all of them. Raises `DataError` when there is none.
+    """
+    name = split.partition("[")[0]
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and is_data_file(path.name)
+        and path.name not in _NOT_ROWS
+        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    )
+    # Texts count only where they are all there is: a README is no row.
+    found = [path for path in found if path.suffix.lower() not in (".txt", ".md")] or [
+        path for path in found if not path.stem.lower().startswith(("readme", "license", "licence"))
+    ]
+    of = {path: _split_of(path.relative_to(folder)) for path in found}
+    wanted = _SAME_SPLIT.get(name, name)
+    chosen = [
+        path for path in found if of[path] == wanted or name in path.relative_to(folder).as_posix().lower()
+    ]
+    if not chosen and (not any(of.values()) or len(found) == 1) and name == "train":
+        chosen = found
+    if not chosen:
+        names = ", ".join(path.relative_to(folder).as_posix() for path in found[:20]) or "none"
         raise DataError(
-            f"data.source: {path.name}: unknown kind of file",
-            hint="one of " + ", ".join(readers),
+            f"data.split: {folder} has no data file of the split {name!r}; its data files are: {names}",
+            hint="set data.split, or name the file you want as data.source",
         )
-    try:
-        rows = list(reader(path))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"data.source: {path} is not UTF-8: {error.reason} at byte {error.start}",
-            hint="convert it, for instance with iconv -t utf-8",
-        ) from error
-    except OSError as error:
-        raise DataError(f"data.source: cannot read {path}: {error.strerror}") from error
-    if not rows:
-        raise DataError(f"data.source: {path} has no rows", hint="training needs at least a few hundred")
-    return rows[:limit] if limit else rows
+    return tuple(chosen)
+
+
+def _split_of(path: Path) -> str:
+    """The split that a name says: `train-00000-of-00001.parquet`, `test/rows.jsonl`; "" for none."""
+    words = [
+        word for part in (*path.parts[:-1], path.stem) for word in part.lower().replace("_", "-").split("-")
+    ]
+    named = next((word.partition(".")[0] for word in words if word.partition(".")[0] in SPLITS), "")
+    return _SAME_SPLIT.get(named, named)
 
 
 def digest_of(path: Path) -> str:
@@ -93,81 +114,7 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def refuse(problems: list[Problem], message: str, hint: str) -> None:
-    """Raise one `DataError` with all `problems`, if there are any."""
-    if problems:
-        more = len(problems) - _MOST_PROBLEMS
-        shown = problems[:_MOST_PROBLEMS]
-        raise DataError(
-            message + (f" (the first {_MOST_PROBLEMS} of {len(problems)} are shown)" if more > 0 else ""),
-            hint=hint,
-            problems=shown,
-        )
-
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    problems: list[Problem] = []
-    rows: list[Row] = []
-    with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except json.JSONDecodeError as error:
-                problems.append(Problem(f"not JSON: {error.msg}", "", path.name, number))
-                continue
-            if not isinstance(values, dict):
-                problems.append(Problem("not an object in braces", "", path.name, number))
-                continue
-            rows.append(Row(values, path.name, number))
-    refuse(problems, f"{path}: {len(problems)} lines are not JSON objects", "one {...} a line")
-    yield from rows
-
-
-def _json(path: Path) -> Iterator[Row]:
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
-    if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        whole = lists[0] if len(lists) == 1 else whole
-    if not isinstance(whole, list) or not all(isinstance(item, dict) for item in whole):
-        raise DataError(f"{path}: not a list of objects", hint='expected [{"prompt": ...}, ...]')
-    yield from (Row(item, path.name, number) for number, item in enumerate(whole, start=1))
-
-
-def _csv(path: Path) -> Iterator[Row]:
-    problems: list[Problem] = []
-    rows: list[Row] = []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            for values in reader:
-                # DictReader files surplus values under None and fills missing ones with None.
-                if None in values or None in values.values():
-                    many = "more" if None in values else "fewer"
-                    problems.append(Problem(f"{many} values than columns", "", path.name, reader.line_num))
-                rows.append(Row(values, path.name, reader.line_num))
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from error
-    refuse(problems, f"{path}: {len(problems)} lines do not fit the header", "quote values that hold commas")
-    yield from rows
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    # pyarrow comes with `datasets`, so training machines have it and the parent loads it only here.
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise DataError(
-            f"{path.name}: reading Parquet needs pyarrow",
-            hint="pip install 'forge-ship[train]', or convert the file to JSONL",
-        ) from error
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file: {error}") from error
-    yield from (Row(values, path.name, number) for number, values in enumerate(table.to_pylist(), start=1))
+def shown(paths: Sequence[Path]) -> str:
+    """The files in a few words."""
+    names = [path.name for path in paths[:3]]
+    return ", ".join(names) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

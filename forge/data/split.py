@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 
 from forge.data.conversation import Conversation
-from forge.data.sources import refuse
+from forge.data.problems import refuse
 from forge.errors import DataError
 
 
@@ -22,21 +22,21 @@ def split(
     wanted = round(share * len(conversations)) if share < 1 else int(share)
     order = {
         mark: hashlib.sha256(f"{seed}:{mark}".encode()).hexdigest()
-        for mark in {conversation.fingerprint() for conversation in conversations}
+        for mark in {conversation.fingerprint for conversation in conversations}
     }
     held: set[str] = set()
     count = 0
     sizes: dict[str, int] = {}
     for conversation in conversations:
-        mark = conversation.fingerprint()
+        mark = conversation.fingerprint
         sizes[mark] = sizes.get(mark, 0) + 1
     for mark in sorted(sizes, key=order.__getitem__):
         if count >= wanted:
             break
         held.add(mark)
         count += sizes[mark]
-    training = [row for row in conversations if row.fingerprint() not in held]
-    heldout = [row for row in conversations if row.fingerprint() in held]
+    training = [row for row in conversations if row.fingerprint not in held]
+    heldout = [row for row in conversations if row.fingerprint in held]
     if not training:
         raise DataError(
             f"data.eval: {len(heldout)} held-out rows of {len(conversations)} leaves none to train on",
@@ -45,13 +45,26 @@ def split(
     return training, heldout
 
 
+def weighted(rows: Sequence[Conversation], seed: int) -> list[Conversation]:
+    """The rows as often as their source's weight says: 2.5 is each twice, and half of them once more.
+
+    Which half depends on the text and the seed alone.
+    """
+    chosen: list[Conversation] = []
+    for row in rows:
+        whole, part = divmod(row.weight, 1)
+        drawn = int(hashlib.sha256(f"{seed}:{row.fingerprint}".encode()).hexdigest()[:8], 16) / 16**8
+        chosen += [row] * (int(whole) + (drawn < part))
+    return chosen
+
+
 def refuse_overlap(training: Sequence[Conversation], heldout: Sequence[Conversation]) -> None:
     """A held-out row that is also trained on proves nothing (pitfall 63)."""
-    known = {conversation.fingerprint() for conversation in training}
+    known = {conversation.fingerprint for conversation in training}
     problems = [
         conversation.place.problem("this held-out row is also a training row")
         for conversation in heldout
-        if conversation.fingerprint() in known
+        if conversation.fingerprint in known
     ]
     refuse(
         problems, f"data.eval: {len(problems)} held-out rows are training rows too", "remove them from one"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from forge.chat.template import ChatTemplate
 from forge.data.conversation import Conversation, Turn
-from forge.data.sources import refuse
+from forge.data.problems import BadRows
 from forge.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -86,9 +86,16 @@ def prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
 
 
 def encode_all(
-    conversations: Sequence[Conversation], form: PromptFormat, *, supervise: str = "all"
+    conversations: Sequence[Conversation],
+    form: PromptFormat,
+    *,
+    supervise: str = "all",
+    bad: BadRows | None = None,
 ) -> list[Encoded]:
-    """Encode every row, or raise one `DataError` that names every row which cannot be."""
+    """Encode every row, or raise one `DataError` that names every row which cannot be.
+
+    `bad` says how many may be left out instead.
+    """
     problems: list[Problem] = []
     encoded: list[Encoded] = []
     for conversation in conversations:
@@ -96,7 +103,7 @@ def encode_all(
             encoded.append(_encode(conversation, form, supervise))
         except DataError as error:
             problems.append(conversation.place.problem(error.message))
-    refuse(
+    (bad or BadRows()).settle(
         problems,
         f"{len(problems)} of {len(conversations)} rows cannot be encoded with this base's template",
         "train.supervise: last trains on the last answer alone"
@@ -108,6 +115,10 @@ def encode_all(
 
 def _encode(conversation: Conversation, form: PromptFormat, supervise: str) -> Encoded:
     turns = conversation.turns
+    if not turns:
+        return _text(conversation, form)
+    if conversation.tools or any(turn.tool_calls or turn.role == "tool" for turn in turns):
+        raise DataError("has tools, which cannot be trained yet")
     whole = form.template.render(conversation.messages())
     _check_content(turns, whole, form)
     ids = form.ids(whole)
@@ -115,12 +126,30 @@ def _encode(conversation: Conversation, form: PromptFormat, supervise: str) -> E
         raise DataError("the row begins with BOS twice: the template writes one that is there already")
     labels = [IGNORED] * len(ids)
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    for index in answers if supervise == "all" else answers[-1:]:
+    asked = [
+        index
+        for index in (answers if supervise == "all" else answers[-1:])
+        if turns[index].trained is not False
+    ]
+    if not asked:
+        raise DataError("no answer of the row carries loss: its own weight or train leaves them out")
+    for index in asked:
         start, end = _answer_span(turns, index, whole, ids, form)
         labels[start:end] = ids[start:end]
     # What follows the last end of turn (a newline, say) is never generated: the server has stopped.
     last = max(position for position, label in enumerate(labels) if label != IGNORED) + 1
     return Encoded(tuple(ids[:last]), tuple(labels[:last]), conversation)
+
+
+def _text(conversation: Conversation, form: PromptFormat) -> Encoded:
+    """A plain text: the tokenizer's own BOS, the text, EOS; all of it carries loss."""
+    ids: list[int] = form.tokenizer.encode(conversation.text).ids
+    eos = form.tokenizer.token_to_id(form.template.special_tokens.get("eos_token", ""))
+    end = form.end_of_turn_id if eos is None else eos
+    ids += [end] if ids[-1:] != [end] else []
+    if len(ids) < 2:
+        raise DataError("the text has no token to predict")
+    return Encoded(tuple(ids), tuple(ids), conversation)
 
 
 def _answer_span(

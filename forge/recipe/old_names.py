@@ -149,7 +149,7 @@ OLD_NAMES: Mapping[str, Old] = {
     **_gone("the attention that fits the hardware is chosen", "flash_attention_2", "sdp_attention"),
     **_gone("it breaks disabling the adapter and its export; leave it out", "bias", "lora_bias"),
     **_gone("only causal language models are trained", "task_type", "peft_type"),
-    **_gone("the data set is one: put its rows into one file and name it in data.source", "datasets"),
+    **_gone("name them all in data.source: [a.jsonl, {source: b.jsonl, weight: 0.5}]", "datasets"),
     **_gone("the tokenizer and the chat template are the base's own", "tokenizer", "processing_class"),
     **_gone("the tokenizer and the chat template are the base's own", "chat_template", "tokenizer_type"),
     **_gone("PAD, EOS and BOS come from the base, and PAD is never EOS", "special_tokens", "pad_token"),

@@ -15,10 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from forge.recipe.words import (
+    DATA_FORMATS,
     Checkpointing,
+    DataFormat,
     Evaluation,
     Fraction,
     Name,
+    Names,
     Nothing,
     NotNegative,
     Pattern,
@@ -61,36 +64,99 @@ class Columns(Section):
     prompt: Text | None = Field(None, description="column of the prompt")
     completion: Text | None = Field(None, description="column of the wanted answer")
     system: Text | None = Field(None, description="column of the system prompt")
+    input: Text | None = Field(None, description="column of what belongs to the prompt (Alpaca's input)")
+    history: Text | None = Field(
+        None, description="column of earlier exchanges (`[[question, answer], ...]`)"
+    )
+    reasoning: Text | None = Field(None, description="column of the thinking before the answer")
+    chosen: Text | None = Field(None, description="column of the better answer of a preference pair")
+    tools: Text | None = Field(None, description="column of the tools that the model may call")
     messages: Text | None = Field(None, description="column of the list of messages")
-    text: Text | None = Field(None, description="column of ready-made text (`format: text`)")
+    text: Text | None = Field(None, description="column of plain text, learned whole (`format: text`)")
+
+
+class DataSource(Section):
+    """One of several sources; what is unset is as `data` has it."""
+
+    source: Text = Field(description="file, directory, pattern, hub id or `id@revision`, or `builtin:yoda`")
+    revision: Text | None = Field(None, description="commit, tag or branch of a hub data set")
+    split: Text | None = Field(None, description="split, slices such as `train[:10%]` too")
+    format: DataFormat | None = Field(None, description="shape of its rows")
+    columns: Columns | None = Field(None, description="which columns play which part")
+    weight: float = Field(1.0, gt=0, description="how often each of its rows is seen in an epoch")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pinned(cls, value: Any) -> Any:
+        return split_revision({"source": value} if isinstance(value, str) else value, "source")
 
 
 class Data(Section):
     """The rows to learn from; `data: SOURCE` is short for `data: {source: SOURCE}`."""
 
-    source: Text = Field(
-        description="file (jsonl, json, csv, parquet), hub id or `id@revision`, or `builtin:yoda`"
+    source: Annotated[
+        Annotated[Text, Tag("one")] | Annotated[tuple[DataSource, ...], Tag("several")],
+        Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
+    ] = Field(
+        description="file (jsonl, json, csv, parquet, arrow, text; packed too), directory, pattern such as "
+        "`rows/*.jsonl`, hub id or `id@revision`, `builtin:yoda`; or a list of sources"
     )
     revision: Text | None = Field(None, description="commit, tag or branch of a hub data set")
-    split: Text = Field("train", description="split of a hub data set, slices such as `train[:10%]` too")
-    format: Literal["auto", "prompt", "messages", "alpaca", "sharegpt", "text"] = Field(
-        "auto", description="shape of the rows; `auto` tells it from their columns"
+    split: Text = Field("train", description="split, slices such as `train[:10%]` too")
+    format: DataFormat = Field(
+        "auto",
+        description="shape of the rows: " + ", ".join(DATA_FORMATS) + ", or `module:function` of your own; "
+        "`auto` tells it from their columns",
     )
     columns: Columns = Field(Columns(), description="which columns play which part")
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(
+        {}, description="who speaks under a name beyond the usual ones: `{bot: assistant}`"
+    )
+    ignore: Names = Field((), description="columns that are left out of account")
+    encoding: Text | None = Field(None, description="of text files; UTF-8, or what the file says, when unset")
+    skip_bad_rows: int = Field(0, ge=0, description="so many rows that cannot be used may be left out")
     eval: Evaluation = Field(
         0.1,
         description="held-out rows: a share (below 1), a number, or a file (or `builtin:`) of their own",
     )
     seed: Seed = Field(42, description="seed of the split into training and held-out rows")
     limit: Positive | None = Field(None, description="use at most this many rows; all when unset")
-    overlong: Literal["error", "drop", "truncate"] = Field(
-        "error", description="what to do with a row longer than `train.max_length`"
+    overlong: Literal["error", "drop", "truncate", "chunk"] = Field(
+        "error",
+        description="for a row longer than `train.max_length`; `chunk` makes several of a plain text",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _pinned(cls, value: Any) -> Any:
-        return split_revision({"source": value} if isinstance(value, str) else value, "source")
+        value = {"source": value} if isinstance(value, str | list | tuple) else value
+        if isinstance(value, dict) and isinstance(value.get("source"), list):
+            value = {**value, "source": tuple(value["source"])}
+        return split_revision(value, "source")
+
+    @model_validator(mode="after")
+    def _some_source(self) -> Data:
+        if not self.source:
+            raise ValueError("source: the list is empty")
+        return self
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The sources, each whole: what it leaves unset is as `data` has it."""
+        alone = (
+            DataSource(source=self.source, revision=self.revision) if isinstance(self.source, str) else None
+        )
+        return tuple(
+            one.model_copy(
+                update={
+                    "split": one.split or self.split,
+                    "format": one.format or self.format,
+                    "columns": one.columns or self.columns,
+                }
+            )
+            for one in ((alone,) if alone else self.source)
+            if isinstance(one, DataSource)
+        )
 
 
 class Lora(Section):

@@ -15,7 +15,14 @@ from forge.recipe.quants import QuantName
 
 BUILTIN_BASES = ("tiny",)
 BUILTIN_DATA = ("yoda", "yoda_heldout")
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md"),
+    *(".gz", ".zst", ".bz2", ".xz"),
+)
+DATA_FORMATS = (
+    *("auto", "messages", "sharegpt", "prompt", "alpaca", "dolly", "question", "preference", "text"),
+)
+_READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PINNED = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)@(?P<revision>[^\s@]+)")
@@ -72,12 +79,25 @@ def _evaluation(value: Any) -> float | int | str:
     raise ValueError("must be a share of the rows (0 to below 1), a whole number of rows, or a file")
 
 
+def _format(value: Any) -> str:
+    if isinstance(value, str) and (value in DATA_FORMATS or _READER.fullmatch(value)):
+        return value
+    raise ValueError(f"must be one of {', '.join(DATA_FORMATS)}, or module:function")
+
+
 def _words(value: Any) -> tuple[str, ...] | None:
     """A list of distinct, non-empty words as a tuple; None when it is something else."""
     if not isinstance(value, (list, tuple)) or not value:
         return None
     fine = all(isinstance(item, str) and item.strip() for item in value) and len(set(value)) == len(value)
     return tuple(value) if fine else None
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    words = () if isinstance(value, list | tuple) and not value else _words(value)
+    if words is None:
+        raise ValueError("must be a list of different names")
+    return words
 
 
 def _targets(value: Any) -> Any:
@@ -126,6 +146,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 UpTo = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Evaluation = Annotated[float | int | str, BeforeValidator(_evaluation)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+DataFormat = Annotated[str, BeforeValidator(_format)]
 Targets = Annotated[Literal["auto", "all-linear"] | tuple[str, ...], BeforeValidator(_targets)]
 Reporters = Annotated[tuple[str, ...], BeforeValidator(_reporters)]
 Scalar = Annotated[str | int | float | bool | None, BeforeValidator(_scalar)]

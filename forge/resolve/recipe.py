@@ -13,7 +13,7 @@ from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted
 from forge.resolve.refusals import check
 from forge.resolve.resolved import Resolved
-from forge.resolve.sources import data_files
+from forge.resolve.sources import data_sources
 from forge.store.artifacts import Store
 
 
@@ -44,8 +44,8 @@ def resolve_recipe(
         )
     if adopted and adopted.directory:
         read_adapter(adopted.directory)  # what it cannot be is refused though the base may not be here yet
-    files, heldout = data_files(loaded, offline=offline, fetch=fetch == "all")
-    ship = Resolved(loaded, store, run_directory, base, adopted, files, heldout, headers)
+    sources, heldout = data_sources(loaded, offline=offline, fetch=fetch == "all")
+    ship = Resolved(loaded, store, run_directory, base, adopted, sources, heldout, headers)
     if base.directory is not None:
         check(ship)
     return ship

@@ -34,6 +34,7 @@ from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
 
 if TYPE_CHECKING:
+    from forge.data.reading import Source
     from forge.data.tokens import PromptFormat
 
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
@@ -49,7 +50,7 @@ class Resolved:
     run_directory: Path
     base: ResolvedBase
     adopted: ResolvedBase | None
-    data_files: tuple[Path, ...]
+    sources: tuple[Source, ...]
     heldout: float | int | Path
     headers: Mapping[str, TensorSpec] | None = None
     """The base's tensors, where a plan read their headers alone and the weights are not here."""
@@ -57,6 +58,11 @@ class Resolved:
     @property
     def recipe(self) -> Recipe:
         return self.loaded.recipe
+
+    @property
+    def data_files(self) -> tuple[Path, ...]:
+        """Those of all sources."""
+        return tuple(path for source in self.sources for path in source.files)
 
     @property
     def log(self) -> Path:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge.data.conversations import to_conversations
+from forge.data.files import read_rows
+from forge.data.layout import Shape
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
-from forge.data.sources import locate, read_rows
+from forge.data.reading import Source
+from forge.data.sources import locate
 from forge.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 _BUILTIN = "builtin:yoda_heldout"
 _NEEDED = "--data takes rows of prompt and completion, or of messages, that fit the model's context"
-_BUILTIN_COLUMNS = {"prompt": "sentence", "completion": "translation"}
+_BUILTIN_SHAPE = Shape("prompt", {"prompt": "sentence", "completion": "translation"})
 
 
 def certificate_rows(ship: Resolved, inputs: Mapping[str, Artifact], out: Path) -> Path:
@@ -42,7 +45,7 @@ def certificate_rows_are(inputs: Mapping[str, Artifact]) -> str:
 def builtin_rows(form: PromptFormat, context: int | None, out: Path) -> Path:
     """Short English questions and answers in the template of `form`, as JSONL in `out`."""
     path = locate(_BUILTIN, Path())
-    prepare(Settings([path], 0, "prompt", _BUILTIN_COLUMNS), form, context, out)
+    prepare(Settings([Source((path,), _BUILTIN_SHAPE)], 0), form, context, out)
     return out / TRAIN_FILE
 
 
@@ -52,7 +55,7 @@ def own_rows(data: Path, form: PromptFormat, context: int | None, out: Path, *, 
     Raises `DataError` with every row that cannot be used.
     """
     try:
-        prepare(Settings([data], heldout), form, context, out)
+        prepare(Settings([Source((data,))], heldout), form, context, out)
     except DataError as wrong:
         # What is said of a recipe's fields would mislead here.
         message = wrong.message.replace("data.source:", "--data:")
@@ -62,12 +65,11 @@ def own_rows(data: Path, form: PromptFormat, context: int | None, out: Path, *, 
 
 def plain_rows(data: Path | None, tokenizer: Tokenizer, out: Path) -> Path:
     """For a base without chat template: the messages' texts as they are, with the tokenizer's own BOS."""
-    columns = {} if data else _BUILTIN_COLUMNS
     rows = read_rows(data or locate(_BUILTIN, Path()))
     target = out / TRAIN_FILE
     with target.open("w", encoding="utf-8") as stream:
-        for conversation in to_conversations(rows, "auto" if data else "prompt", columns):
-            text = "\n".join(turn.content for turn in conversation.turns)
+        for conversation in to_conversations(rows, None if data else _BUILTIN_SHAPE).conversations:
+            text = conversation.text or "\n".join(turn.content for turn in conversation.turns)
             row = {"input_ids": tokenizer.encode(text).ids, "messages": conversation.messages()}
             stream.write(json.dumps(row) + "\n")
     return target

@@ -4,57 +4,53 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forge.data.sources import locate
-from forge.errors import DataError
+from forge.data.files import is_data_file
+from forge.data.layout import AUTO, Shape
+from forge.data.reading import Source, reader_named
+from forge.data.sources import files_of_split, locate, locate_all
 from forge.model.base import fetch_dataset, local_directory
 from forge.recipe.load import Loaded
+from forge.recipe.schema import Data, DataSource
 
 
-def data_files(loaded: Loaded, *, offline: bool, fetch: bool) -> tuple[tuple[Path, ...], float | int | Path]:
-    """The files of the rows, and what is held out: a share, a number of rows, or a file.
+def data_sources(
+    loaded: Loaded, *, offline: bool, fetch: bool
+) -> tuple[tuple[Source, ...], float | int | Path]:
+    """The sources of the rows, and what is held out: a share, a number of rows, or a file.
 
-    Of a hub dataset that may not be fetched there are no files. Raises `DataError` for a file that is
-    not there, and what `model.base.fetch_dataset` raises.
+    A hub dataset that may not be fetched has no files. Raises `DataError` for a file that is not
+    there, and what `model.base.fetch_dataset` raises.
     """
     data = loaded.recipe.data
     if data is None:
         return (), 0
-    if _is_hub_id(data.source, loaded.directory):
-        if not fetch:
-            return (), data.eval if not isinstance(data.eval, str) else 0
-        folder = fetch_dataset(data.source, revision=data.revision, offline=offline)
-        files = _files_of_split(folder, data.split)
-    else:
-        files = (locate(data.source, loaded.directory),)
+    sources = tuple(
+        _source(data, one, loaded.directory, offline=offline, fetch=fetch) for one in data.sources
+    )
     heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
-    return files, heldout
+    return sources, heldout
+
+
+def _source(data: Data, one: DataSource, directory: Path, *, offline: bool, fetch: bool) -> Source:
+    split, form, columns = one.split or data.split, one.format or data.format, one.columns or data.columns
+    if _is_hub_id(one.source, directory):
+        folder = fetch_dataset(one.source, revision=one.revision, offline=offline) if fetch else None
+        files = files_of_split(folder, split) if folder else ()
+    else:
+        files = locate_all(one.source, directory, split)
+    own = ":" in form
+    shape = Shape(
+        AUTO if own else form,
+        columns.model_dump(exclude_none=True),
+        data.roles,
+        data.ignore,
+        reader_named(form, directory) if own else None,
+    )
+    return Source(files, shape, split, one.weight, data.encoding)
 
 
 def _is_hub_id(source: str, directory: Path) -> bool:
     if source.startswith("builtin:") or (directory / Path(source).expanduser()).exists():
         return False
-    looks_like_a_file = Path(source).suffix.lower() in (".jsonl", ".json", ".csv", ".parquet")
+    looks_like_a_file = is_data_file(source) or any(letter in source for letter in "*?[")
     return source.count("/") == 1 and not looks_like_a_file and local_directory(source, directory) is None
-
-
-def _files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
-    """The data files of a hub dataset that belong to `split`, by their name, as the hub does it."""
-    name = split.partition("[")[0]
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.name.startswith(".")
-    )
-    named = [path for path in found if name in path.relative_to(folder).as_posix().lower()]
-    chosen = named or (found if len(found) == 1 else [])
-    if not chosen:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in found) or "none"
-        raise DataError(
-            f"data.split: no file of the split {name!r} in the hub dataset; its files are: {names}",
-            hint="set data.split, or download the file you want and name it as data.source",
-        )
-    if "[" in split:
-        raise DataError(
-            f"data.split: {split}: slices are not supported", hint="use data.limit for the first rows"
-        )
-    return tuple(chosen)

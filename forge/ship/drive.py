@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.data.prepare import look
+from forge.data.prepare import read_all
 from forge.errors import ForgeError
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
@@ -180,4 +180,4 @@ def _look_at_data(target: Resolved) -> None:
     files = [*target.data_files, *([target.heldout] if isinstance(target.heldout, Path) else [])]
     light = all(path.suffix.lower() != ".parquet" for path in files)
     if target.data_files and light and sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN:
-        look(DataStage(target).settings())
+        read_all(DataStage(target).settings())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge import report
 from forge.chat.stops import require
-from forge.data.prepare import TRAIN_FILE, Settings, prepare
+from forge.data.prepare import TRAIN_FILE, Settings, account, prepare
+from forge.data.reading import Source
+from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params
 from forge.resolve.stage import ShipStage
 from forge.store.artifacts import Artifact
@@ -19,18 +23,20 @@ class DataStage(ShipStage):
     """Rows to ids and loss mask; every problem of the data is told here, before anything long."""
 
     name = "data"
-    version = 1
+    version = 2
 
     def params(self) -> Mapping[str, Json]:
         data, training = self.ship.recipe.data, self.ship.training
         assert data is not None
         heldout = self.ship.heldout
-        columns = data.columns.model_dump(exclude_none=True)
         return {
             "data.source": self.ship.file_digest(self.ship.data_files),
             "data.eval": self.ship.file_digest([heldout]) if isinstance(heldout, Path) else heldout,
-            "data.format": data.format,
-            "data.columns": columns,
+            **{name: list(values) for name, values in _of_sources(data, self.ship.sources).items()},
+            "data.roles": dict(data.roles),
+            "data.ignore": list(data.ignore),
+            "data.encoding": data.encoding,
+            "data.skip_bad_rows": data.skip_bad_rows,
             "data.seed": None if isinstance(heldout, Path) else data.seed,
             "data.limit": data.limit,
             "data.overlong": data.overlong,
@@ -44,6 +50,8 @@ class DataStage(ShipStage):
         assert data is not None
         settings = self.settings()
         facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
+        for line in account(facts):
+            report.info(line)
         with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
             broken = self.ship.stops.in_mask(
                 map(json.loads, rows),
@@ -58,13 +66,25 @@ class DataStage(ShipStage):
         data, training = self.ship.recipe.data, self.ship.training
         assert data is not None
         return Settings(
-            source=self.ship.data_files,
+            sources=self.ship.sources,
             heldout=self.ship.heldout,
-            format=data.format,
-            columns=data.columns.model_dump(exclude_none=True),
             seed=data.seed,
             limit=data.limit,
             overlong=data.overlong,
             max_length=training.max_length if training else None,
             supervise=training.supervise if training else "all",
+            skip_bad_rows=data.skip_bad_rows,
         )
+
+
+def _of_sources(data: Data, sources: Sequence[Source]) -> Mapping[str, Sequence[Json]]:
+    """What each source's rows depend on beside its files; a reader of one's own by its own text."""
+    readers = [
+        inspect.getsource(inspect.unwrap(one.shape.reader)) if one.shape.reader else "" for one in sources
+    ]
+    return {
+        "data.format": [f"{one.format}{text}" for one, text in zip(data.sources, readers, strict=True)],
+        "data.columns": [dict(one.shape.columns) for one in sources],
+        "data.split": [one.split for one in sources],
+        "data.source.weight": [one.weight for one in sources],
+    }

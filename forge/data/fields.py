@@ -1,0 +1,110 @@
+"""Every key of a row and of a message that forge knows: what it is for, or why it is refused.
+
+A key in neither table plays no part and is listed as unused in the pre-flight. Names are compared
+without case, spaces, `_` and `-`. Not covered: what a value must look like (`conversations`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
+SYSTEM, INPUT, HISTORY, TOOLS = "system", "input", "history", "tools"
+CHOSEN, REJECTED, REASONING, TEXT, TRAINED = "chosen", "rejected", "reasoning", "text", "trained"
+WEIGHT, LABEL = "weight", "label"
+
+
+@functools.lru_cache(4096)
+def plain(name: str) -> str:
+    """A name as it is compared."""
+    return "".join(letter for letter in name.lower() if letter not in " _-.")
+
+
+def _names(words: str) -> tuple[str, ...]:
+    return tuple(plain(word) for word in words.split())
+
+
+# The part that a column plays -> its usual names, the most telling first.
+ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
+    MESSAGES: _names("messages conversations conversation dialogue dialog chat turns contents"),
+    PROMPT: _names("prompt instruction instructions question query request problem user human"),
+    COMPLETION: _names("completion response answer output reply assistant target solution ground_truth"),
+    INPUT: _names("input inputs context"),
+    SYSTEM: _names("system system_prompt system_message system_instruction"),
+    HISTORY: _names("history"),
+    TOOLS: _names("tools functions"),
+    CHOSEN: _names("chosen preferred"),
+    REJECTED: _names("rejected dispreferred"),
+    REASONING: _names("reasoning_content reasoning thinking"),
+    TEXT: _names("text content document"),
+    TRAINED: _names("train training trainable"),
+    WEIGHT: _names("weight"),
+    LABEL: _names("label"),
+}  # fmt: skip
+# What would change the prompt or the loss and is not supported: refused where it holds something.
+ROW_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(_names("images image videos video audios audio"), "only text can be learned here"),
+    **dict.fromkeys(
+        _names("input_ids labels attention_mask token_ids tokens loss_mask completion_mask"),
+        "the row is tokenized already; give its text or its messages",
+    ),
+    **dict.fromkeys(_names("train_on_input train_on_inputs train_on_prompt"), "prompts carry no loss here"),
+    **dict.fromkeys(
+        _names("chat_template_kwargs enable_thinking"),
+        "a template's variables are the same for every row; set train.template_variables",
+    ),
+    **dict.fromkeys(_names("chat_template"), "the template is the base's, the same for every row"),
+    **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
+}
+
+ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID = (
+    "role", "content", "name", "tool_calls", "function_call", "tool_call_id",
+)  # fmt: skip
+MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {
+    ROLE: _names("role from speaker"),
+    CONTENT: _names("content value text parts"),
+    NAME: _names("name"),
+    TOOL_CALLS: _names("tool_calls"),
+    FUNCTION_CALL: _names("function_call"),
+    TOOL_CALL_ID: _names("tool_call_id"),
+    REASONING: _names("reasoning_content reasoning thinking thought"),
+    WEIGHT: _names("weight loss_weight"),
+    TRAINED: _names("train training trainable trained loss learn"),
+}
+MESSAGE_REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(_names("images image videos video audios audio"), "only text can be learned here"),
+    **dict.fromkeys(_names("refusal"), "a refusal beside the content is not shown; put it into content"),
+    **dict.fromkeys(_names("train_detail loss_mask mask"), "loss is set for a whole turn (weight: 0)"),
+    **dict.fromkeys(_names("train_on_input train_on_inputs train_on_prompt"), "prompts carry no loss here"),
+    **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
+}  # fmt: skip
+
+# Who speaks, under the names that people use. `data.roles` adds more.
+CALL = "function_call"
+"""Stands for an assistant's turn whose content is a call."""
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys(_names("user human prompter person customer student instruction"), "user"),
+    **dict.fromkeys(
+        _names("assistant gpt chatgpt bing bard gemini claude model ai bot chatbot agent"),
+        "assistant",
+    ),
+    **dict.fromkeys(_names("system developer"), "system"),
+    **dict.fromkeys(
+        _names("tool observation function function_response tool_response tool_result ipython"), "tool"
+    ),
+    **dict.fromkeys(_names("function_call tool_call"), CALL),
+}  # fmt: skip
+
+
+def role_of(name: str, more: Mapping[str, str]) -> str | None:
+    """What `name` stands for: system, user, assistant, tool or `CALL`; None where nothing says."""
+    own = {plain(key): role for key, role in more.items()} if more else {}
+    return own.get(plain(name)) or ROLES.get(plain(name))
+
+
+@functools.lru_cache(4096)
+def message_part(key: str) -> str | None:
+    """The part that a message's key of this name plays."""
+    wanted = plain(key)
+    return next((part for part, names in MESSAGE_FIELDS.items() if wanted in names), None)

@@ -1,0 +1,300 @@
+"""Rows of one file, told by its content: JSON in its layouts, tables, Parquet, Arrow, text; packed or not.
+
+The suffix only decides where the content says nothing. Not covered: streaming; all rows are read into
+memory.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from forge.data.conversation import Row
+from forge.data.json_rows import is_json_line, json_lines, json_rows
+from forge.data.problems import BadRows
+from forge.errors import DataError, Problem
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_SNIFFED_RECORDS = 50
+_FOREIGN: Mapping[bytes, str] = {
+    b"PK\x03\x04": "a zip archive or an Excel sheet; unpack it, or save the sheet as CSV",
+    b"SQLite format 3": "an SQLite database; export the table as CSV",
+    b"%PDF": "a PDF; extract its text first",
+    b"\x89HDF": "an HDF5 file; save the table as Parquet",
+    b"\x80\x04\x95": "a pickle, which forge does not open; save the rows as JSONL",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file; run git lfs pull",
+    b"<!DOCTYPE": "a web page, not the file; download the file itself",
+    b"<html": "a web page, not the file; download the file itself",
+}
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of a file and what kind of file it was taken for."""
+
+    rows: tuple[Row, ...]
+    kind: str
+
+
+def is_data_file(name: str) -> bool:
+    """Whether a file of this name can hold rows."""
+    path = PurePath(name.lower())
+    return (path.with_suffix("") if path.suffix in PACKED else path).suffix in SUFFIXES
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """All rows of a file (the first `limit`), or one `DataError` that lists every unreadable line."""
+    return list(read_file(path).rows[:limit])
+
+
+def read_file(
+    path: Path, *, encoding: str | None = None, split: str = "train", bad: BadRows | None = None
+) -> FileRows:
+    """The rows of a file; raises `DataError` with every line that cannot be read.
+
+    `encoding` is that of a text file that is neither UTF-8 nor says what it is; `split` chooses among
+    the lists of a JSON file that has one for each; `bad` says how many lines may be left out.
+    """
+    bad = bad or BadRows()
+    try:
+        head, data = _unpacked(path)
+        name, suffix = path.name, PurePath(path.name.lower())
+        inner = (suffix.with_suffix("") if suffix.suffix in PACKED else suffix).suffix
+        if head:
+            rows, kind = _arrow_rows(path, data, name, head), head
+        else:
+            rows, kind = _text_rows(data, name, inner, encoding, split, bad)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"data.source: cannot read {path}: {why}") from error
+    if not rows:
+        raise DataError(f"data.source: {path} has no rows", hint="training needs at least a few hundred")
+    return FileRows(tuple(rows), kind)
+
+
+def _unpacked(path: Path) -> tuple[str, bytes]:
+    """What kind of table the file is ("" for text), and its bytes without their packing."""
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    openers: Mapping[bytes, Callable[[Path], bytes]] = {
+        b"\x1f\x8b": lambda packed: gzip.decompress(packed.read_bytes()),
+        b"BZh": lambda packed: bz2.decompress(packed.read_bytes()),
+        b"\xfd7zXZ\x00": lambda packed: lzma.decompress(packed.read_bytes()),
+        b"\x28\xb5\x2f\xfd": _from_zstd,
+    }
+    opener = next((opener for mark, opener in openers.items() if start.startswith(mark)), None)
+    if opener is not None:
+        data = opener(path)
+    elif start.startswith((b"PAR1", b"ARROW1")):
+        data = b""  # pyarrow maps the file itself
+    else:
+        data = path.read_bytes()
+    start = data[:16] or start
+    for mark, what in _FOREIGN.items():
+        if start.startswith(mark):
+            raise DataError(
+                f"data.source: {path.name} is {what.partition('; ')[0]}", hint=what.partition("; ")[2]
+            )
+    if start.startswith(b"PAR1"):
+        return "Parquet", data
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "Arrow", data
+    return "", data
+
+
+def _from_zstd(path: Path) -> bytes:
+    pyarrow = _pyarrow(path)
+    with pyarrow.input_stream(str(path), compression="zstd") as stream:
+        return bytes(stream.read())
+
+
+def _pyarrow(path: Path) -> Any:
+    # It comes with `datasets`, so training machines have it and the parent loads it only here.
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise DataError(
+            f"{path.name}: reading it needs pyarrow",
+            hint="pip install 'forge-ship[train]', or convert the file to JSONL",
+        ) from error
+    return pyarrow
+
+
+def _arrow_rows(path: Path, data: bytes, name: str, kind: str) -> list[Row]:
+    pyarrow = _pyarrow(path)
+    try:
+        source = pyarrow.BufferReader(data) if data else pyarrow.memory_map(str(path))
+        if kind == "Parquet":
+            table = pyarrow.parquet.read_table(source)
+        elif data.startswith(b"\xff\xff\xff\xff"):
+            table = pyarrow.ipc.open_stream(source).read_all()
+        else:
+            table = pyarrow.ipc.open_file(source).read_all()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"data.source: {path} is not a whole {kind} file: {error}") from error
+    return [
+        Row({key: _without_nulls(value) for key, value in values.items()}, name, number)
+        for number, values in enumerate(table.to_pylist(), start=1)
+    ]
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the keys that a table filled with null because another row has them."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _text_rows(
+    data: bytes, name: str, suffix: str, encoding: str | None, split: str, bad: BadRows
+) -> tuple[list[Row], str]:
+    text, spelled = _decoded(data, name, encoding)
+    start = text.lstrip()[:1]
+    if not start:
+        return [], "empty"
+    says_json = suffix in (".json", ".jsonl", ".ndjson")
+    if (start in "{[" and suffix not in (".txt", ".md")) or (start in "{[" and is_json_line(text)):
+        rows, kind = json_rows(text, name, split, bad)
+    elif says_json:
+        rows, kind = json_lines(text, name, bad), "JSON lines"
+    elif suffix in (".txt", ".md"):
+        rows, kind = [Row({"text": text}, name, 1)], "one text"
+    elif suffix in (".csv", ".tsv") or (suffix not in (".parquet", ".arrow") and _delimiter(text)[1] > 1):
+        rows, kind = _table_rows(text, name, bad)
+    else:
+        wrong = (
+            f"not {suffix[1:].capitalize()}, as its name says"
+            if suffix in SUFFIXES
+            else "an unknown kind of file"
+        )
+        raise DataError(f"data.source: {name} is {wrong}", hint="it can be one of " + ", ".join(SUFFIXES))
+    return rows, kind + (f" in {spelled}" if spelled else "")
+
+
+def _decoded(data: bytes, name: str, encoding: str | None) -> tuple[str, str]:
+    """The text, and the encoding where it is worth showing."""
+    marks = {
+        b"\xff\xfe\x00\x00": "utf-32",
+        b"\x00\x00\xfe\xff": "utf-32",
+        b"\xff\xfe": "utf-16",
+        b"\xfe\xff": "utf-16",
+    }
+    told = next((kind for mark, kind in marks.items() if data.startswith(mark)), "")
+    if not told and data[:400].count(0) >= len(data[:400]) // 3 > 0:
+        told = "utf-16-be" if data[:1] == b"\x00" else "utf-16-le"
+    used = encoding or told or "utf-8-sig"
+    try:
+        return data.decode(used), "" if used == "utf-8-sig" else used
+    except LookupError as error:
+        raise DataError(
+            f"data.encoding: there is no encoding {used!r}", hint="for instance cp1252"
+        ) from error
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        cut = data[: error.start].rpartition(b"\n")[2][-30:] + data[error.start : error.start + 10]
+        raise DataError(
+            f"data.source: {name}:{line} is not {used.removesuffix('-sig').upper()}: "
+            f"{error.reason} at byte {error.start} ({cut!r})",
+            hint="set data.encoding, for instance to cp1252 (Western Windows) or latin-1",
+        ) from error
+
+
+def _delimiter(text: str) -> tuple[str, int]:
+    """What separates the values, and how many there are in the header."""
+    best, most = ",", 0
+    for delimiter in _DELIMITERS:
+        widths = []
+        try:
+            for record in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter):
+                widths += [len(record)] if record else []
+                if len(widths) == _SNIFFED_RECORDS:
+                    break
+        except csv.Error:
+            pass
+        even = sum(width == widths[0] for width in widths) if widths and widths[0] > 1 else 0
+        if even > most:
+            best, most = delimiter, even
+    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=best), [])
+    return best, len(header)
+
+
+def _table_rows(text: str, name: str, bad: BadRows) -> tuple[list[Row], str]:
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        delimiter, _ = _delimiter(text)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        rows, problems = _records(reader, name)
+    finally:
+        csv.field_size_limit(before)
+    bad.settle(
+        problems,
+        f"{name}: {len(problems)} lines do not fit the header",
+        "quote values that hold the delimiter",
+    )
+    return rows, f"a table with {_DELIMITERS[delimiter]}"
+
+
+def _records(reader: Any, name: str) -> tuple[list[Row], list[Problem]]:
+    problems: list[Problem] = []
+    rows: list[Row] = []
+    header: list[str] = []
+    line = 1
+    try:
+        for record in reader:
+            start, line = line, reader.line_num + 1
+            if not record:
+                continue
+            if not header:
+                header = [column.strip() for column in record]
+                if repeated := next((column for column in header if header.count(column) > 1), None):
+                    raise DataError(f"data.source: {name}: two columns are called {repeated!r}")
+            elif len(record) != len(header):
+                many = "more" if len(record) > len(header) else "fewer"
+                problems.append(Problem(f"{many} values than columns", "", name, start))
+            else:
+                rows.append(Row(dict(zip(header, record, strict=True)), name, start))
+    except csv.Error as error:
+        raise DataError(
+            f"data.source: {name}:{line}: not CSV: {error}", hint="a quote inside a value is written twice"
+        ) from error
+    return rows, problems
+
+
+def slice_of(rows: Sequence[Row], split: str) -> Sequence[Row]:
+    """The rows that a slice such as `train[:10%]` or `train[100:200]` keeps; raises `DataError`."""
+    _, bracket, inside = split.partition("[")
+    if not bracket:
+        return rows
+    start, colon, stop = inside.removesuffix("]").partition(":")
+    if not colon or not inside.endswith("]"):
+        raise DataError(
+            f"data.split: {split!r} is not a slice", hint="for instance train[:10%] or train[100:200]"
+        )
+
+    def place(text: str, default: int) -> int:
+        number, percent = text.strip().removesuffix("%"), text.strip().endswith("%")
+        if not number:
+            return default
+        try:
+            at = float(number) if percent else int(number)
+        except ValueError as error:
+            raise DataError(
+                f"data.split: {split!r} is not a slice", hint="for instance train[:10%]"
+            ) from error
+        at = round(len(rows) * at / 100) if percent else int(at)
+        return at + len(rows) if at < 0 else at
+
+    return rows[place(start, 0) : place(stop, len(rows))]

@@ -1,0 +1,139 @@
+"""Rows of a JSON text in any of its layouts: lines, one list, a list under a key, columns, one object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from forge.data.conversation import Row
+from forge.data.problems import BadRows
+from forge.errors import DataError, Problem
+
+SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
+
+
+def is_json_line(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text.lstrip().partition("\n")[0]), (dict, list))
+    except (ValueError, RecursionError):
+        return False
+
+
+def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row], str]:
+    """JSON lines, one document, or documents that are longer than a line one after the other."""
+    lines = [line for line in text.split("\n", 20)[:20] if line.strip()]
+    objects = sum(line.lstrip().startswith("{") and is_json_line(line) for line in lines)
+    if len(lines) > 1 and 2 * objects >= len(lines) and not text.lstrip().startswith("["):
+        return json_lines(text, name, bad), "JSON lines"
+    is_first_whole = bool(lines) and is_json_line(lines[0])
+    documents: list[tuple[object, int]] = []
+    decoder, at = json.JSONDecoder(), len(text) - len(text.lstrip())
+    while at < len(text):
+        line = text.count("\n", 0, at) + 1
+        try:
+            document, at = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            if is_first_whole and len(lines) > 1:
+                return json_lines(text, name, bad), "JSON lines"
+            hint = ""
+            if documents and text[at : at + 1] == ",":
+                hint = "one {...} a line without commas between, or [brackets] around all"
+            elif len(lines) > 1 and all(line.startswith("{") for line in lines):
+                hint = "one {...} a line"
+            raise DataError(
+                f"data.source: {name}:{error.lineno}: not JSON: {error.msg}", hint=hint
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"data.source: {name}:{line}: not JSON: {error}") from error
+        documents.append((document, line))
+        while at < len(text) and text[at].isspace():
+            at += 1
+    if len(documents) == 1:
+        items, kind = _items(documents[0][0], name, split)
+        return [Row(item, name, number) for number, item in enumerate(items, start=1)], kind
+    problems = [
+        Problem("not an object in braces", "", name, line)
+        for one, line in documents
+        if not isinstance(one, dict)
+    ]
+    bad.settle(
+        problems, f"{name}: {len(problems)} documents are not JSON objects", "one {...} after the other"
+    )
+    return [Row(one, name, line) for one, line in documents if isinstance(one, dict)], "JSON objects"
+
+
+def _items(whole: object, name: str, split: str) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """The rows of one JSON document: a list, a list under a key, columns, or one row."""
+    if isinstance(whole, list):
+        if whole and all(isinstance(item, dict) for item in whole):
+            return [_inner(item) for item in whole], "a JSON list"
+        if not whole:
+            return [], "a JSON list"
+    elif isinstance(whole, dict):
+        lists = {key: value for key, value in whole.items() if isinstance(value, list)}
+        of_rows = {
+            key: value
+            for key, value in lists.items()
+            if value and all(isinstance(item, dict) for item in value)
+        }
+        if of_rows and lists.keys() >= whole.keys() and {key.lower() for key in whole} <= {*SPLITS}:
+            wanted = split.partition("[")[0]
+            if wanted not in whole:
+                raise DataError(f"data.split: {name} has no {wanted!r}", hint=f"it has {', '.join(whole)}")
+            return whole[wanted], f"the JSON list of the split {wanted}"
+        table = _columns(whole)
+        if table is not None:
+            return table, "JSON columns"
+        spoken = [key for key, value in of_rows.items() if {"role", "from"} & value[0].keys()]
+        if spoken:
+            return [whole], "one JSON object"
+        if len(of_rows) == 1:
+            key, items = next(iter(of_rows.items()))
+            return [_inner(item) for item in items], f"the JSON list under {key}"
+        if not of_rows and any(isinstance(value, str) for value in whole.values()):
+            return [whole], "one JSON object"
+    raise DataError(f"data.source: {name}: not a list of objects", hint='expected [{"prompt": ...}, ...]')
+
+
+def _inner(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row inside of what the hub's dataset viewer gives."""
+    is_wrapped = item.keys() >= {"row_idx", "row"} and isinstance(item["row"], dict)
+    return item["row"] if is_wrapped else item
+
+
+def _columns(whole: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+    """The rows of {column: [values]} (or {column: {index: value}}), and of {columns, data: [[...]]}."""
+    values = list(whole.values())
+    names, data = whole.get("columns"), whole.get("data")
+    if isinstance(names, list) and isinstance(data, list) and all(isinstance(item, list) for item in data):
+        return [dict(zip(names, item, strict=False)) for item in data]
+    if values and all(isinstance(value, dict) and value for value in values):
+        indices = list(values[0])
+        if all(list(value) == indices for value in values) and all(index.isdigit() for index in indices):
+            return [{key: value[index] for key, value in whole.items()} for index in indices]
+    plain = all(isinstance(value, list) and value and not isinstance(value[0], dict) for value in values)
+    if len(values) > 1 and plain and len({len(value) for value in values}) == 1:
+        return [dict(zip(whole, items, strict=True)) for items in zip(*values, strict=True)]
+    return None
+
+
+def json_lines(text: str, name: str, bad: BadRows) -> list[Row]:
+    problems: list[Problem] = []
+    rows: list[Row] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            problems.append(Problem(f"not JSON: {error.msg}", "", name, number))
+        except (ValueError, RecursionError) as error:
+            problems.append(Problem(f"not JSON: {error}", "", name, number))
+        else:
+            if isinstance(values, dict):
+                rows.append(Row(values, name, number))
+            else:
+                problems.append(Problem("not an object in braces", "", name, number))
+    bad.settle(problems, f"{name}: {len(problems)} lines are not JSON objects", "one {...} a line")
+    return rows

@@ -1,0 +1,222 @@
+"""Which column of some rows plays which part, and so which format the rows have.
+
+What the recipe says counts first, then the usual names (`fields`). What could be two things, and a setting
+that the rows contradict, is one `DataError` with the setting that is right.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from forge.data import fields
+from forge.data.conversation import Row
+from forge.data.turns import parsed
+from forge.errors import DataError
+
+Reader = Callable[[Mapping[str, Any]], object]
+"""A reader of one's own: a row's values to messages, to a row of a known shape, to a text, or None."""
+
+AUTO, MESSAGES, SHAREGPT, PROMPT, PREFERENCE, TEXT = (
+    "auto",
+    "messages",
+    "sharegpt",
+    "prompt",
+    "preference",
+    "text",
+)
+# A format -> the columns of prompt, input and completion that go by this name.
+_PAIRS: Mapping[str, tuple[str, str, str]] = {
+    PROMPT: ("prompt", "", "completion"),
+    "alpaca": ("instruction", "input", "output"),
+    "dolly": ("instruction", "context", "response"),
+    "question": ("question", "context", "answer"),
+}
+FORMATS = (AUTO, MESSAGES, SHAREGPT, PROMPT, "alpaca", "dolly", "question", PREFERENCE, TEXT)
+EMPTY: tuple[object, ...] = (None, "", [], {}, ())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a recipe says of its rows."""
+
+    format: str = AUTO
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    ignore: Sequence[str] = ()
+    reader: Reader | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns play which part, the preferred first."""
+
+    format: str
+    parts: Mapping[str, tuple[str, ...]]
+    unused: tuple[str, ...]
+
+    def value(self, row: Row, part: str) -> tuple[str, Any]:
+        """The column of `part` and what it holds: the first that is not empty."""
+        columns = self.parts.get(part, ())
+        for column in columns:
+            if row.values.get(column) not in EMPTY:
+                return column, row.values[column]
+        return (columns[0], row.values.get(columns[0])) if columns else (part, None)
+
+
+def _columns_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Every column of the rows -> in how many it holds something."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        for key, value in row.values.items():
+            counts[key] += value not in EMPTY
+    return dict(counts)
+
+
+def require_columns(rows: Sequence[Row], shape: Shape) -> None:
+    there = {key for row in rows for key in row.values}
+    for part, column in shape.columns.items():
+        if column not in there:
+            near = get_close_matches(column, sorted(there), 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise DataError(
+                f"data.columns.{part}: no row has a column {column!r}{meant}",
+                hint=f"the columns are: {', '.join(sorted(there))}",
+            )
+
+
+def layout_of(rows: Sequence[Row], shape: Shape) -> Layout:
+    """What the columns of all rows are for; raises `DataError` where that is not clear."""
+    counts = _columns_of(rows)
+    where = f"{rows[0].file}:{rows[0].line}"
+    ignored = {fields.plain(name) for name in shape.ignore}
+    columns = [key for key, filled in counts.items() if fields.plain(key) not in ignored]
+    taken = set(shape.columns.values())
+    parts: dict[str, list[str]] = {part: [column] for part, column in shape.columns.items()}
+    for part, names in fields.ROW_FIELDS.items():
+        if part not in parts:
+            fitting = [key for key in columns if fields.plain(key) in names and key not in taken]
+            # A column that holds nothing in any row is no candidate where another one is.
+            parts[part] = [key for key in fitting if counts[key]] or fitting
+    form = shape.format if shape.format != AUTO else _detect(parts, shape, columns, where)
+    _require_format(form, parts, shape, columns, where, rows)
+    chosen = {part: tuple(keys) for part, keys in _of_format(form, parts, shape, where).items() if keys}
+    if form in (MESSAGES, SHAREGPT):
+        form = _spelling(rows, chosen[fields.MESSAGES], form)
+    elif form == PROMPT:
+        form = _named(chosen)
+    used = {key for keys in chosen.values() for key in keys}
+    return Layout(form, chosen, tuple(key for key in counts if key not in used))
+
+
+def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[str], where: str) -> str:
+    """The format that the columns of these parts make."""
+    has_answer = parts[fields.COMPLETION] and (parts[fields.PROMPT] or parts[fields.INPUT])
+    asked = shape.columns.keys()
+    if fields.TEXT in asked:
+        return TEXT
+    if {fields.PROMPT, fields.COMPLETION} & asked and has_answer:
+        return PROMPT
+    if parts[fields.MESSAGES]:
+        return MESSAGES
+    if parts[fields.CHOSEN]:
+        return PREFERENCE
+    if has_answer:
+        return PROMPT
+    if (
+        parts[fields.TEXT]
+        and not parts[fields.LABEL]
+        and not (parts[fields.PROMPT] or parts[fields.COMPLETION])
+    ):
+        return TEXT
+    hint = "say which is which: data.columns: {prompt: ..., completion: ...} or {messages: ...}"
+    if parts[fields.TEXT] and parts[fields.LABEL]:
+        text, label = parts[fields.TEXT][0], parts[fields.LABEL][0]
+        hint = f"to learn the label: data.columns: {{prompt: {text}, completion: {label}}}"
+    raise DataError(
+        f"{where}: cannot tell the data's format from its columns: {', '.join(columns)}", hint=hint
+    )
+
+
+def _require_format(
+    form: str,
+    parts: Mapping[str, Sequence[str]],
+    shape: Shape,
+    columns: Sequence[str],
+    where: str,
+    rows: Sequence[Row],
+) -> None:
+    """Refuse a format that the recipe names and the rows contradict, with the setting that is right."""
+    if shape.format == AUTO:
+        return
+    prompt, _, completion = _PAIRS.get(form, ("", "", ""))
+    plain = {fields.plain(column) for column in columns}
+    mapped = shape.columns.keys()
+    fits = {
+        MESSAGES: bool(parts[fields.MESSAGES]),
+        SHAREGPT: bool(parts[fields.MESSAGES]),
+        PREFERENCE: bool(parts[fields.CHOSEN]),
+        TEXT: bool(parts[fields.TEXT]),
+        PROMPT: bool(parts[fields.COMPLETION] and (parts[fields.PROMPT] or parts[fields.INPUT])),
+    }.get(
+        form,
+        (prompt in plain or fields.PROMPT in mapped) and (completion in plain or fields.COMPLETION in mapped),
+    )
+    if fits and form in (MESSAGES, SHAREGPT):
+        spelled = _spelling(rows, tuple(parts[fields.MESSAGES]), form)
+        fits, right = spelled == form, spelled
+    elif not fits:
+        right = _detect(parts, shape, columns, where)
+    if not fits:
+        raise DataError(
+            f"data.format: {form} does not fit the rows, whose columns are: {', '.join(columns)}",
+            hint=f"set data.format: {right}, or leave it out",
+        )
+
+
+def _of_format(
+    form: str, parts: Mapping[str, Sequence[str]], shape: Shape, where: str
+) -> dict[str, list[str]]:
+    """The parts that the format uses; raises `DataError` where two columns could be one."""
+    always = (fields.SYSTEM, fields.TOOLS, fields.TRAINED, fields.WEIGHT, fields.LABEL)
+    own = {
+        MESSAGES: (fields.MESSAGES,),
+        SHAREGPT: (fields.MESSAGES,),
+        TEXT: (fields.TEXT,),
+        PREFERENCE: (fields.PROMPT, fields.INPUT, fields.HISTORY, fields.CHOSEN, fields.REJECTED),
+    }.get(form, (fields.PROMPT, fields.INPUT, fields.HISTORY, fields.COMPLETION, fields.REASONING))
+    chosen = {part: list(parts[part]) for part in (*own, *always) if parts[part]}
+    pair = _PAIRS.get(form)
+    for part, named in zip((fields.PROMPT, fields.INPUT, fields.COMPLETION), pair or (), strict=False):
+        exact = [key for key in chosen.get(part, ()) if fields.plain(key) == named]
+        if exact and part not in shape.columns:
+            chosen[part] = exact
+    if fields.PROMPT not in chosen and fields.PROMPT in own and form != PREFERENCE:
+        chosen[fields.PROMPT] = chosen.pop(fields.INPUT)
+    for part in (fields.PROMPT, fields.COMPLETION, fields.CHOSEN, fields.TEXT, fields.INPUT):
+        if len(chosen.get(part, ())) > 1:
+            first, second = chosen[part][:2]
+            raise DataError(
+                f"{where}: both {first} and {second} could be the {part}",
+                hint=f"say which: data.columns: {{{part}: {first}}}, or data.ignore: [{second}]",
+            )
+    return chosen
+
+
+def _spelling(rows: Sequence[Row], columns: Sequence[str], form: str) -> str:
+    """`sharegpt` where the messages say `from`, else `messages`; as the recipe has it where none says."""
+    for row in rows:
+        turns = next((parsed(row.values.get(key)) for key in columns if row.values.get(key)), None)
+        first = turns[0] if isinstance(turns, list) and turns else turns
+        if isinstance(first, Mapping):
+            return SHAREGPT if "from" in map(fields.plain, first) else MESSAGES
+    return form
+
+
+def _named(parts: Mapping[str, Sequence[str]]) -> str:
+    """The name of a format of prompt and completion, by its columns."""
+    pair = tuple(fields.plain(parts[part][0]) for part in (fields.PROMPT, fields.COMPLETION))
+    return next((name for name, (p, _, c) in _PAIRS.items() if (p, c) == pair), PROMPT)

@@ -1,0 +1,246 @@
+"""Messages as rows hold them to typed turns: names of roles and keys, parts, tool calls, thinking, loss.
+
+Raises `BadRowError` for what cannot be used; what was done to a row is counted in `Notes`. Not covered:
+images and sound, which are refused by name; what a template makes of the turns (`tokens`).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from forge.data import fields
+from forge.data.conversation import Json, ToolCall, Turn
+
+_LONGEST_LITERAL = 10_000_000
+
+
+class BadRowError(Exception):
+    """A row that cannot be used: why, and the field where."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+@dataclass
+class Notes:
+    """What was done to the rows that were read: note -> number of rows, and who was taken for whom."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
+    """A text, or the texts of a list of parts one after the other."""
+    if isinstance(value, (list, tuple)):
+        value = "".join(_part(part, f"{place}[{number}]") for number, part in enumerate(value))
+    elif isinstance(value, Mapping):
+        value = _part(value, place)
+    if value is None:
+        value = ""
+    if not isinstance(value, str):
+        raise BadRowError(f"is {type(value).__name__}, not text", place)
+    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise BadRowError("has half a character (lone surrogate)", place)
+    if not value.strip() and not empty_ok:
+        raise BadRowError("is empty", place)
+    return value
+
+
+def _part(part: object, place: str) -> str:
+    if part is None or isinstance(part, str):
+        return part or ""
+    if isinstance(part, Mapping):
+        kind = part.get("type", "text")
+        text = part.get("text")
+        if kind in ("text", "input_text", "output_text") and isinstance(text, str):
+            return text
+        if kind not in ("text", "input_text", "output_text"):
+            raise BadRowError(f"is a part of type {kind!r}; only text can be learned here", place)
+    raise BadRowError("is not a text part: {type: text, text: ...}", place)
+
+
+def parsed(value: object) -> object:
+    """`value`, or what it says where it is JSON or a Python literal in a text (tables hold lists so)."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(value.strip()) if len(value) < _LONGEST_LITERAL else value
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+
+
+def _as_list(value: object, place: str) -> Sequence[Any]:
+    """The messages in `value`: a list, a list in a text, or one list a key (a struct of lists)."""
+    value = parsed(value)
+    if isinstance(value, Mapping):
+        columns = {key: items for key, items in value.items() if isinstance(items, list)}
+        if columns and len({len(items) for items in columns.values()}) == 1:
+            return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
+        if fields.message_part(next(iter(value), "")):
+            return [value]
+    if not isinstance(value, list) or not value:
+        raise BadRowError("is not a list of messages", place)
+    return value
+
+
+def turns_of(value: object, place: str, roles: Mapping[str, str], notes: Notes) -> Iterator[Turn]:
+    """The turns of a list of messages; `roles` are names of speakers beyond the usual ones."""
+    messages = _as_list(value, place)
+    if all(isinstance(message, str) for message in messages):
+        notes.counts["turns without a role, taken as user and assistant in turn"] += 1
+        messages = [
+            {"role": ("user", "assistant")[number % 2], "content": message}
+            for number, message in enumerate(messages)
+        ]
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise BadRowError("is not a list of messages", place)
+        yield _turn(message, f"{place}[{number}]", roles, notes)
+
+
+def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], notes: Notes) -> Turn:
+    parts: dict[str, tuple[str, Any]] = {}
+    for key, value in message.items():
+        why = fields.MESSAGE_REFUSED.get(fields.plain(key))
+        if why and value not in (None, "", [], {}, False):
+            raise BadRowError(why, f"{place}.{key}")
+        part = fields.message_part(key)
+        if part is None and value not in (None, "", [], {}):
+            notes.unused[f"{place.partition('[')[0]}[].{key}"] += 1
+        elif part is not None and (part not in parts or parts[part][1] is None):
+            parts[part] = (key, value)
+    role, speaker = _role(parts, place, roles, notes)
+    key, content = parts.get(fields.CONTENT, ("content", None))
+    if fields.CONTENT not in parts and not {fields.TOOL_CALLS, fields.FUNCTION_CALL} & parts.keys():
+        raise BadRowError("there is no such key", f"{place}.{key}")
+    calls = tuple(_calls(parts, role, content, place))
+    if role == fields.CALL:
+        role, content = "assistant", ""
+    name = parts.get(fields.NAME, ("", None))[1]
+    return Turn(
+        role,
+        text_of(content, f"{place}.{key}", empty_ok=bool(calls) or role in ("system", "tool")),
+        reasoning=text_of(parts.get(fields.REASONING, ("", None))[1], f"{place}.reasoning", empty_ok=True),
+        tool_calls=calls,
+        tool_call_id=str(parts.get(fields.TOOL_CALL_ID, ("", None))[1] or ""),
+        name=text_of(name, f"{place}.name", empty_ok=True) if speaker != name else "",
+        trained=_trained(parts, role, place),
+    )
+
+
+def _role(
+    parts: Mapping[str, tuple[str, Any]], place: str, roles: Mapping[str, str], notes: Notes
+) -> tuple[str, str]:
+    key, speaker = parts.get(fields.ROLE, ("role", None))
+    role = fields.role_of(speaker, roles) if isinstance(speaker, str) else None
+    if role is None:
+        names = ", ".join(fields.ROLES)
+        shown = repr(speaker) if fields.ROLE in parts else "is missing and"
+        raise BadRowError(f"{key} {shown} is none of: {names}; data.roles: {{NAME: user}} adds a name", place)
+    if speaker != role:
+        notes.roles[speaker] = role
+    return role, speaker
+
+
+def _trained(parts: Mapping[str, tuple[str, Any]], role: str, place: str) -> bool | None:
+    """What a message says of its own loss: `weight: 0`, `train: false` and their kind."""
+    said: set[bool] = set()
+    for part in (fields.WEIGHT, fields.TRAINED):
+        key, value = parts.get(part, ("", None))
+        if value is None:
+            continue
+        if value not in (0, 1, "0", "1", "true", "false", "True", "False"):
+            raise BadRowError(f"is {value!r}; only 0 and 1 (false and true) are supported", f"{place}.{key}")
+        on = value in (1, "1", "true", "True")
+        if on and part == fields.TRAINED and role != "assistant":
+            raise BadRowError(f"a turn of the {role} cannot carry loss here", f"{place}.{key}")
+        said.add(on)
+    if len(said) > 1:
+        raise BadRowError("its keys contradict each other about the loss", place)
+    return next(iter(said), None) if role == "assistant" else None
+
+
+def _calls(
+    parts: Mapping[str, tuple[str, Any]], role: str, content: object, place: str
+) -> Iterator[ToolCall]:
+    listed = parsed(parts.get(fields.TOOL_CALLS, ("", None))[1]) or []
+    single = parsed(parts.get(fields.FUNCTION_CALL, ("", None))[1])
+    spoken = parsed(content) if role == fields.CALL else None
+    where = f"{place}.tool_calls"
+    if role == fields.CALL and not isinstance(spoken, (list, Mapping)):
+        raise BadRowError("a function call must be JSON: {name: ..., arguments: ...}", place)
+    if not isinstance(listed, list):
+        raise BadRowError("is not a list of calls", where)
+    spoken_list = spoken if isinstance(spoken, list) else [spoken] if spoken else []
+    for call in [*listed, *([single] if single else []), *spoken_list]:
+        if role not in ("assistant", fields.CALL):
+            raise BadRowError(f"a turn of the {role} cannot call a tool", where)
+        yield _call(call, where)
+
+
+def _call(call: object, place: str) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRowError("a call needs a name and arguments", place)
+    arguments = parsed(function.get("arguments", function.get("parameters")))
+    if arguments in (None, ""):
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise BadRowError("the arguments of a call are not a JSON object", place)
+    text_of(json.dumps([function["name"], arguments], ensure_ascii=False), place)
+    number = call.get("id") if isinstance(call, Mapping) else None
+    return ToolCall(function["name"], dict(arguments), str(number or ""))
+
+
+def tools_of(value: object, place: str) -> tuple[Mapping[str, Json], ...]:
+    """The functions of a row's `tools`, each as {type: function, function: {...}}."""
+    listed = parsed(value)
+    listed = [listed] if isinstance(listed, Mapping) else listed
+    if listed in (None, "", []):
+        return ()
+    if not isinstance(listed, list):
+        raise BadRowError("is not a list of tools", place)
+    return tuple(_tool(parsed(item), f"{place}[{number}]") for number, item in enumerate(listed))
+
+
+def _tool(tool: object, place: str) -> Mapping[str, Json]:
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    if not isinstance(tool, Mapping) or not isinstance(function, Mapping) or not function.get("name"):
+        raise BadRowError(
+            "a tool needs a name: {type: function, function: {name: ..., parameters: ...}}", place
+        )
+    text_of(json.dumps(tool, ensure_ascii=False), place)
+    return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
+
+
+def finished(turns: Sequence[Turn], notes: Notes) -> tuple[Turn, ...]:
+    """The turns without empty system turns and without what follows the last answer.
+
+    Raises `BadRowError` where no answer or no user is left.
+    """
+    kept = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
+    leading = next((at for at, turn in enumerate(kept) if turn.role != "system"), len(kept))
+    if leading > 1:
+        notes.counts["several system turns at the start, joined into one"] += 1
+        kept[:leading] = [Turn("system", "\n\n".join(turn.content for turn in kept[:leading]))]
+    answers = [at for at, turn in enumerate(kept) if turn.role == "assistant"]
+    if not answers:
+        raise BadRowError("there is no turn of the assistant: there is nothing to learn")
+    if len(kept) > answers[-1] + 1:
+        notes.counts["what follows the last answer was cut: nothing in it is learned"] += 1
+        del kept[answers[-1] + 1 :]
+    if not any(turn.role == "user" for turn in kept):
+        raise BadRowError("no message is the user's")
+    return tuple(kept)
