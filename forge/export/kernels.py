@@ -107,10 +107,10 @@ def compiled_kernels(library: Path, lanes: int = 16) -> dict[str, Kernel]:
     return {kind: kernel(symbol) for kind, symbol in _COMPILED.items()}
 
 
-def choose_kernels(tools: Path, kinds: Iterable[str], *, tell: bool = True) -> dict[str, Kernel]:
+def choose_kernels(tools: Path, kinds: Iterable[str]) -> dict[str, Kernel]:
     """The compiled kernels in the directory `tools` for those of `kinds` where their bytes are ggml's.
 
-    Types that are left out are ggml's own to quantize; why is said, unless `tell` is false.
+    Types that are left out are ggml's own to quantize; why is said.
     """
     wanted = sorted(set(kinds) & _COMPILED.keys())
     if not wanted or os.environ.get(CHOICE) == "ggml":
@@ -118,14 +118,11 @@ def choose_kernels(tools: Path, kinds: Iterable[str], *, tell: bool = True) -> d
     try:
         found = compiled_kernels(library_file(tools))
     except OSError:
-        if tell:
-            report.detail(
-                "there are no compiled kernels, so ggml's own take longer; forge setup compiles them"
-            )
+        report.detail("there are no compiled kernels, so ggml's own take longer; forge setup compiles them")
         return {}
     chosen = {kind: found[kind] for kind in wanted if _agrees(kind, found[kind])}
     left_out = [kind for kind in wanted if kind not in chosen]
-    if tell and left_out:
+    if left_out:
         report.info(
             f"the compiled kernels of {', '.join(left_out)} do not give the bytes of this ggml, "
             "so its own are used: this takes longer and changes nothing else"

@@ -2,9 +2,8 @@
 
 llama.cpp's converter lays out the model without reading a weight. On that header, a sparse file, the
 token ids are compared, llama.cpp loads it and says which type each tensor gets; only then are the
-weights read, merged, quantized and written, straight into the file (some are quantized before, on a core
-that has nothing to do: `ahead`). Everything is written under `out/work`, and only the finished, read-back
-file moves to `out`.
+weights read, merged, quantized and written, straight into the file. Everything is written under `out/work`,
+and only the finished, read-back file moves to `out`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from forge.adapter.vocabulary import Fitted, check_tokenizer, fit
 from forge.errors import DataError
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
-from forge.export.ahead import Ahead, meanwhile
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
@@ -33,7 +31,7 @@ from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
-from forge.export.upstream import Choices, Converted, convert
+from forge.export.upstream import Choices, Converted, convert, without_collection
 from forge.export.write import Rounding, write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.estimate import usable_cores
@@ -78,10 +76,10 @@ def export(
     nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
     merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
     tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
-    with meanwhile(tensors, description, Path(converters), settings) as ahead:
+    with without_collection(), one_thread():
         converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings, found)
     with one_thread():
-        written, compiled = _write(converted, ahead, work, description, merged, Path(converters), settings)
+        written, compiled = _write(converted, work, description, merged, Path(converters), settings)
     if mode == "adapter" and found:
         written += write_adapter(Path(converters), description, found.adapter, settings["name"], work)
     header = _publish(work, target)
@@ -205,7 +203,6 @@ def _outtype(tensors: Sequence[LazyTensor], quant: str) -> str:
 
 def _write(
     converted: Converted,
-    ahead: Ahead,
     work: Path,
     description: Path,
     merged: Sequence[LazyTensor],
@@ -236,11 +233,10 @@ def _write(
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
-        Rounding(kernels, importance, ahead),
+        Rounding(kernels, importance),
         settings["threads"] or usable_cores(),
         lambda done, total: report.advance("export", done, total),
     )
-    report.detail(f"{ahead.taken} slabs were quantized while the model was laid out")
     return written, list(kernels)
 
 

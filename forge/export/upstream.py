@@ -11,6 +11,7 @@ Not covered: multimodal projectors, Mistral's own format, checkpoints in `.bin` 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import sys
@@ -164,6 +165,22 @@ def load(tree: Path) -> Any:
     import conversion.base  # type: ignore[import-not-found]
 
     return conversion
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """The collector rests while the converter imports torch and transformers, which stay: half a second.
+
+    It never looks through them later either, unless they were there before, and with them garbage perhaps.
+    """
+    is_first = "torch" not in sys.modules
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_first:
+            gc.freeze()
+        gc.enable()
 
 
 def refused(refusal: BaseException) -> StageError:

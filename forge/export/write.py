@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import StageError
-from forge.export.ahead import Ahead
 from forge.export.header import write_header
 from forge.export.importance import Importance
 from forge.export.kernels import Kernel, quantize_rows
@@ -36,12 +35,11 @@ class Rounding:
     """How values become the bytes of a type.
 
     `kernels` quantize the types that they are for, ggml's own library the others, and every tensor that
-    `importance` has, which is rounded by it. What is in `ahead` is not made again.
+    `importance` has, which is rounded by it.
     """
 
     kernels: Mapping[str, Kernel]
     importance: Importance
-    ahead: Ahead
 
 
 def write_gguf(
@@ -74,7 +72,6 @@ def write_gguf(
                     stream.write(bytes(-sizes[name] % converted.writer.data_alignment))
                 on_progress(done, total)
             end = stream.tell()
-            rounding.ahead.clear()
             stream.flush()
             os.fsync(stream.fileno())
     return end
@@ -149,10 +146,7 @@ def _jobs(converted: Converted, types: Mapping[str, str], rounding: Rounding) ->
         width = shape[-1] if shape else 1
         rows = math.prod(shape[:-1])
         for start, stop, weights in _pieces(rows, width, rounding.importance.get(name)):
-            alike = unturned if weights is None else None
-            made = rounding.ahead.take(alike, start, stop, stored, kind) if alike else None
-            again = partial(slab, name, read, stored, kind, weights, start, stop)
-            yield name, again if made is None else partial(_already, made), stop == rows
+            yield name, partial(slab, name, read, stored, kind, weights, start, stop), stop == rows
 
 
 def _pieces(rows: int, width: int, importance: Any) -> Iterator[tuple[int, int, Any]]:
@@ -163,10 +157,6 @@ def _pieces(rows: int, width: int, importance: Any) -> Iterator[tuple[int, int, 
         weights = None if importance is None else importance[number]
         for start, stop in slabs(each, width):
             yield number * each + start, number * each + stop, weights
-
-
-def _already(made: Any) -> Any:
-    return made
 
 
 def _evaluated_reader(data: Pending) -> Callable[[int, int], Any]:
