@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import hashlib
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from forge.data.conversation import Row
-from forge.data.files import read_rows
-from forge.data.problems import refuse
-from forge.data.sources import BUILTIN, digest_of, locate
+from forge.data.files import read_file, read_rows, slice_of
+from forge.data.problems import BadRows, refuse
+from forge.data.sources import BUILTIN, digest_of, locate, locate_all
 from forge.errors import DataError, Problem
 
 ROWS = [
@@ -51,24 +55,254 @@ def parquet(path: Path) -> Path:
     return path
 
 
+def column_wise(path: Path) -> Path:
+    return write(path, json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}))
+
+
+def by_index(path: Path) -> Path:
+    """As pandas writes by default."""
+    return write(path, json.dumps({key: {str(n): row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]}))
+
+
+def split_oriented(path: Path) -> Path:
+    columns = list(ROWS[0])
+    return write(
+        path, json.dumps({"columns": columns, "index": [0, 1], "data": [list(row.values()) for row in ROWS]})
+    )
+
+
+def by_split(path: Path) -> Path:
+    return write(path, json.dumps({"train": ROWS, "test": [{"prompt": "x", "completion": "y"}]}))
+
+
+def of_the_viewer(path: Path) -> Path:
+    return write(path, json.dumps({"rows": [{"row_idx": n, "row": row} for n, row in enumerate(ROWS)]}))
+
+
+def indented_objects(path: Path) -> Path:
+    return write(path, "\n".join(json.dumps(row, indent=2) for row in ROWS))
+
+
+def separated_by(delimiter: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        with path.open("w", encoding=encoding, newline="") as stream:
+            writer = csv.DictWriter(stream, list(ROWS[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(ROWS)
+        return path
+
+    return make
+
+
+def in_encoding(encoding: str) -> Callable[[Path], Path]:
+    return lambda path: write(path, "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS), encoding)
+
+
+def packed(pack: Callable[[bytes], bytes]) -> Callable[[Path], Path]:
+    def make(path: Path) -> Path:
+        path.write_bytes(pack(jsonl(path).read_bytes()))
+        return path
+
+    return make
+
+
+def zstd(path: Path) -> Path:
+    import pyarrow
+
+    data = jsonl(path).read_bytes()
+    with pyarrow.output_stream(str(path), compression="zstd") as stream:
+        stream.write(data)
+    return path
+
+
+def arrow(path: Path) -> Path:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(str(path), table.schema) as stream:
+        stream.write_table(table)
+    return path
+
+
+def arrow_stream(path: Path) -> Path:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+        stream.write_table(table)
+    return path
+
+
+KINDS: dict[str, tuple[str, Callable[[Path], Path], str]] = {
+    "lines": ("rows.jsonl", jsonl, "JSON lines"),
+    "capitals": ("ROWS.JSONL", jsonl, "JSON lines"),
+    "lines named .json": ("rows.json", jsonl, "JSON lines"),
+    "lines named .txt": ("rows.txt", jsonl, "JSON lines"),
+    "lines named nothing": ("rows", jsonl, "JSON lines"),
+    "lines named .csv": ("rows.csv", jsonl, "JSON lines"),
+    "a list": ("rows.json", json_list, "a JSON list"),
+    "a list named .jsonl": ("rows.jsonl", json_list, "a JSON list"),
+    "under a key": ("rows.json", json_under_a_key, "the JSON list under data"),
+    "columns": ("rows.json", column_wise, "JSON columns"),
+    "columns by index": ("rows.json", by_index, "JSON columns"),
+    "columns and data": ("rows.json", split_oriented, "JSON columns"),
+    "by split": ("rows.json", by_split, "the JSON list of the split train"),
+    "of the viewer": ("rows.json", of_the_viewer, "the JSON list under rows"),
+    "indented objects": ("rows.jsonl", indented_objects, "JSON objects"),
+    "commas": ("rows.csv", comma_separated, "a table with commas"),
+    "semicolons": ("rows.csv", separated_by(";"), "a table with semicolons"),
+    "tabs": ("rows.tsv", separated_by("\t"), "a table with tabs"),
+    "tabs named .csv": ("rows.csv", separated_by("\t"), "a table with tabs"),
+    "bars": ("rows.csv", separated_by("|"), "a table with bars"),
+    "Excel's": ("rows.csv", separated_by("\t", "utf-16"), "a table with tabs in utf-16"),
+    "UTF-16": ("rows.jsonl", in_encoding("utf-16"), "JSON lines in utf-16"),
+    "UTF-16 without its mark": ("rows.jsonl", in_encoding("utf-16-le"), "JSON lines in utf-16-le"),
+    "UTF-8 with its mark": ("rows.jsonl", in_encoding("utf-8-sig"), "JSON lines"),
+    "gzip": ("rows.jsonl.gz", packed(gzip.compress), "JSON lines"),
+    "gzip without its name": ("rows.jsonl", packed(gzip.compress), "JSON lines"),
+    "bzip2": ("rows.jsonl.bz2", packed(bz2.compress), "JSON lines"),
+    "xz": ("rows.jsonl.xz", packed(lzma.compress), "JSON lines"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_rows(kind: str, tmp_path: Path) -> None:
+    """E1, E2: one record a row, in the order of the file; the content decides what it is, not the name."""
+    name, make, shown = KINDS[kind]
+    path = make(tmp_path / name)
+    content = read_file(path)
+    assert [row.values for row in content.rows] == ROWS
+    assert {row.file for row in content.rows} == {name}
+    assert content.kind == shown
+    assert [row.values for row in read_rows(path, 1)] == ROWS[:1]
+
+
+@pytest.mark.training
 @pytest.mark.parametrize(
-    ("name", "make"),
+    ("name", "make", "kind"),
     [
-        ("rows.jsonl", jsonl),
-        ("ROWS.JSONL", jsonl),
-        ("rows.json", json_list),
-        ("rows.json", json_under_a_key),
-        ("rows.csv", comma_separated),
-        pytest.param("rows.parquet", parquet, marks=pytest.mark.training),
+        ("rows.parquet", parquet, "Parquet"),
+        ("rows", parquet, "Parquet"),
+        ("rows.arrow", arrow, "Arrow"),
+        ("rows.arrow", arrow_stream, "Arrow"),
+        ("rows.jsonl.zst", zstd, "JSON lines"),
     ],
 )
-def test_every_format_gives_the_same_rows(name: str, make: Callable[[Path], Path], tmp_path: Path) -> None:
-    """E1, E2: one record a row, in the order of the file."""
-    path = make(tmp_path / name)
-    rows = read_rows(path)
-    assert [row.values for row in rows] == ROWS
-    assert {row.file for row in rows} == {name}
-    assert [row.values for row in read_rows(path, 1)] == ROWS[:1]
+def test_every_table_gives_the_same_rows(
+    name: str, make: Callable[[Path], Path], kind: str, tmp_path: Path
+) -> None:
+    content = read_file(make(tmp_path / name))
+    assert [row.values for row in content.rows] == ROWS
+    assert content.kind == kind
+
+
+@pytest.mark.training
+def test_a_table_s_nulls_are_not_in_its_structs(tmp_path: Path) -> None:
+    """Arrow gives every message every key; those that the row did not have are not there."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]}
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row.values for row in read_rows(tmp_path / "rows.parquet")] == rows
+
+
+def test_one_conversation_and_one_text(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    one = read_file(write(tmp_path / "one.json", json.dumps({"messages": turns}, indent=1)))
+    assert ([row.values for row in one.rows], one.kind) == ([{"messages": turns}], "one JSON object")
+    text = read_file(write(tmp_path / "book.txt", "Once upon a time, there was\na king.\n"))
+    assert [row.values for row in text.rows] == [{"text": "Once upon a time, there was\na king.\n"}]
+
+
+def test_the_encoding_of_the_recipe(tmp_path: Path) -> None:
+    """A file of Western Windows says nothing of itself: it is refused with its line, and read when told."""
+    path = write(tmp_path / "rows.csv", "prompt,completion\na,b\ncaf\u00e9,c\n", "cp1252")
+    with pytest.raises(DataError, match=r"rows\.csv:3 is not UTF-8") as caught:
+        read_file(path)
+    assert "data.encoding" in caught.value.hint
+    assert read_file(path, encoding="cp1252").rows[1].values["prompt"] == "caf\u00e9"
+    with pytest.raises(DataError, match=r"data\.encoding: there is no encoding 'klingon'"):
+        read_file(path, encoding="klingon")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"PK\x03\x04", "a zip archive or an Excel sheet"),
+        (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html>", "a web page"),
+        (b"\x80\x04\x95", "a pickle"),
+    ],
+)
+def test_files_that_hold_no_rows_are_named(start: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start + b"and more")
+    with pytest.raises(DataError, match=message) as caught:
+        read_file(path)
+    assert caught.value.hint
+
+
+def test_a_packed_file_that_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}' * 1000)[:-20])
+    with pytest.raises(DataError, match="cannot read"):
+        read_file(path)
+
+
+def test_bad_lines_are_left_out_where_the_recipe_allows_it(tmp_path: Path) -> None:
+    bad = BadRows(2)
+    rows = read_file(write(tmp_path / "rows.jsonl", '{"a": 1}\n{"a": \n{"a": 2}\n?\n'), bad=bad).rows
+    assert [row.line for row in rows] == [1, 3]
+    assert [problem.line for problem in bad.skipped] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("split", "kept"),
+    [
+        ("train", 10),
+        ("train[:10%]", 1),
+        ("train[:3]", 3),
+        ("train[8:]", 2),
+        ("train[-2:]", 2),
+        ("train[50%:]", 5),
+    ],
+)
+def test_slices(split: str, kept: int) -> None:
+    """E9."""
+    rows = [Row({}, "rows", number) for number in range(10)]
+    assert len(slice_of(rows, split)) == kept
+
+
+@pytest.mark.parametrize("split", ["train[", "train[1]", "train[a:b]", "train[:x%]"])
+def test_slices_that_are_none(split: str) -> None:
+    with pytest.raises(DataError, match="is not a slice"):
+        slice_of([Row({}, "rows", 1)], split)
+
+
+def test_directories_patterns_and_splits(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    names = (
+        "README.md",
+        "dataset_info.json",
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+    )
+    for name in (*names, "data/validation-00000-of-00001.jsonl", ".cache/x.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        jsonl(folder / name)
+    found = locate_all("set", tmp_path, "train[:10%]")
+    assert [path.name for path in found] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
+    assert [path.name for path in locate_all("set", tmp_path, "dev")] == ["validation-00000-of-00001.jsonl"]
+    assert locate_all("set/data/train-*.jsonl", tmp_path, "train") == found
+    with pytest.raises(DataError, match="no data file of the split 'test'"):
+        locate_all("set", tmp_path, "test")
+    with pytest.raises(DataError, match="no file matches"):
+        locate_all("set/*.csv", tmp_path, "train")
+    (tmp_path / "plain").mkdir()
+    assert jsonl(tmp_path / "plain" / "a.jsonl") in locate_all("plain", tmp_path, "train")
 
 
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def read_file(
 def _unpacked(path: Path) -> tuple[str, bytes]:
     """What kind of table the file is ("" for text), and its bytes without their packing."""
     with path.open("rb") as stream:
-        start = stream.read(16)
+        start = stream.read(32)
     openers: Mapping[bytes, Callable[[Path], bytes]] = {
         b"\x1f\x8b": lambda packed: gzip.decompress(packed.read_bytes()),
         b"BZh": lambda packed: bz2.decompress(packed.read_bytes()),
@@ -100,7 +100,7 @@ def _unpacked(path: Path) -> tuple[str, bytes]:
         data = b""  # pyarrow maps the file itself
     else:
         data = path.read_bytes()
-    start = data[:16] or start
+    start = data[:32] or start
     for mark, what in _FOREIGN.items():
         if start.startswith(mark):
             raise DataError(
