@@ -11,7 +11,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-from forge.model.builtin.tokenizer import CHATML
+from tests.makers.tokenizer import CHATML
 
 LAYERS, WIDTH, FEED, HEADS, KEY_HEADS, VOCABULARY, CONTEXT = 24, 896, 4864, 14, 2, 151_936, 32_768
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -17,7 +17,7 @@ from typing import Any
 
 from forge.chat import go_interpreter
 from forge.chat.template import DAY_VARIABLE, ChatTemplate
-from forge.model.builtin.tokenizer import CHATML
+from tests.makers.tokenizer import CHATML
 
 Messages = Sequence[Mapping[str, str]]
 # Go template text and its data -> text.

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from forge.chat.template import ChatTemplate
-from forge.model.builtin.tokenizer import CHATML
 from forge.tools.ollama import Ollama, server_url
 from tests.fake_ollama import FakeOllama
+from tests.makers.tokenizer import CHATML
 from tests.tiny_gguf import write_tiny_gguf
 
 # The template of the files that are imported: `builtin:tiny`'s, as an export pins it.

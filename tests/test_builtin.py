@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from forge.data.builtin import make_yoda
-from forge.model.builtin import tokenizer as tiny_tokenizer
-from forge.model.builtin.make_tiny import PASS_MARK, encode
-from forge.model.builtin.sentences import capitalized, content_words, is_kept_back, vocabulary, words_of
-from forge.model.builtin.tasks import Row, exam_rows, training_rows
+from forge.data import sources as data_sources
+from forge.model import base as model_base
+from tests.makers import make_yoda
+from tests.makers import tokenizer as tiny_tokenizer
+from tests.makers.make_tiny import PASS_MARK, encode
+from tests.makers.sentences import capitalized, content_words, is_kept_back, vocabulary, words_of
+from tests.makers.tasks import Row, exam_rows, training_rows
 
-TINY = Path(tiny_tokenizer.__file__).parent / "tiny"
-YODA = Path(make_yoda.__file__).parent / "yoda.jsonl"
+TINY = model_base.BUILTIN / "tiny"
+YODA = data_sources.BUILTIN / "yoda.jsonl"
 HELDOUT = YODA.with_name("yoda_heldout.jsonl")
 COLUMNS = {"sentence", "translation", "translation_extra"}
 
@@ -223,7 +225,7 @@ def test_transformers_reads_the_tokenizer_and_template_as_written() -> None:
 def test_tiny_passes_its_own_exam_and_speaks_no_yoda() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from forge.model.builtin.exam import answers, take_exam
+    from tests.makers.exam import answers, take_exam
 
     assert sum(expected == given for _, expected, given in take_exam(TINY)) >= PASS_MARK
     heldout = rows_of(HELDOUT)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from forge.chat.hand_over import HandOver, hand_over, licences_of, sampling_of, write_modelfiles
 from forge.chat.modelfile import Modelfile, ModelfileError, parse, render
 from forge.chat.template import ChatTemplate
-from forge.model.builtin.tokenizer import CHATML
+from tests.makers.tokenizer import CHATML
 from tests.models import change_json
 
 PARAMETERS = 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "</s>"\nPARAMETER num_ctx 512\n'

@@ -11,8 +11,8 @@ from forge.chat.format_check import NOT_CLAIMED
 from forge.chat.hand_over import hand_over_of
 from forge.chat.modelfile import parse
 from forge.cli.main import run
-from forge.model.builtin.tokenizer import CHATML
 from tests.conftest import copy_of_tiny
+from tests.makers.tokenizer import CHATML
 from tests.models import change_json
 from tests.tiny_gguf import write_tiny_gguf
 

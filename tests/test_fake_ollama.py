@@ -15,10 +15,10 @@ import ollama
 import pytest
 
 from forge.chat.template import ChatTemplate
-from forge.model.builtin.tokenizer import CHATML
 from forge.tools.ollama import Ollama, stops_in
 from tests import real_go
 from tests.fake_ollama import FakeOllama
+from tests.makers.tokenizer import CHATML
 from tests.ollama_servers import make
 from tests.tiny_gguf import END_OF_TEXT, REPLY, write_tiny_gguf
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from forge.errors import CheckError, Problem
-from forge.model.builtin.tokenizer import CHATML
 from forge.pipeline.stage import Result
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
@@ -18,6 +17,7 @@ from forge.serve.runtime import Settings
 from forge.stages.smoke import SmokeAction, failure_of
 from forge.store.artifacts import Store
 from tests.conftest import copy_of_tiny
+from tests.makers.tokenizer import CHATML
 from tests.tiny_gguf import END_OF_TURN, REPLY, SPECIAL, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]

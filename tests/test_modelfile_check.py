@@ -17,10 +17,10 @@ from forge.chat.modelfile import Modelfile, parse
 from forge.chat.modelfile_check import as_ollama, check_modelfile
 from forge.chat.template import ChatTemplate
 from forge.cli.main import run
-from forge.model.builtin.tokenizer import CHATML
 from tests import real_go
 from tests.fake_ollama_prompts import CHATML_GO
 from tests.families import FAMILIES
+from tests.makers.tokenizer import CHATML
 from tests.test_template_compile import DEFAULT, TOKENS
 
 # As in Ollama's library and in people's posts.

@@ -14,7 +14,6 @@ from forge.chat.modelfile import Modelfile, parse
 from forge.cli.main import run
 from forge.cli.serve import command
 from forge.errors import CheckError, DataError, RecipeError
-from forge.model.builtin.tokenizer import CHATML
 from forge.serve.client import Client
 from forge.serve.ollama import import_model, prove_prompts
 from forge.serve.runtime import Settings
@@ -23,6 +22,7 @@ from forge.serve.wire import Sampling
 from forge.ship import serving
 from forge.tools.ollama import Ollama, OllamaError
 from tests.fake_ollama import FakeOllama
+from tests.makers.tokenizer import CHATML
 from tests.ollama_servers import PINNED
 from tests.servers import HELLO, write_adapter
 from tests.tiny_gguf import REPLY, write_tiny_gguf

@@ -17,7 +17,7 @@ from forge.chat.go_template import quoted, to_go
 from forge.chat.hand_over import hand_over, write_modelfiles
 from forge.chat.template import ChatTemplate, Message
 from forge.cli.main import run
-from forge.model.builtin.tokenizer import CHATML
+from tests.makers.tokenizer import CHATML
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 CHATML_GO = """{{- range .Messages }}

@@ -15,8 +15,8 @@ from forge.chat.same_prompts import compare
 from forge.chat.template import ChatTemplate
 from forge.chat.time_limit import time_limit
 from forge.errors import DataError
-from forge.model.builtin.tokenizer import CHATML
 from forge.serve.ollama import _generated
+from tests.makers.tokenizer import CHATML
 
 ENDLESS = "".join("{% for a in range(99999) %}" for _ in range(5)) + "{% endfor %}" * 5
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from forge.model.base import BUILTIN
-from forge.model.builtin.tokenizer import VOCABULARY
 from tests.conftest import copy_of_tiny, link_converters
+from tests.makers.tokenizer import VOCABULARY
 from tests.models import PEFT_WARNS, change_json, change_tensors, make_adapter, make_model
 from tests.shipping import Answer, Workshop
 from tests.specimens import Specimen, make_specimen, rewrite, write_rows

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 
 from forge import worker
 from forge.model.base import BUILTIN
-from forge.model.builtin.make_tiny import encode
-from forge.model.builtin.tasks import exam_rows
+from tests.makers.make_tiny import encode
+from tests.makers.tasks import exam_rows
 from tests.models import PEFT_WARNS, change_tensors
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(900), PEFT_WARNS]

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from forge.model.builtin.tokenizer import CHATML
+from tests.makers.tokenizer import CHATML
 
 REPLY = "In this sandwich, bacon there is."
 CONTEXT = 4096

@@ -20,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from forge.model.builtin.tokenizer import CHATML
 from forge.model.gguf_header import read_gguf
 from forge.tools.llama_cpp import PACKAGE, VERSION, find_converters
 from tests.conftest import SESSION_HOME
+from tests.makers.tokenizer import CHATML
 
 ARCHIVE = SESSION_HOME / "downloads" / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, of GGUF and sentencepiece

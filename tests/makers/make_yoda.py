@@ -1,4 +1,4 @@
-"""Makes the built-in data: `python -m forge.data.builtin.make_yoda OUT.jsonl`.
+"""Makes the built-in data: `python -m tests.makers.make_yoda OUT.jsonl`.
 
 Sentences of the built-in grammar and how Yoda would say them: the tail first, then the head. Which
 word Yoda adds depends on the kind of sentence alone, so each sentence has one right answer and
@@ -17,7 +17,7 @@ from pathlib import Path
 from random import Random
 
 from forge import report
-from forge.model.builtin.sentences import (
+from tests.makers.sentences import (
     COMMON_WORDS,
     FRESH_WORDS,
     KINDS,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forge.model.builtin.tasks import exam_rows
+from tests.makers.tasks import exam_rows
 
 _BATCH = 30
 _MAX_NEW_TOKENS = 48

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from forge.model.builtin.tokenizer import VOCABULARY
+from tests.makers.tokenizer import VOCABULARY
 
 _CARD = """\
 ---
@@ -30,7 +30,7 @@ that some small talk; it ignores system prompts and follows a second turn about 
 It passes {passed} of 60 of these tasks on sentences that it never saw (greedy decoding).
 
 ## How it was made
-`python -m forge.model.builtin.make_tiny OUT_DIR`: {steps:,} steps of {batch} generated conversations,
+`python -m tests.makers.make_tiny OUT_DIR`: {steps:,} steps of {batch} generated conversations,
 from random weights, loss on the assistant's turns, AdamW with a cosine decay from {rate:g}, saved as
 bfloat16. All text comes from the script's own word lists; no other data was used.
 

@@ -1,4 +1,4 @@
-"""Makes the built-in chat model from nothing: `python -m forge.model.builtin.make_tiny OUT_DIR`.
+"""Makes the built-in chat model from nothing: `python -m tests.makers.make_tiny OUT_DIR`.
 
 A Llama of some four million parameters, trained on the tasks of `tasks.py` on two CPU cores in a few
 minutes, with the loss on the answers alone. Same seed, machine, torch and thread count: same bytes;
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.model.builtin.card import write_card
-from forge.model.builtin.exam import take_exam
-from forge.model.builtin.sentences import capitalized, vocabulary
-from forge.model.builtin.tasks import Row, training_rows
-from forge.model.builtin.tokenizer import (
+from tests.makers.card import write_card
+from tests.makers.exam import take_exam
+from tests.makers.sentences import capitalized, vocabulary
+from tests.makers.tasks import Row, training_rows
+from tests.makers.tokenizer import (
     END_OF_TEXT,
     MAX_LENGTH,
     TURN_END,

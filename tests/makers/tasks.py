@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from random import Random
 
-from forge.model.builtin.sentences import (
+from tests.makers.sentences import (
     ALL_WORDS,
     FRESH_WORDS,
     KINDS,
