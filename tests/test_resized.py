@@ -102,7 +102,7 @@ def test_the_tuned_model_is_peft_s(case: str, bases: Mapping[str, Path], tmp_pat
     sample = Sample(((5, 9, last, 31, 7, last),), tuple((0, at) for at in range(5)), (True,) * 5, 1)
     with torch.inference_mode():
         wanted = expected(torch.tensor([sample.rows[0]])).logits[0, :5].numpy()
-    found = logits(Weights(base, read_adapter(adapter)), sample, "tuned")
+    found = logits(Weights(base, adapter), sample, "tuned")
     np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-4)
 
 

@@ -46,7 +46,7 @@ def _write_adapter(directory: Path, deltas: dict[str, Any]) -> Path:
         tensors[f"base_model.model.{module}.lora_A.weight"] = torch.eye(WIDTH)
         tensors[f"base_model.model.{module}.lora_B.weight"] = delta.float().contiguous()
     save_file(tensors, directory / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": WIDTH, "lora_alpha": WIDTH, "target_modules": ADAPTED}
+    settings = {"peft_type": "LORA", "r": WIDTH, "lora_alpha": WIDTH, "target_modules": list(deltas)}
     (directory / "adapter_config.json").write_text(json.dumps(settings))
     return directory
 

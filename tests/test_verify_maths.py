@@ -165,7 +165,7 @@ def _measurement(**legs: dict[str, Any]) -> dict[str, Any]:
     good = {"ok": True, "compared": 300, "different": 0, "limits": [], "examples": []}
     fit: dict[str, Any] = {
         "scale": 1.0, "rest": 0.07, "adapted": [], "rest_nf4": 0.1, "rest_beside_nf4": 0.07,
-        "missing": [], "lost_rows": {}, "layouts": {}, "rests": {},
+        "missing": [], "lost_rows": {}, "layouts": {}, "rests": {}, "touched": [], "scales": {},
     }  # fmt: skip
     return {
         "legs": {**sound, **{name.replace("_", " "): leg for name, leg in legs.items()}},
@@ -225,7 +225,7 @@ def test_what_was_merged_into_a_mixture_is_rounded_once(rest: float, ok: bool) -
     turned = _leg(nmse=0.01, kl_mean=0.01, nmse_middle=1e-6, kl_middle=1e-6, beyond=0.2)
     measured = _measurement(f16=turned, file_against_f16=_leg(beyond_vendor=1.0)) | {"experts": 8}
     name = "blk.0.attn_q.weight"
-    seen = {"adapted": [name], "rests": {name: rest}, "layouts": {name: "plain"}}
+    seen = {"adapted": [name], "touched": [name], "rests": {name: rest}, "layouts": {name: "plain"}}
     measured["weights"]["f16"] = measured["weights"]["f16"] | seen
     found = judge(measured, Gates())
     assert (found["ok"], found["broken_stage"]) == (ok, None if ok else "merge")

@@ -27,7 +27,7 @@ class VerifyStage(GgufStage):
     """Measures the file; the measurement is kept, the verdict is not."""
 
     name = "verify"
-    version = 3
+    version = 4
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.read import read_adapter
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample
@@ -35,7 +34,7 @@ def choose_base(base: str, adapter: str, rows: str, rows_are: str, trust_remote_
     facts, given = read_configuration(directory), read_rows(Path(rows))
     vocabulary = facts.vocabulary_size or read_tokenizer(directory).vocabulary_size
     drawn = sample.draw(given, vocabulary, facts.max_positions)
-    original = Weights(directory, read_adapter(Path(adapter)), trust_remote_code=trust_remote_code)
+    original = Weights(directory, Path(adapter), trust_remote_code=trust_remote_code)
     trained = reference.logits(replace(original, nf4=True), drawn, "merged into the NF4 base")
     full = reference.logits(original, drawn, "merged into the original base")
     before, after = losses(trained, drawn), losses(full, drawn)

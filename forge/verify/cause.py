@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SCALE_SLACK = 0.2
+_SURELY = 8.0
 _HEADS = ("output.weight", "token_embd.weight")
 
 
@@ -50,8 +51,9 @@ def told_by_weights(found: Mapping[str, Any], *, own: bool) -> Cause | None:
     """What the weights of the file say is wrong, or with `own` those of the f16 made here."""
     fits = found["weights"]
     file = fits["f16"] if own else fits["file"]
-    yardstick = fits["vendor" if "vendor" in fits and not own else "f16"]
-    differ = _unlike(file, yardstick)
+    direct = own or "vendor" not in fits
+    yardstick = fits["f16" if direct else "vendor"]
+    differ = _unlike(file, yardstick, direct=direct)
     return _converted_wrongly(file, yardstick, differ) or _merged_wrongly(file, yardstick, differ)
 
 
@@ -94,7 +96,7 @@ def _converted_wrongly(
         words = f"the rows of {names} are in another order: query and key were permuted by the wrong factor"
         return Cause("convert", words, again)
     worse = list(differ["worse"])
-    if worse and set(worse) <= set(_HEADS):
+    if worse and set(worse) <= set(_HEADS) - set(file["touched"]):
         return Cause(
             "convert", f"{' and '.join(worse)} are not the checkpoint's: the head was lost or retied", again
         )
@@ -128,6 +130,13 @@ def _merged_wrongly(
     if abs(scale - 1) > _SCALE_SLACK and _is_clean(file, yardstick):
         words = f"the adapter is in the file {scale:.3g} times: its scale was computed wrongly"
         return Cause("merge", words, "check alpha, r, use_rslora and alpha_pattern in adapter_config.json")
+    if other := _other_scales(file):
+        name, times = next(iter(other.items()))
+        words = (
+            f"in {len(other)} of {len(file['scales'])} adapted tensors the adapter is not once, but "
+            f"another number of times: {times:.3g} in {name}"
+        )
+        return Cause("merge", words, "check rank_pattern, alpha_pattern and target_modules; export again")
     if differ["worse"]:
         names = ", ".join(list(differ["worse"])[:3])
         words = (
@@ -137,6 +146,15 @@ def _merged_wrongly(
         )
         return Cause("merge", words, "delete the merged directory, merge again, convert again")
     return None
+
+
+def _other_scales(file: Mapping[str, Any]) -> dict[str, float]:
+    """Tensors in which the adapter is not once, by more than the rounding explains."""
+    return {
+        name: scale
+        for name, (scale, sure) in file["scales"].items()
+        if abs(scale - 1) > _SCALE_SLACK + _SURELY * sure
+    }
 
 
 def _is_clean(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> bool:
@@ -149,17 +167,20 @@ def _is_worse(rest: float, usual: float) -> bool:
     return rest > 1.15 * usual + 1e-3
 
 
-def _unlike(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors of the file whose rest is over the yardstick's, and those in another order of rows."""
+def _unlike(file: Mapping[str, Any], yardstick: Mapping[str, Any], *, direct: bool) -> dict[str, Any]:
+    """Tensors of the file whose rest is over the yardstick's, and those in another order of rows.
+
+    `direct`: the yardstick is an f16.
+    """
     rests, usual = file["rests"], yardstick["rests"]
-    if file is yardstick:
-        # Nothing else is there to hold an f16 against; what was merged is rounded once, and no more.
-        usual = usual | dict.fromkeys(file["adapted"], 0.0)
+    if direct:
+        # The f16 made here is merged by the same export; what was merged is rounded once, and no more.
+        usual = usual | dict.fromkeys(file["touched"], 0.0)
     both = rests.keys() & usual.keys()
     worse = {name: rests[name] for name in both if _is_worse(rests[name], usual[name])}
     layouts, expected = file["layouts"], yardstick["layouts"]
     moved = [name for name in both if layouts[name] != expected[name]]
-    plain = {name for name in both if name not in file["adapted"]}
+    plain = {name for name in both if name not in file["touched"]}
     return {
         "worse": dict(sorted(worse.items())),
         "worse_beside": sorted(worse.keys() & plain),

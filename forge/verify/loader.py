@@ -1,155 +1,140 @@
-"""The reference's weights: a checkpoint's tensors in float32, the adapter added. Runs in a worker.
+"""A checkpoint's tensors in float32, by the names that transformers gives them. Runs in a worker.
 
-The adapter is added here by itself: nothing of `export` is used, for it is what is checked.
+Nothing of `export` or of `adapter.read` is used, for they are what is checked: which tensors of the
+checkpoint make a parameter, and how, is transformers' own conversion (renamed prefixes of multimodal
+models, experts that it holds fused). What an adapter does is peft's, in `tuned`.
 
-With `nf4` every linear layer but the head goes through bitsandbytes' NF4 and back first, as QLoRA
-holds it in training.
+With `nf4` every linear layer but the head goes through bitsandbytes' NF4 and back, as QLoRA holds it
+in training.
 
-Experts, which transformers holds fused, are put together from the checkpoint's.
-
-Not covered, and refused: other checkpoints whose tensors are not named after the modules' parameters,
-and DoRA of an embedding or a Conv1D.
+Not covered, and refused: checkpoints whose tensors transformers does not know.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.read import Adapter, LoraLayer, find_base_tensor
-from forge.adapter.vocabulary import Fitted, fit
 from forge.errors import DataError
-from forge.model.checkpoint import open_checkpoint
+from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.safetensors_header import TensorSpec
 
 DAMAGED = "the checkpoint is damaged, or overflows: load it with transformers and look at its answers"
-# transformers holds all experts of a layer in one parameter; checkpoints have each apart.
-_EXPERTS: Mapping[str, Sequence[Sequence[str]]] = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where the reference's weights come from: a checkpoint, with an adapter or without.
+    """Where the reference's weights come from: a checkpoint, with the adapter in a directory or without.
 
     `plain`: nothing of the adapter but the rows that it added to the embedding.
     """
 
     base: Path
-    adapter: Adapter | None = None
+    adapter: Path | None = None
     nf4: bool = False
     trust_remote_code: bool = False
     plain: bool = False
 
 
+@dataclass
+class _Place:
+    """The tensors of the checkpoint that make one parameter, and what puts them together."""
+
+    converter: Any = None
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    """(the converter's pattern, the tensor's name)"""
+
+
 class Loader:
-    """Reads tensors of a checkpoint in float32, and what the adapter adds to them.
+    """Reads parameters of `model`, which has none, out of the checkpoint of `weights`."""
 
-    Raises `DataError` for an adapter with parts that have no place in the checkpoint, or one too many.
-    """
+    def __init__(self, weights: Weights, model: Any) -> None:
+        self._weights, self._model = weights, model
+        self.checkpoint = open_checkpoint(weights.base)
+        self._places, self._produced = _places(model, self.checkpoint)
+        self.targets: Mapping[str, str] = {
+            place.sources[0][1]: name for name, place in self._places.items() if place.converter is None
+        }
+        """The parameter's name by the tensor's, where one is the other."""
 
-    def __init__(self, weights: Weights) -> None:
-        self._weights = weights
-        base = open_checkpoint(weights.base)
-        self.fitted: Fitted | None = fit(weights.adapter, base) if weights.adapter else None
-        adapter = self.fitted.adapter if self.fitted else None
-        self.checkpoint = self.fitted.checkpoint if self.fitted else base
-        self._tensors = self.checkpoint.tensors
-        tuned = None if weights.plain else adapter
-        self._layers = _by_tensor(tuned.layers, self._tensors) if tuned else {}
-        self._replaced = _by_tensor(adapter.replaced, self._tensors, "") if adapter else {}
-        self._token_rows = _by_tensor(tuned.rows, self._tensors, "") if tuned else {}
-        self._used: set[str] = set()
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has the parameter `name`."""
+        return name in self._places or name in self._produced
 
-    def parameter(self, names: Sequence[str], empty: Any, linear: bool) -> Any:
-        import torch
+    def parameter(self, names: Sequence[str], shape: Sequence[int], linear: bool) -> Any:
+        """The parameter that has all of `names` (tied ones), as float32.
 
-        weight = self._find(names, empty.shape[0], linear)
-        if weight is None:
+        Raises `DataError` where the checkpoint lacks it, has it in another shape or not finite.
+        """
+        name = next((name for name in names if self.has(name)), None)
+        if name is None:
             raise DataError(
-                f"{self._weights.base}: no tensor for {names[0]}: this family's checkpoint is not "
-                "named after its modules, which the streamed reference cannot run yet",
+                f"{self._weights.base}: no tensor for {names[0]}: transformers does not know how this "
+                "checkpoint's tensors are named",
                 hint="the token ids, the prompt and the server are still compared",
             )
-        if weight.shape != empty.shape:
-            raise DataError(
-                f"{self._weights.base}: {names[0]} is {tuple(weight.shape)}, not {tuple(empty.shape)}"
-            )
-        return torch.nn.Parameter(weight, requires_grad=False)
-
-    def _find(self, names: Sequence[str], count: int, linear: bool) -> Any:
-        """The parameter of one of `names`; `count` experts are put together where it is theirs."""
-        import torch
-
-        for name in (*names, *(name.replace(".mlp.", ".block_sparse_moe.") for name in names)):
-            if found := find_base_tensor(name, self._tensors):
-                return self._weight(found, linear)
-            block, _, part = name.rpartition(".experts.")
-            for members in _EXPERTS.get(part, ()):
-                parts = [[f"{block}.experts.{n}.{one}.weight" for one in members] for n in range(count)]
-                if parts[0][0] in self._tensors:
-                    return torch.stack([torch.cat([self._weight(one, False) for one in of]) for of in parts])
-        return None
-
-    def _weight(self, name: str, linear: bool) -> Any:
-        """One tensor of the checkpoint, the adapter added."""
-        self._used.add(name)
-        weight = self.read(name, nf4=linear and self._weights.nf4)
-        added = self.added(name, weight)
-        return weight if added is None else weight.add_(added)
+        weight = self._make(name)
+        if tuple(weight.shape) != tuple(shape):
+            raise DataError(f"{self._weights.base}: {name} is {tuple(weight.shape)}, not {tuple(shape)}")
+        return nf4_and_back(weight) if linear and self._weights.nf4 else weight
 
     def read(self, name: str, *, nf4: bool = False) -> Any:
-        """The tensor `name` without what is added to it: the checkpoint's, or the adapter's whole one."""
-        if self._weights.plain:
-            return nf4_and_back(self._resized(name)) if nf4 else self._resized(name)
-        weight = _read(self._replaced.get(name, self._tensors[name]))
-        if trained := self._token_rows.get(name):
-            weight[list(trained.tokens)] = _read(trained.values)
+        """The checkpoint's tensor `name`."""
+        weight = read_float32(self.checkpoint.tensors[name])
         return nf4_and_back(weight) if nf4 else weight
 
-    def _resized(self, name: str) -> Any:
-        """The checkpoint's tensor, with the rows of the adapter that it lacks, or without those it lost."""
-        own, whole = _read(self._tensors[name]), self._replaced.get(name)
-        if whole is None or whole.shape[:1] == tuple(own.shape[:1]):
-            return own
-        weight = _read(whole)
-        count = min(weight.shape[0], own.shape[0])
-        weight[:count] = own[:count]
-        return weight
-
-    def added(self, name: str, weight: Any) -> Any:
-        """What the adapter adds to the tensor `name`, whose values are `weight`; None where nothing is."""
-        layer = self._layers.get(name)
-        if layer is None or self.fitted is None:
-            return None
-        return _delta(layer, weight, transposed=self.fitted.is_transposed(layer))
-
-    def refuse_unused(self) -> None:
-        """Every part of the adapter must have been in the way of the rows."""
-        idle = sorted({*self._layers, *self._replaced, *self._token_rows} - self._used)
-        if idle:
-            raise DataError(f"{len(idle)} parts of the adapter are in no layer that ran: {idle[0]}")
+    def _make(self, name: str) -> Any:
+        place = self._places.get(name) or self._places[self._produced[name]]
+        if place.converter is None:
+            return self.read(place.sources[0][1])
+        converter = copy.deepcopy(place.converter)
+        for pattern, source in place.sources:
+            converter.collected_tensors[pattern].append(self.read(source))
+        target = name if name in self._places else self._produced[name]
+        return converter.convert(target, model=self._model, config=self._model.config)[name].contiguous()
 
 
-def _by_tensor(
-    parts: Mapping[str, Any], tensors: Mapping[str, TensorSpec], end: str = ".weight"
-) -> dict[str, Any]:
-    named = {find_base_tensor(f"{name}{end}", tensors): part for name, part in parts.items()}
-    if None in named:
-        lost = [name for name in parts if find_base_tensor(f"{name}{end}", tensors) is None]
-        raise DataError(
-            f"the adapter was made for another base: {len(lost)} of its parts have no place, "
-            f"such as {lost[0]}",
-            hint="name the base that it was trained on",
-        )
-    return {name: part for name, part in named.items() if name}
+def _places(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, _Place], dict[str, str]]:
+    """By parameter: what it is made of; and the parameters that are made along with another, by its name.
+
+    As transformers' `convert_and_load_state_dict_in_model` sorts a checkpoint.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    known, prefix = model.state_dict(), model.base_model_prefix
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    places: dict[str, _Place] = {}
+    produced: dict[str, str] = {}
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+        if name not in known and key in known:
+            name, pattern = rename_source_key(key, [], [], prefix, known)
+        if name not in known:
+            continue  # a tensor of another part, or none of this architecture's
+        place = places.setdefault(name, _Place())
+        if pattern is None:
+            places[name] = _Place(None, [("", key)])
+            continue
+        place.converter = by_pattern[pattern]
+        place.sources.append((pattern, key))
+        first, *others = place.converter.target_patterns
+        produced |= {name.replace(first, other): name for other in others}
+    return places, produced
 
 
-def _read(spec: TensorSpec) -> Any:
+def read_float32(spec: TensorSpec) -> Any:
     """A tensor of a safetensors file in float32; raises `DataError` when it is not finite."""
     import safetensors
     import torch
@@ -159,25 +144,6 @@ def _read(spec: TensorSpec) -> Any:
     if not torch.isfinite(tensor).all():
         raise DataError(f"{spec.file}: {spec.name} has values that are not finite", hint=DAMAGED)
     return tensor
-
-
-def _delta(layer: LoraLayer, weight: Any, *, transposed: bool) -> Any:
-    """What a LoRA layer adds to its `weight`, in float32: scale x B A.
-
-    Of DoRA, what leads from the weight to the sum with each row at its learned length. Raises `DataError`
-    for the DoRA of an embedding or a Conv1D.
-    """
-    product = (_read(layer.b) @ _read(layer.a)).mul_(layer.scale)
-    if layer.magnitude is None:
-        return product.T.contiguous() if transposed else product
-    if transposed:
-        raise DataError(
-            f"{layer.module}: the reference covers DoRA on linear layers alone",
-            hint="train it as a plain LoRA, or on the linear layers",
-        )
-    merged = product.add_(weight)
-    lengths = _read(layer.magnitude).reshape(-1) / merged.norm(dim=1)
-    return merged.mul_(lengths.unsqueeze(1)).sub_(weight)
 
 
 def nf4_and_back(weight: Any) -> Any:

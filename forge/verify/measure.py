@@ -15,8 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.read import Adapter, read_adapter
-from forge.adapter.vocabulary import fit
+from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.errors import ForgeError, Problem
 from forge.model.checkpoint import open_checkpoint
@@ -24,7 +23,7 @@ from forge.model.config import Configuration, read_configuration
 from forge.model.estimate import available, usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
-from forge.verify import reference, sample, served, token_layers, weights, yardstick
+from forge.verify import reference, sample, served, weights, yardstick
 from forge.verify.compare import compare, converts, times_as_far, top_log_probabilities
 from forge.verify.inputs import (
     file_facts,
@@ -38,6 +37,7 @@ from forge.verify.inputs import (
     type_of_tensors,
 )
 from forge.verify.loader import Weights
+from forge.verify.tuned import open_model
 from forge.verify.vocabulary import added_tokens, check_vocabulary
 
 DIRECT = ("f16", "f32")
@@ -61,16 +61,20 @@ class _Session:
         return settings
 
     @cached_property
-    def adapter(self) -> Adapter | None:
-        given = self.arguments["adapter"]
-        return read_adapter(Path(given)) if given else None
+    def source(self) -> Weights:
+        """Base and adapter, as the reference reads them; `DataError` for settings that are refused."""
+        adapter = Path(self.arguments["adapter"]) if self.arguments["adapter"] else None
+        if adapter:
+            read_adapter(adapter)
+        nf4 = self.settings.get("merge_base") == "nf4"
+        trust = self.settings.get("trust_remote_code", False)
+        return Weights(Path(self.arguments["base"]), adapter, nf4=nf4, trust_remote_code=trust)
 
     @cached_property
     def facts(self) -> Configuration:
         """Those of the tuned model: the base's, but for an embedding that was resized."""
-        base = Path(self.arguments["base"])
-        facts = read_configuration(base)
-        rows = fit(self.adapter, open_checkpoint(base)).rows if self.adapter else None
+        facts = read_configuration(self.source.base)
+        rows = open_model(self.source).vocabulary_size if self.source.adapter else None
         return replace(facts, vocabulary_size=rows or facts.vocabulary_size)
 
     @property
@@ -178,12 +182,7 @@ def _legs(
     with session.step("the file's greedy answers"), served.loaded(gguf, context, session.lora) as model:
         made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
         found["live"] = _expected_live(model, prompts)
-    trust = session.settings.get("trust_remote_code", False)
-    nf4 = session.settings.get("merge_base") == "nf4"
-    source = Weights(Path(arguments["base"]), session.adapter, nf4=nf4, trust_remote_code=trust)
-    if session.adapter and token_layers.are_touched(session.adapter):
-        with session.step("embedding and output layer in peft"):
-            token_layers.refuse_others(source)
+    source = session.source
     with session.step("the reference in float32"):
         expected = reference.logits(source, drawn, "the reference")
         found["greedy"] = reference.greedy(source, made)

@@ -1,9 +1,10 @@
 """The reference: transformers' own modules in float32, one decoder layer in memory at a time.
 
-The model is built on the meta device. A hook before each decoder layer reads its weights from the
-checkpoint, makes them float32 and adds the adapter; a hook behind it drops them. Embedding, final
-norm and head come and go in the same way. So the modules run unchanged, whatever the family, and
-the peak is one layer, the embedding and the activations of the sampled rows.
+The model is built without weights; where there is an adapter, peft puts its own layers in and loads them
+(`tuned`). A hook before each decoder layer reads the base's weights of it from the checkpoint as float32; a
+hook behind it drops them. Embedding, final norm and head come and go in the same way. So the modules of
+transformers and peft run unchanged, whatever the family and whatever the adapter's settings, and the peak
+is one layer, the embedding, the adapter and the activations of the sampled rows.
 
 Where the adapter resized the embedding, or parted it from the output layer, the model is built so. The
 arithmetic is float32, of an NF4 base too.
@@ -19,8 +20,9 @@ from typing import Any
 
 from forge import report
 from forge.errors import DataError
-from forge.verify.loader import DAMAGED, Loader, Weights
+from forge.verify.loader import DAMAGED, Weights
 from forge.verify.sample import Sample
+from forge.verify.tuned import Opened, open_model
 
 
 def logits(weights: Weights, sample: Sample, label: str) -> Any:
@@ -31,8 +33,8 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     """
     import torch
 
-    loader = Loader(weights)
-    model = empty_model(weights, loader.fitted.configure if loader.fitted else None)
+    opened = open_model(weights)
+    model = opened.model
     head = model.get_output_embeddings()
     if head is None:
         raise DataError(f"{type(model).__name__} has no output layer: it gives no logits")
@@ -45,11 +47,10 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     def only_sampled(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return (given[0][rows, places].unsqueeze(0), *given[1:])
 
-    with torch.inference_mode(), _streamed(model, loader, label):
+    with torch.inference_mode(), _streamed(opened, label):
         hook = head.register_forward_pre_hook(only_sampled)
         found = model(input_ids=ids, use_cache=False).logits[0].float()
         hook.remove()
-    loader.refuse_unused()
     if not torch.isfinite(found).all():
         raise DataError(f"{weights.base}: the logits of the reference are not finite", hint=DAMAGED)
     return found.numpy()
@@ -75,45 +76,26 @@ def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]
     return {"prompts": len(made), "same": same, "first_difference": firsts}
 
 
-def empty_model(weights: Weights, change: Callable[[Any], None] | None = None) -> Any:
-    """The model without weights; its buffers (rotary frequencies) are computed, not loaded.
-
-    `change` is given transformers' configuration first. Raises `DataError` for an unknown family.
-    """
-    import accelerate
-    import torch
-    import transformers
-
-    remote = weights.trust_remote_code
-    configuration = transformers.AutoConfig.from_pretrained(weights.base, trust_remote_code=remote)
-    if change:
-        change(configuration)
-    try:
-        with accelerate.init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(
-                configuration, dtype=torch.float32, trust_remote_code=remote
-            )
-    except (ValueError, KeyError) as error:
-        raise DataError(f"transformers cannot run {weights.base}: {error}") from error
-    model.tie_weights()
-    return model.eval()
-
-
 @contextmanager
-def _streamed(model: Any, loader: Loader, label: str) -> Iterator[None]:
-    """Weights come before each unit's forward and go behind it."""
-    units = list(_units(model))
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    done = 0
+def _streamed(opened: Opened, label: str) -> Iterator[None]:
+    """Weights come before each unit's forward and go behind it.
+
+    Raises `DataError` at the end when a part of the adapter was in no layer that ran.
+    """
+    import torch
+
+    model, names = opened.model, opened.names
+    units, head, unread = list(_units(model)), model.get_output_embeddings(), set(_replaced(model))
+    head = getattr(head, "base_layer", head)  # of peft's layer
+    idle, done = dict(opened.layers), 0
 
     def load(unit: Any, given: Any) -> None:
         for module in unit.modules():
+            linear = isinstance(module, torch.nn.Linear) and module is not head  # those QLoRA quantizes
             for key, empty in list(module._parameters.items()):
-                if empty is not None and empty.is_meta:
-                    linear = _is_quantized_in_training(module, model)
-                    module._parameters[key] = loader.parameter(names[id(empty)], empty, linear)
+                if id(empty) in names and id(module) not in unread:
+                    weight = opened.loader.parameter(names[id(empty)], empty.shape, linear)
+                    module._parameters[key] = torch.nn.Parameter(weight, requires_grad=False)
 
     def drop(unit: Any, given: Any, made: Any) -> None:
         nonlocal done
@@ -122,9 +104,13 @@ def _streamed(model: Any, loader: Loader, label: str) -> Iterator[None]:
         for module, kept in empties[id(unit)]:
             module._parameters.update(kept)
 
+    def ran(name: str) -> Callable[[Any, Any, Any], None]:
+        return lambda layer, given, made: idle.pop(name, None) and None
+
     empties = {id(unit): [(one, dict(one._parameters)) for one in unit.modules()] for unit in units}
     hooks = [unit.register_forward_pre_hook(load) for unit in units]
     hooks += [unit.register_forward_hook(drop) for unit in units]
+    hooks += [layer.register_forward_hook(ran(name)) for name, layer in opened.layers.items()]
     try:
         yield
     finally:
@@ -132,15 +118,25 @@ def _streamed(model: Any, loader: Loader, label: str) -> Iterator[None]:
             hook.remove()
         if done < len(units):
             report.advance(label, len(units), len(units))
+    if idle:
+        first = next(iter(idle))
+        raise DataError(f"{len(idle)} parts of the adapter are in no layer that ran: {first}")
 
 
 def _units(model: Any) -> Iterator[Any]:
-    """What is loaded at once: each decoder layer, and every module with weights outside of them."""
+    """What is loaded at once: each decoder layer, and every module with weights outside of them.
+
+    A layer of peft's reads the weights of the module inside it, so it is one too.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     layers = set(getattr(model, "_no_split_modules", None) or ())
 
     def walk(module: Any) -> Iterator[Any]:
         own = any(parameter is not None for parameter in module._parameters.values())
-        if own or type(module).__name__ in layers:
+        peft_s = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        if own or peft_s or type(module).__name__ in layers:
             yield module
             return
         for child in module.children():
@@ -149,7 +145,10 @@ def _units(model: Any) -> Iterator[Any]:
     return walk(model)
 
 
-def _is_quantized_in_training(module: Any, model: Any) -> bool:
-    import torch
+def _replaced(model: Any) -> Iterator[int]:
+    """The modules of the base that the adapter's own, saved whole, run instead of."""
+    from peft.utils.other import ModulesToSaveWrapper
 
-    return isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper):
+            yield from (id(module) for module in wrapper.original_module.modules())

@@ -10,10 +10,11 @@ Not covered: tensors that a family's converter splits, joins or computes anew; t
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from forge import report
 from forge.export.nf4 import quantized_in_training
 from forge.model.config import Configuration
 from forge.model.gguf_header import read_gguf
-from forge.verify.loader import Loader, Weights, nf4_and_back
+from forge.verify.loader import Weights, nf4_and_back
+from forge.verify.tuned import open_model
 
 _MOST_ROWS = 16384
 """Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
@@ -35,7 +37,8 @@ class Fit:
     """One tensor: `scale` is f (None where nothing is adapted), `rest` relative to the weight's norm.
 
     `rest_nf4` is the rest over the base's NF4 round trip. `layout`: how its rows are ordered in the
-    file. `lost_rows`: rows which the file lacks, or has as zeros where the checkpoint does not.
+    file. `lost_rows`: rows which the file lacks, or has as zeros where the checkpoint does not. `sure`: how
+    far f can be off by the rounding. `touched`: the values are the adapter's, by factors or whole.
     """
 
     gguf: str
@@ -44,6 +47,8 @@ class Fit:
     layout: str
     rest_nf4: float | None = None
     lost_rows: int = 0
+    sure: float = 0.0
+    touched: bool = False
 
 
 def fit_weights(
@@ -53,21 +58,25 @@ def fit_weights(
 
     A tensor of the checkpoint and what the adapter adds to it are read once for all files.
     """
-    loader = Loader(source)
-    checkpoint = loader.checkpoint
+    model = open_model(source)
+    checkpoint = model.loader.checkpoint
     rounded = quantized_in_training(source.base, checkpoint) if source.nf4 else frozenset()
     opened = {name: _File(path, facts) for name, path in files.items()}
     chosen = spread(
-        [name for name in checkpoint.tensors if any(file.place(name) for file in opened.values())]
+        [
+            name
+            for name in model.tensors
+            if model.is_looked_up(name) and any(file.place(name) for file in opened.values())
+        ]
     )
     adapted = 0
     for number, name in enumerate(chosen):
-        weight = loader.read(name, nf4=name in rounded)
-        added = loader.added(name, weight)
+        weight = model.read(name, nf4=name in rounded)
+        added = model.added(name, weight)
         adapted += added is not None
         with_nf4 = added is not None and not source.nf4 and adapted <= _NF4_LAYERS
         for file in opened.values():
-            file.look_at(name, weight, added, with_nf4)
+            file.look_at(name, weight, added, with_nf4, touched=model.is_touched(name))
         report.advance("look at the weights", number + 1, len(chosen))
     return {name: _summed(file.fits, file.missing) for name, file in opened.items()}
 
@@ -84,12 +93,12 @@ class _File:
         self.fits: list[Fit] = []
         self.missing: list[str] = []
 
-    def look_at(self, name: str, weight: Any, added: Any, with_nf4: bool) -> None:
+    def look_at(self, name: str, weight: Any, added: Any, with_nf4: bool, *, touched: bool) -> None:
         """Keep the fit of the tensor that the checkpoint calls `name`, or that it is missing."""
         place = self.place(name)
         if place in self._tensors:
             found = _fit(self._tensors[place], weight, added, self._facts, with_nf4)
-            self.fits += [found] if found else []
+            self.fits += [replace(found, touched=touched)] if found else []
         elif place:
             self.missing.append(name)
 
@@ -157,7 +166,11 @@ def _fit(tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: b
         rest_nf4 = float((other - share * added).norm() / weight.norm())
     if weight.dim() == 2:
         lost += int(((arranged.abs().sum(dim=1) == 0) & (weight.abs().sum(dim=1) > 0)).sum())
-    return Fit(tensor.name, scale, rest, layout, rest_nf4, lost)
+    # By chance the rounding lies along the adapter's change: less so the more values there are.
+    sure = (
+        rest * float(weight.norm() / added.norm()) / math.sqrt(weight.numel()) if scale is not None else 0.0
+    )
+    return Fit(tensor.name, scale, rest, layout, rest_nf4, lost, sure)
 
 
 def _any(added: Any) -> bool:
@@ -188,6 +201,8 @@ def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
         "scale": statistics.median(scales) if scales else None,
         "rest": statistics.median(adapted) if adapted else None,
         "adapted": [fit.gguf for fit in fits if fit.scale is not None],
+        "touched": [fit.gguf for fit in fits if fit.touched],
+        "scales": {fit.gguf: [round(fit.scale, 4), fit.sure] for fit in fits if fit.scale is not None},
         "rest_nf4": statistics.median(nf4) if nf4 else None,
         "rest_beside_nf4": statistics.median(beside) if beside else None,
         "missing": list(missing),
