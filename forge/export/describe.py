@@ -67,5 +67,6 @@ def own_conversations(data: str | None) -> list[list[Message]]:
     found: list[list[Message]] = []
     for path in sorted(Path(data).glob("*.jsonl")) if data else ():
         with path.open(encoding="utf-8") as stream:
-            found += [json.loads(line)["messages"] for line in islice(stream, _OWN_ROWS)]
+            rows = [json.loads(line)["messages"] for line in islice(stream, _OWN_ROWS)]
+            found += [messages for messages in rows if messages]  # a plain text has none
     return found

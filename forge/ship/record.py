@@ -40,6 +40,8 @@ def learned(results: Mapping[str, Result]) -> dict[str, Any] | None:
     if "evaluate" not in results:
         return None
     facts = results["evaluate"].facts
+    if not facts["rows"]:
+        return None
     exact = facts.get("exact")
     if not exact:
         return {"metric": "heldout_loss", **facts["loss"], "rows": facts["rows"], "served": False}

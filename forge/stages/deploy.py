@@ -110,7 +110,8 @@ def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
         return []
     name = HELDOUT_FILE if artifact.facts["heldout_rows"] else TRAIN_FILE
     with (artifact.path / name).open(encoding="utf-8") as stream:
-        return [json.loads(line)["messages"][:-1] for line in islice(stream, _OWN_PROMPTS)]
+        rows = [json.loads(line)["messages"][:-1] for line in islice(stream, _OWN_PROMPTS)]
+    return [messages for messages in rows if messages]  # a plain text has none
 
 
 def prove_prompts(ship: Resolved, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:

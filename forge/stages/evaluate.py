@@ -13,12 +13,17 @@ from forge.stages.train import ADAPTER_STAGE, TRAINING_STACK
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 
+# Below this share of itself a loss differs by rounding: measured again on other hardware, or another batch.
+_ARITHMETIC = 1e-4
+# One-sided 95 % points of Student's t for 2, 3, ... rows; the last for all that are more.
+_STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81, 1.75, 1.70, 1.645)
+
 
 class EvaluateStage(ShipStage):
     """Held-out loss and answers of base and tuned model; judged afresh on every run."""
 
     name = "evaluate"
-    version = 2
+    version = 3
     needs = ("data", ADAPTER_STAGE)
 
     def params(self) -> Mapping[str, Json]:
@@ -34,6 +39,8 @@ class EvaluateStage(ShipStage):
         return {name: installed(name) for name in TRAINING_STACK}
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        if not inputs["data"].facts["heldout_rows"]:
+            return {"rows": 0}
         training = self.ship.training
         settings = {
             "device": training.device if training else "auto",
@@ -54,14 +61,22 @@ class EvaluateStage(ShipStage):
         return worker.call("evaluate", arguments, log=self.ship.log)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        wanted = self.ship.recipe.verify.learned
-        if wanted == "off" or _has_improved(artifact.facts):
+        wanted, facts = self.ship.recipe.verify.learned, artifact.facts
+        if not facts["rows"]:
+            report.warning(
+                "what was learned is not measured: the rows are so few that none was held out; "
+                "data.eval: 1 holds one out, or names a file of its own"
+            )
             return None
-        loss = artifact.facts["loss"]
+        if wanted == "off" or has_improved(facts):
+            return None
+        loss, doubt = facts["loss"], least_improvement(facts)
         message = (
-            f"nothing was learned: the held-out loss is {loss['after']:.4f} after training, "
-            f"{loss['before']:.4f} before"
+            f"nothing was learned: the held-out loss is {loss['after']:.6g} after training, "
+            f"{loss['before']:.6g} before"
         )
+        if loss["after"] < loss["before"]:
+            message += f", and {facts['rows']} rows cannot tell an improvement under {doubt:.2g} from none"
         if wanted == "warn":
             report.warning(message)
             return None
@@ -72,5 +87,17 @@ class EvaluateStage(ShipStage):
         )
 
 
-def _has_improved(facts: Mapping[str, Any]) -> bool:
-    return bool(facts["loss"]["after"] < facts["loss"]["before"])
+def has_improved(facts: Mapping[str, Any]) -> bool:
+    """Whether the held-out loss fell by more than its own uncertainty."""
+    loss = facts["loss"]
+    return bool(loss["before"] - loss["after"] > least_improvement(facts))
+
+
+def least_improvement(facts: Mapping[str, Any]) -> float:
+    """The least fall of the loss (nats a token) that the rows can tell from none.
+
+    Of one row only the arithmetic's part is known.
+    """
+    error, rows = facts.get("loss_error"), facts["rows"]
+    of_rows = 0.0 if error is None else error * _STUDENT[min(rows - 2, len(_STUDENT) - 1)]
+    return max(of_rows, _ARITHMETIC * float(facts["loss"]["before"]))

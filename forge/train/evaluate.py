@@ -2,7 +2,8 @@
 
 Runs in a worker, on the base as it was trained (NF4 with qlora) with the adapter on and off.
 Greedy, whatever sampling the base's generation_config proposes. Answers are generated only where
-the expected ones are short; the loss is over the supervised tokens of every held-out row.
+the expected ones are short; the loss is over the supervised tokens of every held-out row. How sure the
+difference of the two losses is comes from how much the rows differ in it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _MOST_ANSWERS = 100
 _BATCH = 16
 
 Row = Mapping[str, Any]
+RowLoss = tuple[float, int]
 
 
 def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +54,9 @@ def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) ->
     model = peft.PeftModel.from_pretrained(model, adapter).eval()
     model.config.use_cache = True
     tokenizer = Tokenizer.from_file(str(Path(settings["tokenizer"]) / "tokenizer.json"))
-    short = [row for row in rows if len(_expected(row)) <= _SHORT_TOKENS][:_MOST_ANSWERS]
+    # A plain text asks nothing, so nothing answers it.
+    asked = [row for row in rows if row["messages"]]
+    short = [row for row in asked if len(_expected(row)) <= _SHORT_TOKENS][:_MOST_ANSWERS]
     with model.disable_adapter():
         before = _measure(model, rows, short, tokenizer, settings, "evaluate the base")
     after = _measure(model, rows, short, tokenizer, settings, "evaluate the tuned model")
@@ -62,9 +66,25 @@ def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) ->
         "compute": hardware.compute,
         "arithmetic": arithmetic_of(hardware, quantize=settings["quantize"]),
         "loss": {"before": before["loss"], "after": after["loss"]},
+        "loss_error": standard_error(before["rows"], after["rows"]),
         "perplexity": {"before": _perplexity(before["loss"]), "after": _perplexity(after["loss"])},
         "exact": _exact(short, before["answers"], after["answers"], tokenizer),
     }
+
+
+def standard_error(before: Sequence[RowLoss], after: Sequence[RowLoss]) -> float | None:
+    """That of the difference of the two mean losses, from how it differs between rows; None for one row.
+
+    `before` and `after` are (summed loss, tokens) of the same rows. Rows are drawn, tokens in a row hang
+    together, so it is the rows that are counted.
+    """
+    if len(before) < 2:
+        return None
+    changes = [was[0] - now[0] for was, now in zip(before, after, strict=True)]
+    tokens = [count for _, count in before]
+    mean = sum(changes) / sum(tokens)
+    spread = sum((change - mean * count) ** 2 for change, count in zip(changes, tokens, strict=True))
+    return round(math.sqrt(spread * len(tokens) / (len(tokens) - 1)) / sum(tokens), 8)
 
 
 def _perplexity(loss: float) -> float:
@@ -79,16 +99,16 @@ def _measure(
     settings: Mapping[str, Any],
     label: str,
 ) -> dict[str, Any]:
-    total, tokens, done = 0.0, 0, 0
+    losses: list[RowLoss] = []
     answers: list[str] = []
     for batch in _batches(rows):
-        loss, count = _loss(model, batch, settings["pad_token_id"])
-        total, tokens, done = total + loss, tokens + count, done + len(batch)
-        report.advance(label, done, len(rows) + len(short))
+        losses += _loss(model, batch, settings["pad_token_id"])
+        report.advance(label, len(losses), len(rows) + len(short))
     for batch in _batches(short):
         answers += _answers(model, batch, tokenizer, settings)
         report.advance(label, len(rows) + len(answers), len(rows) + len(short))
-    return {"loss": round(total / max(tokens, 1), 6), "answers": answers}
+    total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
+    return {"loss": round(total / max(tokens, 1), 6), "rows": losses, "answers": answers}
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
@@ -96,8 +116,8 @@ def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
         yield rows[start : start + _BATCH]
 
 
-def _loss(model: Any, batch: Sequence[Row], pad: int) -> tuple[float, int]:
-    """Summed loss over the batch's supervised tokens, and how many there are."""
+def _loss(model: Any, batch: Sequence[Row], pad: int) -> list[RowLoss]:
+    """Of each row the summed loss over its supervised tokens, and how many there are."""
     import torch
 
     width = max(len(row["input_ids"]) for row in batch)
@@ -112,9 +132,11 @@ def _loss(model: Any, batch: Sequence[Row], pad: int) -> tuple[float, int]:
             logits[:, :-1].float().flatten(0, 1),
             labels[:, 1:].flatten().to(model.device),
             ignore_index=IGNORED,
-            reduction="sum",
+            reduction="none",
         )
-    return float(loss), int((labels[:, 1:] != IGNORED).sum())
+    sums = loss.view(len(batch), -1).double().sum(1).tolist()
+    counts = (labels[:, 1:] != IGNORED).sum(1).tolist()
+    return list(zip(sums, counts, strict=True))
 
 
 def _prompt_length(row: Row) -> int:
