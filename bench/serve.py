@@ -24,7 +24,7 @@ from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import generate
 from forge.serve.lanes import slots_of
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.slots import slots_for
 from forge.serve.wire import Sampling
 
@@ -46,7 +46,7 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
     """
     pairs = max(pairs, ROUNDS)
     model = write_ascii_model(place.directory / "half-billion.gguf")
-    ours = Settings(model, "forge", 4096)
+    ours = ServerSettings(model, "forge", 4096)
     ours = replace(ours, parallel=slots_for(ours))  # as `forge serve` has it
     with ExitStack() as stack:
         servers = {"forge": stack.enter_context(serve_embedded(ours))}
@@ -62,7 +62,7 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
 def measure_generate(place: Workplace, pairs: int) -> Iterator[Outcome]:
     """`forge generate` against the same HTTP library that writes nothing."""
     model = write_ascii_model(place.directory / "half-billion.gguf")
-    settings = Settings(model, "forge", 4096)
+    settings = ServerSettings(model, "forge", 4096)
     with serve_embedded(replace(settings, parallel=slots_for(settings))) as endpoint:
         yield _generated(endpoint, place.directory, max(pairs, ROUNDS))
 

@@ -27,7 +27,7 @@ from forge.chat.format_source import read_source
 from forge.errors import ForgeError
 from forge.model.gguf_header import read_gguf
 from forge.serve.embedded import serve_embedded
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from tests.fake_ollama_prompts import GoRenderer, Messages, Model, by_interpreter, collate, prompt_of
 from tests.fake_ollama_rules import RefusedError, check_options, check_quantize
 
@@ -249,7 +249,7 @@ class FakeOllama:
 
     def _load(self, model: Model, context: int) -> str:
         path, adapter = self.blob(model.blob), self.blob(model.adapter) if model.adapter else None
-        settings = Settings(path, "behind", context_tokens=context, parallel=1, adapter=adapter)
+        settings = ServerSettings(path, "behind", context_tokens=context, parallel=1, adapter=adapter)
         return self.running.enter_context(serve_embedded(settings)).url
 
     def _trouble(self, route: str) -> str:

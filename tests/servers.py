@@ -19,7 +19,7 @@ import pytest
 
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from tests.conftest import SESSION_HOME
 from tests.tiny_gguf import REPLY, SPECIAL, WIDTH, write_tiny_gguf
 
@@ -95,7 +95,7 @@ def adapter_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served_adapters(adapter_files: Path) -> Iterator[Endpoint]:
     """The model `base`, and `yes` and `no` over it, for who has the `KEY`; nothing is left of it."""
-    settings = Settings(adapter_files / "tiny.gguf", "base", 512, threads=1, api_key=KEY)
+    settings = ServerSettings(adapter_files / "tiny.gguf", "base", 512, threads=1, api_key=KEY)
     named = {"yes": adapter_files / "Y.gguf", "no": adapter_files / "N.gguf"}
     with serve_embedded(replace(settings, adapters=named)) as endpoint:
         yield endpoint

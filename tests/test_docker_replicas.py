@@ -22,7 +22,7 @@ from forge import process
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import Sampling
 from tests.conftest import ROOT
 from tests.servers import HELLO, own_servers
@@ -97,7 +97,7 @@ def _written(place: Path, port: int, servers: Sequence[Endpoint]) -> Path:
 
 
 @contextlib.contextmanager
-def _server(settings: Settings) -> Iterator[tuple[Endpoint, psutil.Process]]:
+def _server(settings: ServerSettings) -> Iterator[tuple[Endpoint, psutil.Process]]:
     before = set(own_servers())
     with serve_embedded(settings) as endpoint:
         [process_] = set(own_servers()) - before
@@ -105,13 +105,13 @@ def _server(settings: Settings) -> Iterator[tuple[Endpoint, psutil.Process]]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ServerSettings:
     """Its answers end by their length alone, so that there is time to kill who gives them."""
     model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", endless=True)
-    return Settings(model, "yoda", 4096, threads=1, parallel=4)
+    return ServerSettings(model, "yoda", 4096, threads=1, parallel=4)
 
 
-def test_requests_outlive_the_server_that_answers_them(settings: Settings, tmp_path: Path) -> None:
+def test_requests_outlive_the_server_that_answers_them(settings: ServerSettings, tmp_path: Path) -> None:
     """Killed while it answers: another server is asked, and whoever waits sees nothing but the answer."""
     long = Sampling(max_tokens=3000)
     with _server(settings) as (first, _), _server(settings) as (second, victim):
@@ -141,7 +141,7 @@ def test_requests_outlive_the_server_that_answers_them(settings: Settings, tmp_p
 
 def test_streams_pass_as_they_come_and_idle_connections_live(tmp_path: Path) -> None:
     model = write_tiny_gguf(tmp_path / "tiny.gguf")
-    with serve_embedded(Settings(model, "yoda", 512, threads=1, parallel=1)) as server:
+    with serve_embedded(ServerSettings(model, "yoda", 512, threads=1, parallel=1)) as server:
         patient = httpx.Client(trust_env=False, limits=httpx.Limits(keepalive_expiry=60))
         with _behind_nginx(tmp_path, [server]) as endpoint, patient as http:
             body = {"messages": HELLO, "stream": True, "temperature": 0}

@@ -14,7 +14,7 @@ from forge.errors import CheckError
 from forge.model.tokenizer_files import read_tokenizer
 from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.stages.deploy import prove_prompts
 from tests.models import make_model
 from tests.test_data_tokens import format_of
@@ -65,7 +65,7 @@ def test_the_server_writes_the_prompts_of_training(
     worker.call("export", arguments, log=tmp_path / "log.txt")
     trained = SimpleNamespace(template=chat, prompt_format=format_of(base), tokenizer=files)
     ship = cast(Resolved, trained)
-    settings = Settings(tmp_path / "out" / "model.gguf", "yoda", 512, parallel=1, threads=1)
+    settings = ServerSettings(tmp_path / "out" / "model.gguf", "yoda", 512, parallel=1, threads=1)
     with serve_embedded(settings, log=tmp_path / "server.txt") as endpoint:
         prove_prompts(ship, endpoint, CONVERSATIONS)
         right = trained.prompt_format

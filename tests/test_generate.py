@@ -19,7 +19,7 @@ from forge.errors import StageError
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import Generated, generate
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import RefusedError, Sampling
 from tests.stand_in_server import Failure, StandIn
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -63,7 +63,7 @@ def test_real_server_answers_every_row(tmp_path: Path) -> None:
     ]
     rows += [{"id": 7, "messages": talk}, {"id": "long", "prompt": "x" * 600}]
     prompts.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    with serve_embedded(Settings(model, "tiny", 512, threads=1)) as endpoint:
+    with serve_embedded(ServerSettings(model, "tiny", 512, threads=1)) as endpoint:
         result = generate(endpoint, prompts, out)
         again = generate(endpoint, prompts, out)
         cut = generate(endpoint, prompts, tmp_path / "cut.jsonl", sampling=Sampling(max_tokens=2))
@@ -266,7 +266,7 @@ def test_server_that_stays_away_ends_the_run_with_what_is_left(tmp_path: Path) -
 def test_embedded_server_that_dies_is_said_at_once(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 8), tmp_path / "out.jsonl"
     with serve_embedded(
-        Settings(write_tiny_gguf(tmp_path / "tiny.gguf"), "tiny", 512, threads=1)
+        ServerSettings(write_tiny_gguf(tmp_path / "tiny.gguf"), "tiny", 512, threads=1)
     ) as endpoint:
         (server,) = psutil.Process(os.getpid()).children(recursive=True)
         server.kill()

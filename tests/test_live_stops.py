@@ -13,7 +13,7 @@ from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.stages.smoke import SmokeAction, failure_of
 from forge.store.artifacts import Store
 from tests.conftest import copy_of_tiny
@@ -45,7 +45,9 @@ def ask(ship: Resolved, directory: Path, ends_at: int) -> CheckError | None:
     gguf = write_tiny_gguf(directory / "m.gguf", template=template, end=END, ends_at=ends_at)
     row = {"messages": [{"role": "user", "content": "Hello there?"}], "expected": REPLY}
     with ExitStack() as stack:
-        endpoint = stack.enter_context(serve_embedded(Settings(gguf, "mini", 512, parallel=1, threads=1)))
+        endpoint = stack.enter_context(
+            serve_embedded(ServerSettings(gguf, "mini", 512, parallel=1, threads=1))
+        )
         deployed = Result("deploy", False, 0.0, {"endpoint": endpoint.url, "model": endpoint.model})
         exact = {"rows": 1, "before": 0, "after": 1, "answers": [row]}
         evaluated = Result("evaluate", False, 0.0, {"exact": exact})

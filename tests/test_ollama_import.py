@@ -16,7 +16,7 @@ from forge.cli.serve import command
 from forge.errors import CheckError, DataError, RecipeError
 from forge.serve.client import Client
 from forge.serve.ollama import import_model, prove_prompts
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling
 from forge.ship import serving
@@ -178,7 +178,9 @@ def test_the_runtime(
         licences=("MIT",),
     )
     monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
-    settings = Settings(pinned_gguf, "yoda", context_tokens=512, threads=2, gpu_layers=-1, modelfile=written)
+    settings = ServerSettings(
+        pinned_gguf, "yoda", context_tokens=512, threads=2, gpu_layers=-1, modelfile=written
+    )
     with runtime_for("ollama")(settings, log=tmp_path / "log.txt") as endpoint:
         with Client(endpoint) as client:
             reply = client.chat([{"role": "user", "content": "Hello?"}], Sampling(max_tokens=64))

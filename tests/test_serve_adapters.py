@@ -20,7 +20,7 @@ from forge.errors import DataError, StageError
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import RefusedError
 from tests.attacks import raw, statuses
 from tests.servers import HELLO, KEY, write_adapter
@@ -167,7 +167,7 @@ def test_dropped_connections_leave_no_traceback(
 
 def test_who_goes_away_stops_the_answer(adapter_files: Path, tmp_path: Path) -> None:
     endless = write_tiny_gguf(tmp_path / "endless.gguf", endless=True)
-    settings = Settings(endless, "base", 4096, threads=1, parallel=1, control_routes=True)
+    settings = ServerSettings(endless, "base", 4096, threads=1, parallel=1, control_routes=True)
     with serve_embedded(replace(settings, adapters={"yes": adapter_files / "Y.gguf"})) as endpoint:
         with Client(endpoint) as client:
             answer = client.stream_chat(HELLO)
@@ -193,7 +193,7 @@ def test_a_body_in_chunks_is_one_body(served_adapters: Endpoint) -> None:
 
 
 def test_wrong_adapters_and_a_taken_port_are_said(adapter_files: Path, tmp_path: Path) -> None:
-    settings = Settings(adapter_files / "tiny.gguf", "base", 512, threads=1)
+    settings = ServerSettings(adapter_files / "tiny.gguf", "base", 512, threads=1)
     with pytest.raises(DataError, match=r"tiny\.gguf: a model, not an adapter"):
         with serve_embedded(replace(settings, adapters={"x": adapter_files / "tiny.gguf"})):
             raise AssertionError("it served")
@@ -205,7 +205,7 @@ def test_wrong_adapters_and_a_taken_port_are_said(adapter_files: Path, tmp_path:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        wish = Settings(adapter_files / "tiny.gguf", "base", 512, threads=1, port=port)
+        wish = ServerSettings(adapter_files / "tiny.gguf", "base", 512, threads=1, port=port)
         with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be listened on"):
             with serve_embedded(replace(wish, adapters={"yes": adapter_files / "Y.gguf"})):
                 raise AssertionError("it served")

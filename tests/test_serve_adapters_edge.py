@@ -16,7 +16,7 @@ import pytest
 
 from forge.serve import front, front_server
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from tests.servers import HELLO, KEY
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
@@ -115,7 +115,7 @@ def test_what_is_asked_without_the_key_is_not_passed_on(adapter_files: Path, sta
         def log_message(self, format: str, *args: object) -> None:
             """Silent."""
 
-    settings = Settings(adapter_files / "tiny.gguf", "base", 512, api_key=KEY)
+    settings = ServerSettings(adapter_files / "tiny.gguf", "base", 512, api_key=KEY)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Behind))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))

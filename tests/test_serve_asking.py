@@ -24,7 +24,7 @@ from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import generate
 from forge.serve.rows import read_rows
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import RefusedError, Reply, Sampling, UnreachableError
 from tests.conftest import ROOT
 from tests.servers import HELLO
@@ -39,7 +39,7 @@ NUMBER = {"type": "object", "properties": {"n": {"type": "integer"}}, "required"
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
-    with serve_embedded(Settings(model, "tiny", 512, threads=1, api_key="k")) as endpoint:
+    with serve_embedded(ServerSettings(model, "tiny", 512, threads=1, api_key="k")) as endpoint:
         yield endpoint
 
 

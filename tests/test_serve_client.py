@@ -12,7 +12,7 @@ from forge.errors import ForgeError, MissingToolError, RecipeError, StageError
 from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import BusyError, RefusedError, Reply, Sampling, UnreachableError
 from tests.stand_in_server import Failure, StandIn
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -26,7 +26,7 @@ QUESTION = [{"role": "user", "content": REPLY.lower()}]
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
-    with serve_embedded(Settings(model, "tiny", 512, threads=1, parallel=2, api_key=KEY)) as endpoint:
+    with serve_embedded(ServerSettings(model, "tiny", 512, threads=1, parallel=2, api_key=KEY)) as endpoint:
         yield endpoint
 
 
@@ -195,4 +195,4 @@ def test_proxies_of_the_environment_are_not_asked_for_loopback(monkeypatch: pyte
 
 def test_api_key_is_not_shown(tmp_path: Path) -> None:
     assert KEY not in repr(Endpoint("http://h", "m", KEY))
-    assert KEY not in repr(Settings(tmp_path, "m", 512, api_key=KEY))
+    assert KEY not in repr(ServerSettings(tmp_path, "m", 512, api_key=KEY))

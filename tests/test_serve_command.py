@@ -16,6 +16,7 @@ import pytest
 
 from forge.errors import RecipeError
 from forge.serve.client import Client, find
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import RefusedError
 from forge.ship.serving import Wish, read_key, settings
 from tests.servers import HELLO, KEY, listens, write_adapter
@@ -121,7 +122,7 @@ def test_the_key_of_a_background_server_may_come_out_of_a_pipe(place: Workshop) 
     listed = place.forge("ps")
     assert [row["name"] for row in listed.fields["running"]] == ["tiny"]
     shown = _everything_shown(place, started, listed)
-    assert "--api-key-file=/dev/stdin" in shown
+    assert "--handed-over" in shown
     assert KEY not in shown
     place.forge("stop")
 
@@ -186,19 +187,19 @@ def test_what_cannot_be_is_refused(place: Workshop, flags: tuple[str, ...], code
     assert message in refused.fields["error"]["message"]
 
 
-def test_wish_and_its_command_line_say_the_same(tmp_path: Path) -> None:
-    """What is detached is what was asked for."""
-    from forge.cli.serve import command
+def test_settings_are_handed_over_as_data(tmp_path: Path) -> None:
+    """What is detached is what was asked for, and what its run's Modelfile says."""
+    from forge.chat.modelfile import Modelfile
 
-    wish = Wish(
-        "x.gguf", runtime="container", host="::1", port=9, context=512, parallel=2, threads=1, gpu_layers=-1,
-        api_key_file=Path("k"), without_key=True, cors_origins="*", allow_hosts=("a", "b"),
-        control_routes=True, program="p", image="i",
-        lora={"a": Path("a.gguf"), "b": Path("b.gguf")},
+    chosen = ServerSettings(
+        tmp_path / "x.gguf", "x", 512, host="::1", port=9, parallel=2, threads=1, gpu_layers=-1, api_key="k",
+        adapter=tmp_path / "own.gguf", adapters={"b": Path("b.gguf"), "a": Path("a.gguf")}, without_key=True,
+        cors_origins="*", allow_hosts=("c", "d"), control_routes=True, program="p", image="i",
+        modelfile=Modelfile("x.gguf", "{{ .Prompt }}", parameters={"stop": ("<|im_end|>",), "num_ctx": 512}),
     )  # fmt: skip
-    parsed = command.make_context("serve", wish.arguments()).params
-    ours = {name: parsed[name] for name in wish.__dataclass_fields__}
-    assert Wish(**ours) == wish
+    again = ServerSettings.from_json(chosen.to_json())
+    assert again == chosen
+    assert list(again.adapters) == ["b", "a"], "their places are llama-server's numbers"
 
 
 def test_context_is_the_models_or_4096(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 from forge.errors import MissingToolError, RecipeError, StageError
 from forge.serve.client import Client
 from forge.serve.container import IMAGE, serve_container
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import GoneError, RefusedError
 from forge.tools.containers import current_name, docker_files, engine
 from tests.docker_daemon import BASE, load_base
@@ -27,10 +27,10 @@ from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ServerSettings:
     model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
     model.chmod(0o444)
-    return Settings(model, "yoda", 1024, threads=1, parallel=2)
+    return ServerSettings(model, "yoda", 1024, threads=1, parallel=2)
 
 
 @pytest.fixture(scope="module", params=["docker_daemon", "podman_service"])
@@ -70,7 +70,7 @@ def test_no_daemon_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
             raise AssertionError("it connected")
 
 
-def test_layers_on_a_gpu_without_cuda_are_refused_before_an_image_is_made(settings: Settings) -> None:
+def test_layers_on_a_gpu_without_cuda_are_refused_before_an_image_is_made(settings: ServerSettings) -> None:
     with pytest.raises(RecipeError, match=r"forge-llama-server:.* runs on the CPU alone"):
         with serve_container(replace(settings, gpu_layers=5)):
             raise AssertionError("it served")
@@ -91,7 +91,7 @@ def _inside(container: Any, *command: str) -> tuple[int, str]:
 @pytest.mark.programs
 @pytest.mark.slow
 def test_shipped_image_serves_through_the_published_port(
-    daemon: Any, settings: Settings, tmp_path: Path
+    daemon: Any, settings: ServerSettings, tmp_path: Path
 ) -> None:
     """R1, R3, pitfall 57: built from docker/server, published on loopback, asked from here."""
     log = tmp_path / "log"
@@ -154,7 +154,7 @@ def _becomes_healthy(daemon: Any, container: Any) -> None:
 @pytest.mark.network
 @pytest.mark.programs
 @pytest.mark.slow
-def test_container_that_is_killed_is_told_and_taken_away(daemon: Any, settings: Settings) -> None:
+def test_container_that_is_killed_is_told_and_taken_away(daemon: Any, settings: ServerSettings) -> None:
     with serve_container(settings) as endpoint:
         [container] = daemon.containers.list()
         container.kill()
@@ -167,7 +167,7 @@ def test_container_that_is_killed_is_told_and_taken_away(daemon: Any, settings: 
 @pytest.mark.programs
 @pytest.mark.slow
 def test_model_that_does_not_load_shows_the_servers_own_words(
-    daemon: Any, settings: Settings, tmp_path: Path
+    daemon: Any, settings: ServerSettings, tmp_path: Path
 ) -> None:
     strange = tmp_path / "strange.gguf"
     strange.write_bytes(settings.model.read_bytes().replace(b"llama", b"lxama"))
@@ -182,7 +182,7 @@ def test_model_that_does_not_load_shows_the_servers_own_words(
 @pytest.mark.programs
 @pytest.mark.slow
 def test_adapters_named_ports_and_the_image_of_old_documents(
-    daemon: Any, settings: Settings, tmp_path: Path
+    daemon: Any, settings: ServerSettings, tmp_path: Path
 ) -> None:
     daemon.images.get(BASE).tag("ghcr.io/ggml-org/llama.cpp", "server")
     adapter = write_adapter(tmp_path / "yes.gguf", says="Y")

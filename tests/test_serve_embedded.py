@@ -23,7 +23,7 @@ from forge.serve import ready
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.slots import slots_for
 from forge.serve.wire import GoneError, UnreachableError
 from forge.tools import xllamacpp
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.programs
 def test_serves_under_its_alias_with_the_routes_of_llama_server(model: Path) -> None:
     """R3, Q1: a chat endpoint, ready when the block is entered; nothing left after it."""
-    with serve_embedded(Settings(model, "yoda", 1024, threads=1, parallel=3)) as endpoint:
+    with serve_embedded(ServerSettings(model, "yoda", 1024, threads=1, parallel=3)) as endpoint:
         assert urlsplit(endpoint.url).hostname == "127.0.0.1"
         with Client(endpoint) as client:
             assert client.model_names() == ["yoda"]
@@ -64,8 +64,8 @@ def test_serves_under_its_alias_with_the_routes_of_llama_server(model: Path) -> 
 
 @pytest.mark.parametrize(("context", "slots"), [(512, 4), (4096, 4), (16384, 2), (131072, 1)])
 def test_slots_are_fewer_with_a_long_context(context: int, slots: int) -> None:
-    assert Settings(Path("m"), "m", context).slots == slots
-    assert Settings(Path("m"), "m", context, parallel=7).slots == 7
+    assert ServerSettings(Path("m"), "m", context).slots == slots
+    assert ServerSettings(Path("m"), "m", context, parallel=7).slots == 7
 
 
 @pytest.mark.parametrize(
@@ -79,14 +79,14 @@ def test_many_clients_get_as_many_slots_as_gain_something_and_fit(
     taken = model.stat().st_size + SERVER_START_BYTES
     free = 2 * (taken + free_mib * 2**20)
     monkeypatch.setattr("forge.serve.slots.available", lambda: Available(total=free, free=free))
-    assert slots_for(Settings(model, "m", context)) == slots
+    assert slots_for(ServerSettings(model, "m", context)) == slots
 
 
 @pytest.mark.network
 @pytest.mark.programs
 def test_api_key_is_on_no_command_line_and_in_no_log(model: Path, tmp_path: Path) -> None:
     key, log = "open-sesame-1234", tmp_path / "log.txt"
-    with serve_embedded(Settings(model, "tiny", 512, threads=1, api_key=key), log=log) as endpoint:
+    with serve_embedded(ServerSettings(model, "tiny", 512, threads=1, api_key=key), log=log) as endpoint:
         (server,) = servers_of(os.getpid())
         shown = " ".join(server.cmdline()) + str(server.environ())
         with Client(endpoint) as client:
@@ -105,13 +105,13 @@ def test_wrong_files_are_found_before_anything_starts(model: Path, tmp_path: Pat
     empty.touch()
     for path in (tmp_path / "none.gguf", torn, text, empty, tmp_path):
         with pytest.raises(DataError, match=path.name):
-            with serve_embedded(Settings(path, "m", 512)):
+            with serve_embedded(ServerSettings(path, "m", 512)):
                 raise AssertionError("it served")
 
 
 def test_context_beyond_the_model_is_an_error(model: Path) -> None:
     with pytest.raises(DataError, match=f"{CONTEXT + 1} tokens is asked for.*made for {CONTEXT}") as caught:
-        with serve_embedded(Settings(model, "m", CONTEXT + 1)):
+        with serve_embedded(ServerSettings(model, "m", CONTEXT + 1)):
             raise AssertionError("it served")
     assert caught.value.hint == f"ask for at most {CONTEXT}"
 
@@ -126,7 +126,7 @@ def test_adapter_is_no_model(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(DataError, match="a GGUF of type adapter, not a model"):
-        with serve_embedded(Settings(tmp_path / "adapter.gguf", "m", 512)):
+        with serve_embedded(ServerSettings(tmp_path / "adapter.gguf", "m", 512)):
             raise AssertionError("it served")
 
 
@@ -135,7 +135,7 @@ def test_adapter_is_no_model(tmp_path: Path) -> None:
 def test_fallback_to_chatml_is_said(model: Path, tmp_path: Path) -> None:
     plain, said = tmp_path / "plain.gguf", io.StringIO()
     plain.write_bytes(model.read_bytes().replace(b"tokenizer.chat_template", b"tokenizer.chat_templatE"))
-    with report.copied_to(said), serve_embedded(Settings(plain, "m", 512, threads=1)):
+    with report.copied_to(said), serve_embedded(ServerSettings(plain, "m", 512, threads=1)):
         assert "plain.gguf has no chat template: the server falls back to ChatML" in said.getvalue()
 
 
@@ -147,7 +147,7 @@ def test_model_that_does_not_load_shows_the_servers_own_words(model: Path, tmp_p
     log = tmp_path / "log.txt"
     log.write_text("0.00.000.001 E older: not of this run\n")
     with pytest.raises(StageError, match=r"did not start with .*strange\.gguf") as caught:
-        with serve_embedded(Settings(strange, "m", 512, threads=1), log=log):
+        with serve_embedded(ServerSettings(strange, "m", 512, threads=1), log=log):
             raise AssertionError("it served")
     lines = [problem.message for problem in caught.value.problems]
     assert any("unknown model architecture: 'lxama'" in line for line in lines)
@@ -162,7 +162,7 @@ def test_port_in_use_is_said(model: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(StageError) as caught:
-            with serve_embedded(Settings(model, "m", 512, threads=1, port=taken.getsockname()[1])):
+            with serve_embedded(ServerSettings(model, "m", 512, threads=1, port=taken.getsockname()[1])):
                 raise AssertionError("it served")
     assert "cannot be listened on" in caught.value.message
 
@@ -170,7 +170,7 @@ def test_port_in_use_is_said(model: Path) -> None:
 @pytest.mark.network
 @pytest.mark.programs
 def test_server_that_dies_is_named_with_its_last_lines(model: Path, tmp_path: Path) -> None:
-    with serve_embedded(Settings(model, "m", 512, threads=1), log=tmp_path / "log") as endpoint:
+    with serve_embedded(ServerSettings(model, "m", 512, threads=1), log=tmp_path / "log") as endpoint:
         (server,) = servers_of(os.getpid())
         server.kill()
         with Client(endpoint) as client:
@@ -184,9 +184,9 @@ import sys, time
 from pathlib import Path
 from forge import process, report
 from forge.serve.embedded import serve_embedded
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 host = sys.argv[2] if sys.argv[2:] else "127.0.0.1"
-settings = Settings(Path(sys.argv[1]), "m", 512, threads=1, host=host, without_key=True)
+settings = ServerSettings(Path(sys.argv[1]), "m", 512, threads=1, host=host, without_key=True)
 with process.signals_as_interrupt(), serve_embedded(settings) as endpoint:
     print(endpoint.url, flush=True)
     time.sleep(60)
@@ -218,7 +218,7 @@ def test_nothing_outlives_the_parent(model: Path, number: signal.Signals) -> Non
 def test_other_hosts(model: Path) -> None:
     """Pitfall 57: bound to every address, the client still gets one that it can use."""
     said = io.StringIO()
-    everywhere = Settings(model, "m", 512, threads=1, host="0.0.0.0")
+    everywhere = ServerSettings(model, "m", 512, threads=1, host="0.0.0.0")
     with pytest.raises(RecipeError, match="others than this machine could use the server") as caught:
         with serve_embedded(everywhere):
             raise AssertionError("it served")
@@ -233,7 +233,7 @@ def test_other_hosts(model: Path) -> None:
     with report.copied_to(said):
         ready.check(replace(everywhere, without_key=True))
     assert "it has no API key" in said.getvalue()
-    with serve_embedded(Settings(model, "m", 512, threads=1, host="localhost")) as endpoint:
+    with serve_embedded(ServerSettings(model, "m", 512, threads=1, host="localhost")) as endpoint:
         assert endpoint.loopback
 
 
@@ -244,7 +244,7 @@ def test_web_pages_of_others_may_not_ask_unless_told(model: Path, asked: str, al
     """CORS is closed, with a key and without."""
     origins = ("http://evil.example", "http://localhost:3000", "null")
     for key in ("k", None):
-        wish = Settings(model, "m", 512, threads=1, api_key=key, cors_origins=asked)
+        wish = ServerSettings(model, "m", 512, threads=1, api_key=key, cors_origins=asked)
         with serve_embedded(wish) as endpoint:
             answers = [
                 httpx.get(endpoint.route("/health"), headers={"Origin": origin}, trust_env=False)
@@ -260,9 +260,9 @@ def test_layers_on_a_gpu_that_is_not_there_are_refused(model: Path) -> None:
     """A flag that cannot be honoured is refused; the wheel has no GPU code."""
     for layers in (-1, 5):
         with pytest.raises(RecipeError, match="runs on the CPU alone"):
-            with serve_embedded(Settings(model, "m", 512, threads=1, gpu_layers=layers)):
+            with serve_embedded(ServerSettings(model, "m", 512, threads=1, gpu_layers=layers)):
                 raise AssertionError("it served")
-    with serve_embedded(Settings(model, "m", 512, threads=1, gpu_layers=0)) as endpoint:
+    with serve_embedded(ServerSettings(model, "m", 512, threads=1, gpu_layers=0)) as endpoint:
         assert endpoint.device == "CPU"
         changed = httpx.post(endpoint.route("/props"), json={"chat_template": "x"}, trust_env=False)
         assert changed.status_code == 403, "clients may not change the server"
@@ -272,7 +272,7 @@ def test_layers_on_a_gpu_that_is_not_there_are_refused(model: Path) -> None:
 @pytest.mark.programs
 def test_asking_whether_a_living_server_has_ended_takes_no_time(model: Path) -> None:
     """`forge serve` asks all day long."""
-    with serve_embedded(Settings(model, "m", 512, threads=1)) as endpoint:
+    with serve_embedded(ServerSettings(model, "m", 512, threads=1)) as endpoint:
         begun = time.monotonic()
         assert endpoint.why_gone() == ""
         assert time.monotonic() - begun < 0.5
@@ -292,7 +292,7 @@ def test_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.
 def test_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingToolError, match="xllamacpp") as caught:
-        with serve_embedded(Settings(model, "m", 512, threads=1)):
+        with serve_embedded(ServerSettings(model, "m", 512, threads=1)):
             raise AssertionError("it served")
     assert caught.value.hint == "pip install xllamacpp"
     assert caught.value.code == 3

@@ -21,7 +21,7 @@ from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.front_rules import RefusedRequestError, Rules
 from forge.serve.llama_server import serve_llama_server
-from forge.serve.runtime import Runtime, Settings
+from forge.serve.runtime import Runtime, ServerSettings
 from tests import attacks
 from tests.servers import HELLO, KEY, llama_server, write_adapter
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -41,16 +41,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def _settings(files: Path, key: str | None, lora: bool, **more: Any) -> Settings:
+def _settings(files: Path, key: str | None, lora: bool, **more: Any) -> ServerSettings:
     """The model with an adapter of its own that says Y, as a run in adapter mode has it."""
     others = {"no": files / "N.gguf"} if lora else {}
-    return Settings(
+    return ServerSettings(
         files / "tiny.gguf", "yes", 512, threads=1, parallel=2, adapter=files / "Y.gguf", adapters=others,
         api_key=key, **more,
     )  # fmt: skip
 
 
-def attack(runtime: Runtime, settings: Settings) -> None:
+def attack(runtime: Runtime, settings: ServerSettings) -> None:
     """Every attack on one server, which answers as before when they are over."""
     with runtime(settings) as endpoint:
         attacks.page_of_another_site_changes_nothing(endpoint, "Y")
@@ -209,7 +209,7 @@ def test_a_directory_of_a_forge_that_was_killed_is_taken_away(files: Path, tmp_p
 
 
 def _rules(**more: Any) -> Rules:
-    return Rules.of(Settings(Path("m"), "m", 512, **more))
+    return Rules.of(ServerSettings(Path("m"), "m", 512, **more))
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_body_is_written_anew() -> None:
 def test_who_goes_away_stops_the_work(files: Path, tmp_path: Path) -> None:
     """Also before the first word of the answer, which a waiting client gets all at once."""
     endless = write_tiny_gguf(tmp_path / "endless.gguf", endless=True)
-    settings = Settings(endless, "m", 4096, threads=1, parallel=1, control_routes=True)
+    settings = ServerSettings(endless, "m", 4096, threads=1, parallel=1, control_routes=True)
     with serve_embedded(settings) as endpoint, Client(endpoint) as client:
         for stream in (False, True):
             with pytest.raises(httpx.ReadTimeout):

@@ -14,7 +14,7 @@ from forge import process
 from forge.errors import MissingToolError, RecipeError, StageError
 from forge.serve.client import Client
 from forge.serve.llama_server import serve_llama_server
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import RUNTIMES, refuse_foreign, runtime_for
 from forge.serve.wire import GoneError
 from tests.servers import HELLO, listens, llama_server, own_servers, servers_of, write_adapter
@@ -22,20 +22,20 @@ from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ServerSettings:
     model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
-    return Settings(model, "yoda", 1024, threads=1, parallel=2)
+    return ServerSettings(model, "yoda", 1024, threads=1, parallel=2)
 
 
 @pytest.fixture
-def compiled(settings: Settings) -> Settings:
+def compiled(settings: ServerSettings) -> ServerSettings:
     return replace(settings, program=str(llama_server()))
 
 
 @pytest.mark.network
 @pytest.mark.programs
 @pytest.mark.slow
-def test_serves_with_the_key_nowhere_to_be_seen(compiled: Settings, tmp_path: Path) -> None:
+def test_serves_with_the_key_nowhere_to_be_seen(compiled: ServerSettings, tmp_path: Path) -> None:
     key, log = "open-sesame-1234", tmp_path / "log.txt"
     with serve_llama_server(replace(compiled, api_key=key), log=log) as endpoint:
         with Client(endpoint) as client:
@@ -58,7 +58,7 @@ def test_serves_with_the_key_nowhere_to_be_seen(compiled: Settings, tmp_path: Pa
 @pytest.mark.network
 @pytest.mark.programs
 @pytest.mark.slow
-def test_what_follows_a_stream_is_answered(compiled: Settings) -> None:
+def test_what_follows_a_stream_is_answered(compiled: ServerSettings) -> None:
     """The server closes the connection after a stream, now and then before the next request is out."""
     with serve_llama_server(compiled) as endpoint, Client(endpoint) as client:
         for _ in range(60):
@@ -69,7 +69,7 @@ def test_what_follows_a_stream_is_answered(compiled: Settings) -> None:
 @pytest.mark.network
 @pytest.mark.programs
 @pytest.mark.slow
-def test_adapters_by_name(compiled: Settings, tmp_path: Path) -> None:
+def test_adapters_by_name(compiled: ServerSettings, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "yes.gguf", says="Y")
     with serve_llama_server(replace(compiled, adapters={"yes": adapter})) as endpoint:
         with Client(endpoint) as client, Client(replace(endpoint, model="yes")) as other:
@@ -79,7 +79,7 @@ def test_adapters_by_name(compiled: Settings, tmp_path: Path) -> None:
 @pytest.mark.network
 @pytest.mark.programs
 @pytest.mark.slow
-def test_what_goes_wrong_is_told_in_its_own_words(compiled: Settings, tmp_path: Path) -> None:
+def test_what_goes_wrong_is_told_in_its_own_words(compiled: ServerSettings, tmp_path: Path) -> None:
     strange = tmp_path / "strange.gguf"
     strange.write_bytes(compiled.model.read_bytes().replace(b"llama", b"lxama"))
     with pytest.raises(StageError, match=r"did not start with .*strange\.gguf") as caught:
@@ -102,8 +102,8 @@ import sys, time
 from pathlib import Path
 from forge import process
 from forge.serve.llama_server import serve_llama_server
-from forge.serve.runtime import Settings
-settings = Settings(Path(sys.argv[1]), "m", 512, threads=1, program=sys.argv[2])
+from forge.serve.runtime import ServerSettings
+settings = ServerSettings(Path(sys.argv[1]), "m", 512, threads=1, program=sys.argv[2])
 with process.signals_as_interrupt(), serve_llama_server(settings) as endpoint:
     print(endpoint.url, flush=True)
     time.sleep(60)
@@ -114,7 +114,7 @@ with process.signals_as_interrupt(), serve_llama_server(settings) as endpoint:
 @pytest.mark.programs
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_nothing_outlives_the_parent(compiled: Settings, number: signal.Signals) -> None:
+def test_nothing_outlives_the_parent(compiled: ServerSettings, number: signal.Signals) -> None:
     command = [sys.executable, "-c", SERVE, str(compiled.model), str(compiled.program)]
     with process.Child(command) as parent:
         url = next(parent.lines())
@@ -126,7 +126,7 @@ def test_nothing_outlives_the_parent(compiled: Settings, number: signal.Signals)
     assert not listens(url)
 
 
-def test_missing_program_is_named(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_program_is_named(settings: ServerSettings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(MissingToolError, match="there is no program llama-server") as caught:
         with serve_llama_server(settings):
@@ -134,7 +134,7 @@ def test_missing_program_is_named(settings: Settings, monkeypatch: pytest.Monkey
     assert "--llama-server" in caught.value.hint
 
 
-def test_names_of_runtimes_and_their_own_settings(settings: Settings) -> None:
+def test_names_of_runtimes_and_their_own_settings(settings: ServerSettings) -> None:
     for name in RUNTIMES:
         assert callable(runtime_for(name))
     with pytest.raises(RecipeError, match="there is no runtime vllm") as caught:

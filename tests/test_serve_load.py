@@ -21,7 +21,7 @@ import pytest
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from tests.servers import HELLO, write_adapter
 from tests.shipping import Workshop, wait_for
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["alone", "behind the adapters' proxy"])
 def served(model: Path, request: pytest.FixtureRequest) -> Iterator[Endpoint]:
     """A server that must be alive and well after each test."""
-    settings = Settings(model, "tiny", 512, threads=1, parallel=2)
+    settings = ServerSettings(model, "tiny", 512, threads=1, parallel=2)
     if request.param == "alone":
         with serve_embedded(settings) as endpoint:
             yield endpoint

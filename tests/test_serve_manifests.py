@@ -18,16 +18,16 @@ from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve.container import CUDA_IMAGE, IMAGE
 from forge.serve.manifests import manifest, memory_bytes
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from tests.tiny_gguf import write_tiny_gguf
 
 URL = "https://models.example/yoda.gguf"
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path) -> ServerSettings:
     model = write_tiny_gguf(tmp_path / "yoda.gguf")
-    return Settings(model, "Yoda_Q4", 1024, parallel=2, api_key="open-sesame-1234")
+    return ServerSettings(model, "Yoda_Q4", 1024, parallel=2, api_key="open-sesame-1234")
 
 
 def _documents(text: str) -> list[Any]:
@@ -36,7 +36,7 @@ def _documents(text: str) -> list[Any]:
 
 @pytest.mark.parametrize("url", [None, URL])
 @pytest.mark.parametrize("key", ["k", None])
-def test_kubernetes_takes_it(settings: Settings, url: str | None, key: str | None) -> None:
+def test_kubernetes_takes_it(settings: ServerSettings, url: str | None, key: str | None) -> None:
     text = manifest("kubernetes", replace(settings, api_key=key), model_url=url, replicas=3)
     deployment, service = _documents(text)
     for one in (deployment, service):
@@ -61,14 +61,14 @@ def test_kubernetes_takes_it(settings: Settings, url: str | None, key: str | Non
         assert fetcher["command"][-3:] == ["/models/yoda.gguf", url, digest]
 
 
-def test_the_validator_can_refuse(settings: Settings) -> None:
+def test_the_validator_can_refuse(settings: ServerSettings) -> None:
     deployment, _ = _documents(manifest("kubernetes", settings))
     deployment["spec"]["replikas"] = 1
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
 
 
-def _compose_server(settings: Settings, path: Path) -> Any:
+def _compose_server(settings: ServerSettings, path: Path) -> Any:
     """The service that is written, which Compose's own schema takes."""
     path.write_text(manifest("compose", settings))
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(path)]
@@ -79,7 +79,7 @@ def _compose_server(settings: Settings, path: Path) -> Any:
 
 
 @pytest.mark.programs
-def test_compose_takes_it(settings: Settings, tmp_path: Path) -> None:
+def test_compose_takes_it(settings: ServerSettings, tmp_path: Path) -> None:
     server = _compose_server(replace(settings, port=9000), tmp_path / "compose.yaml")
     assert server["ports"] == ["127.0.0.1:9000:8080"]
     assert server["read_only"] is True
@@ -90,7 +90,7 @@ def test_compose_takes_it(settings: Settings, tmp_path: Path) -> None:
 @pytest.mark.programs
 @pytest.mark.parametrize(("layers", "gpu"), [(-1, True), (None, True), (0, False)])
 def test_a_cuda_image_is_given_a_gpu(
-    settings: Settings, tmp_path: Path, layers: int | None, gpu: bool
+    settings: ServerSettings, tmp_path: Path, layers: int | None, gpu: bool
 ) -> None:
     """In the words of each; no other image is, and none is asked for layers that it has no place for."""
     wish = replace(settings, image=CUDA_IMAGE, gpu_layers=layers)
@@ -109,14 +109,16 @@ def test_a_cuda_image_is_given_a_gpu(
 
 @pytest.mark.parametrize("kind", ["kubernetes", "compose"])
 @pytest.mark.parametrize("image", [None, "my/own:1"])
-def test_layers_on_a_gpu_without_cuda_are_refused(settings: Settings, kind: str, image: str | None) -> None:
+def test_layers_on_a_gpu_without_cuda_are_refused(
+    settings: ServerSettings, kind: str, image: str | None
+) -> None:
     assert "nvidia" not in manifest(kind, replace(settings, image=image))
     with pytest.raises(RecipeError, match="runs on the CPU alone") as refused:
         manifest(kind, replace(settings, image=image, gpu_layers=-1))
     assert refused.value.hint.endswith(f"--image {CUDA_IMAGE}")
 
 
-def test_dollars_in_names_stay_dollars(settings: Settings, tmp_path: Path) -> None:
+def test_dollars_in_names_stay_dollars(settings: ServerSettings, tmp_path: Path) -> None:
     """Compose replaces $HOME and ${HOME}, Kubernetes $(HOME); both read $$ as a dollar."""
     odd = write_tiny_gguf(tmp_path / "a$HOME$$(HOME).gguf")
     wish = replace(settings, model=odd, alias="${HOME}", api_key=None)
@@ -133,12 +135,12 @@ def test_dollars_in_names_stay_dollars(settings: Settings, tmp_path: Path) -> No
         assert (said[said.index("--model") + 1], said[said.index("--alias") + 1]) == (inside, "${HOME}")
 
 
-def test_no_key_is_in_what_is_printed(settings: Settings) -> None:
+def test_no_key_is_in_what_is_printed(settings: ServerSettings) -> None:
     for kind in ("compose", "kubernetes"):
         assert "open-sesame" not in manifest(kind, settings)
 
 
-def test_memory_is_file_cache_and_server(settings: Settings) -> None:
+def test_memory_is_file_cache_and_server(settings: ServerSettings) -> None:
     """The tiny model: one layer, one key head of 64 numbers, f16: 256 bytes a token."""
     header = read_gguf(settings.model)
     more = replace(settings, context_tokens=2048)
@@ -146,7 +148,7 @@ def test_memory_is_file_cache_and_server(settings: Settings) -> None:
     assert memory_bytes(settings, header) > settings.model.stat().st_size + 256 * 2048
 
 
-def test_what_a_manifest_cannot_say_is_refused(settings: Settings) -> None:
+def test_what_a_manifest_cannot_say_is_refused(settings: ServerSettings) -> None:
     with pytest.raises(RecipeError, match="--lora"):
         manifest("kubernetes", replace(settings, adapters={"a": Path("a")}))
     with pytest.raises(RecipeError, match="goes with --print kubernetes"):
@@ -157,7 +159,7 @@ def test_what_a_manifest_cannot_say_is_refused(settings: Settings) -> None:
         manifest("kubernetes", settings, model_url="http://x/y")
 
 
-def test_command_prints_it(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_it(settings: ServerSettings, capsys: pytest.CaptureFixture[str]) -> None:
     kubernetes = ["serve", str(settings.model), "--print", "kubernetes", "--replicas", "2"]
     # A pod listens to its cluster: as open as --host 0.0.0.0 is.
     assert run(kubernetes) == 2

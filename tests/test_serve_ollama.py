@@ -11,7 +11,7 @@ import pytest
 from forge.errors import StageError
 from forge.serve.client import Client
 from forge.serve.ollama import serve_ollama
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from tests.fake_ollama import FakeOllama
 from tests.servers import HELLO
 from tests.shipping import Workshop
@@ -25,7 +25,7 @@ def test_it_has_answered_and_is_there(
 ) -> None:
     """It is in memory already: it was asked before anyone was told that it serves."""
     monkeypatch.setenv("OLLAMA_HOST", ollama_url)
-    with serve_ollama(Settings(tiny_gguf, model_name, 512)) as endpoint:
+    with serve_ollama(ServerSettings(tiny_gguf, model_name, 512)) as endpoint:
         assert endpoint.why_gone() == ""
         with Client(endpoint) as client:
             assert client.chat(HELLO).text == REPLY
@@ -36,7 +36,7 @@ def test_a_model_that_answers_no_chat_gets_no_name(tiny_gguf: Path, monkeypatch:
         monkeypatch.setenv("OLLAMA_HOST", fake.url)
         fake.troubles["/v1/chat/completions"] = ("error", 500, "model requires more system memory")
         with pytest.raises(StageError, match=r"answers no chat with .*: model requires more system memory"):
-            with serve_ollama(Settings(tiny_gguf, "yoda", 512)):
+            with serve_ollama(ServerSettings(tiny_gguf, "yoda", 512)):
                 raise AssertionError("it served")
         assert fake.models == {}
 

@@ -24,8 +24,8 @@ from forge.model.gguf_header import read_gguf
 from forge.runs.find import find_model
 from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
-from forge.serve.llama_server import arguments
 from forge.serve.manifests import manifest, memory_bytes
+from forge.serve.options import arguments
 from forge.serve.runtimes import runtime_for
 from forge.ship.serving import Wish, settings
 from tests.fake_ollama import FakeOllama

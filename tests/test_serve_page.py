@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from forge.serve.embedded import serve_embedded
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from tests.browser import browser, size_of
 from tests.conftest import ROOT
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -24,7 +24,7 @@ PICTURE = ROOT / "docs" / "web-page.png"
 def test_page_answers_what_is_typed(tmp_path: Path) -> None:
     """R2: the page at the port. FORGE_PICTURE=1 renews the picture in the documents."""
     model = write_tiny_gguf(tmp_path / "yoda.gguf")
-    with serve_embedded(Settings(model, "yoda", 1024, threads=1)) as endpoint, browser() as page:
+    with serve_embedded(ServerSettings(model, "yoda", 1024, threads=1)) as endpoint, browser() as page:
         page.open(endpoint.url)
         page.wait_for("!!document.querySelector('textarea')")
         page.run("document.querySelector('textarea').focus()")

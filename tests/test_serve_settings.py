@@ -16,18 +16,18 @@ from forge.commands.serve import serve
 from forge.errors import DataError, StageError
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.ship.serving import Wish, settings
 from tests.tiny_gguf import write_tiny_gguf
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
+def started(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
     """What a runtime was started with; it starts nothing, and says that its server has ended."""
-    found: list[Settings] = []
+    found: list[ServerSettings] = []
 
     @contextlib.contextmanager
-    def runtime(chosen: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
+    def runtime(chosen: ServerSettings, *, log: Path | None = None) -> Iterator[Endpoint]:
         found.append(chosen)
         yield Endpoint("http://127.0.0.1:9", chosen.alias, why_gone=lambda: "it has ended")
 
@@ -37,12 +37,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Settings]:
 
 def _serve(wish: Wish, *, listed: bool = False) -> None:
     with pytest.raises(StageError, match="it has ended"):
-        serve(wish, said=lambda fields: None, listed=listed)
+        serve(wish, said=lambda fields: None, handed_over=settings(wish).to_json() if listed else None)
 
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_key_may_come_out_of_a_pipe(
-    started: list[Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+    started: list[ServerSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
 ) -> None:
     """`--api-key-file <(pass show key)`: what it gives can be read once."""
     monkeypatch.setenv("FORGE_HOME", str(tmp_path / "home"))
@@ -69,7 +69,7 @@ def test_a_key_may_come_out_of_a_pipe(
     ],
 )
 def test_slots_for_many_are_for_a_cpu_alone(
-    started: list[Settings],
+    started: list[ServerSettings],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     asked: dict[str, Any],
@@ -83,7 +83,7 @@ def test_slots_for_many_are_for_a_cpu_alone(
 
 def test_threads_are_physical_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for the export: of a container's share of the machine no more, nor of what OMP_NUM_THREADS says."""
-    chosen = Settings(Path("m"), "m", 512)
+    chosen = ServerSettings(Path("m"), "m", 512)
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8 if logical else 4)
     for usable, threads in ((3, 3), (64, 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", str(usable))

@@ -12,7 +12,7 @@ from forge.errors import RecipeError
 from forge.serve.chat import HELP, converse
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.smoke import Answer, Query, run_smoke
 from forge.serve.wire import RefusedError, Sampling
 from tests.stand_in_server import Failure, StandIn
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.network, pytest.mark.programs]
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     model = write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf")
-    with serve_embedded(Settings(model, "tiny", 512, threads=1)) as served:
+    with serve_embedded(ServerSettings(model, "tiny", 512, threads=1)) as served:
         yield served
 
 

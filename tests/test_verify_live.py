@@ -9,7 +9,7 @@ import pytest
 
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import failure_of, prove_live
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.verify.verdict import Gates, judge
 from tests.models import PEFT_WARNS
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite
@@ -32,7 +32,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Specimen, Path, 
 def _live(
     file: Path, found: dict[str, Any], log: Path, *, context: int = 512, asked: int = 512
 ) -> dict[str, Any]:
-    with serve_embedded(Settings(file, "yoda", context, parallel=1, threads=1), log=log) as endpoint:
+    with serve_embedded(ServerSettings(file, "yoda", context, parallel=1, threads=1), log=log) as endpoint:
         return prove_live(endpoint, found, QUESTIONS, context_tokens=asked, longest_tokens=300)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,12 @@ from forge.cli.options import common, named_files
 )
 @click.option("--model-url", help="With --print kubernetes: where an init container fetches the model.")
 @click.option("--replicas", type=click.IntRange(1), default=1, help="With --print kubernetes: how many.")
-@click.option("--listed", is_flag=True, hidden=True)
+@click.option("--handed-over", is_flag=True, hidden=True)
 @common
 def command(
     detach: bool,
     show: bool,
-    listed: bool,
+    handed_over: bool,
     kind: str | None,
     model_url: str | None,
     replicas: int,
@@ -71,4 +72,6 @@ def command(
     elif detach:
         report.result(leave_running(wanted, show=show))
     else:
-        serve(wanted, said=report.result, show=show, listed=listed)
+        # `--detach` types the settings of the server that it starts: data, and the key on no command line.
+        typed = sys.stdin.readline() if handed_over else None
+        serve(wanted, said=report.result, show=show, handed_over=typed)

@@ -14,25 +14,31 @@ from forge import report
 from forge.errors import InterruptedByUserError, RecipeError, StageError
 from forge.serve import detached, ready
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.slots import slots_for
 from forge.ship.serving import Wish, open_runtime, served_directory, settings
 
 
 def serve(
-    wish: Wish, *, said: Callable[[Mapping[str, object]], None], show: bool = False, listed: bool = False
+    wish: Wish,
+    *,
+    said: Callable[[Mapping[str, object]], None],
+    show: bool = False,
+    handed_over: str | None = None,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; `said` hears of the endpoint once it answers.
 
-    `show` opens the server's web page in a browser; `listed` shows the server in `forge ps`.
+    `show` opens the server's web page in a browser; `handed_over` are the settings, as JSON, of a
+    server in the background, which `forge ps` shows.
     """
-    chosen = settings(wish)  # once: the key may come out of a pipe, which gives it a single time
+    # Once: the key may come out of a pipe, which gives it a single time.
+    chosen = ServerSettings.from_json(handed_over) if handed_over else settings(wish)
     if wish.runtime == "embedded" and not chosen.parallel and not chosen.gpu_layers:
         # For many clients, where nobody says how many; forge knows the memory of a CPU alone.
         chosen = replace(chosen, parallel=slots_for(chosen))
     with ExitStack() as stack:
         tell = None
-        if listed:
+        if handed_over:
             tell = stack.enter_context(detached.announced(served_directory(), chosen.alias))
         endpoint = open_runtime(wish, chosen, stack)
         report.success(f"serving {endpoint.model} at {endpoint.url}/v1; Ctrl-C stops it")
@@ -56,7 +62,7 @@ def serve(
         raise StageError(why)
 
 
-def _in_words(wish: Wish, chosen: Settings, endpoint: Endpoint) -> str:
+def _in_words(wish: Wish, chosen: ServerSettings, endpoint: Endpoint) -> str:
     """What is known of how it serves: requests at once, threads and device are Ollama's own affair."""
     words = [f"context {chosen.context_tokens} tokens"]
     if wish.runtime != "ollama":

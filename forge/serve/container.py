@@ -19,8 +19,8 @@ from forge.errors import RecipeError
 from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.front import Behind
-from forge.serve.llama_server import arguments
-from forge.serve.runtime import Settings
+from forge.serve.options import arguments
+from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import last_lines, not_started
 from forge.serve.wire import GoneError
 from forge.tools.containers import Container, Engine, current_name, docker_files, engine
@@ -35,7 +35,7 @@ _KEY = "/run/secrets/api-key"
 
 
 @contextlib.contextmanager
-def serve_container(settings: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
+def serve_container(settings: ServerSettings, *, log: Path | None = None) -> Iterator[Endpoint]:
     """Serve a GGUF in a container until the block ends; see `runtime.Runtime`.
 
     Raises what `serve_embedded` raises; `MissingToolError` means that no daemon answers.
@@ -62,7 +62,7 @@ def serve_container(settings: Settings, *, log: Path | None = None) -> Iterator[
                 container.remove()
 
 
-def uses_gpu(settings: Settings) -> bool:
+def uses_gpu(settings: ServerSettings) -> bool:
     """Whether the container is given a GPU: an image of CUDA's is, unless no layers are to be there.
 
     Raises `RecipeError` for layers on a GPU in an image that has no CUDA by its name.
@@ -78,7 +78,7 @@ def uses_gpu(settings: Settings) -> bool:
     return False
 
 
-def _image(daemon: Engine, settings: Settings) -> str:
+def _image(daemon: Engine, settings: ServerSettings) -> str:
     """The image to run, built from the shipped Dockerfile where none was named and there is none yet."""
     if settings.image is None:
         if not daemon.has_image(IMAGE):
@@ -90,11 +90,11 @@ def _image(daemon: Engine, settings: Settings) -> str:
     return image
 
 
-def _start(daemon: Engine, image: str, settings: Settings, private: Path, key: str) -> Container:
+def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, key: str) -> Container:
     model = f"/models/{settings.model.name}"
     adapters = {f"/adapters/{number}.gguf": path for number, path in enumerate(settings.loaded_adapters)}
     mounts = {model: settings.model, **adapters}
-    command = arguments(settings, model=model, adapters=tuple(adapters))
+    command = arguments(ready.with_threads(settings), model=model, adapters=tuple(adapters))
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
     # Its directory is ours alone; the user inside the container, another one, must read the file.
     key_file = private / "api-key"
@@ -113,7 +113,7 @@ def _start(daemon: Engine, image: str, settings: Settings, private: Path, key: s
     )
 
 
-def _behind(container: Container, settings: Settings, key: str) -> Behind:
+def _behind(container: Container, settings: ServerSettings, key: str) -> Behind:
     """The container's port on this machine, and the key that only the front has."""
     port = container.published(PORT)
     if port is None:
@@ -121,7 +121,7 @@ def _behind(container: Container, settings: Settings, key: str) -> Behind:
     return Behind(ready.url_of(DEFAULT_HOST, port), key=key)
 
 
-def _proved(container: Container, settings: Settings, port: int) -> Endpoint:
+def _proved(container: Container, settings: ServerSettings, port: int) -> Endpoint:
     url = ready.url_of(settings.host, port)
     try:
         ready.prove(

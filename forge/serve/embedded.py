@@ -15,13 +15,14 @@ from pathlib import Path
 from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.front import Behind
-from forge.serve.runtime import Settings
+from forge.serve.options import attributes
+from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import private_socket, proved, started
 from forge.tools import xllamacpp
 
 
 @contextlib.contextmanager
-def serve_embedded(settings: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
+def serve_embedded(settings: ServerSettings, *, log: Path | None = None) -> Iterator[Endpoint]:
     """Serve a GGUF on this machine until the block ends; see `runtime.Runtime`.
 
     Call it from the main thread. Raises `DataError` for a file that is no whole GGUF model or a
@@ -40,16 +41,10 @@ def serve_embedded(settings: Settings, *, log: Path | None = None) -> Iterator[E
                 yield proved(server, settings, port)
 
 
-def _for_child(settings: Settings, socket: str) -> dict[str, object]:
+def _for_child(settings: ServerSettings, socket: str) -> dict[str, object]:
     return {
         "model": str(settings.model.absolute()),
-        "alias": settings.alias,
-        "socket": socket,
-        "slots": settings.slots,
-        "context_tokens": settings.context_tokens,
-        "threads": ready.threads_of(settings),
-        "http_threads": settings.http_threads,
-        "gpu_layers": settings.gpu_layers,
         "adapters": [str(path.absolute()) for path in settings.loaded_adapters],
-        "switched": bool(settings.adapters),
+        # A file that only we reach: clients come through the front.
+        "attributes": [*attributes(ready.with_threads(settings)), ("hostnames", [socket])],
     }

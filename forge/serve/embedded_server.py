@@ -6,6 +6,7 @@ else that is printed goes to standard error.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -25,27 +26,14 @@ def start(settings: Mapping[str, Any]) -> Any:
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = settings["model"]
-    parameters.model_alias = {settings["alias"]}
-    # A file that only we reach: clients come through the front.
-    parameters.hostnames = [settings["socket"]]
-    parameters.n_parallel = settings["slots"]
-    # llama-server divides the context among its slots.
-    parameters.n_ctx = settings["context_tokens"] * settings["slots"]
-    parameters.kv_unified = False
-    parameters.cpuparams.n_threads = settings["threads"]
-    parameters.cpuparams_batch.n_threads = settings["threads"]
-    parameters.n_threads_http = settings["http_threads"]
-    if settings["gpu_layers"] is not None:
-        # -1 is all of them to us, as many as fit to llama.cpp; its "all" is -2.
-        parameters.n_gpu_layers = -2 if settings["gpu_layers"] == -1 else settings["gpu_layers"]
-    # Not `endpoint_props`: it lets clients change the server's settings; they can be read without.
-    parameters.endpoint_metrics = parameters.endpoint_slots = True
-    if settings["adapters"]:
-        parameters.lora_adapters = [
-            xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["adapters"]
-        ]
-        # Where requests choose, none is on until one asks for it.
-        parameters.lora_init_without_apply = settings["switched"]
+    for name, value in settings["attributes"]:
+        *path, last = name.split(".")
+        # Not `endpoint_props`: it lets clients change the server's settings; they can be read without.
+        owner = functools.reduce(getattr, path, parameters)
+        setattr(owner, last, set(value) if last == "model_alias" else value)
+    loras = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["adapters"]]
+    if loras:
+        parameters.lora_adapters = loras
     return xllamacpp.Server(parameters)
 
 

@@ -25,7 +25,7 @@ from starlette.responses import JSONResponse, Response
 
 from forge.serve import front_rules as rules
 from forge.serve.front_rules import RefusedRequestError, Rules, error_body
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
@@ -80,7 +80,7 @@ class Behind:
 class Front:
     """The ASGI application. Use it in one event loop, as long as `client` is open."""
 
-    def __init__(self, settings: Settings, client: httpx.AsyncClient) -> None:
+    def __init__(self, settings: ServerSettings, client: httpx.AsyncClient) -> None:
         self.rules = Rules.of(settings)
         self.client = client
         self.room = asyncio.Semaphore(max(1, settings.http_threads - _SPARE))

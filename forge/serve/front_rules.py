@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.tools.hosts import is_loopback
 
 MOST_BODY_BYTES = 64 << 20
@@ -87,7 +87,7 @@ class Rules:
     control: bool
 
     @classmethod
-    def of(cls, settings: Settings) -> Rules:
+    def of(cls, settings: ServerSettings) -> Rules:
         """The rules of a server with these settings."""
         own = None if settings.adapter is None else 0
         numbered = enumerate(settings.adapters, start=0 if own is None else 1)

@@ -26,7 +26,7 @@ from forge.errors import StageError
 from forge.serve import front_rules as rules
 from forge.serve.front import Behind, Front
 from forge.serve.front_rules import error_body
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 
 _KEEP_ALIVE_SECONDS = 75
 _MOST_CONNECTIONS = 1000
@@ -131,7 +131,7 @@ class Connection(H11Protocol):
 
 
 @contextlib.contextmanager
-def bound(settings: Settings) -> Iterator[socket.socket]:
+def bound(settings: ServerSettings) -> Iterator[socket.socket]:
     """The front's socket, taken before anything is loaded; raises `StageError` when the port is taken."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
@@ -146,7 +146,7 @@ def bound(settings: Settings) -> Iterator[socket.socket]:
 
 
 @contextlib.contextmanager
-def opened(listener: socket.socket, settings: Settings, behind: Behind) -> Iterator[int]:
+def opened(listener: socket.socket, settings: ServerSettings, behind: Behind) -> Iterator[int]:
     """Serve on `listener` what `behind` answers until the block ends; yields the port."""
     kind: Any = type("_Connection", (Connection,), {"most": most_connections(), "open_ones": {}})
     servers: list[uvicorn.Server] = []

@@ -16,7 +16,8 @@ from forge.errors import MissingToolError
 from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.front import Behind
-from forge.serve.runtime import Settings
+from forge.serve.options import arguments
+from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import ServerProcess, private_socket, proved, started
 
 PROGRAM = "llama-server"
@@ -26,7 +27,7 @@ _SECONDS_BETWEEN = 0.05
 
 
 @contextlib.contextmanager
-def serve_llama_server(settings: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
+def serve_llama_server(settings: ServerSettings, *, log: Path | None = None) -> Iterator[Endpoint]:
     """Serve a GGUF with a llama-server binary until the block ends; see `runtime.Runtime`.
 
     Call it from the main thread. Raises what `serve_embedded` raises; `MissingToolError` means that
@@ -35,7 +36,7 @@ def serve_llama_server(settings: Settings, *, log: Path | None = None) -> Iterat
     ready.check(settings)
     program = _program(settings)
     with front_server.bound(settings) as listener, private_socket() as socket:
-        command = [program, *arguments(settings), "--host", socket]
+        command = [program, *arguments(ready.with_threads(settings)), "--host", socket]
         # The child's standard output has to go somewhere; its log has all that it says.
         with started(["/bin/sh", "-c", 'exec "$0" "$@" >&2', *command], log) as server:
             _await_listening(server, settings)
@@ -43,7 +44,7 @@ def serve_llama_server(settings: Settings, *, log: Path | None = None) -> Iterat
                 yield proved(server, settings, port)
 
 
-def _program(settings: Settings) -> str:
+def _program(settings: ServerSettings) -> str:
     program = settings.program or PROGRAM
     if shutil.which(program) is None:
         raise MissingToolError(
@@ -53,28 +54,7 @@ def _program(settings: Settings) -> str:
     return program
 
 
-def arguments(settings: Settings, *, model: str = "", adapters: tuple[str, ...] = ()) -> list[str]:
-    """llama-server's command line, without the program, the address and the key.
-
-    `model` and `adapters` replace the paths, for a server that sees them elsewhere.
-    """
-    model = model or str(settings.model.absolute())
-    adapters = adapters or tuple(str(path.absolute()) for path in settings.loaded_adapters)
-    # llama-server divides the context among its slots.
-    context = settings.context_tokens * settings.slots
-    command = ["--model", model, "--alias", settings.alias, "--ctx-size", str(context)]
-    command += ["--parallel", str(settings.slots), "--no-kv-unified", "--threads"]
-    command += [str(ready.threads_of(settings)), "--threads-http", str(settings.http_threads)]
-    command += ["--metrics", "--slots", "--jinja", "--offline", "--cors-origins", ""]
-    if settings.gpu_layers is not None:
-        command += ["--n-gpu-layers", "all" if settings.gpu_layers == -1 else str(settings.gpu_layers)]
-    for adapter in adapters:
-        command += ["--lora", adapter]
-    # Where requests choose, none is on until one asks for it.
-    return [*command, "--lora-init-without-apply"] if settings.adapters else command
-
-
-def _await_listening(server: ServerProcess, settings: Settings) -> None:
+def _await_listening(server: ServerProcess, settings: ServerSettings) -> None:
     while True:
         ended = server.child.status is not None
         if any(_LISTENS in line for line in server.said()):

@@ -23,8 +23,8 @@ from forge.errors import RecipeError
 from forge.model.estimate import SERVER_START_BYTES
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.container import IMAGE, PORT, uses_gpu
-from forge.serve.llama_server import arguments
-from forge.serve.runtime import Settings
+from forge.serve.options import arguments
+from forge.serve.runtime import ServerSettings
 from forge.serve.slots import cache_bytes_per_token
 from forge.tools.containers import USER, current_name
 from forge.tools.hosts import in_url
@@ -35,7 +35,7 @@ FETCHER = "curlimages/curl:8.16.0"
 _KEY = "/run/secrets/api-key/api-key"
 
 
-def manifest(kind: str, settings: Settings, *, model_url: str | None = None, replicas: int = 1) -> str:
+def manifest(kind: str, settings: ServerSettings, *, model_url: str | None = None, replicas: int = 1) -> str:
     """YAML for `docker compose` or `kubectl apply`.
 
     Raises `RecipeError` for what it cannot say: adapters to choose from, a URL for Compose, or one for a
@@ -50,24 +50,20 @@ def manifest(kind: str, settings: Settings, *, model_url: str | None = None, rep
     return _yaml([_deployment(settings, model_url, replicas), _service(settings)])
 
 
-def memory_bytes(settings: Settings, header: GgufHeader) -> int:
+def memory_bytes(settings: ServerSettings, header: GgufHeader) -> int:
     """What the server needs: the file, the key-value cache of all slots, and itself."""
     cache = cache_bytes_per_token(header) * settings.context_tokens * settings.slots
     return settings.file_bytes + cache + SERVER_START_BYTES
 
 
-def _flags(settings: Settings) -> list[str]:
+def _flags(settings: ServerSettings) -> list[str]:
     model, *adapters = map(_inside, _files(settings))
     command = arguments(settings, model=model, adapters=tuple(adapters))
-    if settings.threads is None:
-        # This machine's cores say nothing of the other's.
-        at = command.index("--threads")
-        del command[at : at + 2]
     command += ["--api-key-file", _KEY] if settings.api_key else []
     return [_literal(one) for one in command]
 
 
-def _files(settings: Settings) -> list[Path]:
+def _files(settings: ServerSettings) -> list[Path]:
     """The model, and its own adapter where it has one."""
     return [settings.model, *settings.loaded_adapters]
 
@@ -81,11 +77,11 @@ def _literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _image(settings: Settings) -> str:
+def _image(settings: ServerSettings) -> str:
     return current_name(settings.image) if settings.image else IMAGE
 
 
-def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
+def _compose(settings: ServerSettings, replicas: int) -> dict[str, Any]:
     mounts = [
         {
             "type": "bind",
@@ -123,7 +119,7 @@ def _compose(settings: Settings, replicas: int) -> dict[str, Any]:
     return {"name": _label(settings.alias), "services": {"server": server}}
 
 
-def _deployment(settings: Settings, model_url: str | None, replicas: int) -> dict[str, Any]:
+def _deployment(settings: ServerSettings, model_url: str | None, replicas: int) -> dict[str, Any]:
     name = _label(settings.alias)
     volumes: list[dict[str, Any]] = [
         {"name": "models", "emptyDir": {}}
@@ -156,7 +152,7 @@ def _deployment(settings: Settings, model_url: str | None, replicas: int) -> dic
     }
 
 
-def _server(settings: Settings) -> dict[str, Any]:
+def _server(settings: ServerSettings) -> dict[str, Any]:
     mounts = [{"name": "models", "mountPath": "/models", "readOnly": True}]
     if settings.api_key:
         mounts.append({"name": "api-key", "mountPath": str(Path(_KEY).parent), "readOnly": True})
@@ -188,7 +184,7 @@ _HARMLESS: Mapping[str, Any] = {
 }
 
 
-def _fetcher(settings: Settings, url: str) -> dict[str, Any]:
+def _fetcher(settings: ServerSettings, url: str) -> dict[str, Any]:
     if not url.startswith("https://"):
         raise RecipeError(f"--model-url {url}: not an https URL")
     if settings.adapter:
@@ -209,7 +205,7 @@ def _fetcher(settings: Settings, url: str) -> dict[str, Any]:
     }
 
 
-def _service(settings: Settings) -> dict[str, Any]:
+def _service(settings: ServerSettings) -> dict[str, Any]:
     name = _label(settings.alias)
     labels = {"app.kubernetes.io/name": name}
     ports = [{"name": "http", "port": settings.port or PORT, "targetPort": "http"}]

@@ -30,7 +30,7 @@ from forge.errors import CheckError, DataError, ForgeError, Problem, RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint, Message
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import refuse_foreign
 from forge.tools.ollama import Ollama, address_of, server_url, stops_in
 from forge.tools.ollama_server import reach, watch
@@ -60,7 +60,7 @@ class Imported:
 
 
 @contextlib.contextmanager
-def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[Endpoint]:
+def serve_ollama(settings: ServerSettings, *, log: Path | None = None) -> Iterator[Endpoint]:
     """Import a GGUF and serve it; see `runtime.Runtime`. The model stays in Ollama's store afterwards.
 
     Its name is the new model's only when that has answered: to `settings.proof`, else to a tiny chat.
@@ -87,7 +87,7 @@ def serve_ollama(settings: Settings, *, log: Path | None = None) -> Iterator[End
             yield Endpoint(server.url, imported.name, why_gone=why_gone)
 
 
-def _refuse(settings: Settings) -> None:
+def _refuse(settings: ServerSettings) -> None:
     """Raise `RecipeError` for what a server that is not ours cannot be told."""
     refuse_foreign("ollama", settings)
     others = {

@@ -17,7 +17,7 @@ from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint, unknown_end
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.wire import GoneError, Sampling, UnreachableError
 from forge.tools.hosts import in_url, is_loopback, reachable
 
@@ -27,13 +27,13 @@ _SECONDS_TO_LOAD = 1800.0
 _SECONDS_BETWEEN = 0.05
 
 
-def check(settings: Settings) -> None:
+def check(settings: ServerSettings) -> None:
     """Raise `DataError` for files that cannot be served so, `RecipeError` for an open door."""
     check_files(settings)
     _check_door(settings)
 
 
-def check_files(settings: Settings) -> None:
+def check_files(settings: ServerSettings) -> None:
     """Raise `DataError` for files that cannot be served so, whoever serves them."""
     header = read_gguf(settings.model)
     check_kinds(settings.model, header, settings.loaded_adapters)
@@ -66,7 +66,7 @@ def check_kinds(model: Path, header: GgufHeader, adapters: Sequence[Path]) -> No
             )
 
 
-def _check_door(settings: Settings) -> None:
+def _check_door(settings: ServerSettings) -> None:
     if settings.api_key or is_loopback(settings.host):
         return
     if not settings.without_key:
@@ -82,10 +82,15 @@ def url_of(host: str, port: int | str) -> str:
     return f"http://{in_url(reachable(host))}:{port}"
 
 
-def threads_of(settings: Settings) -> int:
+def threads_of(settings: ServerSettings) -> int:
     """The physical cores that this process may use: llama.cpp gains nothing from more threads."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     return settings.threads or min(physical, usable_cores())
+
+
+def with_threads(settings: ServerSettings) -> ServerSettings:
+    """The settings with the threads that this machine gives; as they are where somebody chose."""
+    return replace(settings, threads=threads_of(settings))
 
 
 def device_of(said: Sequence[str]) -> str:
@@ -96,7 +101,7 @@ def device_of(said: Sequence[str]) -> str:
     return "CPU"
 
 
-def refuse_cpu(settings: Settings, device: str) -> None:
+def refuse_cpu(settings: ServerSettings, device: str) -> None:
     """Raise `RecipeError` when layers on a GPU were asked for and none are there."""
     if settings.gpu_layers and device == "CPU":
         raise RecipeError(
@@ -105,7 +110,7 @@ def refuse_cpu(settings: Settings, device: str) -> None:
         )
 
 
-def prove(endpoint: Endpoint, settings: Settings) -> None:
+def prove(endpoint: Endpoint, settings: ServerSettings) -> None:
     """It is ready when it has answered, and serves the context that was asked for.
 
     Raises `GoneError` when the server ends meanwhile, `StageError` when it answers no chat.

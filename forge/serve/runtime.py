@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ _FEWEST_HTTP_THREADS = 128
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """How to serve `model`.
 
     `alias` is the name that clients see. Port 0 takes a free one. Every one of the `parallel`
@@ -59,6 +59,19 @@ class Settings:
     modelfile: Modelfile | None = None
     proof: Callable[[Endpoint], object] | None = None
 
+    def to_json(self) -> str:
+        """One line that `from_json` reads, the key in it. Not for settings with a `proof`."""
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(ServerSettings).dump_json(replace(self, proof=None)).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> ServerSettings:
+        """The settings that `to_json` wrote."""
+        from pydantic import TypeAdapter
+
+        return TypeAdapter(cls).validate_json(text)
+
     @property
     def loaded_adapters(self) -> tuple[Path, ...]:
         """Every adapter that is loaded beside the model, its own first: llama-server's numbers."""
@@ -89,5 +102,5 @@ class Runtime(Protocol):
     """
 
     def __call__(
-        self, settings: Settings, *, log: Path | None = None
+        self, settings: ServerSettings, *, log: Path | None = None
     ) -> AbstractContextManager[Endpoint]: ...

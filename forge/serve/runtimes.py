@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from forge.errors import RecipeError
-from forge.serve.runtime import Runtime, Settings
+from forge.serve.runtime import Runtime, ServerSettings
 from forge.tools.hosts import DEFAULT_HOST
 
 # name -> module and function.
@@ -17,7 +17,7 @@ RUNTIMES: Mapping[str, tuple[str, str]] = {
     "container": ("forge.serve.container", "serve_container"),
     "ollama": ("forge.serve.ollama", "serve_ollama"),
 }
-# Settings that one runtime alone understands.
+# ServerSettings that one runtime alone understands.
 _OWN = {"program": "llama-server", "image": "container"}
 
 
@@ -44,7 +44,7 @@ def check_runtime(name: str, *, host: str = DEFAULT_HOST, port: int = 0) -> None
         ollama_server.check(ollama.server_url(ollama.address_of(host, port)))
 
 
-def refuse_foreign(name: str, settings: Settings) -> None:
+def refuse_foreign(name: str, settings: ServerSettings) -> None:
     """Raise `RecipeError` for a setting that belongs to another runtime than `name`."""
     for field, owner in _OWN.items():
         if getattr(settings, field) is not None and owner != name:

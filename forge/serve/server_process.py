@@ -16,7 +16,7 @@ from forge import process
 from forge.errors import Problem, StageError
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 
 # How many of the server's last lines an error shows.
 LAST_LINES = 8
@@ -42,7 +42,7 @@ class ServerProcess:
         how = f"the server has ended by itself ({self._how_it_ended()}); its last lines:"
         return "\n".join([how, *last_lines(self.said())])
 
-    def not_started(self, settings: Settings) -> StageError:
+    def not_started(self, settings: ServerSettings) -> StageError:
         """The error for a server that ended before it listened."""
         self.child.wait()
         return not_started(settings, self._how_it_ended(), self.said())
@@ -66,7 +66,7 @@ def last_lines(said: Sequence[str]) -> list[str]:
     return list(errors or said)[-LAST_LINES:]
 
 
-def not_started(settings: Settings, how: str, said: Sequence[str]) -> StageError:
+def not_started(settings: ServerSettings, how: str, said: Sequence[str]) -> StageError:
     """The error for a server that did not come up, with its own words."""
     return StageError(
         f"the server did not start with {settings.model} ({how})",
@@ -95,7 +95,7 @@ def started(command: Sequence[str], log: Path | None) -> Iterator[ServerProcess]
             server.in_use = False
 
 
-def proved(server: ServerProcess, settings: Settings, port: int) -> Endpoint:
+def proved(server: ServerProcess, settings: ServerSettings, port: int) -> Endpoint:
     """The endpoint of the front at `port`, once it has answered; raises what `ready.prove` raises."""
     device = ready.device_of(server.said())
     ready.refuse_cpu(settings, device)

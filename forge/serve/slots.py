@@ -8,7 +8,7 @@ from __future__ import annotations
 from forge.model.estimate import SERVER_START_BYTES, available
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.serve.ready import check_kinds
-from forge.serve.runtime import MOST_CONTEXT_OF_ALL_SLOTS, Settings
+from forge.serve.runtime import MOST_CONTEXT_OF_ALL_SLOTS, ServerSettings
 
 # On a CPU eight at once give a tenth more tokens a second than four, sixteen no more than eight; a
 # single client is as fast with any number (docs/decisions.md).
@@ -18,7 +18,7 @@ _SHARE = 0.5
 _CACHE_BYTES = 2  # f16
 
 
-def slots_for(settings: Settings) -> int:
+def slots_for(settings: ServerSettings) -> int:
     """Slots for many clients of a model that runs on this machine's CPU.
 
     Raises `DataError` for files that are not what they are given as.

@@ -6,7 +6,7 @@ import sys
 import webbrowser
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge import report
@@ -16,7 +16,7 @@ from forge.runs.find import find_model, find_run
 from forge.runs.manifest import read_manifest, read_run_modelfile
 from forge.serve import detached
 from forge.serve.endpoint import Endpoint
-from forge.serve.runtime import Settings
+from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import refuse_foreign, runtime_for
 from forge.store.artifacts import open_store
 from forge.tools.hosts import DEFAULT_HOST
@@ -47,23 +47,8 @@ class Wish:
     image: str | None = None
     lora: Mapping[str, Path] = field(default_factory=dict)
 
-    def arguments(self) -> list[str]:
-        """The command line of `forge serve` that asks for the same."""
-        given = {
-            "--runtime": self.runtime, "--host": self.host, "--port": self.port, "--context": self.context,
-            "--parallel": self.parallel, "--threads": self.threads, "--gpu-layers": self.gpu_layers,
-            "--api-key-file": self.api_key_file, "--cors": self.cors_origins or None,
-            "--llama-server": self.program, "--image": self.image,
-        }  # fmt: skip
-        flags = [f"{name}={value}" for name, value in given.items() if value is not None]
-        flags += ["--without-key"] if self.without_key else []
-        flags += ["--control-routes"] if self.control_routes else []
-        flags += [f"--allow-host={name}" for name in self.allow_hosts]
-        flags += [f"--lora={name}={path}" for name, path in self.lora.items()]
-        return [self.target, *flags]
 
-
-def settings(wish: Wish) -> Settings:
+def settings(wish: Wish) -> ServerSettings:
     """How to serve a run or a GGUF file; a run has the name and the context that it was shipped with.
 
     A file has the context min(model's, 4096) unless told. Raises `RecipeError` and `DataError`.
@@ -73,7 +58,7 @@ def settings(wish: Wish) -> Settings:
     most = header.metadata.get(f"{header.architecture}.context_length")
     limit = most if isinstance(most, int) else _DEFAULT_CONTEXT
     run = None if Path(wish.target).is_file() else find_run(wish.target)
-    chosen = Settings(
+    chosen = ServerSettings(
         model=path,
         alias=run.name if run else path.stem,
         context_tokens=wish.context or min(limit, _context_of(run)),
@@ -133,7 +118,7 @@ def read_key(path: Path | None) -> str | None:
     return key
 
 
-def open_runtime(wish: Wish, chosen: Settings, stack: ExitStack) -> Endpoint:
+def open_runtime(wish: Wish, chosen: ServerSettings, stack: ExitStack) -> Endpoint:
     """Serve what `wish` asks for, with the settings `chosen` for it, until `stack` closes."""
     return stack.enter_context(runtime_for(wish.runtime)(chosen))
 
@@ -146,12 +131,10 @@ def served_directory() -> Path:
 def detach(wish: Wish, *, show: bool = False) -> Mapping[str, object]:
     """Serve in the background; returns once it answers, or raises what it ended with."""
     chosen = settings(wish)
-    name, key = chosen.alias, chosen.api_key or ""
-    if key:
-        # The file may have been a pipe, which is empty now; this is one that the server reads.
-        wish = replace(wish, api_key_file=Path("/dev/stdin"))
-    command = [sys.executable, "-m", "forge", "serve", *wish.arguments(), "--listed", "--json"]
-    fields = detached.detach(served_directory(), name, command, typed=key)
+    name = chosen.alias
+    command = [sys.executable, "-m", "forge", "serve", wish.target, "--runtime", wish.runtime]
+    command += ["--handed-over", "--json"]
+    fields = detached.detach(served_directory(), name, command, typed=chosen.to_json() + "\n")
     report.success(f"serving {fields['model']} at {fields['endpoint']}/v1; forge stop {name} ends it")
     if show:
         webbrowser.open(str(fields["endpoint"]))

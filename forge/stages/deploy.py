@@ -44,7 +44,7 @@ class DeployAction(Action):
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
         from forge.serve.live_proof import prove_live
-        from forge.serve.runtime import Settings
+        from forge.serve.runtime import ServerSettings
         from forge.serve.runtimes import runtime_for
 
         deploy = self.ship.recipe.deploy
@@ -53,7 +53,7 @@ class DeployAction(Action):
         data = results["data"].facts if "data" in results else {}
         conversations = _conversations(self.ship.recipe, results)
         in_ollama = deploy.runtime == "ollama"
-        settings = Settings(
+        settings = ServerSettings(
             model=artifact.path / GGUF_FILE,
             adapter=adapter_in(artifact),
             alias=self.ship.recipe.name,

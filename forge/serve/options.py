@@ -1,0 +1,74 @@
+"""The one table from a server's settings to llama-server: its flags, and the attributes of its library.
+
+Every runtime, the manifests and the bundle read it, so that a setting means the same wherever a
+model is served. Not in it: the model's path, the address and the key, which differ by place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from forge.serve.runtime import ServerSettings
+
+Value = bool | int | str | list[str] | None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of llama-server. `value` None leaves it out; a flag of True or False has no value."""
+
+    flag: str
+    attributes: tuple[str, ...]
+    value: Callable[[ServerSettings], Value]
+    # Where the library has another value than the command line.
+    library: Callable[[Value], Value] = lambda value: value
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option("--alias", ("model_alias",), lambda s: s.alias, lambda name: [str(name)]),
+    # llama-server divides the context among its slots.
+    Option("--ctx-size", ("n_ctx",), lambda s: s.context_tokens * s.slots),
+    Option("--parallel", ("n_parallel",), lambda s: s.slots),
+    Option("--no-kv-unified", ("kv_unified",), lambda s: True, lambda _: False),
+    Option("--threads", ("cpuparams.n_threads", "cpuparams_batch.n_threads"), lambda s: s.threads),
+    Option("--threads-http", ("n_threads_http",), lambda s: s.http_threads),
+    Option("--metrics", ("endpoint_metrics",), lambda s: True),
+    Option("--slots", ("endpoint_slots",), lambda s: True),
+    Option("--jinja", ("use_jinja",), lambda s: True),
+    Option("--offline", ("offline",), lambda s: True),
+    # Which pages may ask is the front's affair.
+    Option("--cors-origins", ("cors_origins",), lambda s: ""),
+    # -1 is all of them to us, as many as fit to llama.cpp; its "all" is -2.
+    Option(
+        "--n-gpu-layers",
+        ("n_gpu_layers",),
+        lambda s: "all" if s.gpu_layers == -1 else s.gpu_layers,
+        lambda layers: -2 if layers == "all" else layers,
+    ),
+    # Where requests choose, none is on until one asks for it.
+    Option("--lora-init-without-apply", ("lora_init_without_apply",), lambda s: bool(s.adapters) or None),
+)
+
+
+def arguments(settings: ServerSettings, *, model: str = "", adapters: Sequence[str] = ()) -> list[str]:
+    """llama-server's command line, without the program, the address and the key.
+
+    `model` and `adapters` replace the paths, for a server that sees them elsewhere.
+    """
+    command = ["--model", model or str(settings.model.absolute())]
+    for option in OPTIONS:
+        value = option.value(settings)
+        if value is not None:
+            command += [option.flag] if value is True else [option.flag, str(value)]
+    for adapter in adapters or [str(path.absolute()) for path in settings.loaded_adapters]:
+        command += ["--lora", adapter]
+    return command
+
+
+def attributes(settings: ServerSettings) -> Iterator[tuple[str, Value]]:
+    """The same as attributes of xllamacpp's `CommonParams`, by their dotted names."""
+    for option in OPTIONS:
+        value = option.value(settings)
+        if value is not None:
+            yield from ((name, option.library(value)) for name in option.attributes)
