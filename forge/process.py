@@ -28,6 +28,8 @@ from typing import IO
 from forge.errors import MissingToolError
 
 GRACE_SECONDS = 20.0
+_WAITING = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
+_SPIN_COUNT = "1000"
 
 # Sets PR_SET_PDEATHSIG (1) to SIGKILL, then becomes the program. A launcher instead of
 # `preexec_fn`, which can deadlock when another thread holds a lock across the fork. If the parent
@@ -44,6 +46,18 @@ def pasteable(command: Sequence[str], directory: Path | None = None) -> str:
     """The command as one line for a shell."""
     line = shlex.join(command)
     return f"(cd {shlex.quote(str(directory))} && {line})" if directory else line
+
+
+def waiting_policy(environment: Mapping[str, str]) -> dict[str, str]:
+    """How threads of a child wait for each other: not by turning for long, which starves who has the core.
+
+    libgomp reads it when it is loaded, and by default turns for as long as there are no more threads than
+    cores; with another busy process on each core a token then takes seconds. A setting of the user's own in
+    `environment` stays.
+    """
+    if _WAITING.isdisjoint(environment):
+        return {"GOMP_SPINCOUNT": _SPIN_COUNT}
+    return {}
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,7 @@ class Child:
         self.command = list(command)
         self.log = log
         combined = {**os.environ, **(environment or {})}
+        combined |= waiting_policy(combined)
         program = self.command[0]
         place = (directory or Path()) / program if os.sep in program else program
         if shutil.which(place, path=combined.get("PATH")) is None:

@@ -15,6 +15,9 @@ from forge.model.base import resolve
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
 from forge.recipe.document import describe
+from forge.serve import front_nginx
+from forge.serve.container import PORT
+from forge.serve.runtime import ServerSettings
 from tests.families import family_modelfiles
 
 ROOT = Path(__file__).parent.parent
@@ -58,9 +61,20 @@ def modelfiles() -> dict[str, str]:
         } | family_modelfiles()
 
 
+def front_conf() -> str:
+    """docker/front.conf: the front door of docker/compose.yaml, for names of this machine and addresses."""
+    return front_nginx.front_conf(
+        ServerSettings(Path("model.gguf"), "", 0),
+        upstream=f"server:{PORT} resolve max_fails=1 fail_timeout=5s",
+        resolver="127.0.0.11",
+        written_by="written by `make documents`",
+    )
+
+
 def documents() -> dict[str, str]:
     """Every generated document: path from the root -> its whole text."""
-    return {"docs/commands.md": commands(), "docs/recipe.md": recipe(), **modelfiles()}
+    texts = {"docs/commands.md": commands(), "docs/recipe.md": recipe(), "docker/front.conf": front_conf()}
+    return texts | modelfiles()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ session's other pieces, and a test that needs it fails without.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +20,11 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from forge import process
+from forge.serve import ready
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
+from forge.serve.options import arguments
 from forge.serve.runtime import ServerSettings
 from tests.conftest import SESSION_HOME
 from tests.tiny_gguf import REPLY, SPECIAL, WIDTH, write_tiny_gguf
@@ -101,3 +107,26 @@ def served_adapters(adapter_files: Path) -> Iterator[Endpoint]:
         yield endpoint
     assert not listens(endpoint.url)
     assert not own_servers()
+
+
+@contextlib.contextmanager
+def bare_server(settings: ServerSettings) -> Iterator[tuple[Endpoint, psutil.Process]]:
+    """llama-server as it is, without a front, on a port of loopback: what nginx has behind it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [str(llama_server()), *arguments(settings), "--host", "127.0.0.1", "--port", str(port)]
+    with tempfile.TemporaryDirectory() as private, tempfile.TemporaryFile("w+") as log:
+        if settings.api_key:
+            key = Path(private) / "key"
+            key.write_text(settings.api_key)
+            command += ["--api-key-file", str(key)]
+        with process.Child(
+            ["/bin/sh", "-c", 'exec "$0" "$@" >&2', *command], log=log, separate_errors=True
+        ) as child:
+            endpoint = Endpoint(f"http://127.0.0.1:{port}", settings.alias, settings.api_key)
+            deadline = time.monotonic() + 60
+            while not listens(endpoint.url):
+                assert child.status is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            ready.prove(endpoint, settings)
+            yield endpoint, psutil.Process(child.pid)

@@ -12,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from forge import process
+from forge.serve import front_nginx
 from forge.serve.container import BUILD, IMAGE, PORT
 from forge.tools.containers import USER
 from tests.conftest import ROOT
@@ -22,8 +23,7 @@ DOCKERFILES = sorted(DOCKER.glob("*/Dockerfile"))
 
 
 def _compose(name: str) -> Any:
-    text = (DOCKER / name).read_text()
-    return YAML(typ="safe").load(text.replace("!reset []", "[]"))
+    return YAML(typ="safe").load((DOCKER / name).read_text())
 
 
 @pytest.mark.programs
@@ -63,14 +63,18 @@ def test_server_is_the_one_that_forge_runs() -> None:
     assert server["security_opt"] == ["no-new-privileges:true"]
     assert server["user"] == f"{USER}:{USER}"
     assert all(volume["read_only"] for volume in server["volumes"])
-    assert server["ports"] == [f"${{HOST:-127.0.0.1}}:${{PORT:-8080}}:{PORT}"]
+    assert server["networks"] == ["behind"] and "ports" not in server
+    front = _compose("compose.yaml")["services"]["front"]
+    assert front["image"] == front_nginx.IMAGE
+    assert front["ports"] == [f"${{HOST:-127.0.0.1}}:${{PORT:-8080}}:{PORT}"]
+    for one in (server, front):
+        assert one["mem_limit"] and one["pids_limit"]
 
 
 @pytest.mark.programs
-@pytest.mark.parametrize("name", ["compose.yaml", "compose.replicas.yaml"])
-def test_compose_files_are_true_to_their_schema(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text((DOCKER / name).read_text().replace("!reset []", "[]"))
+def test_compose_file_is_true_to_its_schema(tmp_path: Path) -> None:
+    path = tmp_path / "compose.yaml"
+    path.write_text((DOCKER / "compose.yaml").read_text())
     assert _checked(path).status == 0
     path.write_text(path.read_text().replace("read_only: true\n", "read_onli: true\n"))
     assert _checked(path).status != 0
@@ -103,8 +107,9 @@ _DOORS: Mapping[str, tuple[Mapping[str, str], str, str]] = {
 @pytest.mark.parametrize("door", _DOORS)
 def test_others_come_in_with_a_key_or_by_an_explicit_word(door: str) -> None:
     variables, published, key = _DOORS[door]
-    server = _compose("compose.yaml")["services"]["server"]
-    [port], mount = server["ports"], server["volumes"][1]
+    services = _compose("compose.yaml")["services"]
+    server = services["server"]
+    [port], mount = services["front"]["ports"], server["volumes"][1]
     assert _interpolated(port, variables) == published
     assert _interpolated(mount["source"], variables) == key
     assert mount["target"] == server["command"][server["command"].index("--api-key-file") + 1]

@@ -1,4 +1,4 @@
-"""docker/replicas.conf, in a real nginx before real servers: nothing is held back, and nothing lost."""
+"""docker/front.conf, in a real nginx before real servers: nothing is held back, and nothing lost."""
 
 from __future__ import annotations
 
@@ -11,56 +11,42 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import pytest
 
 from forge import process
 from forge.serve.client import Client
-from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
+from forge.serve.front_nginx import front_conf
 from forge.serve.runtime import ServerSettings
 from forge.serve.wire import Sampling
+from tests import attacks
 from tests.conftest import ROOT
-from tests.servers import HELLO, own_servers
+from tests.servers import HELLO, KEY, bare_server, write_adapter
 from tests.shipping import wait_for
 from tests.stand_in_server import Failure, StandIn
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
+SHIPPED = (ROOT / "docker" / "front.conf").read_text()
 pytestmark = [pytest.mark.network, pytest.mark.programs, pytest.mark.slow]
-_MAIN = """
-{user}
-daemon off;
-pid {place}/pid;
-error_log stderr;
-events {{}}
-http {{
-    access_log off;
-    client_body_temp_path {place}/body;
-    proxy_temp_path {place}/proxy;
-    fastcgi_temp_path {place}/fastcgi;
-    uwsgi_temp_path {place}/uwsgi;
-    scgi_temp_path {place}/scgi;
-    include {place}/replicas.conf;
-}}
-"""
 
 
 @contextlib.contextmanager
-def _behind_nginx(place: Path, servers: Sequence[Endpoint]) -> Iterator[Endpoint]:
-    """The shipped configuration but for two things: where it listens, and docker's name for the servers."""
+def _behind_nginx(place: Path, servers: Sequence[Endpoint], text: str = SHIPPED) -> Iterator[Endpoint]:
+    """The shipped configuration in a real nginx."""
     nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
     if nginx is None:
         pytest.skip("needs nginx: apt-get install nginx")
-    pid = place / "pid"
+    pid = place / "nginx.pid"
     with (place / "nginx.log").open("a+") as log, contextlib.ExitStack() as stack:
         for is_last in (False, True):
             pid.unlink(missing_ok=True)
             port = _free_port()
-            command = [nginx, "-p", str(place), "-c", str(_written(place, port, servers))]
+            command = [nginx, "-p", str(place), "-c", str(_written(place, port, servers, text))]
             child = stack.enter_context(process.Child(command, log=log, separate_errors=True))
             try:
                 # It writes that once it listens; that anybody does would prove nothing.
@@ -70,7 +56,7 @@ def _behind_nginx(place: Path, servers: Sequence[Endpoint]) -> Iterator[Endpoint
                 # Another program has taken the port since it was free.
                 if is_last or child.status is None:
                     raise
-        yield Endpoint(f"http://127.0.0.1:{port}", servers[0].model)
+        yield replace(servers[0], url=f"http://127.0.0.1:{port}")
 
 
 def _free_port() -> int:
@@ -79,29 +65,20 @@ def _free_port() -> int:
     return port
 
 
-def _written(place: Path, port: int, servers: Sequence[Endpoint]) -> Path:
-    """nginx's configuration."""
-    text = (ROOT / "docker" / "replicas.conf").read_text()
+def _written(place: Path, port: int, servers: Sequence[Endpoint], text: str) -> Path:
+    """nginx's configuration as it is shipped, but for where it listens, writes, and finds the servers."""
     named = "".join(rf"server {urlsplit(one.url).netloc}\1;" for one in servers)
     for pattern, new in {
         r"resolver [^;]+;": "",
         r"server server:8080 resolve([^;]*);": named,
-        r"listen 8080;": f"listen 127.0.0.1:{port};",
+        r"worker_processes 2;": "daemon off; worker_processes 1;" + ("" if os.getuid() else "user root;"),
     }.items():
         text, count = re.subn(pattern, new, text)
         assert count == 1, pattern
-    (place / "replicas.conf").write_text(text)
+    text = text.replace("listen 8080", f"listen 127.0.0.1:{port}").replace(" /tmp/", f" {place}/")
     main = place / "nginx.conf"
-    main.write_text(_MAIN.format(place=place, user="" if os.getuid() else "user root;"))
+    main.write_text(text)
     return main
-
-
-@contextlib.contextmanager
-def _server(settings: ServerSettings) -> Iterator[tuple[Endpoint, psutil.Process]]:
-    before = set(own_servers())
-    with serve_embedded(settings) as endpoint:
-        [process_] = set(own_servers()) - before
-        yield endpoint, process_
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +91,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ServerSettings:
 def test_requests_outlive_the_server_that_answers_them(settings: ServerSettings, tmp_path: Path) -> None:
     """Killed while it answers: another server is asked, and whoever waits sees nothing but the answer."""
     long = Sampling(max_tokens=3000)
-    with _server(settings) as (first, _), _server(settings) as (second, victim):
+    with bare_server(settings) as (first, _), bare_server(settings) as (second, victim):
         with _behind_nginx(tmp_path, [first, second]) as endpoint:
 
             def ask(number: int) -> tuple[str, int]:
@@ -141,7 +118,7 @@ def test_requests_outlive_the_server_that_answers_them(settings: ServerSettings,
 
 def test_streams_pass_as_they_come_and_idle_connections_live(tmp_path: Path) -> None:
     model = write_tiny_gguf(tmp_path / "tiny.gguf")
-    with serve_embedded(ServerSettings(model, "yoda", 512, threads=1, parallel=1)) as server:
+    with bare_server(ServerSettings(model, "yoda", 512, threads=1, parallel=1)) as (server, _):
         patient = httpx.Client(trust_env=False, limits=httpx.Limits(keepalive_expiry=60))
         with _behind_nginx(tmp_path, [server]) as endpoint, patient as http:
             body = {"messages": HELLO, "stream": True, "temperature": 0}
@@ -175,3 +152,49 @@ def test_a_server_that_cannot_answer_is_passed_over(tmp_path: Path, failure: Fai
             url = endpoint.route("/v1/chat/completions")
             answer = httpx.post(url, json={"messages": HELLO}, trust_env=False, timeout=60)
             assert answer.status_code in (502, 503)
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["open", "key"])
+def test_the_front_door_of_compose_withstands(tmp_path: Path, key: str | None) -> None:
+    """The attacks of `test_serve_front`, on nginx with the rules that were written from the same settings."""
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    own = write_adapter(tmp_path / "Y.gguf", says="Y")
+    settings = ServerSettings(model, "yes", 512, threads=1, parallel=2, adapter=own, api_key=key)
+    with bare_server(settings) as (server, _), _behind_nginx(tmp_path, [server]) as endpoint:
+        attacks.page_of_another_site_changes_nothing(endpoint, "Y")
+        attacks.what_controls_is_closed(endpoint, "Y")
+        attacks.other_names_are_not_answered(endpoint)
+        attacks.slow_clients_hold_up_nobody(endpoint, "Y", count=300)
+        attacks.smuggled_requests_are_not_run(endpoint)
+        attacks.answers_as(endpoint, "Y")
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=endpoint.url, headers=headers if key else {}, trust_env=False) as http:
+            for path in ("/nothing", "/slots", "/v1/models/no", "/v1/stream"):
+                answer = http.get(path)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (404, 404)
+            assert "no such route" not in http.get("/").text, "the page is the server's"
+            assert http.get("/v1/models").json()["data"][0]["id"] == "yes"
+            assert http.post("/tokenize", json={"content": "a lora b"}).status_code == 200
+
+
+def test_pages_and_names_that_are_let_in(tmp_path: Path) -> None:
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    settings = ServerSettings(
+        model, "m", 512, threads=1, cors_origins="https://a.example", allow_hosts=("chat.example",),
+        control_routes=True,
+    )  # fmt: skip
+    text = front_conf(settings, upstream="server:8080 resolve", resolver="127.0.0.11")
+    with bare_server(settings) as (server, _), _behind_nginx(tmp_path, [server], text) as endpoint:
+        with httpx.Client(base_url=endpoint.url, trust_env=False) as http:
+            assert http.get("/health", headers={"Host": "chat.example"}).status_code == 200
+            assert http.get("/health", headers={"Host": "other.example"}).status_code == 403
+            page = {"Origin": "https://a.example"}
+            answer = http.post("/v1/chat/completions", json={"messages": HELLO}, headers=page)
+            assert answer.headers["access-control-allow-origin"] == page["Origin"]
+            asking = page | {"Access-Control-Request-Headers": "content-type"}
+            preflight = http.options("/v1/chat/completions", headers=asking)
+            assert preflight.headers["access-control-allow-headers"] == "content-type"
+            assert http.post("/tokenize", json={}, headers={"Origin": "https://b.example"}).status_code == 403
+            assert http.post("/tokenize", json={"content": "a"}, headers={"Origin": endpoint.url}).is_success
+            assert http.get("/slots").status_code == 200
+            assert http.get("/v1/models/m").json()["id"] == "m"

@@ -16,13 +16,14 @@ import pytest
 
 from forge.errors import MissingToolError, RecipeError, StageError
 from forge.serve.client import Client
-from forge.serve.container import IMAGE, serve_container
+from forge.serve.container import IMAGE, MOST_PROCESSES, serve_container
 from forge.serve.runtime import ServerSettings
 from forge.serve.wire import GoneError, RefusedError
 from forge.tools.containers import current_name, docker_files, engine
 from tests.docker_daemon import BASE, load_base
 from tests.servers import HELLO, KEY, listens, write_adapter
 from tests.test_docker_files import NEEDS_KEY
+from tests.test_serve_front import attack
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 
@@ -125,6 +126,7 @@ def _cannot_do_harm(container: Any) -> None:
     host = container.attrs["HostConfig"]
     assert host["ReadonlyRootfs"] is True
     assert host["Privileged"] is False
+    assert host["Memory"] > 0 and host["PidsLimit"] == MOST_PROCESSES
     assert container.attrs["Config"]["User"] == "10001:10001"
     assert all(mount["RW"] is False for mount in container.attrs["Mounts"])
     status = Path(f"/proc/{container.attrs['State']['Pid']}/status").read_text()
@@ -201,7 +203,7 @@ def test_adapters_named_ports_and_the_image_of_old_documents(
         assert stack.enter_context(Client(first)).chat(HELLO).text == "Y"
         port = urlsplit(first.url).port
         assert port is not None
-        with pytest.raises(StageError, match=r"port is already allocated|address already in use"):
+        with pytest.raises(StageError, match="cannot be listened on"):
             stack.enter_context(serve_container(replace(settings, alias="other", port=port)))
 
 
@@ -217,3 +219,14 @@ def test_no_daemon_starts_a_server_for_others_without_a_key(daemon: Any) -> None
     mount = Mount("/run/secrets/api-key", f"/dev/null/{NEEDS_KEY}", "bind", read_only=True)
     with pytest.raises(APIError, match=NEEDS_KEY):
         daemon.containers.create(BASE, ["x"], mounts=[mount])
+
+
+@pytest.mark.docker
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [None, KEY], ids=["open", "key"])
+def test_container_withstands(daemon: Any, settings: ServerSettings, tmp_path: Path, key: str | None) -> None:
+    own, other = (write_adapter(tmp_path / f"{name}.gguf", says=name) for name in "YN")
+    chosen = replace(settings, alias="yes", adapter=own, adapters={"no": other} if key else {}, api_key=key)
+    attack(serve_container, chosen)

@@ -120,6 +120,16 @@ def test_what_is_opened_is_open(opened: Endpoint) -> None:
 
 @pytest.mark.network
 @pytest.mark.programs
+def test_what_is_closed_says_how_to_open_it(files: Path) -> None:
+    with serve_embedded(_settings(files, None, False)) as endpoint:
+        closed = httpx.get(endpoint.route("/slots"), trust_env=False)
+        lora = httpx.post(endpoint.route("/completion"), json={"prompt": "a", "lora": []}, trust_env=False)
+    assert (closed.status_code, "--control-routes" in closed.text) == (403, True)
+    assert (lora.status_code, "`lora` is closed" in lora.text) == (400, True)
+
+
+@pytest.mark.network
+@pytest.mark.programs
 def test_models_are_found_by_name(opened: Endpoint) -> None:
     with httpx.Client(base_url=opened.url, trust_env=False) as http:
         assert http.get("/v1/models/no").json()["id"] == "no"

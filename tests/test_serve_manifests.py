@@ -17,11 +17,14 @@ from forge.cli.main import run
 from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve.container import CUDA_IMAGE, IMAGE
-from forge.serve.manifests import manifest, memory_bytes
+from forge.serve.front_nginx import front_conf
+from forge.serve.manifests import manifest
 from forge.serve.runtime import ServerSettings
+from forge.serve.slots import memory_bytes
 from tests.tiny_gguf import write_tiny_gguf
 
 URL = "https://models.example/yoda.gguf"
+UPSTREAM = "server:8080 resolve max_fails=1 fail_timeout=5s"
 
 
 @pytest.fixture
@@ -38,22 +41,26 @@ def _documents(text: str) -> list[Any]:
 @pytest.mark.parametrize("key", ["k", None])
 def test_kubernetes_takes_it(settings: ServerSettings, url: str | None, key: str | None) -> None:
     text = manifest("kubernetes", replace(settings, api_key=key), model_url=url, replicas=3)
-    deployment, service = _documents(text)
-    for one in (deployment, service):
+    config, deployment, service = _documents(text)
+    for one in (config, deployment, service):
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
     pod = deployment["spec"]["template"]["spec"]
-    [server] = pod["containers"]
+    server, front = pod["containers"]
+    assert server["args"][-4:] == ["--host", "127.0.0.1", "--port", "8081"], "its front alone reaches it"
+    assert front["ports"] == [{"name": "http", "containerPort": 8080}]
+    assert "server 127.0.0.1:8081;" in config["data"]["nginx.conf"]
+    assert {"name": "GOMP_SPINCOUNT", "value": "1000"} in server["env"]
     assert (deployment["kind"], deployment["metadata"]["name"]) == ("Deployment", "yoda-q4")
     assert deployment["spec"]["replicas"] == 3
     assert server["image"] == IMAGE
     assert ("--api-key-file" in server["args"]) == bool(key)
     assert "--threads" not in server["args"]
-    assert server["startupProbe"]["httpGet"] == {"path": "/health", "port": "http"}
-    for container in (*pod["containers"], *pod["initContainers"]):
+    assert front["readinessProbe"]["httpGet"]["path"] == "/health"
+    for container in (*pod["containers"], *pod.get("initContainers", [])):
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
-    mounted = {one["name"]: one["mountPath"] for one in server["volumeMounts"]}
-    assert {one["name"] for one in pod["volumes"]} == mounted.keys()
+    mounted = {one["name"] for container in pod["containers"] for one in container["volumeMounts"]}
+    assert {one["name"] for one in pod["volumes"]} == mounted
     assert service["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"]
     if url:
         [fetcher] = pod["initContainers"]
@@ -62,7 +69,7 @@ def test_kubernetes_takes_it(settings: ServerSettings, url: str | None, key: str
 
 
 def test_the_validator_can_refuse(settings: ServerSettings) -> None:
-    deployment, _ = _documents(manifest("kubernetes", settings))
+    _, deployment, _ = _documents(manifest("kubernetes", settings))
     deployment["spec"]["replikas"] = 1
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
@@ -75,13 +82,22 @@ def _compose_server(settings: ServerSettings, path: Path) -> Any:
     finished = process.run(command)
     assert finished.status == 0, finished.output
     [document] = _documents(path.read_text())
+    assert "ports" not in document["services"]["server"], "its front alone reaches it"
+    assert document["networks"]["behind"] == {"internal": True}
     return document["services"]["server"]
 
 
 @pytest.mark.programs
 def test_compose_takes_it(settings: ServerSettings, tmp_path: Path) -> None:
-    server = _compose_server(replace(settings, port=9000), tmp_path / "compose.yaml")
-    assert server["ports"] == ["127.0.0.1:9000:8080"]
+    path = tmp_path / "compose.yaml"
+    server = _compose_server(replace(settings, port=9000), path)
+    [document] = _documents(path.read_text())
+    front = document["services"]["front"]
+    assert front["ports"] == ["127.0.0.1:9000:8080"]
+    assert front["read_only"] and front["cap_drop"] == ["ALL"] and front["mem_limit"] and front["pids_limit"]
+    assert server["mem_limit"] and server["pids_limit"]
+    text = document["configs"]["front"]["content"].replace("$$", "$")
+    assert text.rstrip() == front_conf(settings, upstream=UPSTREAM, resolver="127.0.0.11").rstrip()
     assert server["read_only"] is True
     assert server["volumes"][0]["source"] == str(settings.model), "an absolute path"
     assert all(volume["read_only"] for volume in server["volumes"])
@@ -94,14 +110,14 @@ def test_a_cuda_image_is_given_a_gpu(
 ) -> None:
     """In the words of each; no other image is, and none is asked for layers that it has no place for."""
     wish = replace(settings, image=CUDA_IMAGE, gpu_layers=layers)
-    deployment, _ = _documents(manifest("kubernetes", wish))
+    _, deployment, _ = _documents(manifest("kubernetes", wish))
     kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
-    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    container, _ = deployment["spec"]["template"]["spec"]["containers"]
     server = _compose_server(wish, tmp_path / "compose.yaml")
     assert container["resources"]["limits"].get("nvidia.com/gpu") == ("1" if gpu else None)
     assert ("deploy" in server) == gpu
     for command in (container["args"], server["command"]):
-        assert (command[-4:-2] == ["--n-gpu-layers", "all"]) == (layers == -1)
+        assert (" --n-gpu-layers all " in " ".join(command)) == (layers == -1)
     if gpu:
         [device] = server["deploy"]["resources"]["reservations"]["devices"]
         assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
@@ -122,7 +138,7 @@ def test_dollars_in_names_stay_dollars(settings: ServerSettings, tmp_path: Path)
     """Compose replaces $HOME and ${HOME}, Kubernetes $(HOME); both read $$ as a dollar."""
     odd = write_tiny_gguf(tmp_path / "a$HOME$$(HOME).gguf")
     wish = replace(settings, model=odd, alias="${HOME}", api_key=None)
-    compose, (kubernetes, _) = (_documents(manifest(kind, wish)) for kind in ("compose", "kubernetes"))
+    compose, (_, kubernetes, _) = (_documents(manifest(kind, wish)) for kind in ("compose", "kubernetes"))
     server = compose[0]["services"]["server"]
     [mount] = server["volumes"]
     args = kubernetes["spec"]["template"]["spec"]["containers"][0]["args"]
@@ -153,7 +169,7 @@ def test_what_a_manifest_cannot_say_is_refused(settings: ServerSettings) -> None
         manifest("kubernetes", replace(settings, adapters={"a": Path("a")}))
     with pytest.raises(RecipeError, match="goes with --print kubernetes"):
         manifest("compose", settings, model_url=URL)
-    with pytest.raises(RecipeError, match="one port"):
+    with pytest.raises(RecipeError, match="said to Compose"):
         manifest("compose", settings, replicas=2)
     with pytest.raises(RecipeError, match="not an https URL"):
         manifest("kubernetes", settings, model_url="http://x/y")
@@ -165,7 +181,11 @@ def test_command_prints_it(settings: ServerSettings, capsys: pytest.CaptureFixtu
     assert run(kubernetes) == 2
     capsys.readouterr()
     assert run([*kubernetes, "--without-key"]) == 0
-    assert [one["kind"] for one in _documents(capsys.readouterr().out)] == ["Deployment", "Service"]
+    assert [one["kind"] for one in _documents(capsys.readouterr().out)] == [
+        "ConfigMap",
+        "Deployment",
+        "Service",
+    ]
     assert run(["serve", str(settings.model), "--replicas", "2"]) == 2
     assert run(["serve", str(settings.model), "--runtime", "ollama", "--print", "compose"]) == 2
     assert "--print writes how llama.cpp's server is started, not Ollama" in capsys.readouterr().err

@@ -24,9 +24,10 @@ from forge.model.gguf_header import read_gguf
 from forge.runs.find import find_model
 from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
-from forge.serve.manifests import manifest, memory_bytes
+from forge.serve.manifests import manifest
 from forge.serve.options import arguments
 from forge.serve.runtimes import runtime_for
+from forge.serve.slots import memory_bytes
 from forge.ship.serving import Wish, settings
 from tests.fake_ollama import FakeOllama
 from tests.servers import HELLO, llama_server, own_servers, write_adapter
@@ -124,8 +125,8 @@ def test_manifests_serve_it_with_its_adapter(run: Path) -> None:
     server = compose["services"]["server"]
     assert [one["target"] for one in server["volumes"]] == names
     assert [one["source"] for one in server["volumes"]] == [str(run / Path(name).name) for name in names]
-    deployment, _ = YAML(typ="safe").load_all(manifest("kubernetes", chosen))
-    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    _, deployment, _ = YAML(typ="safe").load_all(manifest("kubernetes", chosen))
+    container, _ = deployment["spec"]["template"]["spec"]["containers"]
     for command in (server["command"], container["args"]):
         assert [command[command.index(flag) + 1] for flag in ("--model", "--lora")] == names
         assert "--lora-init-without-apply" not in command

@@ -15,13 +15,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from forge import process
 from forge.errors import RecipeError
+from forge.model.gguf_header import read_gguf
 from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.front import Behind
 from forge.serve.options import arguments
 from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import last_lines, not_started
+from forge.serve.slots import memory_bytes
 from forge.serve.wire import GoneError
 from forge.tools.containers import Container, Engine, current_name, docker_files, engine
 from forge.tools.hosts import DEFAULT_HOST
@@ -31,6 +34,10 @@ BUILD = "b10868"
 IMAGE = f"forge-llama-server:{BUILD}"
 CUDA_IMAGE = f"ghcr.io/ggml-org/llama.cpp:server-cuda-{BUILD}"
 PORT = 8080
+# llama-server has a thread for each connection, up to twice its slots, and those that compute.
+MOST_PROCESSES = 1024
+# What libraries and a long prompt take beside what is reckoned.
+_MARGIN_BYTES = 512 << 20
 _KEY = "/run/secrets/api-key"
 
 
@@ -110,6 +117,9 @@ def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, 
         published=(DEFAULT_HOST, 0),
         port=PORT,
         gpu=uses_gpu(settings),
+        environment=process.waiting_policy(os.environ),
+        memory=_MARGIN_BYTES + memory_bytes(settings, read_gguf(settings.model)),
+        processes=MOST_PROCESSES,
     )
 
 

@@ -1,10 +1,10 @@
 """The server as others start it: a Compose file, or Kubernetes' Deployment and Service.
 
-They are data for their tools, written from the same settings as `forge serve` uses: the same image
-and flags, nobody's user, nothing that can be written, and memory by the model's own header. Where
-the model is, is said in one place: a directory for Compose; for Kubernetes a volume claim that
-holds it, or a URL from which an init container fetches it, checked by its sha256. The model's own
-adapter is mounted beside it, or lies on the same claim.
+The texts are templates in `docker/templates/`, filled in from the same settings as `forge serve` uses: the
+same image and flags, nobody's user, nothing that can be written, memory by the model's own header, and
+nginx in front with the rules of forge's own front door. Where the model is, is said in one place: a
+directory for Compose; for Kubernetes a volume claim that holds it, or a URL from which an init container
+fetches it, checked by its sha256. The model's own adapter is mounted beside it, or lies on the same claim.
 
 Not covered: an ingress, TLS, several machines' worth of one model. The key is a Secret that exists.
 """
@@ -12,20 +12,18 @@ Not covered: an ingress, TLS, several machines' worth of one model. The key is a
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from forge import process
 from forge.errors import RecipeError
-from forge.model.estimate import SERVER_START_BYTES
-from forge.model.gguf_header import GgufHeader, read_gguf
-from forge.serve.container import IMAGE, PORT, uses_gpu
+from forge.model.gguf_header import read_gguf
+from forge.serve import front_nginx
+from forge.serve.container import IMAGE, MOST_PROCESSES, PORT, uses_gpu
 from forge.serve.options import arguments
 from forge.serve.runtime import ServerSettings
-from forge.serve.slots import cache_bytes_per_token
+from forge.serve.slots import memory_bytes
 from forge.tools.containers import USER, current_name
 from forge.tools.hosts import in_url
 
@@ -33,6 +31,9 @@ KINDS = ("compose", "kubernetes")
 # Fetches the model; pinned as the server is.
 FETCHER = "curlimages/curl:8.16.0"
 _KEY = "/run/secrets/api-key/api-key"
+# In a pod, where the front has the port.
+_BEHIND = 8081
+_FETCH = 'curl --fail --location --silent --show-error --output "$1" "$2" && echo "$3  $1" | sha256sum -c'
 
 
 def manifest(kind: str, settings: ServerSettings, *, model_url: str | None = None, replicas: int = 1) -> str:
@@ -42,18 +43,67 @@ def manifest(kind: str, settings: ServerSettings, *, model_url: str | None = Non
     model that is two files, a GPU without a CUDA image.
     """
     if settings.adapters:
-        raise RecipeError("--print cannot say --lora: adapters by name need forge's own proxy")
+        raise RecipeError("--print cannot say --lora: adapters by name need forge's own front door")
     if kind == "compose":
         if model_url:
             raise RecipeError("--model-url goes with --print kubernetes", hint="Compose mounts the file")
-        return _yaml([_compose(settings, replicas)])
-    return _yaml([_deployment(settings, model_url, replicas), _service(settings)])
+        return _compose(settings, replicas)
+    return _kubernetes(settings, model_url, replicas)
 
 
-def memory_bytes(settings: ServerSettings, header: GgufHeader) -> int:
-    """What the server needs: the file, the key-value cache of all slots, and itself."""
-    cache = cache_bytes_per_token(header) * settings.context_tokens * settings.slots
-    return settings.file_bytes + cache + SERVER_START_BYTES
+def _compose(settings: ServerSettings, replicas: int) -> str:
+    if replicas > 1:
+        raise RecipeError(
+            "how many servers there are is said to Compose",
+            hint="docker compose up --scale server=N; or --print kubernetes",
+        )
+    return front_nginx.rendered(
+        "compose.yaml",
+        **_shared(settings, ["--host", "0.0.0.0", "--port", str(PORT)]),
+        files=[
+            {"here": _literal(str(path.absolute())), "inside": _literal(_inside(path))}
+            for path in _files(settings)
+        ],
+        processes=MOST_PROCESSES,
+        published=f"{in_url(settings.host)}:{settings.port or PORT}:{PORT}",
+        front=front_nginx.front_conf(
+            settings, upstream=f"server:{PORT} resolve max_fails=1 fail_timeout=5s", resolver="127.0.0.11"
+        ),
+    )
+
+
+def _kubernetes(settings: ServerSettings, model_url: str | None, replicas: int) -> str:
+    name = _label(settings.alias)
+    in_cluster = rf'"~^{name}(\.[a-z0-9-]+(\.svc(\.[a-z0-9.-]+)?)?)?$"'
+    return front_nginx.rendered(
+        "kubernetes.yaml",
+        **_shared(settings, ["--host", "127.0.0.1", "--port", str(_BEHIND)]),
+        model_url=model_url,
+        fetcher=FETCHER,
+        fetch=_fetch(settings, model_url) if model_url else [],
+        replicas=replicas,
+        cpus=settings.threads or 1,
+        probe=["curl", "--fail", "--silent", f"http://127.0.0.1:{_BEHIND}/health"],
+        port=PORT,
+        service_port=settings.port or PORT,
+        front=front_nginx.front_conf(settings, upstream=f"127.0.0.1:{_BEHIND}", names=(in_cluster,)),
+    )
+
+
+def _shared(settings: ServerSettings, address: list[str]) -> dict[str, object]:
+    """What both texts say of the server."""
+    return {
+        "name": _label(settings.alias),
+        "image": _literal(current_name(settings.image)) if settings.image else IMAGE,
+        "flags": [*_flags(settings), *address],
+        "key": bool(settings.api_key),
+        "key_path": _KEY,
+        "environment": process.waiting_policy({}),
+        "user": USER,
+        "mebibytes": _mebibytes(memory_bytes(settings, read_gguf(settings.model))),
+        "gpu": uses_gpu(settings),
+        "front_image": front_nginx.IMAGE,
+    }
 
 
 def _flags(settings: ServerSettings) -> list[str]:
@@ -77,114 +127,7 @@ def _literal(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _image(settings: ServerSettings) -> str:
-    return current_name(settings.image) if settings.image else IMAGE
-
-
-def _compose(settings: ServerSettings, replicas: int) -> dict[str, Any]:
-    mounts = [
-        {
-            "type": "bind",
-            "source": _literal(str(path.absolute())),
-            "target": _literal(_inside(path)),
-            "read_only": True,
-        }
-        for path in _files(settings)
-    ]
-    if settings.api_key:
-        key = "${API_KEY_FILE:?a file with the key}"
-        mounts.append({"type": "bind", "source": key, "target": _KEY, "read_only": True})
-    if replicas > 1:
-        raise RecipeError(
-            "one port of this machine cannot be that of several servers",
-            hint="docker/compose.replicas.yaml puts them behind one; or --print kubernetes",
-        )
-    limit = memory_bytes(settings, read_gguf(settings.model))
-    server: dict[str, Any] = {
-        "image": _literal(_image(settings)),
-        "command": _flags(settings),
-        "ports": [f"{in_url(settings.host)}:{settings.port or PORT}:{PORT}"],
-        "volumes": mounts,
-        "user": f"{USER}:{USER}",
-        "read_only": True,
-        "cap_drop": ["ALL"],
-        "security_opt": ["no-new-privileges:true"],
-        "mem_limit": f"{_mebibytes(limit)}m",
-        "restart": "unless-stopped",
-        "stop_grace_period": "20s",
-    }
-    if uses_gpu(settings):
-        device = {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-        server["deploy"] = {"resources": {"reservations": {"devices": [device]}}}
-    return {"name": _label(settings.alias), "services": {"server": server}}
-
-
-def _deployment(settings: ServerSettings, model_url: str | None, replicas: int) -> dict[str, Any]:
-    name = _label(settings.alias)
-    volumes: list[dict[str, Any]] = [
-        {"name": "models", "emptyDir": {}}
-        if model_url
-        else {"name": "models", "persistentVolumeClaim": {"claimName": f"{name}-model", "readOnly": True}}
-    ]
-    if settings.api_key:
-        volumes.append({"name": "api-key", "secret": {"secretName": f"{name}-api-key"}})
-    pod = {
-        "automountServiceAccountToken": False,
-        "securityContext": {
-            "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "initContainers": [_fetcher(settings, model_url)] if model_url else [],
-        "containers": [_server(settings)],
-        "volumes": volumes,
-    }  # fmt: skip
-    labels = {"app.kubernetes.io/name": name}
-    spec = {
-        "replicas": replicas,
-        "selector": {"matchLabels": labels},
-        "template": {"metadata": {"labels": labels}, "spec": pod},
-    }
-    return {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": name, "labels": labels},
-        "spec": spec,
-    }
-
-
-def _server(settings: ServerSettings) -> dict[str, Any]:
-    mounts = [{"name": "models", "mountPath": "/models", "readOnly": True}]
-    if settings.api_key:
-        mounts.append({"name": "api-key", "mountPath": str(Path(_KEY).parent), "readOnly": True})
-    health = {"httpGet": {"path": "/health", "port": "http"}}
-    needed = f"{_mebibytes(memory_bytes(settings, read_gguf(settings.model)))}Mi"
-    gpu = {"nvidia.com/gpu": "1"} if uses_gpu(settings) else {}
-    return {
-        "name": "server",
-        "image": _image(settings),
-        "args": _flags(settings),
-        "ports": [{"name": "http", "containerPort": PORT}],
-        # 503 while it loads: ten minutes, then it is ready or started anew.
-        "startupProbe": {**health, "periodSeconds": 5, "failureThreshold": 120},
-        "readinessProbe": {**health, "periodSeconds": 5},
-        "livenessProbe": {**health, "periodSeconds": 20, "timeoutSeconds": 10},
-        "resources": {
-            "requests": {"cpu": str(settings.threads or 1), "memory": needed},
-            "limits": {"memory": needed, **gpu},
-        },
-        "securityContext": _HARMLESS,
-        "volumeMounts": mounts,
-    }
-
-
-_HARMLESS: Mapping[str, Any] = {
-    "allowPrivilegeEscalation": False,
-    "readOnlyRootFilesystem": True,
-    "capabilities": {"drop": ["ALL"]},
-}
-
-
-def _fetcher(settings: ServerSettings, url: str) -> dict[str, Any]:
+def _fetch(settings: ServerSettings, url: str) -> list[str]:
     if not url.startswith("https://"):
         raise RecipeError(f"--model-url {url}: not an https URL")
     if settings.adapter:
@@ -193,28 +136,8 @@ def _fetcher(settings: ServerSettings, url: str) -> dict[str, Any]:
             f"{settings.adapter.name}",
             hint="leave it out and put both on the volume claim, or ship with export.mode: merged",
         )
-    file = _inside(settings.model)
-    script = 'curl --fail --location --silent --show-error --output "$1" "$2" && echo "$3  $1" | sha256sum -c'
-    return {
-        "name": "model",
-        "image": FETCHER,
-        "command": ["sh", "-c", script, "fetch", _literal(file), _literal(url), _digest(settings.model)],
-        "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
-        "securityContext": _HARMLESS,
-        "volumeMounts": [{"name": "models", "mountPath": "/models"}],
-    }
-
-
-def _service(settings: ServerSettings) -> dict[str, Any]:
-    name = _label(settings.alias)
-    labels = {"app.kubernetes.io/name": name}
-    ports = [{"name": "http", "port": settings.port or PORT, "targetPort": "http"}]
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": name, "labels": labels},
-        "spec": {"selector": labels, "ports": ports},
-    }
+    file = _literal(_inside(settings.model))
+    return ["sh", "-c", _FETCH, "fetch", file, _literal(url), _digest(settings.model)]
 
 
 def _label(name: str) -> str:
@@ -229,16 +152,3 @@ def _mebibytes(count: int) -> int:
 def _digest(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _yaml(documents: Sequence[Mapping[str, Any]]) -> str:
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe")
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 110
-    yaml.representer.ignore_aliases = lambda data: True
-    text = io.StringIO()
-    yaml.dump_all(documents, text)
-    return text.getvalue()

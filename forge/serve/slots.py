@@ -31,6 +31,15 @@ def slots_for(settings: ServerSettings) -> int:
     return max(1, min(_MOST, MOST_CONTEXT_OF_ALL_SLOTS // settings.context_tokens, room // of_one))
 
 
+def memory_bytes(settings: ServerSettings, header: GgufHeader) -> int:
+    """What the server needs: the file, the key-value cache of all slots, and itself.
+
+    A limit; what of the file is not in use makes room by itself.
+    """
+    cache = cache_bytes_per_token(header) * settings.context_tokens * settings.slots
+    return settings.file_bytes + cache + SERVER_START_BYTES
+
+
 def cache_bytes_per_token(header: GgufHeader) -> int:
     """What keys and values of one token take in all layers."""
 

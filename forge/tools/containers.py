@@ -65,10 +65,14 @@ class Engine:
         published: tuple[str, int],
         port: int,
         gpu: bool = False,
+        environment: Mapping[str, str] | None = None,
+        memory: int | None = None,
+        processes: int | None = None,
     ) -> Container:
         """Start a container whose `port` is published at `published` (host, port or 0).
 
-        `mounts`: the path inside -> the file or directory here.
+        `mounts`: the path inside -> the file or directory here. `memory` in bytes and `processes`, threads
+        among them, are the most that it may have.
         """
         from docker.types import DeviceRequest, Mount
 
@@ -90,6 +94,9 @@ class Engine:
                 cap_drop=["ALL"],
                 security_opt=["no-new-privileges:true"],
                 labels={"forge": name},
+                environment=dict(environment or {}),
+                mem_limit=memory,
+                pids_limit=processes,
                 device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if gpu else [],
             )
         container = Container(created)
