@@ -199,5 +199,5 @@ class Client:
         yield from self._connection.stream_chat(asked, Sampling(**options))
 
 
-def _path(given: AnyPath | None) -> Path | None:
-    return None if given is None else Path(given)
+def _path(named: AnyPath | None) -> Path | None:
+    return None if named is None else Path(named)

@@ -26,7 +26,7 @@ class Problem:
 
 
 class ForgeError(Exception):
-    """The root of what a user can cause or mend.
+    """The root of what a user can cause or fix.
 
     `code` is the process's exit code; `hint` says what to do; `problems` lists all that was found.
     """

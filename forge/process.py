@@ -1,10 +1,10 @@
 """The only user of `subprocess`: every program that forge starts is started here.
 
 A child is logged as a line that can be pasted into a shell, runs in a session of its own (so
-that Ctrl-C reaches forge alone, which then ends its children in order), dies with its parent, and
+that Ctrl-C reaches only forge, which then ends its children in order), dies with its parent, and
 is stopped by wait, SIGTERM, SIGKILL. On Linux the kernel kills it when the parent dies
 (PR_SET_PDEATHSIG); Python children also watch the pipe they inherit (`exit_with_parent`), which
-works everywhere. `start_detached` alone starts what outlives us.
+works everywhere. Only `start_detached` starts what outlives us.
 
 Not covered: a program that is not ours outlives a killed parent on macOS, and what such a program
 starts itself outlives one everywhere.
@@ -82,7 +82,7 @@ class Child:
     ) -> None:
         """Start `command`. Call from the main thread: the kernel's parent is a *thread*.
 
-        `environment` is added to ours. With `separate_errors` standard error goes to `log` alone
+        `environment` is added to ours. With `separate_errors` standard error goes only to `log`
         and standard output stays a clean channel; otherwise both come out of `lines`.
         Raises `MissingToolError` when there is no such program.
         """
@@ -93,7 +93,7 @@ class Child:
         program = self.command[0]
         place = (directory or Path()) / program if os.sep in program else program
         if shutil.which(place, path=combined.get("PATH")) is None:
-            raise MissingToolError(f"there is no program {program}", hint="install it, or mend the PATH")
+            raise MissingToolError(f"there is no program {program}", hint="install it, or fix the PATH")
         if log:
             log.write(f"$ {pasteable(command, directory)}\n")
             log.flush()

@@ -71,7 +71,7 @@ def call(task: str, arguments: Mapping[str, Any], *, log: Path | None = None) ->
 
     Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word;
     `InterruptedByUserError` or KeyboardInterrupt when it was stopped. What the worker printed is in
-    `log`; without one its last lines are told in detail when it fails.
+    `log`; without one its last lines are shown with `-v` when it fails.
     """
     with _log(log) as stream:
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -96,7 +96,7 @@ def _log(path: Path | None) -> IO[str]:
 
 
 def _outcome(child: process.Child, task: str, log: Path | None) -> dict[str, Any]:
-    """Hear the worker out, and let it end by itself."""
+    """Read the worker's messages to the end, and let it exit by itself."""
     where = f"see the end of {log}" if log else "-v shows its last lines"
     for line in child.lines():
         try:
@@ -115,7 +115,7 @@ def _outcome(child: process.Child, task: str, log: Path | None) -> dict[str, Any
 
 
 def _stop(child: process.Child, task: str) -> None:
-    """Ask the worker to stop and hear what it says; a second Ctrl-C, or too long a time, kills it."""
+    """Ask the worker to stop and read what it reports; a second Ctrl-C, or too long a time, kills it."""
     report.close()
     report.info(f"stopping {task}: it finishes what it must (Ctrl-C again kills it)")
     killer = threading.Timer(_GRACE_SECONDS.get(task, process.GRACE_SECONDS), child.kill)

@@ -54,7 +54,7 @@ def modelfiles() -> dict[str, str]:
         context_tokens=min(4096, read_configuration(directory).max_positions or 4096),
     )
     with tempfile.TemporaryDirectory() as scratch:
-        write_modelfiles(Path(scratch), file="quickstart-q4_k_m.gguf", told=told)
+        write_modelfiles(Path(scratch), file="quickstart-q4_k_m.gguf", handed=told)
         return {
             f"Modelfiles/quickstart.{name}": (Path(scratch) / name).read_text(encoding="utf-8")
             for name in (MODELFILE, MODELFILE_JINJA)

@@ -158,7 +158,7 @@ def test_dora_that_no_merge_could_hold(case: str, place: Path, capsys: pytest.Ca
     with (place / "recipe.yaml").open("a") as recipe:
         recipe.write(f"train: {{lora: {{dora: true, targets: [{targets}]}}}}\n")
     error = failed(capsys, "plan", "recipe.yaml")
-    assert error["message"] == "train.lora.dora: DoRA is for linear layers alone"
+    assert error["message"] == "train.lora.dora: DoRA is only for linear layers"
     [problem] = error["problems"]
     assert (problem["file"], problem["line"], problem["message"]) == ("recipe.yaml", 4, message)
 

@@ -143,7 +143,7 @@ def told(template: str, stops: list[str], context: int) -> HandOver:
 
 def test_chatml_gets_both(tmp_path: Path) -> None:
     """P1, P2, P3, pitfall 54: every stop is written, the context too (silent wrongs 4 and 14)."""
-    facts = write_modelfiles(tmp_path, file="yoda.gguf", told=told(CHATML, ["<|im_end|>", "</s>"], 512))
+    facts = write_modelfiles(tmp_path, file="yoda.gguf", handed=told(CHATML, ["<|im_end|>", "</s>"], 512))
     files = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
     assert files.keys() == {"Modelfile", "Modelfile.jinja"}
     assert files["Modelfile.jinja"] == f"REQUIRES 0.30\nFROM ./yoda.gguf\n{PARAMETERS}"
@@ -159,7 +159,7 @@ def test_chatml_gets_both(tmp_path: Path) -> None:
 def test_a_template_that_go_cannot_say(tmp_path: Path) -> None:
     """It is told why; the other file is written all the same."""
     upside_down = "{% for m in messages | reverse %}{{ m.content }}<|im_end|>{% endfor %}"
-    facts = write_modelfiles(tmp_path, file="yoda.gguf", told=told(upside_down, ["<|im_end|>"], 64))
+    facts = write_modelfiles(tmp_path, file="yoda.gguf", handed=told(upside_down, ["<|im_end|>"], 64))
     assert {path.name for path in tmp_path.iterdir()} == {"Modelfile.jinja"}
     assert facts["modelfile"] is None
     assert facts["status"] == "refused"
@@ -179,7 +179,7 @@ def test_sampling_and_licence_are_the_bases(tmp_path: Path) -> None:
         told(CHATML, ["<|im_end|>"], 64), sampling=sampling_of(tmp_path), licences=licences_of(tmp_path)
     )
     (tmp_path / "out").mkdir()
-    facts = write_modelfiles(tmp_path / "out", file="m.gguf", told=given)
+    facts = write_modelfiles(tmp_path / "out", file="m.gguf", handed=given)
     text = (tmp_path / "out" / "Modelfile.jinja").read_text()
     assert text.endswith(
         "PARAMETER temperature 0.7\nPARAMETER top_p 0.8\nPARAMETER top_k 20\nPARAMETER repeat_penalty 1.05\n"
@@ -187,6 +187,6 @@ def test_sampling_and_licence_are_the_bases(tmp_path: Path) -> None:
     )
     assert facts["left_out"] == {"stops": [], "licences": []}
     hard = replace(given, licences=("a\u00a0b",))
-    assert write_modelfiles(tmp_path / "out", file="m.gguf", told=hard)["left_out"]["licences"] == [
+    assert write_modelfiles(tmp_path / "out", file="m.gguf", handed=hard)["left_out"]["licences"] == [
         "a\u00a0b"
     ]

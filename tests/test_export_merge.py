@@ -108,7 +108,7 @@ def test_dora_of_conv1d_is_refused_by_name(bases: Mapping[str, Path], tmp_path: 
         bases["gpt2"], tmp_path / "a", use_dora=True, fan_in_fan_out=True, target_modules=["c_attn"]
     )
     assert problems_of(bases["gpt2"], adapter) == {
-        f"transformer.h.{layer}.attn.c_attn: DoRA is merged on linear layers alone" for layer in (0, 1)
+        f"transformer.h.{layer}.attn.c_attn: DoRA is merged on linear layers only" for layer in (0, 1)
     }
 
 

@@ -301,7 +301,7 @@ def test_what_no_modelfile_can_hold_goes_over_http(
     path = write_tiny_gguf(tmp_path / "tiny.gguf", template=PINNED)
     stops, licences = ("<|im_end|>", "no\u00a0more"), ('A line that ends in """\nand goes on', "MIT")
     told = replace(hand_over_of(path), stops=stops, licences=licences)
-    facts = write_modelfiles(tmp_path, file=path.name, told=told)
+    facts = write_modelfiles(tmp_path, file=path.name, handed=told)
     assert "left out" in capsys.readouterr().err
     for name in ("Modelfile", "Modelfile.jinja"):
         text = (tmp_path / name).read_text(encoding="utf-8")

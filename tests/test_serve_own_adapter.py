@@ -44,7 +44,7 @@ def run(tmp_path: Path) -> Path:
     directory.mkdir(parents=True)
     gguf = write_tiny_gguf(directory / "yoda-q8_0.gguf")
     write_adapter(directory / "yoda-q8_0-adapter.gguf", says="Y")
-    write_modelfiles(directory, file=gguf.name, told=hand_over_of(gguf), adapter="yoda-q8_0-adapter.gguf")
+    write_modelfiles(directory, file=gguf.name, handed=hand_over_of(gguf), adapter="yoda-q8_0-adapter.gguf")
     facts = {"export": {"mode": "adapter"}, "deploy": {"context_tokens": 512}}
     asked = [{"prompt": "Hello", "answer": "Y", "ok": True}]
     told = {"facts": {**facts, "smoke": {"smoke": asked}}}

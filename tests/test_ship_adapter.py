@@ -175,7 +175,7 @@ def test_what_no_adapter_of_its_own_can_hold_is_refused_before_training(
     model = make_model(tmp_path / "base", base, "home-made", **changes)
     again.recipe(base=str(model), train={"lora": lora}, export={"mode": "adapter"})
     error = again.ship(code=2).fields["error"]
-    assert error["message"] == "export.mode: an adapter of its own is for linear layers alone"
+    assert error["message"] == "export.mode: an adapter of its own is only for linear layers"
     assert said in error["problems"][0]["message"]
     assert not again.run.exists()
 

@@ -242,7 +242,7 @@ def test_literals_survive_a_modelfile() -> None:
 def test_modelfiles_carry_it(tmp_path: Path) -> None:
     template = ChatTemplate(DEFAULT, TOKENS)
     told = hand_over(template, add_bos=True, stops=["<|end|>"], context_tokens=4096)
-    facts = write_modelfiles(tmp_path, file="m.gguf", told=told)
+    facts = write_modelfiles(tmp_path, file="m.gguf", handed=told)
     go = compile_template(template, add_bos=True).go
     assert (tmp_path / "Modelfile").read_text() == (
         f'FROM ./m.gguf\nTEMPLATE """{go}"""\nPARAMETER stop "<|end|>"\nPARAMETER num_ctx 4096\n'

@@ -176,10 +176,10 @@ def _features(first: bool, last: bool, system: bool) -> frozenset[str]:
     return frozenset(name for name, on in zip(FEATURES, (first, last, system), strict=True) if on)
 
 
-def _unseen(role: str, text: str, content: str, found: Sequence[_Gap]) -> str:
+def _unseen(role: str, text: str, content: str, gaps: Sequence[_Gap]) -> str:
     if content in text:
         return f"it shows the text of one {role} message more than once"
-    if found:
+    if gaps:
         return f"it leaves out the text of {role} messages, or puts messages in another order"
     return (
         f"it does not show the text of {role} messages (it reads lists of parts, as templates for images do)"

@@ -229,15 +229,15 @@ class LeftOut:
         )
 
 
-def without_unwritable(told: HandOver) -> tuple[HandOver, LeftOut]:
-    """`told` as far as a Modelfile can hold it, and the rest."""
+def without_unwritable(handed: HandOver) -> tuple[HandOver, LeftOut]:
+    """`handed` as far as a Modelfile can hold it, and the rest."""
     left = LeftOut(
-        tuple(stop for stop in told.stops if not _is_writable(parameters={"stop": (stop,)})),
-        tuple(text for text in told.licences if not _is_writable(licences=(text,))),
+        tuple(stop for stop in handed.stops if not _is_writable(parameters={"stop": (stop,)})),
+        tuple(text for text in handed.licences if not _is_writable(licences=(text,))),
     )
-    stops = tuple(stop for stop in told.stops if stop not in left.stops)
-    licences = tuple(text for text in told.licences if text not in left.licences)
-    return replace(told, stops=stops, licences=licences), left
+    stops = tuple(stop for stop in handed.stops if stop not in left.stops)
+    licences = tuple(text for text in handed.licences if text not in left.licences)
+    return replace(handed, stops=stops, licences=licences), left
 
 
 def _is_writable(**fields: Any) -> bool:
@@ -248,22 +248,22 @@ def _is_writable(**fields: Any) -> bool:
     return True
 
 
-def write_modelfiles(out: Path, *, file: str, told: HandOver, adapter: str | None = None) -> dict[str, Any]:
+def write_modelfiles(out: Path, *, file: str, handed: HandOver, adapter: str | None = None) -> dict[str, Any]:
     """Write Modelfile.jinja, and Modelfile where a Go TEMPLATE was proved, into `out`; returns facts.
 
     `file` and `adapter` are names in the directory where they will lie. What the two cannot hold is named in
     a comment of both and in the facts, as `left_out`.
     """
-    written, left = without_unwritable(told)
-    facts = {**told.facts(), "left_out": {name: list(texts) for name, texts in asdict(left).items()}}
+    written, left = without_unwritable(handed)
+    facts = {**handed.facts(), "left_out": {name: list(texts) for name, texts in asdict(left).items()}}
     remark = f"# {left}\n" if left else ""
     if left:
         report.warning(f"Modelfile: {left}")
     beside = f"./{adapter}" if adapter else None
     jinja = remark + render(written.modelfile("jinja", f"./{file}", adapter=beside))
     (out / MODELFILE_JINJA).write_text(jinja, encoding="utf-8")
-    if told.compiled.go is None:
-        reason = f"no Go TEMPLATE says what the chat template does: {told.compiled.reason}"
+    if handed.compiled.go is None:
+        reason = f"no Go TEMPLATE says what the chat template does: {handed.compiled.reason}"
         return {"modelfile": None, "reason": reason, **facts}
     go = remark + render(written.modelfile("go", f"./{file}", adapter=beside))
     (out / MODELFILE).write_text(go, encoding="utf-8")

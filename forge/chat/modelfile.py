@@ -167,17 +167,19 @@ def _unquoted(text: str) -> str | None:
     return text
 
 
-def _add_parameter(found: dict[str, Parameter], name: str, value: str, line: int, notes: list[str]) -> None:
+def _add_parameter(
+    parameters: dict[str, Parameter], name: str, value: str, line: int, notes: list[str]
+) -> None:
     if name in _IGNORED:
         notes.append(f"line {line}: the server ignores PARAMETER {name}")
     elif name == "stop":
-        stops = found.get("stop", ())
+        stops = parameters.get("stop", ())
         assert isinstance(stops, tuple)
-        found["stop"] = (*stops, value)
+        parameters["stop"] = (*stops, value)
     else:
-        if name in found:
+        if name in parameters:
             notes.append(f"line {line}: this PARAMETER {name} replaces an earlier one")
-        found[name] = _typed(name, value, line)
+        parameters[name] = _typed(name, value, line)
 
 
 def _typed(name: str, value: str, line: int) -> Parameter:

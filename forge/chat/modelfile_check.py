@@ -40,11 +40,11 @@ class Checked:
     notes: tuple[str, ...]
 
 
-def check_modelfile(modelfile: Modelfile, told: HandOver) -> Checked:
+def check_modelfile(modelfile: Modelfile, handed: HandOver) -> Checked:
     """Compare; raises `GoTemplateError` for a TEMPLATE that cannot be run here, `NotInferredError` for a
     chat template that says nothing a TEMPLATE could be held against."""
     problems, notes = [], list(modelfile.notes)
-    missing = [stop for stop in told.stops if stop not in modelfile.stops]
+    missing = [stop for stop in handed.stops if stop not in modelfile.stops]
     if missing:
         problems.append(Problem(f"no PARAMETER stop for {', '.join(missing)}: a reply may not end", "stops"))
     if modelfile.messages:
@@ -55,12 +55,14 @@ def check_modelfile(modelfile: Modelfile, told: HandOver) -> Checked:
     if modelfile.template is not None:
         render = as_ollama(modelfile)
         with template_limit():
-            chat = infer(told.template)
-            prompts = check(told.template, chat, modelfile.template, add_bos=told.add_bos, render=render)
+            chat = infer(handed.template)
+            prompts = check(handed.template, chat, modelfile.template, add_bos=handed.add_bos, render=render)
         if prompts.reason:
             problems.append(Problem(prompts.reason, "TEMPLATE"))
-        if told.add_bos and told.bos and modelfile.template.lstrip().startswith(told.bos):
-            problems.append(Problem(f"it begins with {told.bos}, which the tokenizer writes too", "TEMPLATE"))
+        if handed.add_bos and handed.bos and modelfile.template.lstrip().startswith(handed.bos):
+            problems.append(
+                Problem(f"it begins with {handed.bos}, which the tokenizer writes too", "TEMPLATE")
+            )
     else:
         notes.append("no TEMPLATE: the server takes the GGUF's own, or one that it finds likely")
     return Checked(prompts, tuple(problems), tuple(notes))

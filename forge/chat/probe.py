@@ -87,9 +87,9 @@ def counts(template: ChatTemplate) -> tuple[int, ...]:
 
 
 def conversations(
-    told: Sequence[str], *, has_system: bool, seed: int = 0, counts: Sequence[int] = ()
+    literals: Sequence[str], *, has_system: bool, seed: int = 0, counts: Sequence[int] = ()
 ) -> Iterator[Conversation]:
-    """Every conversation to check, the plain ones first; `told` are the template's literals.
+    """Every conversation to check, the plain ones first; `literals` are the template's.
 
     `counts` are its numbers: there are texts and conversations just as long, and just longer.
     """
@@ -100,7 +100,7 @@ def conversations(
     for text in _ODD_TEXTS:
         for system in systems:
             yield from _with_odd_text(text, system)
-    for one in told:
+    for one in literals:
         yield from _with_odd_text(f"before {one} after", systems[-1])
         yield from _with_odd_text(f"{one} amid {one}", None)
     for number in counts:
@@ -109,7 +109,7 @@ def conversations(
         yield conversation([_PLAIN["assistant"], _PLAIN["user"]], system=system, starts="assistant")
     if has_system:
         yield (*_plain(1, None), _message("assistant", "Yes."), *_plain(2, _PLAIN["system"]))
-    yield from _random([*_ODD_TEXTS, *told], has_system, seed)
+    yield from _random([*_ODD_TEXTS, *literals], has_system, seed)
 
 
 def _as_long(number: int, systems: Sequence[str | None]) -> Iterator[Conversation]:
@@ -152,101 +152,101 @@ def _random_text(odd: Sequence[str], chance: random.Random) -> str:
     return "".join(pieces)
 
 
-def limits_of(found: Conversation, told: Sequence[str], counts: Sequence[int] = ()) -> list[Limit]:
-    """The limits that would take `found` out of what is claimed, the most particular first."""
+def limits_of(talk: Conversation, literals: Sequence[str], counts: Sequence[int] = ()) -> list[Limit]:
+    """The limits that would take `talk` out of what is claimed, the most particular first."""
     long = [*(_long(role, one) for role in ROLES for one in counts[::-1] if one >= _LONG_TEXT)]
     long += [_many(one) for one in counts[::-1] if one > _SEVERAL]
     limits = [
         limit
         for role in ROLES
-        for limit in (_empty(role), _edges(role), *(_contains(role, one) for one in _telling(told, found)))
+        for limit in (_empty(role), _edges(role), *(_contains(role, one) for one in _telling(literals, talk)))
     ]
     limits += [
         Limit("a conversation that the assistant begins", _assistant_begins),
         Limit("a system message after the first message", _system_later),
     ]
-    return [limit for limit in (*limits, *long) if limit.holds(found)]
+    return [limit for limit in (*limits, *long) if limit.holds(talk)]
 
 
-def _texts(found: Conversation, role: str) -> list[str]:
-    return [str(message["content"]) for message in found if message["role"] == role]
+def _texts(talk: Conversation, role: str) -> list[str]:
+    return [str(message["content"]) for message in talk if message["role"] == role]
 
 
 def _empty(role: str) -> Limit:
-    return Limit(f"an empty {role} message", lambda found: "" in _texts(found, role))
+    return Limit(f"an empty {role} message", lambda talk: "" in _texts(talk, role))
 
 
 def _edges(role: str) -> Limit:
     return Limit(
         f"{role} text with leading or trailing whitespace",
-        lambda found: any(text != text.strip() for text in _texts(found, role)),
+        lambda talk: any(text != text.strip() for text in _texts(talk, role)),
     )
 
 
 def _contains(role: str, text: str) -> Limit:
     return Limit(
         f"{role} text that contains {json.dumps(text, ensure_ascii=False)}",
-        lambda found: any(text in one for one in _texts(found, role)),
+        lambda talk: any(text in one for one in _texts(talk, role)),
     )
 
 
 def _long(role: str, length: int) -> Limit:
     return Limit(
         f"{role} text of {length:,} characters or more",
-        lambda found: any(len(text) >= length for text in _texts(found, role)),
+        lambda talk: any(len(text) >= length for text in _texts(talk, role)),
     )
 
 
 def _many(messages: int) -> Limit:
-    return Limit(f"{messages:,} messages or more", lambda found: len(found) >= messages)
+    return Limit(f"{messages:,} messages or more", lambda talk: len(talk) >= messages)
 
 
-def _telling(told: Sequence[str], found: Conversation) -> list[str]:
-    """Literals in `found` that people do not write by chance, the longest first."""
-    shown = "\n".join(str(message["content"]) for message in found)
-    marks = {one.strip() for one in told if _TELLING.search(one.strip())}
+def _telling(literals: Sequence[str], talk: Conversation) -> list[str]:
+    """Literals in `talk` that people do not write by chance, the longest first."""
+    shown = "\n".join(str(message["content"]) for message in talk)
+    marks = {one.strip() for one in literals if _TELLING.search(one.strip())}
     return sorted((one for one in marks if one in shown), key=lambda one: (-len(one), one))
 
 
-def _assistant_begins(found: Conversation) -> bool:
-    spoken = [message["role"] for message in found if message["role"] != "system"]
+def _assistant_begins(talk: Conversation) -> bool:
+    spoken = [message["role"] for message in talk if message["role"] != "system"]
     return spoken[:1] == ["assistant"]
 
 
-def is_ordinary(found: Conversation) -> bool:
+def is_ordinary(talk: Conversation) -> bool:
     """Whether it is a conversation as people have them: the user begins, a system message only in front."""
-    known = all(message["role"] in ROLES for message in found)
-    return known and not _assistant_begins(found) and not _system_later(found) and _takes_turns(found)
+    known = all(message["role"] in ROLES for message in talk)
+    return known and not _assistant_begins(talk) and not _system_later(talk) and _takes_turns(talk)
 
 
-def _system_later(found: Conversation) -> bool:
-    return any(message["role"] == "system" for message in found[1:])
+def _system_later(talk: Conversation) -> bool:
+    return any(message["role"] == "system" for message in talk[1:])
 
 
-def shrink(found: Conversation, fails: Callable[[Conversation], bool]) -> Conversation:
-    """The smallest conversation near `found` for which `fails` still holds."""
+def shrink(talk: Conversation, fails: Callable[[Conversation], bool]) -> Conversation:
+    """The smallest conversation near `talk` for which `fails` still holds."""
     while True:
-        smaller = next((one for one in _smaller(found) if _takes_turns(one) and fails(one)), None)
+        smaller = next((one for one in _smaller(talk) if _takes_turns(one) and fails(one)), None)
         if smaller is None:
-            return found
-        found = smaller
+            return talk
+        talk = smaller
 
 
-def _takes_turns(found: Conversation) -> bool:
+def _takes_turns(talk: Conversation) -> bool:
     """Whether something is claimed of it: the user last, no two neighbours of one role."""
-    roles = [message["role"] for message in found]
+    roles = [message["role"] for message in talk]
     return roles[-1:] == ["user"] and all(one != other for one, other in pairwise(roles))
 
 
-def _smaller(found: Conversation) -> Iterator[Conversation]:
-    system, spoken = found[: found[0]["role"] == "system"], found[found[0]["role"] == "system" :]
+def _smaller(talk: Conversation) -> Iterator[Conversation]:
+    system, spoken = talk[: talk[0]["role"] == "system"], talk[talk[0]["role"] == "system" :]
     if system:
         yield spoken
     for start in range(len(spoken) - 1):
         yield (*system, *spoken[:start], *spoken[start + 2 :])
-    for place, message in enumerate(found):
+    for place, message in enumerate(talk):
         for text in _shorter(str(message["content"])):
-            yield (*found[:place], _message(message["role"], text), *found[place + 1 :])
+            yield (*talk[:place], _message(message["role"], text), *talk[place + 1 :])
 
 
 def _shorter(text: str) -> Iterator[str]:

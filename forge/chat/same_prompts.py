@@ -35,31 +35,31 @@ class Compared:
     through: tuple[str, ...]
 
 
-def compare(told: HandOver, gguf_template: str, modelfile: Modelfile | None) -> Compared:
+def compare(handed: HandOver, gguf_template: str, modelfile: Modelfile | None) -> Compared:
     """Raise `CheckError` with the first difference and the place that writes it.
 
     Where there is a Go TEMPLATE the conversations are those that it claims.
     """
     go = go_interpreter.parse(modelfile.template) if modelfile and modelfile.template else None
     with template_limit():
-        conversations = _compare(told, as_served(gguf_template, told.template), go)
+        conversations = _compare(handed, as_served(gguf_template, handed.template), go)
     places = ("the training tokenizer", "the GGUF's Jinja", *(("the Modelfile's TEMPLATE",) if go else ()))
     return Compared(conversations, places)
 
 
-def _compare(told: HandOver, served: ChatTemplate, go: go_interpreter.GoTemplate | None) -> int:
-    chosen = list(islice(_conversations(told, only_claimed=go is not None), CONVERSATIONS))
+def _compare(handed: HandOver, served: ChatTemplate, go: go_interpreter.GoTemplate | None) -> int:
+    chosen = list(islice(_conversations(handed, only_claimed=go is not None), CONVERSATIONS))
     if len(chosen) < CONVERSATIONS:
         raise CheckError(
             f"only {len(chosen)} generated conversations can be compared, and {CONVERSATIONS} are the proof",
             hint="the chat template refuses nearly all of them: forge template shows what it takes",
         )
     for conversation in chosen:
-        trained = told.template.render(conversation, add_generation_prompt=True)
+        trained = handed.template.render(conversation, add_generation_prompt=True)
         found = {"the GGUF's Jinja": served.render(conversation, add_generation_prompt=True)}
         if go is not None:
             # Where the tokenizer writes BOS, the TEMPLATE leaves it out.
-            bos = told.bos if told.add_bos and trained.startswith(told.bos) else ""
+            bos = handed.bos if handed.add_bos and trained.startswith(handed.bos) else ""
             found["the Modelfile's TEMPLATE"] = bos + go.render(conversation)
         for place, prompt in found.items():
             if prompt != trained:
@@ -75,9 +75,9 @@ def as_served(source: str, trained: ChatTemplate) -> ChatTemplate:
     return ChatTemplate(source, trained.special_tokens, {**hostile, DAY_VARIABLE: date.today().isoformat()})
 
 
-def _conversations(told: HandOver, *, only_claimed: bool) -> Iterator[Conversation]:
-    takes_system = told.compiled.chat is None or told.compiled.chat.system != "refused"
-    literals = probe.literals(told.template)
+def _conversations(handed: HandOver, *, only_claimed: bool) -> Iterator[Conversation]:
+    takes_system = handed.compiled.chat is None or handed.compiled.chat.system != "refused"
+    literals = probe.literals(handed.template)
     tried = (
         one
         for seed in range(_MOST_TRIED // CONVERSATIONS)
@@ -85,24 +85,24 @@ def _conversations(told: HandOver, *, only_claimed: bool) -> Iterator[Conversati
     )
     seen: set[str] = set()
     for one in islice(tried, _MOST_TRIED):
-        if (key := repr(one)) in seen or (only_claimed and not told.compiled.claims(one)):
+        if (key := repr(one)) in seen or (only_claimed and not handed.compiled.claims(one)):
             continue
         seen.add(key)
         try:
-            told.template.render(one, add_generation_prompt=True)
+            handed.template.render(one, add_generation_prompt=True)
         except DataError:
             continue
         yield one
 
 
-def _differs(place: str, trained: str, found: str) -> CheckError:
-    same = first_difference(trained, found)
+def _differs(place: str, trained: str, served: str) -> CheckError:
+    same = first_difference(trained, served)
     start = max(0, same - 30)
     return CheckError(
         f"{place} writes another prompt than training did, from character {same} on",
         hint="this should not be: please report the base",
         problems=[
             Problem(repr(trained[start : same + 40]), "trained on"),
-            Problem(repr(found[start : same + 40]), place),
+            Problem(repr(served[start : same + 40]), place),
         ],
     )

@@ -62,16 +62,16 @@ def _from(target: Path) -> str:
     return str(path)
 
 
-def _remarks(told: HandOver, way: Way, *, of_directory: bool) -> list[str]:
+def _remarks(handed: HandOver, way: Way, *, of_directory: bool) -> list[str]:
     """What is proved and what is not, as comments: shown or written, the file stays a Modelfile."""
-    facts = told.facts()
+    facts = handed.facts()
     asked = "generation_config.json" if of_directory else "the GGUF's general.sampling keys"
-    proved = [f"TEMPLATE: {facts['status']}, {told.compiled.checked} conversations compared"]
+    proved = [f"TEMPLATE: {facts['status']}, {handed.compiled.checked} conversations compared"]
     proved += [f"not claimed: {limit}" for limit in facts["limits"]]
     return [
         *(proved if way == "go" else ["the GGUF's own template"]),
         f"not claimed: {', '.join(facts['not_claimed'])}",
-        f"sampling: {f'of {asked}' if told.sampling else 'none asked for'}",
+        f"sampling: {f'of {asked}' if handed.sampling else 'none asked for'}",
     ]
 
 

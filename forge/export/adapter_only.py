@@ -2,7 +2,7 @@
 
 llama.cpp scales every layer by alpha / rank, where alpha is one number of the file. rsLoRA and
 alpha_pattern have other scales, so these go into B (silent wrong 9). What has no place in the format
-is told by `why_merged`, and goes the way of the merge.
+has a reason in `why_merged`, and is merged.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def describe(
         copy_tokenizer(tokenizer, out)
     _drop(out / "tokenizer_config.json", "auto_map")
     if chat_template is not None:
-        # One template alone, and the pinned one: an older file beside it might be preferred.
+        # Only the pinned template: an older file beside it might be preferred.
         (out / "chat_template.json").unlink(missing_ok=True)
         (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         _drop(out / "tokenizer_config.json", "chat_template")

@@ -21,7 +21,7 @@ Importance = Mapping[str, Any]
 """Mean squares by the GGUF's name of the weight: float32 of shape (matrices, width)."""
 
 
-def write_importance(path: Path, found: Mapping[str, tuple[Any, Any]], rows: int, longest: int) -> None:
+def write_importance(path: Path, sums: Mapping[str, tuple[Any, Any]], rows: int, longest: int) -> None:
     """Write sums of squares (matrices, width) and counts (matrices,) by name as an imatrix GGUF.
 
     They were taken over `rows` rows of at most `longest` tokens.
@@ -34,8 +34,8 @@ def write_importance(path: Path, found: Mapping[str, tuple[Any, Any]], rows: int
     writer.add_array("imatrix.datasets", ["training rows"])
     writer.add_uint32("imatrix.chunk_count", rows)
     writer.add_uint32("imatrix.chunk_size", longest)
-    for name in sorted(found):
-        sums, counts = found[name]
+    for name in sorted(sums):
+        sums, counts = sums[name]
         writer.add_tensor(name + _SUMS, np.ascontiguousarray(sums, np.float32))
         writer.add_tensor(name + _COUNTS, np.ascontiguousarray(counts, np.float32).reshape(-1, 1))
     writer.write_header_to_file()

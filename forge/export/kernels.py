@@ -110,7 +110,7 @@ def compiled_kernels(library: Path, lanes: int = 16) -> dict[str, Kernel]:
 def choose_kernels(tools: Path, kinds: Iterable[str]) -> dict[str, Kernel]:
     """The compiled kernels in the directory `tools` for those of `kinds` where their bytes are ggml's.
 
-    Types that are left out are ggml's own to quantize; why is said.
+    Types that are left out are ggml's own to quantize; the reason is reported.
     """
     wanted = sorted(set(kinds) & _COMPILED.keys())
     if not wanted or os.environ.get(CHOICE) == "ggml":

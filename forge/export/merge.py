@@ -3,7 +3,7 @@
 The base is the unquantized one (pitfalls 2, 22): W + scale x B A in float32, kept in float32; what
 the adapter does not touch is copied in its own type. Checked against peft's own merge in the tests.
 
-An embedding that was resized has the adapter's rows; rows of tokens that were trained alone go over it.
+An embedding that was resized has the adapter's rows; rows of single tokens that were trained go over it.
 
 Not covered, and refused: DoRA of an embedding or a Conv1D.
 """
@@ -73,7 +73,7 @@ def _match(fitted: Fitted) -> _Parts:
     if problems:
         raise DataError(
             f"{len(problems)} parts of the adapter cannot be merged into this base",
-            hint="train on the linear layers alone, or merge it with peft and ship that with train: none",
+            hint="train only on the linear layers, or merge it with peft and ship that with train: none",
             problems=problems,
         )
     return parts
@@ -112,7 +112,7 @@ def _match_layers(fitted: Fitted, base: Mapping[str, TensorSpec], parts: _Parts)
         transposed = fitted.is_transposed(layer)
         name = find_base_tensor(f"{module}.weight", base)
         if layer.magnitude and transposed:
-            yield Problem("DoRA is merged on linear layers alone", module)
+            yield Problem("DoRA is merged on linear layers only", module)
         elif name is None:
             yield Problem("the base has no such tensor", f"{module}.weight")
         elif (shape := parts.shape(name, base)) != (delta := _delta_shape(layer, transposed)):

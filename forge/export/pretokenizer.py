@@ -43,7 +43,7 @@ def model_name(stated: Stated, name: str) -> str:
     """`name` such that llama.cpp reads special tokens as tokenizer.json does.
 
     Phi-3's special tokens take the white space after them (`rstrip`). The GGUF has no place for
-    that; llama.cpp does it where general.name has "phi-3" in it, and there alone (pitfall 49).
+    that; llama.cpp does it where general.name has "phi-3" in it, and only there (pitfall 49).
     """
     added = stated.get("added_tokens") or []
     strips = any(token.get("rstrip") for token in added)

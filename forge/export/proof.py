@@ -1,6 +1,6 @@
 """Proof that the GGUF's tokenizer is the model's: the same ids for every prompt that is tried.
 
-Runs in a worker, on a GGUF that holds the vocabulary alone, before anything large is written
+Runs in a worker, on a GGUF that holds only the vocabulary, before anything large is written
 (pitfalls 48, 49; silent wrongs 3, 4, 13). The reference is the `tokenizers` library on
 tokenizer.json, which is what transformers runs.
 
@@ -41,7 +41,7 @@ _PIECES = (
 
 
 def test_strings(count: int = 300, seed: int = 0) -> list[str]:
-    """Every piece alone, then seeded random joins of two to six pieces."""
+    """Every piece by itself, then seeded random joins of two to six pieces."""
     draw = random.Random(seed)
     joins = ["".join(draw.choices(_PIECES, k=draw.randint(2, 6))) for _ in range(count - len(_PIECES))]
     return [*_PIECES, *joins]
@@ -96,7 +96,7 @@ def compare_ids(
     Raises `CheckError` with the first that differ, or when llama.cpp would not stop at `end_of_turn`.
     Left out, and named as limits: text with NUL (llama.cpp's interface takes C strings); text that
     the tokenizer composes first (Unicode NFC, as Qwen's does; llama.cpp does not); text with words that
-    llama.cpp alone takes for special tokens (`</s>` with Qwen's vocabulary); white space outside
+    only llama.cpp takes for special tokens (`</s>` with Qwen's vocabulary); white space outside
     ASCII after a token that strips what follows it (Phi-3).
     """
     reference = open_tokenizer(directory)

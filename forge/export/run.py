@@ -54,7 +54,7 @@ def export(
     converters: str,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write `out/model.gguf` and say what is in it.
+    """Write `out/model.gguf` and return what is in it.
 
     `tokenizer` is the directory whose tokenizer was trained with, `chat_template` the pinned text
     that the GGUF is to carry, `data` a directory of prepared rows. `settings`: name, quant,
@@ -72,7 +72,7 @@ def export(
     checkpoint, found = _open(Path(base), Path(adapter) if adapter else None, Path(tokenizer))
     describe(Path(base), Path(tokenizer), chat_template, description, found)
     mode, reasons = _mode(settings.get("mode", "merged"), found)
-    # Matched against the base in either mode: an adapter that fits nothing is told here.
+    # Matched against the base in either mode: an adapter that fits nothing is refused here.
     nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
     merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
     tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
@@ -115,13 +115,13 @@ def _publish(work: Path, target: Path) -> GgufHeader:
     return header
 
 
-def _mode(asked: str, found: Fitted | None) -> tuple[str, tuple[str, ...]]:
+def _mode(asked: str, fitted: Fitted | None) -> tuple[str, tuple[str, ...]]:
     """merged or adapter, and why it is merged where it was to be an adapter (N4, pitfall 52)."""
-    if asked == "merged" or (found is None and asked == "auto"):
+    if asked == "merged" or (fitted is None and asked == "auto"):
         return "merged", ()
-    if found is None:
+    if fitted is None:
         raise DataError("there is no adapter to export as a file of its own", hint="use mode merged")
-    reasons = why_merged(found)
+    reasons = why_merged(fitted)
     if asked == "adapter":
         refuse_impure(reasons)
     if reasons:
@@ -136,10 +136,10 @@ def _lay_out(
     data: str | None,
     converters: Path,
     settings: Mapping[str, Any],
-    found: Fitted | None,
+    fitted: Fitted | None,
 ) -> tuple[Converted, proof.Compared]:
     """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it."""
-    apart = bool(found and found.untied)
+    apart = bool(fitted and fitted.untied)
     if apart:
         report.info("embedding and output layer were trained apart, which the base ties: both are written")
     template = template_in(description)

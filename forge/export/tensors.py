@@ -116,7 +116,7 @@ def read_rows(spec: TensorSpec, start: int, stop: int) -> Any:
 def are_finite(values: Any) -> bool:
     """Whether `values`, a contiguous torch tensor of F64, F32, F16 or BF16, has no infinity and no NaN.
 
-    As integers, infinities and NaNs are the greatest of their sign: two maxima tell, in a thirtieth of
+    As integers, infinities and NaNs are the greatest of their sign: two maxima show it, in a thirtieth of
     `torch.isfinite`'s time (IEEE 754, 3.4).
     """
     import torch
@@ -148,7 +148,7 @@ def _torch_type(dtype: str) -> Any:
 def write_safetensors(
     path: Path, tensors: Sequence[LazyTensor], on_progress: Callable[[int, int], None]
 ) -> None:
-    """Write `tensors` in order; `on_progress` is told the bytes written and their total."""
+    """Write `tensors` in order; `on_progress` gets the bytes written and their total."""
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

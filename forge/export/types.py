@@ -117,7 +117,7 @@ def refuse_unloadable(path: Path) -> None:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[str]]:
-    """What llama.cpp says, which is all that it tells of errors."""
+    """llama.cpp's log, which is all that it reports of errors."""
     import llama_cpp
     from llama_cpp import _logger
 
@@ -135,9 +135,9 @@ def listening() -> Iterator[list[str]]:
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-def last_words(said: Sequence[str]) -> str:
+def last_words(texts: Sequence[str]) -> str:
     """The last line that speaks of an error, else the last words."""
-    lines = [line.strip() for line in "".join(said).splitlines()]
+    lines = [line.strip() for line in "".join(texts).splitlines()]
     for word in ("error", "failed"):
         if found := [line for line in lines if word in line.lower()]:
             return found[-1]

@@ -225,7 +225,7 @@ def _decided(choices: Choices) -> Iterator[None]:
     """Answer in place of the converter where forge knows, and proves afterwards by comparing ids.
 
     The converter knows a tokenizer by a hash of the ids of one text and refuses any other, even one
-    that differs in its vocabulary alone. A hash it knows stays its own decision. What is added to a
+    that differs only in its vocabulary. A hash it knows stays its own decision. What is added to a
     prompt is what training had: nothing that the template does not write.
     """
     from conversion.base import TextModel

@@ -51,7 +51,7 @@ def write_gguf(
     threads: int,
     on_progress: Advance,
 ) -> int:
-    """Write the whole file to `path`; returns its bytes. `on_progress` is told bytes done and in all.
+    """Write the whole file to `path`; returns its bytes. `on_progress` gets the bytes done and in all.
 
     Raises `StageError` when the disk is full, before anything is written if that is known, or when
     a tensor cannot be given its type; `DataError` for weights that are not finite.
@@ -79,13 +79,13 @@ def write_gguf(
 
 @contextlib.contextmanager
 def writing(directory: Path) -> Iterator[None]:
-    """Tell a full disk, or one that cannot be written, as `StageError`."""
+    """Raise a full disk, or one that cannot be written, as `StageError`."""
     try:
         yield
     except OSError as error:
         raise StageError(
             f"{directory}: cannot be written: {error.strerror or error}",
-            hint="`forge plan` tells how much room an export needs",
+            hint="`forge plan` shows how much room an export needs",
         ) from error
 
 

@@ -160,10 +160,10 @@ def _decorated(source: str) -> Iterator[str]:
                 yield from (str(ast.literal_eval(argument)) for argument in decorator.args)
 
 
-def text_of(found: dict[str, str]) -> str:
+def text_of(modules: dict[str, str]) -> str:
     """The content of `architectures.txt`."""
     head = "# Written by `python -m forge.model.architectures TREE`: architecture, converter module.\n"
-    return head + "".join(f"{name} {module}\n" for name, module in found.items())
+    return head + "".join(f"{name} {module}\n" for name, module in modules.items())
 
 
 def text_of_model_types() -> str:

@@ -40,7 +40,7 @@ def run(
     is done (take `store.runs.hold` around all that writes there). `from_stage` makes that stage
     and those behind it again even though they are in the store, `until` stops behind a stage,
     `force` makes single stages again; what depends on bytes that come out the same is cached.
-    `on_result` hears of each result at once, before it is judged. What actions leave running ends
+    `on_result` gets each result at once, before it is judged. What actions leave running ends
     with this call, or with `stack` where one is given.
 
     Raises what a stage raises or its judgement says, `StageError` when the disk is too small,

@@ -34,7 +34,7 @@ class Result:
 
 
 class Stage(Protocol):
-    """A pure stage: its result depends on its request alone and is kept in the store.
+    """A pure stage: its result depends only on its request and is kept in the store.
 
     `name` is also its directory in the store; `version` goes up when its code changes the bytes
     that it makes; `needs` are names of earlier stages.

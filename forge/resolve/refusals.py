@@ -67,7 +67,7 @@ def _check_targets(ship: Resolved) -> None:
 
 
 def _check_linear(ship: Resolved) -> None:
-    """DoRA is merged, and an adapter has a GGUF of its own, on linear layers alone.
+    """DoRA is merged, and an adapter has a GGUF of its own, on linear layers only.
 
     Of DoRA a row is an output, whose length was learned. Named targets are looked at; `auto` takes linear
     layers and nothing else, except of Conv1D.
@@ -87,7 +87,7 @@ def _check_linear(ship: Resolved) -> None:
             problems.append(f"{target} is in the experts, which are trained joined")
     if problems:
         raise RecipeError(
-            f"{field}: {'DoRA' if lora.dora else 'an adapter of its own'} is for linear layers alone",
+            f"{field}: {'DoRA' if lora.dora else 'an adapter of its own'} is only for linear layers",
             hint=f"leave {field} out, or take other train.lora.targets or another base",
             problems=[_located(ship.loaded, field, one) for one in problems],
         )

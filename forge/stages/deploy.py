@@ -133,15 +133,15 @@ def prove_prompts(ship: Resolved, endpoint: Endpoint, conversations: Sequence[Se
                 raise _differs("token ids differ from training's at token", trained, ids)
 
 
-def _differs(what: str, expected: Sequence[object], found: Sequence[object]) -> CheckError:
-    same = first_difference(expected, found)
+def _differs(what: str, expected: Sequence[object], served: Sequence[object]) -> CheckError:
+    same = first_difference(expected, served)
     start = max(0, same - 30)
     return CheckError(
         f"deploy: the server's {what} {same}",
         hint="pin the template's variables with train.template_variables, or use another base",
         problems=[
             Problem(repr(expected[start : same + 40]), "trained on"),
-            Problem(repr(found[start : same + 40]), "served"),
+            Problem(repr(served[start : same + 40]), "served"),
         ],
     )
 

@@ -62,7 +62,7 @@ class ModelfileStage(ShipStage):
         )
         file = gguf_name(self.ship, inputs["export"].facts)
         adapter = adapter_beside(Path(file)).name if adapter_in(inputs["export"]) else None
-        facts = write_modelfiles(out, file=file, told=told, adapter=adapter)
+        facts = write_modelfiles(out, file=file, handed=told, adapter=adapter)
         written = {
             name: read_modelfile(out / name, facts["left_out"])
             for name in (MODELFILE, MODELFILE_JINJA)

@@ -58,7 +58,7 @@ class Output:
 class Artifact:
     """A published result.
 
-    `key` is the digest of its request, `digest` is over its output files' names and bytes alone,
+    `key` is the digest of its request, `digest` is over its output files' names and bytes only,
     `facts` are plain JSON, `recorded` are packages that were used without being part of the
     request, `seconds` is how long it took to make.
     """

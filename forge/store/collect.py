@@ -1,7 +1,7 @@
 """What the store holds that no run uses, and its removal.
 
 In use is what a registered run's last ship was made from, and what the manifest.json of a run
-names. Adapters (the stage `train`) cost the most to make and go only when told, as do directories
+names. Adapters (the stage `train`) cost the most to make and go only when asked, as do directories
 that stopped runs left with something to go on from. What a process holds the lock of is not touched.
 
 Not covered: an artifact that a ship found a moment ago and has not yet noted as its own; the ship
@@ -72,7 +72,7 @@ def plan(store: Store) -> Garbage:
 
 
 def collect(store: Store, *, adapters: bool = False, partials: bool = False) -> Garbage:
-    """Remove what no run uses, adapters and partial directories only when told; what was removed."""
+    """Remove what no run uses, adapters and partial directories only when asked; what was removed."""
     told = {"artifact", *(["adapter"] if adapters else []), *(["partial"] if partials else [])}
     garbage = plan(store)
     removed = [item for item in garbage.items if item.kind in told and _remove(store, item)]

@@ -96,19 +96,19 @@ class DigestCache:
         identity, found = self._known.get(os.path.realpath(path), (None, None))
         return found if identity == _identity(status) else None
 
-    def remember(self, path: Path, status: os.stat_result, found: str) -> None:
+    def remember(self, path: Path, status: os.stat_result, sha256: str) -> None:
         if time.time_ns() - status.st_mtime_ns < _SETTLED_NANOSECONDS:
             return
         real, identity = os.path.realpath(path), _identity(status)
         if self._known is None:
             self._known = self._load()
-        self._known[real] = (identity, found)
+        self._known[real] = (identity, sha256)
         if not self.read_only:
             # Only a cache: a full or read-only disk is reported by whoever writes what matters.
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with self.path.open("ab", buffering=0) as stream:
-                    stream.write(_line(real, identity, found))
+                    stream.write(_line(real, identity, sha256))
 
     def _load(self) -> dict[str, tuple[_Identity, str]]:
         try:
@@ -138,5 +138,5 @@ def _identity(status: os.stat_result) -> _Identity:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _line(real: str, identity: _Identity, found: str) -> bytes:
-    return (json.dumps([real, *identity, found]) + "\n").encode()
+def _line(real: str, identity: _Identity, sha256: str) -> bytes:
+    return (json.dumps([real, *identity, sha256]) + "\n").encode()

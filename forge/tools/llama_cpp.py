@@ -1,7 +1,7 @@
 """llama.cpp's converters, of the very commit that llama-cpp-python was built from.
 
 They travel in that package's source archive, so `forge setup` fetches it through pip by name and
-version, checks its sha256, and unpacks the converters alone. Nothing is compiled here.
+version, checks its sha256, and unpacks only the converters. Nothing is compiled here.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _check(archive: Path) -> None:
 
 
 def _unpack(archive: Path, target: Path) -> None:
-    """The wanted files alone, as plain files: `extractall` of early Pythons 3.11 has no filter."""
+    """Only the wanted files, as plain files: `extractall` of early Pythons 3.11 has no filter."""
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
             # <name>-<version>/vendor/llama.cpp/<path>

@@ -1,6 +1,6 @@
 """What a native program needs to run elsewhere: the shared libraries that the loader finds for it here.
 
-Linux alone. Of the libraries that a program opens by name while it runs: ggml's backends, no others.
+Linux only. Of the libraries that a program opens by name while it runs: ggml's backends, no others.
 """
 
 from __future__ import annotations
