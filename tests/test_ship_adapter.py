@@ -138,7 +138,7 @@ def test_a_merged_ship_that_cannot_be_published_leaves_no_base_alone(
         if target.suffix == ".gguf":
             raise DataError("no space left on the device")
 
-    monkeypatch.setattr("forge.ship.record.publish", full)
+    monkeypatch.setattr("forge.runs.publish.publish", full)
     assert run(["ship", "recipe.yaml", "--until", "modelfile"]) == 2
     assert list(again.run.glob("*.gguf")) == []
 

@@ -94,6 +94,7 @@ def test_the_wheel_holds_the_package_and_what_ships_with_it(wheel: Path) -> None
         "model/builtin/tiny/model.safetensors",
         "data/builtin/yoda.jsonl",
         "ship/page.html.jinja",
+        "stages/verify.html.jinja",
     ):
         assert f"forge/{needed}" in names
     assert f"{information}/licenses/LICENSE" in names

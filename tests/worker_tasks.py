@@ -131,7 +131,27 @@ def deliver(order: Order) -> Receipt:
     return Receipt(tuple(path.name for path in order.paths), order.scale, order.paths[0].parent)
 
 
+@dataclass(frozen=True)
+class CountRequest:
+    rows: Path
+    out: Path
+
+
+@dataclass(frozen=True)
+class Counted:
+    words: int
+
+
+def count_words(request: CountRequest) -> Counted:
+    """The task of the toy stage in `test_toy_stage`."""
+    words = request.rows.read_text(encoding="utf-8").split()
+    (request.out / "words.txt").write_text("\n".join(words), encoding="utf-8")
+    return Counted(len(words))
+
+
 if __name__ == "__main__":
     names = ("speak", "hurry", "fail", "divide", "lack", "hoard", "die", "sleep", "finish_step", "finish_all")
-    worker.TASKS = {name: f"tests.worker_tasks:{name}" for name in (*names, "find", "ignore", "deliver")}
+    worker.TASKS = {
+        name: f"tests.worker_tasks:{name}" for name in (*names, "find", "ignore", "deliver", "count_words")
+    }
     worker.main()

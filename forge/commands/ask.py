@@ -11,12 +11,12 @@ from typing import Any
 
 from forge import report
 from forge.errors import CheckError, RecipeError
+from forge.resolve.queries import queries_in
 from forge.runs.find import find_run
 from forge.runs.manifest import read_manifest
 from forge.serve.client import find
 from forge.serve.endpoint import Endpoint
 from forge.ship.serving import Wish, open_runtime, read_key, settings
-from forge.stages.smoke import queries_in
 
 
 def chat(

@@ -18,6 +18,7 @@ from forge.resolve.resolved import Resolved
 from forge.runs.find import find_run
 from forge.runs.manifest import read_manifest
 from forge.ship.space import free_space, space_needed
+from forge.stages import stages_for
 from forge.store import collect as garbage_collection
 from forge.store import runs as store_runs
 from forge.store.artifacts import open_store
@@ -100,7 +101,7 @@ def _downloads(ship: Resolved) -> str | int:
 def _disk(ship: Resolved, planned: Plan) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
-    estimate = space_needed(ship, planned)
+    estimate = space_needed([stage for stage in stages_for(ship) if stage.name in planned.running])
     return {
         "needed": estimate.total,
         "free": free_space(ship.store.root),

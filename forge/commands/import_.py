@@ -11,9 +11,9 @@ from forge import report, worker
 from forge.chat.hand_over import hand_over_of
 from forge.errors import CheckError, MissingToolError, RecipeError, StageError
 from forge.recipe.schema import Recipe, from_json
+from forge.resolve.queries import ask_anything, smoke_passes
 from forge.runs.files import adapter_beside
 from forge.runs.manifest import read_manifest, read_run_modelfile
-from forge.stages.smoke import ask_anything, smoke_passes
 
 
 def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:

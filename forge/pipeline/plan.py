@@ -28,6 +28,11 @@ class Planned:
 class Plan:
     stages: tuple[Planned, ...]
 
+    @property
+    def running(self) -> frozenset[str]:
+        """The names of the stages that will run."""
+        return frozenset(planned.name for planned in self.stages if not planned.cached)
+
 
 def plan(
     stages: Sequence[Step],

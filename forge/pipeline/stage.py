@@ -10,7 +10,7 @@ Inherit from these protocols: they bring the defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -33,16 +33,55 @@ class Result:
     artifact: Artifact | None = None
 
 
-class Stage(Protocol):
+class Described(Protocol):
+    """What every stage says of itself, for those who plan a ship, record it and show it."""
+
+    name: str
+    needs: tuple[str, ...] = ()
+    rank: int = 50
+    """Where its section stands in the report; the conclusions come first."""
+    lists_facts: bool = True
+    """Whether the manifest lists its facts as they are."""
+
+    def packages(self) -> Collection[str]:
+        """The Python packages that it imports, looked for before anything runs."""
+        return ()
+
+    def require_tools(self) -> None:
+        """Raise `MissingToolError` for whatever else it needs and is not there."""
+        return
+
+    def look(self) -> None:
+        """Raise in a plan, before it runs, what it would refuse; only where looking takes no time."""
+        return
+
+    def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
+        """Fields of the manifest and of the ship's JSON; a later stage's stand over an earlier one's."""
+        return {}
+
+    def summary(self, result: Result, run: Path) -> Mapping[str, object]:
+        """Fields of the ship's JSON; `run` is the run's directory."""
+        return {}
+
+    def section(self) -> str:
+        """Its section of the report, a Jinja template: it reads `manifest`, `facts` (its own), and what
+        `section_values` gives besides.
+        """
+        return ""
+
+    def section_values(self, result: Result) -> Mapping[str, object]:
+        """What its section shows that its facts do not hold."""
+        return {}
+
+
+class Stage(Described, Protocol):
     """A pure stage: its result depends only on its request and is kept in the store.
 
     `name` is also its directory in the store; `version` goes up when its code changes the bytes
     that it makes; `needs` are names of earlier stages.
     """
 
-    name: str
     version: int
-    needs: tuple[str, ...] = ()
 
     def params(self) -> Mapping[str, Json]:
         """What of the recipe changes the bytes: dotted field -> value.
@@ -60,9 +99,17 @@ class Stage(Protocol):
         """Packages to note without asking for the same ones: a result of other versions is used."""
         return {}
 
+    def bytes_kept(self) -> Mapping[str, int]:
+        """The bytes that stay on the disk, by what they are."""
+        return {}
+
+    def bytes_beside(self) -> Mapping[str, int]:
+        """The most that it takes besides while it runs, by what it is."""
+        return {}
+
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """The most free disk that `build` takes at any moment; checked before it starts."""
-        return 0
+        return sum(self.bytes_kept().values()) + sum(self.bytes_beside().values())
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> Facts:
         """Make the outputs in the directory `out`; return facts, plain JSON.
@@ -76,17 +123,22 @@ class Stage(Protocol):
         """What to raise, made now or found: limits are held against kept measurements on every run."""
         return None
 
+    def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
+        """Put what a person looks for into `run`; `published` is the digest of what lies there."""
+        return
+
 
 @runtime_checkable
-class Action(Protocol):
+class Action(Described, Protocol):
     """A stage that acts on the world (starts a server, asks it, writes a report): never cached."""
-
-    name: str
-    needs: tuple[str, ...] = ()
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> Facts:
         """Act on the results so far. What must live on for later stages (a server) enters `stack`."""
         ...
+
+    def verdict(self, facts: Facts) -> ForgeError | None:
+        """What to raise when the ship is over and recorded."""
+        return None
 
 
 Step: TypeAlias = Stage | Action

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from forge.pipeline.stage import Stage
 from forge.resolve.resolved import Resolved
-from forge.tools.llama_cpp import LLAMA_CPP_COMMIT
+from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
 
 
-class ShipStage(Stage):
-    """A pure stage of one ship."""
+class OfShip:
+    """A stage of one ship: it knows the resolved recipe, and its section lies beside its file."""
 
     def __init__(self, ship: Resolved) -> None:
         self.ship = ship
 
+    def section(self) -> str:
+        path = Path(inspect.getfile(type(self))).with_suffix(".html.jinja")
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+class ShipStage(OfShip, Stage):
+    """A pure stage of one ship."""
+
 
 class GgufStage(ShipStage):
     """A stage that writes or measures a GGUF: llama.cpp's versions count, those of torch are noted."""
+
+    def require_tools(self) -> None:
+        find_converters(self.ship.store.root)
 
     def tools(self) -> Mapping[str, str]:
         return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}

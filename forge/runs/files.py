@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 RUNS = "runs"
+ADAPTER = "adapter"
 MANIFEST = "manifest.json"
 REPORT = "report.html"
 # Where the importance matrix lies that `forge verify` asks for; beside the model it could be taken for one.

@@ -9,26 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.data.prepare import read_all
 from forge.errors import ForgeError
 from forge.pipeline.plan import Plan
 from forge.pipeline.plan import plan as plan_stages
 from forge.pipeline.run import run
-from forge.pipeline.stage import Result
+from forge.pipeline.stage import Action, Result, Step
 from forge.recipe.load import Loaded, load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
 from forge.runs.files import RUNS
 from forge.runs.manifest import read_manifest
 from forge.ship.preflight import require_tools
-from forge.ship.record import learned, record, summary
+from forge.ship.record import record, summary
 from forge.ship.space import require_space
 from forge.stages import stages_for
-from forge.stages.data import DataStage
+from forge.stages.deploy import DEPLOY_STAGE
+from forge.stages.train import ADAPTER_STAGE
 from forge.store import runs
 from forge.store.artifacts import Store, open_store
-
-_READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s
 
 
 def run_directory(loaded: Loaded) -> Path:
@@ -51,11 +49,12 @@ def ship(
     store, directory = open_store(), run_directory(loaded)
     with runs.hold(store, directory), ExitStack() as stack:
         target = _open(loaded, store, directory)
-        stages, force = stages_for(target), frozenset({"train"} if retrain else ())
+        stages, force = stages_for(target), frozenset({ADAPTER_STAGE} if retrain else ())
         past = runs.requests(store, directory)
         ahead = plan_stages(stages, store, past, from_stage=from_stage, until=until, force=force)
-        require_tools(target, {one.name for one in ahead.stages if not one.cached})
-        require_space(target, ahead)
+        to_run = [stage for stage in stages if stage.name in ahead.running]
+        require_tools(to_run)
+        require_space(target, to_run)
         directory.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(target.log.open("a", encoding="utf-8"))
         stack.enter_context(report.copied_to(log))
@@ -72,16 +71,19 @@ def ship(
                 on_result=lambda result: results.__setitem__(result.name, result),
                 stack=stack,
             )
-            failure = _failed_live(results) or _failed_smoke(results)
+            failure = _verdict(stages, results)
         except BaseException as stopped:
             failure = stopped
             if not isinstance(stopped, ForgeError | KeyboardInterrupt):
                 traceback.print_exc(file=log)
             raise
         finally:
-            record(target, results, failure)
-        fields = _finish(target, results, failure)
-    if target.recipe.deploy.keep and "deploy" in results:
+            record(target, stages, results, failure)
+        fields = summary(target, stages, results)
+        _report_end(target, fields["learned"])
+        if failure:
+            raise failure
+    if target.recipe.deploy.keep and DEPLOY_STAGE in results:
         # Outside the lock: the next ship of this recipe does not wait for a server.
         fields["endpoint"] = _keep(target)
     return fields
@@ -132,21 +134,14 @@ def _load(recipe: Path | Loaded, overrides: Sequence[str]) -> Loaded:
     return loaded
 
 
-def _failed_live(results: Mapping[str, Result]) -> ForgeError | None:
-    from forge.serve.live_proof import failure_of
-
-    return failure_of(results["deploy"].facts["live"]) if "deploy" in results else None
-
-
-def _failed_smoke(results: Mapping[str, Result]) -> ForgeError | None:
-    from forge.stages.smoke import failure_of
-
-    return failure_of(results["smoke"].facts) if "smoke" in results else None
+def _verdict(stages: Sequence[Step], results: Mapping[str, Result]) -> ForgeError | None:
+    """The first thing that an action found wrong: raised when all is recorded."""
+    actions = [stage for stage in stages if isinstance(stage, Action) and stage.name in results]
+    return next(filter(None, (stage.verdict(results[stage.name].facts) for stage in actions)), None)
 
 
-def _finish(target: Resolved, results: Mapping[str, Result], failure: ForgeError | None) -> dict[str, Any]:
+def _report_end(target: Resolved, figures: Mapping[str, Any] | None) -> None:
     """Say how it went."""
-    figures = learned(results)
     if figures and figures["metric"] == "exact_match":
         where = "the shipped file behind its server" if figures["served"] else "the tuned model"
         report.success(
@@ -156,9 +151,6 @@ def _finish(target: Resolved, results: Mapping[str, Result], failure: ForgeError
     elif figures:
         report.success(f"learned: held-out loss {figures['before']:.4f} -> {figures['after']:.4f}")
     report.info(f"the run: {target.run_directory}")
-    if failure:
-        raise failure
-    return summary(target, results)
 
 
 def plan(
@@ -169,15 +161,9 @@ def plan(
     store, directory = open_store(read_only=True), run_directory(loaded)
     pins = read_manifest(directory).get("pins")
     target = resolve_recipe(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
-    planned = plan_stages(stages_for(target), store, runs.requests(store, directory))
-    if not all(one.cached for one in planned.stages if one.name == "data"):
-        _look_at_data(target)
+    stages = stages_for(target)
+    planned = plan_stages(stages, store, runs.requests(store, directory))
+    for stage in stages:
+        if stage.name in planned.running:
+            stage.look()
     return target, planned
-
-
-def _look_at_data(target: Resolved) -> None:
-    """Rows that a ship would refuse are told by its plan, where reading them takes no time."""
-    files = [*target.data_files, *([target.heldout] if isinstance(target.heldout, Path) else [])]
-    light = all(path.suffix.lower() != ".parquet" for path in files)
-    if target.data_files and light and sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN:
-        read_all(DataStage(target).settings())

@@ -6,54 +6,28 @@ An hour of training must not end at a missing converter. Not covered: whether th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection, Mapping
-from functools import partial
+from collections.abc import Sequence
 
 from forge.errors import MissingToolError, Problem
-from forge.recipe.schema import Train
-from forge.resolve.resolved import Resolved
-from forge.serve.runtimes import check_runtime
-from forge.tools.llama_cpp import find_converters
+from forge.pipeline.stage import Step
 
-_PACKAGES: Mapping[str, tuple[str, ...]] = {
-    "train": ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors"),
-    "validate": ("torch", "transformers", "peft", "safetensors"),
-    "evaluate": ("torch", "transformers", "peft"),
-    "calibrate": ("torch", "transformers", "safetensors", "llama_cpp", "gguf"),
-    "export": ("torch", "transformers", "safetensors", "llama_cpp"),
-    "verify": ("torch", "transformers", "accelerate", "safetensors", "llama_cpp", "gguf"),
-}
 _INSTALL = "install the training stack: pip install 'forge-ship[train]'"
 
 
-def require_tools(ship: Resolved, stages: Collection[str]) -> None:
+def require_tools(stages: Sequence[Step]) -> None:
     """Raise `MissingToolError` with everything that `stages` (those that will really run) lack."""
-    needed = {name for stage in stages for name in _PACKAGES.get(stage, ())}
-    train, deploy = ship.recipe.train, ship.recipe.deploy
-    if not isinstance(train, Train):
-        needed -= {"trl", "datasets"}  # an adapter that was made elsewhere
-    elif "train" in stages and train.method == "qlora":
-        needed.add("bitsandbytes")
+    needed = {name for stage in stages for name in stage.packages()}
     absent = sorted(name for name in needed if importlib.util.find_spec(name) is None)
-    problems = [Problem(f"the Python package {name} is not installed") for name in absent]
-    hints = [_INSTALL] if absent else []
-    checks: dict[str, Callable[[], object]] = {
-        "calibrate": partial(find_converters, ship.store.root),
-        "export": partial(find_converters, ship.store.root),
-        "verify": partial(find_converters, ship.store.root),
-        "deploy": partial(check_runtime, deploy.runtime, host=deploy.host, port=deploy.port),
-    }
-    for stage, check in checks.items():
+    # Two stages may need one tool.
+    problems = {Problem(f"the Python package {name} is not installed"): None for name in absent}
+    hints = {_INSTALL: None} if absent else {}
+    for stage in stages:
         try:
-            if stage in stages:
-                check()
+            stage.require_tools()
         except MissingToolError as missing:
-            problems.append(Problem(missing.message))
-            hints.append(missing.hint)
-    problems, hints = (
-        list(dict.fromkeys(problems)),
-        list(dict.fromkeys(hints)),
-    )  # two stages may need one tool
+            problems[Problem(missing.message)] = None
+            hints[missing.hint] = None
     if problems:
-        message = problems[0].message if len(problems) == 1 else f"{len(problems)} tools are missing"
-        raise MissingToolError(message, hint="; ".join(hints), problems=problems)
+        first = next(iter(problems))
+        message = first.message if len(problems) == 1 else f"{len(problems)} tools are missing"
+        raise MissingToolError(message, hint="; ".join(hints), problems=tuple(problems))

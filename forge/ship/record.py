@@ -4,174 +4,71 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
 from forge.errors import ForgeError
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
-from forge.pipeline.stage import Result
-from forge.resolve.derived import gguf_name
+from forge.pipeline.stage import Action, Result, Step
 from forge.resolve.resolved import Resolved
-from forge.runs.files import BESIDE, CALIBRATION, MANIFEST, REPORT, adapter_beside
+from forge.runs.files import MANIFEST, REPORT
 from forge.runs.manifest import read_manifest
 from forge.ship.page import write_page
-from forge.stages.calibrate import CALIBRATION_STAGE
-from forge.stages.export import adapter_in
-from forge.stages.train import ADAPTER_STAGE
 from forge.store import durable
 from forge.store.artifacts import Artifact
-from forge.store.runs import publish
-from forge.verify.calibrate import IMPORTANCE_FILE
-from forge.verify.verdict import Gates, judge
 
 NOT_VERIFIED = "the ship did not get as far as verify"
 
 
-def learned(results: Mapping[str, Result]) -> dict[str, Any] | None:
-    """The figures before and after: exact answers where there are short ones, else held-out loss.
-
-    `after` is of the shipped file behind its server where one was asked.
-    """
-    if "evaluate" not in results:
-        return None
-    facts = results["evaluate"].facts
-    if not facts["rows"]:
-        return None
-    exact = facts.get("exact")
-    if not exact:
-        return {"metric": "heldout_loss", **facts["loss"], "rows": facts["rows"], "served": False}
-    served = results["smoke"].facts.get("heldout") if "smoke" in results else None
-    after = served["exact"] if served else exact["after"]
-    rows = exact["rows"]
-    return {
-        "metric": "exact_match",
-        "before": round(exact["before"] / rows, 4),
-        "after": round(after / rows, 4),
-        "rows": rows,
-        "served": served is not None,
-    }
+def findings(stages: Sequence[Step], results: Mapping[str, Result]) -> dict[str, Any]:
+    """What the ship's JSON and the manifest both hold: each stage's findings, in their order."""
+    found: dict[str, Any] = {"certificate": None, "certificate_reason": NOT_VERIFIED, "learned": None}
+    for stage in stages:
+        if stage.name in results:
+            found |= stage.findings(results)
+    found["stages"] = [
+        {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
+        for result in results.values()
+    ]
+    return found
 
 
-def certificate(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any] | None:
-    """The verdict on this ship's file, the live server's leg among it where one was asked."""
-    if "verify" not in results:
-        return None
-    verify = ship.recipe.verify
-    live = results["deploy"].facts.get("live") if "deploy" in results else None
-    return judge(results["verify"].facts, Gates(verify.max_kl, verify.min_top1), live)
-
-
-def summary(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any]:
+def summary(ship: Resolved, stages: Sequence[Step], results: Mapping[str, Result]) -> dict[str, Any]:
     """The JSON result of `forge ship`; whoever leaves a server running puts its address in."""
-    directory = ship.run_directory
-    modelfile = results["modelfile"].facts if "modelfile" in results else {}
-    smoke = results["smoke"].facts["smoke"] if "smoke" in results else []
-    return {
-        "run": str(directory),
-        "adapter": str(directory / "adapter") if ADAPTER_STAGE in results else None,
-        **_weights(ship, results),
-        "modelfile": str(directory / MODELFILE) if modelfile.get("modelfile") else None,
-        "modelfile_reason": modelfile.get("reason"),
-        **({"calibration": dict(results["calibrate"].facts)} if "calibrate" in results else {}),
-        **_proofs(ship, results),
-        "endpoint": None,
-        "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in smoke],
-    }
+    fields: dict[str, Any] = {
+        "run": str(ship.run_directory), "adapter": None, "gguf": None, "modelfile": None,
+        "modelfile_reason": None, **findings(stages, results), "endpoint": None, "smoke": [],
+    }  # fmt: skip
+    for stage in stages:
+        if stage.name in results:
+            fields |= stage.summary(results[stage.name], ship.run_directory)
+    return fields
 
 
-def _weights(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any]:
-    """The model's GGUF, and the adapter's where it has one; or why it has none where it was to have one."""
-    artifact = results["export"].artifact if "export" in results else None
-    if artifact is None:
-        return {"gguf": None}
-    gguf = ship.run_directory / gguf_name(ship, artifact.facts)
-    adapter = {"adapter_gguf": str(adapter_beside(gguf))} if adapter_in(artifact) else {}
-    reasons = artifact.facts["merged_because"]
-    return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
-
-
-def _proofs(ship: Resolved, results: Mapping[str, Result]) -> dict[str, Any]:
-    """What the summary and the manifest both tell."""
-    found = certificate(ship, results)
-    return {
-        "certificate": found,
-        "certificate_reason": None if found else NOT_VERIFIED,
-        "learned": learned(results),
-        "stages": [
-            {"name": result.name, "cached": result.cached, "seconds": round(result.seconds, 2)}
-            for result in results.values()
-        ],
-    }
-
-
-def record(ship: Resolved, results: Mapping[str, Result], failure: BaseException | None = None) -> None:
+def record(
+    ship: Resolved,
+    stages: Sequence[Step],
+    results: Mapping[str, Result],
+    failure: BaseException | None = None,
+) -> None:
     """Publish the artifacts that there are into the run's directory, then manifest and report."""
     directory = ship.run_directory
     directory.mkdir(parents=True, exist_ok=True)
     before = read_manifest(directory).get("artifacts", {})
-    for result in results.values():
-        if result.artifact:
-            _publish(ship, result.artifact, before.get(result.name, {}).get("digest"))
-    manifest = _manifest(ship, results, failure)
+    for stage in stages:
+        artifact = results[stage.name].artifact if stage.name in results else None
+        if artifact and not isinstance(stage, Action):
+            stage.publish(artifact, directory, before.get(stage.name, {}).get("digest"))
+    manifest = _manifest(ship, stages, results, failure)
     durable.write_text(directory / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-    write_page(directory / REPORT, manifest, results)
+    write_page(directory / REPORT, manifest, stages, results)
 
 
-def _publish(ship: Resolved, artifact: Artifact, published: str | None) -> None:
-    """Put the artifact's files into the run; `published` is the digest of what lies there."""
-    directory = ship.run_directory
-    if artifact.stage == ADAPTER_STAGE:
-        for name in artifact.outputs:
-            _place(artifact, name, artifact.path / name, directory / "adapter" / name, published)
-    elif artifact.stage == CALIBRATION_STAGE:
-        matrix = directory / CALIBRATION / IMPORTANCE_FILE
-        _place(artifact, IMPORTANCE_FILE, artifact.path / IMPORTANCE_FILE, matrix, published)
-    elif artifact.stage == "export":
-        if not ship.recipe.export.is_calibrated:
-            shutil.rmtree(directory / CALIBRATION, ignore_errors=True)  # an earlier ship's
-        _publish_gguf(directory / gguf_name(ship, artifact.facts), artifact, published)
-        if (artifact.path / MERGED_DIRECTORY).is_dir():
-            publish(artifact.path / MERGED_DIRECTORY, directory / MERGED_DIRECTORY)
-        else:
-            shutil.rmtree(directory / MERGED_DIRECTORY, ignore_errors=True)  # an earlier ship's
-    elif artifact.stage == "modelfile":
-        for name in (MODELFILE, MODELFILE_JINJA):
-            if name in artifact.outputs:
-                publish(artifact.path / name, directory / name)
-            else:
-                (directory / name).unlink(missing_ok=True)
-
-
-def _publish_gguf(target: Path, artifact: Artifact, published: str | None) -> None:
-    """The model as `target`, its adapter beside it, and no GGUF of an earlier recipe, which would mislead.
-
-    Of two files the model comes last and the one before goes first: whenever this is killed, nobody finds
-    a base without its adapter, or an adapter on a model that has it already.
-    """
-    adapter = {ADAPTER_FILE: adapter_beside(target)} if adapter_in(artifact) else {}
-    kept = {*adapter.values(), target}
-    if published != artifact.digest and (adapter or adapter_beside(target).exists()):
-        kept.remove(target)
-    # The model goes before its adapter.
-    for old in sorted(set(target.parent.glob("*.gguf")) - kept, key=lambda one: one.name.endswith(BESIDE)):
-        old.unlink()
-    for name, path in {**adapter, GGUF_FILE: target}.items():
-        _place(artifact, name, artifact.path / name, path, published)
-
-
-def _place(artifact: Artifact, name: str, source: Path, target: Path, published: str | None) -> None:
-    """Publish unless this very artifact lies there whole: copying gigabytes again would take long."""
-    same_size = target.exists() and target.stat().st_size == artifact.outputs[name].bytes
-    if not (same_size and published == artifact.digest):
-        publish(source, target)
-
-
-def _manifest(ship: Resolved, results: Mapping[str, Result], failure: BaseException | None) -> dict[str, Any]:
+def _manifest(
+    ship: Resolved, stages: Sequence[Step], results: Mapping[str, Result], failure: BaseException | None
+) -> dict[str, Any]:
+    listed = [stage.name for stage in stages if stage.lists_facts and stage.name in results]
     return {
         "format": 1,
         "name": ship.recipe.name,
@@ -199,9 +96,8 @@ def _manifest(ship: Resolved, results: Mapping[str, Result], failure: BaseExcept
             "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         },
         "artifacts": {result.name: _made(result.artifact) for result in results.values() if result.artifact},
-        # The certificate holds what verify found.
-        "facts": {result.name: dict(result.facts) for result in results.values() if result.name != "verify"},
-        **_proofs(ship, results),
+        "facts": {name: dict(results[name].facts) for name in listed},
+        **findings(stages, results),
     }
 
 

@@ -7,37 +7,25 @@ meanwhile; each stage looks again before it starts.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from forge.errors import StageError
-from forge.model.estimate import Estimate, export_disk
-from forge.pipeline.plan import Plan
+from forge.model.estimate import Estimate
 from forge.pipeline.run import MORE_SPACE, size
-from forge.resolve.derived import largest_type
+from forge.pipeline.stage import Action, Step
 from forge.resolve.resolved import Resolved
-from forge.stages.calibrate import CalibrateStage
-from forge.stages.train import TrainStage
-from forge.stages.verify import VerifyStage
 
 
-def space_needed(ship: Resolved, planned: Plan) -> Estimate:
-    """Bytes at the fullest moment: what the stages that run keep, and the most that one takes beside it."""
-    runs = {one.name for one in planned.stages if not one.cached}
-    export = ship.recipe.export
+def space_needed(stages: Sequence[Step]) -> Estimate:
+    """Bytes at the fullest moment of `stages`: what they keep, and the most that one takes besides."""
     kept: dict[str, int] = {}
-    beside: dict[str, int] = {}
-    if "train" in runs and ship.training:
-        stage = TrainStage(ship)
-        kept["adapter"] = stage.bytes_kept()
-        beside["checkpoints"] = stage.bytes_needed({}) - kept["adapter"]
-    if "export" in runs:
-        kept |= export_disk(ship.parameters, largest_type(ship), keep_merged=export.keep_merged).parts
-    if "calibrate" in runs:
-        beside["files to try types on"] = CalibrateStage(ship).bytes_needed({})
-    if "verify" in runs:
-        beside["files to compare with"] = VerifyStage(ship).bytes_needed({})
-    largest = max(beside, key=beside.__getitem__, default=None)
-    return Estimate(kept | ({largest: beside[largest]} if largest else {}))
+    largest: dict[str, int] = {}
+    for stage in stages:
+        if not isinstance(stage, Action):
+            kept |= stage.bytes_kept()
+            largest = max(largest, dict(stage.bytes_beside()), key=lambda parts: sum(parts.values()))
+    return Estimate(kept | largest)
 
 
 def free_space(root: Path) -> int:
@@ -47,9 +35,9 @@ def free_space(root: Path) -> int:
     return shutil.disk_usage(root).free
 
 
-def require_space(ship: Resolved, planned: Plan) -> None:
-    """Raise `StageError` when the disk cannot hold this ship."""
-    needed, free = space_needed(ship, planned), free_space(ship.store.root)
+def require_space(ship: Resolved, stages: Sequence[Step]) -> None:
+    """Raise `StageError` when the disk cannot hold what `stages` make."""
+    needed, free = space_needed(stages), free_space(ship.store.root)
     if needed.total > free:
         parts = ", ".join(f"{name} {size(count)}" for name, count in needed.parts.items())
         raise StageError(

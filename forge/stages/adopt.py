@@ -10,16 +10,14 @@ from typing import Any
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import DataError
-from forge.resolve.stage import ShipStage
-from forge.stages.train import ADAPTER_STAGE
+from forge.stages.train import AdapterStage
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 
 
-class AdoptStage(ShipStage):
+class AdoptStage(AdapterStage):
     """An adapter that another tool made, checked and taken into the store."""
 
-    name = ADAPTER_STAGE
     version = 2
 
     def params(self) -> Mapping[str, Json]:

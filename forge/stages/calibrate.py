@@ -5,7 +5,8 @@ A stage where the recipe asks for one of the two: *export* and *verify* then tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from forge import report, worker
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, ForgeError
 from forge.model.estimate import certificate_disk
+from forge.pipeline.stage import Result
 from forge.recipe.quants import BUDGETED
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import GgufStage
+from forge.runs.files import CALIBRATION
+from forge.runs.publish import place
+from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
@@ -30,15 +35,21 @@ def importance_in(inputs: Mapping[str, Artifact]) -> str | None:
     return str(inputs[CALIBRATION_STAGE].path / IMPORTANCE_FILE) if CALIBRATION_STAGE in inputs else None
 
 
+def withdraw(run: Path) -> None:
+    """Take away the matrix of an earlier ship of `run`, which the new file was not rounded by."""
+    shutil.rmtree(run / CALIBRATION, ignore_errors=True)
+
+
 class CalibrateStage(GgufStage):
     """Measures the types; that one of them is within the budget is judged on every run."""
 
     name = CALIBRATION_STAGE
+    rank = 60
     version = 3
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
-        self.needs = ("data", *((ADAPTER_STAGE,) if ship.recipe.train is not None else ()))
+        self.needs = (DATA_STAGE, *((ADAPTER_STAGE,) if ship.recipe.train is not None else ()))
 
     def params(self) -> Mapping[str, Json]:
         export = self.ship.recipe.export
@@ -50,13 +61,16 @@ class CalibrateStage(GgufStage):
             "chat template": self.ship.template_digest,
         }
 
-    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
+    def packages(self) -> Collection[str]:
+        return ("torch", "transformers", "safetensors", "llama_cpp", "gguf")
+
+    def bytes_beside(self) -> Mapping[str, int]:
         """An F16 file and, with a budget, the type that is being tried."""
         tried = "f16" if self.ship.recipe.export.max_kl is None else BUDGETED[0]
-        return certificate_disk(self.ship.parameters, tried).total
+        return {"files to try types on": certificate_disk(self.ship.parameters, tried).total}
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        data, max_kl = inputs["data"], self.ship.recipe.export.max_kl
+        data, max_kl = inputs[DATA_STAGE], self.ship.recipe.export.max_kl
         held = HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE
         arguments = {
             "base": str(self.ship.base_directory),
@@ -78,6 +92,12 @@ class CalibrateStage(GgufStage):
             },
         }
         return worker.call("calibrate", arguments, log=self.ship.log)
+
+    def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
+        place(artifact, IMPORTANCE_FILE, run / CALIBRATION / IMPORTANCE_FILE, published)
+
+    def summary(self, result: Result, run: Path) -> Mapping[str, object]:
+        return {"calibration": dict(result.facts)}
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         tell(artifact.facts)

@@ -10,7 +10,7 @@ from typing import Any
 
 from forge import report
 from forge.chat.stops import require
-from forge.data.prepare import TRAIN_FILE, Settings, account, prepare
+from forge.data.prepare import TRAIN_FILE, Settings, account, prepare, read_all
 from forge.data.reading import Source
 from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params
@@ -18,11 +18,15 @@ from forge.resolve.stage import ShipStage
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 
+DATA_STAGE = "data"
+_READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s
+
 
 class DataStage(ShipStage):
     """Rows to ids and loss mask; every problem of the data is told here, before anything long."""
 
-    name = "data"
+    name = DATA_STAGE
+    rank = 40
     version = 2
 
     def params(self) -> Mapping[str, Json]:
@@ -60,6 +64,14 @@ class DataStage(ShipStage):
             )
             require(broken)
         return facts
+
+    def look(self) -> None:
+        """Rows that a ship would refuse are refused by its plan, where reading them takes no time."""
+        ship = self.ship
+        files = [*ship.data_files, *([ship.heldout] if isinstance(ship.heldout, Path) else [])]
+        light = all(path.suffix.lower() != ".parquet" for path in files)
+        if ship.data_files and light and sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN:
+            read_all(self.settings())
 
     def settings(self) -> Settings:
         """What the recipe says of the data."""

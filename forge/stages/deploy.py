@@ -7,40 +7,56 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from forge.chat.difference import first_difference
 from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
-from forge.errors import CheckError, Problem
+from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
 from forge.resolve.derived import context_tokens
+from forge.resolve.queries import queries_in, smoke_passes
 from forge.resolve.resolved import Resolved
+from forge.resolve.stage import OfShip
 from forge.serve.endpoint import Endpoint, Message
-from forge.stages.export import adapter_in
-from forge.stages.smoke import queries_in, smoke_passes
-
-if TYPE_CHECKING:
-    pass
+from forge.serve.runtimes import check_runtime
+from forge.stages.data import DATA_STAGE
+from forge.stages.export import EXPORT_STAGE, adapter_in
+from forge.stages.modelfile import ModelfileStage
+from forge.stages.verify import VERIFY_STAGE, certificate
+from forge.store.artifacts import Facts
 
 # The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
-EXPORT = "export"
+DEPLOY_STAGE = "deploy"
 _OWN_PROMPTS = 50
 _ASKED = 8
 
 
-class DeployAction(Action):
+class DeployAction(OfShip, Action):
     """The recipe's runtime on the exported file; its prompts and ids are compared with training's."""
 
-    name = "deploy"
-    needs = (EXPORT,)
+    name = DEPLOY_STAGE
+    rank = 75
+    needs = (EXPORT_STAGE,)
 
-    def __init__(self, ship: Resolved) -> None:
-        self.ship = ship
-        self.endpoint: Endpoint | None = None
+    def require_tools(self) -> None:
+        deploy = self.ship.recipe.deploy
+        check_runtime(deploy.runtime, host=deploy.host, port=deploy.port)
+
+    def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
+        """The certificate with the server's leg in it."""
+        if VERIFY_STAGE not in results:
+            return {}
+        live = results[self.name].facts["live"]
+        return {"certificate": certificate(self.ship, results[VERIFY_STAGE].facts, live)}
+
+    def verdict(self, facts: Facts) -> ForgeError | None:
+        from forge.serve.live_proof import failure_of
+
+        return failure_of(facts["live"])
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
         from forge.serve.live_proof import prove_live
@@ -48,9 +64,9 @@ class DeployAction(Action):
         from forge.serve.runtimes import runtime_for
 
         deploy = self.ship.recipe.deploy
-        artifact = results[EXPORT].artifact
+        artifact = results[EXPORT_STAGE].artifact
         assert artifact is not None
-        data = results["data"].facts if "data" in results else {}
+        data = results[DATA_STAGE].facts if DATA_STAGE in results else {}
         conversations = _conversations(self.ship.recipe, results)
         in_ollama = deploy.runtime == "ollama"
         settings = ServerSettings(
@@ -73,10 +89,10 @@ class DeployAction(Action):
         live = None
         if not in_ollama:
             prove_prompts(self.ship, endpoint, conversations)
-        if not in_ollama and "verify" in results:
+        if not in_ollama and VERIFY_STAGE in results:
             live = prove_live(
                 endpoint,
-                results["verify"].facts,
+                results[VERIFY_STAGE].facts,
                 conversations[1 : 1 + _ASKED],
                 context_tokens=settings.context_tokens,
                 longest_tokens=int(data.get("longest_tokens", 0)),
@@ -93,7 +109,7 @@ class DeployAction(Action):
 
 
 def _modelfile(results: Mapping[str, Result]) -> Modelfile | None:
-    artifact = results["modelfile"].artifact if "modelfile" in results else None
+    artifact = results[ModelfileStage.name].artifact if ModelfileStage.name in results else None
     return read_modelfile(artifact.path / MODELFILE_JINJA, artifact.facts["left_out"]) if artifact else None
 
 
@@ -105,7 +121,7 @@ def _conversations(recipe: Recipe, results: Mapping[str, Result]) -> list[Sequen
 
 def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
     """Prompts of the user's own held-out rows, else of training rows."""
-    artifact = results["data"].artifact if "data" in results else None
+    artifact = results[DATA_STAGE].artifact if DATA_STAGE in results else None
     if artifact is None:
         return []
     name = HELDOUT_FILE if artifact.facts["heldout_rows"] else TRAIN_FILE

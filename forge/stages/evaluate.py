@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from forge import report, worker
 from forge.errors import CheckError, ForgeError
+from forge.pipeline.stage import Result
 from forge.resolve.stage import ShipStage, installed
+from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, TRAINING_STACK
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
@@ -23,8 +25,9 @@ class EvaluateStage(ShipStage):
     """Held-out loss and answers of base and tuned model; judged afresh on every run."""
 
     name = "evaluate"
+    rank = 20
     version = 3
-    needs = ("data", ADAPTER_STAGE)
+    needs = (DATA_STAGE, ADAPTER_STAGE)
 
     def params(self) -> Mapping[str, Json]:
         training = self.ship.training
@@ -38,8 +41,14 @@ class EvaluateStage(ShipStage):
     def recorded(self) -> Mapping[str, str]:
         return {name: installed(name) for name in TRAINING_STACK}
 
+    def packages(self) -> Collection[str]:
+        return ("torch", "transformers", "peft")
+
+    def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
+        return {"learned": learned(results[self.name].facts)}
+
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        if not inputs["data"].facts["heldout_rows"]:
+        if not inputs[DATA_STAGE].facts["heldout_rows"]:
             return {"rows": 0}
         training = self.ship.training
         settings = {
@@ -55,7 +64,7 @@ class EvaluateStage(ShipStage):
         arguments = {
             "base": str(self.ship.base_directory),
             "adapter": str(inputs[ADAPTER_STAGE].path),
-            "data": str(inputs["data"].path),
+            "data": str(inputs[DATA_STAGE].path),
             "settings": settings,
         }
         return worker.call("evaluate", arguments, log=self.ship.log)
@@ -101,3 +110,23 @@ def least_improvement(facts: Mapping[str, Any]) -> float:
     error, rows = facts.get("loss_error"), facts["rows"]
     of_rows = 0.0 if error is None else error * _STUDENT[min(rows - 2, len(_STUDENT) - 1)]
     return max(of_rows, _ARITHMETIC * float(facts["loss"]["before"]))
+
+
+def learned(facts: Mapping[str, Any], served: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
+    """The figures before and after: exact answers where there are short ones, else held-out loss.
+
+    `after` is of the tuned model, or of the shipped file behind its server: `served`, what it answered.
+    """
+    if not facts["rows"]:
+        return None
+    exact = facts.get("exact")
+    if not exact:
+        return {"metric": "heldout_loss", **facts["loss"], "rows": facts["rows"], "served": False}
+    rows = exact["rows"]
+    return {
+        "metric": "exact_match",
+        "before": round(exact["before"] / rows, 4),
+        "after": round((served["exact"] if served else exact["after"]) / rows, 4),
+        "rows": rows,
+        "served": served is not None,
+    }

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from forge import report, worker
-from forge.export.run import ADAPTER_FILE
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import export_disk
-from forge.resolve.derived import largest_type, quant_asked
+from forge.pipeline.stage import Result
+from forge.resolve.derived import gguf_name, largest_type, quant_asked
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows, certificate_rows_are
 from forge.resolve.stage import GgufStage
-from forge.stages.calibrate import CALIBRATION_STAGE, importance_in
+from forge.runs.files import BESIDE, adapter_beside
+from forge.runs.publish import place
+from forge.stages.calibrate import CALIBRATION_STAGE, importance_in, withdraw
+from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
+from forge.store.runs import publish
 from forge.tools.llama_cpp import find_converters
+
+EXPORT_STAGE = "export"
 
 
 def adapter_in(export: Artifact) -> Path | None:
@@ -30,14 +37,15 @@ def adapter_in(export: Artifact) -> Path | None:
 class ExportStage(GgufStage):
     """One GGUF in one pass, with the token ids proved before."""
 
-    name = "export"
+    name = EXPORT_STAGE
+    rank = 70
     version = 6
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
         adapted = (ADAPTER_STAGE,) if ship.recipe.train is not None else ()
         calibrated = (CALIBRATION_STAGE,) if ship.recipe.export.is_calibrated else ()
-        self.needs = (("data",) if ship.recipe.data else ()) + adapted + calibrated
+        self.needs = ((DATA_STAGE,) if ship.recipe.data else ()) + adapted + calibrated
 
     def params(self) -> Mapping[str, Json]:
         export = self.ship.recipe.export
@@ -52,16 +60,19 @@ class ExportStage(GgufStage):
             "chat template": self.ship.template_digest,
         }
 
-    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
-        """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept.
+    def packages(self) -> Collection[str]:
+        return ("torch", "transformers", "safetensors", "llama_cpp")
 
-        An adapter of its own is written twice, in float32.
-        """
-        export = self.ship.recipe.export
-        needed = export_disk(self.ship.parameters, largest_type(self.ship), keep_merged=export.keep_merged)
-        beside = export.mode != "merged" and ADAPTER_STAGE in inputs
+    def bytes_kept(self) -> Mapping[str, int]:
+        """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""
+        keep_merged = self.ship.recipe.export.keep_merged
+        return export_disk(self.ship.parameters, largest_type(self.ship), keep_merged=keep_merged).parts
+
+    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
+        """An adapter of its own is written twice, in float32."""
+        beside = self.ship.recipe.export.mode != "merged" and ADAPTER_STAGE in inputs
         of_adapter = sum(one.bytes for one in inputs[ADAPTER_STAGE].outputs.values()) if beside else 0
-        return needed.total + 2 * of_adapter
+        return super().bytes_needed(inputs) + 2 * of_adapter
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
@@ -72,7 +83,7 @@ class ExportStage(GgufStage):
             "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
             "tokenizer": str(self.ship.tokenizer.directory),
             "chat_template": self.ship.template.pinned_source(),
-            "data": str(inputs["data"].path) if "data" in inputs else None,
+            "data": str(inputs[DATA_STAGE].path) if DATA_STAGE in inputs else None,
             "out": str(out),
             "converters": str(find_converters(self.ship.store.root)),
             "settings": {
@@ -97,6 +108,24 @@ class ExportStage(GgufStage):
             report.info(f"{placed} the {merge_base} base: {measured['why']}")
         return facts | {"merge_base": merge_base, "merge_base_measured": measured}
 
+    def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
+        if CALIBRATION_STAGE not in self.needs:
+            withdraw(run)
+        _publish_gguf(run / gguf_name(self.ship, artifact.facts), artifact, published)
+        if (artifact.path / MERGED_DIRECTORY).is_dir():
+            publish(artifact.path / MERGED_DIRECTORY, run / MERGED_DIRECTORY)
+        else:
+            shutil.rmtree(run / MERGED_DIRECTORY, ignore_errors=True)  # an earlier ship's
+
+    def summary(self, result: Result, run: Path) -> Mapping[str, object]:
+        """The model's GGUF; its adapter's where it has one, or why it has none where it was to have one."""
+        artifact = result.artifact
+        assert artifact is not None
+        gguf = run / gguf_name(self.ship, artifact.facts)
+        adapter = {"adapter_gguf": str(adapter_beside(gguf))} if adapter_in(artifact) else {}
+        reasons = artifact.facts["merged_because"]
+        return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
+
     def _measured_base(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any] | None:
         """What the held-out rows say of the two bases, where the recipe asks for it."""
         if self.ship.recipe.export.merge_base != "measured":
@@ -111,3 +140,20 @@ class ExportStage(GgufStage):
             "trust_remote_code": self.ship.runs_own_code,
         }
         return worker.call("choose_base", arguments, log=self.ship.log)
+
+
+def _publish_gguf(target: Path, artifact: Artifact, published: str | None) -> None:
+    """The model as `target`, its adapter beside it, and no GGUF of an earlier recipe, which would mislead.
+
+    Of two files the model comes last and the one before goes first: whenever this is killed, nobody finds
+    a base without its adapter, or an adapter on a model that has it already.
+    """
+    adapter = {ADAPTER_FILE: adapter_beside(target)} if adapter_in(artifact) else {}
+    kept = {*adapter.values(), target}
+    if published != artifact.digest and (adapter or adapter_beside(target).exists()):
+        kept.remove(target)
+    # The model goes before its adapter.
+    for old in sorted(set(target.parent.glob("*.gguf")) - kept, key=lambda one: one.name.endswith(BESIDE)):
+        old.unlink()
+    for name, path in {**adapter, GGUF_FILE: target}.items():
+        place(artifact, name, path, published)

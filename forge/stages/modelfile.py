@@ -20,24 +20,28 @@ from forge.chat.same_prompts import compare
 from forge.chat.stops import require
 from forge.export.run import GGUF_FILE
 from forge.model.gguf_header import read_gguf
+from forge.pipeline.stage import Result
 from forge.resolve.derived import context_tokens, gguf_name, longest_reply, prompt_params, quant_asked
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import ShipStage
 from forge.runs.files import adapter_beside
-from forge.stages.export import adapter_in
+from forge.stages.data import DATA_STAGE
+from forge.stages.export import EXPORT_STAGE, adapter_in
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
+from forge.store.runs import publish
 
 
 class ModelfileStage(ShipStage):
     """Modelfile and Modelfile.jinja, for Ollama; prompts and stops held against the GGUF's own."""
 
     name = "modelfile"
+    rank = 80
     version = 5
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
-        self.needs = (("data",) if ship.recipe.data else ()) + ("export",)
+        self.needs = ((DATA_STAGE,) if ship.recipe.data else ()) + (EXPORT_STAGE,)
 
     def params(self) -> Mapping[str, Json]:
         return {
@@ -50,18 +54,20 @@ class ModelfileStage(ShipStage):
         }
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        header, stops = read_gguf(inputs["export"].path / GGUF_FILE), self.ship.stops
+        header, stops = read_gguf(inputs[EXPORT_STAGE].path / GGUF_FILE), self.ship.stops
         told = hand_over(
             self.ship.template,
             # Whether the GGUF itself writes BOS; the tokenizer's files may say otherwise.
             add_bos=header.adds_bos,
             stops=stops.texts,
-            context_tokens=context_tokens(self.ship, inputs["data"].facts if "data" in inputs else {}),
+            context_tokens=context_tokens(
+                self.ship, inputs[DATA_STAGE].facts if DATA_STAGE in inputs else {}
+            ),
             sampling=sampling_of(self.ship.base_directory),
             licences=licences_of(self.ship.base_directory),
         )
-        file = gguf_name(self.ship, inputs["export"].facts)
-        adapter = adapter_beside(Path(file)).name if adapter_in(inputs["export"]) else None
+        file = gguf_name(self.ship, inputs[EXPORT_STAGE].facts)
+        adapter = adapter_beside(Path(file)).name if adapter_in(inputs[EXPORT_STAGE]) else None
         facts = write_modelfiles(out, file=file, handed=told, adapter=adapter)
         written = {
             name: read_modelfile(out / name, facts["left_out"])
@@ -79,4 +85,18 @@ class ModelfileStage(ShipStage):
                 "read": list(self.ship.template.variables_read()),
                 "pinned": dict(self.ship.template.variables),
             },
+        }
+
+    def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
+        for name in (MODELFILE, MODELFILE_JINJA):
+            if name in artifact.outputs:
+                publish(artifact.path / name, run / name)
+            else:
+                (run / name).unlink(missing_ok=True)
+
+    def summary(self, result: Result, run: Path) -> Mapping[str, object]:
+        written = result.facts.get("modelfile")
+        return {
+            "modelfile": str(run / MODELFILE) if written else None,
+            "modelfile_reason": result.facts.get("reason"),
         }

@@ -5,59 +5,56 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from forge import report
 from forge.chat import stops
-from forge.errors import CheckError, Problem
+from forge.errors import CheckError, ForgeError, Problem
 from forge.pipeline.stage import Action, Result
-from forge.recipe.schema import Recipe
-from forge.resolve.resolved import Resolved
+from forge.resolve.queries import queries_in
+from forge.resolve.stage import OfShip
 from forge.serve.endpoint import Endpoint
-
-if TYPE_CHECKING:
-    from forge.serve.smoke import Query
+from forge.stages.deploy import DEPLOY_STAGE
+from forge.stages.evaluate import EvaluateStage, learned
+from forge.store.artifacts import Facts
 
 # The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
 
 
-def queries_in(recipe: Recipe) -> list[Query]:
-    """The recipe's smoke queries."""
-    from forge.serve.smoke import Query
-
-    queries = []
-    for query in recipe.smoke:
-        if query.messages is not None:
-            messages = tuple({"role": turn.role, "content": turn.content} for turn in query.messages)
-        else:
-            system = ({"role": "system", "content": query.system},) if query.system else ()
-            messages = (*system, {"role": "user", "content": query.prompt or ""})
-        queries.append(Query(messages, query.expect, query.max_tokens))
-    return queries
-
-
-class SmokeAction(Action):
+class SmokeAction(OfShip, Action):
     """The recipe's queries, and the held-out rows, asked of the served model.
 
     Failed queries do not raise here: the run is recorded first.
     """
 
     name = "smoke"
-    needs = ("deploy",)
+    needs = (DEPLOY_STAGE,)
+    rank = 90
 
-    def __init__(self, ship: Resolved) -> None:
-        self.ship = ship
+    def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
+        """What was learned, as the shipped file shows it."""
+        served = results[self.name].facts.get("heldout")
+        return {"learned": learned(results[EvaluateStage.name].facts, served)} if served else {}
+
+    def summary(self, result: Result, run: Path) -> Mapping[str, object]:
+        return {
+            "smoke": [{key: one[key] for key in ("prompt", "answer", "ok")} for one in result.facts["smoke"]]
+        }
+
+    def verdict(self, facts: Facts) -> ForgeError | None:
+        return failure_of(facts)
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
         from forge.serve.smoke import run_smoke
 
-        deployed = results["deploy"].facts
+        deployed = results[DEPLOY_STAGE].facts
         endpoint = Endpoint(deployed["endpoint"], deployed["model"])
         answers = run_smoke(endpoint, queries_in(self.ship.recipe))
         for answer in answers:
             report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))
         facts: dict[str, Any] = {"smoke": [asdict(answer) for answer in answers]}
-        exact = results["evaluate"].facts.get("exact") if "evaluate" in results else None
+        exact = results[EvaluateStage.name].facts.get("exact") if EvaluateStage.name in results else None
         if exact:
             facts["heldout"] = _ask_heldout(endpoint, exact["answers"])
         replies = [(answer.answer, answer.finish_reason) for answer in answers]
@@ -98,23 +95,3 @@ def _ask_heldout(endpoint: Endpoint, rows: Sequence[Mapping[str, Any]]) -> dict[
         "stopped": sum(row["finish_reason"] == "stop" for row in asked),
         "answers": asked,
     }
-
-
-def smoke_passes(recipe: Recipe, endpoint: Endpoint) -> None:
-    """The run's smoke queries; raises `CheckError` when one fails."""
-    from forge.serve.smoke import failure_of, run_smoke
-
-    answers = run_smoke(endpoint, queries_in(recipe))
-    if failure := failure_of(answers, " in Ollama"):
-        raise failure
-    if not answers:
-        ask_anything(endpoint)
-
-
-def ask_anything(endpoint: Endpoint) -> None:
-    """Any answer shows that the server can load the model."""
-    from forge.serve.client import Client
-    from forge.serve.wire import Sampling
-
-    with Client(endpoint) as client:
-        client.chat([{"role": "user", "content": "Hello!"}], Sampling(max_tokens=16))

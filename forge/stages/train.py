@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from forge import worker
 from forge.adapter.vocabulary import saved_whole
 from forge.model.estimate import lora_parameters
+from forge.pipeline.stage import Result
 from forge.recipe.schema import Train
 from forge.resolve.stage import ShipStage, installed
+from forge.runs.files import ADAPTER
+from forge.runs.publish import place
+from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
+from forge.train.run import LOG_FILE
 
 ADAPTER_STAGE = "train"
 TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
@@ -20,12 +26,33 @@ TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accel
 _NOT_KEYED = {"checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables"}
 
 
-class TrainStage(ShipStage):
-    """A LoRA adapter, trained in a worker; resumable."""
+class AdapterStage(ShipStage):
+    """Whatever makes the adapter of a run, and publishes it."""
 
     name = ADAPTER_STAGE
+
+    def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
+        for name in artifact.outputs:
+            place(artifact, name, run / ADAPTER / name, published)
+
+    def summary(self, result: Result, run: Path) -> Mapping[str, object]:
+        return {"adapter": str(run / ADAPTER)}
+
+
+class TrainStage(AdapterStage):
+    """A LoRA adapter, trained in a worker; resumable."""
+
+    rank = 30
     version = 1
-    needs = ("data",)
+    needs = (DATA_STAGE,)
+
+    def section_values(self, result: Result) -> Mapping[str, object]:
+        """The loss by step, of the training log in the store."""
+        log = result.artifact.path / LOG_FILE if result.artifact else None
+        if log is None or not log.exists():
+            return {"losses": []}
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        return {"losses": [(line["step"], line["loss"]) for line in lines]}
 
     @property
     def _train(self) -> Train:
@@ -45,11 +72,20 @@ class TrainStage(ShipStage):
     def recorded(self) -> Mapping[str, str]:
         return {name: installed(name) for name in TRAINING_STACK}
 
-    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
-        """The adapter, and two checkpoints with Adam's two moments, all in float32."""
-        return self.bytes_kept() * (1 + 2 * 3)
+    def packages(self) -> Collection[str]:
+        quantizer = ("bitsandbytes",) if self._train.method == "qlora" else ()
+        return (
+            "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", *quantizer
+        )  # fmt: skip
 
-    def bytes_kept(self) -> int:
+    def bytes_beside(self) -> Mapping[str, int]:
+        """Two checkpoints with Adam's two moments, all in float32."""
+        return {"checkpoints": self._adapter_bytes() * 2 * 3}
+
+    def bytes_kept(self) -> Mapping[str, int]:
+        return {"adapter": self._adapter_bytes()}
+
+    def _adapter_bytes(self) -> int:
         """The adapter of every matrix and what is saved whole, in float32: the most that it can be."""
         lora = self._train.lora
         matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) == 2]
@@ -59,7 +95,7 @@ class TrainStage(ShipStage):
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         settings = self._train.model_dump(mode="json") | {
             "trust_remote_code": self.ship.runs_own_code,
-            "max_length": inputs["data"].facts["max_length"],
+            "max_length": inputs[DATA_STAGE].facts["max_length"],
             "pad_token": self.ship.pad_token,
             "tokenizer": str(self.ship.tokenizer.directory),
         }
@@ -67,7 +103,7 @@ class TrainStage(ShipStage):
             "base": str(self.ship.base_directory),
             "base_name": self.ship.base.spec,
             "base_revision": self.ship.base.revision,
-            "data": str(inputs["data"].path),
+            "data": str(inputs[DATA_STAGE].path),
             "out": str(out),
             "settings": settings,
         }

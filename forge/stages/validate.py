@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ class ValidateStage(ShipStage):
 
     def params(self) -> Mapping[str, Json]:
         return {"base": self.ship.base_digest}
+
+    def packages(self) -> Collection[str]:
+        return ("torch", "transformers", "peft", "safetensors")
 
     def tools(self) -> Mapping[str, str]:
         return {"peft": installed("peft")}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,37 @@ from forge import report, worker
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
+from forge.pipeline.stage import Result
 from forge.resolve.derived import largest_type
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows
 from forge.resolve.stage import GgufStage, installed
 from forge.stages.calibrate import CALIBRATION_STAGE, importance_in
-from forge.stages.export import adapter_in
+from forge.stages.data import DATA_STAGE
+from forge.stages.export import EXPORT_STAGE, adapter_in
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.tools.llama_cpp import find_converters
 from forge.verify.verdict import Gates, judge
 
+VERIFY_STAGE = "verify"
+
 
 class VerifyStage(GgufStage):
     """Measures the file; the measurement is kept, the verdict is not."""
 
-    name = "verify"
+    name = VERIFY_STAGE
+    rank = 10
+    lists_facts = False
     version = 4
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
-        data = ("data",) if ship.recipe.data else ()
+        data = (DATA_STAGE,) if ship.recipe.data else ()
         calibrated = (CALIBRATION_STAGE,) if ship.recipe.export.is_calibrated else ()
         adapted = (ADAPTER_STAGE,) if ship.recipe.train is not None else ()
-        self.needs = (*data, *adapted, *calibrated, "export")
+        self.needs = (*data, *adapted, *calibrated, EXPORT_STAGE)
 
     def params(self) -> Mapping[str, Json]:
         return {
@@ -47,13 +53,20 @@ class VerifyStage(GgufStage):
     def recorded(self) -> Mapping[str, str]:
         return {**super().recorded(), "bitsandbytes": installed("bitsandbytes")}
 
-    def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
+    def packages(self) -> Collection[str]:
+        return ("torch", "transformers", "accelerate", "safetensors", "llama_cpp", "gguf")
+
+    def bytes_beside(self) -> Mapping[str, int]:
         """The yardsticks: an F16 file, and a quantized one."""
-        return certificate_disk(self.ship.parameters, largest_type(self.ship)).total
+        needed = certificate_disk(self.ship.parameters, largest_type(self.ship)).total
+        return {"files to compare with": needed}
+
+    def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
+        return {"certificate": certificate(self.ship, results[self.name].facts), "certificate_reason": None}
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        export = inputs["export"].path
-        merged, lora = export / MERGED_DIRECTORY, adapter_in(inputs["export"])
+        export = inputs[EXPORT_STAGE].path
+        merged, lora = export / MERGED_DIRECTORY, adapter_in(inputs[EXPORT_STAGE])
         work = out / "work"
         work.mkdir(exist_ok=True)
         arguments = {
@@ -69,7 +82,7 @@ class VerifyStage(GgufStage):
             "converters": str(find_converters(self.ship.store.root)),
             "scratch": str(work),
             "settings": {
-                "merge_base": inputs["export"].facts["merge_base"],
+                "merge_base": inputs[EXPORT_STAGE].facts["merge_base"],
                 "nf4": bool(self.ship.training and self.ship.training.method == "qlora"),
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
                 "trust_remote_code": self.ship.runs_own_code,
@@ -78,10 +91,16 @@ class VerifyStage(GgufStage):
         return worker.call("verify", arguments, log=self.ship.log)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        verify = self.ship.recipe.verify
-        certificate = judge(artifact.facts, Gates(verify.max_kl, verify.min_top1))
-        tell(certificate)
-        return failure_of(certificate)
+        verdict = certificate(self.ship, artifact.facts)
+        tell(verdict)
+        return failure_of(verdict)
+
+
+def certificate(
+    ship: Resolved, measured: Mapping[str, Any], live: Mapping[str, Any] | None = None
+) -> Mapping[str, Any]:
+    """The verdict on this ship's file, with the running server's leg `live` where one was asked."""
+    return judge(measured, Gates(ship.recipe.verify.max_kl, ship.recipe.verify.min_top1), live)
 
 
 def tell(certificate: Mapping[str, Any]) -> None:
