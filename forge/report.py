@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from forge.errors import ForgeError, InterruptedByUserError
+from forge.errors import ForgeError, InterruptedByUserError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,6 +203,15 @@ def configure(*, sink: Sink | None = None, verbose: bool = False, as_json: bool 
         # As standard error does by itself: a path or an answer that the terminal's encoding lacks is
         # shown escaped, instead of ending the command.
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def keep_output_clear() -> None:
+    """From now on nothing but data goes to standard output, as with `--json`."""
+    global _sink  # noqa: PLW0603
+    if _json:
+        raise RecipeError("--json: its result would stand among the rows on standard output")
+    if _sink is None or isinstance(_sink, PlainSink | RichSink):
+        _sink = _default_sink(sys.stderr)
 
 
 def _default_sink(stream: IO[str]) -> Sink:

@@ -7,6 +7,7 @@ its manners are those of llama-server, to which `test_serve_client` holds both.
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 import time
@@ -44,6 +45,7 @@ class StandIn:
     models: Sequence[str] = ("stand-in",)
     hold: threading.Event | None = None
     asked: list[dict[str, Any]] = field(default_factory=list)
+    logins: list[str] = field(default_factory=list)
     most_at_once: int = 0
     turned_away: int = 0
     port: int = 0
@@ -107,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         state = self.server_state
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        kind, _, login = self.headers.get("Authorization", "").partition(" ")
+        if kind == "Basic":
+            state.logins.append(base64.b64decode(login).decode())
         if not self.let_in():
             return
         with state.lock:
@@ -142,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         words = words[: body["max_tokens"]] if not failure or failure.status != 0 else []
         cut = len(words) < len(asked.split())
         usage = {
-            "prompt_tokens": sum(len(turn["content"]) for turn in messages),
+            "prompt_tokens": sum(len(turn["content"] or "") for turn in messages),
             "completion_tokens": len(words),
         }
         if body.get("stream"):

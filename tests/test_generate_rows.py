@@ -9,7 +9,7 @@ import pytest
 from forge.errors import DataError, StageError
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import generate
-from forge.serve.rows import Output
+from forge.serve.output import Output
 from tests.stand_in_server import StandIn
 from tests.test_generate import expected_texts, texts_of, write_prompts
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,17 +16,14 @@ from forge import process
 from forge.cli.main import run
 from forge.commands.ask import _endpoints, _schema
 from forge.errors import DataError, RecipeError
-from forge.serve.async_client import AsyncClient
-from forge.serve.client import Client, find
+from forge.serve.client import find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import generate
-from forge.serve.rows import read_rows
 from forge.serve.runtime import ServerSettings
-from forge.serve.wire import RefusedError, Reply, Sampling, UnreachableError
+from forge.serve.wire import Sampling
 from tests.conftest import ROOT
-from tests.servers import HELLO
-from tests.stand_in_server import Failure, StandIn
+from tests.stand_in_server import StandIn
 from tests.test_generate import expected_texts, texts_of, write_prompts
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
@@ -54,40 +49,6 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.programs
-def test_async_client_says_what_the_other_says(served: Endpoint) -> None:
-    async def ask() -> list[Reply]:
-        whole: list[Reply] = []
-        async with AsyncClient(served) as client:
-            replies = await asyncio.gather(*(client.chat(HELLO) for _ in range(8)))
-            pieces = [piece async for piece in client.stream_chat(HELLO, done=whole.append)]
-            assert len(pieces) > 1
-            assert "".join(pieces) == REPLY
-            assert (await client.complete("x\n", Sampling(max_tokens=3))).finish_reason == "length"
-            with pytest.raises(RefusedError, match="619 tokens long and the server's context holds 512"):
-                await client.chat([{"role": "user", "content": "x" * 600}])
-            with pytest.raises(RefusedError, match="holds 512"):
-                [_ async for _ in client.stream_chat([{"role": "user", "content": "x" * 600}])]
-        return [*replies, *whole]
-
-    with Client(served) as client:
-        assert set(asyncio.run(ask())) == {client.chat(HELLO)}
-        assert client.complete("x\n").text == REPLY
-
-
-def test_async_client_tells_a_broken_stream_and_an_absent_server() -> None:
-    async def ask(endpoint: Endpoint) -> None:
-        async with AsyncClient(endpoint) as client:
-            async with aclosing(client.stream_chat(HELLO)) as pieces:  # type: ignore[type-var]
-                async for _ in pieces:
-                    pass
-
-    with _stand_in(failures=[Failure(-1)]) as server, pytest.raises(UnreachableError, match="broke off"):
-        asyncio.run(ask(server.endpoint))
-    with pytest.raises(UnreachableError, match="does not answer"):
-        asyncio.run(ask(server.endpoint))
-
-
-@pytest.mark.programs
 def test_raw_prompts_get_no_template(served: Endpoint, tmp_path: Path) -> None:
     """Pitfall 56: only who asks for it sends bare text to a chat model."""
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
@@ -101,7 +62,7 @@ def test_raw_prompts_get_no_template(served: Endpoint, tmp_path: Path) -> None:
     assert (result.written, result.cut) == (1, 0)
     prompts.write_text('{"id": 1, "messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(DataError) as caught:
-        read_rows(prompts, raw=True)
+        generate(served, prompts, out, raw=True)
     assert "messages cannot be sent raw" in str(caught.value.problems[0])
 
 

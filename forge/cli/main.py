@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import keyword
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -80,7 +82,11 @@ def forge() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The process's entry point; exits with the contract's code."""
-    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+    code = InterruptedByUserError.code
+    with contextlib.suppress(KeyboardInterrupt):  # another one, while the first was being shown
+        code = run(list(sys.argv[1:] if arguments is None else arguments))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and closed
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -103,6 +109,10 @@ def run(arguments: Sequence[str]) -> int:
         failure = InterruptedByUserError("interrupted", hint="run the same command again to go on")
     except ForgeError as known:
         failure = known
+    except BrokenPipeError:
+        # Whoever read the output (head, less) has what it wanted; what is left in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        failure = StageError("standard output was closed before everything was written")
     except Exception as bug:  # noqa: BLE001 - the edge
         report.detail(traceback.format_exc())
         failure = ForgeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -100,6 +101,8 @@ def generate(
 
     if concurrency != "auto" and not (concurrency.isdigit() and int(concurrency) > 0):
         raise RecipeError(f"--concurrency: a number or auto (got {concurrency})")
+    if str(out) == "-" or _is_standard_output(out):
+        report.keep_output_clear()
     done = run(
         _endpoints(urls, model, read_key(api_key_file)),
         prompts,
@@ -115,11 +118,20 @@ def generate(
     )
     if done.cut:
         report.warning(f"{done.cut} answers were cut at --max-tokens (their finish_reason is length)")
+    if done.silent:
+        report.warning(f"{done.silent} answers have no text, only reasoning_content, tool_calls or nothing")
     if done.failed:
         raise CheckError(
             f"{done.failed} rows failed", hint="look at them in OUT; --retry-failed asks them again"
         )
     return asdict(done)
+
+
+def _is_standard_output(path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(sys.stdout.fileno()))
+    except (OSError, ValueError):
+        return False
 
 
 def _endpoints(urls: Sequence[str], model: str | None, key: str | None) -> list[Endpoint]:

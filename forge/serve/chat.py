@@ -77,8 +77,11 @@ class Conversation:
         pieces: list[str] = []
         note = ""
         try:
-            if self._stream(pieces).finish_reason == "length":
+            reply = self._stream(pieces)
+            if reply.finish_reason == "length":
                 note = "[cut: the answer reached its limit of tokens]\n"
+            if not reply.text and (silent := reply.reasoning or json.dumps(reply.tool_calls)[1:-1]):
+                note = f"[no text, only {'thinking' if reply.reasoning else 'tool calls'}: {silent}]\n" + note
         except KeyboardInterrupt:
             note = "[stopped]\n"
         except ForgeError as failure:

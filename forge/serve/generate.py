@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,18 @@ import httpx
 from forge import report
 from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageError
 from forge.serve import wire
+from forge.serve.answers import Answer, answer_of, failed_answer
 from forge.serve.endpoint import Endpoint
+from forge.serve.ids import Ids
 from forge.serve.lanes import Lane, freest, slots_of
+from forge.serve.output import Output, OutputError
 from forge.serve.retries import TRIES_OF_ONE_ROW, Asked, Outage, is_of_a_proxy, pause
-from forge.serve.rows import Output, Row, read_rows
+from forge.serve.rows import Prompts, Row, WrongRowsError
 from forge.serve.wire import (
     BusyError,
     GarbledError,
     GoneError,
     RefusedError,
-    Reply,
     Sampling,
     UnreachableError,
 )
@@ -44,7 +47,7 @@ LABEL = "generate"
 # Worth another try.
 FOR_NOW = (BusyError, UnreachableError, GarbledError)
 _AGAIN = "run the same command again: it goes on where it stopped"
-_Task = asyncio.Task[dict[str, Any] | None]
+_Task = asyncio.Task[Answer | None]
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Generated:
     """What a run did.
 
     `skipped`: answered before; `failed`: failed rows in the output, old and new; `cut`: answers of
-    this run that their limit of tokens cut (`finish_reason` `length`).
+    this run that their limit of tokens cut (`finish_reason` `length`); `silent`: those without any text,
+    which are only thinking, a tool call, or nothing.
     """
 
     written: int
@@ -60,6 +64,7 @@ class Generated:
     failed: int
     tokens_per_second: float
     cut: int = 0
+    silent: int = 0
 
 
 def generate(
@@ -79,30 +84,39 @@ def generate(
     no chat template. While nothing is answered it
     keeps trying for `patience_seconds`. An endpoint that is not `proved` is asked for its models once it
     answers: its `model`, or the first where none is named, must be there, or it is left out with a warning
-    while others answer. Raises `DataError` for wrong rows before anything is sent,
-    `RefusedError` where every request would be refused, `StageError` when rows are left to do, and
-    `InterruptedByUserError`; whatever was answered by then is kept.
+    while others answer.
+
+    Raises `DataError` for wrong rows (in a file of less than some hundred thousand before anything is sent),
+    `RefusedError` where every request would be refused, `StageError` when rows are left to do or `out` cannot
+    be written, and `InterruptedByUserError`; whatever was answered by then is kept.
     """
     endpoints = [endpoints] if isinstance(endpoints, Endpoint) else endpoints
-    rows = read_rows(prompts, raw=raw)
-    with Output(out, retry_failed=retry_failed) as output:
-        todo = [row for row in rows if row.id not in output.done]
-        skipped = len(rows) - len(todo)
-        lanes = [Lane(one, concurrency or slots_of(one)) for one in endpoints] if todo else []
-        batch = _Batch(lanes, output, sampling or Sampling(), todo, patience_seconds)
+    with contextlib.ExitStack() as stack:
+        ids = stack.enter_context(contextlib.closing(Ids()))
+        rows = stack.enter_context(Prompts(prompts, ids, raw=raw))
+        output = stack.enter_context(Output(out, ids, retry_failed=retry_failed))
+        work = iter(rows)
+        first = next(work, None)
+        lanes = [Lane(one, concurrency or slots_of(one)) for one in endpoints] if first else []
+        batch = _Batch(lanes, output, sampling or Sampling(), rows, patience_seconds)
         try:
-            if todo:
-                asyncio.run(_until_stopped(batch.run()))
+            if first:
+                asyncio.run(_until_stopped(batch.run(itertools.chain([first], work))))
         except (KeyboardInterrupt, asyncio.CancelledError) as stop:
             raise InterruptedByUserError(f"interrupted: {batch.so_far()}", hint=_AGAIN) from stop
-        except (*FOR_NOW, GoneError) as failure:
-            raise StageError(f"{batch.so_far()}: {failure.message}", hint=_AGAIN) from failure
+        except (*FOR_NOW, GoneError, OutputError) as failure:
+            hint = failure.hint if isinstance(failure, OutputError) else _AGAIN
+            raise StageError(f"{batch.so_far()}: {failure.message}", hint=hint) from failure
+        except WrongRowsError as wrong:
+            message = f"{wrong.message}; {batch.written} rows written"
+            raise WrongRowsError(message, hint=wrong.hint, problems=wrong.problems) from wrong
         finally:
             report.close()
         if batch.set_aside:
             raise StageError(f"{batch.so_far()}: {batch.set_aside[0]}", hint=_AGAIN)
-        failed = sum(not succeeded for succeeded in output.done.values())
-        return Generated(batch.written, skipped, failed, round(batch.tokens_per_second, 1), batch.cut)
+        skipped = rows.total - batch.written - batch.failed
+        speed = round(batch.tokens_per_second, 1)
+        return Generated(batch.written, skipped, output.failed, speed, batch.cut, batch.silent)
 
 
 async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
@@ -116,7 +130,8 @@ async def _until_stopped(work: Coroutine[Any, Any, None]) -> None:
         return await task
 
     def cancel(number: int, frame: object) -> None:
-        loop.call_soon_threadsafe(task.cancel)
+        # Once: a second Ctrl-C would strike while what has come is being written.
+        loop.call_soon_threadsafe(lambda: task.cancelling() or task.cancel())
 
     before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -134,17 +149,22 @@ class _Batch:
         lanes: Sequence[Lane],
         output: Output,
         sampling: Sampling,
-        rows: Sequence[Row],
+        rows: Prompts,
         patience_seconds: float,
     ) -> None:
         self.lanes = list(lanes)
         self.output = output
         self.sampling = sampling
         self.rows = rows
-        self._waiting = deque(map(Asked, rows))
+        # Rows that are to be asked again, by the number of rows that are to be asked before.
+        self._again: list[tuple[int, int, Asked]] = []
+        self._started = 0
+        self._models: set[str] = set()
         self.written = 0
         self.failed = 0
         self.cut = 0
+        self.silent = 0
+        self._total = 0
         self.set_aside: list[str] = []
         self._outage = Outage(patience_seconds)
         self._tokens = 0
@@ -155,62 +175,84 @@ class _Batch:
         return self._tokens / max(time.monotonic() - self._begin, 1e-9)
 
     def so_far(self) -> str:
-        left = len(self.rows) - self.written - self.failed
-        return f"{self.written} of {len(self.rows)} rows written, {left} left to do"
+        finished = self.written + self.failed
+        if not self.rows.whole:
+            return f"{self.written} rows written, the rest left to do"
+        left = self.output.ids.left()
+        return f"{self.written} of {finished + left} rows written, {left} left to do"
 
-    async def run(self) -> None:
+    async def run(self, rows: Iterator[Row]) -> None:
         """Keep as many requests running as the pace allows; write all that has come at once."""
         running: set[_Task] = set()
         async with contextlib.AsyncExitStack() as stack:
             self._clients = {lane: await stack.enter_async_context(_client(lane)) for lane in self.lanes}
+            checking = asyncio.create_task(self._check_ahead())
             try:
                 while True:
                     free = max(0, sum(int(lane.pace) for lane in self.lanes) - len(running))
-                    next_ones = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-                    running |= {asyncio.create_task(self._answer(one)) for one in next_ones}
+                    running |= {asyncio.create_task(self._answer(one)) for one in self._next(rows, free)}
                     if not running:
                         return
-                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                    looked_at = running if checking.done() else running | {checking}
+                    done, _ = await asyncio.wait(looked_at, return_when=asyncio.FIRST_COMPLETED)
+                    running -= done
                     self._write(done)
             finally:
-                for task in running:
+                for task in (*running, checking):
                     task.cancel()
-                await asyncio.gather(*running, return_exceptions=True)
-                # What came in while it was being stopped.
-                self._write({task for task in running if not task.cancelled() and not task.exception()})
+                await asyncio.gather(*running, checking, return_exceptions=True)
+                if not self.output.broken:
+                    # What came in while it was being stopped.
+                    self._write({task for task in running if not task.cancelled() and not task.exception()})
+
+    async def _check_ahead(self) -> None:
+        while not self.rows.whole:
+            self.rows.check_some()
+            await asyncio.sleep(0)
+
+    def _next(self, rows: Iterator[Row], most: int) -> Iterator[Asked]:
+        """The rows to ask now, at most so many: those whose turn has come again, then new ones."""
+        for _ in range(most):
+            due = bool(self._again) and self._again[0][0] <= self._started
+            row = None if due else next(rows, None)
+            if row is None and not self._again:
+                return
+            self._started += 1
+            yield heapq.heappop(self._again)[2] if row is None else Asked(row)
 
     def _write(self, done: set[_Task]) -> None:
         """Write the answers of finished tasks; then raise what one of them raised."""
         answers = [answer for task in done if not task.exception() and (answer := task.result())]
         if answers:
             self.output.append(answers)
-        for answer in answers:
-            succeeded = "text" in answer
-            self.output.done[answer["id"]] = succeeded
-            self.written += succeeded
-            self.failed += not succeeded
-            self.cut += answer.get("finish_reason") == "length"
-        if answers:
+            self.written += sum(answer.succeeded for answer in answers)
+            self.failed += sum(not answer.succeeded for answer in answers)
+            self.cut += sum(answer.cut for answer in answers)
+            self.silent += sum(answer.silent for answer in answers)
             finished = self.written + self.failed
-            report.advance(LABEL, finished, len(self.rows), f"{self.tokens_per_second:.0f} tokens/s")
+            if self.rows.whole and not self._total:
+                self._total = finished + self.output.ids.left()
+            # Until all rows were seen nobody knows how many there are.
+            total = self._total or max(self.rows.total, finished + 1)
+            report.advance(LABEL, finished, total, f"{self.tokens_per_second:.0f} tokens/s")
         for task in done:
             if error := task.exception():
                 raise error
 
-    async def _answer(self, asked: Asked) -> dict[str, Any] | None:
+    async def _answer(self, asked: Asked) -> Answer | None:
         """The output's row, after as many tries as it takes; None when it is set aside or waits again."""
         row = asked.row
         while True:
             lane = freest(self.lanes)
             try:
-                reply = await self._ask(lane, row)
+                answer = await self._ask(lane, row)
             except (RecipeError, RefusedError) as refusal:
                 if self._leave_out(lane, refusal):
                     continue
                 if not isinstance(refusal, RefusedError) or not refusal.about_the_request:
                     raise
                 self._outage.answered()
-                return {"id": row.id, "error": refusal.message}
+                return failed_answer(row, refusal)
             except FOR_NOW as failure:
                 asked.failed(lane, failure)
                 if asked.errors == TRIES_OF_ONE_ROW:
@@ -226,12 +268,12 @@ class _Batch:
                     self._wait_again(asked)
                     return None
             else:
-                self._tokens += reply.completion_tokens
-                return _output_row(row, reply)
+                self._tokens += answer.reply.completion_tokens
+                return answer
 
     def _wait_again(self, asked: Asked) -> None:
         """Let others go first, more of them each time, so that rows that are never answered stop nobody."""
-        self._waiting.insert(min(4**asked.tries, len(self._waiting)), asked)
+        heapq.heappush(self._again, (self._started + 4 ** min(asked.tries, 20), id(asked), asked))
 
     def _leave_out(self, lane: Lane, refusal: ForgeError) -> bool:
         """Go on without a lane that came late and was found to be of no use, if another is left."""
@@ -242,21 +284,33 @@ class _Batch:
             report.warning(f"{refusal.message}: it is left out")
         return lane not in self.lanes
 
-    async def _ask(self, lane: Lane, row: Row) -> Reply:
+    async def _ask(self, lane: Lane, row: Row) -> Answer:
         client = self._clients[lane]
         with lane.used(), wire.failures_of(lane.endpoint):
             if not lane.endpoint.proved:
                 lane.endpoint = await _proved(lane.endpoint, client)
             endpoint = lane.endpoint
-            if row.messages:
+            body: dict[str, object]
+            if row.body is not None:
+                self._report_model(row, endpoint)
+                path, body = row.path, {**row.body, "model": endpoint.model}
+            elif row.messages:
                 path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
             else:
                 path, body = wire.COMPLETION, wire.completion_request(endpoint, row.raw, self.sampling)
             response = await client.post(endpoint.route(path), json=body)
-        reply = wire.read_reply(endpoint, wire.read_json(endpoint, response))
+        payload = wire.read_json(endpoint, response)
+        answer = answer_of(row, wire.read_answer(endpoint, path, payload), payload)
         lane.answered()
         self._outage.answered()
-        return reply
+        return answer
+
+    def _report_model(self, row: Row, endpoint: Endpoint) -> None:
+        """A batch that was written for another service names its model: that is not the one that is asked."""
+        named = (row.body or {}).get("model")
+        if named and named != endpoint.model and str(named) not in self._models and len(self._models) < 5:
+            self._models.add(str(named))
+            report.warning(f"rows name the model {named}; {endpoint.model} is asked")
 
 
 async def _proved(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
@@ -272,8 +326,3 @@ def _client(lane: Lane) -> httpx.AsyncClient:
     # A lane may get more than its most for a while, when another is away.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=lane.most)
     return httpx.AsyncClient(**wire.connection_options(lane.endpoint), limits=limits)
-
-
-def _output_row(row: Row, reply: Reply) -> dict[str, Any]:
-    usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
-    return {"id": row.id, "text": reply.text, "finish_reason": reply.finish_reason, "usage": usage}

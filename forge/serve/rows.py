@@ -1,85 +1,189 @@
-"""The two files of a batch: prompts in, answers out, both one JSON object a line.
+"""The prompts of a batch, one JSON object a line: read one by one, however many there are.
 
-The output is the only record of what is done: rows are appended and flushed to the disk, a line
-torn by a crash is dropped, and a second process on the same output is refused.
+They are checked some way ahead of where they are asked, so that a fault in a small file costs nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
-
 from forge.errors import DataError, Problem, StageError
-from forge.serve.endpoint import ROLES, Message
+from forge.serve import wire
+from forge.serve.endpoint import ROLES, Turn
+from forge.serve.ids import MOST_PROBLEMS, Id, Ids, is_id, is_stream, parse_object
 
-Id = str | int
-# How every row that we write begins; what does not is not ours to drop.
-_BEGINNING = b'{"id": '
+
+class WrongRowsError(DataError):
+    """Lines of the prompts cannot be used."""
+
+
+LONGEST_LINE = 128 << 20
+# Until something is sent the rows are checked, so that a fault in a small file costs nothing.
+SECONDS_OF_CHECKING = 1.0
+_HINT = (
+    'each line is {"id": ..., "prompt": "..."}, {"id": ..., "messages": [...]}, or a row of OpenAI batches: '
+    '{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}'
+)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: a conversation, or `raw` text that no template is put around."""
+    """One prompt: a conversation, `raw` text that no template is put around, or a `body` as it is to be sent.
+
+    `path` is the route that a body is for.
+    """
 
     id: Id
-    messages: tuple[Message, ...] = ()
+    messages: tuple[Turn, ...] = ()
     raw: str = ""
+    body: Mapping[str, Any] | None = None
+    path: str = wire.CHAT
 
 
-def read_rows(path: Path, *, raw: bool = False) -> list[Row]:
-    """Read prompts: `{id, prompt}` or `{id, messages}`; other keys are left alone, blank lines skipped.
+@dataclass
+class Prompts:
+    """The rows of `path`, checked some way ahead of where they are read. Use it as a context manager.
 
-    `raw`: each prompt is all that the model is to see.
-
-    Raises `DataError` with every line that is wrong, and every id that stands there twice.
+    `total` is how many rows were checked: all of them once `whole`.
     """
-    rows: list[Row] = []
-    problems: list[Problem] = []
-    seen: dict[Id, int] = {}
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
+
+    path: Path
+    ids: Ids
+    raw: bool = False
+    total: int = 0
+    whole: bool = False
+    _checked: int = field(default=0, init=False)
+    _lines: int = field(default=0, init=False)
+    _problems: list[Problem] = field(default_factory=list, init=False)
+    _faults: int = field(default=0, init=False)
+
+    def __enter__(self) -> Prompts:
+        self._stack = contextlib.ExitStack()
         try:
-            row = _row(line, raw)
-            if row.id in seen:
-                raise ValueError(f"the id {row.id!r} stands on line {seen[row.id]} already")
+            place = self._stack.enter_context(_on_disk(self.path))
+            self._ahead = self._stack.enter_context(_opened(place))
+            self._behind = self._stack.enter_context(_opened(place))
+            self._check(time.monotonic() + SECONDS_OF_CHECKING)
+            if self._faults:
+                self._check(float("inf"))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def check_some(self) -> None:
+        """Check for a moment. Raises `DataError` with the lines that are wrong once all were looked at."""
+        if not self.whole:
+            self._check(time.monotonic() + 0.02)
+
+    def _check(self, deadline: float) -> None:
+        while line := self._line(self._ahead):
+            self._lines += 1
+            self._checked += len(line)
+            if line.strip():
+                self._check_line(line)
+            if not self._lines % 64 and time.monotonic() > deadline:
+                return
+        self.whole = True
+        if self._faults:
+            shown = f" (the first {MOST_PROBLEMS} are shown)" if self._faults > MOST_PROBLEMS else ""
+            raise WrongRowsError(
+                f"{self.path}: {self._faults} of its lines cannot be used{shown}",
+                hint=_HINT,
+                problems=self._problems,
+            )
+        if not self.total:
+            raise DataError(f"{self.path}: no prompts in it")
+
+    def _check_line(self, line: bytes) -> None:
+        try:
+            row = _row(line, self.raw)
+            before, _ = self.ids.of(row.id)
+            if before is not None:
+                raise ValueError(f"the id {row.id!r} stands on line {before} already")
         except ValueError as wrong:
-            problems.append(Problem(str(wrong), file=str(path), line=number))
+            self._faults += 1
+            if len(self._problems) < MOST_PROBLEMS:
+                self._problems.append(Problem(str(wrong), file=str(self.path), line=self._lines))
         else:
-            seen[row.id] = number
-            rows.append(row)
-    if problems:
-        raise DataError(
-            f"{path}: {len(problems)} of its lines cannot be used; nothing was sent",
-            hint='each line is {"id": ..., "prompt": "..."} or {"id": ..., "messages": [...]}',
-            problems=problems,
-        )
-    if not rows:
-        raise DataError(f"{path}: no prompts in it")
-    return rows
+            self.ids.prompt(row.id, self._lines)
+            self.total += 1
+
+    def __iter__(self) -> Iterator[Row]:
+        """The rows without an answer, checking further when it comes to what was not looked at.
+
+        Raises `DataError` once a line is known to be wrong.
+        """
+        place = 0
+        while True:
+            while place >= self._checked and not self.whole:
+                self.check_some()
+            if self._faults:
+                self._check(float("inf"))
+            if place >= self._checked:
+                return
+            line = self._line(self._behind)
+            place += len(line)
+            if line.strip():
+                row = _row(line, self.raw)
+                if self.ids.of(row.id)[1] is None:
+                    yield row
+
+    def _line(self, stream: IO[bytes]) -> bytes:
+        try:
+            line = stream.readline(LONGEST_LINE)
+        except OSError as wrong:
+            raise DataError(f"{self.path} cannot be read: {wrong.strerror}") from wrong
+        if len(line) == LONGEST_LINE:
+            raise DataError(f"{self.path}: it has a line of more than {LONGEST_LINE >> 20} MiB")
+        return line
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+@contextlib.contextmanager
+def _on_disk(path: Path) -> Iterator[Path]:
+    """A file with what `path` holds: itself, or a copy of what a pipe or standard input (`-`) gives."""
+    if str(path) != "-" and not is_stream(path):
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="forge-prompts-") as copy:
+        try:
+            with sys.stdin.buffer if str(path) == "-" else path.open("rb") as stream:
+                shutil.copyfileobj(stream, copy)
+            copy.flush()
+        except OSError as wrong:
+            raise StageError(f"{path} cannot be copied to {copy.name}: {wrong.strerror}") from wrong
+        yield Path(copy.name)
+
+
+def _opened(path: Path) -> IO[bytes]:
     try:
-        with path.open("rb") as stream:
-            yield from enumerate(stream, start=1)
+        return path.open("rb")
     except OSError as wrong:
         raise DataError(f"{path} cannot be read: {wrong.strerror}") from wrong
 
 
 def _row(line: bytes, raw: bool) -> Row:
-    fields = _object(line)
-    # Half a surrogate pair is JSON but no text: it could be neither sent nor written.
-    json.dumps(fields, ensure_ascii=False).encode()
+    fields = parse_object(line)
+    if rb"\ud" in line.lower():
+        # Half a surrogate pair is JSON but no text: it could be neither sent nor written.
+        json.dumps(fields, ensure_ascii=False).encode()
+    if "custom_id" in fields or "body" in fields:
+        return _batch_row(fields, raw)
     if "id" not in fields:
         raise ValueError("no id")
-    if not _is_id(fields["id"]):
+    if not is_id(fields["id"]):
         raise ValueError(f"the id must be a text or a whole number, not {fields['id']!r}")
     if ("prompt" in fields) == ("messages" in fields):
         raise ValueError("give prompt or messages, one of the two")
@@ -94,117 +198,46 @@ def _row(line: bytes, raw: bool) -> Row:
     return Row(fields["id"], ({"role": "user", "content": fields["prompt"]},))
 
 
-def _messages(value: object) -> tuple[Message, ...]:
+_BATCH_PATHS = (wire.CHAT, wire.COMPLETION, wire.EMBEDDINGS)
+
+
+def _batch_row(fields: Mapping[str, Any], raw: bool) -> Row:
+    """A row of OpenAI's batch files: its `body` is the whole request."""
+    custom_id, body, path = fields.get("custom_id"), fields.get("body"), fields.get("url", wire.CHAT)
+    if not isinstance(custom_id, str) or not isinstance(body, dict):
+        raise ValueError("a row of a batch needs a custom_id that is a text and a body that is an object")
+    if raw:
+        raise ValueError(f"a body cannot be sent raw; its url may be {wire.COMPLETION}")
+    if path not in _BATCH_PATHS or fields.get("method", "POST") != "POST":
+        raise ValueError(f"method must be POST and url one of {', '.join(_BATCH_PATHS)}")
+    if body.get("stream"):
+        raise ValueError("an answer in a file cannot be streamed; leave stream out of the body")
+    if path == wire.CHAT:
+        body = body | {"messages": _messages(body.get("messages"))}
+    return Row(custom_id, body=body, path=path)
+
+
+def _messages(value: object) -> tuple[Turn, ...]:
     if not isinstance(value, list) or not value:
         raise ValueError("messages must be a list with at least one message")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError("every message needs a role and a content that is a text")
-        if message.get("role") not in ROLES:
-            # Many templates drop a role they do not know without a word.
-            raise ValueError(f"unknown role {message.get('role')!r}; known are {', '.join(ROLES)}")
-    return tuple(value)
+    return tuple(map(_message, value))
 
 
-def _object(line: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except ValueError as wrong:
-        raise ValueError(f"not JSON: {wrong}") from wrong
-    if not isinstance(fields, dict):
-        raise ValueError("not a JSON object")
-    return fields
-
-
-def _is_id(value: object) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
-class Output:
-    """The answers, locked while it is open. `done` says of each id in it whether it succeeded.
-
-    Raises `StageError` when another process has it open, `DataError` when the file holds anything
-    but answers. With `retry_failed` failed rows are taken out first.
-    """
-
-    def __init__(self, path: Path, *, retry_failed: bool = False) -> None:
-        self.path = path
-        self.done: dict[Id, bool] = {}
-        self._retry_failed = retry_failed
-        self._lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
-
-    def __enter__(self) -> Output:
-        if not self.path.parent.is_dir():
-            raise DataError(f"{self.path} cannot be written: there is no such directory")
-        try:
-            self._lock.acquire()
-        except filelock.Timeout as taken:
-            raise StageError(
-                f"another process is writing {self.path}", hint="wait for it, or choose another file"
-            ) from taken
-        except OSError as wrong:
-            raise DataError(f"{self.path} cannot be written: {wrong.strerror}") from wrong
-        try:
-            self._resume()
-            self._stream: IO[bytes] = self.path.open("ab")
-        except OSError as wrong:
-            self._lock.release()
-            raise DataError(f"{self.path} cannot be written: {wrong.strerror}") from wrong
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stream.close()
-        self._lock.release()
-
-    def append(self, rows: Iterable[Mapping[str, object]]) -> None:
-        """Write rows, each with its `id` first, and wait until they are on the disk."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        self._stream.write(text.encode("utf-8", errors="replace"))
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
-    def _resume(self) -> None:
-        """Read what is there, and rewrite it when something of it has to go."""
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        *lines, torn = content.split(b"\n")
-        kept: list[bytes] = []
-        problems: list[Problem] = []
-        if torn and not (torn.startswith(_BEGINNING) or _BEGINNING.startswith(torn)):
-            problems.append(Problem("not an answer", file=str(self.path), line=len(lines) + 1))
-        for number, line in enumerate(lines, start=1):
-            fields = _answer(line)
-            if fields is None or fields["id"] in self.done:
-                what = "not an answer" if fields is None else f"a second answer to {fields['id']!r}"
-                problems.append(Problem(what, file=str(self.path), line=number))
-            elif "text" in fields or not self._retry_failed:
-                self.done[fields["id"]] = "text" in fields
-                kept.append(line + b"\n")
-        if problems:
-            raise DataError(
-                f"{self.path} holds something else than the answers of a batch; it was left as it is",
-                hint="choose another output file",
-                problems=problems,
-            )
-        if torn or len(kept) < len(lines):
-            self._rewrite(b"".join(kept))
-
-    def _rewrite(self, content: bytes) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(self.path)
-
-
-def _answer(line: bytes) -> dict[str, Any] | None:
-    try:
-        fields = _object(line)
-    except ValueError:
-        return None
-    return fields if _is_id(fields.get("id")) and ("text" in fields or "error" in fields) else None
+def _message(message: object) -> Turn:
+    if not isinstance(message, dict):
+        raise ValueError("every message must be an object")
+    role, content = message.get("role"), message.get("content")
+    if role == "developer":
+        # OpenAI's newer name of it. Templates know the older one, and many drop a role they do not know.
+        message = message | {"role": (role := "system")}
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}; known are {', '.join(ROLES)}, developer")
+    calls = role == "assistant" and message.get("tool_calls")
+    if isinstance(content, list) and content:
+        if not all(isinstance(part, dict) and isinstance(part.get("type"), str) for part in content):
+            raise ValueError('every part of a content needs a type, such as {"type": "text", "text": ...}')
+        if not all(isinstance(part.get("text"), str) for part in content if part["type"] == "text"):
+            raise ValueError("a part of type text needs a text")
+    elif not isinstance(content, str) and not (content is None and calls):
+        raise ValueError("every message needs a role and a content: a text or a list of parts")
+    return message

@@ -1,9 +1,9 @@
-"""A streamed answer, from the bytes of its server-sent events, for the waiting client and the async one."""
+"""A streamed answer, from the bytes of its server-sent events, for `client`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx
@@ -21,6 +21,8 @@ class Streamed:
         self.endpoint = endpoint
         self._rest = b""
         self._pieces: list[str] = []
+        self._reasoning: list[str] = []
+        self._calls: dict[int, dict[str, Any]] = {}
         self._finish_reason = ""
         self._usage: dict[str, Any] = {}
         self._ended = False
@@ -37,7 +39,13 @@ class Streamed:
             if data == b"[DONE]":
                 self._ended = True
                 return
-            yield from self._pieces_of(self._event(data))
+            try:
+                pieces = list(self._pieces_of(self._event(data)))
+            except (AttributeError, TypeError, ValueError) as wrong:
+                raise StageError(
+                    f"{self.endpoint.url} sent an event that is no part of an answer: {data[:80]!r}"
+                ) from wrong
+            yield from pieces
 
     def _event(self, data: bytes) -> dict[str, Any]:
         try:
@@ -54,7 +62,11 @@ class Streamed:
         self._usage = event.get("usage") or self._usage
         for choice in event.get("choices") or ():
             self._finish_reason = choice.get("finish_reason") or self._finish_reason
-            if piece := (choice.get("delta") or {}).get("content"):
+            delta = choice.get("delta") or {}
+            self._reasoning.append(wire.reasoning_of(delta))
+            for call in delta.get("tool_calls") or ():
+                _join_call(self._calls.setdefault(int(call.get("index") or 0), {}), call)
+            if piece := wire.text_of(delta.get("content")):
                 self._pieces.append(piece)
                 yield piece
 
@@ -62,5 +74,15 @@ class Streamed:
         """The whole answer; raises `httpx.RemoteProtocolError` when its last event never came."""
         if not self._ended:
             raise httpx.RemoteProtocolError("the stream ended without its last event")
-        counts = (int(self._usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
-        return Reply("".join(self._pieces), self._finish_reason, *counts)
+        read, written = (int(self._usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
+        text, reasoning = "".join(self._pieces), "".join(self._reasoning)
+        calls = tuple(self._calls[index] for index in sorted(self._calls))
+        return Reply(text, self._finish_reason, read, written, reasoning, calls)
+
+
+def _join_call(whole: dict[str, Any], part: Mapping[str, Any]) -> None:
+    """Add what came of a tool call: its name once, its arguments piece by piece."""
+    function = whole.setdefault("function", {"name": "", "arguments": ""})
+    for key, piece in (part.get("function") or {}).items():
+        function[key] = function.get(key, "") + (piece or "")
+    whole |= {key: value for key, value in part.items() if key not in ("function", "index")}

@@ -23,10 +23,11 @@ from typing import Any
 import httpx
 
 from forge.errors import DataError, MissingToolError, RecipeError, StageError
-from forge.serve.endpoint import Endpoint, Message, unknown_end
+from forge.serve.endpoint import Endpoint, Turn, unknown_end
 
 CHAT = "/v1/chat/completions"
 COMPLETION = "/v1/completions"
+EMBEDDINGS = "/v1/embeddings"
 MODELS = "/v1/models"
 # A long answer of a large model on a small machine takes minutes; a connection does not.
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -97,16 +98,21 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. `finish_reason` is `stop` (it ended by itself) or `length` (it was cut)."""
+    """An answer. `finish_reason` is `stop` (it ended by itself), `length` (it was cut) or `tool_calls`.
+
+    `reasoning` is what a thinking model thought, `tool_calls` what it asks to be called, as OpenAI writes it.
+    """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
+    reasoning: str = ""
+    tool_calls: tuple[Mapping[str, object], ...] = ()
 
 
 def chat_request(
-    endpoint: Endpoint, messages: Sequence[Message], sampling: Sampling, *, stream: bool = False
+    endpoint: Endpoint, messages: Sequence[Turn], sampling: Sampling, *, stream: bool = False
 ) -> dict[str, object]:
     """The body of a chat completion."""
     body = {"messages": [dict(message) for message in messages], **_sampled(endpoint, sampling)}
@@ -145,7 +151,11 @@ def connection_options(endpoint: Endpoint) -> dict[str, Any]:
     # Plain HTTP has nothing to verify (redirects are not followed), and loading the certificates
     # takes a tenth of a second for every client.
     verify = not endpoint.url.startswith("http://")
-    return {"headers": headers, "timeout": TIMEOUT, "trust_env": not endpoint.loopback, "verify": verify}
+    login = None if endpoint.api_key else endpoint.login
+    return {
+        "headers": headers, "timeout": TIMEOUT, "trust_env": not endpoint.loopback, "verify": verify,
+        "auth": login,
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -235,15 +245,41 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
     """The reply in a chat completion's JSON, or in a completion's."""
     try:
         choice = payload["choices"][0]
+        message = {"content": choice["text"]} if "text" in choice else choice["message"]
         usage = payload.get("usage") or {}
         return Reply(
-            text=(choice["text"] if "text" in choice else choice["message"].get("content")) or "",
+            text=text_of(message.get("content") or message.get("refusal")),
             finish_reason=choice.get("finish_reason") or "",
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
+            reasoning=reasoning_of(message),
+            tool_calls=tuple(dict(call) for call in message.get("tool_calls") or ()),
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as wrong:
         raise GarbledError(f"{endpoint.url} answered with something that is no chat completion") from wrong
+
+
+def read_answer(endpoint: Endpoint, path: str, payload: Mapping[str, Any]) -> Reply | None:
+    """The reply in the answer of the route `path`; None for embeddings, which must be there."""
+    if path != EMBEDDINGS:
+        return read_reply(endpoint, payload)
+    if not isinstance(payload.get("data"), list):
+        raise GarbledError(f"{endpoint.url} answered with something that holds no embeddings")
+    return None
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """What a message says was thought; Ollama and some others call it `reasoning`."""
+    return text_of(message.get("reasoning_content") or message.get("reasoning"))
+
+
+def text_of(content: object) -> str:
+    """The text of a content, which may be a list of parts. Raises TypeError where it is neither."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError("the content of a message is neither a text nor a list of parts")
+    return content or ""
 
 
 def error_answer(
@@ -251,8 +287,8 @@ def error_answer(
 ) -> BusyError | RefusedError:
     """The error for an answer that is no success; `payload` is its JSON, if it has any."""
     detail = payload.get("error") if isinstance(payload, dict) else None
-    fields = detail if isinstance(detail, dict) else {"message": detail or ""}
-    said = str(fields.get("message") or "no reason given")
+    fields = detail if isinstance(detail, dict) else {}
+    said = reason_in(payload) or "no reason given"
     if status in (408, 429) or (status >= 500 and status != 501):
         after = headers.get("retry-after", "")
         seconds = float(after) if after.isdecimal() else None
@@ -275,9 +311,29 @@ def error_answer(
     )
 
 
+_REASONS = ("error", "message", "detail", "msg", "title", "reason", "errors")
+_LONGEST_REASON = 500
+
+
+def reason_in(payload: object) -> str:
+    """The reason that an error answer gives: OpenAI's `error.message`, FastAPI's `detail`, or plain text."""
+    if isinstance(payload, str):
+        return payload.strip()[:_LONGEST_REASON]
+    if isinstance(payload, list):
+        return "; ".join(filter(None, map(reason_in, payload)))[:_LONGEST_REASON]
+    if not isinstance(payload, dict):
+        return ""
+    said = next(filter(None, (reason_in(payload.get(key)) for key in _REASONS)), "")
+    # FastAPI's list says of each fault where it is.
+    place = payload.get("loc")
+    return f"{'.'.join(map(str, place))}: {said}" if said and isinstance(place, list) else said
+
+
 def _parse(content: bytes) -> object:
     try:
         parsed: object = json.loads(content)
-    except ValueError:
-        return None
+    except (ValueError, RecursionError):
+        # A page of a proxy says nothing in one line; a sentence does.
+        text = content[:4000].decode(errors="replace").strip()
+        return None if text.startswith(("<", "{", "[")) else text
     return parsed
