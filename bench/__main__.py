@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import export, kernels, serve, ship, startup, training, validate, verify
+from bench import export, front, kernels, serve, ship, startup, training, validate, verify
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
 from forge.process import signals_as_interrupt
@@ -35,6 +35,8 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "verify": verify.measure,
     "serve": serve.measure,
     "generate": serve.measure_generate,
+    "front": front.measure,
+    "busy": front.measure_busy,
     "kernels": kernels.measure,
 }
 PAIRS = 5

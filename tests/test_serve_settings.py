@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from forge import process, report
 from forge.commands.serve import serve
 from forge.errors import DataError, StageError
 from forge.serve import ready
@@ -81,14 +84,47 @@ def test_slots_for_many_are_for_a_cpu_alone(
     assert [one.parallel for one in started] == [slots]
 
 
-def test_threads_are_physical_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("usable", "load", "shares", "threads"),
+    [
+        (3, 0.1, [], 3),
+        (64, 0.1, [], 4),
+        (64, 3.0, [100.0, 100.0, 3.0, 0.0], 2),
+        (64, 9.0, [100.0] * 4, 1),
+        (64, 9.0, [2.0, 1.0, 0.0, 0.0], 4),  # it was busy, and is so no more
+        (2, 3.0, [100.0, 100.0, 0.0, 0.0], 2),  # there is room beside us
+        (2, 4.0, [100.0, 100.0, 100.0, 0.0], 1),
+    ],
+)
+def test_threads_are_the_cores_that_may_be_used_and_are_free(
+    monkeypatch: pytest.MonkeyPatch, usable: int, load: float, shares: list[float], threads: int
+) -> None:
     """As for the export: of a container's share of the machine no more, nor of what OMP_NUM_THREADS says."""
-    chosen = ServerSettings(Path("m"), "m", 512)
+    chosen, said = ServerSettings(Path("m"), "m", 512), io.StringIO()
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8 if logical else 4)
-    for usable, threads in ((3, 3), (64, 4)):
-        monkeypatch.setenv("OMP_NUM_THREADS", str(usable))
-        assert ready.threads_of(chosen) == threads
-        assert ready.threads_of(replace(chosen, threads=7)) == 7
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval, percpu: shares)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(usable))
+    with report.copied_to(said):
+        assert ready.with_threads(chosen).threads == threads
+    assert ("busy" in said.getvalue()) == (threads < min(usable, 4))
+    assert ready.with_threads(replace(chosen, threads=7)).threads == 7
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, "1000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "active"}, "None active")],
+)
+def test_children_wait_without_turning_unless_the_user_says_how(
+    monkeypatch: pytest.MonkeyPatch, own: dict[str, str], expected: str
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    script = "import os; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'))"
+    assert process.run([sys.executable, "-c", script]).output == expected
 
 
 def test_a_torn_modelfile_is_ollamas_business_alone(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ def serve(
     if wish.runtime == "embedded" and not chosen.parallel and not chosen.gpu_layers:
         # For many clients, where nobody says how many; forge knows the memory of a CPU alone.
         chosen = replace(chosen, parallel=slots_for(chosen))
+    if wish.runtime != "ollama":
+        chosen = ready.with_threads(chosen)
     with ExitStack() as stack:
         tell = None
         if handed_over:
@@ -66,7 +68,7 @@ def _in_words(wish: Wish, chosen: ServerSettings, endpoint: Endpoint) -> str:
     """What is known of how it serves: requests at once, threads and device are Ollama's own affair."""
     words = [f"context {chosen.context_tokens} tokens"]
     if wish.runtime != "ollama":
-        words += [f"{chosen.slots} requests at once", f"{ready.threads_of(chosen)} threads"]
+        words += [f"{chosen.slots} requests at once", f"{chosen.threads} threads"]
         words += [f"on {endpoint.device}"]
     elif chosen.threads:
         words += [f"{chosen.threads} threads"]

@@ -25,6 +25,9 @@ _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 # A model of many gigabytes on a slow disk.
 _SECONDS_TO_LOAD = 1800.0
 _SECONDS_BETWEEN = 0.05
+# A load under this is nobody's; above it, this long a look tells.
+_BUSY = 0.75
+_SECONDS_TO_LOOK = 0.25
 
 
 def check(settings: ServerSettings) -> None:
@@ -82,15 +85,31 @@ def url_of(host: str, port: int | str) -> str:
     return f"http://{in_url(reachable(host))}:{port}"
 
 
-def threads_of(settings: ServerSettings) -> int:
-    """The physical cores that this process may use: llama.cpp gains nothing from more threads."""
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return settings.threads or min(physical, usable_cores())
-
-
 def with_threads(settings: ServerSettings) -> ServerSettings:
-    """The settings with the threads that this machine gives; as they are where somebody chose."""
-    return replace(settings, threads=threads_of(settings))
+    """The settings with the threads that this machine gives now; as they are where somebody chose.
+
+    The physical cores that this process may use, for llama.cpp gains nothing from more, less those that
+    others keep busy: threads that wait for each other run as fast as the one that has to share.
+    """
+    if settings.threads:
+        return settings
+    cores = min(psutil.cpu_count(logical=False) or os.cpu_count() or 1, usable_cores())
+    threads = max(1, cores - _busy_cores(cores))
+    if threads < cores:
+        report.info(
+            f"{cores - threads} of {cores} cores are busy: {threads} threads; --threads chooses others"
+        )
+    return replace(settings, threads=threads)
+
+
+def _busy_cores(cores: int) -> int:
+    """How many cores others keep busy; a look takes time only where the last minute's load says so."""
+    if os.getloadavg()[0] < _BUSY:
+        return 0
+    shares = psutil.cpu_percent(interval=_SECONDS_TO_LOOK, percpu=True)
+    busy = sum(shares) / 100
+    # Of a machine with more cores than are ours, only what does not fit beside us.
+    return max(0, min(cores, round(busy - (len(shares) - cores))))
 
 
 def device_of(said: Sequence[str]) -> str:
