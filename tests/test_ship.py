@@ -73,7 +73,7 @@ def test_the_json_has_the_fields_of_the_contract(shipped: tuple[Workshop, Answer
     }
     assert certificate["ok"] is True and certificate["broken_stage"] is None
     assert [one["to"] for one in certificate["handovers"]] == [
-        "fp32 base + adapter", "GGUF f16", "GGUF q4_k_m", "live server",
+        "fp32 base + adapter", "weights in F16", "GGUF f16", "GGUF q4_k_m", "live server",
     ]  # fmt: skip
     assert certificate["sample"]["positions"] > 0 and certificate["live"]["problems"] == []
     assert [stage["name"] for stage in stages] == list(STAGES)

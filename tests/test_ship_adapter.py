@@ -68,7 +68,7 @@ def test_the_pair_is_certified_and_served(shipped: tuple[Workshop, Answer]) -> N
     place, answer = shipped
     certificate = answer.fields["certificate"]
     assert certificate["ok"] is True, certificate["problems"]
-    assert [one["to"] for one in certificate["handovers"]] == ["GGUF f16", "live server"]
+    assert [one["to"] for one in certificate["handovers"]] == ["weights in F16", "GGUF f16", "live server"]
     assert certificate["base"]["kl_mean"] > 0.05, "the adapter changes too little to tell the two apart"
     assert certificate["live"]["handover"]["kl_mean"] < 1e-3
     assert answer.fields["gguf"] == str(place.run / GGUF)
@@ -242,7 +242,7 @@ def test_what_training_saw_with_an_adapter_trained_here(again: Workshop) -> None
     try:
         certificate = answer.fields["certificate"]
         assert [one["from"] for one in certificate["handovers"]] == [
-            "NF4 base + adapter", "merged", "GGUF f16", "GGUF q4_k_m",
+            "NF4 base + adapter", "merged", "weights in F16", "GGUF f16", "GGUF q4_k_m",
         ]  # fmt: skip
         assert certificate["ok"] and certificate["live"]["problems"] == []
         assert (again.run / "merged" / "model.safetensors").is_file()

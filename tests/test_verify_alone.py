@@ -58,9 +58,10 @@ def test_a_sound_file_has_the_contracts_fields(workshop: Workshop, tuned: Specim
     assert found["tokens"]["ok"] and found["prompt"]["ok"] and found["stops"]["ok"]
     figures = {"nmse", "kl_mean", "kl_max", "top1"}
     assert found["logits"].keys() == figures | {"perplexity_reference", "perplexity_gguf"}
-    [handover] = found["handovers"]
+    rounding, handover = found["handovers"]
     assert {"from", "to", "ok", *figures} <= handover.keys()
-    assert (handover["from"], handover["to"]) == ("fp32 base + adapter", "GGUF f16")
+    assert (rounding["from"], rounding["to"]) == ("fp32 base + adapter", "weights in F16")
+    assert (handover["from"], handover["to"]) == ("weights in F16", "GGUF f16")
     assert "verified: " in answer.said and "KL mean" in answer.said
 
 

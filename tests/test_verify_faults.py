@@ -158,7 +158,7 @@ def test_a_sound_file_passes_and_its_quantized_one_too(specimen: Specimen, sound
     found = specimen.verify(quantized, nf4=True)
     assert found["ok"], found["problems"]
     assert [one["from"] for one in found["handovers"]] == [
-        "as trained (NF4 base + adapter)", "fp32 base + adapter", "GGUF f16",
+        "as trained (NF4 base + adapter)", "fp32 base + adapter", "weights in F16", "GGUF f16",
     ]  # fmt: skip
     assert found["handovers"][-1]["beyond_vendor"] == 1.0
 

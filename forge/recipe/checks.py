@@ -113,17 +113,20 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
             yield "train.lora.modules_to_save", "cannot be exported as an adapter; use export.mode: merged"
         if isinstance(train, Train) and train.lora.dora:
             yield "train.lora.dora", "cannot be exported as an adapter; use export.mode: merged"
-    if recipe.export.merge_base != "original" and isinstance(train, Train) and train.method != "qlora":
+    if recipe.export.merge_base in _NEAR_NF4 and isinstance(train, Train) and train.method != "qlora":
         yield (
             "export.merge_base",
             "train.method is not qlora, so training never saw an NF4 base; use original",
         )
-    if recipe.export.merge_base != "original" and train is None:
+    if recipe.export.merge_base in _NEAR_NF4 and train is None:
         yield "export.merge_base", "train is none, so there is nothing to merge; use original"
     if recipe.data and recipe.data.columns.messages:
         for name in ("prompt", "completion", "text"):
             if getattr(recipe.data.columns, name):
                 yield f"data.columns.{name}", "messages holds whole conversations; name one or the other"
+
+
+_NEAR_NF4 = ("nf4", "measured")
 
 
 def _calibration(recipe: Recipe) -> Iterator[Finding]:

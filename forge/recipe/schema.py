@@ -255,10 +255,11 @@ class Export(Section):
         Discriminator(lambda value: "budget" if isinstance(value, Budget | dict) else "type"),
     ] = Field("q4_k_m", description="type of the weights, capitals do not matter; or `{max_kl: LOSS}`")
     imatrix: bool = Field(False, description="round by an importance matrix of the training rows")
-    merge_base: Literal["original", "nf4", "measured"] = Field(
-        "original",
+    merge_base: Literal["auto", "original", "nf4", "measured"] = Field(
+        "auto",
         description="what the adapter is merged into, or lies beside; nf4: the base as QLoRA rounded it; "
-        "measured: whichever of the two answers held-out rows better",
+        "measured: whichever of the two answers held-out rows better; auto: measured after QLoRA where rows "
+        "are held out, else original",
     )
     keep_merged: bool = Field(False, description="keep the merged checkpoint (for vLLM, for other tools)")
 
@@ -282,6 +283,10 @@ class Verify(Section):
         None, gt=0, description="mean KL divergence (nats) of the GGUF from fp32 base + adapter, at most"
     )
     min_top1: UpTo | None = Field(None, description="share of positions with the same top token, at least")
+    as_trained: Literal["required", "warn"] = Field(
+        "required",
+        description="the export must answer held-out rows as well as what QLoRA trained, on the NF4 base",
+    )
 
 
 class Deploy(Section):

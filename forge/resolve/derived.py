@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from forge.recipe.quants import BUDGETED
+from forge.recipe.schema import Train
 from forge.resolve.resolved import Resolved
 from forge.store.digest import Json
 
@@ -28,6 +29,19 @@ def quant_asked(ship: Resolved) -> str:
     """The type in a stage's request; one that a budget chose is known by *calibrate*'s digest."""
     quant = ship.recipe.export.quant
     return quant if isinstance(quant, str) else "within a budget"
+
+
+def merge_base(ship: Resolved) -> str:
+    """original, nf4 or measured: by itself QLoRA's is measured, where rows are held out to measure on.
+
+    With an importance matrix the base must be known before, so there it is the original one.
+    """
+    recipe = ship.recipe
+    if recipe.export.merge_base != "auto":
+        return recipe.export.merge_base
+    trained_in_4bit = isinstance(recipe.train, Train) and recipe.train.method == "qlora"
+    can_measure = recipe.data is not None and recipe.data.eval and not recipe.export.is_calibrated
+    return "measured" if trained_in_4bit and can_measure else "original"
 
 
 def largest_type(ship: Resolved) -> str:

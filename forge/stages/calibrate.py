@@ -16,6 +16,7 @@ from forge.errors import CheckError, ForgeError
 from forge.model.estimate import certificate_disk
 from forge.pipeline.stage import Result
 from forge.recipe.quants import BUDGETED
+from forge.resolve.derived import merge_base
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import GgufStage
 from forge.runs.files import CALIBRATION
@@ -57,7 +58,7 @@ class CalibrateStage(GgufStage):
             "base": self.ship.base_digest,
             "base.tokenizer": self.ship.tokenizer_digest,
             "export.quant.max_kl": export.max_kl,
-            "export.merge_base": export.merge_base,
+            "export.merge_base": merge_base(self.ship),
             "chat template": self.ship.template_digest,
         }
 
@@ -86,7 +87,7 @@ class CalibrateStage(GgufStage):
             "settings": {
                 "name": self.ship.recipe.name,
                 "keep_merged": False,
-                "merge_base": self.ship.recipe.export.merge_base,
+                "merge_base": merge_base(self.ship),
                 "threads": None,
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
             },

@@ -11,7 +11,7 @@ from forge import report, worker
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import export_disk
 from forge.pipeline.stage import Result
-from forge.resolve.derived import gguf_name, largest_type, quant_asked
+from forge.resolve.derived import gguf_name, largest_type, merge_base, quant_asked
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows, certificate_rows_are
 from forge.resolve.stage import GgufStage
@@ -55,7 +55,7 @@ class ExportStage(GgufStage):
             "base.tokenizer": self.ship.tokenizer_digest,
             "export.mode": export.mode,
             "export.quant": quant_asked(self.ship),
-            "export.merge_base": export.merge_base,
+            "export.merge_base": merge_base(self.ship),
             "export.keep_merged": export.keep_merged,
             "chat template": self.ship.template_digest,
         }
@@ -76,7 +76,7 @@ class ExportStage(GgufStage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
-        merge_base = measured["chosen"] if measured else export.merge_base
+        chosen = measured["chosen"] if measured else merge_base(self.ship)
         within = export.max_kl is not None
         arguments = {
             "base": str(self.ship.base_directory),
@@ -92,7 +92,7 @@ class ExportStage(GgufStage):
                 "importance": importance_in(inputs),
                 "keep_merged": export.keep_merged,
                 "mode": export.mode,
-                "merge_base": merge_base,
+                "merge_base": chosen,
                 "threads": None,
                 "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
             },
@@ -105,8 +105,8 @@ class ExportStage(GgufStage):
             raise
         if measured:
             placed = "merged into" if facts["mode"] == "merged" else "the adapter is on"
-            report.info(f"{placed} the {merge_base} base: {measured['why']}")
-        return facts | {"merge_base": merge_base, "merge_base_measured": measured}
+            report.info(f"{placed} the {chosen} base: {measured['why']}")
+        return facts | {"merge_base": chosen, "merge_base_measured": measured}
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         if CALIBRATION_STAGE not in self.needs:
@@ -127,8 +127,8 @@ class ExportStage(GgufStage):
         return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
 
     def _measured_base(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any] | None:
-        """What the held-out rows say of the two bases, where the recipe asks for it."""
-        if self.ship.recipe.export.merge_base != "measured":
+        """What the held-out rows say of the two bases, where they are asked."""
+        if merge_base(self.ship) != "measured":
             return None
         work = out / "work"
         work.mkdir(exist_ok=True)

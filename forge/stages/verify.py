@@ -33,7 +33,7 @@ class VerifyStage(GgufStage):
     name = VERIFY_STAGE
     rank = 10
     lists_facts = False
-    version = 4
+    version = 5
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
@@ -100,7 +100,8 @@ def certificate(
     ship: Resolved, measured: Mapping[str, Any], live: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
     """The verdict on this ship's file, with the running server's leg `live` where one was asked."""
-    return judge(measured, Gates(ship.recipe.verify.max_kl, ship.recipe.verify.min_top1), live)
+    verify = ship.recipe.verify
+    return judge(measured, Gates(verify.max_kl, verify.min_top1, verify.as_trained == "required"), live)
 
 
 def tell(certificate: Mapping[str, Any]) -> None:

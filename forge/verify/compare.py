@@ -19,7 +19,13 @@ from typing import Any
 
 from forge.verify.sample import Sample
 
-MOST_NMSE, MOST_KL = 1e-4, 1e-5
+LEAST_NMSE, LEAST_KL = 1e-7, 1e-7
+"""What float32 sums in another order may leave; a sound F32 file of a real model was at 6e-12."""
+MOST_TIMES = 4.0
+"""How many times as far as a type's own arithmetic a conversion may be: errors add up as squares, so this is
+twice the distance. Sound ones were at 0.4 to 1.3 times."""
+FAR_NMSE = 1e-4
+"""Where a position counts as another one: no 16-bit rounding of a dense model moved one so far."""
 _BLOCK = 64
 _BUCKETS = 32
 _STRETCHES, _LEAST_OF_A_STRETCH = 8, 32
@@ -44,11 +50,12 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> dict[str, Any]:
     ]
     error, power, kl, same, loss, other = (np.concatenate(column) for column in zip(*parts, strict=True))
     counted, shares, stretches = _counted(sample), error / np.maximum(power, 1e-300), _stretches(sample)
+    further = (other - loss)[counted]
     return {
         "positions": len(follows),
         "nmse": float(error.sum() / max(power.sum(), 1e-300)),
         "nmse_middle": _middle(shares, stretches),
-        "beyond": float((shares > MOST_NMSE).mean()),
+        "beyond": float((shares > FAR_NMSE).mean()),
         "kl_mean": float(kl.mean()),
         "kl_middle": _middle(kl, stretches),
         "kl_error": float(kl.std() / math.sqrt(len(kl))),
@@ -56,6 +63,8 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> dict[str, Any]:
         "top1": float(same.mean()),
         "perplexity_reference": float(np.exp(min(loss[counted].mean(), 50.0))),
         "perplexity": float(np.exp(min(other[counted].mean(), 50.0))),
+        "loss_difference": float(further.mean()),
+        "loss_error": float(further.std() / math.sqrt(max(len(further) - 1, 1))),
         "kl_by_position": _by_position(kl, [index for _, index in sample.positions]),
     }
 
@@ -65,7 +74,7 @@ def times_as_far(reference: Any, candidate: Any, other: Any, sample: Sample) -> 
 
     Where rounding turns near ties in the one and not in the other, means say little: it is the middle
     position's ratio, or a stretch's, as `compare` has them. What no conversion leaves (a hundredth of
-    `MOST_NMSE`) counts as no distance.
+    `FAR_NMSE`) counts as no distance.
     """
     import numpy as np
 
@@ -76,7 +85,7 @@ def times_as_far(reference: Any, candidate: Any, other: Any, sample: Sample) -> 
             _centred(np.asarray(one[at : at + _BLOCK, :common], dtype=np.float64))
             for one in (reference, candidate, other)
         )
-        least = MOST_NMSE / 100 * (centred**2).sum(axis=1) + 1e-300
+        least = FAR_NMSE / 100 * (centred**2).sum(axis=1) + 1e-300
         ratios.append(((far - centred) ** 2).sum(axis=1) / (((near - centred) ** 2).sum(axis=1) + least))
     return _middle(np.concatenate(ratios), _stretches(sample))
 
@@ -102,17 +111,25 @@ def _counted(sample: Sample) -> Any:
     return np.asarray(sample.answers) if any(sample.answers) else np.ones(len(sample.answers), dtype=bool)
 
 
-def converts(leg: Mapping[str, Any]) -> bool:
-    """Whether two sets of logits are as near as a conversion to f16 leaves them."""
-    return bool(leg["nmse"] <= MOST_NMSE and leg["kl_mean"] <= MOST_KL)
+def converts(leg: Mapping[str, Any], own: Mapping[str, Any] | None) -> bool:
+    """Whether two sets of logits are as near as a conversion leaves them.
+
+    `own` is what the type's own arithmetic does to the same model (None where it is float32).
+    """
+    return _is_within(leg, own, "nmse", "kl_mean")
 
 
-def converts_mostly(leg: Mapping[str, Any]) -> bool:
+def converts_mostly(leg: Mapping[str, Any], own: Mapping[str, Any] | None) -> bool:
     """Whether at half of all positions they are, and at a quarter of those of every stretch of the rows.
 
     What a fault in every token's way never leaves; one at few tokens, or in few experts, may.
     """
-    return bool(leg["nmse_middle"] <= MOST_NMSE and leg["kl_middle"] <= MOST_KL)
+    return _is_within(leg, own, "nmse_middle", "kl_middle")
+
+
+def _is_within(leg: Mapping[str, Any], own: Mapping[str, Any] | None, nmse: str, kl: str) -> bool:
+    limits = {nmse: LEAST_NMSE, kl: LEAST_KL}
+    return all(leg[key] <= MOST_TIMES * (own[key] if own else 0.0) + least for key, least in limits.items())
 
 
 def _block(reference: Any, candidate: Any, follows: Any) -> tuple[Any, ...]:
@@ -189,3 +206,11 @@ def top_log_probabilities(logits: Any, count: int) -> list[tuple[int, float]]:
     values = _log_softmax(np.asarray(logits, dtype=np.float64)[None])[0]
     best = np.argsort(-values, kind="stable")[:count]
     return [(int(number), round(float(values[number]), 6)) for number in best]
+
+
+def divergence(logits: Any, other: Any) -> float:
+    """The KL divergence (nats) of `other` from `logits`, both of one position."""
+    import numpy as np
+
+    p, q = (_log_softmax(np.asarray(values, dtype=np.float64)[None]) for values in (logits, other))
+    return max(float((np.exp(p) * (p - q)).sum()), 0.0)

@@ -21,6 +21,7 @@ from typing import Any
 from forge.errors import DataError
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.safetensors_header import TensorSpec
+from forge.verify.rounding import Rounding
 
 DAMAGED = "the checkpoint is damaged, or overflows: load it with transformers and look at its answers"
 
@@ -29,7 +30,8 @@ DAMAGED = "the checkpoint is damaged, or overflows: load it with transformers an
 class Weights:
     """Where the reference's weights come from: a checkpoint, with the adapter in a directory or without.
 
-    `plain`: nothing of the adapter but the rows that it added to the embedding.
+    `plain`: nothing of the adapter but the rows that it added to the embedding. `rounding`: how a file
+    holds the tensors, the adapter merged into them, or `beside` them in float32.
     """
 
     base: Path
@@ -37,6 +39,8 @@ class Weights:
     nf4: bool = False
     trust_remote_code: bool = False
     plain: bool = False
+    rounding: Rounding | None = None
+    beside: bool = False
 
 
 @dataclass

@@ -18,13 +18,14 @@ from typing import Any
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.errors import ForgeError, Problem
+from forge.export import upstream
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration, read_configuration
 from forge.model.estimate import available, usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
-from forge.verify.compare import compare, converts, times_as_far, top_log_probabilities
+from forge.verify.compare import compare, converts, divergence, times_as_far, top_log_probabilities
 from forge.verify.inputs import (
     file_facts,
     most_frequent,
@@ -37,10 +38,11 @@ from forge.verify.inputs import (
     type_of_tensors,
 )
 from forge.verify.loader import Weights
+from forge.verify.rounding import rounding_of, rounding_of_checkpoint
 from forge.verify.tuned import open_model
 from forge.verify.vocabulary import added_tokens, check_vocabulary
 
-DIRECT = ("f16", "f32")
+DIRECT = ("f16", "bf16", "f32")
 """Types that only convert: everything else is judged by llama.cpp's own file of that type."""
 _OWN_PROMPTS = 100
 _GREEDY_PROMPTS, _GREEDY_TOKENS = 8, 24
@@ -115,6 +117,7 @@ def measure(**arguments: Any) -> dict[str, Any]:
     on it), merge_base, end_of_turn_id, trust_remote_code.
     Raises `DataError` for files that cannot be compared at all, with what was compared before.
     """
+    upstream.load(Path(arguments["converters"]))  # before anything imports another gguf
     session = _Session(arguments, {"seconds": {}})
     gguf, base = Path(arguments["gguf"]), Path(arguments["base"])
     facts = session.facts
@@ -181,14 +184,17 @@ def _legs(
     context = max([*map(len, drawn.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
     with session.step("the file's greedy answers"), served.loaded(gguf, context, session.lora) as model:
         made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
-        found["live"] = _expected_live(model, prompts)
+        precise = [model.after(prompt) for prompt in prompts]
+    with session.step("what its server should answer"):
+        with served.loaded(gguf, context, session.lora, like_server=True) as model:
+            found["live"] = _expected_live(model, prompts, precise)
     source = session.source
     with session.step("the reference in float32"):
         expected = reference.logits(source, drawn, "the reference")
         found["greedy"] = reference.greedy(source, made)
     measured = _Legs(session, drawn, context, expected)
     measured.of_checkpoints(source)
-    files = measured.of_files(gguf, scratch)
+    files = measured.of_files(gguf, source, scratch)
     with session.step("weights"):
         inside = replace(source, adapter=None) if session.lora else source
         found["weights"] = weights.fit_weights(files, inside, session.facts)
@@ -207,32 +213,44 @@ class _Legs:
         """The base alone, the base as it was trained, a merged checkpoint: what there is of them."""
         merged = self.session.arguments["merged"]
         shifts = source.adapter and self.session.settings.get("nf4") and not source.nf4
+        held = rounding_of_checkpoint(open_checkpoint(Path(merged))) if merged else None
         legs = {
             "base": replace(source, plain=True) if source.adapter else None,
             "trained": replace(source, nf4=True) if shifts else None,
             "merged": replace(source, base=Path(merged), adapter=None, nf4=False) if merged else None,
+            "as merged": replace(source, rounding=held) if held and not held.is_exact else None,
         }
         for name, one in legs.items():
             if one:
                 with self.session.step(name):
                     self._compare(name, reference.logits(one, self.drawn, f"the reference, {name}"))
 
-    def of_files(self, gguf: Path, scratch: Path) -> dict[str, Path]:
-        """The file and its yardsticks; returns the files whose weights are worth a look."""
+    def of_files(self, gguf: Path, whole: Weights, scratch: Path) -> dict[str, Path]:
+        """The file and its yardsticks; returns the files whose weights are worth a look.
+
+        `whole` is what the reference was made of.
+        """
         session, kind = self.session, self.session.found["file"]["type"]
         source = {**session.arguments, **session.settings}
         if session.lora:
             source["adapter"] = None  # it is loaded beside the yardsticks too
         measured = self._file("file", gguf)
-        if kind in DIRECT and converts(session.found["legs"]["file"]):
-            return {"file": gguf}
+        if kind in DIRECT:
+            self._conversion(whole, gguf, measured)
+            legs = session.found["legs"]
+            if converts(legs["conversion"], legs.get("arithmetic")):
+                return {"file": gguf}
         # For a direct conversion that failed it is the weights' yardstick, to name the stage by.
         with session.step("llama.cpp's own conversion"):
             given = session.arguments.get("f16")
             f16 = Path(given) if given else yardstick.make_f16(source, _directory(scratch / "f16"))
+        if kind == "bf16":  # rounds eight times as much as f16 does
+            same = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores())
+            return {"file": gguf, "f16": f16, "vendor": same}
         if kind in DIRECT:
             return {"file": gguf, "f16": f16}
         direct = self._file("f16", f16)
+        self._conversion(whole, f16, direct)
         self._compare("file against f16", measured, direct)
         vendor = scratch / "vendor.gguf"
         with session.step("llama.cpp's own quantization"):
@@ -244,6 +262,25 @@ class _Legs:
         against = session.found["legs"]["file against f16"]
         against["beyond_vendor"] = times_as_far(direct, measured, theirs, self.drawn)
         return {"file": gguf, "f16": f16, "vendor": vendor}
+
+    def _conversion(self, whole: Weights, path: Path, logits: Any) -> None:
+        """The unquantized file in `path` against the reference with its weights rounded as the file has them.
+
+        The leg `rounded` is what that rounding does; `arithmetic` what rounding their inputs does beside it,
+        as llama.cpp's products of 16 bits do: the scale for what is left, which is the conversion's.
+        """
+        rounding = rounding_of(path, self.session.facts.layers or 0)
+        if rounding.is_exact:
+            self._compare("conversion", logits)
+            return
+        source = replace(whole, rounding=rounding, beside=self.session.lora is not None)
+        with self.session.step("the reference, rounded"):
+            held = reference.logits(source, self.drawn, "the reference, rounded")
+            self._compare("rounded", held)
+            self._compare("conversion", logits, held)
+            source = replace(source, rounding=replace(rounding, inputs=True))
+            computed = reference.logits(source, self.drawn, "the reference, in 16 bits")
+            self._compare("arithmetic", computed, held)
 
     def _file(self, name: str, path: Path, against: Any = None) -> Any:
         with self.session.step(name), served.loaded(path, self.context, self.session.lora) as model:
@@ -284,9 +321,16 @@ def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     return found
 
 
-def _expected_live(model: served.ServedModel, prompts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
-    """What the live server's top log-probabilities are held against."""
-    return [
-        {"ids": list(prompt), "top": top_log_probabilities(model.after(prompt), _LIVE_TOKENS)}
-        for prompt in prompts
-    ]
+def _expected_live(
+    model: served.ServedModel, prompts: Sequence[Sequence[int]], precise: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """What the live server's top log-probabilities are held against, with the settings that it has.
+
+    `shift` is the KL divergence of those settings from float32's `precise` logits of the same file.
+    """
+    expected = []
+    for prompt, values in zip(prompts, precise, strict=True):
+        logits = model.after(prompt)
+        top = top_log_probabilities(logits, _LIVE_TOKENS)
+        expected.append({"ids": list(prompt), "top": top, "shift": divergence(logits, values)})
+    return expected

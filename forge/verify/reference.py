@@ -6,6 +6,9 @@ hook behind it drops them. Embedding, final norm and head come and go in the sam
 transformers and peft run unchanged, whatever the family and whatever the adapter's settings, and the peak
 is one layer, the embedding, the adapter and the activations of the sampled rows.
 
+With a `rounding` the weights are those that a file holds, peft's merge in them, and what they are multiplied
+by is rounded too where it says so.
+
 Where the adapter resized the embedding, or parted it from the output layer, the model is built so. The
 arithmetic is float32, of an NF4 base too.
 
@@ -14,13 +17,14 @@ Not covered, and refused: encoder-decoders, and what `loader` does not cover.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from forge import report
 from forge.errors import DataError
 from forge.verify.loader import DAMAGED, Weights
+from forge.verify.rounding import Rounding, rounded
 from forge.verify.sample import Sample
 from forge.verify.tuned import Opened, open_model
 
@@ -47,7 +51,7 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     def only_sampled(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
         return (given[0][rows, places].unsqueeze(0), *given[1:])
 
-    with torch.inference_mode(), _streamed(opened, label):
+    with torch.inference_mode(), _streamed(opened, weights, label):
         hook = head.register_forward_pre_hook(only_sampled)
         found = model(input_ids=ids, use_cache=False).logits[0].float()
         hook.remove()
@@ -77,7 +81,7 @@ def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]
 
 
 @contextmanager
-def _streamed(opened: Opened, label: str) -> Iterator[None]:
+def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
     """Weights come before each unit's forward and go behind it.
 
     Raises `DataError` at the end when a part of the adapter was in no layer that ran.
@@ -88,6 +92,8 @@ def _streamed(opened: Opened, label: str) -> Iterator[None]:
     units, head, unread = list(_units(model)), model.get_output_embeddings(), set(_replaced(model))
     head = getattr(head, "base_layer", head)  # of peft's layer
     idle, done = dict(opened.layers), 0
+    rounding, merged = weights.rounding, list[Any]()
+    modules = {id(module): name for name, module in model.named_modules()}
 
     def load(unit: Any, given: Any) -> None:
         for module in unit.modules():
@@ -96,6 +102,9 @@ def _streamed(opened: Opened, label: str) -> Iterator[None]:
                 if id(empty) in names and id(module) not in unread:
                     weight = opened.loader.parameter(names[id(empty)], empty.shape, linear)
                     module._parameters[key] = torch.nn.Parameter(weight, requires_grad=False)
+        if rounding:
+            merged.extend(() if weights.beside else _merged(unit))
+            _round(unit, rounding, modules)
 
     def drop(unit: Any, given: Any, made: Any) -> None:
         nonlocal done
@@ -103,6 +112,8 @@ def _streamed(opened: Opened, label: str) -> Iterator[None]:
         report.advance(label, done, len(units))
         for module, kept in empties[id(unit)]:
             module._parameters.update(kept)
+        while merged:
+            merged.pop().merged_adapters.clear()
 
     def ran(name: str) -> Callable[[Any, Any, Any], None]:
         return lambda layer, given, made: idle.pop(name, None) and None
@@ -111,6 +122,9 @@ def _streamed(opened: Opened, label: str) -> Iterator[None]:
     hooks = [unit.register_forward_pre_hook(load) for unit in units]
     hooks += [unit.register_forward_hook(drop) for unit in units]
     hooks += [layer.register_forward_hook(ran(name)) for name, layer in opened.layers.items()]
+    if rounding and rounding.inputs:
+        products = {id(one): one for unit in units for one in unit.modules() if _multiplies(one)}
+        hooks += [one.register_forward_pre_hook(_round_inputs) for one in products.values()]
     try:
         yield
     finally:
@@ -121,6 +135,49 @@ def _streamed(opened: Opened, label: str) -> Iterator[None]:
     if idle:
         first = next(iter(idle))
         raise DataError(f"{len(idle)} parts of the adapter are in no layer that ran: {first}")
+
+
+def _merged(unit: Any) -> Iterator[Any]:
+    """peft's layers in `unit`, each merged into the weight that was just read."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for layer in unit.modules():
+        if isinstance(layer, BaseTunerLayer) and hasattr(layer, "merge"):
+            layer.merge()
+            yield layer
+
+
+def _round(unit: Any, rounding: Rounding, modules: Mapping[int, str]) -> None:
+    """Round what `unit` multiplies by as a file holds it; `modules` are their names by identity."""
+    import torch
+
+    for module in unit.modules():
+        name = modules[id(module)]
+        if ".lora_" in name:
+            continue
+        for wrapper in (".base_layer", ".modules_to_save.default", ".original_module"):
+            name = name.replace(wrapper, "")
+        for key, weight in module._parameters.items():
+            kind = rounding.type_of(f"{name}.{key}", weight.dim()) if weight is not None else None
+            if kind:
+                held: Any = torch.nn.Parameter(rounded(weight, kind), requires_grad=False)
+                held.held_as = kind
+                module._parameters[key] = held
+
+
+def _multiplies(module: Any) -> bool:
+    """Whether it has a matrix of its own that its input is multiplied by."""
+    import torch
+
+    own = (parameter for parameter in module._parameters.values() if parameter is not None)
+    return not isinstance(module, torch.nn.Embedding) and any(one.dim() > 1 for one in own)
+
+
+def _round_inputs(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a rounded weight is multiplied by, rounded as it is; runs behind the loading."""
+    kinds = (getattr(one, "held_as", None) for one in module._parameters.values())
+    kind = next((kind for kind in kinds if kind), None)
+    return (rounded(given[0], kind), *given[1:])
 
 
 def _units(model: Any) -> Iterator[Any]:

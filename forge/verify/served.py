@@ -2,6 +2,8 @@
 
 The attention cache is float32 and flash attention is off, so that what differs from the reference
 is the file and not the runtime. The weights stay in their file (mmap): they are the system's to drop.
+`like_server` keeps llama.cpp's own settings instead (a float16 cache, flash attention, repacked weights), by
+which a server answers.
 """
 
 from __future__ import annotations
@@ -30,18 +32,24 @@ Watch = Callable[[int, bool, object], bool]
 class ServedModel:
     """A model loaded from `path`, with the adapter `lora` where one is given, for `context` tokens.
 
-    `watch` sees what it computes.
+    `watch` sees what it computes; `like_server`: with the settings of llama-server.
     """
 
     def __init__(
-        self, path: Path, context: int, lora: Path | None = None, watch: Watch | None = None
+        self,
+        path: Path,
+        context: int,
+        lora: Path | None = None,
+        watch: Watch | None = None,
+        *,
+        like_server: bool = False,
     ) -> None:
         import llama_cpp
 
         self.path = path
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
-        parameters.use_extra_bufts = False  # would repack, that is copy, all weights
+        parameters.use_extra_bufts = like_server  # repacks, that is copies, all weights
         with listening() as said:
             self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
@@ -53,8 +61,9 @@ class ServedModel:
         settings.n_batch = settings.n_ubatch = _BATCH
         settings.n_seq_max = 1
         settings.n_threads = settings.n_threads_batch = usable_cores()
-        settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
-        settings.flash_attn_type = 0
+        if not like_server:
+            settings.type_k = settings.type_v = 0  # GGML_TYPE_F32
+            settings.flash_attn_type = 0
         if watch:
             settings.op_offload = False
             self._watch = settings.cb_eval = llama_cpp.ggml_backend_sched_eval_callback(watch)
@@ -177,10 +186,15 @@ class ServedModel:
 
 @contextlib.contextmanager
 def loaded(
-    path: Path, context: int, lora: Path | None = None, watch: Watch | None = None
+    path: Path,
+    context: int,
+    lora: Path | None = None,
+    watch: Watch | None = None,
+    *,
+    like_server: bool = False,
 ) -> Iterator[ServedModel]:
     """The model in `path` for as long as the block lasts."""
-    model = ServedModel(path, context, lora, watch)
+    model = ServedModel(path, context, lora, watch, like_server=like_server)
     try:
         yield model
     finally:

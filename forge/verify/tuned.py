@@ -58,15 +58,14 @@ class Opened:
         import torch
 
         stored, tokens = list(self.loader.checkpoint.tensors), self.of_tokens
-        head = tokens[-1]
-        if len(tokens) < 2 or self.loader.has(head) or not any(map(self.is_touched, tokens)):
+        if len(tokens) < 2 or self.loader.has(tokens[-1]) or not any(map(self.is_touched, tokens)):
             return stored
         both = []
         for name in tokens:
             weight = self.read(name)
             added = self.added(name, weight)
             both.append(weight if added is None else weight + added)
-        return stored if torch.equal(*both) else [*stored, head]
+        return stored if torch.equal(*both) else [*stored, tokens[-1]]
 
     def read(self, name: str, *, nf4: bool = False) -> Any:
         """What stands in for the checkpoint's tensor `name` before the factors: its own, or a whole one."""

@@ -1,9 +1,9 @@
 """From a measurement to a verdict: a pure function, judged afresh whenever the gates change.
 
-Faults are: a conversion (f16 or direct) over NMSE 1e-4 or KL 1e-5; token ids, prompts or stops that
-differ at all; a quantized file further from f16 than llama.cpp's own of that type by more than 20 %;
-an adapter that changes nothing. What a quantized type loses by its nature only warns, unless the
-recipe sets a limit. The words for a fault, and its stage, are in `cause`.
+Faults are: a conversion (f16, bf16 or f32) further from the reference, rounded as the file is, than the
+type's own arithmetic explains; token ids, prompts or stops that differ at all; a quantized file further from
+f16 than llama.cpp's own of that type by more than 20 %; an adapter that changes nothing. What a type loses by
+its nature only warns, unless the recipe sets a limit. The words for a fault, and its stage, are in `cause`.
 
 A mixture of experts, of whose routers rounding turns near ties, is held to the limits at half of all
 positions and at a quarter of those of every stretch of the rows, to those of a conversion or to llama.cpp's
@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word
-from forge.verify.compare import MOST_NMSE, converts, converts_mostly
+from forge.verify.compare import FAR_NMSE, converts, converts_mostly
 from forge.verify.sample import least_share
 
 MOST_BEYOND_VENDOR = 1.2
 _NO_CHANGE_KL = 1e-9
 _SHIFT_KL = 1e-4
+_STANDARD_ERRORS = 2.0
 _LIVE_REMEDY = "the file is sound: look at deploy in the recipe, and at what else serves"
 # KL (nats) and top-1 of a Llama-3-8B against f16, as llama.cpp publishes them.
 NORMS: Mapping[str, tuple[float, float | None]] = {
@@ -40,6 +41,8 @@ class Gates:
 
     max_kl: float | None = None
     min_top1: float | None = None
+    as_trained: bool = False
+    """Whether answers that are worse than on the base as QLoRA had it are a fault."""
 
 
 def judge(found: Mapping[str, Any], gates: Gates, live: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -51,6 +54,9 @@ def judge(found: Mapping[str, Any], gates: Gates, live: Mapping[str, Any] | None
     causes = [*_vocabulary_causes(found), *_change_causes(found)]
     if any(not one["ok"] for one in handovers):
         causes.append(cause_of(found, handovers))
+    if gates.as_trained and (shift := _shift_cause(found)):
+        causes.append(shift)
+        handovers[0]["ok"] = False
     causes += _gate_causes(found, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live["problems"]] if live else []
     final = found["legs"]["file"]
@@ -109,6 +115,22 @@ def _change_causes(found: Mapping[str, Any]) -> list[Cause]:
     ]
 
 
+def _shift_cause(found: Mapping[str, Any]) -> Cause | None:
+    """The exported model answers worse than the one that was trained, by more than chance explains."""
+    trained = found["legs"].get("trained")
+    if trained is None:
+        return None
+    worse, error = -trained["loss_difference"], trained["loss_error"]
+    if not worse > _STANDARD_ERRORS * error:
+        return None
+    words = (
+        f"training saw the NF4 base, and in the original one the answers are worse: {worse:+.4f} ± "
+        f"{error:.4f} nats a token, another top token at {1 - trained['top1']:.1%} of the positions"
+    )
+    remedy = "set export.merge_base: measured or nf4, or accept it with verify.as_trained: warn"
+    return Cause("merge", words, remedy)
+
+
 def _gate_causes(found: Mapping[str, Any], gates: Gates) -> list[Cause]:
     final, causes = found["legs"]["file"], []
     remedy = "choose a finer export.quant, or move the limit"
@@ -131,14 +153,21 @@ def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         shift = legs["trained"] | {"perplexity": legs["trained"]["perplexity_reference"]}
         listed.append(_handover("as trained (NF4 base + adapter)", start, shift, True))
     if "merged" in legs:
-        listed.append(_handover(start, "merged", legs["merged"], converts(legs["merged"])))
+        listed.append(
+            _handover(start, "merged", legs["merged"], converts(legs["merged"], legs.get("as merged")))
+        )
         start = "merged"
+    direct = "f16" if "f16" in legs else kind
+    if "rounded" in legs:
+        # What the type itself does to the weights is nobody's fault, and no part of the conversion's error.
+        listed.append(_handover(start, f"weights in {direct.upper()}", legs["rounded"], True))
+        start = f"weights in {direct.upper()}"
+    listed.append(_handover(start, f"GGUF {direct}", legs["conversion"], _is_converted(found)))
     if "f16" not in legs:
-        return [*listed, _handover(start, f"GGUF {kind}", legs["file"], _is_converted(found, "file"))]
-    listed.append(_handover(start, "GGUF f16", legs["f16"], _is_converted(found, "f16")))
+        return listed
     against, vendor = legs["file against f16"], legs["vendor"]
     beyond = against["nmse"] / max(vendor["nmse"], 1e-30)
-    ok = against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + MOST_NMSE / 100
+    ok = against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + FAR_NMSE / 100
     if _has_experts(found):
         # Which near ties turn depends on the last bit of what was quantized: means differ by chance.
         beyond = against["beyond_vendor"]
@@ -149,11 +178,11 @@ def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*listed, last]
 
 
-def _is_converted(found: Mapping[str, Any], name: str) -> bool:
-    leg = found["legs"][name]
-    if converts(leg) or not _has_experts(found):
-        return converts(leg)
-    return converts_mostly(leg) and told_by_weights(found, own=name == "f16") is None
+def _is_converted(found: Mapping[str, Any]) -> bool:
+    leg, own = found["legs"]["conversion"], found["legs"].get("arithmetic")
+    if converts(leg, own) or not _has_experts(found):
+        return converts(leg, own)
+    return converts_mostly(leg, own) and told_by_weights(found, own="f16" in found["legs"]) is None
 
 
 def _has_experts(found: Mapping[str, Any]) -> bool:
@@ -185,11 +214,11 @@ def _warnings(found: Mapping[str, Any]) -> list[str]:
             f"{trained['top1']:.1%}; where that matters merge into the base as trained (export.merge_base), "
             "or train with method: lora"
         )
-    name = "f16" if "f16" in legs else "file"
-    if not converts(legs[name]) and _is_converted(found, name):
+    leg = legs["conversion"]
+    if _has_experts(found) and leg["beyond"] and _is_converted(found):
         told.append(
-            f"rounding turned near ties between experts: {legs[name]['beyond']:.1%} of the positions are "
-            f"beyond NMSE {MOST_NMSE:g} ({legs[name]['nmse']:.2g} over all); half of all and a quarter of "
+            f"rounding turned near ties between experts: {leg['beyond']:.1%} of the positions are "
+            f"beyond NMSE {FAR_NMSE:g} ({leg['nmse']:.2g} over all); half of all and a quarter of "
             "every stretch of the rows are within, and the weights that could be looked up are right; the "
             "experts' mostly could not: a fault in few of them alone would not show"
         )

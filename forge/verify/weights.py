@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from forge.export.nf4 import quantized_in_training
 from forge.model.config import Configuration
 from forge.model.gguf_header import read_gguf
 from forge.verify.loader import Weights, nf4_and_back
+from forge.verify.rounding import names_in
 from forge.verify.tuned import open_model
 
 _MOST_ROWS = 16384
@@ -89,7 +90,7 @@ class _File:
 
         self._facts = facts
         self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
-        self.place = _names(read_gguf(path).architecture, facts.layers or 0)
+        self.place = names_in(read_gguf(path).architecture, facts.layers or 0)
         self.fits: list[Fit] = []
         self.missing: list[str] = []
 
@@ -101,22 +102,6 @@ class _File:
             self.fits += [replace(found, touched=touched)] if found else []
         elif place:
             self.missing.append(name)
-
-
-def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
-    """From a checkpoint's name to the GGUF's, as llama.cpp's converters have it."""
-    import gguf
-
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in kinds:
-        return lambda name: None
-    table = gguf.get_tensor_name_map(kinds[architecture], layers)
-
-    def find(name: str) -> str | None:
-        found: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        return found
-
-    return find
 
 
 def spread(names: Sequence[str], most: int = 64) -> list[str]:
