@@ -75,6 +75,10 @@ class StageError(ForgeError):
     code = 4
 
 
+class UnexportableError(StageError):
+    """llama.cpp's converter, or llama.cpp itself, does not take this model."""
+
+
 class UnmadeTypeError(StageError):
     """This type cannot be made of this model, or not without an importance matrix; another may be."""
 

@@ -30,7 +30,7 @@ ARROWS: Mapping[str, set[str]] = {
     "chat": {"model"},
     "data": {"recipe", "chat", "model"},
     "adapter": {"model"},
-    "train": {"recipe", "data", "adapter", "process"},
+    "train": {"model", "recipe", "data", "adapter", "process"},
     "export": {"model", "adapter", "chat", "tools", "process"},
     "verify": {"model", "adapter", "data", "chat", "export", "tools", "process"},
     "tools": {"process"},

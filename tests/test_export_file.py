@@ -110,12 +110,8 @@ def _break(base: Path, fault: str) -> None:
         ("truncated", 2, "base/model.safetensors: truncated: it has"),
         ("pickle", 2, "base: only pickled PyTorch weights (.bin, .pth) are there; safetensors are needed"),
         ("nan", 2, "model.safetensors: model.norm.weight has values that are not finite"),
-        (
-            "renamed",
-            4,
-            "llama.cpp's converter failed: ValueError: Can not map tensor 'model.layers.9.mlp.up_",
-        ),
-        ("missing", 4, "llama.cpp cannot load the converted model: "),
+        ("renamed", 2, "base: the checkpoint lacks model.layers.0.mlp.up_proj.weight, which Llama"),
+        ("missing", 2, "base: the checkpoint lacks model.layers.0.mlp.up_proj.weight, which Llama"),
         ("gguf", 2, "base/model.safetensors: not a safetensors file"),
     ],
 )

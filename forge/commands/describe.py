@@ -14,6 +14,7 @@ from forge.pipeline.plan import Plan
 from forge.recipe.fields import values
 from forge.recipe.load import load
 from forge.resolve.derived import context_tokens, largest_type
+from forge.resolve.rehearsal import rehearse
 from forge.resolve.resolved import Resolved
 from forge.runs.find import find_run
 from forge.runs.manifest import read_manifest
@@ -26,8 +27,12 @@ from forge.store.artifacts import open_store
 _PLANNING_LENGTH = 1024  # tokens of a row, where the recipe leaves the length to the data
 
 
-def describe_plan(ship: Resolved, planned: Plan) -> dict[str, Any]:
-    """Show a plan; returns the contract's fields."""
+def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[str, Any]:
+    """Show a plan; returns the contract's fields.
+
+    With `deep` the model is laid out without weights, as before a training; raises what `rehearse` raises.
+    """
+    header = rehearse(ship) if deep and ship.base.directory else None
     for name, value in sorted(values(ship.recipe).items()):
         source = ship.loaded.sources[name]
         report.detail(f"{name}: {value!r}  ({source.where})")
@@ -52,6 +57,7 @@ def describe_plan(ship: Resolved, planned: Plan) -> dict[str, Any]:
         "downloads": _downloads(ship),
         "problems": problems,
         "notes": notes,
+        "header": header,
     }
 
 

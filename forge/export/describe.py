@@ -32,6 +32,9 @@ def describe(
     if "n_positions" in described:
         # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
         described.setdefault("n_ctx", described["n_positions"])
+    if described.get("multi_query") and not described.get("new_decoder_architecture"):
+        # Falcon-7B's file says 71, transformers takes one, and the converter believes the file.
+        described["num_kv_heads"] = 1
     (out / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(base, out)
     if tokenizer != base:

@@ -21,7 +21,7 @@ from typing import Any
 from forge import report
 from forge.adapter.read import read_adapter
 from forge.adapter.vocabulary import Fitted, check_tokenizer, fit
-from forge.errors import DataError
+from forge.errors import DataError, ForgeError, UnexportableError
 from forge.export import pretokenizer, proof
 from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
@@ -36,6 +36,7 @@ from forge.export.write import Rounding, write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
 from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"
@@ -70,14 +71,18 @@ def export(
     description = work / "description"
     description.mkdir(parents=True)
     checkpoint, found = _open(Path(base), Path(adapter) if adapter else None, Path(tokenizer))
-    describe(Path(base), Path(tokenizer), chat_template, description, found)
-    mode, reasons = _mode(settings.get("mode", "merged"), found)
-    # Matched against the base in either mode: an adapter that fits nothing is refused here.
-    nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
-    merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
-    tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
-    with without_collection(), one_thread():
-        converted, compared = _lay_out(description, work, tensors, data, Path(converters), settings, found)
+    try:
+        describe(Path(base), Path(tokenizer), chat_template, description, found)
+        mode, reasons = _mode(settings.get("mode", "merged"), found)
+        # Matched against the base in either mode: an adapter that fits nothing is refused here.
+        nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
+        merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
+        tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
+        with without_collection(), one_thread():
+            converted, compared = lay_out(description, work, tensors, data, Path(converters), settings, found)
+    except (DataError, UnexportableError) as failure:
+        blame_base(failure, checkpoint)
+        raise
     with one_thread():
         written, compiled = _write(converted, work, description, merged, Path(converters), settings)
     if mode == "adapter" and found:
@@ -94,6 +99,18 @@ def export(
         "peak_rss_bytes": _peak_memory(),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def blame_base(failure: ForgeError, checkpoint: Checkpoint) -> None:
+    """Raise `DataError` where the base is at fault for `failure`: it is not whole, or holds too much.
+
+    Asked after a failure only: importing transformers' model takes seconds.
+    """
+    where = str(checkpoint.directory)
+    loading = load_without_values(checkpoint.directory, checkpoint.tensors)
+    refuse_incomplete(loading, where)
+    if any(name in failure.message for name in loading.surplus):
+        refuse_surplus(loading, where)
 
 
 def _open(base: Path, adapter: Path | None, tokenizer: Path) -> tuple[Checkpoint, Fitted | None]:
@@ -129,7 +146,7 @@ def _mode(asked: str, fitted: Fitted | None) -> tuple[str, tuple[str, ...]]:
     return ("merged" if reasons else "adapter"), reasons
 
 
-def _lay_out(
+def lay_out(
     description: Path,
     work: Path,
     tensors: Sequence[LazyTensor],

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from forge.errors import StageError, UnmadeTypeError
+from forge.errors import StageError, UnexportableError, UnmadeTypeError
 from forge.export.header import write_header
 from forge.export.importance import Importance, as_parameter
 from forge.export.upstream import Converted, extents
@@ -93,7 +93,7 @@ def is_made_by_importance(header: GgufHeader, quant: str) -> bool:
 
 
 def refuse_unloadable(path: Path) -> None:
-    """Raise `StageError` when llama.cpp does not load the model in `path`; its weights are not read.
+    """Raise `UnexportableError` when llama.cpp does not load the model in `path`; its weights are not read.
 
     The converter does not look at every number of a configuration: GPT-2's takes the width of the
     MLP for granted, and its file then fails wherever it is loaded.
@@ -109,7 +109,7 @@ def refuse_unloadable(path: Path) -> None:
         if model:
             llama_cpp.llama_model_free(model)
     if not model:
-        raise StageError(
+        raise UnexportableError(
             f"llama.cpp cannot load the converted model: {last_words(said)}",
             hint="its converter does not cover this configuration of the architecture; use another base",
         )

@@ -15,13 +15,14 @@ import gc
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forge.errors import DataError, StageError
+from forge.errors import DataError, StageError, UnexportableError
 from forge.export.tensors import LazyTensor
 from forge.model.gguf_header import NUMBERS, TYPES
 
@@ -125,8 +126,9 @@ def convert(
     quantize, quants.quantize = quants.quantize, Pending
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
     try:
-        with torch.inference_mode(), _decided(choices or Choices()):
-            model = _streamed(conversion, description, tensors)(
+        reading = _streamed(conversion.base, tensors)
+        with torch.inference_mode(), _decided(choices or Choices()), reading:
+            model = _kind(conversion, description, tensors)(
                 description,
                 conversion.base.gguf.LlamaFileType[kinds[outtype]],
                 Path("unused"),
@@ -184,25 +186,45 @@ def without_collection() -> Iterator[None]:
 
 
 def refused(refusal: BaseException) -> StageError:
-    """The error for what a converter raised."""
-    said = " ".join(str(refusal).split()) or type(refusal).__name__
-    return StageError(
-        f"llama.cpp's converter failed: {type(refusal).__name__}: {said[:400]}",
-        hint="its whole output is in the run's log",
-    )
+    """The error for what a converter raised, with its line where it gives no reason."""
+    words = " ".join(str(refusal).split())[:400] or _line_of(refusal)
+    return UnexportableError(f"llama.cpp's converter failed: {type(refusal).__name__}: {words}")
 
 
-def _streamed(conversion: Any, description: Path, tensors: Sequence[LazyTensor]) -> Any:
-    """The converter's class, reading `tensors` instead of files."""
+def _line_of(refusal: BaseException) -> str:
+    """Where a bare assertion stands and what it says."""
+    frames = traceback.extract_tb(refusal.__traceback__)
+    if not frames:
+        return "without a reason"
+    last = frames[-1]
+    return f"{'/'.join(Path(last.filename).parts[-2:])}:{last.lineno} {last.line}"
+
+
+def _kind(conversion: Any, description: Path, tensors: Sequence[LazyTensor]) -> Any:
+    """The converter's class for the model in `description`, a subclass of our own, to set its fields on."""
     base = conversion.base
     hparams = base.ModelBase.load_hparams(description, False)
     kind = conversion.get_model_class(base.get_model_architecture(hparams, base.ModelType.TEXT))
+    fields = {"model_arch": kind.model_arch}
+    if hasattr(kind, "opt_num_mtp_layers") and not any("mtp" in one.name.split(".") for one in tensors):
+        # transformers saves no layers that predict further tokens, whatever the configuration says.
+        fields["no_mtp"] = True
+    return type(kind.__name__, (kind,), fields)
+
+
+@contextlib.contextmanager
+def _streamed(base: Any, tensors: Sequence[LazyTensor]) -> Iterator[None]:
+    """Every converter reads `tensors` instead of files; its own way of indexing them goes on above that."""
 
     def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
         lazy = ((tensor.name, partial(_lazy, base.LazyTorchTensor, tensor)) for tensor in tensors)
         return dict(kept for item in lazy if (kept := self.filter_tensors(item)))
 
-    return type(kind.__name__, (kind,), {"index_tensors": index_tensors, "model_arch": kind.model_arch})
+    files, base.ModelBase.index_tensors = base.ModelBase.index_tensors, index_tensors
+    try:
+        yield
+    finally:
+        base.ModelBase.index_tensors = files
 
 
 def _lazy(kind: Any, tensor: LazyTensor) -> Any:

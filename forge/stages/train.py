@@ -12,6 +12,7 @@ from forge.adapter.vocabulary import saved_whole
 from forge.model.estimate import lora_parameters
 from forge.pipeline.stage import Result
 from forge.recipe.schema import Train
+from forge.resolve.rehearsal import rehearse
 from forge.resolve.stage import ShipStage, installed
 from forge.runs.files import ADAPTER
 from forge.runs.publish import place
@@ -93,6 +94,7 @@ class TrainStage(AdapterStage):
         return 4 * (factors + saved_whole(self.ship.tensors, lora.modules_to_save))
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+        rehearse(self.ship, log=self.ship.log)  # what cannot be exported is not trained
         settings = self._train.model_dump(mode="json") | {
             "trust_remote_code": self.ship.runs_own_code,
             "max_length": inputs[DATA_STAGE].facts["max_length"],

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from forge.errors import DataError, MissingToolError
+from forge.model.loading import configuration_in
 from forge.train.arithmetic import compute_as_asked, measured_arithmetic
 
 _HEAD = "lm_head"
@@ -72,7 +74,10 @@ def load_base(
 
     transformers.set_seed(seed)
     compute = getattr(torch, hardware.compute)
-    options: dict[str, Any] = {"dtype": compute, "trust_remote_code": trust_remote_code}
+    configuration = configuration_in(Path(directory), trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {
+        "config": configuration, "dtype": compute, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
     if hardware.autocast == "fp16":
         # Gradients of float16 weights under float16 autocast cannot be unscaled.
         options["dtype"] = torch.float32

@@ -1,0 +1,177 @@
+"""Does this checkpoint hold what its architecture wants? Runs in a worker.
+
+transformers itself is asked: it loads tensors without values (the meta device) by its own table of names,
+its own fusing of experts and its own tying, and reports what was missing, surplus or of another shape. A
+7B base costs seconds, and no weight is read.
+
+Not covered: values; families that run by the base's own code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge.errors import DataError, Problem
+from forge.model.safetensors_header import TensorSpec
+
+Stored = Mapping[str, TensorSpec]
+_MOST_NAMED = 5
+# What training with rewards or labels leaves in a checkpoint, by the start of its name.
+_HEADS = ("v_head.", "score.", "value_head.", "classifier.", "reward_head.")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What transformers makes of a checkpoint; `misshapen` has name, stored and wanted shape."""
+
+    architecture: str
+    missing: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
+    misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+
+
+def configuration_in(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' configuration of the base in `directory`, as every model of it is to be made.
+
+    A multimodal one that ties embedding and output layer ties them in its text model too: transformers takes
+    the text part alone, which often does not say so, and would start with a random output layer.
+    """
+    import transformers
+
+    configuration = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    text = configuration.get_text_config()
+    if text is not configuration and getattr(configuration, "tie_word_embeddings", False) is True:
+        text.tie_word_embeddings = True
+    return configuration
+
+
+def load_without_values(directory: Path, tensors: Stored, *, trust_remote_code: bool = False) -> Loading:
+    """Load the checkpoint in `directory`, whose tensors are `tensors`, without their values.
+
+    Raises `DataError` for a configuration that transformers cannot make a model of.
+    """
+    import torch
+    import transformers
+
+    try:
+        configuration = configuration_in(directory, trust_remote_code=trust_remote_code)
+        kind = transformers.AutoModelForCausalLM._model_mapping.get(type(configuration), None)
+        if kind is None:
+            return Loading(type(configuration).__name__)  # it runs by code of its own
+        if isinstance(kind, tuple):
+            kind = kind[0]
+        if kind.config_class == configuration.sub_configs.get("text_config"):
+            configuration = configuration.get_text_config()
+        values = {
+            name: torch.empty(spec.shape, dtype=_torch_type(spec.dtype), device="meta")
+            for name, spec in tensors.items()
+        }
+        _, info = kind.from_pretrained(
+            None,
+            config=configuration,
+            state_dict=values,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        words = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{directory}: transformers cannot make a model of its config.json: "
+            f"{type(error).__name__}: {words}",
+            hint="compare config.json with the one on the hub",
+        ) from error
+    return Loading(
+        kind.__name__,
+        tuple(sorted(info["missing_keys"])),
+        tuple(sorted(info["unexpected_keys"])),
+        tuple(
+            sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"])
+        ),
+    )
+
+
+def _torch_type(dtype: str) -> Any:
+    import torch
+
+    names = {"F64": "float64", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"}
+    return getattr(torch, names.get(dtype, "float32"))
+
+
+def refuse_incomplete(loading: Loading, where: str) -> None:
+    """Raise `DataError` for tensors that are missing or of another shape than the architecture's.
+
+    transformers would fill them with random numbers and go on.
+    """
+    problems = [
+        Problem(f"the architecture wants {list(wanted)}, the checkpoint has {list(stored)}", name)
+        for name, stored, wanted in loading.misshapen
+    ]
+    if loading.missing and (renamed := _renamed(loading)):
+        wanted, stored = renamed
+        raise DataError(
+            f"{where}: its tensors are not named as {loading.architecture} names them: "
+            f"{stored} is there, {wanted} is not",
+            hint="rename them, or load it with the tool that wrote it and save it with transformers",
+            problems=_named(loading.missing, "missing"),
+        )
+    problems += _named(loading.missing, "missing")
+    if not problems:
+        return
+    count = len(loading.missing) + len(loading.misshapen)
+    names = [*loading.missing, *(name for name, _, _ in loading.misshapen)]
+    more = f" and {count - 1} more" if count > 1 else ""
+    what = "lacks" if loading.missing else "has another shape of"
+    raise DataError(
+        f"{where}: the checkpoint {what} {names[0]}{more}, which {loading.architecture} needs",
+        hint="copy or download the checkpoint again, or merge and save it again, whole"
+        if loading.missing
+        else "config.json and the weights are of two models: copy both from one place",
+        problems=problems,
+    )
+
+
+def refuse_surplus(loading: Loading, where: str) -> None:
+    """Raise `DataError` for tensors that the architecture has no place for."""
+    if not loading.surplus:
+        return
+    heads = sorted({head for name in loading.surplus for head in _HEADS if name.startswith(head)})
+    named = f"{heads[0]}*" if heads else loading.surplus[0]
+    raise DataError(
+        f"{where}: the checkpoint holds {named}, which {loading.architecture} has no place for",
+        hint=resave(where),
+        problems=_named(loading.surplus, "no place for it"),
+    )
+
+
+def resave(where: str) -> str:
+    """How to save a checkpoint without what does not belong to it."""
+    return (
+        f"save it without: AutoModelForCausalLM.from_pretrained({where!r}).save_pretrained(OTHER), "
+        "and copy the tokenizer's files beside it"
+    )
+
+
+def _named(names: Collection[str], what: str) -> list[Problem]:
+    shown = [Problem(what, name) for name in sorted(names)[:_MOST_NAMED]]
+    return [*shown, Problem(f"and {len(names) - len(shown)} more")] if len(names) > len(shown) else shown
+
+
+def _renamed(loading: Loading) -> tuple[str, str] | None:
+    """A missing and a surplus tensor that differ by what stands before their names only."""
+    for wanted in loading.missing:
+        for stored in loading.surplus:
+            short, long = sorted((wanted, stored), key=len)
+            if long.endswith(f".{short}") or _tail(wanted) == _tail(stored):
+                return wanted, stored
+    return None
+
+
+def _tail(name: str) -> str:
+    """The name from its first number on, such as `0.mlp.up_proj.weight`; the whole name without one."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdecimal()), 0)
+    return ".".join(parts[at:])

@@ -1,0 +1,77 @@
+"""Can this recipe's model be exported? Asked without weights, before anything is trained.
+
+What passed is remembered in the store under what was looked at, so a second ship of the base asks nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forge import report, worker
+from forge.resolve.resolved import Resolved
+from forge.resolve.stage import installed
+from forge.store.digest import Json, digest, file_digest
+from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
+
+_NAME = "rehearse"
+_VERSION = 1
+
+
+def rehearse(ship: Resolved, *, log: Path | None = None) -> dict[str, Any]:
+    """Export without weights; raises what `export.rehearsal.rehearse` raises."""
+    request = _request(ship)
+    key = digest(request)
+    passed = ship.store.find(_NAME, key)
+    if passed:
+        return dict(passed.facts)
+    report.info("header: laying the model out without weights")
+    if ship.store.read_only:
+        return worker.call(_NAME, _arguments(ship), log=log)
+    return dict(
+        ship.store.build(_NAME, key, request, lambda out: worker.call(_NAME, _arguments(ship), log=log)).facts
+    )
+
+
+def _quant(ship: Resolved) -> str | None:
+    """The type that is asked for, where it can be tried without an importance matrix."""
+    export = ship.recipe.export
+    return export.quant if isinstance(export.quant, str) and not export.is_calibrated else None
+
+
+def _request(ship: Resolved) -> dict[str, Json]:
+    """All that the outcome hangs on; of the weights that is their names, types and shapes."""
+    tensors: dict[str, Json] = {n: [spec.dtype, list(spec.shape)] for n, spec in ship.tensors.items()}
+    return {
+        "version": _VERSION,
+        "config": file_digest(ship.base_directory / "config.json"),
+        "tensors": digest(tensors),
+        "tokenizer": ship.tokenizer_digest,
+        "chat template": ship.template_digest,
+        "adapter": ship.adapter_digest if ship.fitted else None,
+        "quant": _quant(ship),
+        "code of its own": ship.runs_own_code,
+        "llama.cpp": LLAMA_CPP_COMMIT,
+        "packages": {name: installed(name) for name in ("transformers", "llama-cpp-python")},
+    }
+
+
+def _arguments(ship: Resolved) -> dict[str, Any]:
+    adopted = ship.adopted.directory if ship.adopted else None
+    headers = None
+    if ship.headers is not None:
+        headers = [[name, spec.dtype, list(spec.shape)] for name, spec in ship.headers.items()]
+    return {
+        "base": str(ship.base_directory),
+        "adapter": str(adopted) if adopted else None,
+        "tokenizer": str(ship.tokenizer.directory),
+        "chat_template": ship.template.pinned_source(),
+        "converters": str(find_converters(ship.store.root)),
+        "headers": headers,
+        "settings": {
+            "name": ship.recipe.name,
+            "quant": _quant(ship),
+            "end_of_turn_id": ship.prompt_format.end_of_turn_id,
+            "trust_remote_code": ship.runs_own_code,
+        },
+    }

@@ -1,0 +1,169 @@
+"""What cannot be exported is refused before anything is trained, by headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge import worker
+from forge.errors import DataError
+from forge.model.checkpoint import open_checkpoint
+from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
+from tests.models import PEFT_WARNS, change_json, change_tensors, make_model
+from tests.shipping import Workshop
+from tests.vocabularies import converters, write_tokenizer
+
+pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(600)]
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("llama") / "base", "llama", "home-made")
+
+
+def copy_with(base: Path, directory: Path, changes: Mapping[str, Any]) -> Path:
+    """A copy of `base` with tensors replaced, or left out where a change is None."""
+    directory.mkdir()
+    for path in base.iterdir():
+        (directory / path.name).write_bytes(path.read_bytes())
+    change_tensors(directory / "model.safetensors", changes)
+    return directory
+
+
+def refusal_of(base: Path) -> DataError:
+    """What `forge ship` would raise for the tensors of `base`."""
+    loading = load_without_values(base, open_checkpoint(base).tensors)
+    with pytest.raises(DataError) as failed:
+        refuse_incomplete(loading, "base")
+        refuse_surplus(loading, "base")
+    return failed.value
+
+
+def rehearsed(base: Path, **settings: Any) -> dict[str, Any]:
+    chosen = {"name": "m", "quant": "f16", "end_of_turn_id": None, "trust_remote_code": False, **settings}
+    arguments = {
+        "base": str(base), "adapter": None, "tokenizer": str(base),
+        "chat_template": (base / "chat_template.jinja").read_text(encoding="utf-8"),
+        "converters": str(converters()), "headers": None, "settings": chosen,
+    }  # fmt: skip
+    return worker.call("rehearse", arguments)
+
+
+def test_a_whole_checkpoint_has_nothing_missing_and_nothing_too_much(llama: Path) -> None:
+    loading = load_without_values(llama, open_checkpoint(llama).tensors)
+    assert (loading.missing, loading.surplus, loading.misshapen) == ((), (), ())
+
+
+def test_a_missing_tensor_is_named_with_what_to_do(llama: Path, tmp_path: Path) -> None:
+    """unslothai/unsloth #3508, #4534: transformers would fill it with random numbers and train on."""
+    error = refusal_of(copy_with(llama, tmp_path / "base", {UP: None}))
+    assert error.message == f"base: the checkpoint lacks {UP}, which LlamaForCausalLM needs"
+    assert "copy or download the checkpoint again" in error.hint
+    assert [str(one) for one in error.problems] == [f"{UP}: missing"]
+
+
+def test_a_value_head_is_named_with_how_to_save_without(llama: Path, tmp_path: Path) -> None:
+    """ggml-org/llama.cpp #12483: Can not map tensor 'v_head.summary.bias'."""
+    import torch
+
+    head = {"v_head.summary.weight": torch.zeros(1, 256), "v_head.summary.bias": torch.zeros(1)}
+    error = refusal_of(copy_with(llama, tmp_path / "base", head))
+    assert error.message == "base: the checkpoint holds v_head.*, which LlamaForCausalLM has no place for"
+    assert "save_pretrained(OTHER)" in error.hint
+
+
+def test_other_names_and_other_shapes_are_told_apart(llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    stored = load_file(llama / "model.safetensors")
+    names = dict.fromkeys(stored)
+    other = {name.replace("model.layers", "decoder.blocks"): one for name, one in stored.items()}
+    renamed = refusal_of(copy_with(llama, tmp_path / "renamed", {**names, **other}))
+    assert "its tensors are not named as LlamaForCausalLM names them: decoder.blocks.0." in renamed.message
+    wide = copy_with(llama, tmp_path / "wide", {UP: stored[UP][:100].contiguous()})
+    assert refusal_of(wide).message == (
+        f"base: the checkpoint has another shape of {UP}, which LlamaForCausalLM needs"
+    )
+
+
+def test_experts_and_tied_layers_are_matched_as_transformers_does(tmp_path: Path) -> None:
+    """Checkpoints have experts apart, or gate and up fused; neither is missing nor too much."""
+    for name in ("mixtral", "gpt2"):
+        base = make_model(tmp_path / name, name, "home-made")
+        loading = load_without_values(base, open_checkpoint(base).tensors)
+        assert (loading.missing, loading.surplus, loading.misshapen) == ((), (), ()), name
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "words"),
+    [
+        ("gpt2", {"intermediate_size": 768}, "blk.0.ffn_down.weight"),
+        ("stablelm", {"tie_word_embeddings": True}, "output.weight"),
+    ],
+)
+def test_a_configuration_that_llama_cpp_does_not_take_is_refused_by_its_header(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], words: str
+) -> None:
+    """pitfall 53: GPT-2 with an n_inner of its own, a tied StableLM; before, after hours of training."""
+    base = make_model(tmp_path / "base", architecture, "home-made", **changes)
+    with pytest.raises(DataError, match="cannot become a GGUF") as failed:
+        rehearsed(base)
+    assert words in failed.value.message
+
+
+def test_a_ship_is_refused_before_it_trains_and_a_plan_says_so_too(workshop: Workshop, llama: Path) -> None:
+    """The public surface: exit 2, the tensor's name, and no artifact of a training."""
+    copy_with(llama, workshop.directory / "base", {UP: None})
+    workshop.recipe(base="./base")
+    for command in (("plan", "recipe.yaml", "--deep"), ("ship", "recipe.yaml")):
+        answer = workshop.forge(*command)
+        assert answer.code == 2
+        assert UP in answer.fields["error"]["message"]
+    assert not list((workshop.home / "artifacts" / "train").glob("*/adapter_model.safetensors"))
+    alone = workshop.forge("export", "--base", "base", "--out", "out.gguf")
+    assert alone.code == 2
+    assert "the checkpoint lacks" in alone.fields["error"]["message"]
+
+
+def test_the_plan_of_a_sound_base_lays_it_out_and_writes_nothing(workshop: Workshop) -> None:
+    workshop.recipe()
+    before = sorted((workshop.home / "artifacts").glob("*/*"))
+    header = workshop.forge("plan", "recipe.yaml", "--deep").fields["header"]
+    assert header["ids_compared"] > 100 and header["gguf_bytes"] > 1e6
+    assert sorted((workshop.home / "artifacts").glob("*/*")) == before
+
+
+def test_layers_that_predict_further_may_be_left_out(tmp_path: Path) -> None:
+    """unslothai/unsloth #4534: Qwen3.5 as training saves it; the converter asserts without a word.
+
+    Its text part says nothing of the tied output layer, which must not start at random.
+    """
+    import torch
+    import transformers
+
+    rows = -(-write_tokenizer(tmp_path, "home-made") // 32) * 32
+    text = {
+        "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "vocab_size": rows,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64, "intermediate_size": 128, "depth": 1, "num_heads": 2, "out_hidden_size": 256,
+        "patch_size": 14,
+    }  # fmt: skip
+    configuration = transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, tie_word_embeddings=True
+    )
+    model = transformers.Qwen3_5ForConditionalGeneration(configuration)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert "mtp_num_hidden_layers" not in described
+    assert rehearsed(tmp_path)["tensors"] > 20
+    change_json(
+        tmp_path / "config.json", text_config={**described["text_config"], "mtp_num_hidden_layers": 1}
+    )
+    assert rehearsed(tmp_path)["tensors"] > 20
