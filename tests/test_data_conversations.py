@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -146,6 +147,12 @@ FORMS: Mapping[str, tuple[Row, Mapping[str, str], list[dict[str, Json]], str]] =
                 {"role": "model", "parts": [{"text": "Hello."}]},
             ],
         ),
+        {},
+        [SYSTEM, USER, ANSWER],
+        "messages",
+    ),
+    "exchanges": (
+        row(conversation=[{"system": "Be brief.", "input": "Hi", "output": "Hello."}]),
         {},
         [SYSTEM, USER, ANSWER],
         "messages",
@@ -408,6 +415,13 @@ FAULTS: Mapping[str, tuple[Row, str]] = {
         row(prompt="Hi", completion="x", image="a.png"),
         "image: only text can be learned here; data.ignore: [image] leaves it out of account",
     ),
+    "several answers": (row(prompt="Hi", completion=["a", "b"]), "completion: is list, not text"),
+    "a table's nothing": (row(prompt="Hi", completion=math.nan), "completion: is empty"),
+    "no role": (row(messages=[{"content": "Hi"}, ANSWER]), "messages[0]: role is missing"),
+    "an array's text": (
+        row(messages="[{'role': 'user'} {'role': 'assistant'}]"),
+        "messages: is a text that is neither JSON nor a Python list of messages",
+    ),
     "no user": (row(messages=[SYSTEM, ANSWER]), "no message is the user's"),
     "no answer": (
         row(messages=[USER, USER]),
@@ -493,6 +507,15 @@ def test_equal_problems_are_counted_once() -> None:
     ]
 
 
+def test_rows_of_different_shapes_are_told_apart() -> None:
+    """A mixed file: which columns there are, and where they begin."""
+    with pytest.raises(DataError, match="1 of 2 rows cannot be used") as caught:
+        to_conversations([row(messages=[USER, ANSWER]), row(2, prompt="x", completion="y")])
+    shapes = "the rows have different columns: messages (rows.jsonl:1); prompt, completion (rows.jsonl:2)"
+    assert caught.value.hint.startswith(shapes)
+    assert caught.value.hint.endswith("data.skip_bad_rows: 1 would leave them out")
+
+
 def test_bad_rows_are_left_out_where_the_recipe_allows_it() -> None:
     rows = [row(n, prompt="a", completion="b" if n % 2 else "") for n in range(1, 7)]
     bad, told = BadRows(3), Told()
@@ -541,7 +564,7 @@ def test_formats_are_told_apart_or_refused() -> None:
         to_conversations([row(problem="x", answer="y", solution="z")])
     with pytest.raises(DataError, match="cannot tell") as caught:
         to_conversations([row(text="good", label="pos")])
-    assert caught.value.hint == "to learn the label: data.columns: {prompt: text, completion: label}"
+    assert caught.value.hint.startswith("to learn the label: data.columns: {prompt: text, completion: label}")
 
 
 def test_a_reader_of_ones_own() -> None:

@@ -67,8 +67,7 @@ def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRo
             problems.append(row.problem(wrong.message, wrong.field))
         else:
             conversations += [conversation] if conversation else []
-    names = ", ".join(map(str, rows[0].values))
-    bad.settle(problems, f"{len(problems)} of {given} rows cannot be used", f"the columns are: {names}")
+    bad.settle(problems, f"{len(problems)} of {given} rows cannot be used", _columns_hint(rows))
     if not conversations:
         raise DataError(
             "no row is left to learn from", hint="the rows' own weight, train or label leave all out"
@@ -80,6 +79,17 @@ def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRo
     if shape.reader is not None:
         why += ", from the reader that data.format names"
     return Reading(tuple(conversations), layout.format, why, notes, given)
+
+
+def _columns_hint(rows: Sequence[Row]) -> str:
+    """The columns; where rows have different ones, which and where."""
+    sets: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        sets.setdefault(tuple(key for key, value in row.values.items() if value not in EMPTY), row)
+    shown = [f"{', '.join(keys)} ({row.file}:{row.line})" for keys, row in list(sets.items())[:4]]
+    if len(sets) < 2:
+        return f"the columns are: {', '.join(map(str, rows[0].values))}"
+    return f"the rows have different columns: {'; '.join(shown)}: make it one shape, or a source for each"
 
 
 def plain_part(column: str) -> str:
@@ -140,7 +150,9 @@ def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
             continue
         why = fields.ROW_REFUSED.get(fields.plain(key))
         tokens = isinstance(value, list) and all(isinstance(item, int) for item in value)
-        if why and value is not False and (tokens or not why.startswith("the row is tokenized")):
+        if why and value is False and not why.startswith("a template"):
+            continue
+        if why and (tokens or not why.startswith("the row is tokenized")):
             raise BadRowError(f"{why}; data.ignore: [{key}] leaves it out of account", key)
         notes.unused[key] += 1
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forge.data.conversation import Row
+from forge.data.fields import MESSAGES, ROW_FIELDS, plain
 from forge.data.problems import BadRows
 from forge.errors import DataError, Problem
 
@@ -85,8 +86,7 @@ def _items(whole: object, name: str, split: str) -> tuple[Sequence[Mapping[str, 
         table = _columns(whole)
         if table is not None:
             return table, "JSON columns"
-        spoken = [key for key, value in of_rows.items() if {"role", "from"} & value[0].keys()]
-        if spoken:
+        if any(plain(key) in ROW_FIELDS[MESSAGES] for key in of_rows):
             return [whole], "one JSON object"
         if len(of_rows) == 1:
             key, items = next(iter(of_rows.items()))

@@ -136,8 +136,12 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
     if parts[fields.TEXT] and parts[fields.LABEL]:
         text, label = parts[fields.TEXT][0], parts[fields.LABEL][0]
         hint = f"to learn the label: data.columns: {{prompt: {text}, completion: {label}}}"
+    elif fields.PROMPT in asked or fields.COMPLETION in asked:
+        other = fields.COMPLETION if fields.PROMPT in asked else fields.PROMPT
+        hint = f"data.columns: {{{other}: ...}} is missing"
     raise DataError(
-        f"{where}: cannot tell the data's format from its columns: {', '.join(columns)}", hint=hint
+        f"{where}: cannot tell the data's format from its columns: {', '.join(columns)}",
+        hint=f"{hint}; a table needs a line of column names first",
     )
 
 

@@ -61,7 +61,8 @@ class BadRows:
             return
         if len(self.skipped) + len(problems) > self.allowed:
             most = f"; data.skip_bad_rows allows {self.allowed}" if self.allowed else ""
-            refuse([*self.skipped, *problems], message + most, hint)
+            way = f"data.skip_bad_rows: {len(self.skipped) + len(problems)} would leave them out"
+            refuse([*self.skipped, *problems], message + most, f"{hint}; {way}" if hint else way)
         self.skipped += problems
         for problem in grouped(problems):
             report.warning(f"left out: {problem}")

@@ -39,11 +39,13 @@ class Notes:
 
 def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
     """A text, or the texts of a list of parts one after the other."""
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)) and (
+        len(value) == 1 or all(isinstance(part, Mapping) for part in value)
+    ):
         value = "".join(_part(part, f"{place}[{number}]") for number, part in enumerate(value))
     elif isinstance(value, Mapping):
         value = _part(value, place)
-    if value is None:
+    if value is None or value != value:  # a table's NaN
         value = ""
     if not isinstance(value, str):
         raise BadRowError(f"is {type(value).__name__}, not text", place)
@@ -90,9 +92,22 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
             return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
         if fields.message_part(next(iter(value), "")):
             return [value]
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        raise BadRowError("is a text that is neither JSON nor a Python list of messages", place)
     if not isinstance(value, list) or not value:
         raise BadRowError("is not a list of messages", place)
-    return value
+    return [half for message in value for half in _halves(message)]
+
+
+def _halves(message: object) -> Iterator[object]:
+    """A message; two, or three with the system's, where one holds input and output."""
+    if not isinstance(message, Mapping) or not {"input", "output"} <= message.keys():
+        yield message
+        return
+    rest = {key: value for key, value in message.items() if key not in ("system", "input", "output")}
+    yield from [{"role": "system", "content": message["system"]}] if message.get("system") else []
+    yield {"role": "user", "content": message["input"]}
+    yield {**rest, "role": "assistant", "content": message["output"]}
 
 
 def turns_of(value: object, place: str, roles: Mapping[str, str], notes: Notes) -> Iterator[Turn]:
@@ -146,9 +161,13 @@ def _role(
     key, speaker = parts.get(fields.ROLE, ("role", None))
     role = fields.role_of(speaker, roles) if isinstance(speaker, str) else None
     if role is None:
-        names = ", ".join(fields.ROLES)
-        shown = repr(speaker) if fields.ROLE in parts else "is missing and"
-        raise BadRowError(f"{key} {shown} is none of: {names}; data.roles: {{NAME: user}} adds a name", place)
+        if speaker is None:
+            raise BadRowError(f"{key} is missing", place)
+        raise BadRowError(
+            f"{key} {speaker!r} is none of: {', '.join(fields.ROLES)}; "
+            "data.roles: {NAME: user} adds a name",
+            place,
+        )
     if speaker != role:
         notes.roles[speaker] = role
     return role, speaker

@@ -82,7 +82,7 @@ def resolve_headers(
 
 
 def fetch_dataset(spec: str, *, revision: str | None = None, offline: bool = False) -> Path:
-    """The directory of a dataset repository's jsonl, json, csv and parquet files; raises as `resolve`."""
+    """The directory of a dataset repository's files of rows; raises as `resolve`."""
     found = _from_hub(spec, _repository(spec, revision, "dataset"), offline=offline, fetch=True)
     assert found.directory is not None
     return found.directory

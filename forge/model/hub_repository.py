@@ -19,7 +19,10 @@ Kind = Literal["model", "dataset"]
 
 HUB = "https://huggingface.co"
 
-DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
+DATA_ENDINGS = (
+    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
+    *(".jsonl.gz", ".json.gz", ".csv.gz", ".jsonl.zst", ".json.zst", ".jsonl.bz2", ".jsonl.xz"),
+)
 _WEIGHTS = re.compile(r"(adapter_)?model(\.safetensors)?(-\d+-of-\d+)?\.safetensors")
 _TEXTS = (".json", ".jinja", ".model", ".tiktoken", ".py", ".txt")
 _NOT_WANTED = re.compile(r"trainer_state\.json|.*\.(onnx|tflite|bin)\.json|requirements.*\.txt")

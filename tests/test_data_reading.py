@@ -1,0 +1,131 @@
+"""Several sources with formats and weights of their own, readers of one's own, and hub data with slices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.data.conversation import Conversation, Place, Turn
+from forge.data.prepare import Settings, read_all
+from forge.data.reading import Source, reader_named
+from forge.data.split import weighted
+from forge.errors import DataError
+from forge.recipe.load import load
+from forge.resolve.sources import data_sources
+from tests.hub_stand_in import Hub, StandInRepository
+
+RECIPE = "name: a\nbase: builtin:tiny\ndata:\n"
+
+
+def lines(*rows: dict[str, Any]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def exchange(text: str) -> dict[str, str]:
+    return {"prompt": text, "completion": text.upper()}
+
+
+def sources_of(directory: Path, data: str, *, fetch: bool = False) -> tuple[Source, ...]:
+    (directory / "recipe.yaml").write_text(RECIPE + data, encoding="utf-8")
+    return data_sources(load(directory / "recipe.yaml"), offline=False, fetch=fetch)[0]
+
+
+def asked(sources: tuple[Source, ...], heldout: float = 0) -> list[str]:
+    return [one.turns[0].content for one in read_all(Settings(sources, heldout)).training]
+
+
+def test_several_sources(tmp_path: Path) -> None:
+    """Each with its own format, columns, slice and weight; what it leaves unset is as `data` has it."""
+    (tmp_path / "a.jsonl").write_bytes(lines(*(exchange(f"a{n}") for n in range(4))))
+    (tmp_path / "b.csv").write_text("q;r\nb0;x\nb1;x\n", encoding="utf-8")
+    data = (
+        "  columns: {system: none}\n"
+        "  source:\n"
+        "    - {source: a.jsonl, split: 'train[:50%]', columns: {prompt: prompt}}\n"
+        "    - {source: b.csv, columns: {prompt: q, completion: r}, weight: 2}\n"
+    )
+    sources = sources_of(tmp_path, data)
+    assert asked(sources) == ["a0", "a1", "b0", "b0", "b1", "b1"]
+    reads = [one.line for one in read_all(Settings(sources, 0)).reads]
+    assert reads == [
+        "a.jsonl (JSON lines): 2 rows, prompt (prompt, completion)",
+        "b.csv (a table with semicolons): 2 rows, prompt (q as prompt, r as completion)",
+    ]
+
+
+def test_held_out_rows_have_no_weight(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*(exchange(f"a{n}") for n in range(10))))
+    rows = read_all(Settings(sources_of(tmp_path, "  source: [{source: a.jsonl, weight: 3}]\n"), 2))
+    assert (len(rows.training), len(rows.heldout)) == (24, 2)
+
+
+def test_a_weight_that_is_no_whole_number() -> None:
+    rows = [
+        Conversation((Turn("user", f"{n}"), Turn("assistant", "x")), Place("rows", n), weight=1.5)
+        for n in range(400)
+    ]
+    drawn = weighted(rows, 42)
+    assert set(drawn) == set(rows)
+    assert 560 < len(drawn) < 640
+    assert drawn == weighted(rows, 42) != weighted(rows, 43)
+
+
+def test_an_unset_list_and_unknown_formats_are_refused(tmp_path: Path) -> None:
+    from forge.errors import RecipeError
+
+    for data, message in {
+        "  source: []\n": "the list is empty",
+        "  source: a.jsonl\n  format: excel\n": "module:function",
+        "  source: [{source: a.jsonl, weight: 0}]\n": "greater than 0",
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            sources_of(tmp_path, data)
+        assert any(message in str(problem) for problem in caught.value.problems), caught.value.problems
+
+
+def test_a_reader_beside_the_recipe(tmp_path: Path) -> None:
+    """E4: `data.format: module:function`."""
+    (tmp_path / "own_rows.py").write_text(
+        "def pairs(row):\n    return {'prompt': row['ask'], 'completion': row['tell']}\n", encoding="utf-8"
+    )
+    (tmp_path / "a.jsonl").write_bytes(lines({"ask": "Hi", "tell": "Hello."}))
+    sources = sources_of(tmp_path, "  source: a.jsonl\n  format: own_rows:pairs\n")
+    assert asked(sources) == ["Hi"]
+    (tmp_path / "a.jsonl").write_bytes(lines({"ask": "Hi"}))
+    with pytest.raises(DataError) as caught:
+        asked(sources)
+    assert (
+        str(caught.value.problems[0])
+        == "a.jsonl:1: data.format: own_rows:pairs fails on a row: KeyError: 'tell'"
+    )
+    for name, message in {
+        "absent_rows:f": "cannot be imported",
+        "own_rows:absent": "has no function 'absent'",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            reader_named(name, tmp_path)
+
+
+@pytest.mark.network
+def test_hub_data_with_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E9: files of the split by their names, packed ones too, and a slice of them."""
+    import gzip
+
+    import huggingface_hub
+
+    files = {
+        "data/train-00000-of-00002.jsonl": lines(*(exchange(f"a{n}") for n in range(5))),
+        "data/train-00001-of-00002.jsonl.gz": gzip.compress(lines(*(exchange(f"b{n}") for n in range(5)))),
+        "data/test-00000-of-00001.jsonl": lines(exchange("t")),
+        "README.md": b"# Rows",
+    }
+    with Hub({"datasets/org/rows": StandInRepository(files)}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        sources = sources_of(tmp_path, "  source: org/rows\n  split: train[40%:60%]\n", fetch=True)
+        huggingface_hub.close_session()
+    assert asked(sources) == ["a4", "b0"]
