@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import socket
 import time
 from collections.abc import Iterator
@@ -291,13 +290,13 @@ def test_a_body_is_written_anew() -> None:
     """What the two parsers could read differently is gone: keys given twice, other encodings."""
     rules = _rules()
     twice = b'{"model": "x", "model": "m", "temperature": 0.1}'
-    assert json.loads(rules.body("/completion", None, twice)) == {"model": "m", "temperature": 0.1}
-    assert rules.body("/completion", "application/json", '{"prompt": "ü"}'.encode("utf-16")) == (
-        b'{"prompt": "\\u00fc"}'
-    )
+    assert rules.fields("/completion", None, twice) == {"model": "m", "temperature": 0.1}
+    assert rules.fields("/completion", "application/json", '{"prompt": "ü"}'.encode("utf-16")) == {
+        "prompt": "ü"
+    }
     for wrong in (b'{"x": NaN}', b'{"x": 1,}', b'{"lora": []}', b""):
         with pytest.raises(RefusedRequestError):
-            rules.body("/completion", "application/json", wrong)
+            rules.fields("/completion", "application/json", wrong)
 
 
 @pytest.mark.network

@@ -33,6 +33,7 @@ from forge.cli.options import common, named_files
     help="Another name that the server is asked by; * for any.",
 )  # fmt: skip
 @click.option("--control-routes", is_flag=True, help="Open /slots, /lora-adapters and what else changes it.")
+@click.option("--embeddings", is_flag=True, help="Answer /v1/embeddings too.")
 @click.option("--llama-server", "program", help="The llama-server program; from the PATH unless told.")
 @click.option("--image", help="The container's image; forge's own unless told.")
 @click.option(

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -23,6 +24,7 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from forge.serve import front_openai as openai
 from forge.serve import front_rules as rules
 from forge.serve.front_rules import RefusedRequestError, Rules, error_body
 from forge.serve.runtime import ServerSettings
@@ -85,6 +87,7 @@ class Front:
         self.client = client
         self.room = asyncio.Semaphore(max(1, settings.http_threads - _SPARE))
         self.held_bytes = 0
+        self.knows_tools: bool | None = None
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         if scope["type"] != "http":
@@ -131,8 +134,8 @@ class Front:
             raise self.rules.no_model(unquote(name))
         return False
 
-    async def _content(self, request: Request) -> bytes:
-        """The body as it goes to the server behind; empty where there is none."""
+    async def _content(self, request: Request) -> Any:
+        """The body as it goes to the server behind: a JSON value; None where there is none."""
         length = request.headers.get("content-length")
         if length is not None and "transfer-encoding" in request.headers:
             raise RefusedRequestError(400, "a request has a Content-Length or a Transfer-Encoding, not both")
@@ -155,23 +158,64 @@ class Front:
                     pieces.append(piece)
             content = b"".join(pieces)
             if request.method != "POST":
-                return b""
-            return self.rules.body(_path_of(request), request.headers.get("content-type"), content)
+                return None
+            return self.rules.fields(_path_of(request), request.headers.get("content-type"), content)
         except TimeoutError:
             message = f"the request took longer than {rules.BODY_SECONDS:.0f} seconds to arrive"
             raise RefusedRequestError(408, message) from None
         finally:
             self.held_bytes -= held
 
-    async def _pass(self, request: Request, content: bytes, extra: dict[str, str], send: _Send) -> None:
+    async def _pass(self, request: Request, content: Any, extra: dict[str, str], send: _Send) -> None:
         path = _path_of(request)
         if path in rules.HEALTH:
             return await self._exchange(request, content, extra, send, _SECONDS_OF_HEALTH)
         async with self.room:
+            if openai.wants_completion_shape(path, content):
+                answer = await openai.completion(content, self._ask)
+                return await JSONResponse(answer, headers=extra)(request.scope, request.receive, send)
+            if openai.forces_tool(path, content) and not await self._knows_tools():
+                return await self._call_tool(request, content, extra, send)
             return await self._exchange(request, content, extra, send, _SECONDS_TO_ANSWER)
 
+    async def _call_tool(
+        self, request: Request, fields: dict[str, Any], extra: dict[str, str], send: _Send
+    ) -> None:
+        """The answer to who wants a call of a tool of a model whose template knows none."""
+        answer = openai.as_tool_calls(await self._ask(_path_of(request), openai.with_forced_tool(fields)))
+        if not fields.get("stream"):
+            return await JSONResponse(answer, headers=extra)(request.scope, request.receive, send)
+        usage = bool((fields.get("stream_options") or {}).get("include_usage"))
+        events = b"".join(openai.as_stream(answer, usage=usage))
+        whole = Response(events, media_type="text/event-stream", headers=extra)
+        return await whole(request.scope, request.receive, send)
+
+    async def _ask(self, path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """One more question to the server behind, in the place of a client's; its refusal is the client's."""
+        try:
+            answer = await self.client.post(path, json=dict(fields))
+            payload: dict[str, Any] = answer.json()
+        except (httpx.TransportError, ValueError) as broken:
+            raise _no_answer(broken) from None
+        if not answer.is_success:
+            error = payload.get("error", {})
+            raise RefusedRequestError(
+                answer.status_code, str(error.get("message")), str(error.get("type", "server_error"))
+            )
+        return payload
+
+    async def _knows_tools(self) -> bool:
+        """Whether the template writes tools: llama-server then holds the answer to a call by itself."""
+        if self.knows_tools is None:
+            try:
+                told = (await self.client.get("/props")).json()
+            except (httpx.TransportError, ValueError) as broken:
+                raise _no_answer(broken) from None
+            self.knows_tools = bool((told.get("chat_template_caps") or {}).get("supports_tools"))
+        return self.knows_tools
+
     async def _exchange(
-        self, request: Request, content: bytes, extra: dict[str, str], send: _Send, seconds: float
+        self, request: Request, content: Any, extra: dict[str, str], send: _Send, seconds: float
     ) -> None:
         path, wanted = _path_of(request), None
         if (wanted := self.rules.model_in(path)) is not None:
@@ -180,17 +224,16 @@ class Front:
         if query := request.scope["query_string"]:
             target += b"?" + query
         headers = [(name, value) for name, value in request.headers.raw if name in _PASSED]
+        body = None if content is None else json.dumps(content).encode()
         method = "GET" if path in rules.MODELS else request.method
         asked = self.client.build_request(
-            method, self.client.base_url.copy_with(raw_path=target), content=content or None, headers=headers
+            method, self.client.base_url.copy_with(raw_path=target), content=body, headers=headers
         )
         asked.extensions["timeout"]["read"] = seconds
         try:
             answer = await self.client.send(asked, stream=True)
         except httpx.TransportError as broken:
-            raise RefusedRequestError(
-                502, f"the server behind does not answer: {broken or type(broken).__name__}", "server_error"
-            ) from None
+            raise _no_answer(broken) from None
         try:
             if path in rules.MODELS and answer.is_success:
                 listed = self._models(await _json_of(answer), None if wanted is None else unquote(wanted))
@@ -207,6 +250,11 @@ class Front:
         if wanted is not None:
             return models[wanted]
         return {"object": "list", "data": list(models.values())}
+
+
+def _no_answer(broken: Exception) -> RefusedRequestError:
+    said = f"the server behind does not answer: {broken or type(broken).__name__}"
+    return RefusedRequestError(502, said, "server_error")
 
 
 def _path_of(request: Request) -> str:

@@ -171,8 +171,8 @@ class Rules:
                 return path.removeprefix(f"{route}/") or None
         return None
 
-    def body(self, path: str, content_type: str | None, content: bytes) -> bytes:
-        """A request's body as the server behind gets it: written anew, so that both read the same.
+    def fields(self, path: str, content_type: str | None, content: bytes) -> Any:
+        """A request's body as the server behind is to have it, to be written anew: both then read the same.
 
         The model of the request chooses its adapter.
         """
@@ -189,7 +189,7 @@ class Rules:
                 self._check_fields(fields)
             if path in ASK:
                 self._choose(fields)
-        return json.dumps(fields).encode()
+        return fields
 
     def _check_fields(self, fields: Mapping[str, Any]) -> None:
         if "lora" in fields:

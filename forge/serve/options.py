@@ -46,6 +46,9 @@ OPTIONS: tuple[Option, ...] = (
         lambda s: "all" if s.gpu_layers == -1 else s.gpu_layers,
         lambda layers: -2 if layers == "all" else layers,
     ),
+    Option("--embeddings", ("embedding",), lambda s: s.embeddings or None),
+    # The mean of a text's tokens; a chat model says nothing of its own.
+    Option("--pooling", ("pooling_type",), lambda s: "mean" if s.embeddings else None, lambda _: 1),
     # Where requests choose, none is on until one asks for it.
     Option("--lora-init-without-apply", ("lora_init_without_apply",), lambda s: bool(s.adapters) or None),
 )

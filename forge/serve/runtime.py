@@ -32,7 +32,8 @@ class ServerSettings:
     name with which a request asks for one of them instead. `without_key` is the explicit word that lets
     others than this machine in without a key; `cors_origins` says which web pages may ask (none; origins;
     `localhost`; `*`), `allow_hosts` by which further names of hosts the server is asked, and
-    `control_routes` opens the routes that change or inspect it: see `serve.front_rules`. `program` is the
+    `control_routes` opens the routes that change or inspect it: see `serve.front_rules`. `embeddings` makes
+    the server answer /v1/embeddings too. `program` is the
     llama-server to run, `image` the container's, where the runtime is that one.
     `modelfile` is what the run's Modelfile.jinja says, for a runtime that takes stops and sampling from one.
     `proof` is for a runtime that keeps a model under its name (Ollama): it is called before the name
@@ -54,6 +55,7 @@ class ServerSettings:
     cors_origins: str = ""
     allow_hosts: tuple[str, ...] = ()
     control_routes: bool = False
+    embeddings: bool = False
     program: str | None = None
     image: str | None = None
     modelfile: Modelfile | None = None

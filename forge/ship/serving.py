@@ -43,6 +43,7 @@ class Wish:
     cors_origins: str = ""
     allow_hosts: tuple[str, ...] = ()
     control_routes: bool = False
+    embeddings: bool = False
     program: str | None = None
     image: str | None = None
     lora: Mapping[str, Path] = field(default_factory=dict)
@@ -74,6 +75,7 @@ def settings(wish: Wish) -> ServerSettings:
         cors_origins=wish.cors_origins,
         allow_hosts=wish.allow_hosts,
         control_routes=wish.control_routes,
+        embeddings=wish.embeddings,
         program=wish.program,
         image=wish.image,
         # Ollama alone takes one; a file that cannot be read is no reason to serve nothing elsewhere.
