@@ -27,7 +27,7 @@ ARROWS: Mapping[str, set[str]] = {
     "store": set(),
     "pipeline": {"recipe", "store"},
     "model": set(),
-    "chat": {"model"},
+    "chat": {"model", "process"},
     "data": {"recipe", "chat", "model"},
     "adapter": {"model"},
     "train": {"model", "recipe", "data", "adapter", "process"},

@@ -86,7 +86,7 @@ def test_templates_that_cannot_be_read(
 ) -> None:
     (tiny / "chat_template.jinja").write_text(source, encoding="utf-8")
     if "strftime" in source:
-        assert told(capsys, "template", str(tiny))["status"] == "refused"
+        assert told(capsys, "template", str(tiny), code=5)["status"] == "refused"
         return
     error = told(capsys, "template", str(tiny), code=2)["error"]
     assert isinstance(error, dict) and said in error["message"]

@@ -56,7 +56,7 @@ BAD = {
         "from forge.pipeline.plan import plan",
         "store may not import pipeline",
     ),
-    "a room by name": ("forge/chat/x.py", "from forge import process", "chat may not import process"),
+    "a room by name": ("forge/chat/x.py", "from forge import store", "chat may not import store"),
     "inside a function": (
         "forge/data/x.py",
         "def f() -> None:\n    import forge.train.run",

@@ -15,6 +15,7 @@ from forge.chat.format_check import NOT_CLAIMED, check, compile_template, limit_
 from forge.chat.go_expression import GoTemplateError
 from forge.chat.go_template import quoted, to_go
 from forge.chat.hand_over import hand_over, write_modelfiles
+from forge.chat.renderer import TemplateLimitError
 from forge.chat.template import ChatTemplate, Message
 from forge.cli.main import run
 from tests.makers.tokenizer import CHATML
@@ -168,10 +169,11 @@ def test_a_bos_that_training_never_saw_is_refused(tmp_path: Path) -> None:
     assert compile_template(ChatTemplate(only_alone, TOKENS), add_bos=True).status == "refused"
 
 
-def test_an_endless_template_is_refused() -> None:
+def test_an_endless_template_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.chat.renderer.SECONDS", 0.3)
     loops = "".join("{% for a in range(99999) %}" for _ in range(5)) + "{% endfor %}" * 5
-    found = compile_template(ChatTemplate(loops + CHATML, TOKENS), add_bos=False, seconds=0.3)
-    assert found.reason == "its prompts took more than 0.3 seconds to compute"
+    with pytest.raises(TemplateLimitError, match=r"took more than 0\.3 seconds to compute"):
+        compile_template(ChatTemplate(loops + CHATML, TOKENS), add_bos=False)
 
 
 FAULTS = {

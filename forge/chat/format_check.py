@@ -24,7 +24,6 @@ from forge.chat.format import ChatFormat, NotInferredError, infer
 from forge.chat.go_template import to_go
 from forge.chat.probe import Conversation, Limit
 from forge.chat.template import ChatTemplate
-from forge.chat.time_limit import SECONDS, time_limit
 from forge.errors import DataError
 
 Status = Literal["exact", "exact-with-limits", "refused"]
@@ -66,18 +65,13 @@ class CompiledTemplate:
         return not any(limit.holds(conversation) for limit in self.limits)
 
 
-def compile_template(template: ChatTemplate, *, add_bos: bool, seconds: float = SECONDS) -> CompiledTemplate:
-    """Infer, write and check; a template that runs longer than `seconds` in all is refused."""
+def compile_template(template: ChatTemplate, *, add_bos: bool) -> CompiledTemplate:
+    """Infer, write and check; raises `TemplateLimitError` for a template that runs into a limit."""
     try:
-        with time_limit(seconds):
-            chat = infer(template)
-            return check(template, chat, to_go(chat, add_bos=add_bos), add_bos=add_bos)
+        chat = infer(template)
+        return check(template, chat, to_go(chat, add_bos=add_bos), add_bos=add_bos)
     except NotInferredError as error:
         return CompiledTemplate("refused", reason=error.message)
-    except TimeoutError:
-        return CompiledTemplate(
-            "refused", reason=f"its prompts took more than {seconds:g} seconds to compute"
-        )
 
 
 def check(

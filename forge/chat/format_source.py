@@ -13,7 +13,6 @@ from pathlib import Path
 from forge import report
 from forge.chat.format_check import unseen_bos
 from forge.chat.template import ChatTemplate
-from forge.chat.time_limit import template_limit
 from forge.errors import DataError
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
@@ -52,8 +51,7 @@ def read_source(path: Path, *, bos: str | None = None, eos: str | None = None) -
         )
     if add_bos is None:
         # A file says nothing of its tokenizer: one BOS, as the template has it, is what is right.
-        with template_limit():
-            add_bos = not unseen_bos(template, add_bos=True)
+        add_bos = not unseen_bos(template, add_bos=True)
     return TemplateSource(template, add_bos)
 
 

@@ -21,7 +21,11 @@ from forge.chat.template import Message
 _ACTION = re.compile(r"\{\{(-\s)?((?:/\*.*?\*/|" + STRING + r"|(?!\}\}).)*?)(\s-)?\}\}", re.DOTALL)
 _KEYWORDS = ("define", "template", "block")
 
-_Node = Callable[[Scope, list[str]], None]
+_Node = Callable[[Scope, "_Written"], None]
+
+
+# A conversation of thousands of messages takes fewer.
+MOST_STEPS = 1_000_000
 
 
 class _BreakError(Exception):
@@ -43,7 +47,7 @@ class GoTemplate:
         return self.run({"Messages": listed})
 
     def run(self, root: Mapping[str, Any]) -> str:
-        written: list[str] = []
+        written = _Written()
         _run(self.nodes, Scope(root, {"$": root}), written)
         return "".join(written)
 
@@ -164,9 +168,24 @@ class _Reader:
         return [self._branch(match[1], match[2])]
 
 
-def _run(nodes: Sequence[_Node], scope: Scope, written: list[str]) -> None:
+def _run(nodes: Sequence[_Node], scope: Scope, written: _Written) -> None:
     for node in nodes:
         node(scope, written)
+
+
+class _Written(list[str]):
+    """What was written so far, by at most so many steps: a TEMPLATE of others may hold loops in loops."""
+
+    steps = 0
+
+    def append(self, text: str) -> None:
+        super().append(text)
+        self.step()
+
+    def step(self) -> None:
+        self.steps += 1
+        if self.steps > MOST_STEPS:
+            raise GoTemplateError(f"it takes more than {MOST_STEPS:,} steps")
 
 
 def _write(text: str) -> _Node:
@@ -174,14 +193,14 @@ def _write(text: str) -> _Node:
 
 
 def _jump(kind: type[Exception]) -> _Node:
-    def run(scope: Scope, written: list[str]) -> None:
+    def run(scope: Scope, written: _Written) -> None:
         raise kind
 
     return run
 
 
 def _show(shown: Expression) -> _Node:
-    def run(scope: Scope, written: list[str]) -> None:
+    def run(scope: Scope, written: _Written) -> None:
         value = shown(scope)
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise GoTemplateError(f"only texts are written, not {type(value).__name__}")
@@ -191,7 +210,7 @@ def _show(shown: Expression) -> _Node:
 
 
 def _assign(name: str, declares: bool, value: Expression) -> _Node:
-    def run(scope: Scope, written: list[str]) -> None:
+    def run(scope: Scope, written: _Written) -> None:
         home = scope.variables if declares else scope.home(name)
         home[name] = value(scope)
 
@@ -201,11 +220,12 @@ def _assign(name: str, declares: bool, value: Expression) -> _Node:
 def _loop(
     index: str | None, item: str | None, over: Expression, body: Sequence[_Node], empty: Sequence[_Node]
 ) -> _Node:
-    def run(scope: Scope, written: list[str]) -> None:
+    def run(scope: Scope, written: _Written) -> None:
         values = over(scope)
         if not isinstance(values, tuple):
             raise GoTemplateError("range goes over lists alone")
         for number, value in enumerate(values):
+            written.step()
             told = {index: number, item: value}
             variables: dict[str, object] = {name: one for name, one in told.items() if name}
             try:
@@ -223,7 +243,7 @@ def _loop(
 def _decide(asked: Expression, yes: Sequence[_Node], no: Sequence[_Node], *, moves: bool) -> _Node:
     """`if`; `with` also moves the dot."""
 
-    def run(scope: Scope, written: list[str]) -> None:
+    def run(scope: Scope, written: _Written) -> None:
         # The zero values of Go's types are false, as in Python.
         value = asked(scope)
         dot = value if value and moves else scope.dot

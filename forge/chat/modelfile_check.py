@@ -19,7 +19,6 @@ from forge.chat.format_check import CompiledTemplate, check
 from forge.chat.hand_over import HandOver
 from forge.chat.modelfile import Modelfile
 from forge.chat.probe import Conversation
-from forge.chat.time_limit import template_limit
 from forge.errors import Problem
 
 _TURN = {"system": "System", "user": "Prompt", "assistant": "Response"}
@@ -54,9 +53,8 @@ def check_modelfile(modelfile: Modelfile, handed: HandOver) -> Checked:
     prompts = None
     if modelfile.template is not None:
         render = as_ollama(modelfile)
-        with template_limit():
-            chat = infer(handed.template)
-            prompts = check(handed.template, chat, modelfile.template, add_bos=handed.add_bos, render=render)
+        chat = infer(handed.template)
+        prompts = check(handed.template, chat, modelfile.template, add_bos=handed.add_bos, render=render)
         if prompts.reason:
             problems.append(Problem(prompts.reason, "TEMPLATE"))
         if handed.add_bos and handed.bos and modelfile.template.lstrip().startswith(handed.bos):

@@ -20,7 +20,6 @@ from forge.chat.hand_over import HandOver
 from forge.chat.modelfile import Modelfile
 from forge.chat.probe import Conversation
 from forge.chat.template import DAY_VARIABLE, ChatTemplate
-from forge.chat.time_limit import template_limit
 from forge.errors import CheckError, DataError, Problem
 
 CONVERSATIONS = 200
@@ -41,8 +40,7 @@ def compare(handed: HandOver, gguf_template: str, modelfile: Modelfile | None) -
     Where there is a Go TEMPLATE the conversations are those that it claims.
     """
     go = go_interpreter.parse(modelfile.template) if modelfile and modelfile.template else None
-    with template_limit():
-        conversations = _compare(handed, as_served(gguf_template, handed.template), go)
+    conversations = _compare(handed, as_served(gguf_template, handed.template), go)
     places = ("the training tokenizer", "the GGUF's Jinja", *(("the Modelfile's TEMPLATE",) if go else ()))
     return Compared(conversations, places)
 

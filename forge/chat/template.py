@@ -1,10 +1,6 @@
 """A model's chat template, rendered exactly as transformers renders it, with its variables pinned.
 
-The environment below is that of transformers' `utils/chat_template_utils.py`: the immutable
-sandbox (with bounds on each step: `bounded`), `trim_blocks` and `lstrip_blocks`, the loop-control
-extension, the `generation` tag, and the same filters and globals. One thing differs on purpose:
-`strftime_now` gives the pinned day, not today's, since a prompt that changes overnight can be neither
-trained nor proved.
+It is parsed here, and rendered in a process with hard limits (`renderer`): it is somebody else's program.
 
 Not covered: tools and documents are passed as None.
 """
@@ -12,10 +8,10 @@ Not covered: tools and documents are passed as None.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -24,7 +20,8 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.utils
 
-from forge.chat.bounded import BoundedSandbox, measured
+from forge.chat import renderer
+from forge.chat.jinja import environment_of
 from forge.errors import DataError
 
 Message = Mapping[str, Any]
@@ -53,78 +50,6 @@ _GIVEN = {
 }  # fmt: skip
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's text for trl; it renders its body unchanged."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _PlainDict:
-    """`dict(...)` without the attributes that a template could climb."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """`namespace(...)` that takes no underscored attribute: those lead out of the sandbox."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works
-        self, *given = args
-        for name in (attributes := dict(*given, **kwargs)):
-            _refuse_underscore(name)
-        jinja2.utils.Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        super().__setitem__(name, value)
-
-
-def _refuse_underscore(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name}")
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.exceptions.TemplateError(message)
-
-
-def _environment(day: str) -> BoundedSandbox:
-    environment = BoundedSandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    pinned = date.fromisoformat(day)
-    environment.filters["tojson"] = measured("tojson", _to_json)
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = pinned.strftime
-    environment.globals["dict"] = _PlainDict()
-    environment.globals["namespace"] = _Namespace
-    return environment
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
     """A Jinja chat template with the special tokens and the variables that it is given.
@@ -138,60 +63,54 @@ class ChatTemplate:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_compiled", self._compile())
+        self.syntax()
 
     @property
     def day(self) -> str:
         return str(self.variables.get(DAY_VARIABLE, DEFAULT_DAY))
 
-    def _compile(self) -> jinja2.Template:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """The prompt text.
+
+        Raises `DataError` with the template's own words when it refuses, `TemplateLimitError` when it takes
+        more time or memory than any chat template needs.
+        """
+        given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
+        values = {
+            "messages": [dict(message) for message in messages],
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self.special_tokens,
+            **given,
+        }
+        return renderer.render(self.source, self.day, values)
+
+    def variables_read(self) -> tuple[str, ...]:
+        """Names that the template reads beyond what every template is given."""
         try:
-            return _environment(self.day).from_string(self.source)
-        except jinja2.exceptions.TemplateSyntaxError as error:
-            raise DataError(
-                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
-                hint="mend chat_template.jinja in the base's directory",
-            ) from error
+            return tuple(sorted(jinja2.meta.find_undeclared_variables(self.syntax()) - _GIVEN))
+        except RecursionError as error:
+            raise DataError("the chat template is not valid Jinja: nested too deep") from error
+
+    def syntax(self) -> jinja2.nodes.Template:
+        """The template's syntax tree; raises `DataError` where it is not valid Jinja."""
+        hint = "fix chat_template.jinja in the base's directory"
+        try:
+            environment = environment_of(self.day)
         except ValueError as error:
             raise DataError(
                 f"template variable {DAY_VARIABLE}: {self.day!r} is not a date",
                 hint="write it as 2026-01-31",
             ) from error
-
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The prompt text; raises `DataError` with the template's own words when it refuses."""
-        compiled: jinja2.Template = self._compiled  # type: ignore[attr-defined]
-        given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
         try:
-            return compiled.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.special_tokens, **given},
-            )
-        except (
-            jinja2.exceptions.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            MemoryError,
-        ) as error:
+            return environment.parse(self.source)
+        except jinja2.exceptions.TemplateSyntaxError as error:
             raise DataError(
-                f"the chat template refuses the conversation: {error}",
-                hint="the template says which roles it takes, and in which order; `forge template` shows it",
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}", hint=hint
             ) from error
-
-    def variables_read(self) -> tuple[str, ...]:
-        """Names that the template reads beyond what every template is given."""
-        return tuple(sorted(jinja2.meta.find_undeclared_variables(self.syntax()) - _GIVEN))
-
-    def syntax(self) -> jinja2.nodes.Template:
-        """The template's syntax tree."""
-        return _environment(self.day).parse(self.source)
+        except RecursionError as error:
+            raise DataError("the chat template is not valid Jinja: nested too deep", hint=hint) from error
 
     def pinned_source(self) -> str:
         """The template with its variables written in front, for servers that would set their own.
@@ -210,7 +129,7 @@ class ChatTemplate:
         return "".join(pin + "\n" for pin in (f"{{# {_REMARK} #}}", *pins)) + self.source
 
     def _pinned_clock(self) -> str:
-        formats = sorted(_literal_arguments(_environment(self.day).parse(self.source), "strftime_now"))
+        formats = sorted(_literal_arguments(self.syntax(), "strftime_now"))
         pinned = date.fromisoformat(self.day)
         branches = "".join(
             f"{{% if format == {_literal(form)} %}}{{{{ {_literal(pinned.strftime(form))} }}}}{{% endif %}}"

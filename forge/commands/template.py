@@ -9,16 +9,18 @@ from forge import report
 from forge.chat.format_check import NOT_CLAIMED, compile_template, limit_names
 from forge.chat.format_source import read_source
 from forge.chat.hand_over import pinned
+from forge.errors import CheckError
 
 
 def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
-    """Show the Go template of `path`, or why there is none; returns the contract's fields."""
+    """Show the Go template of `path`; returns the contract's fields.
+
+    Raises `TemplateRefusedError`, with those fields, where there is none.
+    """
     source = read_source(path, bos=bos, eos=eos)
     found = compile_template(source.template, add_bos=source.add_bos)
     limits, given = limit_names(found.limits), pinned(source.template)
-    if found.go is None:
-        report.warning(f"refused: {found.reason}")
-    else:
+    if found.go is not None:
         report.success(
             f"{found.status}: {found.checked} conversations compared; stops: {', '.join(found.stops)}"
         )
@@ -30,7 +32,7 @@ def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
         if read := given["variables_read"]:
             report.info(f"it reads {', '.join(read)}: the text has them undefined")
         report.output(found.go)
-    return {
+    fields = {
         "status": found.status,
         "limits": limits,
         "reason": found.reason,
@@ -41,3 +43,17 @@ def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
         **given,
         "not_claimed": list(NOT_CLAIMED),
     }
+    if found.go is None:
+        raise TemplateRefusedError(fields)
+    return fields
+
+
+class TemplateRefusedError(CheckError):
+    """No Go template is right for the chat template."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        super().__init__(
+            f"refused: {fields['reason']}",
+            hint="serve it where the GGUF's own template is rendered: forge serve, or Ollama since 0.30",
+        )
+        self.fields = fields

@@ -25,7 +25,6 @@ from forge.chat.difference import first_difference
 from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.template import ChatTemplate
-from forge.chat.time_limit import template_limit
 from forge.errors import CheckError, DataError, ForgeError, Problem, RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve import ready
@@ -162,8 +161,7 @@ class PromptsDifferError(CheckError):
 
 def _check_bos(gguf: Path, told: HandOver) -> None:
     """No way hands over the right tokens where the file adds a BOS of its own."""
-    with template_limit():
-        reason = unseen_bos(told.template, add_bos=told.add_bos)
+    reason = unseen_bos(told.template, add_bos=told.add_bos)
     if reason:
         raise CheckError(
             f"{gguf.name}: {reason}",
@@ -243,15 +241,14 @@ def _generated(told: HandOver, way: Way) -> list[tuple[Message, ...]]:
     Empty texts are left out: the server drops such messages.
     """
     takes_system = told.compiled.chat is None or told.compiled.chat.system != "refused"
-    with template_limit():
-        found = [
-            one
-            for one in probe.conversations(probe.literals(told.template), has_system=takes_system)
-            if all(message["content"].strip() for message in one)
-            and probe.is_ordinary(one)
-            and (way == "jinja" or told.compiled.claims(one))
-            and fits(told.template, one, told.context_tokens)
-        ]
+    found = [
+        one
+        for one in probe.conversations(probe.literals(told.template), has_system=takes_system)
+        if all(message["content"].strip() for message in one)
+        and probe.is_ordinary(one)
+        and (way == "jinja" or told.compiled.claims(one))
+        and fits(told.template, one, told.context_tokens)
+    ]
     if not found:
         raise CheckError(
             f"no conversation fits into a context of {told.context_tokens} tokens: nothing would be proved",
