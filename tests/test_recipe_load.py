@@ -36,6 +36,7 @@ DEFAULTS: dict[str, object] = {
     "base.id": "builtin:tiny",
     "base.revision": None,
     "base.trust_remote_code": False,
+    "base.chat_template": None,
     "data.source": "builtin:yoda",
     "data.revision": None,
     "data.split": "train",

@@ -1,4 +1,4 @@
-"""What a ship settles before anything runs: the token that pads."""
+"""What a ship settles before anything runs: the token that pads, the chat template."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from forge.errors import DataError, RecipeError
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
@@ -71,3 +72,39 @@ def test_pitfall_27_padding_with_eos_leaves_every_eos_in_the_loss() -> None:
     batch = DataCollatorForLanguageModeling(pad_token_id=2).torch_call(rows)
     assert batch["labels"].tolist() == [[-100, 6, 2], [7, 2, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+
+
+OWN = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+def taught(directory: Path, template: str, **changes: Any) -> Resolved:
+    """builtin:tiny without a template of its own, and a recipe that names one beside it."""
+    base = copy_of_tiny(directory / "base")
+    (base / "chat_template.jinja").unlink()
+    _change(base / "tokenizer_config.json", changes)
+    fields = json.dumps({"id": "./base", "chat_template": template})
+    (directory / "recipe.yaml").write_text(f"name: mini\nbase: {fields}\ndata: {{source: builtin:yoda}}\n")
+    loaded = load(directory / "recipe.yaml")
+    return resolve_recipe(loaded, Store(directory / "home"), directory / "runs" / "mini", offline=True)
+
+
+@pytest.mark.parametrize("asked", ["alpaca", "own.jinja", OWN, "rag"])
+def test_a_base_is_given_a_chat_template_by_its_recipe(tmp_path: Path, asked: str) -> None:
+    """gpt2, Llama-2-7b have none: a shipped one, a file, the text, one that the tokenizer names."""
+    (tmp_path / "own.jinja").write_text(OWN)
+    ship = taught(tmp_path, asked, chat_template=[{"name": "rag", "template": OWN}])
+    prompt = ship.template.render([{"role": "user", "content": "Hi."}], add_generation_prompt=True)
+    assert prompt.startswith("Below is an instruction" if asked == "alpaca" else "Hi.<|im_end|>")
+    assert (ship.tokenizer.directory / "chat_template.jinja").is_file()
+    assert not (tmp_path / "base" / "chat_template.jinja").exists()
+
+
+def test_named_templates_without_a_default_are_said_by_name(tmp_path: Path) -> None:
+    named = [{"name": name, "template": OWN} for name in ("tool_use", "rag")]
+    with pytest.raises(RecipeError, match="neither a shipped template nor a file") as failed:
+        taught(tmp_path, "missing", chat_template=named)
+    assert "alpaca" in failed.value.hint and "rag, tool_use" in failed.value.hint
+    (tmp_path / "recipe.yaml").write_text("name: mini\nbase: ./base\ndata: {source: builtin:yoda}\n")
+    loaded = load(tmp_path / "recipe.yaml")
+    with pytest.raises(DataError, match="templates named rag, tool_use and no default one"):
+        resolve_recipe(loaded, Store(tmp_path / "home"), tmp_path / "runs" / "mini", offline=True)

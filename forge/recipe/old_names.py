@@ -151,7 +151,8 @@ OLD_NAMES: Mapping[str, Old] = {
     **_gone("only causal language models are trained", "task_type", "peft_type"),
     **_gone("name them all in data.source: [a.jsonl, {source: b.jsonl, weight: 0.5}]", "datasets"),
     **_gone("the tokenizer and the chat template are the base's own", "tokenizer", "processing_class"),
-    **_gone("the tokenizer and the chat template are the base's own", "chat_template", "tokenizer_type"),
+    **_all("base.chat_template", "chat_template"),
+    **_gone("the tokenizer is the base's own", "tokenizer_type"),
     **_gone("PAD, EOS and BOS come from the base, and PAD is never EOS", "special_tokens", "pad_token"),
     **_gone(
         "packing keeps rows apart and whole; say train.packing: true", "packing_strategy", "padding_free"

@@ -51,6 +51,11 @@ class Base(Section):
     id: Text = Field(description="hub id, `id@revision`, a directory, or `builtin:tiny`")
     revision: Text | None = Field(None, description="commit, tag or branch on the hub; pinned at first ship")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the base")
+    chat_template: Text | None = Field(
+        None,
+        description="template in place of the base's: a shipped one by name (`alpaca`, `chatml`), a file, "
+        "one that the tokenizer names, or the Jinja text itself",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -30,6 +30,7 @@ from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Recipe, Train
+from forge.resolve.taught import template_text, with_template
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
 
@@ -122,18 +123,30 @@ class Resolved:
     def tokenizer(self) -> TokenizerFiles:
         """The tokenizer that was trained with: the adapter's own, where it carries one (D12)."""
         limit = self.configuration.max_positions
-        if self.adopted and self.adopted.directory and (self.adopted.directory / "tokenizer.json").is_file():
-            return read_tokenizer(self.adopted.directory, max_positions=limit)
-        return read_tokenizer(self.base_directory, max_positions=limit)
+        directory, adopted = self.base_directory, self.adopted and self.adopted.directory
+        if adopted and (adopted / "tokenizer.json").is_file():
+            directory = adopted
+        own = read_tokenizer(directory, max_positions=limit)
+        if asked := self.recipe.base.chat_template:
+            text = template_text(asked, self.loaded.directory, own.templates)
+            return read_tokenizer(with_template(directory, text), max_positions=limit)
+        return own
 
     @cached_property
     def template(self) -> ChatTemplate:
         source = self.tokenizer.chat_template
         if source is None:
+            named = sorted(self.tokenizer.templates)
+            where = self.tokenizer.directory
+            if named:
+                raise DataError(
+                    f"{where} has chat templates named {', '.join(named)} and no default one",
+                    hint=f"choose one: base: {{id: ..., chat_template: {named[0]}}}",
+                )
             raise DataError(
-                f"{self.tokenizer.directory} has no chat template, so nothing says how a prompt is written",
-                hint="use the base's instruct version, or put a chat_template.jinja beside its tokenizer "
-                "(templates/chat/chatml.jinja is a plain one)",
+                f"{where} has no chat template, so nothing says how a prompt is written",
+                hint="use the base's instruct version, or name a template: base: {id: ..., "
+                "chat_template: alpaca} (a shipped one, a file, or the text itself)",
             )
         variables = self.training.template_variables if self.training else {}
         return ChatTemplate(source, self.tokenizer.template_tokens, variables)
