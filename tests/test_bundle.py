@@ -68,6 +68,9 @@ def test_holds_the_model_the_server_and_how_to_start_it(contents: Contents, tmp_
     }  # fmt: skip
     assert (root / "yoda.gguf").read_bytes() == contents.model.read_bytes()
     assert os.access(root / "start.sh", os.X_OK)
+    started = (root / "start.sh").read_text()
+    assert '--model "$here/yoda.gguf" --alias yoda --ctx-size 1024 --parallel 1' in started
+    assert "LM Studio" in (root / "README.txt").read_text()
     assert "apache-2.0" in (root / "LICENCES.txt").read_text()
     assert "MIT licence" in (root / "LICENCES.txt").read_text()
     lines = (root / "SHA256SUMS").read_text().splitlines()
@@ -169,6 +172,7 @@ def test_wheels_bring_start_scripts_for_the_other_systems(contents: Contents, tm
     root = _unpacked(tmp_path / "b.tar", tmp_path / "there")
     assert (root / "wheels" / wheel.name).read_bytes() == b"wheel"
     assert "Python 3.10 or later" in (root / "README.txt").read_text()
+    assert "settings.n_ctx = 1024" in (root / "serve.py").read_text()
     assert b"\r\n" in (root / "start.bat").read_bytes()
     compile((root / "serve.py").read_text(), "serve.py", "exec")
     with pytest.raises(RecipeError, match="not a wheel"):
@@ -188,8 +192,13 @@ def test_what_cannot_be_packed_is_said_and_leaves_nothing(
     text.chmod(0o755)
     with pytest.raises(DataError, match="no Linux program with shared libraries"):
         write_bundle(contents, tmp_path / "yoda.tar", program=str(text))
+
+    def none() -> None:
+        raise MissingToolError("this processor lacks avx2")
+
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(MissingToolError, match="no program llama-server"):
+    monkeypatch.setattr("forge.tools.xllamacpp.check", none)
+    with pytest.raises(MissingToolError, match="lacks avx2"):
         write_bundle(contents, tmp_path / "yoda.tar")
     assert not list(tmp_path.glob("*.tar*"))
     assert not list(tmp_path.glob(".*"))
@@ -217,16 +226,25 @@ def test_licence_is_the_bases_or_the_files(tmp_path: Path) -> None:
 @pytest.mark.network
 @pytest.mark.programs
 @pytest.mark.slow
-@pytest.mark.parametrize("expect", ["In this sandwich", "something else"])
+@pytest.mark.parametrize(
+    ("server", "expect"),
+    [("program", "In this sandwich"), ("program", "something else"), ("wheel", "In this sandwich")],
+)
 def test_answers_in_a_clean_container_without_network(
-    docker_daemon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect: str
+    docker_daemon: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str, expect: str
 ) -> None:
-    """R5: nothing but a shell is there, no network, nothing can be written; the smoke test passes."""
+    """R5: nothing but a shell is there, no network, nothing can be written; the smoke test passes.
+
+    With a llama-server program, and with the server that the wheel carries, as after `make ship`.
+    """
     import forge.commands.bundle
 
     monkeypatch.setattr(forge.commands.bundle, "_smoke", lambda manifest: (QUESTION, expect))
     model = write_tiny_gguf(tmp_path / "yoda.gguf")
-    fields = bundle(str(model), tmp_path / "yoda.tar.gz", str(llama_server()), context=1024)
+    # A program on the PATH would be taken.
+    monkeypatch.setenv("PATH", "/usr/bin:/bin:/usr/sbin:/sbin")
+    program = str(llama_server()) if server == "program" else None
+    fields = bundle(str(model), tmp_path / "yoda.tar.gz", program, context=1024)
     assert fields == {"bundle": str(tmp_path / "yoda.tar.gz"), "bytes": fields["bytes"]}
     root = _unpacked(tmp_path / "yoda.tar.gz", tmp_path / "there")
     busybox = Path("/bin/busybox")

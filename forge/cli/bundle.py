@@ -11,7 +11,11 @@ from forge.cli.options import common
 @click.command()
 @click.argument("target")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The archive: .tar or .tar.gz.")
-@click.option("--llama-server", "program", help="The Linux server to put in; from the PATH unless told.")
+@click.option(
+    "--llama-server",
+    "program",
+    help="The Linux server to put in; default: the one on the PATH, else the wheel's.",
+)
 @click.option(
     "--wheel", "wheels", multiple=True, type=click.Path(path_type=Path),
     help="A wheel of xllamacpp for macOS or Windows to put in.",

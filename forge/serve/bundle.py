@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge.errors import DataError, MissingToolError, RecipeError
-from forge.serve import bundle_files
+from forge.serve import bundle_files, bundle_python
 from forge.serve.llama_server import PROGRAM
+from forge.serve.runtime import ServerSettings
 from forge.tools.native import backends, libraries
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -49,8 +50,9 @@ class Contents:
 def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -> int:
     """Write the archive and give its size in bytes; it appears whole or not at all.
 
-    `program` is the llama-server for Linux: from the PATH unless told, left out where there is none
-    but there are wheels. Raises `RecipeError`, `DataError`, or `MissingToolError` without a server.
+    `program` is the llama-server for Linux; default: the one on the PATH, else the server that the wheel
+    carries; left out where there is none but there are wheels. Raises `RecipeError`, `DataError`, or
+    `MissingToolError` without a server.
     """
     if not out.name.endswith(SUFFIXES):
         raise RecipeError(f"--out {out}: a bundle is a {' or '.join(SUFFIXES[:2])} file")
@@ -64,11 +66,13 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
         if not re.fullmatch(r"[A-Za-z0-9._ ()+-]+", name):
             raise RecipeError(f"{name}: a start script cannot say this name", hint="rename the file")
     files: dict[str, Path | str] = {**weights, **contents.files}
-    loader = _add_native(files, program, needed=not contents.wheels)
+    settings = ServerSettings(
+        contents.model, contents.name, contents.context_tokens, parallel=1, adapter=adapter
+    )
+    loader, server = _add_server(files, settings, program, needed=not contents.wheels)
     files |= {f"wheels/{one.name}": one for one in contents.wheels}
     files |= bundle_files.texts(
-        contents.name, contents.model.name, contents.context_tokens, loader=loader,
-        wheels=bool(contents.wheels), adapter=adapter.name if adapter else None,
+        settings, loader=loader, server=server, wheels=bool(contents.wheels)
     )  # fmt: skip
     files["LICENCES.txt"] = bundle_files.licences(contents.licence, loader=loader)
     files["smoke.json"] = json.dumps(
@@ -87,24 +91,34 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
     return out.stat().st_size
 
 
-def _add_native(files: dict[str, Path | str], program: str | None, *, needed: bool) -> str:
-    """Put the program and its libraries in; give the loader's name, empty where there is no program."""
-    found = shutil.which(program or PROGRAM)
-    if found is None:
-        if program is None and not needed:
-            return ""
+def _add_server(
+    files: dict[str, Path | str], settings: ServerSettings, program: str | None, *, needed: bool
+) -> tuple[str, str]:
+    """Put a server for Linux and its libraries in; give the loader's name, and what it starts.
+
+    The program that is named or on the PATH, else the one that the wheel carries. Both names are empty where
+    there are wheels for other systems and no program was named or found.
+    """
+    path = shutil.which(program or PROGRAM)
+    if path is None and program is not None:
         raise MissingToolError(
-            f"there is no program {program or PROGRAM} to put into the bundle",
-            hint="name a llama-server with --llama-server, or put wheels in with --wheel",
+            f"there is no program {program} to put into the bundle",
+            hint="name a llama-server, or leave it out",
         )
-    path = Path(found).resolve()
-    needs = libraries(path)
+    if path is None:
+        if not needed:
+            return "", ""
+        more, loader = bundle_python.files(settings)
+        files |= more
+        return loader, "python"
+    real = Path(path).resolve()
+    needs = libraries(real)
     loaders = [name for name in needs if name.startswith(_LOADER)]
     if len(loaders) != 1:
-        raise DataError(f"{path} is no Linux program with shared libraries", hint="give another llama-server")
-    files["linux/llama-server"] = path
-    files |= {f"linux/lib/{name}": one.resolve() for name, one in {**backends(path, needs), **needs}.items()}
-    return loaders[0]
+        raise DataError(f"{real} is no Linux program with shared libraries", hint="give another llama-server")
+    files["linux/llama-server"] = real
+    files |= {f"linux/lib/{name}": one.resolve() for name, one in {**backends(real, needs), **needs}.items()}
+    return loaders[0], "llama-server"
 
 
 def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
@@ -120,7 +134,7 @@ def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
 
 def _add(archive: tarfile.TarFile, inside: str, source: Path | str) -> None:
     member = tarfile.TarInfo(inside)
-    runs = inside.endswith((".sh", ".command", "llama-server")) or "/linux/lib/" in inside
+    runs = inside.endswith((".sh", ".command", "llama-server", "bin/python3")) or "/linux/lib/" in inside
     member.mode = 0o755 if runs else 0o644
     if isinstance(source, str):
         content = source.encode()

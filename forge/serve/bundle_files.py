@@ -6,15 +6,33 @@ Python 3.10 or later, and were not run where forge is tested.
 
 from __future__ import annotations
 
+import shlex
+
+from forge.serve.options import arguments, attributes
+from forge.serve.runtime import ServerSettings
+
 _START = """\
 #!/bin/sh
 # Serves {name} on this computer alone. Another port: PORT=9000 ./start.sh; more: ./start.sh --help
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
+{waiting}
 exec "$here/linux/lib/{loader}" --library-path "$here/linux/lib" "$here/linux/llama-server" \\
-    --model "$here/{model}"{lora} --alias {name} --ctx-size {context} --parallel 1 --jinja --offline \\
-    --host 127.0.0.1 --port "${{PORT:-8080}}" --cors-origins "" "$@"
+    {flags} --host 127.0.0.1 --port "${{PORT:-8080}}" "$@"
 """
+
+_START_PYTHON = """\
+#!/bin/sh
+# Serves {name} on this computer alone. Another port: PORT=9000 ./start.sh
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+{waiting}
+PYTHONHOME="$here/linux" exec "$here/linux/lib/{loader}" --library-path "$here/linux/lib" \\
+    "$here/linux/bin/python3" -S -B -P "$here/linux/serve.py"
+"""
+
+# As `process.waiting_policy`: threads that share a core must not turn.
+_WAITING = '[ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-1000}"'
 
 _SMOKE = """\
 #!/bin/sh
@@ -63,12 +81,9 @@ import xllamacpp
 
 settings = xllamacpp.CommonParams()
 settings.model.path = str(Path(__file__).parent / "{model}")
-{lora}settings.model_alias = {{"{name}"}}
-settings.hostnames = ["127.0.0.1"]
+{lora}settings.hostnames = ["127.0.0.1"]
 settings.port = int(os.environ.get("PORT", "8080"))
-settings.n_ctx = {context}
-settings.n_parallel = 1
-settings.cors_origins = ""
+{attributes}
 server = xllamacpp.Server(settings)
 print(f"{name} answers at {{server.listening_address}}; Ctrl-C stops it", flush=True)
 while True:
@@ -131,33 +146,51 @@ are separate files, unchanged, and may be replaced.
 """
 
 
-_LORA = ' --lora "$here/{adapter}"'
 _LORA_OF_WHEEL = """\
 adapter = str(Path(__file__).parent / "{adapter}")
 settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
 """
 
 
-def texts(
-    name: str, model: str, context_tokens: int, *, loader: str, wheels: bool, adapter: str | None = None
-) -> dict[str, str]:
-    """File name -> text. `loader` is empty without a native server; `adapter` is the model's own."""
+def texts(settings: ServerSettings, *, loader: str, server: str, wheels: bool) -> dict[str, str]:
+    """File name -> text. `loader` is empty without a server for Linux: `llama-server`, or this Python."""
     files: dict[str, str] = {"smoke.sh": _SMOKE}
     ways = ""
     if loader:
-        lora = _LORA.format(adapter=adapter) if adapter else ""
-        files["start.sh"] = _START.format(
-            name=name, loader=loader, model=model, lora=lora, context=context_tokens
+        start = _START if server == "llama-server" else _START_PYTHON
+        files["start.sh"] = start.format(
+            name=settings.alias, loader=loader, flags=_flags(settings), waiting=_WAITING
         )
         ways += "Linux:    ./start.sh\n"
     if wheels:
-        lora = _LORA_OF_WHEEL.format(adapter=adapter) if adapter else ""
-        files["serve.py"] = _SERVE.format(name=name, model=model, lora=lora, context=context_tokens)
+        lora = _LORA_OF_WHEEL.format(adapter=settings.adapter.name) if settings.adapter else ""
+        files["serve.py"] = _SERVE.format(
+            name=settings.alias, model=settings.model.name, lora=lora, attributes=_attributes(settings)
+        )
         files |= {"start.command": _COMMAND, "start.bat": _BATCH.replace("\n", "\r\n")}
         ways += "macOS:    ./start.command   (Python 3.10 or later)\n"
         ways += "Windows:  start.bat         (Python 3.10 or later)\n"
-    files["README.txt"] = _README.format(name=name, ways=ways)
+    else:
+        ways += "macOS, Windows: open the GGUF in Ollama (below), LM Studio, or llama.cpp's own release:\n"
+        ways += f"  llama-server -m {settings.model.name} -c {settings.context_tokens}"
+        ways += f" --lora {settings.adapter.name}\n" if settings.adapter else "\n"
+    files["README.txt"] = _README.format(name=settings.alias, ways=ways)
     return files
+
+
+def _flags(settings: ServerSettings) -> str:
+    """llama-server's flags in a shell script that knows where it is."""
+    adapters = ["$here/" + settings.adapter.name] if settings.adapter else []
+    flags = arguments(settings, model="$here/" + settings.model.name, adapters=adapters)
+    return " ".join(f'"{flag}"' if flag.startswith("$here/") else shlex.quote(flag) for flag in flags)
+
+
+def _attributes(settings: ServerSettings) -> str:
+    lines = []
+    for name, value in attributes(settings):
+        shown = f"set({value!r})" if name == "model_alias" else repr(value)
+        lines.append(f"settings.{name} = {shown}")
+    return "\n".join(lines)
 
 
 def licences(model: str, *, loader: str) -> str:
