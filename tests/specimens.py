@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.codec import from_plain
 from forge.model.tokenizer_files import read_tokenizer
 from forge.resolve.rows import builtin_rows
 from forge.verify.measure import measure
+from forge.verify.measurement import Measurement, VerifyRequest
 from forge.verify.verdict import Gates, judge
 from forge.verify.yardstick import make_f16
 from tests.models import change_json, load, make_adapter, make_model
@@ -43,23 +45,20 @@ class Specimen:
     def verify(self, gguf: Path, **changes: Any) -> dict[str, Any]:
         """The certificate of `gguf`; `changes` replace arguments or settings of the measurement."""
         gates = changes.pop("gates", Gates())
-        return judge(self.measure(gguf, **changes), gates)
+        return judge(self.measure(gguf, **changes), gates).plain()
 
-    def measure(self, gguf: Path, **changes: Any) -> dict[str, Any]:
-        settings = {
-            "nf4": False,
-            "merge_base": "original",
-            "end_of_turn_id": format_of(self.base).end_of_turn_id,
-        }
-        known = {name: changes.pop(name) for name in list(changes) if name in settings}
-        files = {"gguf": str(gguf), "rows": str(self.rows), "scratch": str(self.scratch), "merged": None}
-        return measure(**{**source_of(self), **files, **changes}, settings=settings | known)
+    def measure(self, gguf: Path, **changes: Any) -> Measurement:
+        """What is measured of `gguf`; `changes` are fields of the request, paths as text."""
+        end = format_of(self.base).end_of_turn_id
+        asked = {"gguf": gguf, "rows": self.rows, "scratch": self.scratch, "end_of_turn_id": end}
+        return measure(from_plain(VerifyRequest, {**source_of(self), **asked, **changes}))
 
     def f16(self, directory: Path, **changes: Any) -> Path:
         """llama.cpp's own f16 of base and adapter, in the new `directory`."""
         directory.mkdir()
         end = {"end_of_turn_id": format_of(self.base).end_of_turn_id}
-        return make_f16({**source_of(self), **end, **changes}, directory)
+        made: dict[str, Any] = {**source_of(self), **end, **changes}
+        return make_f16(directory, **made)
 
 
 def source_of(specimen: Specimen) -> dict[str, Any]:

@@ -231,7 +231,8 @@ def test_the_measured_loss_is_that_of_the_file_that_is_exported(searched: Path, 
     file = exported(specimen, tmp_path / "file", facts["quant"], importance=matrix)
     found = specimen.measure(file, importance=matrix)
     row = next(one for one in facts["types"] if one["quant"] == facts["quant"])
-    assert found["legs"]["file against f16"]["kl_mean"] == pytest.approx(row["kl_mean"], rel=1e-6)
+    assert found.legs.file_against_f16 is not None
+    assert found.legs.file_against_f16.kl_mean == pytest.approx(row["kl_mean"], rel=1e-6)
     assert file.stat().st_size == row["bytes"]
 
 

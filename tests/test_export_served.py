@@ -67,7 +67,7 @@ def test_the_server_writes_the_prompts_of_training(
     ship = cast(Resolved, trained)
     settings = ServerSettings(tmp_path / "out" / "model.gguf", "yoda", 512, parallel=1, threads=1)
     with serve_embedded(settings, log=tmp_path / "server.txt") as endpoint:
-        prove_prompts(ship, endpoint, CONVERSATIONS)
+        assert prove_prompts(ship, endpoint, CONVERSATIONS) == len(CONVERSATIONS)
         right = trained.prompt_format
         trained.prompt_format = SimpleNamespace(ids=lambda text: [*right.ids(text)[:4], 7, 8, 9])
         with pytest.raises(CheckError, match="the server's token ids differ from training's at token 4"):

@@ -96,7 +96,7 @@ def test_the_tuned_model_is_peft_s(case: str, bases: Mapping[str, Path], tmp_pat
         )
     header = read_gguf(tmp_path / "out" / GGUF_FILE)
     assert rows in header.tensors["token_embd.weight"].shape
-    assert file_facts(tmp_path / "out" / GGUF_FILE, header)["vocabulary"] == rows
+    assert file_facts(tmp_path / "out" / GGUF_FILE, header).vocabulary == rows
 
     last = tokens_of(adapter) - 1
     sample = Sample(((5, 9, last, 31, 7, last),), tuple((0, at) for at in range(5)), (True,) * 5, 1)

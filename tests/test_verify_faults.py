@@ -155,7 +155,7 @@ def test_a_sound_file_passes_and_its_quantized_one_too(specimen: Specimen, sound
     assert found["broken_stage"] is None
     assert found["logits"]["top1"] > 0.99  # random weights: many near ties
     quantized = make_quantized(sound, specimen.scratch / "sound-q4_k_m.gguf", "q4_k_m", 2)
-    found = specimen.verify(quantized, nf4=True)
+    found = specimen.verify(quantized, trained_in_4bit=True)
     assert found["ok"], found["problems"]
     assert [one["from"] for one in found["handovers"]] == [
         "as trained (NF4 base + adapter)", "fp32 base + adapter", "weights in F16", "GGUF f16",
@@ -311,7 +311,7 @@ def test_an_adapter_beside_its_base_and_a_merge_into_nf4(specimen: Specimen, tmp
     assert "not applied" in specimen.verify(base)["verdict"]
 
     file = specimen.f16(tmp_path / "nf4", merge_base="nf4")
-    found = specimen.verify(file, merge_base="nf4", nf4=True)
+    found = specimen.verify(file, merge_base="nf4", trained_in_4bit=True)
     assert found["ok"], found["problems"]
     assert found["handovers"][0]["from"] == "NF4 base + adapter"
     assert "4-bit" in specimen.verify(file)["verdict"]

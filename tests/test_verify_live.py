@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from forge.codec import from_plain, to_plain
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import failure_of, prove_live
 from forge.serve.runtime import ServerSettings
-from forge.verify.verdict import Gates, judge
+from forge.verify.measurement import Measurement
+from forge.verify.verdict import Certificate, Gates, judge
 from tests.models import PEFT_WARNS
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite
 
@@ -26,7 +28,7 @@ QUESTIONS = [[{"role": "user", "content": "There is bacon in this sandwich."}]]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Specimen, Path, dict[str, Any]]:
     specimen = make_specimen(tmp_path_factory.mktemp("live") / "llama", max_position_embeddings=2048)
     file = specimen.f16(specimen.scratch / "f16")
-    return specimen, file, specimen.measure(file)
+    return specimen, file, to_plain(specimen.measure(file))
 
 
 def _live(
@@ -36,6 +38,10 @@ def _live(
         return prove_live(endpoint, found, QUESTIONS, context_tokens=asked, longest_tokens=300)
 
 
+def _judged(found: dict[str, Any], live: dict[str, Any]) -> Certificate:
+    return judge(from_plain(Measurement, found), Gates(), live)
+
+
 def test_the_file_that_was_measured(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
     _, file, found = measured
     live = _live(file, found, tmp_path / "log.txt")
@@ -43,9 +49,9 @@ def test_the_file_that_was_measured(measured: tuple[Specimen, Path, dict[str, An
     assert live["handover"]["ok"] and live["handover"]["kl_mean"] < 1e-3
     assert 8 <= live["handover"]["prompts"] <= len(found["live"]) == 16
     assert failure_of(live) is None
-    certificate = judge(found, Gates(), live)
-    assert certificate["ok"]
-    assert certificate["handovers"][-1]["to"] == "live server"
+    certificate = _judged(found, live)
+    assert certificate.ok
+    assert certificate.plain()["handovers"][-1]["to"] == "live server"
 
 
 def test_another_file(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -54,8 +60,8 @@ def test_another_file(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path:
     other = rewrite(file, tmp_path / "other.gguf", merged_tensors(specimen.base, None))
     live = _live(other, found, tmp_path / "log.txt")
     assert "are not the file's" in live["problems"][0]
-    certificate = judge(found, Gates(), live)
-    assert (certificate["ok"], certificate["broken_stage"]) == (False, "deploy")
+    certificate = _judged(found, live)
+    assert (certificate.ok, certificate.broken_stage) == (False, "deploy")
 
 
 def test_a_context_too_short(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -76,4 +82,4 @@ def test_sampling_that_nobody_set(measured: tuple[Specimen, Path, dict[str, Any]
     hot = rewrite(file, tmp_path / "hot.gguf", general__sampling__temp=1.5)
     live = _live(hot, found, tmp_path / "log.txt")
     assert live["problems"] == ["the server samples with temperature 1.5, which nobody set (expected 0.8)"]
-    assert judge(found, Gates(), live)["broken_stage"] == "deploy"
+    assert _judged(found, live).broken_stage == "deploy"

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from forge.codec import from_plain
 from forge.errors import DataError
 from forge.model.safetensors_header import TensorSpec
 from forge.verify.compare import compare, converts, converts_mostly, times_as_far, top_log_probabilities
 from forge.verify.inputs import refuse_too_large
+from forge.verify.measurement import Measurement
 from forge.verify.sample import LONGEST, Sample, draw, least_share
 from forge.verify.verdict import Gates, judge
 from forge.verify.weights import spread
@@ -30,10 +32,10 @@ def test_equal_logits_are_no_distance_apart_whatever_is_added_to_them() -> None:
 
     logits = np.random.default_rng(0).normal(size=(100, 40)).astype(np.float32)
     found = compare(logits, logits + 3, _sample([1] * 100))
-    assert found["nmse"] < 1e-12
-    assert found["kl_mean"] < 1e-9
-    assert found["top1"] == 1.0
-    assert found["perplexity"] == pytest.approx(found["perplexity_reference"])
+    assert found.nmse < 1e-12
+    assert found.kl_mean < 1e-9
+    assert found.top1 == 1.0
+    assert found.perplexity == pytest.approx(found.perplexity_reference)
     assert converts(found, None)
 
 
@@ -44,13 +46,13 @@ def test_the_measures_are_what_they_say() -> None:
     p, q = np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([[0.25, 0.75], [0.75, 0.25]])
     found = compare(np.log(p), np.log(q), _sample([0, 1]))
     divergence = 0.75 * math.log(0.75 / 0.25) + 0.25 * math.log(0.25 / 0.75)
-    assert found["kl_mean"] == pytest.approx(divergence / 2)
-    assert found["kl_max"] == pytest.approx(divergence)
-    assert found["top1"] == 0.5
-    assert found["perplexity_reference"] == pytest.approx(math.exp(-(math.log(0.75) + math.log(0.25)) / 2))
-    assert found["perplexity"] == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.25)) / 2))
+    assert found.kl_mean == pytest.approx(divergence / 2)
+    assert found.kl_max == pytest.approx(divergence)
+    assert found.top1 == 0.5
+    assert found.perplexity_reference == pytest.approx(math.exp(-(math.log(0.75) + math.log(0.25)) / 2))
+    assert found.perplexity == pytest.approx(math.exp(-(math.log(0.25) + math.log(0.25)) / 2))
     # All logits are log(3)/2 from their mean; at the first position both are off by twice that.
-    assert found["nmse"] == pytest.approx(2.0)
+    assert found.nmse == pytest.approx(2.0)
 
 
 def test_faults_of_a_part_of_each_row_are_no_near_ties() -> None:
@@ -92,8 +94,8 @@ def test_perplexity_is_the_answers_and_a_padded_vocabulary_does_not_count() -> N
     narrow: Any = np.zeros((2, 4), dtype=np.float32)
     narrow[1, 2] = 5.0
     found = compare(wide, narrow, _sample([0, 2], [True, False]))
-    assert found["perplexity_reference"] == pytest.approx(4.0)
-    assert found["perplexity"] == pytest.approx(4.0)
+    assert found.perplexity_reference == pytest.approx(4.0)
+    assert found.perplexity == pytest.approx(4.0)
 
 
 def test_top_log_probabilities() -> None:
@@ -154,16 +156,27 @@ def test_the_confidence_of_a_share() -> None:
 def _leg(**changes: float) -> dict[str, Any]:
     leg = {"positions": 1000, "nmse": 2e-3, "kl_mean": 3e-3, "kl_error": 1e-4, "kl_max": 0.1, "top1": 0.98}
     leg |= {"perplexity": 3.0, "perplexity_reference": 3.0, "loss_difference": 0.0, "loss_error": 0.01}
-    return {**leg, "kl_by_position": [], **changes}
+    return {**leg, "nmse_middle": 0.0, "kl_middle": 0.0, "beyond": 0.0, **changes}
 
 
-def _measurement(**legs: dict[str, Any]) -> dict[str, Any]:
+def _file(**changes: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "type": "q4_k_m",
+        "says": None,
+        "architecture": "llama",
+        "bytes": 1,
+        "tensor_types": {},
+    }
+    return {**facts, "vocabulary": 100, "sampling": {}, **changes}
+
+
+def _measurement(**legs: dict[str, Any] | float) -> dict[str, Any]:
     """A sound q4_k_m; `legs` replace legs."""
-    sound = {
-        "file": _leg(), "f16": _leg(nmse=3e-6, kl_mean=1e-5, top1=1.0), "file against f16": _leg(),
+    sound: dict[str, Any] = {
+        "file": _leg(), "f16": _leg(nmse=3e-6, kl_mean=1e-5, top1=1.0), "file_against_f16": _leg(),
         "rounded": _leg(nmse=1e-6, kl_mean=4e-6), "conversion": _leg(nmse=1e-6, kl_mean=5e-6, beyond=0.0),
         "arithmetic": _leg(nmse=1e-6, kl_mean=5e-6, nmse_middle=1e-6, kl_middle=2e-6),
-        "vendor": _leg(), "base": _leg(kl_mean=5.0, top1=0.2),
+        "vendor": _leg(), "base": _leg(kl_mean=5.0, top1=0.2), "beyond_vendor": 1.0,
     }  # fmt: skip
     good = {"ok": True, "compared": 300, "different": 0, "limits": [], "examples": []}
     fit: dict[str, Any] = {
@@ -171,28 +184,42 @@ def _measurement(**legs: dict[str, Any]) -> dict[str, Any]:
         "missing": [], "lost_rows": {}, "layouts": {}, "rests": {}, "touched": [], "scales": {},
     }  # fmt: skip
     return {
-        "legs": {**sound, **{name.replace("_", " "): leg for name, leg in legs.items()}},
-        "tokens": good, "prompt": good, "stops": {"ok": True, "token": "</s>"},
-        "file": {"type": "q4_k_m"}, "experts": 0, "greedy": {"prompts": 8, "same": 8},
-        "sample": {"rows": 60, "positions": 1000},
+        "legs": {**sound, **legs},
+        "tokens": good, "prompt": {"ok": True, "compared": 300}, "stops": {"ok": True, "token": "</s>"},
+        "file": _file(), "experts": 0, "greedy": {"prompts": 8, "same": 8}, "live": [], "seconds": {},
+        "merge_base": "original",
+        "sample": {
+            "rows": 60, "rows_given": 60, "positions": 1000, "answers": 900, "longest": 40, "cut_at": 512,
+        },
         "weights": {"file": fit, "f16": fit, "vendor": fit},
     }  # fmt: skip
 
 
+def _judged(measured: dict[str, Any], gates: Gates) -> dict[str, Any]:
+    return judge(from_plain(Measurement, measured), gates).plain()
+
+
+def test_a_misspelt_leg_is_no_leg_that_was_left_out() -> None:
+    measured = _measurement()
+    measured["legs"]["convertion"] = measured["legs"].pop("conversion")
+    with pytest.raises(ValueError, match=r"Measurement\.legs has no convertion"):
+        _judged(measured, Gates())
+
+
 def test_the_gates_are_judged_afresh_on_one_measurement() -> None:
     found = _measurement()
-    assert judge(found, Gates())["ok"]
-    over = judge(found, Gates(max_kl=1e-3))
+    assert _judged(found, Gates())["ok"]
+    over = _judged(found, Gates(max_kl=1e-3))
     assert (over["ok"], over["broken_stage"]) == (False, "quantize")
     assert "verify.max_kl" in over["verdict"]
-    under = judge(found, Gates(min_top1=0.99))
+    under = _judged(found, Gates(min_top1=0.99))
     assert (under["ok"], under["broken_stage"]) == (False, "quantize")
-    assert judge(found, Gates(max_kl=1e-2, min_top1=0.9))["ok"]
+    assert _judged(found, Gates(max_kl=1e-2, min_top1=0.9))["ok"]
 
 
 @pytest.mark.parametrize(("beyond", "ok"), [(1.0, True), (1.19, True), (1.25, False), (0.5, True)])
 def test_a_quantized_file_may_be_a_fifth_further_than_the_vendors_own(beyond: float, ok: bool) -> None:
-    found = judge(_measurement(file_against_f16=_leg(nmse=2e-3 * beyond)), Gates())
+    found = _judged(_measurement(file_against_f16=_leg(nmse=2e-3 * beyond)), Gates())
     assert found["ok"] is ok
     assert found["handovers"][-1]["beyond_vendor"] == pytest.approx(beyond)
     assert found["broken_stage"] == (None if ok else "quantize")
@@ -211,14 +238,14 @@ def test_a_conversion_is_held_to_what_its_type_does_to_this_model(
     measured = _measurement(conversion=leg, arithmetic=_leg(nmse=own, kl_mean=own))
     if not own:
         del measured["legs"]["arithmetic"], measured["legs"]["rounded"]
-    found = judge(measured, Gates())
+    found = _judged(measured, Gates())
     assert found["ok"] is ok
     assert found["broken_stage"] == (None if ok else "convert")
 
 
 def test_what_rounding_alone_moves_is_a_hand_over_of_its_own() -> None:
     """SmolLM2-135M in float32: KL 1.3e-5 from rounding to F16, of which the conversion has no part."""
-    found = judge(_measurement(rounded=_leg(nmse=1e-3, kl_mean=1e-3)), Gates())
+    found = _judged(_measurement(rounded=_leg(nmse=1e-3, kl_mean=1e-3)), Gates())
     assert found["ok"]
     assert [(one["from"], one["to"]) for one in found["handovers"]] == [
         ("fp32 base + adapter", "weights in F16"),
@@ -234,10 +261,10 @@ def test_what_rounding_alone_moves_is_a_hand_over_of_its_own() -> None:
 def test_near_ties_between_experts_are_no_fault(experts: int, middle: float, scale: float, ok: bool) -> None:
     """Nor an excuse: half of the positions are within the limits, and the weights say nothing else."""
     turned = _leg(nmse=0.01, kl_mean=0.01, nmse_middle=middle, kl_middle=1e-6, beyond=0.2)
-    measured = _measurement(conversion=turned, file_against_f16=_leg(beyond_vendor=1.0))
+    measured = _measurement(conversion=turned, beyond_vendor=1.0)
     measured["experts"] = experts
     measured["weights"]["f16"] = measured["weights"]["f16"] | {"scale": scale}
-    found = judge(measured, Gates())
+    found = _judged(measured, Gates())
     assert found["ok"] is ok
     assert ("near ties" in str(found["warnings"])) is ok
 
@@ -246,11 +273,11 @@ def test_near_ties_between_experts_are_no_fault(experts: int, middle: float, sca
 def test_what_was_merged_into_a_mixture_is_rounded_once(rest: float, ok: bool) -> None:
     """The f16 made here has no other to be held against: what float16 rounds is the measure."""
     turned = _leg(nmse=0.01, kl_mean=0.01, nmse_middle=1e-6, kl_middle=1e-6, beyond=0.2)
-    measured = _measurement(conversion=turned, file_against_f16=_leg(beyond_vendor=1.0)) | {"experts": 8}
+    measured = _measurement(conversion=turned, beyond_vendor=1.0) | {"experts": 8}
     name = "blk.0.attn_q.weight"
     seen = {"adapted": [name], "touched": [name], "rests": {name: rest}, "layouts": {name: "plain"}}
     measured["weights"]["f16"] = measured["weights"]["f16"] | seen
-    found = judge(measured, Gates())
+    found = _judged(measured, Gates())
     assert (found["ok"], found["broken_stage"]) == (ok, None if ok else "merge")
 
 
@@ -262,12 +289,12 @@ def test_a_quantized_mixture_is_held_to_the_middle_position_and_to_its_weights(
     share: float, times: float, scale: float, stage: str | None
 ) -> None:
     """Other near ties turned in llama.cpp's own: the means differ by more, or hide a fault."""
-    measured = _measurement(file_against_f16=_leg(nmse=2e-3 * share, beyond_vendor=times)) | {"experts": 8}
+    measured = _measurement(file_against_f16=_leg(nmse=2e-3 * share), beyond_vendor=times) | {"experts": 8}
     measured["weights"]["file"] = measured["weights"]["file"] | {"scale": scale}
-    found = judge(measured, Gates())
+    found = _judged(measured, Gates())
     assert (found["ok"], found["broken_stage"]) == (stage is None, stage)
     assert found["handovers"][-1]["beyond_vendor"] == times
-    assert judge(measured | {"experts": 0}, Gates())["ok"] is (share < 1.2)
+    assert _judged(measured | {"experts": 0}, Gates())["ok"] is (share < 1.2)
 
 
 def test_rows_that_the_file_lost_are_those_that_llama_cpps_own_has() -> None:
@@ -276,9 +303,9 @@ def test_rows_that_the_file_lost_are_those_that_llama_cpps_own_has() -> None:
     fit = measured["weights"]["vendor"]
     lost = {"token_embd.weight": 2}
     measured["weights"] |= {"file": {**fit, "lost_rows": lost}, "vendor": {**fit, "lost_rows": lost}}
-    assert judge(measured, Gates())["broken_stage"] == "quantize"
+    assert _judged(measured, Gates())["broken_stage"] == "quantize"
     measured["weights"]["vendor"] = fit
-    found = judge(measured, Gates())
+    found = _judged(measured, Gates())
     assert (found["broken_stage"], "2 rows of token_embd.weight" in found["verdict"]) == ("convert", True)
 
 
@@ -286,15 +313,15 @@ def test_rows_that_the_file_lost_are_those_that_llama_cpps_own_has() -> None:
 def test_a_shift_that_makes_answers_worse_than_as_trained_is_a_fault(difference: float, ok: bool) -> None:
     """Pitfall 22: the loss is that of the model as trained less that of the exported one, ± 0.01."""
     measured = _measurement(trained=_leg(kl_mean=0.5, loss_difference=difference))
-    found = judge(measured, Gates(as_trained=True))
+    found = _judged(measured, Gates(as_trained=True))
     assert (found["ok"], found["broken_stage"]) == (ok, None if ok else "merge")
     assert found["handovers"][0]["ok"] is ok
     assert ("+0.0210 ± 0.0100 nats" in found["verdict"]) is not ok
-    assert judge(measured, Gates())["ok"]
+    assert _judged(measured, Gates())["ok"]
 
 
 def test_a_shift_that_worsens_nothing_warns() -> None:
-    found = judge(_measurement(trained=_leg(kl_mean=0.5, top1=0.6)), Gates())
+    found = _judged(_measurement(trained=_leg(kl_mean=0.5, top1=0.6)), Gates())
     assert found["ok"]
     assert found["handovers"][0]["from"] == "as trained (NF4 base + adapter)"
     assert any("export.merge_base" in warning for warning in found["warnings"])
@@ -309,7 +336,7 @@ def test_a_shift_that_worsens_nothing_warns() -> None:
     ],
 )
 def test_a_lossy_type_is_shown_beside_the_published_norm(leg: dict[str, float], worse: bool) -> None:
-    found = judge(_measurement(file=_leg(**leg)), Gates())
+    found = _judged(_measurement(file=_leg(**leg)), Gates())
     assert found["ok"]
     words = (
         f"q4_k_m of this model has KL {leg['kl_mean']:.2g}, top-1 {leg['top1']:.1%}; of an 8B model KL 0.0313"
@@ -321,7 +348,7 @@ def test_a_lossy_type_is_shown_beside_the_published_norm(leg: dict[str, float], 
 
 
 def test_a_type_without_a_published_norm_is_shown_beside_none() -> None:
-    found = judge(_measurement(file=_leg(kl_mean=0.2)) | {"file": {"type": "iq4_xs"}}, Gates())
+    found = _judged(_measurement(file=_leg(kl_mean=0.2)) | {"file": _file(type="iq4_xs")}, Gates())
     assert found["norm"] is None and found["warnings"] == []
 
 

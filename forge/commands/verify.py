@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from forge import report, worker
 from forge.adapter.read import read_adapter
@@ -24,6 +24,8 @@ from forge.resolve.rows import builtin_rows, own_rows, plain_rows
 from forge.stages.verify import failure_of, tell
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
+from forge.verify.measure import measure
+from forge.verify.measurement import VerifyRequest
 from forge.verify.verdict import Gates, judge
 
 
@@ -40,7 +42,7 @@ class Files:
     gguf: Path
     adapter: Path | None = None
     lora: Path | None = None
-    merge_base: str = "original"
+    merge_base: Literal["original", "nf4"] = "original"
     merged: Path | None = None
     imatrix: Path | None = None
     trained_in_4bit: bool = False
@@ -69,33 +71,34 @@ def certify(
     with tempfile.TemporaryDirectory(prefix="forge-verify-") as scratch:
         _check_space(open_checkpoint(base).numel, files.gguf, Path(scratch))
         rows, end = _rows(tokenizer, data, configuration.max_positions, Path(scratch))
-        arguments = {
-            "base": str(base.absolute()),
-            "gguf": str(files.gguf.absolute()),
-            "adapter": _text(files.adapter),
-            "lora": _text(files.lora),
-            "merged": _text(files.merged),
-            "importance": _text(files.imatrix),
-            "tokenizer": str(tokenizer.directory.absolute()),
-            "chat_template": tokenizer.chat_template,
-            "rows": str(rows),
-            "converters": str(find_converters(open_store(read_only=True).root)),
-            "scratch": scratch,
-            "settings": {
-                "merge_base": files.merge_base, "nf4": files.trained_in_4bit, "end_of_turn_id": end,
-            },
-        }  # fmt: skip
-        measured = worker.call("verify", arguments)
+        request = VerifyRequest(
+            base=base.absolute(),
+            gguf=files.gguf.absolute(),
+            adapter=_absolute(files.adapter),
+            lora=_absolute(files.lora),
+            merged=_absolute(files.merged),
+            importance=_absolute(files.imatrix),
+            tokenizer=tokenizer.directory.absolute(),
+            chat_template=tokenizer.chat_template,
+            rows=rows,
+            converters=find_converters(open_store(read_only=True).root),
+            scratch=Path(scratch),
+            merge_base=files.merge_base,
+            trained_in_4bit=files.trained_in_4bit,
+            end_of_turn_id=end,
+        )
+        measured = worker.perform(measure, request)
     certificate = judge(measured, Gates(max_kl, min_top1))
     tell(certificate)
     if failure := failure_of(certificate):
         raise failure
-    report.result(certificate)
-    return certificate
+    plain = certificate.plain()
+    report.result(plain)
+    return plain
 
 
-def _text(path: Path | None) -> str | None:
-    return str(path.absolute()) if path else None
+def _absolute(path: Path | None) -> Path | None:
+    return path.absolute() if path else None
 
 
 def _check_limits(max_kl: float | None, min_top1: float | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -69,6 +68,7 @@ class DeployAction(OfShip, Action):
         data = results[DATA_STAGE].facts if DATA_STAGE in results else {}
         conversations = _conversations(self.ship.recipe, results)
         in_ollama = deploy.runtime == "ollama"
+        compared: list[int] = []
         settings = ServerSettings(
             model=artifact.path / GGUF_FILE,
             adapter=adapter_in(artifact),
@@ -83,12 +83,14 @@ class DeployAction(OfShip, Action):
             gpu_layers=deploy.gpu_layers,
             without_key=deploy.without_key,
             modelfile=_modelfile(results),
-            proof=partial(prove_in_ollama, self.ship, conversations) if in_ollama else None,
+            proof=(lambda one: compared.append(prove_in_ollama(self.ship, conversations, one)))
+            if in_ollama
+            else None,
         )
         endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
         live = None
         if not in_ollama:
-            prove_prompts(self.ship, endpoint, conversations)
+            compared.append(prove_prompts(self.ship, endpoint, conversations))
         if not in_ollama and VERIFY_STAGE in results:
             live = prove_live(
                 endpoint,
@@ -103,7 +105,7 @@ class DeployAction(OfShip, Action):
             "endpoint": endpoint.url,
             "model": endpoint.model,
             "context_tokens": settings.context_tokens,
-            "prompts_compared": len(conversations),
+            "prompts_compared": sum(compared),
             "live": live,
         }
 
@@ -130,15 +132,15 @@ def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
     return [messages for messages in rows if messages]  # a plain text has none
 
 
-def prove_prompts(ship: Resolved, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> None:
-    """The server writes each prompt as training did, in text and in ids.
+def prove_prompts(ship: Resolved, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> int:
+    """The server writes each prompt as training did, in text and in ids; returns of how many that is proved.
 
     Where the GGUF adds BOS, llama-server takes it off the text and puts it back as a token. Raises
     `CheckError` with the first difference.
     """
     from forge.serve.client import Client
 
-    form, bos = ship.prompt_format, ship.tokenizer.tokens.get("bos", "")
+    form, bos, proved = ship.prompt_format, ship.tokenizer.tokens.get("bos", ""), 0
     with Client(endpoint) as client:
         for messages in conversations:
             expected = ship.template.render(messages, add_generation_prompt=True)
@@ -147,6 +149,8 @@ def prove_prompts(ship: Resolved, endpoint: Endpoint, conversations: Sequence[Se
                 raise _differs("prompt differs from training's at character", expected, found)
             if (ids := client.tokenize(found, add_special=True)) != (trained := form.ids(expected)):
                 raise _differs("token ids differ from training's at token", trained, ids)
+            proved += 1
+    return proved
 
 
 def _differs(what: str, expected: Sequence[object], served: Sequence[object]) -> CheckError:
@@ -162,9 +166,10 @@ def _differs(what: str, expected: Sequence[object], served: Sequence[object]) ->
     )
 
 
-def prove_in_ollama(ship: Resolved, conversations: Sequence[Sequence[Message]], endpoint: Endpoint) -> None:
+def prove_in_ollama(ship: Resolved, conversations: Sequence[Sequence[Message]], endpoint: Endpoint) -> int:
     """The model that `endpoint` names writes each prompt as training did, with as many tokens, and answers.
 
+    Returns of how many prompts that is proved.
     Its runtime has compared it with the GGUF's own template; this holds it against the tokenizer that
     trained. Raises `CheckError` with the first difference, or the smoke queries
     that failed.
@@ -175,7 +180,7 @@ def prove_in_ollama(ship: Resolved, conversations: Sequence[Sequence[Message]], 
     form = ship.prompt_format
     with Ollama(endpoint.url) as server:
         prove_stops(server, endpoint.model, ship.stops.texts)
-        prove_prompts(
+        proved = prove_prompts(
             server,
             endpoint.model,
             ship.template,
@@ -184,3 +189,4 @@ def prove_in_ollama(ship: Resolved, conversations: Sequence[Sequence[Message]], 
             count=lambda texts: [len(form.ids(text)) for text in texts],
         )
     smoke_passes(ship.recipe, endpoint)
+    return proved

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report, worker
+from forge.codec import from_plain, to_plain
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
@@ -22,7 +23,9 @@ from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.tools.llama_cpp import find_converters
-from forge.verify.verdict import Gates, judge
+from forge.verify.measure import measure
+from forge.verify.measurement import Measurement, VerifyRequest
+from forge.verify.verdict import Certificate, Gates, judge
 
 VERIFY_STAGE = "verify"
 
@@ -69,29 +72,28 @@ class VerifyStage(GgufStage):
         merged, lora = export / MERGED_DIRECTORY, adapter_in(inputs[EXPORT_STAGE])
         work = out / "work"
         work.mkdir(exist_ok=True)
-        arguments = {
-            "base": str(self.ship.base_directory),
-            "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
-            "gguf": str(export / GGUF_FILE),
-            "merged": str(merged) if merged.is_dir() else None,
-            "lora": str(lora) if lora else None,
-            "importance": importance_in(inputs),
-            "tokenizer": str(self.ship.tokenizer.directory),
-            "chat_template": self.ship.template.pinned_source(),
-            "rows": str(certificate_rows(self.ship, inputs, work)),
-            "converters": str(find_converters(self.ship.store.root)),
-            "scratch": str(work),
-            "settings": {
-                "merge_base": inputs[EXPORT_STAGE].facts["merge_base"],
-                "nf4": bool(self.ship.training and self.ship.training.method == "qlora"),
-                "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
-                "trust_remote_code": self.ship.runs_own_code,
-            },
-        }
-        return worker.call("verify", arguments, log=self.ship.log)
+        request = VerifyRequest(
+            base=self.ship.base_directory,
+            adapter=inputs[ADAPTER_STAGE].path if ADAPTER_STAGE in inputs else None,
+            gguf=export / GGUF_FILE,
+            merged=merged if merged.is_dir() else None,
+            lora=lora,
+            importance=Path(matrix) if (matrix := importance_in(inputs)) else None,
+            tokenizer=self.ship.tokenizer.directory,
+            chat_template=self.ship.template.pinned_source(),
+            rows=certificate_rows(self.ship, inputs, work),
+            converters=find_converters(self.ship.store.root),
+            scratch=work,
+            merge_base=inputs[EXPORT_STAGE].facts["merge_base"],
+            trained_in_4bit=bool(self.ship.training and self.ship.training.method == "qlora"),
+            end_of_turn_id=self.ship.prompt_format.end_of_turn_id,
+            trust_remote_code=self.ship.runs_own_code,
+        )
+        plain: dict[str, Any] = to_plain(worker.perform(measure, request, log=self.ship.log))
+        return plain
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        verdict = certificate(self.ship, artifact.facts)
+        verdict = _certificate(self.ship, artifact.facts)
         tell(verdict)
         return failure_of(verdict)
 
@@ -99,40 +101,47 @@ class VerifyStage(GgufStage):
 def certificate(
     ship: Resolved, measured: Mapping[str, Any], live: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
-    """The verdict on this ship's file, with the running server's leg `live` where one was asked."""
+    """The verdict on this ship's file as plain JSON, with the server's leg `live` where one was asked."""
+    return _certificate(ship, measured, live).plain()
+
+
+def _certificate(
+    ship: Resolved, measured: Mapping[str, Any], live: Mapping[str, Any] | None = None
+) -> Certificate:
     verify = ship.recipe.verify
-    return judge(measured, Gates(verify.max_kl, verify.min_top1, verify.as_trained == "required"), live)
+    gates = Gates(verify.max_kl, verify.min_top1, verify.as_trained == "required")
+    return judge(from_plain(Measurement, measured), gates, live)
 
 
-def tell(certificate: Mapping[str, Any]) -> None:
+def tell(certificate: Certificate) -> None:
     """Show the hand-overs, the warnings and a good verdict; a bad one is an error's to say."""
     columns = ("hand-over", "", "NMSE", "KL mean", "KL max", "top-1")
     rows = [
         (
-            f"{one['from']} → {one['to']}",
-            "ok" if one["ok"] else "BROKEN",
-            *(f"{one[key]:.2g}" for key in ("nmse", "kl_mean", "kl_max")),
-            f"{one['top1']:.2%}",
+            f"{one.before} → {one.after}",
+            "ok" if one.ok else "BROKEN",
+            *(f"{figure:.2g}" for figure in (one.nmse, one.kl_mean, one.kl_max)),
+            f"{one.top1:.2%}",
         )
-        for one in certificate["handovers"]
+        for one in certificate.handovers
     ]
     report.table("certificate", columns, rows)
-    if certificate["norm"] and not certificate["norm"]["worse"]:  # else it is one of the warnings
-        report.info(certificate["norm"]["words"])
-    for warning in certificate["warnings"]:
+    if certificate.norm and not certificate.norm.worse:  # else it is one of the warnings
+        report.info(certificate.norm.words)
+    for warning in certificate.warnings:
         report.warning(warning)
-    if certificate["ok"]:
-        report.success(f"verified: {certificate['verdict']}")
+    if certificate.ok:
+        report.success(f"verified: {certificate.verdict}")
 
 
-def failure_of(certificate: Mapping[str, Any]) -> CheckError | None:
+def failure_of(certificate: Certificate) -> CheckError | None:
     """The error of a certificate that is not ok, with every problem; None for a good one."""
-    if certificate["ok"]:
+    if certificate.ok:
         return None
     failure = CheckError(
-        f"{certificate['broken_stage']} broke it: {certificate['verdict']}",
-        hint=certificate["remedy"],
-        problems=[Problem(problem) for problem in certificate["problems"]],
+        f"{certificate.broken_stage} broke it: {certificate.verdict}",
+        hint=certificate.remedy,
+        problems=[Problem(problem) for problem in certificate.problems],
     )
-    failure.fields = certificate
+    failure.fields = certificate.plain()
     return failure

@@ -47,7 +47,7 @@ def choose_base(base: str, adapter: str, rows: str, rows_are: str, trust_remote_
         "why": _words(rows_are, loss, error, len(worse), chosen),
         "loss": loss,
         "error": error if math.isfinite(error) else None,
-        "kl_mean": compare(trained, full, drawn)["kl_mean"],
+        "kl_mean": compare(trained, full, drawn).kl_mean,
         "rows": len(drawn.rows),
         "tokens": len(worse),
     }

@@ -64,7 +64,17 @@ def calibrate(**arguments: Any) -> dict[str, Any]:
     if not f16.is_file():
         shutil.rmtree(f16.parent, ignore_errors=True)
         f16.parent.mkdir()
-        make_f16({**arguments, **arguments["settings"]}, f16.parent)
+        settings = arguments["settings"]
+        make_f16(
+            f16.parent,
+            base=Path(arguments["base"]),
+            adapter=Path(arguments["adapter"]) if arguments["adapter"] else None,
+            tokenizer=Path(arguments["tokenizer"]),
+            chat_template=arguments["chat_template"],
+            converters=Path(arguments["converters"]),
+            end_of_turn_id=settings.get("end_of_turn_id"),
+            merge_base=settings.get("merge_base", "original"),
+        )
     facts: dict[str, Any] = {"importance": _importance(arguments, f16, work)}
     if arguments["types"]:
         found = _Search(arguments, f16, work).walk()
@@ -204,5 +214,12 @@ class _Search:
 
     def _row(self, kind: str, seen: Mapping[str, Any], logits: Any) -> dict[str, Any]:
         leg = compare(self._expected, logits, self._sample)
-        figures = ("kl_mean", "kl_error", "kl_max", "top1", "perplexity")
-        return {"quant": kind, **seen, **{name: leg[name] for name in figures}}
+        return {
+            "quant": kind,
+            **seen,
+            "kl_mean": leg.kl_mean,
+            "kl_error": leg.kl_error,
+            "kl_max": leg.kl_max,
+            "top1": leg.top1,
+            "perplexity": leg.perplexity,
+        }

@@ -6,9 +6,10 @@ Pure: it reads what `weights` measured. The stages: *merge* (which base, which a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from forge.verify.measurement import FileFacts, Fits, Handover, Measurement
 
 _SCALE_SLACK = 0.2
 _SURELY = 8.0
@@ -24,20 +25,30 @@ class Cause:
     remedy: str
 
 
-def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -> Cause:
+@dataclass(frozen=True)
+class _Differ:
+    """Tensors that are not as in the yardstick, of those `compared`; `worse_beside` no adapter touches."""
+
+    worse: tuple[str, ...]
+    worse_beside: tuple[str, ...]
+    moved: tuple[str, ...]
+    compared: int
+
+
+def cause_of(found: Measurement, handovers: Sequence[Handover]) -> Cause:
     """The cause of the first hand-over that is not ok."""
-    broken = next(one for one in handovers if not one["ok"])
-    if broken["to"] == "merged":
+    broken = next(one for one in handovers if not one.ok)
+    if broken.after == "merged":
         return _merged(found, broken)
-    if "beyond_vendor" in broken and (words := unlike_its_word(found["file"])):
+    if broken.beyond_vendor is not None and (words := unlike_its_word(found.file)):
         return Cause("quantize", words, "quantize again from f16 to the type that is wanted, or forge export")
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
-    if cause := told_by_weights(found, own=broken["to"] == "GGUF f16" and "f16" in found["legs"]):
+    if cause := told_by_weights(found, own=broken.after == "GGUF f16" and found.legs.f16 is not None):
         return cause
-    figures = f"NMSE {broken['nmse']:.2g}, KL {broken['kl_mean']:.2g}, top-1 {broken['top1']:.1%}"
-    if "beyond_vendor" in broken:
+    figures = f"NMSE {broken.nmse:.2g}, KL {broken.kl_mean:.2g}, top-1 {broken.top1:.1%}"
+    if broken.beyond_vendor is not None:
         words = (
-            f"the quantized file is {broken['beyond_vendor']:.3g} times as far from f16 as llama.cpp's own "
+            f"the quantized file is {broken.beyond_vendor:.3g} times as far from f16 as llama.cpp's own "
             f"({figures}), though its base and adapter are the right ones"
         )
         return Cause(
@@ -47,45 +58,44 @@ def cause_of(found: Mapping[str, Any], handovers: Sequence[Mapping[str, Any]]) -
     return Cause("convert", words, "convert again; llama.cpp may not cover this configuration of the family")
 
 
-def told_by_weights(found: Mapping[str, Any], *, own: bool) -> Cause | None:
+def told_by_weights(found: Measurement, *, own: bool) -> Cause | None:
     """What the weights of the file say is wrong, or with `own` those of the f16 made here."""
-    fits = found["weights"]
-    file = fits["f16"] if own else fits["file"]
-    direct = own or "vendor" not in fits
-    yardstick = fits["f16" if direct else "vendor"]
+    fits = found.weights
+    file = fits.f16 if own else fits.file
+    direct = own or fits.vendor is None
+    yardstick = fits.f16 if direct else fits.vendor
+    assert file and yardstick  # they are looked at where a hand-over broke
     differ = _unlike(file, yardstick, direct=direct)
     # Of the f16 made here the share of the adapter is itself in question, and hardly rounded.
     usual = None if direct else yardstick
     return _converted_wrongly(file, yardstick, differ) or _merged_wrongly(file, yardstick, differ, usual)
 
 
-def unlike_its_word(file: Mapping[str, Any]) -> str:
+def unlike_its_word(file: FileFacts) -> str:
     """What the tensors of a file are that its type does not have; empty where they are as it says."""
-    if not (unlike := file.get("unlike")):
+    if not (unlike := file.unlike):
         return ""
     return (
-        f"the file says that it is {file['type']}, its weights are mostly {unlike['tensors']}, "
-        f"those of llama.cpp's own mostly {unlike['expected']}"
+        f"the file says that it is {file.type}, its weights are mostly {unlike.tensors}, "
+        f"those of llama.cpp's own mostly {unlike.expected}"
     )
 
 
-def _merged(found: Mapping[str, Any], broken: Mapping[str, Any]) -> Cause:
+def _merged(found: Measurement, broken: Handover) -> Cause:
     words = (
-        f"the merged checkpoint is not base + adapter (KL {broken['kl_mean']:.2g}): it is of another run, "
+        f"the merged checkpoint is not base + adapter (KL {broken.kl_mean:.2g}): it is of another run, "
         "another base, or merged another way"
     )
     return Cause("merge", words, "delete the merged directory and merge again")
 
 
-def _converted_wrongly(
-    file: Mapping[str, Any], yardstick: Mapping[str, Any], differ: Mapping[str, Any]
-) -> Cause | None:
+def _converted_wrongly(file: Fits, yardstick: Fits, differ: _Differ) -> Cause | None:
     again = "convert the same checkpoint again with an up-to-date llama.cpp, or with forge export"
-    gone = sorted(set(file["missing"]) - set(yardstick["missing"])) if file is not yardstick else []
+    gone = sorted(set(file.missing) - set(yardstick.missing)) if file is not yardstick else []
     if gone:
         return Cause("convert", f"{len(gone)} tensors are missing from the file, such as {gone[0]}", again)
-    usual = {} if file is yardstick else yardstick["lost_rows"]
-    lost = {name: count for name, count in file["lost_rows"].items() if count > usual.get(name, 0)}
+    usual = {} if file is yardstick else yardstick.lost_rows
+    lost = {name: count for name, count in file.lost_rows.items() if count > usual.get(name, 0)}
     if lost:
         name, count = next(iter(lost.items()))
         return Cause(
@@ -93,12 +103,12 @@ def _converted_wrongly(
             f"{count} rows of {name} are zeros in the file or not there: added tokens were lost",
             again,
         )
-    if differ["moved"]:
-        names = ", ".join(differ["moved"][:4])
+    if differ.moved:
+        names = ", ".join(differ.moved[:4])
         words = f"the rows of {names} are in another order: query and key were permuted by the wrong factor"
         return Cause("convert", words, again)
-    worse = list(differ["worse"])
-    if worse and set(worse) <= set(_HEADS) - set(file["touched"]):
+    worse = list(differ.worse)
+    if worse and set(worse) <= set(_HEADS) - set(file.touched):
         return Cause(
             "convert", f"{' and '.join(worse)} are not the checkpoint's: the head was lost or retied", again
         )
@@ -106,13 +116,13 @@ def _converted_wrongly(
 
 
 def _merged_wrongly(
-    file: Mapping[str, Any],
-    yardstick: Mapping[str, Any],
-    differ: Mapping[str, Any],
-    usual: Mapping[str, Any] | None,
+    file: Fits,
+    yardstick: Fits,
+    differ: _Differ,
+    usual: Fits | None,
 ) -> Cause | None:
-    once, scale = _usual_scale(usual), file["scale"]
-    beside = differ["worse_beside"]
+    once, scale = _usual_scale(usual), file.scale
+    beside = differ.worse_beside
     if beside:
         words = (
             f"{beside[0]}{' and others differ' if len(beside) > 1 else ' differs'} from the base, though no "
@@ -123,7 +133,7 @@ def _merged_wrongly(
         )
     if scale is None:
         return None
-    nf4, full = file["rest_nf4"], file["rest_beside_nf4"]
+    nf4, full = file.rest_nf4, file.rest_beside_nf4
     if nf4 is not None and full is not None and nf4 < 0.7 * full:
         words = "the adapter was merged into the 4-bit (NF4) base: its rounding is in the weights"
         return Cause("merge", words, "merge into the unquantized base in float32: forge export does")
@@ -138,14 +148,14 @@ def _merged_wrongly(
     if other := _other_scales(file, usual):
         name, times = next(iter(other.items()))
         words = (
-            f"in {len(other)} of {len(file['scales'])} adapted tensors the adapter is not once, but "
+            f"in {len(other)} of {len(file.scales)} adapted tensors the adapter is not once, but "
             f"another number of times: {times:.3g} in {name}"
         )
         return Cause("merge", words, "check rank_pattern, alpha_pattern and target_modules; export again")
-    if differ["worse"]:
-        names = ", ".join(list(differ["worse"])[:3])
+    if differ.worse:
+        names = ", ".join(list(differ.worse)[:3])
         words = (
-            f"{len(differ['worse'])} of {differ['compared']} tensors are neither base + adapter nor its "
+            f"{len(differ.worse)} of {differ.compared} tensors are neither base + adapter nor its "
             f"rounding ({names}): another adapter was merged, or a merged directory of an earlier "
             "run was used"
         )
@@ -153,29 +163,29 @@ def _merged_wrongly(
     return None
 
 
-def _other_scales(file: Mapping[str, Any], usual: Mapping[str, Any] | None) -> dict[str, float]:
+def _other_scales(file: Fits, usual: Fits | None) -> dict[str, float]:
     """Tensors in which the adapter is not as often as in a sound file, by more than the rounding explains."""
-    expected = usual["scales"] if usual else {}
+    expected = usual.scales if usual else {}
     return {
         name: scale
-        for name, (scale, sure) in file["scales"].items()
+        for name, (scale, sure) in file.scales.items()
         if abs(scale - (expected[name][0] if name in expected else 1)) > _SCALE_SLACK + _SURELY * sure
     }
 
 
-def _usual_scale(usual: Mapping[str, Any] | None) -> float:
+def _usual_scale(usual: Fits | None) -> float:
     """How often the adapter seems to be in a sound file: once, but for what a type's rounding adds to it.
 
     Beside four bits' rounding a small adapter is hardly seen: llama.cpp's own file showed one 1.25 times.
     That file is only believed behind an f16 that was held to once.
     """
-    scale = usual["scale"] if usual else None
+    scale = usual.scale if usual else None
     return 1.0 if scale is None else float(scale)
 
 
-def _is_clean(file: Mapping[str, Any], yardstick: Mapping[str, Any]) -> bool:
+def _is_clean(file: Fits, yardstick: Fits) -> bool:
     """Beside the adapter there is no more rest than the type's rounding."""
-    return not _is_worse(file["rest"], yardstick["rest"])
+    return file.rest is None or not _is_worse(file.rest, yardstick.rest or 0.0)
 
 
 def _is_worse(rest: float, usual: float) -> bool:
@@ -183,23 +193,18 @@ def _is_worse(rest: float, usual: float) -> bool:
     return rest > 1.15 * usual + 1e-3
 
 
-def _unlike(file: Mapping[str, Any], yardstick: Mapping[str, Any], *, direct: bool) -> dict[str, Any]:
+def _unlike(file: Fits, yardstick: Fits, *, direct: bool) -> _Differ:
     """Tensors of the file whose rest is over the yardstick's, and those in another order of rows.
 
     `direct`: the yardstick is an f16.
     """
-    rests, usual = file["rests"], yardstick["rests"]
+    rests, usual = file.rests, yardstick.rests
     if direct:
         # The f16 made here is merged by the same export; what was merged is rounded once, and no more.
-        usual = usual | dict.fromkeys(file["touched"], 0.0)
+        usual = {**usual, **dict.fromkeys(file.touched, 0.0)}
     both = rests.keys() & usual.keys()
     worse = {name: rests[name] for name in both if _is_worse(rests[name], usual[name])}
-    layouts, expected = file["layouts"], yardstick["layouts"]
+    layouts, expected = file.layouts, yardstick.layouts
     moved = [name for name in both if layouts[name] != expected[name]]
-    plain = {name for name in both if name not in file["touched"]}
-    return {
-        "worse": dict(sorted(worse.items())),
-        "worse_beside": sorted(worse.keys() & plain),
-        "moved": sorted(moved),
-        "compared": len(both),
-    }
+    plain = {name for name in both if name not in file.touched}
+    return _Differ(tuple(sorted(worse)), tuple(sorted(worse.keys() & plain)), tuple(sorted(moved)), len(both))

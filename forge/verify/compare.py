@@ -14,9 +14,10 @@ token's way, in all of a row or from some place on, moves one of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from forge.verify.measurement import Leg, Stretch
 from forge.verify.sample import Sample
 
 LEAST_NMSE, LEAST_KL = 1e-7, 1e-7
@@ -31,7 +32,7 @@ _BUCKETS = 32
 _STRETCHES, _LEAST_OF_A_STRETCH = 8, 32
 
 
-def compare(reference: Any, candidate: Any, sample: Sample) -> dict[str, Any]:
+def compare(reference: Any, candidate: Any, sample: Sample) -> Leg:
     """Compare float32 logits of shape (positions, vocabulary), at the positions of `sample`.
 
     Where one vocabulary is padded, only the ids of both count.
@@ -51,22 +52,22 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> dict[str, Any]:
     error, power, kl, same, loss, other = (np.concatenate(column) for column in zip(*parts, strict=True))
     counted, shares, stretches = _counted(sample), error / np.maximum(power, 1e-300), _stretches(sample)
     further = (other - loss)[counted]
-    return {
-        "positions": len(follows),
-        "nmse": float(error.sum() / max(power.sum(), 1e-300)),
-        "nmse_middle": _middle(shares, stretches),
-        "beyond": float((shares > FAR_NMSE).mean()),
-        "kl_mean": float(kl.mean()),
-        "kl_middle": _middle(kl, stretches),
-        "kl_error": float(kl.std() / math.sqrt(len(kl))),
-        "kl_max": float(kl.max()),
-        "top1": float(same.mean()),
-        "perplexity_reference": float(np.exp(min(loss[counted].mean(), 50.0))),
-        "perplexity": float(np.exp(min(other[counted].mean(), 50.0))),
-        "loss_difference": float(further.mean()),
-        "loss_error": float(further.std() / math.sqrt(max(len(further) - 1, 1))),
-        "kl_by_position": _by_position(kl, [index for _, index in sample.positions]),
-    }
+    return Leg(
+        positions=len(follows),
+        nmse=float(error.sum() / max(power.sum(), 1e-300)),
+        nmse_middle=_middle(shares, stretches),
+        beyond=float((shares > FAR_NMSE).mean()),
+        kl_mean=float(kl.mean()),
+        kl_middle=_middle(kl, stretches),
+        kl_error=float(kl.std() / math.sqrt(len(kl))),
+        kl_max=float(kl.max()),
+        top1=float(same.mean()),
+        perplexity_reference=float(np.exp(min(loss[counted].mean(), 50.0))),
+        perplexity=float(np.exp(min(other[counted].mean(), 50.0))),
+        loss_difference=float(further.mean()),
+        loss_error=float(further.std() / math.sqrt(max(len(further) - 1, 1))),
+        kl_by_position=_by_position(kl, [index for _, index in sample.positions]),
+    )
 
 
 def times_as_far(reference: Any, candidate: Any, other: Any, sample: Sample) -> float:
@@ -111,25 +112,22 @@ def _counted(sample: Sample) -> Any:
     return np.asarray(sample.answers) if any(sample.answers) else np.ones(len(sample.answers), dtype=bool)
 
 
-def converts(leg: Mapping[str, Any], own: Mapping[str, Any] | None) -> bool:
+def converts(leg: Leg, own: Leg | None) -> bool:
     """Whether two sets of logits are as near as a conversion leaves them.
 
     `own` is what the type's own arithmetic does to the same model (None where it is float32).
     """
-    return _is_within(leg, own, "nmse", "kl_mean")
+    nmse, kl = (own.nmse, own.kl_mean) if own else (0.0, 0.0)
+    return leg.nmse <= MOST_TIMES * nmse + LEAST_NMSE and leg.kl_mean <= MOST_TIMES * kl + LEAST_KL
 
 
-def converts_mostly(leg: Mapping[str, Any], own: Mapping[str, Any] | None) -> bool:
+def converts_mostly(leg: Leg, own: Leg | None) -> bool:
     """Whether at half of all positions they are, and at a quarter of those of every stretch of the rows.
 
     What a fault in every token's way never leaves; one at few tokens, or in few experts, may.
     """
-    return _is_within(leg, own, "nmse_middle", "kl_middle")
-
-
-def _is_within(leg: Mapping[str, Any], own: Mapping[str, Any] | None, nmse: str, kl: str) -> bool:
-    limits = {nmse: LEAST_NMSE, kl: LEAST_KL}
-    return all(leg[key] <= MOST_TIMES * (own[key] if own else 0.0) + least for key, least in limits.items())
+    nmse, kl = (own.nmse_middle, own.kl_middle) if own else (0.0, 0.0)
+    return leg.nmse_middle <= MOST_TIMES * nmse + LEAST_NMSE and leg.kl_middle <= MOST_TIMES * kl + LEAST_KL
 
 
 def _block(reference: Any, candidate: Any, follows: Any) -> tuple[Any, ...]:
@@ -181,7 +179,7 @@ def _log_softmax(logits: Any) -> Any:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def _by_position(kl: Any, places: Sequence[int]) -> list[dict[str, Any]]:
+def _by_position(kl: Any, places: Sequence[int]) -> tuple[Stretch, ...]:
     """Mean and greatest KL by place in the row, in at most `_BUCKETS` stretches of equal width."""
     import numpy as np
 
@@ -191,8 +189,8 @@ def _by_position(kl: Any, places: Sequence[int]) -> list[dict[str, Any]]:
     for start in range(0, int(where.max()) + 1, width):
         inside = kl[(where >= start) & (where < start + width)]
         if len(inside):
-            found.append({"position": start, "mean": _short(inside.mean()), "max": _short(inside.max())})
-    return found
+            found.append(Stretch(start, _short(inside.mean()), _short(inside.max())))
+    return tuple(found)
 
 
 def _short(value: Any) -> float:

@@ -16,6 +16,7 @@ from forge.export.types import UNQUANTIZED, is_made_by_importance, type_name
 from forge.model.config import Configuration
 from forge.model.gguf_header import GgufHeader, LongArray
 from forge.model.safetensors_header import TensorSpec
+from forge.verify.measurement import FileFacts
 
 # Of mixtures, the one that rounds most: a file that does not say which it is may be any of them.
 _COARSEST = {"Q3_K": "q3_k_s", "Q4_K": "q4_k_s", "Q5_K": "q5_k_s"}
@@ -109,22 +110,25 @@ def most_frequent(header: GgufHeader) -> str:
     return next((kind for kind in header.tensor_types if kind != "F32"), "F32")
 
 
-def file_facts(path: Path, header: GgufHeader) -> dict[str, Any]:
+def file_facts(path: Path, header: GgufHeader) -> FileFacts:
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     count = (
         tokens.count if isinstance(tokens, LongArray) else len(tokens) if isinstance(tokens, tuple) else None
     )
-    return {
-        "type": type_of(header),
-        "says": type_name(header.metadata.get("general.file_type")),
-        "architecture": header.architecture,
-        "bytes": path.stat().st_size,
-        "tensor_types": header.tensor_types,
-        "vocabulary": count,
-        "sampling": {
-            key: value for key, value in header.metadata.items() if key.startswith("general.sampling.")
-        },
+    sampling = {
+        key: value
+        for key, value in header.metadata.items()
+        if key.startswith("general.sampling.") and not isinstance(value, LongArray | tuple)
     }
+    return FileFacts(
+        type=type_of(header),
+        says=type_name(header.metadata.get("general.file_type")),
+        architecture=header.architecture,
+        bytes=path.stat().st_size,
+        tensor_types=header.tensor_types,
+        vocabulary=count,
+        sampling=sampling,
+    )
 
 
 def refuse_too_large(tensors: Mapping[str, TensorSpec], free: int) -> None:

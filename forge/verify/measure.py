@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,18 @@ from forge.verify.inputs import (
     type_of_tensors,
 )
 from forge.verify.loader import Weights
+from forge.verify.measurement import (
+    Drawn,
+    Expected,
+    FileFacts,
+    FitsOfFiles,
+    Leg,
+    Legs,
+    Measurement,
+    Unlike,
+    VerifyRequest,
+    Vocabulary,
+)
 from forge.verify.rounding import rounding_of, rounding_of_checkpoint
 from forge.verify.tuned import open_model
 from forge.verify.vocabulary import added_tokens, check_vocabulary
@@ -51,26 +63,20 @@ _LIVE_PROMPTS, _LIVE_TOKENS = 32, 8
 
 @dataclass
 class _Session:
-    """What the steps share; `told` says what was compared so far."""
+    """What the steps share; `done` are the steps that were taken, `seconds` what they took."""
 
-    arguments: Mapping[str, Any]
-    found: dict[str, Any] = field(default_factory=dict)
-    told: list[str] = field(default_factory=list)
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        settings: Mapping[str, Any] = self.arguments["settings"]
-        return settings
+    request: VerifyRequest
+    done: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def source(self) -> Weights:
         """Base and adapter, as the reference reads them; `DataError` for settings that are refused."""
-        adapter = Path(self.arguments["adapter"]) if self.arguments["adapter"] else None
-        if adapter:
-            read_adapter(adapter)
-        nf4 = self.settings.get("merge_base") == "nf4"
-        trust = self.settings.get("trust_remote_code", False)
-        return Weights(Path(self.arguments["base"]), adapter, nf4=nf4, trust_remote_code=trust)
+        request = self.request
+        if request.adapter:
+            read_adapter(request.adapter)
+        nf4 = request.merge_base == "nf4"
+        return Weights(request.base, request.adapter, nf4=nf4, trust_remote_code=request.trust_remote_code)
 
     @cached_property
     def facts(self) -> Configuration:
@@ -79,16 +85,6 @@ class _Session:
         rows = open_model(self.source).vocabulary_size if self.source.adapter else None
         return replace(facts, vocabulary_size=rows or facts.vocabulary_size)
 
-    @property
-    def lora(self) -> Path | None:
-        """The adapter's own GGUF, where the file is its base alone."""
-        return Path(self.arguments["lora"]) if self.arguments.get("lora") else None
-
-    @property
-    def importance(self) -> Path | None:
-        """The matrix that the file was rounded by."""
-        return Path(self.arguments["importance"]) if self.arguments.get("importance") else None
-
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
         """Time a step; an error in it says how far it got."""
@@ -96,214 +92,242 @@ class _Session:
         try:
             yield
         except ForgeError as failure:
-            before = ", ".join(self.told) or "nothing"
+            before = ", ".join(self.done) or "nothing"
             failure.problems = (
                 *failure.problems,
                 Problem(f"it failed at: {name}; compared before: {before}"),
             )
             raise
-        self.told.append(name)
-        self.found["seconds"][name] = round(time.monotonic() - started, 1)
+        self.done.append(name)
+        self.seconds[name] = round(time.monotonic() - started, 1)
 
 
-def measure(**arguments: Any) -> dict[str, Any]:
-    """Compare `gguf` with `base` and `adapter`; returns plain JSON.
+def measure(request: VerifyRequest) -> Measurement:
+    """Compare a GGUF with what it should have been made of.
 
-    Arguments: base, adapter, gguf, tokenizer, chat_template (as trained, its variables written in), rows
-    (JSONL of input_ids, labels and messages), converters, scratch (a directory for large temporary
-    files), merged (a merged checkpoint, or None); optional: lora (the adapter's GGUF beside that of
-    its base), f16 (llama.cpp's own conversion, where it is there already), importance (the matrix that
-    the file was rounded by). settings: nf4 (trained
-    on it), merge_base, end_of_turn_id, trust_remote_code.
     Raises `DataError` for files that cannot be compared at all, with what was compared before.
     """
-    upstream.load(Path(arguments["converters"]))  # before anything imports another gguf
-    session = _Session(arguments, {"seconds": {}})
-    gguf, base = Path(arguments["gguf"]), Path(arguments["base"])
+    upstream.load(request.converters)  # before anything imports another gguf
+    session = _Session(request)
     facts = session.facts
     with session.step("the file's header"):
-        header = read_gguf(gguf)
+        header = read_gguf(request.gguf)
         refuse_other_model(header, facts)
-        refuse_other_importance(header, session.importance)
-    rows = read_rows(Path(arguments["rows"]))
-    session.found["file"] = file_facts(gguf, header)
-    session.found["experts"] = facts.experts or 0
-    session.found["merge_base"] = session.settings.get("merge_base", "original")
+        refuse_other_importance(header, request.importance)
+    rows = read_rows(request.rows)
+    file = file_facts(request.gguf, header)
     with session.step("token ids, prompt and stops"):
-        session.found |= _vocabulary(session, rows)
+        vocabulary = _vocabulary(request, rows)
     with session.step("rows drawn"):
-        refuse_too_large(open_checkpoint(base).tensors, available().free)
-        vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
+        refuse_too_large(open_checkpoint(request.base).tensors, available().free)
+        tokens = facts.vocabulary_size or read_tokenizer(request.base).vocabulary_size
         refuse_long(rows, facts, header)
-        refuse_other_vocabulary(rows, session.found["file"]["vocabulary"])
-        drawn = sample.draw(rows, vocabulary, facts.max_positions)
-    session.found["sample"] = _sample_facts(rows, drawn)
-    with tempfile.TemporaryDirectory(dir=arguments["scratch"], prefix="forge-verify-") as scratch:
-        _legs(session, drawn, rows, Path(scratch))
-    return session.found
+        refuse_other_vocabulary(rows, file.vocabulary)
+        drawn = sample.draw(rows, tokens, facts.max_positions)
+    prompts = _prompts(rows)
+    context = max([*map(len, drawn.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
+    with (
+        session.step("the file's greedy answers"),
+        served.loaded(request.gguf, context, request.lora) as model,
+    ):
+        made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
+        precise = [model.after(prompt) for prompt in prompts]
+    with session.step("what its server should answer"):
+        with served.loaded(request.gguf, context, request.lora, like_server=True) as model:
+            live = _expected_live(model, prompts, precise)
+    with session.step("the reference in float32"):
+        expected = reference.logits(session.source, drawn, "the reference")
+        greedy = reference.greedy(session.source, made)
+    with tempfile.TemporaryDirectory(dir=request.scratch, prefix="forge-verify-") as scratch:
+        measured = _Comparison(session, drawn, context, expected).of(file, Path(scratch))
+    return Measurement(
+        file=measured.file,
+        experts=facts.experts or 0,
+        merge_base=request.merge_base,
+        tokens=vocabulary.tokens,
+        prompt=vocabulary.prompt,
+        stops=vocabulary.stops,
+        sample=_drawn(rows, drawn),
+        legs=measured.legs,
+        greedy=greedy,
+        live=live,
+        weights=measured.weights,
+        seconds=session.seconds,
+    )
 
 
-def _vocabulary(session: _Session, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    arguments = session.arguments
-    tokenizer = Path(arguments["tokenizer"])
-    source = arguments["chat_template"]
-    template = ChatTemplate(source, read_tokenizer(tokenizer).template_tokens) if source else None
+def _vocabulary(request: VerifyRequest, rows: Sequence[Mapping[str, Any]]) -> Vocabulary:
+    source = request.chat_template
+    template = ChatTemplate(source, read_tokenizer(request.tokenizer).template_tokens) if source else None
     own = [row["messages"] for row in rows if row.get("messages")][:_OWN_PROMPTS]
     hello = [[{"role": "user", "content": "Hello!"}]]
     system = [[{"role": "system", "content": "Be brief."}, *hello[0]]]
     asked = [messages[:-1] for messages in own if len(messages) > 1]
-    added = added_tokens(Path(arguments["base"]), tokenizer)[:_OWN_PROMPTS]
+    added = added_tokens(request.base, request.tokenizer)[:_OWN_PROMPTS]
     asked += [[{"role": "user", "content": token}] for token in added]
-    end = session.settings.get("end_of_turn_id")
-    return check_vocabulary(
-        Path(arguments["gguf"]), tokenizer, template, [*hello, *system, *asked, *own], end
+    conversations = [*hello, *system, *asked, *own]
+    return check_vocabulary(request.gguf, request.tokenizer, template, conversations, request.end_of_turn_id)
+
+
+def _drawn(rows: Sequence[Any], drawn: sample.Sample) -> Drawn:
+    return Drawn(
+        rows=len(drawn.rows),
+        rows_given=len(rows),
+        positions=len(drawn.positions),
+        answers=sum(drawn.answers),
+        longest=max(map(len, drawn.rows)),
+        cut_at=sample.LONGEST,
     )
 
 
-def _sample_facts(rows: Sequence[Any], drawn: sample.Sample) -> dict[str, Any]:
-    return {
-        "rows": len(drawn.rows),
-        "rows_given": len(rows),
-        "positions": len(drawn.positions),
-        "answers": sum(drawn.answers),
-        "longest": max(map(len, drawn.rows)),
-        "cut_at": sample.LONGEST,
-    }
+@dataclass(frozen=True)
+class _Compared:
+    """What the comparison of a file comes to; its type may be another one than it says."""
 
-
-def _legs(
-    session: _Session,
-    drawn: sample.Sample,
-    rows: Sequence[Mapping[str, Any]],
-    scratch: Path,
-) -> None:
-    """Every set of logits once; each is compared with the reference and let go."""
-    arguments, found = session.arguments, session.found
-    gguf = Path(arguments["gguf"])
-    prompts = _prompts(rows)
-    context = max([*map(len, drawn.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
-    with session.step("the file's greedy answers"), served.loaded(gguf, context, session.lora) as model:
-        made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
-        precise = [model.after(prompt) for prompt in prompts]
-    with session.step("what its server should answer"):
-        with served.loaded(gguf, context, session.lora, like_server=True) as model:
-            found["live"] = _expected_live(model, prompts, precise)
-    source = session.source
-    with session.step("the reference in float32"):
-        expected = reference.logits(source, drawn, "the reference")
-        found["greedy"] = reference.greedy(source, made)
-    measured = _Legs(session, drawn, context, expected)
-    measured.of_checkpoints(source)
-    files = measured.of_files(gguf, source, scratch)
-    with session.step("weights"):
-        inside = replace(source, adapter=None) if session.lora else source
-        found["weights"] = weights.fit_weights(files, inside, session.facts)
+    file: FileFacts
+    legs: Legs
+    weights: FitsOfFiles
 
 
 @dataclass(frozen=True)
-class _Legs:
-    """Compares sets of logits with `expected`, the reference's, and keeps what comes out."""
+class _Conversion:
+    """An unquantized file from the reference with its weights rounded as the file has them."""
+
+    conversion: Leg
+    rounded: Leg | None = None
+    arithmetic: Leg | None = None
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Makes every set of logits once; each is compared and let go."""
 
     session: _Session
     drawn: sample.Sample
     context: int
     expected: Any
+    """The reference's logits."""
 
-    def of_checkpoints(self, source: Weights) -> None:
-        """The base alone, the base as it was trained, a merged checkpoint: what there is of them."""
-        merged = self.session.arguments["merged"]
-        shifts = source.adapter and self.session.settings.get("nf4") and not source.nf4
-        held = rounding_of_checkpoint(open_checkpoint(Path(merged))) if merged else None
-        legs = {
-            "base": replace(source, plain=True) if source.adapter else None,
-            "trained": replace(source, nf4=True) if shifts else None,
-            "merged": replace(source, base=Path(merged), adapter=None, nf4=False) if merged else None,
-            "as merged": replace(source, rounding=held) if held and not held.is_exact else None,
-        }
-        for name, one in legs.items():
-            if one:
-                with self.session.step(name):
-                    self._compare(name, reference.logits(one, self.drawn, f"the reference, {name}"))
-
-    def of_files(self, gguf: Path, whole: Weights, scratch: Path) -> dict[str, Path]:
-        """The file and its yardsticks; returns the files whose weights are worth a look.
-
-        `whole` is what the reference was made of.
-        """
-        session, kind = self.session, self.session.found["file"]["type"]
-        source = {**session.arguments, **session.settings}
-        if session.lora:
-            source["adapter"] = None  # it is loaded beside the yardsticks too
-        measured = self._file("file", gguf)
-        if kind in DIRECT:
-            self._conversion(whole, gguf, measured)
-            legs = session.found["legs"]
-            if converts(legs["conversion"], legs.get("arithmetic")):
-                return {"file": gguf}
-        # For a direct conversion that failed it is the weights' yardstick, to name the stage by.
-        with session.step("llama.cpp's own conversion"):
-            given = session.arguments.get("f16")
-            f16 = Path(given) if given else yardstick.make_f16(source, _directory(scratch / "f16"))
-        if kind == "bf16":  # rounds eight times as much as f16 does
-            same = yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores())
-            return {"file": gguf, "f16": f16, "vendor": same}
-        if kind in DIRECT:
-            return {"file": gguf, "f16": f16}
-        direct = self._file("f16", f16)
-        self._conversion(whole, f16, direct)
-        self._compare("file against f16", measured, direct)
+    def of(self, file: FileFacts, scratch: Path) -> _Compared:
+        """The file, the checkpoints behind it, and its yardsticks."""
+        request, session = self.session.request, self.session
+        source = session.source
+        shifts = source.adapter is not None and request.trained_in_4bit and not source.nf4
+        base = self._checkpoint("base", replace(source, plain=True)) if source.adapter else None
+        trained = self._checkpoint("trained", replace(source, nf4=True)) if shifts else None
+        merged, as_merged = self._merged() if request.merged else (None, None)
+        logits = self._logits("file", request.gguf)
+        legs = partial(
+            Legs,
+            file=self._compare(logits),
+            base=base,
+            trained=trained,
+            merged=merged,
+            as_merged=as_merged,
+        )
+        if file.type in DIRECT:
+            found = self._conversion(request.gguf, logits)
+            sound = converts(found.conversion, found.arithmetic)
+            # Of a conversion that failed llama.cpp's own names the stage, by its weights.
+            weights = self._weights(request.gguf, *(() if sound else self._yardsticks(file.type, scratch)))
+            return _Compared(file, legs(**vars(found)), weights)
+        f16 = self._f16(scratch)
+        direct = self._logits("f16", f16)
+        found = self._conversion(f16, direct)
         vendor = scratch / "vendor.gguf"
         with session.step("llama.cpp's own quantization"):
-            yardstick.make_quantized(f16, vendor, kind, usable_cores(), session.importance)
-            held = _doubted(session.found["file"], read_gguf(gguf), read_gguf(vendor))
-            if held != kind:
-                yardstick.make_quantized(f16, vendor, held, usable_cores(), session.importance)
-        theirs = self._file("vendor", vendor, direct)
-        against = session.found["legs"]["file against f16"]
-        against["beyond_vendor"] = times_as_far(direct, measured, theirs, self.drawn)
-        return {"file": gguf, "f16": f16, "vendor": vendor}
+            yardstick.make_quantized(f16, vendor, file.type, usable_cores(), request.importance)
+            held = _doubted(file, read_gguf(request.gguf), read_gguf(vendor))
+            if held.type != file.type:
+                yardstick.make_quantized(f16, vendor, held.type, usable_cores(), request.importance)
+        theirs = self._logits("vendor", vendor)
+        quantized = {
+            "f16": self._compare(direct),
+            "file_against_f16": self._compare(logits, direct),
+            "vendor": self._compare(theirs, direct),
+        }
+        beyond = times_as_far(direct, logits, theirs, self.drawn)
+        weights = self._weights(request.gguf, f16, vendor)
+        return _Compared(held, legs(**vars(found), **quantized, beyond_vendor=beyond), weights)
 
-    def _conversion(self, whole: Weights, path: Path, logits: Any) -> None:
-        """The unquantized file in `path` against the reference with its weights rounded as the file has them.
+    def _merged(self) -> tuple[Leg, Leg | None]:
+        """A merged checkpoint, and the reference rounded as it is."""
+        merged, source = self.session.request.merged, self.session.source
+        assert merged is not None
+        held = rounding_of_checkpoint(open_checkpoint(merged))
+        found = self._checkpoint("merged", replace(source, base=merged, adapter=None, nf4=False))
+        if held.is_exact:
+            return found, None
+        return found, self._checkpoint("as merged", replace(source, rounding=held))
 
-        The leg `rounded` is what that rounding does; `arithmetic` what rounding their inputs does beside it,
-        as llama.cpp's products of 16 bits do: the scale for what is left, which is the conversion's.
+    def _yardsticks(self, kind: str, scratch: Path) -> tuple[Path, ...]:
+        """llama.cpp's own f16, and of bf16, which rounds eight times as much, a file of that type too."""
+        f16 = self._f16(scratch)
+        if kind != "bf16":
+            return (f16,)
+        return f16, yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores())
+
+    def _f16(self, scratch: Path) -> Path:
+        with self.session.step("llama.cpp's own conversion"):
+            request = self.session.request
+            return request.f16 or yardstick.make_f16(
+                _directory(scratch / "f16"),
+                base=request.base,
+                adapter=None if request.lora else request.adapter,  # else it is loaded beside this too
+                tokenizer=request.tokenizer,
+                chat_template=request.chat_template,
+                converters=request.converters,
+                end_of_turn_id=request.end_of_turn_id,
+                merge_base=request.merge_base,
+            )
+
+    def _conversion(self, path: Path, logits: Any) -> _Conversion:
+        """The unquantized file in `path`, whose logits are given.
+
+        The leg `rounded` is what the rounding of its weights does; `arithmetic` what rounding their inputs
+        does beside it, as llama.cpp's products of 16 bits do: the scale for what is left.
         """
-        rounding = rounding_of(path, self.session.facts.layers or 0)
+        session = self.session
+        rounding = rounding_of(path, session.facts.layers or 0)
         if rounding.is_exact:
-            self._compare("conversion", logits)
-            return
-        source = replace(whole, rounding=rounding, beside=self.session.lora is not None)
-        with self.session.step("the reference, rounded"):
+            return _Conversion(self._compare(logits))
+        source = replace(session.source, rounding=rounding, beside=session.request.lora is not None)
+        with session.step("the reference, rounded"):
             held = reference.logits(source, self.drawn, "the reference, rounded")
-            self._compare("rounded", held)
-            self._compare("conversion", logits, held)
             source = replace(source, rounding=replace(rounding, inputs=True))
             computed = reference.logits(source, self.drawn, "the reference, in 16 bits")
-            self._compare("arithmetic", computed, held)
+            return _Conversion(
+                self._compare(logits, held), self._compare(held), self._compare(computed, held)
+            )
 
-    def _file(self, name: str, path: Path, against: Any = None) -> Any:
-        with self.session.step(name), served.loaded(path, self.context, self.session.lora) as model:
-            logits = model.logits(self.drawn, f"logits of {path.name}")
-            self._compare(name, logits, against)
-        return logits
+    def _weights(self, file: Path, f16: Path | None = None, vendor: Path | None = None) -> FitsOfFiles:
+        session = self.session
+        with session.step("weights"):
+            inside = replace(session.source, adapter=None) if session.request.lora else session.source
+            files = [path for path in (file, f16, vendor) if path]
+            return FitsOfFiles(*weights.fit_weights(files, inside, session.facts))
 
-    def _compare(self, name: str, logits: Any, against: Any = None) -> None:
-        found = compare(self.expected if against is None else against, logits, self.drawn)
-        self.session.found.setdefault("legs", {})[name] = found
+    def _checkpoint(self, name: str, source: Weights) -> Leg:
+        with self.session.step(name):
+            return self._compare(reference.logits(source, self.drawn, f"the reference, {name}"))
+
+    def _logits(self, name: str, path: Path) -> Any:
+        with self.session.step(name), served.loaded(path, self.context, self.session.request.lora) as model:
+            return model.logits(self.drawn, f"logits of {path.name}")
+
+    def _compare(self, logits: Any, against: Any = None) -> Leg:
+        return compare(self.expected if against is None else against, logits, self.drawn)
 
 
-def _doubted(file: dict[str, Any], header: GgufHeader, vendor: GgufHeader) -> str:
-    """The type that the file is held against: its own word, unless its tensors are finer than that allows.
+def _doubted(file: FileFacts, header: GgufHeader, vendor: GgufHeader) -> FileFacts:
+    """The file with the type that it is held against: its own word, unless its tensors are finer than that.
 
-    Else it is held to its word, and `file` says what is unlike it; `vendor` is llama.cpp's file of that type.
+    Else it is held to its word, with what is unlike it; `vendor` is llama.cpp's file of that type.
     """
     tensors, expected = most_frequent(header), most_frequent(vendor)
     if bits_of(tensors) > bits_of(expected):
-        file["type"] = type_of_tensors(header)
-    elif tensors != expected:
-        file["unlike"] = {"tensors": tensors, "expected": expected}
-    return str(file["type"])
+        return replace(file, type=type_of_tensors(header))
+    return file if tensors == expected else replace(file, unlike=Unlike(tensors, expected))
 
 
 def _directory(path: Path) -> Path:
@@ -323,7 +347,7 @@ def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 
 def _expected_live(
     model: served.ServedModel, prompts: Sequence[Sequence[int]], precise: Sequence[Any]
-) -> list[dict[str, Any]]:
+) -> tuple[Expected, ...]:
     """What the live server's top log-probabilities are held against, with the settings that it has.
 
     `shift` is the KL divergence of those settings from float32's `precise` logits of the same file.
@@ -331,6 +355,6 @@ def _expected_live(
     expected = []
     for prompt, values in zip(prompts, precise, strict=True):
         logits = model.after(prompt)
-        top = top_log_probabilities(logits, _LIVE_TOKENS)
-        expected.append({"ids": list(prompt), "top": top, "shift": divergence(logits, values)})
-    return expected
+        top = tuple(top_log_probabilities(logits, _LIVE_TOKENS))
+        expected.append(Expected(tuple(prompt), top, divergence(logits, values)))
+    return tuple(expected)

@@ -24,6 +24,7 @@ from typing import Any
 from forge import report
 from forge.errors import DataError
 from forge.verify.loader import DAMAGED, Weights
+from forge.verify.measurement import Greedy
 from forge.verify.rounding import Rounding, rounded
 from forge.verify.sample import Sample
 from forge.verify.tuned import Opened, open_model
@@ -60,7 +61,7 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     return found.numpy()
 
 
-def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, Any]:
+def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Greedy:
     """Whether the reference would have written the same: every token is its most likely one too.
 
     One pass over prompt and answer tells, since up to the first other token both texts are the same.
@@ -77,7 +78,7 @@ def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]
         same += wrong is None
         firsts.append(wrong)
         at += len(answer)
-    return {"prompts": len(made), "same": same, "first_difference": firsts}
+    return Greedy(len(made), same, tuple(firsts))
 
 
 @contextmanager

@@ -16,11 +16,13 @@ weights are mostly not looked up; the live server (deploy judges that), and what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from forge.codec import to_plain
 from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word
 from forge.verify.compare import FAR_NMSE, converts, converts_mostly
+from forge.verify.measurement import FIGURES, FileFacts, Handover, Leg, Measurement
 from forge.verify.sample import least_share
 
 MOST_BEYOND_VENDOR = 1.2
@@ -45,69 +47,108 @@ class Gates:
     """Whether answers that are worse than on the base as QLoRA had it are a fault."""
 
 
-def judge(found: Mapping[str, Any], gates: Gates, live: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The certificate of a measurement, plain JSON with the fields of the contract.
+@dataclass(frozen=True)
+class Norm:
+    """What a quantized type loses beside what it is known to lose."""
 
-    `live` is what deploy measured of the server, where it asked one.
-    """
+    kl_mean: float
+    top1: float | None
+    worse: bool
+    words: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The verdict on a measurement. `live` is what deploy measured of the server, as plain JSON."""
+
+    ok: bool
+    broken_stage: str | None
+    verdict: str
+    remedy: str
+    handovers: tuple[Handover, ...]
+    problems: tuple[str, ...]
+    warnings: tuple[str, ...]
+    norm: Norm | None
+    top1_at_least: float
+    measurement: Measurement
+    live: Mapping[str, Any] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Plain JSON with the fields of the contract."""
+        found, final = self.measurement, self.measurement.legs.file
+        handovers = [handover.plain() for handover in self.handovers]
+        legs = {"f16": found.legs.f16, "file": final}
+        sample = {"top1_at_least": round(self.top1_at_least, 4), "kl_error": final.kl_error}
+        logits = {name: getattr(final, name) for name in (*FIGURES, "perplexity_reference")}
+        return {
+            "ok": self.ok,
+            "broken_stage": self.broken_stage,
+            "verdict": self.verdict,
+            "remedy": self.remedy,
+            "tokens": to_plain(found.tokens),
+            "prompt": to_plain(found.prompt),
+            "stops": to_plain(found.stops),
+            "handovers": [*handovers, self.live["handover"]] if self.live else handovers,
+            "live": self.live,
+            "norm": to_plain(self.norm),
+            "logits": logits | {"perplexity_gguf": final.perplexity},
+            "greedy": to_plain(found.greedy),
+            "base": to_plain(replace(found.legs.base, kl_by_position=())) if found.legs.base else None,
+            "file": to_plain(found.file),
+            "sample": to_plain(found.sample) | sample,
+            "problems": list(self.problems),
+            "warnings": list(self.warnings),
+            "kl_by_position": {name: to_plain(leg.kl_by_position) for name, leg in legs.items() if leg},
+        }
+
+
+def judge(found: Measurement, gates: Gates, live: Mapping[str, Any] | None = None) -> Certificate:
+    """The certificate of a measurement; `live` is what deploy measured of the server, where it asked one."""
     handovers = _handovers(found)
     causes = [*_vocabulary_causes(found), *_change_causes(found)]
-    if any(not one["ok"] for one in handovers):
+    if any(not one.ok for one in handovers):
         causes.append(cause_of(found, handovers))
     if gates.as_trained and (shift := _shift_cause(found)):
         causes.append(shift)
-        handovers[0]["ok"] = False
+        handovers[0] = replace(handovers[0], ok=False)
     causes += _gate_causes(found, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live["problems"]] if live else []
-    final = found["legs"]["file"]
-    logits = {key: final[key] for key in ("nmse", "kl_mean", "kl_max", "top1", "perplexity_reference")}
     first = causes[0] if causes else None
-    share = least_share(final["top1"], final["positions"])
-    return {
-        "ok": not causes,
-        "broken_stage": first.stage if first else None,
-        "verdict": first.words if first else _sound_words(found, share),
-        "remedy": first.remedy if first else "",
-        **{name: found[name] for name in ("tokens", "prompt", "stops")},
-        "handovers": [*handovers, live["handover"]] if live else handovers,
-        "live": live,
-        "norm": _norm(found),
-        "logits": logits | {"perplexity_gguf": final["perplexity"]},
-        "greedy": found["greedy"],
-        "base": _without_positions(found["legs"].get("base")),
-        "file": found["file"],
-        "sample": found["sample"] | {"top1_at_least": round(share, 4), "kl_error": final["kl_error"]},
-        "problems": [f"{one.stage}: {one.words}" for one in causes],
-        "warnings": _warnings(found),
-        "kl_by_position": {
-            name: found["legs"][name]["kl_by_position"] for name in ("f16", "file") if name in found["legs"]
-        },
-    }
+    share = least_share(found.legs.file.top1, found.legs.file.positions)
+    return Certificate(
+        ok=not causes,
+        broken_stage=first.stage if first else None,
+        verdict=first.words if first else _sound_words(found, share),
+        remedy=first.remedy if first else "",
+        handovers=tuple(handovers),
+        problems=tuple(f"{one.stage}: {one.words}" for one in causes),
+        warnings=tuple(_warnings(found)),
+        norm=_norm(found),
+        top1_at_least=share,
+        measurement=found,
+        live=live,
+    )
 
 
-def _without_positions(leg: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    return {key: value for key, value in leg.items() if key != "kl_by_position"} if leg else None
-
-
-def _vocabulary_causes(found: Mapping[str, Any]) -> list[Cause]:
+def _vocabulary_causes(found: Measurement) -> list[Cause]:
     causes = []
-    if not found["tokens"]["ok"]:
+    if not found.tokens.ok:
         remedy = "convert it again with a llama.cpp that knows this tokenizer, or with forge export"
-        causes.append(Cause("convert", found["tokens"]["message"], remedy))
-    if not found["prompt"]["ok"]:
-        words = f"the file's chat template is not the one of training: {found['prompt']['message']}"
+        causes.append(Cause("convert", found.tokens.message, remedy))
+    if not found.prompt.ok:
+        words = f"the file's chat template is not the one of training: {found.prompt.message}"
         causes.append(Cause("convert", words, "export again with the template that was trained with"))
-    if not found["stops"]["ok"]:
-        words = f"llama.cpp would not stop at {found['stops']['token']}, which ends an answer"
+    if not found.stops.ok:
+        words = f"llama.cpp would not stop at {found.stops.token}, which ends an answer"
         causes.append(
             Cause("convert", words, "set the file's eos or eot token id to it, or export with forge")
         )
     return causes
 
 
-def _change_causes(found: Mapping[str, Any]) -> list[Cause]:
-    base = found["legs"].get("base")
-    if base is None or base["kl_mean"] > _NO_CHANGE_KL:
+def _change_causes(found: Measurement) -> list[Cause]:
+    base = found.legs.base
+    if base is None or base.kl_mean > _NO_CHANGE_KL:
         return []
     words = "the adapter changes nothing: with it and without it the base gives the same probabilities"
     return [
@@ -115,140 +156,135 @@ def _change_causes(found: Mapping[str, Any]) -> list[Cause]:
     ]
 
 
-def _shift_cause(found: Mapping[str, Any]) -> Cause | None:
+def _shift_cause(found: Measurement) -> Cause | None:
     """The exported model answers worse than the one that was trained, by more than chance explains."""
-    trained = found["legs"].get("trained")
+    trained = found.legs.trained
     if trained is None:
         return None
-    worse, error = -trained["loss_difference"], trained["loss_error"]
+    worse, error = -trained.loss_difference, trained.loss_error
     if not worse > _STANDARD_ERRORS * error:
         return None
     words = (
         f"training saw the NF4 base, and in the original one the answers are worse: {worse:+.4f} ± "
-        f"{error:.4f} nats a token, another top token at {1 - trained['top1']:.1%} of the positions"
+        f"{error:.4f} nats a token, another top token at {1 - trained.top1:.1%} of the positions"
     )
     remedy = "set export.merge_base: measured or nf4, or accept it with verify.as_trained: warn"
     return Cause("merge", words, remedy)
 
 
-def _gate_causes(found: Mapping[str, Any], gates: Gates) -> list[Cause]:
-    final, causes = found["legs"]["file"], []
+def _gate_causes(found: Measurement, gates: Gates) -> list[Cause]:
+    final, causes = found.legs.file, []
     remedy = "choose a finer export.quant, or move the limit"
-    if gates.max_kl is not None and final["kl_mean"] > gates.max_kl:
-        words = f"KL {final['kl_mean']:.2g} is over verify.max_kl {gates.max_kl:g}"
+    if gates.max_kl is not None and final.kl_mean > gates.max_kl:
+        words = f"KL {final.kl_mean:.2g} is over verify.max_kl {gates.max_kl:g}"
         causes.append(Cause("quantize", words, remedy))
-    if gates.min_top1 is not None and final["top1"] < gates.min_top1:
-        words = f"top-1 {final['top1']:.1%} is under verify.min_top1 {gates.min_top1:.1%}"
+    if gates.min_top1 is not None and final.top1 < gates.min_top1:
+        words = f"top-1 {final.top1:.1%} is under verify.min_top1 {gates.min_top1:.1%}"
         causes.append(Cause("quantize", words, remedy))
     return causes
 
 
-def _handovers(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    legs, kind = found["legs"], found["file"]["type"]
-    start = "fp32 base" if found.get("merge_base", "original") == "original" else "NF4 base"
-    start += " + adapter" if "base" in legs else ""
+def _handovers(found: Measurement) -> list[Handover]:
+    legs, kind = found.legs, found.file.type
+    start = "fp32 base" if found.merge_base == "original" else "NF4 base"
+    start += " + adapter" if legs.base else ""
     listed = []
-    if "trained" in legs:
+    if legs.trained:
         # The reference is what is exported; training saw the quantized base. It warns, it never fails.
-        shift = legs["trained"] | {"perplexity": legs["trained"]["perplexity_reference"]}
+        shift = replace(legs.trained, perplexity=legs.trained.perplexity_reference)
         listed.append(_handover("as trained (NF4 base + adapter)", start, shift, True))
-    if "merged" in legs:
-        listed.append(
-            _handover(start, "merged", legs["merged"], converts(legs["merged"], legs.get("as merged")))
-        )
+    if legs.merged:
+        listed.append(_handover(start, "merged", legs.merged, converts(legs.merged, legs.as_merged)))
         start = "merged"
-    direct = "f16" if "f16" in legs else kind
-    if "rounded" in legs:
+    direct = "f16" if legs.f16 else kind
+    if legs.rounded:
         # What the type itself does to the weights is nobody's fault, and no part of the conversion's error.
-        listed.append(_handover(start, f"weights in {direct.upper()}", legs["rounded"], True))
+        listed.append(_handover(start, f"weights in {direct.upper()}", legs.rounded, True))
         start = f"weights in {direct.upper()}"
-    listed.append(_handover(start, f"GGUF {direct}", legs["conversion"], _is_converted(found)))
-    if "f16" not in legs:
+    listed.append(_handover(start, f"GGUF {direct}", legs.conversion, _is_converted(found)))
+    against, vendor = legs.file_against_f16, legs.vendor
+    if against is None or vendor is None:
         return listed
-    against, vendor = legs["file against f16"], legs["vendor"]
-    beyond = against["nmse"] / max(vendor["nmse"], 1e-30)
-    ok = against["nmse"] <= MOST_BEYOND_VENDOR * vendor["nmse"] + FAR_NMSE / 100
+    beyond = against.nmse / max(vendor.nmse, 1e-30)
+    ok = against.nmse <= MOST_BEYOND_VENDOR * vendor.nmse + FAR_NMSE / 100
     if _has_experts(found):
         # Which near ties turn depends on the last bit of what was quantized: means differ by chance.
-        beyond = against["beyond_vendor"]
+        assert legs.beyond_vendor is not None
+        beyond = legs.beyond_vendor
         ok = beyond <= MOST_BEYOND_VENDOR and told_by_weights(found, own=False) is None
     last = _handover("GGUF f16", f"GGUF {kind}", against, ok)
-    last["vendor"] = {key: vendor[key] for key in ("nmse", "kl_mean", "kl_max", "top1")}
-    last["beyond_vendor"] = round(beyond, 3)
-    return [*listed, last]
+    return [*listed, replace(last, vendor=vendor, beyond_vendor=round(beyond, 3))]
 
 
-def _is_converted(found: Mapping[str, Any]) -> bool:
-    leg, own = found["legs"]["conversion"], found["legs"].get("arithmetic")
+def _is_converted(found: Measurement) -> bool:
+    leg, own = found.legs.conversion, found.legs.arithmetic
     if converts(leg, own) or not _has_experts(found):
         return converts(leg, own)
-    return converts_mostly(leg, own) and told_by_weights(found, own="f16" in found["legs"]) is None
+    return converts_mostly(leg, own) and told_by_weights(found, own=found.legs.f16 is not None) is None
 
 
-def _has_experts(found: Mapping[str, Any]) -> bool:
+def _has_experts(found: Measurement) -> bool:
     """Whether the base has experts to choose among; a file's own word for it would excuse any file."""
-    return bool(found["experts"] > 1)
+    return bool(found.experts > 1)
 
 
-def _handover(before: str, after: str, leg: Mapping[str, Any], ok: bool) -> dict[str, Any]:
-    figures = {key: leg[key] for key in ("nmse", "kl_mean", "kl_max", "top1", "perplexity")}
-    return {"from": before, "to": after, "ok": ok, **figures}
+def _handover(before: str, after: str, leg: Leg, ok: bool) -> Handover:
+    return Handover(before, after, ok, leg.nmse, leg.kl_mean, leg.kl_max, leg.top1, leg.perplexity)
 
 
-def _sound_words(found: Mapping[str, Any], share: float) -> str:
-    final, kind = found["legs"]["file"], found["file"]["type"]
-    what = "base and adapter" if "base" in found["legs"] else "the base"
+def _sound_words(found: Measurement, share: float) -> str:
+    final, kind = found.legs.file, found.file.type
+    what = "base and adapter" if found.legs.base else "the base"
     return (
         f"the {kind} file is {what}: token ids, prompts and stops are equal, "
-        f"KL {final['kl_mean']:.2g}, the same top token at {final['top1']:.1%} of {final['positions']} "
+        f"KL {final.kl_mean:.2g}, the same top token at {final.top1:.1%} of {final.positions} "
         f"positions (at least {share:.1%} with 95 % confidence)"
     )
 
 
-def _warnings(found: Mapping[str, Any]) -> list[str]:
-    legs, told = found["legs"], _type_remarks(found["file"])
-    trained = legs.get("trained")
-    if trained and trained["kl_mean"] > _SHIFT_KL:
+def _warnings(found: Measurement) -> list[str]:
+    legs, told = found.legs, _type_remarks(found.file)
+    trained = legs.trained
+    if trained and trained.kl_mean > _SHIFT_KL:
         told.append(
-            f"training saw the NF4 base, the export has the full one: KL {trained['kl_mean']:.2g}, top-1 "
-            f"{trained['top1']:.1%}; where that matters merge into the base as trained (export.merge_base), "
+            f"training saw the NF4 base, the export has the full one: KL {trained.kl_mean:.2g}, top-1 "
+            f"{trained.top1:.1%}; where that matters merge into the base as trained (export.merge_base), "
             "or train with method: lora"
         )
-    leg = legs["conversion"]
-    if _has_experts(found) and leg["beyond"] and _is_converted(found):
+    leg = legs.conversion
+    if _has_experts(found) and leg.beyond and _is_converted(found):
         told.append(
-            f"rounding turned near ties between experts: {leg['beyond']:.1%} of the positions are "
-            f"beyond NMSE {FAR_NMSE:g} ({leg['nmse']:.2g} over all); half of all and a quarter of "
+            f"rounding turned near ties between experts: {leg.beyond:.1%} of the positions are "
+            f"beyond NMSE {FAR_NMSE:g} ({leg.nmse:.2g} over all); half of all and a quarter of "
             "every stretch of the rows are within, and the weights that could be looked up are right; the "
             "experts' mostly could not: a fault in few of them alone would not show"
         )
     norm = _norm(found)
-    if norm and norm["worse"]:
-        told.append(f"{norm['words']}; small models lose more")
-    told += [f"not compared: {limit}" for limit in found["tokens"].get("limits", ())]
+    if norm and norm.worse:
+        told.append(f"{norm.words}; small models lose more")
+    told += [f"not compared: {limit}" for limit in found.tokens.limits]
     return told
 
 
-def _type_remarks(file: Mapping[str, Any]) -> list[str]:
+def _type_remarks(file: FileFacts) -> list[str]:
     """Where a file's word for its type and its tensors differ."""
-    says, kind = file.get("says"), file["type"]
+    says, kind = file.says, file.type
     if says and says != kind:
         return [f"the file says that it is {says}, its weights are {kind}: held against that"]
     unlike = unlike_its_word(file)
     return [unlike] if unlike else []
 
 
-def _norm(found: Mapping[str, Any]) -> dict[str, Any] | None:
+def _norm(found: Measurement) -> Norm | None:
     """What a quantized type loses beside what it is known to lose; None where no figure is published."""
-    final, kind = found["legs"]["file"], found["file"]["type"]
+    final, kind = found.legs.file, found.file.type
     if kind not in NORMS:
         return None
     kl_mean, top1 = NORMS[kind]
     share = f", top-1 {top1:.1%}" if top1 else ""
-    return {
-        "kl_mean": kl_mean,
-        "top1": top1,
-        "worse": final["kl_mean"] > kl_mean or (top1 is not None and round(final["top1"], 3) < top1),
-        "words": f"{kind} of this model has KL {final['kl_mean']:.2g}, top-1 {final['top1']:.1%}; "
-        f"of an 8B model KL {kl_mean:g}{share}",
-    }
+    worse = final.kl_mean > kl_mean or (top1 is not None and round(final.top1, 3) < top1)
+    words = (
+        f"{kind} of this model has KL {final.kl_mean:.2g}, top-1 {final.top1:.1%}; "
+        f"of an 8B model KL {kl_mean:g}{share}"
+    )
+    return Norm(kl_mean, top1, worse, words)

@@ -16,6 +16,7 @@ from forge.errors import CheckError, DataError
 from forge.export import proof
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import open_tokenizer
+from forge.verify.measurement import PromptCheck, StopCheck, TokenCheck, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,8 +31,8 @@ def check_vocabulary(
     template: ChatTemplate | None,
     conversations: Sequence[Sequence[Message]],
     end_of_turn: int | None,
-) -> dict[str, Any]:
-    """`tokens`, `prompt` and `stops`, each with `ok` and what differs."""
+) -> Vocabulary:
+    """The token ids, the prompts and the stop of the file, and what differs."""
     reference = open_tokenizer(tokenizer)
     header = read_gguf(gguf)
     tried = proof.cases(template, proof.test_strings(), conversations)
@@ -41,14 +42,8 @@ def check_vocabulary(
         prompt = _prompts(header, reference, served, template, conversations)
     finally:
         served.close()
-    return {
-        "tokens": _tokens(gguf, tokenizer, tried),
-        "prompt": prompt,
-        "stops": {
-            "ok": stops,
-            "token": reference.id_to_token(end_of_turn) if end_of_turn is not None else None,
-        },
-    }
+    token = reference.id_to_token(end_of_turn) if end_of_turn is not None else None
+    return Vocabulary(_tokens(gguf, tokenizer, tried), prompt, StopCheck(stops, token))
 
 
 def added_tokens(base: Path, tokenizer: Path) -> list[str]:
@@ -71,15 +66,15 @@ def count(gguf: str, texts: Sequence[str]) -> dict[str, Any]:
         served.close()
 
 
-def _tokens(gguf: Path, tokenizer: Path, tried: Sequence[Any]) -> dict[str, Any]:
+def _tokens(gguf: Path, tokenizer: Path, tried: Sequence[proof.Case]) -> TokenCheck:
     try:
         compared = proof.compare_ids(tokenizer, gguf, tried)
     except CheckError as differ:
-        examples = [{"text": one.field, "difference": one.message} for one in differ.problems]
-        counts = {"compared": len(tried), "different": len(tried)} | dict(differ.fields)
-        return {"ok": False, "message": differ.message, **counts, "limits": [], "examples": examples}
-    facts = {"compared": compared.texts, "different": 0, "limits": list(compared.limits)}
-    return {"ok": True, **facts, "examples": []}
+        examples = tuple({"text": one.field, "difference": one.message} for one in differ.problems)
+        counted = {name: value for name, value in differ.fields.items() if isinstance(value, int)}
+        texts, different = (counted.get(name, len(tried)) for name in ("compared", "different"))
+        return TokenCheck(False, texts, different, differ.message, examples=examples)
+    return TokenCheck(True, compared.texts, limits=tuple(compared.limits))
 
 
 def _prompts(
@@ -88,11 +83,11 @@ def _prompts(
     served: proof.ServedVocabulary,
     template: ChatTemplate | None,
     conversations: Sequence[Sequence[Message]],
-) -> dict[str, Any]:
+) -> PromptCheck:
     """The file's own template writes each prompt as training did, in text and in ids."""
     source = header.metadata.get("tokenizer.chat_template")
     if template is None:
-        return {"ok": True, "compared": 0, "reason": "the base has no chat template", "examples": []}
+        return PromptCheck(True, 0, reason="the base has no chat template")
     if not isinstance(source, str):
         return _unlike("the file carries no chat template, the base has one")
     tokens = _tokens_of(header, reference)
@@ -119,20 +114,16 @@ def _prompts(
         elif ids != wanted:
             examples.append({"trained": str(wanted[:24]), "file": str(ids[:24]), "ids": True})
     if not examples:
-        return {"ok": True, "compared": compared, "examples": []}
+        return PromptCheck(True, compared)
     first = examples[0]
     what = "their token ids differ" if "ids" in first else "their text differs"
     what = "BOS stands twice at their beginning" if twice else what
-    return {
-        "ok": False,
-        "compared": compared,
-        "message": f"{len(examples)} of {compared} prompts are not those of training: {what}",
-        "examples": examples[:_SHOWN],
-    }
+    message = f"{len(examples)} of {compared} prompts are not those of training: {what}"
+    return PromptCheck(False, compared, message, examples=tuple(examples[:_SHOWN]))
 
 
-def _unlike(message: str) -> dict[str, Any]:
-    return {"ok": False, "compared": 0, "message": message, "examples": []}
+def _unlike(message: str) -> PromptCheck:
+    return PromptCheck(False, 0, message)
 
 
 def _ids(reference: Tokenizer, text: str) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from forge.export.nf4 import quantized_in_training
 from forge.model.config import Configuration
 from forge.model.gguf_header import read_gguf
 from forge.verify.loader import Weights, nf4_and_back
+from forge.verify.measurement import Fits
 from forge.verify.rounding import names_in
 from forge.verify.tuned import open_model
 
@@ -52,9 +53,7 @@ class Fit:
     touched: bool = False
 
 
-def fit_weights(
-    files: Mapping[str, Path], source: Weights, facts: Configuration
-) -> dict[str, dict[str, Any]]:
+def fit_weights(files: Sequence[Path], source: Weights, facts: Configuration) -> tuple[Fits, ...]:
     """Of each GGUF: every tensor that can be looked up, and in sum: scale, rest, what it has no place for.
 
     A tensor of the checkpoint and what the adapter adds to it are read once for all files.
@@ -62,12 +61,12 @@ def fit_weights(
     model = open_model(source)
     checkpoint = model.loader.checkpoint
     rounded = quantized_in_training(source.base, checkpoint) if source.nf4 else frozenset()
-    opened = {name: _File(path, facts) for name, path in files.items()}
+    opened = [_File(path, facts) for path in files]
     chosen = spread(
         [
             name
             for name in model.tensors
-            if model.is_looked_up(name) and any(file.place(name) for file in opened.values())
+            if model.is_looked_up(name) and any(file.place(name) for file in opened)
         ]
     )
     adapted = 0
@@ -76,10 +75,10 @@ def fit_weights(
         added = model.added(name, weight)
         adapted += added is not None
         with_nf4 = added is not None and not source.nf4 and adapted <= _NF4_LAYERS
-        for file in opened.values():
+        for file in opened:
             file.look_at(name, weight, added, with_nf4, touched=model.is_touched(name))
         report.advance("look at the weights", number + 1, len(chosen))
-    return {name: _summed(file.fits, file.missing) for name, file in opened.items()}
+    return tuple(_summed(file.fits, file.missing) for file in opened)
 
 
 class _File:
@@ -177,21 +176,21 @@ def _layouts(values: Any, weight: Any, facts: Configuration) -> Iterator[tuple[s
         yield "transposed", values.T
 
 
-def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> dict[str, Any]:
+def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> Fits:
     scales = [fit.scale for fit in fits if fit.scale is not None]
     adapted = [fit.rest for fit in fits if fit.scale is not None]
     nf4 = [fit.rest_nf4 for fit in fits if fit.rest_nf4 is not None]
     beside = [fit.rest for fit in fits if fit.rest_nf4 is not None]
-    return {
-        "scale": statistics.median(scales) if scales else None,
-        "rest": statistics.median(adapted) if adapted else None,
-        "adapted": [fit.gguf for fit in fits if fit.scale is not None],
-        "touched": [fit.gguf for fit in fits if fit.touched],
-        "scales": {fit.gguf: [round(fit.scale, 4), fit.sure] for fit in fits if fit.scale is not None},
-        "rest_nf4": statistics.median(nf4) if nf4 else None,
-        "rest_beside_nf4": statistics.median(beside) if beside else None,
-        "missing": list(missing),
-        "lost_rows": {fit.gguf: fit.lost_rows for fit in fits if fit.lost_rows},
-        "layouts": {fit.gguf: fit.layout for fit in fits},
-        "rests": {fit.gguf: round(fit.rest, 6) for fit in fits},
-    }
+    return Fits(
+        scale=statistics.median(scales) if scales else None,
+        rest=statistics.median(adapted) if adapted else None,
+        rest_nf4=statistics.median(nf4) if nf4 else None,
+        rest_beside_nf4=statistics.median(beside) if beside else None,
+        adapted=tuple(fit.gguf for fit in fits if fit.scale is not None),
+        touched=tuple(fit.gguf for fit in fits if fit.touched),
+        missing=tuple(missing),
+        scales={fit.gguf: (round(fit.scale, 4), fit.sure) for fit in fits if fit.scale is not None},
+        lost_rows={fit.gguf: fit.lost_rows for fit in fits if fit.lost_rows},
+        layouts={fit.gguf: fit.layout for fit in fits},
+        rests={fit.gguf: round(fit.rest, 6) for fit in fits},
+    )

@@ -6,9 +6,7 @@ The one place where `verify` makes anything with `export`. Runs in a worker; bot
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forge.errors import StageError
 from forge.export.importance import as_parameter, read_importance
@@ -16,21 +14,28 @@ from forge.export.run import GGUF_FILE, export
 from forge.export.types import file_type, last_words, listening
 
 
-def make_f16(source: Mapping[str, Any], out: Path) -> Path:
-    """An f16 GGUF of base and adapter in `out`, an empty directory; raises what `export` raises.
-
-    `source`: base, adapter, tokenizer, chat_template, converters; optional end_of_turn_id, merge_base.
-    """
+def make_f16(
+    out: Path,
+    *,
+    base: Path,
+    adapter: Path | None,
+    tokenizer: Path,
+    chat_template: str | None,
+    converters: Path,
+    end_of_turn_id: int | None = None,
+    merge_base: str = "original",
+) -> Path:
+    """An f16 GGUF of base and adapter in `out`, an empty directory; raises what `export` raises."""
     settings = {"name": "yardstick", "quant": "f16", "keep_merged": False, "threads": None}
-    settings |= {name: source[name] for name in ("merge_base", "end_of_turn_id") if name in source}
+    settings |= {"merge_base": merge_base, "end_of_turn_id": end_of_turn_id}
     export(
-        base=source["base"],
-        adapter=source["adapter"],
-        tokenizer=source["tokenizer"],
-        chat_template=source["chat_template"],
+        base=str(base),
+        adapter=str(adapter) if adapter else None,
+        tokenizer=str(tokenizer),
+        chat_template=chat_template,
         data=None,
         out=str(out),
-        converters=source["converters"],
+        converters=str(converters),
         settings=settings,
     )
     return out / GGUF_FILE

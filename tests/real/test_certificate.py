@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from forge.codec import to_plain
 from forge.export.run import GGUF_FILE, export
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import prove_live
@@ -41,11 +42,11 @@ def test_sound(dtype: str, method: str, quant: str, tmp_path: Path) -> None:
     settings = {"name": "real", "quant": quant, "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
     export(**source_of(specimen), data=None, out=str(tmp_path / "exported"), settings=settings)
     file = tmp_path / "exported" / GGUF_FILE
-    measured = specimen.measure(file, nf4=method == "qlora")
+    measured = specimen.measure(file, trained_in_4bit=method == "qlora")
     found = judge(measured, Gates())
-    assert found["ok"], (found["verdict"], found["handovers"])
-    assert found["greedy"]["same"] or quant != "f16"
+    assert found.ok, (found.verdict, found.handovers)
+    assert measured.greedy.same or quant != "f16"
     served = ServerSettings(file, "real", 1024, parallel=1, threads=1)
     with serve_embedded(served, log=tmp_path / "log.txt") as endpoint:
-        live = prove_live(endpoint, measured, [], context_tokens=1024, longest_tokens=300)
+        live = prove_live(endpoint, to_plain(measured), [], context_tokens=1024, longest_tokens=300)
     assert live["problems"] == [], live["handover"]

@@ -1,0 +1,267 @@
+"""What is asked of the certificate's worker, and what it measured: the types on both sides of the pipe.
+
+`codec` reads and writes them as JSON. What follows from a measurement, the certificate, is in `verdict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+FIGURES = ("nmse", "kl_mean", "kl_max", "top1")
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """Compare `gguf` with `base` and `adapter`.
+
+    `chat_template` is as trained, its variables written in; `rows` JSONL of input_ids, labels and messages;
+    `scratch` a directory for large temporary files. `lora`: the adapter's GGUF beside that of its base;
+    `merged`: a merged checkpoint; `importance`: the matrix that the file was rounded by; `f16`: llama.cpp's
+    own conversion, where it is there already. `trained_in_4bit`: the adapter saw the base in NF4.
+    """
+
+    base: Path
+    gguf: Path
+    tokenizer: Path
+    chat_template: str | None
+    rows: Path
+    converters: Path
+    scratch: Path
+    adapter: Path | None = None
+    lora: Path | None = None
+    merged: Path | None = None
+    importance: Path | None = None
+    f16: Path | None = None
+    merge_base: Literal["original", "nf4"] = "original"
+    trained_in_4bit: bool = False
+    end_of_turn_id: int | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The KL divergence of the positions from `position` on."""
+
+    position: int
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Leg:
+    """How far one set of logits is from another; see `compare`.
+
+    `loss_difference` ± `loss_error`: how much worse it knows the answers, in nats a token.
+    """
+
+    positions: int
+    nmse: float
+    nmse_middle: float
+    beyond: float
+    kl_mean: float
+    kl_middle: float
+    kl_error: float
+    kl_max: float
+    top1: float
+    perplexity_reference: float
+    perplexity: float
+    loss_difference: float
+    loss_error: float
+    kl_by_position: tuple[Stretch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Legs:
+    """From the float32 reference to each: the file, what it was made from, and what it is measured by.
+
+    `conversion` is the unquantized file (the GGUF itself, or llama.cpp's own f16) from the reference with
+    its weights `rounded` as that file's are; `arithmetic` what 16-bit products do to the latter. Of a
+    quantized file `file_against_f16` and `vendor` are from llama.cpp's own f16.
+    """
+
+    file: Leg
+    conversion: Leg
+    rounded: Leg | None = None
+    arithmetic: Leg | None = None
+    f16: Leg | None = None
+    file_against_f16: Leg | None = None
+    vendor: Leg | None = None
+    beyond_vendor: float | None = None
+    base: Leg | None = None
+    trained: Leg | None = None
+    merged: Leg | None = None
+    as_merged: Leg | None = None
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What the weights of a file are: how many times the adapter, and what is left; see `weights`.
+
+    By tensor: `scales` (how many times, and how far that can be off), `rests`, `layouts`, `lost_rows`.
+    """
+
+    scale: float | None
+    rest: float | None
+    rest_nf4: float | None
+    rest_beside_nf4: float | None
+    adapted: tuple[str, ...] = ()
+    touched: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    lost_rows: Mapping[str, int] = field(default_factory=dict)
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    rests: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FitsOfFiles:
+    """Those of the file, of llama.cpp's own f16, and of its own file of the same type."""
+
+    file: Fits
+    f16: Fits | None = None
+    vendor: Fits | None = None
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """The most frequent type of a file's tensors, where it is not that of llama.cpp's own."""
+
+    tensors: str
+    expected: str
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A GGUF by its header; `type` is what it is held against, `says` its own word."""
+
+    type: str
+    says: str | None
+    architecture: str
+    bytes: int
+    tensor_types: Mapping[str, int]
+    vocabulary: int | None
+    sampling: Mapping[str, int | float | bool | str]
+    unlike: Unlike | None = None
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """Texts whose ids were compared; `limits` are what could not be."""
+
+    ok: bool
+    compared: int
+    different: int = 0
+    message: str = ""
+    limits: tuple[str, ...] = ()
+    examples: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptCheck:
+    """Conversations whose prompts were compared; `reason` why there were none."""
+
+    ok: bool
+    compared: int
+    message: str = ""
+    reason: str = ""
+    examples: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class StopCheck:
+    """Whether llama.cpp stops at the token that ends an answer."""
+
+    ok: bool
+    token: str | None = None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What `check_vocabulary` compared."""
+
+    tokens: TokenCheck
+    prompt: PromptCheck
+    stops: StopCheck
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How much was compared: rows of those there are, positions, those of answers."""
+
+    rows: int
+    rows_given: int
+    positions: int
+    answers: int
+    longest: int
+    cut_at: int
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """The file's greedy answers, and where the reference would have gone on otherwise."""
+
+    prompts: int
+    same: int
+    first_difference: tuple[int | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a server should say after `ids`: its `top` tokens with their log-probabilities.
+
+    `shift`: the KL divergence of what its settings alone move.
+    """
+
+    ids: tuple[int, ...]
+    top: tuple[tuple[int, float], ...]
+    shift: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All of it. Nothing here says whether that is good."""
+
+    file: FileFacts
+    experts: int
+    merge_base: str
+    tokens: TokenCheck
+    prompt: PromptCheck
+    stops: StopCheck
+    sample: Drawn
+    legs: Legs
+    greedy: Greedy
+    live: tuple[Expected, ...]
+    weights: FitsOfFiles
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Handover:
+    """How far what came `after` is from what was `before`.
+
+    `vendor` is llama.cpp's own, of a quantized file.
+    """
+
+    before: str
+    after: str
+    ok: bool
+    nmse: float
+    kl_mean: float
+    kl_max: float
+    top1: float
+    perplexity: float
+    vendor: Leg | None = None
+    beyond_vendor: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """With the names of the contract."""
+        figures = {name: getattr(self, name) for name in FIGURES}
+        found = {"from": self.before, "to": self.after, "ok": self.ok, **figures}
+        found["perplexity"] = self.perplexity
+        if self.vendor:
+            found["vendor"] = {name: getattr(self.vendor, name) for name in FIGURES}
+            found["beyond_vendor"] = self.beyond_vendor
+        return found
