@@ -145,7 +145,8 @@ def _merged_wrongly(
     if abs(scale - once) > _SCALE_SLACK and _is_clean(file, yardstick):
         words = f"the adapter is in the file {scale:.3g} times: its scale was computed wrongly"
         return Cause("merge", words, "check alpha, r, use_rslora and alpha_pattern in adapter_config.json")
-    if other := _other_scales(file, usual):
+    # A share says something only where nothing but rounding is left beside it: else it is another adapter.
+    if not differ.worse and (other := _other_scales(file, usual)):
         name, times = next(iter(other.items()))
         words = (
             f"in {len(other)} of {len(file.scales)} adapted tensors the adapter is not once, but "
