@@ -27,7 +27,7 @@ BY_PROCESSOR := $(addprefix tests/test_,train_arithmetic.py train_evaluate.py ve
 
 LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
 
-.PHONY: documents setup ship quick test test-all release llama-server lint bench clean
+.PHONY: documents setup ship quick test test-all release llama-server clients lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -45,7 +45,7 @@ test: lint
 	$(PYTEST) -m "$(QUICK)"
 	@echo "not run here: tests marked slow, docker, gpu or ollama; make test-all runs the first two"
 
-test-all: lint llama-server
+test-all: lint llama-server clients
 	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(ALL)"
 	$(OLD_PROCESSOR) $(PYTEST) -m "$(QUICK)" $(BY_PROCESSOR)
 
@@ -59,6 +59,14 @@ $(LLAMA_SERVER): tests/llama_server/CMakeLists.txt | $(READY)
 	    -DTREE=$(FORGE_HOME)/llama-server/tree/vendor/llama.cpp \
 	    -DLIBRARIES=$$($(BIN)/python -c 'import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parent / "lib")')
 	cmake --build $(FORGE_HOME)/llama-server --target llama-server llama-imatrix --parallel
+
+# Libraries of others that ask a server, in an environment of their own.
+clients: $(FORGE_HOME)/clients/.ready
+
+$(FORGE_HOME)/clients/.ready: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(FORGE_HOME)/clients
+	$(FORGE_HOME)/clients/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check

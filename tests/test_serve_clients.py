@@ -1,0 +1,45 @@
+"""Other people's libraries against a real server with a real model, each in its own words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from forge import process
+from forge.serve.embedded import serve_embedded
+from forge.serve.endpoint import Endpoint
+from forge.serve.runtime import ServerSettings
+from tests.conftest import SESSION_HOME
+from tests.real.smollm2 import gguf_file
+from tests.servers import KEY
+
+pytestmark = [pytest.mark.network, pytest.mark.programs, pytest.mark.slow]
+ASK = Path(__file__).parent / "clients" / "ask.py"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Endpoint]:
+    settings = ServerSettings(gguf_file(), "smol", 2048, parallel=2, api_key=KEY, embeddings=True)
+    with serve_embedded(settings) as endpoint:
+        yield endpoint
+
+
+@pytest.mark.parametrize("library", ["instructor", "langchain", "litellm", "anthropic"])
+def test_library_is_answered(served: Endpoint, library: str) -> None:
+    python = SESSION_HOME / "clients" / "bin" / "python"
+    assert python.is_file(), f"{python} is not there; run: make clients"
+    finished = process.run(
+        [str(python), str(ASK), library, served.url, KEY, "smol"], environment={"PYTHONPATH": ""}
+    )
+    assert finished.status == 0, finished.output[-2000:]
+    told = json.loads(finished.output.splitlines()[-1])
+    for field in ("city", "by_schema"):
+        assert told.get(field, "Paris") == "Paris"
+    for field in ("text", "streamed"):
+        assert isinstance(told.get(field, "x"), str) and told.get(field, "x")
+    assert told.get("embedding", 576) == 576
+    assert told.get("tokens", 1) > 0
+    assert told
