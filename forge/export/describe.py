@@ -6,10 +6,12 @@ import json
 from itertools import islice
 from pathlib import Path
 
+from forge import report
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.adapter.vocabulary import Fitted
 from forge.chat.template import ChatTemplate, Message
-from forge.model.config import with_own_head, with_vocabulary
+from forge.export.tokenizer import repair
+from forge.model.config import configuration_of, with_own_head, with_vocabulary
 from forge.model.tokenizer_files import read_tokenizer
 
 _OWN_ROWS = 100
@@ -40,11 +42,27 @@ def describe(
     if tokenizer != base:
         copy_tokenizer(tokenizer, out)
     _drop(out / "tokenizer_config.json", "auto_map")
+    for note in repair(out, configuration_of(described).vocabulary_size):
+        report.warning(note)
     if chat_template is not None:
         # Only the pinned template: an older file beside it might be preferred.
         (out / "chat_template.json").unlink(missing_ok=True)
         (out / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         _drop(out / "tokenizer_config.json", "chat_template")
+    elif (out / "tokenizer.json").is_file():
+        _leave_out_named(out)
+
+
+def _leave_out_named(out: Path) -> None:
+    """Templates with names and no default one: a server would take any of them for plain chats."""
+    files = read_tokenizer(out)
+    if files.templates and files.chat_template is None:
+        report.warning(
+            f"the chat templates are named {', '.join(sorted(files.templates))} and none is the default: the "
+            "GGUF carries none, and servers fall back to ChatML; base.chat_template chooses one in a recipe"
+        )
+        _drop(out / "tokenizer_config.json", "chat_template")
+        _drop(out / "chat_template.json", "chat_template")
 
 
 def _drop(path: Path, name: str) -> None:
