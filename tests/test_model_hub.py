@@ -18,7 +18,10 @@ import pytest
 
 from forge import report
 from forge.errors import DataError, ForgeError, MissingToolError, StageError
-from forge.model.base import ResolvedBase, fetch_dataset, resolve, resolve_headers
+from forge.model.base import BUILTIN, ResolvedBase, fetch_dataset, resolve, resolve_headers
+from forge.recipe.load import load
+from forge.resolve.recipe import resolve_recipe
+from forge.store.artifacts import Store
 from tests.hub_stand_in import Hub, StandInRepository
 from tests.told_sink import Told
 
@@ -298,3 +301,21 @@ def test_something_that_is_no_id(hub: Hub) -> None:
         refused(DataError, "what is this?").message == "'what is this?' is neither a directory nor a hub id"
     )
     assert hub.requests == []
+
+
+def test_a_ships_base_stays_at_the_commit_of_its_last_ship(hub: Hub, tmp_path: Path) -> None:
+    """A hub name without revision: what was trained on once is what the next ship finds."""
+    files = {path.name: path.read_bytes() for path in (BUILTIN / "tiny").iterdir() if path.is_file()}
+    hub.repositories["org/chat"] = StandInRepository(files)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: mini\nbase: org/chat\ndata: {source: builtin:yoda}\n")
+
+    def resolved(pins: dict[str, str]) -> str | None:
+        place = Store(tmp_path / "home"), tmp_path / "runs" / "mini"
+        return resolve_recipe(load(recipe), *place, pins=pins).base.revision
+
+    before = resolved({})
+    assert before == hub.repositories["org/chat"].commit
+    hub.repositories["org/chat"] = StandInRepository({**files, "README.md": b"moved on"})
+    assert resolved({"base": "org/chat", "base_revision": str(before)}) == before
+    assert resolved({"base": "org/other", "base_revision": str(before)}) not in (None, before)

@@ -89,6 +89,12 @@ def test_an_error_keeps_its_class_its_hint_and_all_its_problems(said: Said) -> N
     assert said.calls == []
 
 
+def test_a_worker_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything was fetched, at a known revision, before it starts: it could only fetch another."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert worker.call("environment", {"names": ["HF_HUB_OFFLINE"]}) == {"HF_HUB_OFFLINE": "1"}
+
+
 def test_no_kernel_of_a_hub_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes imports the package `kernels`, where it is installed, to fetch and run one."""
     for name in ("kernels", "colonels"):

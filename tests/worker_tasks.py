@@ -110,6 +110,10 @@ def ignore() -> dict[str, Any]:
     return {}
 
 
+def environment(names: list[str]) -> dict[str, Any]:
+    return {name: os.environ.get(name) for name in names}
+
+
 def find(name: str) -> dict[str, Any]:
     return {"found": importlib.util.find_spec(name) is not None}
 
@@ -152,6 +156,7 @@ def count_words(request: CountRequest) -> Counted:
 if __name__ == "__main__":
     names = ("speak", "hurry", "fail", "divide", "lack", "hoard", "die", "sleep", "finish_step", "finish_all")
     worker.TASKS = {
-        name: f"tests.worker_tasks:{name}" for name in (*names, "find", "ignore", "deliver", "count_words")
+        name: f"tests.worker_tasks:{name}"
+        for name in (*names, "environment", "find", "ignore", "deliver", "count_words")
     }
     worker.main()

@@ -1,0 +1,118 @@
+"""Which stages' requests each field of the recipe enters: the table, field by field.
+
+A field that is missing from a request leaves an old artifact in its place, in silence; one too many makes
+work again that nobody asked for. What a stage takes from others comes by their digests, and is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from forge.recipe.fields import all_names
+from forge.recipe.load import load
+from forge.resolve.recipe import resolve_recipe
+from forge.stages import stages_for
+from forge.store.artifacts import Store
+
+RECIPE = (
+    "name: mini\nbase: builtin:tiny\n"
+    "data: {source: builtin:yoda, columns: {prompt: sentence, completion: translation_extra}, eval: 4}\n"
+)
+NOWHERE: tuple[str, ...] = ()
+# Field, another value than RECIPE's, and the stages whose requests it enters.
+TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("name", "other", ("export", "modelfile")),
+    ("base.trust_remote_code", "true", NOWHERE),  # of a family that transformers has
+    ("data.encoding", "utf-8", ("data",)),
+    ("data.eval", "8", ("data",)),
+    ("data.format", "prompt", ("data",)),
+    ("data.ignore", "[style]", ("data",)),
+    ("data.limit", "50", ("data",)),
+    ("data.overlong", "drop", ("data",)),
+    ("data.seed", "7", ("data",)),
+    ("data.skip_bad_rows", "3", ("data",)),
+    ("train.batch_size", "3", ("train",)),
+    ("train.checkpoint_minutes", "9", NOWHERE),
+    ("train.device", "cpu", ("train", "evaluate")),
+    ("train.dtype", "fp32", ("train", "evaluate")),
+    ("train.epochs", "9", ("train",)),
+    ("train.gradient_accumulation", "5", ("train",)),
+    ("train.gradient_checkpointing", "true", ("train",)),
+    ("train.learning_rate", "5e-4", ("train",)),
+    ("train.lora.alpha", "77", ("train",)),
+    ("train.lora.dora", "true", ("train",)),
+    ("train.lora.dropout", "0.2", ("train",)),
+    ("train.lora.modules_to_save", "[embed_tokens]", ("train",)),
+    ("train.lora.r", "5", ("train",)),
+    ("train.lora.rslora", "true", ("train",)),
+    ("train.lora.targets", "[q_proj]", ("train",)),
+    ("train.max_gradient_norm", "0.5", ("train",)),
+    ("train.max_length", "40", ("data",)),
+    ("train.max_steps", "3", ("train",)),
+    ("train.method", "lora", ("train", "evaluate", "export", "verify")),
+    ("train.optimizer", "adafactor", ("train",)),
+    ("train.packing", "true", ("train",)),
+    ("train.schedule", "linear", ("train",)),
+    ("train.seed", "9", ("train",)),
+    ("train.supervise", "last", ("data",)),
+    ("train.template_variables", "{today: 2020-01-01}", ("data", "modelfile")),
+    ("train.warmup_fraction", "0.3", ("train",)),
+    ("train.weight_decay", "0.3", ("train",)),
+    ("export.imatrix", "true", ("calibrate", "export")),
+    ("export.keep_merged", "true", ("export",)),
+    ("export.merge_base", "nf4", ("export",)),
+    ("export.mode", "adapter", ("export",)),
+    ("export.quant", "q8_0", ("export", "modelfile")),
+    ("deploy.context_tokens", "256", ("modelfile",)),
+    ("deploy.host", "0.0.0.0", NOWHERE),
+    ("deploy.keep", "true", NOWHERE),
+    ("deploy.parallel", "3", NOWHERE),
+    ("deploy.port", "8123", NOWHERE),
+    ("deploy.runtime", "none", NOWHERE),
+    ("deploy.threads", "1", NOWHERE),
+    ("deploy.without_key", "true", NOWHERE),
+    ("verify.as_trained", "warn", NOWHERE),
+    ("verify.learned", "off", NOWHERE),
+    ("verify.max_kl", "0.5", NOWHERE),
+    ("verify.min_top1", "0.5", NOWHERE),
+)
+# Sections, and what names files or hub ids: their digests enter, which other tests change.
+ELSEWHERE = (
+    "base", "base.chat_template", "base.id", "base.revision", "data", "data.columns", "data.revision",
+    "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export", "export.quant.max_kl",
+    "smoke", "train", "train.from", "train.lora", "train.report_to", "train.revision", "verify",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("requests")
+    (directory / "recipe.yaml").write_text(RECIPE)
+    return directory
+
+
+def _requests(place: Path, *overrides: str) -> Mapping[str, str]:
+    """The parameters of each stage that keeps what it made."""
+    loaded = load(place / "recipe.yaml", overrides)
+    ship = resolve_recipe(loaded, Store(place / "home"), place / "runs" / "mini", offline=True)
+    made = {stage.name: stage.params() for stage in stages_for(ship) if hasattr(stage, "params")}
+    return {name: json.dumps(params, sort_keys=True) for name, params in made.items()}
+
+
+@pytest.mark.parametrize(("field", "value", "stages"), TABLE, ids=[row[0] for row in TABLE])
+def test_a_field_enters_the_requests_of_its_stages_only(
+    field: str, value: str, stages: tuple[str, ...], place: Path
+) -> None:
+    before, after = _requests(place), _requests(place, f"{field}={value}")
+    assert tuple(name for name in after if after[name] != before.get(name)) == stages
+
+
+def test_every_field_of_the_schema_is_in_the_table() -> None:
+    known = {*(row[0] for row in TABLE), *ELSEWHERE}
+    leaves = {name for name in all_names() if "*" not in name and not name.startswith("data.columns.")}
+    assert leaves - known == set()
+    assert known - leaves == set()
