@@ -9,10 +9,7 @@ and only the finished, read-back file moves to `out`.
 from __future__ import annotations
 
 import math
-import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +24,7 @@ from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
+from forge.export.memory import peak_memory
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
@@ -96,7 +94,7 @@ def export(
         "ids_compared": compared.texts,
         "ids_limits": list(compared.limits),
         "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
-        "peak_rss_bytes": _peak_memory(),
+        "peak_rss_bytes": peak_memory(),
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -265,16 +263,6 @@ def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
         kind.value = file_type(quant)
         found |= {"general.quantization_version": version, "general.file_type": kind}
     return found
-
-
-def _peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
-    status = Path("/proc/self/status")
-    # Linux's ru_maxrss begins with what the parent had when it started us.
-    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
-        return 1024 * int(found[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _facts(target: Path, header: GgufHeader, converted: Converted, quant: str) -> dict[str, Any]:
