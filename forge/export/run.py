@@ -31,7 +31,7 @@ from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, convert, without_collection
 from forge.export.write import Rounding, write_gguf, writing
-from forge.model.checkpoint import Checkpoint, open_checkpoint
+from forge.model.checkpoint import Checkpoint, open_checkpoint, refuse_packed
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
@@ -113,6 +113,7 @@ def blame_base(failure: ForgeError, checkpoint: Checkpoint) -> None:
 
 def _open(base: Path, adapter: Path | None, tokenizer: Path) -> tuple[Checkpoint, Fitted | None]:
     checkpoint = open_checkpoint(base)
+    refuse_packed(checkpoint)
     if adapter is None:
         return checkpoint, None
     found = fit(read_adapter(adapter), checkpoint)
