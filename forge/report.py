@@ -30,7 +30,7 @@ class Sink(Protocol):
     """Where what is said goes."""
 
     def text(self, kind: str, text: str) -> None:
-        """`kind` is info, detail, success, warning, error or hint."""
+        """`kind` is info, detail, success, warning, error, hint or masked."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None: ...
 
@@ -117,6 +117,14 @@ class RichSink:
 
     def text(self, kind: str, text: str) -> None:
         prefix = _PREFIXES.get(kind, "")
+        if kind == "masked":
+            from rich.text import Text
+
+            # The marks stay: a colour is lost where the screen is copied.
+            masked = Text(text, style="dim")
+            masked.highlight_regex(r"⟦[^⟧]*⟧", "bold green")
+            self.console.print(masked, soft_wrap=True)
+            return
         self.console.print(prefix + text, style=self._styles.get(kind), markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
@@ -252,6 +260,11 @@ def say(kind: str, text: str) -> None:
 
 def info(text: str) -> None:
     say("info", text)
+
+
+def masked(text: str) -> None:
+    """A row as the model sees it, ⟦what carries loss⟧ in colour."""
+    say("masked", text)
 
 
 def detail(text: str) -> None:

@@ -88,7 +88,11 @@ def test_both_files_whole(form: PromptFormat, tmp_path: Path) -> None:
         "roles": {},
         "unused": {},
         "bad_rows": [],
-        "first_row": {"text": first["text"], "supervised": f"{kept[0].upper()}<|im_end|>"},
+        "first_row": {
+            "text": first["text"],
+            "masked": first["text"].replace(f"{kept[0].upper()}<|im_end|>", f"⟦{kept[0].upper()}<|im_end|>⟧"),
+            "supervised": f"{kept[0].upper()}<|im_end|>",
+        },
     }
 
 

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.recipe.starters import kinds, write
+from forge.recipe.starters import kinds, write, write_text
 
 
 def init(name: str, kind: str, directory: Path) -> dict[str, Any]:
     """Write `name`.yaml of a kind; raises `RecipeError` for one that there is not."""
     path = write(name, kind, directory)
+    report.success(f"wrote {path}; next: forge plan {path}")
+    return {"path": str(path)}
+
+
+def init_for(name: str, base: str, data: str, directory: Path) -> dict[str, Any]:
+    """Write the recipe that fits a base and some rows; raises `DataError` where none would."""
+    from forge.commands.first_recipe import first_recipe
+
+    path = write_text(name, first_recipe(name, base, data, directory), directory)
     report.success(f"wrote {path}; next: forge plan {path}")
     return {"path": str(path)}
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from forge.errors import DataError
 
 TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
+_FEW_ROWS = 50
+_LOOKED_AT = 200
 
 
 @dataclass(frozen=True)
@@ -82,30 +85,37 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
         raise DataError("no row is short enough to train on", hint=f"raise train.max_length above {limit}")
     _write(out / TRAIN_FILE, kept)
     _write(out / HELDOUT_FILE, held)
+    return {
+        **_facts(read_rows, kept, len(held)),
+        "overlong_rows": changed,
+        "max_length": limit,
+        "end_of_turn": form.end_of_turn,
+        "end_of_turn_id": form.end_of_turn_id,
+        "first_row": _shown(kept[0], form),
+    }
+
+
+def _facts(rows: Rows, kept: Sequence[Encoded], heldout: int) -> dict[str, Any]:
+    """The account of what was read, and the figures of the rows that are `kept`."""
     lengths = sorted(len(row.input_ids) for row in kept)
-    notes = read_rows.notes
+    notes = rows.notes
     return {
         "rows": len(kept),
-        "heldout_rows": len(held),
+        "heldout_rows": heldout,
         "longest_tokens": lengths[-1],
         "shortest_tokens": lengths[0],
         "median_tokens": lengths[len(lengths) // 2],
         "mean_tokens": round(sum(lengths) / len(lengths), 1),
         "tokens": sum(lengths),
         "supervised_tokens": sum(row.supervised for row in kept),
-        "overlong_rows": changed,
-        "max_length": limit,
-        "end_of_turn": form.end_of_turn,
-        "end_of_turn_id": form.end_of_turn_id,
         "texts": sum(not row.conversation.turns for row in kept),
-        "duplicates": len({id(one) for one in read_rows.training})
-        - len({one.fingerprint for one in read_rows.training}),
-        "read": [one.line for one in read_rows.reads],
+        "duplicates": len({id(one) for one in rows.training})
+        - len({one.fingerprint for one in rows.training}),
+        "read": [one.line for one in rows.reads],
         "notes": dict(notes.counts),
         "roles": notes.roles,
         "unused": dict(notes.unused),
-        "bad_rows": [str(problem) for problem in grouped(read_rows.bad.skipped)],
-        "first_row": _shown(kept[0], form),
+        "bad_rows": [str(problem) for problem in grouped(rows.bad.skipped)],
     }
 
 
@@ -121,11 +131,28 @@ def account(facts: Mapping[str, Any]) -> Iterator[str]:
     )
     if facts["texts"]:
         yield "plain text is learned whole: it teaches to go on with such a text, not to answer in a chat"
+    if facts.get("looked_at", facts["rows"]) < facts["rows"]:
+        yield f"(tokens are those of the first {facts['looked_at']} rows)"
     yield from (f"{number:,} rows: {note}" for note, number in facts["notes"].items())
     if facts["roles"]:
         yield "roles: " + ", ".join(f"{name} is the {role}" for name, role in facts["roles"].items())
     if facts["unused"]:
         yield "not used: " + ", ".join(facts["unused"])
+    if facts["rows"] < _FEW_ROWS:
+        yield f"under {_FEW_ROWS} rows teach a format or a tone at most; some hundred good ones teach a task"
+
+
+def look(settings: Settings, form: PromptFormat) -> dict[str, Any]:
+    """What was read and the first row as the model will see it, for a plan: writes nothing.
+
+    All rows are read, the first few encoded. Raises `DataError` as `prepare` would of those.
+    """
+    rows = read_all(settings)
+    some = encode_all(rows.training[:_LOOKED_AT], form, supervise=settings.supervise, bad=rows.bad)
+    if not some:
+        raise DataError("no row is left to train on", hint="see what was left out above")
+    facts = _facts(rows, some, len(rows.heldout))
+    return {**facts, "rows": len(rows.training), "looked_at": len(some), "first_row": _shown(some[0], form)}
 
 
 def read_all(settings: Settings) -> Rows:
@@ -206,7 +233,12 @@ def _write(path: Path, rows: Sequence[Encoded]) -> None:
 def _shown(row: Encoded, form: PromptFormat) -> dict[str, str]:
     """The first row as the model sees it, and the part that carries loss (requirement F9)."""
     decode = form.tokenizer.decode
+    pieces = []
+    for learned, run in groupby(zip(row.input_ids, row.labels, strict=True), lambda pair: pair[1] >= 0):
+        text = decode([number for number, _ in run], skip_special_tokens=False)
+        pieces.append(f"⟦{text}⟧" if learned else text)
     return {
         "text": decode(list(row.input_ids), skip_special_tokens=False),
+        "masked": "".join(pieces),
         "supervised": decode([label for label in row.labels if label >= 0], skip_special_tokens=False),
     }

@@ -42,11 +42,16 @@ def write(name: str, kind: str, directory: Path) -> Path:
         raise RecipeError(
             f"there is no starter recipe {kind}{asked}", hint=f"there are: {', '.join(kinds())}"
         )
+    text = (directory_of_starters() / f"{kind}.yaml").read_text(encoding="utf-8")
+    return write_text(name, text, directory)
+
+
+def write_text(name: str, text: str, directory: Path) -> Path:
+    """Write a recipe as `directory/name.yaml`, its `name` filled in; raises as `write`."""
     if not NAME.fullmatch(name):
         raise RecipeError(
             f"{name!r} cannot name a recipe", hint="use letters, digits, '.', '_' and '-', a letter first"
         )
-    text = (directory_of_starters() / f"{kind}.yaml").read_text(encoding="utf-8")
     read = Reader("name").read(name)
     written = name if read and read.value == name else f'"{name}"'
     path = directory / f"{name}.yaml"

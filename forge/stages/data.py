@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge import report
 from forge.chat.stops import require
-from forge.data.prepare import TRAIN_FILE, Settings, account, prepare, read_all
+from forge.data.prepare import TRAIN_FILE, Settings, account, look, prepare, read_all
 from forge.data.reading import Source
 from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params
@@ -20,6 +21,8 @@ from forge.store.digest import Json
 
 DATA_STAGE = "data"
 _READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s
+
+_SHOWN = 600  # characters of the first row
 
 
 class DataStage(ShipStage):
@@ -54,8 +57,7 @@ class DataStage(ShipStage):
         assert data is not None
         settings = self.settings()
         facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
-        for line in account(facts):
-            report.info(line)
+        self._report(facts)
         with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
             broken = self.ship.stops.in_mask(
                 map(json.loads, rows),
@@ -71,7 +73,22 @@ class DataStage(ShipStage):
         files = [*ship.data_files, *([ship.heldout] if isinstance(ship.heldout, Path) else [])]
         light = all(path.suffix.lower() != ".parquet" for path in files)
         if ship.data_files and light and sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN:
-            read_all(self.settings())
+            if ship.base.directory is None:
+                read_all(self.settings())
+            else:
+                self._report(look(self.settings(), ship.prompt_format))
+
+    def _report(self, facts: Mapping[str, Any]) -> None:
+        """What was read, how long that trains, and one row with what carries loss."""
+        for line in account(facts):
+            report.info(line)
+        if training := self.ship.training:
+            at_once = training.batch_size * training.gradient_accumulation
+            whole = math.ceil(training.epochs * math.ceil(facts["rows"] / at_once))
+            steps = training.max_steps or whole
+            packed = " at most, with packing" if training.packing and not training.max_steps else ""
+            report.info(f"training: {steps:,} steps of {at_once} rows{packed}")
+        report.masked(facts["first_row"]["masked"][:_SHOWN])
 
     def settings(self) -> Settings:
         """What the recipe says of the data."""

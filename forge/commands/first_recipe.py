@@ -1,0 +1,156 @@
+"""The first recipe for a base and some rows: what is chosen, each choice with its reason as a comment.
+
+Looks at the rows as a ship would read them and, where the base is on this machine, encodes some with its
+template. Not covered: what only training shows (learning rate, epochs), which start at usual values.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge.chat.template import ChatTemplate
+from forge.data.conversation import Conversation
+from forge.data.layout import TEXT
+from forge.data.reading import Read, Source, read
+from forge.data.sources import files_of_split, locate_all
+from forge.data.split import split
+from forge.data.tokens import encode_all, prompt_format
+from forge.errors import DataError
+from forge.model.base import ResolvedBase, fetch_dataset, resolve
+from forge.model.checkpoint import open_checkpoint
+from forge.model.config import read_configuration
+from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
+from forge.recipe.checks import local_path
+
+_SEED = 42  # that of `data.seed`, so that the smoke queries are held-out rows
+_ENCODED = 500
+_SMALL = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the rows are to the base: the longest of those encoded, and which answers can be learned."""
+
+    parameters: int
+    context: int | None
+    longest: int
+    supervise: str
+
+
+def first_recipe(name: str, base: str, data: str, directory: Path) -> str:
+    """The text of a recipe; raises `DataError` for rows or a base that no recipe could ship."""
+    source = Source(_files(data))
+    rows = read(source)
+    training, heldout = split(rows.conversations, _held_out(len(rows.conversations))[0], _SEED)
+    found = resolve(base, fetch=False, relative_to=Path())
+    fit = _fit(found, training)
+    return "\n".join(_lines(name, base, _named(data, directory), rows, heldout, fit)) + "\n"
+
+
+def _files(data: str) -> tuple[Path, ...]:
+    is_local = data.startswith("builtin:") or local_path(data, Path()) or any(mark in data for mark in "*?[")
+    if is_local or data.count("/") != 1:
+        return locate_all(data, Path(), "train")
+    return files_of_split(fetch_dataset(data), "train")
+
+
+def _named(data: str, directory: Path) -> str:
+    """The data as the recipe names it: relative to the recipe's own directory."""
+    if data.startswith("builtin:") or local_path(data, Path()) is None or Path(data).is_absolute():
+        return data
+    return os.path.relpath(Path(data).absolute(), directory.absolute())
+
+
+def _held_out(rows: int) -> tuple[float, str]:
+    if rows < 2:
+        return 0, "one row: nothing can be held out, so nothing is measured"
+    if rows < 10:
+        return 1, "one row: a tenth of so few is none"
+    if rows > 5000:
+        return 500, "enough to measure on; the rest is learned"
+    return 0.1, "a tenth, held out to measure what was learned"
+
+
+def _fit(base: ResolvedBase, rows: Sequence[Conversation]) -> Fit | None:
+    """None where the base is not on this machine."""
+    if base.directory is None:
+        return None
+    configuration = read_configuration(base.directory)
+    files = read_tokenizer(base.directory, max_positions=configuration.max_positions)
+    parameters = sum(tensor.numel for tensor in open_checkpoint(base.directory).tensors.values())
+    if files.chat_template is None:
+        return Fit(parameters, configuration.max_positions, 0, "all")
+    template = ChatTemplate(files.chat_template, files.template_tokens)
+    form = prompt_format(template, open_tokenizer(files.directory))
+    some = rows[:_ENCODED]
+    try:
+        encoded, supervise = encode_all(some, form), "all"
+    except DataError as every:
+        try:
+            encoded, supervise = encode_all(some, form, supervise="last"), "last"
+        except DataError:
+            raise every from None
+    longest = max(len(row.input_ids) for row in encoded)
+    return Fit(parameters, configuration.max_positions, longest, supervise)
+
+
+def _lines(
+    name: str, base: str, data: str, rows: Read, heldout: Sequence[Conversation], fit: Fit | None
+) -> Iterator[str]:
+    count, is_text = len(rows.conversations), rows.reading.format == TEXT
+    share, why = _held_out(count)
+    yield f"# By forge init, of {json.dumps(base)} and {json.dumps(data)}. Next: forge plan {name}.yaml"
+    yield f"name: {json.dumps(name)}"
+    yield f"base: {json.dumps(base)}" + (f"  # {fit.parameters:,} parameters" if fit else "  # not here yet")
+    yield "data:"
+    yield f"  source: {json.dumps(data)}"
+    yield f"  # {rows.line}"
+    yield from (f"  # {number} rows: {note}" for note, number in rows.reading.notes.counts.items())
+    if rows.reading.notes.unused:
+        yield f"  # not used: {', '.join(rows.reading.notes.unused)}"
+    yield f"  eval: {share:g}  # {why}"
+    if fit and fit.context and fit.longest > fit.context:
+        way = "chunk" if is_text else "drop"
+        yield f"  overlong: {way}  # a row has {fit.longest:,} tokens, the base {fit.context:,} positions"
+    yield from _training(count, fit)
+    if not share or count < 20:
+        yield "verify:"
+        yield "  learned: warn  # so few rows show little"
+    asked = [] if is_text else (heldout or rows.conversations)[:2]
+    questions = [line for one in asked for line in _query(one)]
+    if questions:
+        yield f"smoke:  # {'held-out rows' if heldout else 'rows'}, asked of the served model"
+        yield from questions
+
+
+def _training(count: int, fit: Fit | None) -> Iterator[str]:
+    small = fit is not None and fit.parameters < _SMALL
+    reason = "small enough to train in 16 bits" if small else "the base in 4 bits: a seventh of the memory"
+    epochs = 3 if count >= 1000 else 5 if count >= 200 else 10
+    batch = max(1, min(8, count // 4))
+    yield "train:"
+    yield f"  method: {'lora' if small else 'qlora'}  # {reason}"
+    yield f"  epochs: {epochs}  # {count * epochs // batch:,} steps or so of {batch} rows"
+    yield f"  batch_size: {batch}"
+    if fit and fit.supervise == "last":
+        yield "  supervise: last  # the template writes earlier answers otherwise than it prompts for them"
+
+
+def _query(conversation: Conversation) -> Iterator[str]:
+    turns = conversation.turns[:-1]
+    plain = all(turn.role in ("system", "user", "assistant") and not turn.tool_calls for turn in turns)
+    while turns and turns[-1].role != "user":
+        turns = turns[:-1]
+    if not plain or not turns or conversation.tools:
+        return
+    if len(turns) == 1:
+        yield f"  - prompt: {json.dumps(turns[0].content, ensure_ascii=False)}"
+    else:
+        yield "  - messages:"
+        for turn in turns:
+            said = json.dumps(turn.content, ensure_ascii=False)
+            yield f"      - {{role: {turn.role}, content: {said}}}"

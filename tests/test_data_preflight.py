@@ -1,0 +1,127 @@
+"""What a plan says of the rows before anything runs, and the recipe that `forge init` writes for them."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge import report
+from forge.cli.main import run
+from forge.recipe.load import load
+from forge.ship.drive import plan, ship
+
+pytestmark = pytest.mark.training
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FORGE_HOME", str(tmp_path / "store"))
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def planned(recipe: Path) -> list[str]:
+    said = io.StringIO()
+    report.configure(sink=report.PlainSink(said, said))
+    plan(recipe)
+    return said.getvalue().splitlines()
+
+
+def test_a_plan_says_what_was_read(place: Path) -> None:
+    """E13, F9: format and why, rows, tokens, steps, what is not used, and a row with its mask."""
+    rows = [{"Question": f"q{n}", "Answer": "a", "id": n} for n in range(19)]
+    write(place / "rows.jsonl", [*rows, {**rows[0], "id": 20}])
+    (place / "r.yaml").write_text(
+        "name: a\nbase: builtin:tiny\ndata: {source: rows.jsonl, eval: 2}\n"
+        "train: {epochs: 2, batch_size: 4}\n",
+        encoding="utf-8",
+    )
+    said = planned(place / "r.yaml")
+    assert (
+        said[0]
+        == "read rows.jsonl (JSON lines): 20 rows, question (Question as prompt, Answer as completion)"
+    )
+    assert said[1].startswith("rows: 18 to train on")
+    assert said[1].endswith("2 held out")
+    assert said[2].startswith("tokens a row: ")
+    assert "not used: id" in said
+    assert "training: 10 steps of 4 rows" in said
+    assert said[-1] == "⟦a<|im_end|>⟧"
+    assert not (place / "runs").exists()
+    assert not (place / "store").exists()
+
+
+def test_a_plan_refuses_what_the_template_cannot_show(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that a ship would refuse is refused by its plan, with file and line."""
+    write(
+        place / "rows.jsonl",
+        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "x<|im_end|>y"}] * 4,
+    )
+    (place / "r.yaml").write_text(
+        "name: a\nbase: builtin:tiny\ndata: {source: rows.jsonl, eval: 0}\n", encoding="utf-8"
+    )
+    assert run(["plan", "r.yaml", "--json"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["problems"]
+    assert (problem["file"], problem["line"]) == ("rows.jsonl", 2)
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [USER, ANSWER]},
+    "prompt": {"prompt": "Hi", "completion": "Hello."},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    "alpaca": {"instruction": "Hi", "input": "", "output": "Hello."},
+    "dolly": {"instruction": "Hi", "context": "", "response": "Hello."},
+    "question": {"question": "Hi", "answer": "Hello."},
+    "preference": {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."},
+    "text": {"text": "Once upon a time."},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_first_recipe_writes_itself(place: Path, shape: str) -> None:
+    """For every shape of rows a recipe that is valid and reads them, with its smoke queries out of them."""
+    rows = [
+        json.loads(json.dumps(SHAPES[shape]).replace("Hello.", f"Hello {n}.").replace("time.", f"time {n}."))
+        for n in range(12)
+    ]
+    write(place / "rows.jsonl", rows)
+    assert run(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl"]) == 0
+    recipe = load(place / "first.yaml").recipe
+    assert recipe.train is not None
+    assert bool(recipe.smoke) == (shape != "text")
+    ship(place / "first.yaml", until="data")
+    assert len(list((place / "store").glob("**/train.jsonl"))) == 1
+
+
+def test_the_first_recipe_elsewhere(place: Path) -> None:
+    """The data's path is the recipe's; conversations become messages; an odd text is quoted."""
+    odd = 'a "quote" # and: more\nlines'
+    turns = [{"role": "system", "content": "Be brief."}, {**USER, "content": odd}, ANSWER]
+    write(place / "rows.jsonl", [{"messages": turns}])
+    assert run(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl", "-C", "sub"]) == 0
+    recipe = load(place / "sub" / "first.yaml").recipe
+    assert recipe.data is not None
+    assert recipe.data.source == "../rows.jsonl"
+    assert recipe.smoke[0].messages is not None
+    assert recipe.smoke[0].messages[-1].content == odd
+
+
+def test_init_wants_both(place: Path) -> None:
+    assert run(["init", "first", "--base", "builtin:tiny"]) == 2
+    write(place / "rows.jsonl", [{"a": 1}])
+    assert run(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl"]) == 2
+    assert not (place / "first.yaml").exists()
