@@ -19,7 +19,7 @@ from forge.serve.client import Client, find
 from forge.serve.runtime import ServerSettings
 from forge.serve.wire import RefusedError
 from forge.ship.serving import Wish, read_key, settings
-from tests.servers import HELLO, KEY, listens, write_adapter
+from tests.servers import HELLO, KEY, listens, servers_of, write_adapter
 from tests.shipping import Answer, Workshop, processes_of, wait_for
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
@@ -158,7 +158,7 @@ def test_server_that_dies_ends_the_command_with_its_last_words(place: Workshop) 
     with place.start("serve", "tiny.gguf", "--port", "0", "--json") as child:
         lines = child.lines()
         json.loads(next(lines))
-        (server,) = psutil.Process(child.pid).children()
+        (server,) = servers_of(child.pid)
         server.kill()
         wait_for("the end", lambda: child.status is not None or not server.is_running(), child)
         error = json.loads(list(lines)[-1])["error"]

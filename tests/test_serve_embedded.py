@@ -152,7 +152,7 @@ def test_model_that_does_not_load_shows_the_servers_own_words(model: Path, tmp_p
     lines = [problem.message for problem in caught.value.problems]
     assert any("unknown model architecture: 'lxama'" in line for line in lines)
     assert not any("older" in line for line in lines)
-    assert not psutil.Process().children(recursive=True)
+    assert not servers_of(os.getpid())
 
 
 @pytest.mark.network

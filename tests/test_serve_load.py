@@ -15,14 +15,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import pytest
 
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import ServerSettings
-from tests.servers import HELLO, write_adapter
+from tests.servers import HELLO, servers_of, write_adapter
 from tests.shipping import Workshop, wait_for
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
@@ -79,7 +78,7 @@ class _Mortal:
 
     def kill(self) -> None:
         """SIGKILL to the server alone, then to all."""
-        (server,) = psutil.Process(self.child.pid).children()
+        (server,) = servers_of(self.child.pid)
         server.kill()
         self.child.kill()
         self.stack.__exit__(None, None, None)
