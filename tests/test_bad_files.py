@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
@@ -67,6 +69,13 @@ def test_an_adapter_s_own_tokenizer_that_is_none(place: Path, capsys: pytest.Cap
     (adapter / "adapter_config.json").write_text(json.dumps(CONFIGURATION))
     shutil.copyfile(place / "base" / "chat_template.jinja", adapter / "chat_template.jinja")
     (adapter / "tokenizer.json").write_text("{}")
+    factors: dict[str, Any] = {
+        "lora_A": np.ones((8, 256), np.float32),
+        "lora_B": np.ones((256, 8), np.float32),
+    }
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    named = {f"{layer}.{part}.weight": values for part, values in factors.items()}
+    safetensors.numpy.save_file(named, adapter / "adapter_model.safetensors")
     with (place / "recipe.yaml").open("a") as recipe:
         recipe.write("train: {from: ./adapter}\n")
     error = failed(capsys, "ship", "recipe.yaml")
@@ -120,8 +129,8 @@ REFUSED: dict[str, tuple[str, str, str]] = {
     ),
     "no adapter": ("train: {from: ./base}\n", "", "is not an adapter: it has no adapter_config.json"),
     "no rows": ("", "", "rows.jsonl has no rows"),
-    "other columns": ("", '{"question": "a", "reply": "b"}\n', "cannot tell the data's format"),
-    "broken JSONL": ("", '{"prompt": "a", "completion"\n', "1 lines are not JSON objects"),
+    "other columns": ("", '{"left": "a", "right": "b"}\n', "cannot tell the data's format"),
+    "broken JSONL": ("", '{"prompt": "a", "completion"\n', "rows.jsonl:2: not JSON"),
 }
 
 

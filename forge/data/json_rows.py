@@ -37,7 +37,7 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
         except json.JSONDecodeError as error:
             if is_first_whole and len(lines) > 1:
                 return json_lines(text, name, bad), "JSON lines"
-            hint = ""
+            hint = "one {...} a line, or a list of them in [brackets]; no comment, no comma behind the last"
             if documents and text[at : at + 1] == ",":
                 hint = "one {...} a line without commas between, or [brackets] around all"
             elif len(lines) > 1 and all(line.startswith("{") for line in lines):
@@ -46,7 +46,8 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
                 f"data.source: {name}:{error.lineno}: not JSON: {error.msg}", hint=hint
             ) from error
         except (ValueError, RecursionError) as error:
-            raise DataError(f"data.source: {name}:{line}: not JSON: {error}") from error
+            hint = "write it again with a JSON library: numbers and nesting have limits"
+            raise DataError(f"data.source: {name}:{line}: not JSON: {error}", hint=hint) from error
         documents.append((document, line))
         while at < len(text) and text[at].isspace():
             at += 1
