@@ -95,6 +95,7 @@ DEFAULTS: dict[str, object] = {
     "verify.learned": "required",
     "verify.max_kl": None,
     "verify.min_top1": None,
+    "verify.minutes": None,
     "verify.as_trained": "required",
     "deploy.runtime": "embedded",
     "deploy.keep": False,

@@ -79,6 +79,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("verify.learned", "off", NOWHERE),
     ("verify.max_kl", "0.5", NOWHERE),
     ("verify.min_top1", "0.5", NOWHERE),
+    ("verify.minutes", "3", NOWHERE),
 )
 # Sections, and what names files or hub ids: their digests enter, which other tests change.
 ELSEWHERE = (

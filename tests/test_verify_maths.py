@@ -12,6 +12,7 @@ from forge.codec import from_plain
 from forge.errors import DataError
 from forge.model.safetensors_header import TensorSpec
 from forge.verify.compare import compare, converts, converts_mostly, times_as_far, top_log_probabilities
+from forge.verify.decide import undecided
 from forge.verify.inputs import refuse_too_large
 from forge.verify.measurement import Measurement
 from forge.verify.sample import LONGEST, Sample, draw, least_share
@@ -154,7 +155,15 @@ def test_the_confidence_of_a_share() -> None:
 
 
 def _leg(**changes: float) -> dict[str, Any]:
-    leg = {"positions": 1000, "nmse": 2e-3, "kl_mean": 3e-3, "kl_error": 1e-4, "kl_max": 0.1, "top1": 0.98}
+    leg = {
+        "positions": 1000,
+        "nmse": 2e-3,
+        "nmse_error": 0.0,
+        "kl_mean": 3e-3,
+        "kl_error": 1e-4,
+        "kl_max": 0.1,
+        "top1": 0.98,
+    }
     leg |= {"perplexity": 3.0, "perplexity_reference": 3.0, "loss_difference": 0.0, "loss_error": 0.01}
     return {**leg, "nmse_middle": 0.0, "kl_middle": 0.0, "beyond": 0.0, **changes}
 
@@ -174,8 +183,8 @@ def _measurement(**legs: dict[str, Any] | float) -> dict[str, Any]:
     """A sound q4_k_m; `legs` replace legs."""
     sound: dict[str, Any] = {
         "file": _leg(), "f16": _leg(nmse=3e-6, kl_mean=1e-5, top1=1.0), "file_against_f16": _leg(),
-        "rounded": _leg(nmse=1e-6, kl_mean=4e-6), "conversion": _leg(nmse=1e-6, kl_mean=5e-6, beyond=0.0),
-        "arithmetic": _leg(nmse=1e-6, kl_mean=5e-6, nmse_middle=1e-6, kl_middle=2e-6),
+        "rounded": _leg(nmse=1e-6, kl_mean=4e-6), "conversion": _leg(nmse=1e-6, kl_mean=5e-6, kl_error=5e-7),
+        "arithmetic": _leg(nmse=1e-6, kl_mean=5e-6, kl_error=5e-7, nmse_middle=1e-6, kl_middle=2e-6),
         "vendor": _leg(), "base": _leg(kl_mean=5.0, top1=0.2), "beyond_vendor": 1.0,
     }  # fmt: skip
     good = {"ok": True, "compared": 300, "different": 0, "limits": [], "examples": []}
@@ -365,3 +374,34 @@ def test_a_base_that_does_not_fit_even_in_pieces(tmp_path: Path) -> None:
     refuse_too_large(tensors, 2 * 64 * 4)
     with pytest.raises(DataError, match="does not fit even in pieces"):
         refuse_too_large(tensors, 2 * 64 * 4 - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits", "left"),
+    [
+        ({}, {}, ()),
+        ({"conversion": {"kl_mean": 1.9e-5, "kl_error": 1e-6}}, {}, ("the conversion's KL",)),
+        ({"conversion": {"kl_mean": 1.0, "kl_error": 0.1}}, {}, ()),
+        ({"beyond": {"mean": -1e-4, "error": 1e-4}}, {}, ("the quantized file beside llama.cpp's own",)),
+        ({"beyond": {"mean": -4e-4, "error": 1e-4}}, {}, ()),
+        ({"file": {"kl_mean": 0.01, "kl_error": 0.001}}, {"max_kl": 0.012}, ("verify.max_kl",)),
+        ({"file": {"kl_mean": 0.01, "kl_error": 0.001}}, {"max_kl": 0.02}, ()),
+        ({"file": {"top1": 0.9}}, {"min_top1": 0.91}, ("verify.min_top1",)),
+        ({"file": {"top1": 0.9}}, {"min_top1": 0.95}, ()),
+        ({"trained": {"loss_difference": -0.02}}, {}, ("whether answers are worse than as trained",)),
+        ({"trained": {"loss_difference": -0.5}}, {}, ()),
+    ],
+)
+def test_positions_are_added_until_every_gate_is_decided(
+    changes: dict[str, dict[str, float]], limits: dict[str, float], left: tuple[str, ...]
+) -> None:
+    """A gate is open as long as its figure is within three standard errors of its limit."""
+    measured = _measurement()
+    for name, figures in changes.items():
+        measured["legs"][name] = {**(_leg() if name != "beyond" else {}), **figures}
+        if name == "conversion":
+            measured["legs"][name] |= {"nmse": 1e-6}
+    legs = from_plain(Measurement, measured).legs
+    asked = {"max_kl": None, "min_top1": None, **limits}
+    assert undecided(legs, 0, **asked) == left
+    assert "near ties between experts" in undecided(legs, 8, **asked)

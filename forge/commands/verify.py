@@ -86,6 +86,8 @@ def certify(
             merge_base=files.merge_base,
             trained_in_4bit=files.trained_in_4bit,
             end_of_turn_id=end,
+            max_kl=max_kl,
+            min_top1=min_top1,
         )
         measured = worker.perform(measure, request)
     certificate = judge(measured, Gates(max_kl, min_top1))

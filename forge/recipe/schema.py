@@ -288,6 +288,9 @@ class Verify(Section):
         None, gt=0, description="mean KL divergence (nats) of the GGUF from fp32 base + adapter, at most"
     )
     min_top1: UpTo | None = Field(None, description="share of positions with the same top token, at least")
+    minutes: float | None = Field(
+        None, gt=0, description="add no more positions after so long; what is then undecided is reported"
+    )
     as_trained: Literal["required", "warn"] = Field(
         "required",
         description="the export must answer held-out rows as well as what QLoRA trained, on the NF4 base",

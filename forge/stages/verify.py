@@ -36,7 +36,7 @@ class VerifyStage(GgufStage):
     name = VERIFY_STAGE
     rank = 10
     lists_facts = False
-    version = 5
+    version = 6
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
@@ -88,6 +88,9 @@ class VerifyStage(GgufStage):
             trained_in_4bit=bool(self.ship.training and self.ship.training.method == "qlora"),
             end_of_turn_id=self.ship.prompt_format.end_of_turn_id,
             trust_remote_code=self.ship.runs_own_code,
+            max_kl=self.ship.recipe.verify.max_kl,
+            min_top1=self.ship.recipe.verify.min_top1,
+            minutes=self.ship.recipe.verify.minutes,
         )
         plain: dict[str, Any] = to_plain(worker.perform(measure, request, log=self.ship.log))
         return plain

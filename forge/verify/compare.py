@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from forge.verify.measurement import Leg, Stretch
+from forge.verify.measurement import Excess, Leg, Stretch
 from forge.verify.sample import Sample
 
 LEAST_NMSE, LEAST_KL = 1e-7, 1e-7
@@ -25,6 +25,8 @@ LEAST_NMSE, LEAST_KL = 1e-7, 1e-7
 MOST_TIMES = 4.0
 """How many times as far as a type's own arithmetic a conversion may be: errors add up as squares, so this is
 twice the distance. Sound ones were at 0.4 to 1.3 times."""
+MOST_BEYOND_VENDOR = 1.2
+"""How many times as far from f16 as llama.cpp's own a quantized file may be, in NMSE."""
 FAR_NMSE = 1e-4
 """Where a position counts as another one: no 16-bit rounding of a dense model moved one so far."""
 _BLOCK = 64
@@ -55,6 +57,7 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> Leg:
     return Leg(
         positions=len(follows),
         nmse=float(error.sum() / max(power.sum(), 1e-300)),
+        nmse_error=float(error.std() / math.sqrt(len(error)) / max(power.mean(), 1e-300)),
         nmse_middle=_middle(shares, stretches),
         beyond=float((shares > FAR_NMSE).mean()),
         kl_mean=float(kl.mean()),
@@ -89,6 +92,28 @@ def times_as_far(reference: Any, candidate: Any, other: Any, sample: Sample) -> 
         least = FAR_NMSE / 100 * (centred**2).sum(axis=1) + 1e-300
         ratios.append(((far - centred) ** 2).sum(axis=1) / (((near - centred) ** 2).sum(axis=1) + least))
     return _middle(np.concatenate(ratios), _stretches(sample))
+
+
+def excess(reference: Any, candidate: Any, other: Any, sample: Sample, times: float) -> Excess:
+    """By how much `candidate` is further from `reference` than `times` as far as `other` is.
+
+    Errors of two files of one type go up and down together: their difference is known sooner than either.
+    """
+    import numpy as np
+
+    common = min(one.shape[1] for one in (reference, candidate, other))
+    further, power = [], []
+    for at in range(0, len(sample.positions), _BLOCK):
+        centred, far, near = (
+            _centred(np.asarray(one[at : at + _BLOCK, :common], dtype=np.float64))
+            for one in (reference, candidate, other)
+        )
+        further.append(((far - centred) ** 2).sum(axis=1) - times * ((near - centred) ** 2).sum(axis=1))
+        power.append((centred**2).sum(axis=1))
+    difference, mean = np.concatenate(further), max(float(np.concatenate(power).mean()), 1e-300)
+    return Excess(
+        float(difference.mean() / mean), float(difference.std() / math.sqrt(len(difference)) / mean)
+    )
 
 
 def losses(logits: Any, sample: Sample) -> Any:

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from forge import report
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.errors import ForgeError, Problem
@@ -25,7 +26,16 @@ from forge.model.estimate import available, usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
-from forge.verify.compare import compare, converts, divergence, times_as_far, top_log_probabilities
+from forge.verify.compare import (
+    MOST_BEYOND_VENDOR,
+    compare,
+    converts,
+    divergence,
+    excess,
+    times_as_far,
+    top_log_probabilities,
+)
+from forge.verify.decide import undecided
 from forge.verify.inputs import (
     file_facts,
     most_frequent,
@@ -57,8 +67,11 @@ from forge.verify.vocabulary import added_tokens, check_vocabulary
 DIRECT = ("f16", "bf16", "f32")
 """Types that only convert: everything else is judged by llama.cpp's own file of that type."""
 _OWN_PROMPTS = 100
-_GREEDY_PROMPTS, _GREEDY_TOKENS = 8, 24
-_LIVE_PROMPTS, _LIVE_TOKENS = 32, 8
+_GREEDY_PROMPTS, _GREEDY_TOKENS = 8, 12
+_LIVE_PROMPTS, _LIVE_TOKENS = 16, 8
+_LOOKS = (768, sample.TOKENS)
+"""Tokens of the rows that are compared, until every gate is decided."""
+_NEXT_LOOK = sample.TOKENS / 768
 
 
 @dataclass
@@ -99,7 +112,9 @@ class _Session:
             )
             raise
         self.done.append(name)
-        self.seconds[name] = round(time.monotonic() - started, 1)
+        took = round(time.monotonic() - started, 1)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 1)
+        report.detail(f"{name}: {took} s")
 
 
 def measure(request: VerifyRequest) -> Measurement:
@@ -123,9 +138,9 @@ def measure(request: VerifyRequest) -> Measurement:
         tokens = facts.vocabulary_size or read_tokenizer(request.base).vocabulary_size
         refuse_long(rows, facts, header)
         refuse_other_vocabulary(rows, file.vocabulary)
-        drawn = sample.draw(rows, tokens, facts.max_positions)
+        longest = sample.draw(rows, tokens, facts.max_positions)
     prompts = _prompts(rows)
-    context = max([*map(len, drawn.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
+    context = max([*map(len, longest.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
     with (
         session.step("the file's greedy answers"),
         served.loaded(request.gguf, context, request.lora) as model,
@@ -135,23 +150,39 @@ def measure(request: VerifyRequest) -> Measurement:
     with session.step("what its server should answer"):
         with served.loaded(request.gguf, context, request.lora, like_server=True) as model:
             live = _expected_live(model, prompts, precise)
-    with session.step("the reference in float32"):
-        expected = reference.logits(session.source, drawn, "the reference")
-        greedy = reference.greedy(session.source, made)
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=request.scratch, prefix="forge-verify-") as scratch:
-        measured = _Comparison(session, drawn, context, expected).of(file, Path(scratch))
+        yardsticks = _Yardsticks(session, Path(scratch))
+        file = yardsticks.held(file)
+        for size in _LOOKS:
+            drawn = sample.draw(rows, tokens, facts.max_positions, tokens=size)
+            with session.step("the reference in float32"):
+                expected, greedy = reference.with_greedy(session.source, drawn, made, "the reference")
+            legs = _Comparison(session, drawn, context, expected, yardsticks).legs(file)
+            left = undecided(legs, facts.experts or 0, request.max_kl, request.min_top1)
+            report.detail(
+                f"{len(drawn.positions)} positions compared, undecided: {', '.join(left) or 'nothing'}"
+            )
+            spent = (time.monotonic() - started) / 60
+            late = request.minutes is not None and _NEXT_LOOK * spent > request.minutes
+            if not left or late or len(drawn.rows) == len(longest.rows):
+                break
+        is_sound = converts(legs.conversion, legs.arithmetic)
+        fits = yardsticks.weights(file, is_sound)
     return Measurement(
-        file=measured.file,
+        file=file,
         experts=facts.experts or 0,
         merge_base=request.merge_base,
         tokens=vocabulary.tokens,
         prompt=vocabulary.prompt,
         stops=vocabulary.stops,
-        sample=_drawn(rows, drawn),
-        legs=measured.legs,
+        sample=_drawn(
+            rows, drawn, 1 + _LOOKS.index(size), left if facts.experts is None or facts.experts < 2 else ()
+        ),
+        legs=legs,
         greedy=greedy,
         live=live,
-        weights=measured.weights,
+        weights=fits,
         seconds=session.seconds,
     )
 
@@ -169,7 +200,7 @@ def _vocabulary(request: VerifyRequest, rows: Sequence[Mapping[str, Any]]) -> Vo
     return check_vocabulary(request.gguf, request.tokenizer, template, conversations, request.end_of_turn_id)
 
 
-def _drawn(rows: Sequence[Any], drawn: sample.Sample) -> Drawn:
+def _drawn(rows: Sequence[Any], drawn: sample.Sample, looks: int, left: tuple[str, ...]) -> Drawn:
     return Drawn(
         rows=len(drawn.rows),
         rows_given=len(rows),
@@ -177,16 +208,70 @@ def _drawn(rows: Sequence[Any], drawn: sample.Sample) -> Drawn:
         answers=sum(drawn.answers),
         longest=max(map(len, drawn.rows)),
         cut_at=sample.LONGEST,
+        looks=looks,
+        undecided=left,
     )
 
 
-@dataclass(frozen=True)
-class _Compared:
-    """What the comparison of a file comes to; its type may be another one than it says."""
+@dataclass
+class _Yardsticks:
+    """llama.cpp's own files beside the one that is measured, each made once."""
 
-    file: FileFacts
-    legs: Legs
-    weights: FitsOfFiles
+    session: _Session
+    scratch: Path
+    vendor: Path | None = None
+
+    @cached_property
+    def f16(self) -> Path:
+        """llama.cpp's own conversion, of what the file was made of."""
+        with self.session.step("llama.cpp's own conversion"):
+            request = self.session.request
+            if request.f16:
+                return request.f16
+            out = self.scratch / "f16"
+            out.mkdir()
+            return yardstick.make_f16(
+                out,
+                base=request.base,
+                adapter=None if request.lora else request.adapter,  # else it is loaded beside this too
+                tokenizer=request.tokenizer,
+                chat_template=request.chat_template,
+                converters=request.converters,
+                end_of_turn_id=request.end_of_turn_id,
+                merge_base=request.merge_base,
+            )
+
+    def held(self, file: FileFacts) -> FileFacts:
+        """The file with the type that it is held against; of a quantized one `vendor` is made."""
+        if file.type in DIRECT:
+            return file
+        request, f16 = self.session.request, self.f16
+        vendor = self.scratch / "vendor.gguf"
+        with self.session.step("llama.cpp's own quantization"):
+            yardstick.make_quantized(f16, vendor, file.type, usable_cores(), request.importance)
+            held = _doubted(file, read_gguf(request.gguf), read_gguf(vendor))
+            if held.type != file.type:
+                yardstick.make_quantized(f16, vendor, held.type, usable_cores(), request.importance)
+        self.vendor = vendor
+        return held
+
+    def weights(self, file: FileFacts, is_sound: bool) -> FitsOfFiles:
+        """Of a conversion that failed llama.cpp's own names the stage, by its weights.
+
+        bf16 rounds eight times as much as f16 does: beside it is a file of its own type.
+        """
+        session, request = self.session, self.session.request
+        files = [request.gguf]
+        if self.vendor:
+            files += [self.f16, self.vendor]
+        elif not is_sound:
+            files.append(self.f16)
+            if file.type == "bf16":
+                bf16 = self.scratch / "vendor.gguf"
+                files.append(yardstick.make_quantized(self.f16, bf16, file.type, usable_cores()))
+        with session.step("weights"):
+            inside = replace(session.source, adapter=None) if request.lora else session.source
+            return FitsOfFiles(*weights.fit_weights(files, inside, session.facts))
 
 
 @dataclass(frozen=True)
@@ -207,11 +292,11 @@ class _Comparison:
     context: int
     expected: Any
     """The reference's logits."""
+    yardsticks: _Yardsticks
 
-    def of(self, file: FileFacts, scratch: Path) -> _Compared:
+    def legs(self, file: FileFacts) -> Legs:
         """The file, the checkpoints behind it, and its yardsticks."""
-        request, session = self.session.request, self.session
-        source = session.source
+        request, source = self.session.request, self.session.source
         shifts = source.adapter is not None and request.trained_in_4bit and not source.nf4
         base = self._checkpoint("base", replace(source, plain=True)) if source.adapter else None
         trained = self._checkpoint("trained", replace(source, nf4=True)) if shifts else None
@@ -225,30 +310,18 @@ class _Comparison:
             merged=merged,
             as_merged=as_merged,
         )
-        if file.type in DIRECT:
-            found = self._conversion(request.gguf, logits)
-            sound = converts(found.conversion, found.arithmetic)
-            # Of a conversion that failed llama.cpp's own names the stage, by its weights.
-            weights = self._weights(request.gguf, *(() if sound else self._yardsticks(file.type, scratch)))
-            return _Compared(file, legs(**vars(found)), weights)
-        f16 = self._f16(scratch)
-        direct = self._logits("f16", f16)
-        found = self._conversion(f16, direct)
-        vendor = scratch / "vendor.gguf"
-        with session.step("llama.cpp's own quantization"):
-            yardstick.make_quantized(f16, vendor, file.type, usable_cores(), request.importance)
-            held = _doubted(file, read_gguf(request.gguf), read_gguf(vendor))
-            if held.type != file.type:
-                yardstick.make_quantized(f16, vendor, held.type, usable_cores(), request.importance)
-        theirs = self._logits("vendor", vendor)
-        quantized = {
-            "f16": self._compare(direct),
-            "file_against_f16": self._compare(logits, direct),
-            "vendor": self._compare(theirs, direct),
-        }
-        beyond = times_as_far(direct, logits, theirs, self.drawn)
-        weights = self._weights(request.gguf, f16, vendor)
-        return _Compared(held, legs(**vars(found), **quantized, beyond_vendor=beyond), weights)
+        if self.yardsticks.vendor is None:
+            return legs(**vars(self._conversion(request.gguf, logits)))
+        direct = self._logits("f16", self.yardsticks.f16)
+        theirs = self._logits("vendor", self.yardsticks.vendor)
+        return legs(
+            **vars(self._conversion(self.yardsticks.f16, direct)),
+            f16=self._compare(direct),
+            file_against_f16=self._compare(logits, direct),
+            vendor=self._compare(theirs, direct),
+            beyond_vendor=times_as_far(direct, logits, theirs, self.drawn),
+            beyond=excess(direct, logits, theirs, self.drawn, MOST_BEYOND_VENDOR),
+        )
 
     def _merged(self) -> tuple[Leg, Leg | None]:
         """A merged checkpoint, and the reference rounded as it is."""
@@ -259,27 +332,6 @@ class _Comparison:
         if held.is_exact:
             return found, None
         return found, self._checkpoint("as merged", replace(source, rounding=held))
-
-    def _yardsticks(self, kind: str, scratch: Path) -> tuple[Path, ...]:
-        """llama.cpp's own f16, and of bf16, which rounds eight times as much, a file of that type too."""
-        f16 = self._f16(scratch)
-        if kind != "bf16":
-            return (f16,)
-        return f16, yardstick.make_quantized(f16, scratch / "vendor.gguf", kind, usable_cores())
-
-    def _f16(self, scratch: Path) -> Path:
-        with self.session.step("llama.cpp's own conversion"):
-            request = self.session.request
-            return request.f16 or yardstick.make_f16(
-                _directory(scratch / "f16"),
-                base=request.base,
-                adapter=None if request.lora else request.adapter,  # else it is loaded beside this too
-                tokenizer=request.tokenizer,
-                chat_template=request.chat_template,
-                converters=request.converters,
-                end_of_turn_id=request.end_of_turn_id,
-                merge_base=request.merge_base,
-            )
 
     def _conversion(self, path: Path, logits: Any) -> _Conversion:
         """The unquantized file in `path`, whose logits are given.
@@ -299,13 +351,6 @@ class _Comparison:
             return _Conversion(
                 self._compare(logits, held), self._compare(held), self._compare(computed, held)
             )
-
-    def _weights(self, file: Path, f16: Path | None = None, vendor: Path | None = None) -> FitsOfFiles:
-        session = self.session
-        with session.step("weights"):
-            inside = replace(session.source, adapter=None) if session.request.lora else session.source
-            files = [path for path in (file, f16, vendor) if path]
-            return FitsOfFiles(*weights.fit_weights(files, inside, session.facts))
 
     def _checkpoint(self, name: str, source: Weights) -> Leg:
         with self.session.step(name):
@@ -328,11 +373,6 @@ def _doubted(file: FileFacts, header: GgufHeader, vendor: GgufHeader) -> FileFac
     if bits_of(tensors) > bits_of(expected):
         return replace(file, type=type_of_tensors(header))
     return file if tensors == expected else replace(file, unlike=Unlike(tensors, expected))
-
-
-def _directory(path: Path) -> Path:
-    path.mkdir()
-    return path
 
 
 def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:

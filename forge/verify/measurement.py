@@ -21,6 +21,7 @@ class VerifyRequest:
     `scratch` a directory for large temporary files. `lora`: the adapter's GGUF beside that of its base;
     `merged`: a merged checkpoint; `importance`: the matrix that the file was rounded by; `f16`: llama.cpp's
     own conversion, where it is there already. `trained_in_4bit`: the adapter saw the base in NF4.
+    `max_kl` and `min_top1` are the limits to be decided; after `minutes` no more positions are added.
     """
 
     base: Path
@@ -39,6 +40,9 @@ class VerifyRequest:
     trained_in_4bit: bool = False
     end_of_turn_id: int | None = None
     trust_remote_code: bool = False
+    max_kl: float | None = None
+    min_top1: float | None = None
+    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Leg:
 
     positions: int
     nmse: float
+    nmse_error: float
     nmse_middle: float
     beyond: float
     kl_mean: float
@@ -71,6 +76,14 @@ class Leg:
     loss_difference: float
     loss_error: float
     kl_by_position: tuple[Stretch, ...] = ()
+
+
+@dataclass(frozen=True)
+class Excess:
+    """By how much a file is further off than llama.cpp's own may be, as a share of the power; ± `error`."""
+
+    mean: float
+    error: float
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,7 @@ class Legs:
     file_against_f16: Leg | None = None
     vendor: Leg | None = None
     beyond_vendor: float | None = None
+    beyond: Excess | None = None
     base: Leg | None = None
     trained: Leg | None = None
     merged: Leg | None = None
@@ -189,7 +203,10 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Drawn:
-    """How much was compared: rows of those there are, positions, those of answers."""
+    """How much was compared: rows of those there are, positions, those of answers.
+
+    In `looks`, each with more positions; `undecided` are the gates too near to their limits to be sure.
+    """
 
     rows: int
     rows_given: int
@@ -197,6 +214,8 @@ class Drawn:
     answers: int
     longest: int
     cut_at: int
+    looks: int = 1
+    undecided: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -61,24 +61,33 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     return found.numpy()
 
 
-def greedy(weights: Weights, made: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Greedy:
-    """Whether the reference would have written the same: every token is its most likely one too.
+def with_greedy(
+    weights: Weights, sample: Sample, made: Sequence[tuple[Sequence[int], Sequence[int]]], label: str
+) -> tuple[Any, Greedy]:
+    """`logits`, and whether the reference would have written what was `made` of prompts, in the same pass.
 
-    One pass over prompt and answer tells, since up to the first other token both texts are the same.
+    It would where every token is its most likely one: up to the first other token both texts are equal.
     """
     rows = tuple((*prompt, *answer) for prompt, answer in made)
     places = tuple(
         (row, len(prompt) - 1 + at) for row, (prompt, answer) in enumerate(made) for at in range(len(answer))
     )
-    taught = Sample(rows, places, tuple(True for _ in places), len(rows))
-    best = logits(weights, taught, "reference (greedy answers)").argmax(axis=1).tolist()
+    count = len(sample.rows)
+    joint = Sample(
+        (*sample.rows, *rows),
+        (*sample.positions, *((count + row, place) for row, place in places)),
+        (*sample.answers, *(True for _ in places)),
+        sample.given,
+    )
+    both = logits(weights, joint, label)
+    best = both[len(sample.positions) :].argmax(axis=1).tolist()
     same, firsts, at = 0, [], 0
     for _, answer in made:
         wrong = next((step for step, token in enumerate(answer) if best[at + step] != token), None)
         same += wrong is None
         firsts.append(wrong)
         at += len(answer)
-    return Greedy(len(made), same, tuple(firsts))
+    return both[: len(sample.positions)], Greedy(len(made), same, tuple(firsts))
 
 
 @contextmanager
@@ -90,7 +99,10 @@ def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
     import torch
 
     model, names = opened.model, opened.names
-    units, head, unread = list(_units(model)), model.get_output_embeddings(), set(_replaced(model))
+    # Without an adapter there is nothing of peft's, whose import takes seconds.
+    units, unread = list(_units(model, is_tuned=bool(opened.layers))), set[int]()
+    unread.update(_replaced(model) if opened.layers else ())
+    head = model.get_output_embeddings()
     head = getattr(head, "base_layer", head)  # of peft's layer
     idle, done = dict(opened.layers), 0
     rounding, merged = weights.rounding, list[Any]()
@@ -104,7 +116,7 @@ def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
                     weight = opened.loader.parameter(names[id(empty)], empty.shape, linear)
                     module._parameters[key] = torch.nn.Parameter(weight, requires_grad=False)
         if rounding:
-            merged.extend(() if weights.beside else _merged(unit))
+            merged.extend(() if weights.beside or not opened.layers else _merged(unit))
             _round(unit, rounding, modules)
 
     def drop(unit: Any, given: Any, made: Any) -> None:
@@ -181,19 +193,20 @@ def _round_inputs(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
     return (rounded(given[0], kind), *given[1:])
 
 
-def _units(model: Any) -> Iterator[Any]:
+def _units(model: Any, *, is_tuned: bool) -> Iterator[Any]:
     """What is loaded at once: each decoder layer, and every module with weights outside of them.
 
     A layer of peft's reads the weights of the module inside it, so it is one too.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    if is_tuned:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers = set(getattr(model, "_no_split_modules", None) or ())
 
     def walk(module: Any) -> Iterator[Any]:
         own = any(parameter is not None for parameter in module._parameters.values())
-        peft_s = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        peft_s = is_tuned and isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
         if own or peft_s or type(module).__name__ in layers:
             yield module
             return

@@ -48,8 +48,12 @@ class Sample:
         return [index for number, index in self.positions if number == row]
 
 
-def draw(rows: Sequence[Row], vocabulary: int, context: int | None, seed: int = 0) -> Sample:
-    """Draw rows of two tokens or more, spread over all, and positions in them.
+def draw(
+    rows: Sequence[Row], vocabulary: int, context: int | None, seed: int = 0, *, tokens: int = TOKENS
+) -> Sample:
+    """Draw rows of two tokens or more, spread over all, and positions in them; at most `tokens` in all rows.
+
+    With fewer tokens the rows are the first of those with more.
 
     Raises `DataError` when there is no such row.
     """
@@ -65,7 +69,7 @@ def draw(rows: Sequence[Row], vocabulary: int, context: int | None, seed: int = 
     for number in order[:ROWS]:
         # A padded batch costs its longest row for each.
         width = max([len(usable[number][0]), *(len(ids) for ids, _ in kept)])
-        if kept and width * (len(kept) + 1) > TOKENS:
+        if kept and width * (len(kept) + 1) > tokens:
             break
         kept.append(usable[number])
     every = [(row, index) for row, (ids, _) in enumerate(kept) for index in range(len(ids) - 1)]

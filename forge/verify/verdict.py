@@ -21,11 +21,10 @@ from typing import Any
 
 from forge.codec import to_plain
 from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word
-from forge.verify.compare import FAR_NMSE, converts, converts_mostly
+from forge.verify.compare import FAR_NMSE, MOST_BEYOND_VENDOR, converts, converts_mostly
 from forge.verify.measurement import FIGURES, FileFacts, Handover, Leg, Measurement
 from forge.verify.sample import least_share
 
-MOST_BEYOND_VENDOR = 1.2
 _NO_CHANGE_KL = 1e-9
 _SHIFT_KL = 1e-4
 _STANDARD_ERRORS = 2.0
@@ -263,6 +262,11 @@ def _warnings(found: Measurement) -> list[str]:
     if norm and norm.worse:
         told.append(f"{norm.words}; small models lose more")
     told += [f"not compared: {limit}" for limit in found.tokens.limits]
+    if found.sample.undecided:
+        told.append(
+            f"too near to its limit for {found.sample.positions} positions to be sure: "
+            f"{', '.join(found.sample.undecided)}; give more rows, or raise verify.minutes"
+        )
     return told
 
 

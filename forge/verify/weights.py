@@ -21,7 +21,7 @@ from typing import Any
 from forge import report
 from forge.export.nf4 import quantized_in_training
 from forge.model.config import Configuration
-from forge.model.gguf_header import read_gguf
+from forge.model.gguf_header import GgufTensor, read_gguf
 from forge.verify.loader import Weights, nf4_and_back
 from forge.verify.measurement import Fits
 from forge.verify.rounding import names_in
@@ -85,22 +85,31 @@ class _File:
     """A GGUF's tensors by the checkpoint's names, and what was found of them."""
 
     def __init__(self, path: Path, facts: Configuration) -> None:
-        import gguf
-
-        self._facts = facts
-        self._tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
-        self.place = names_in(read_gguf(path).architecture, facts.layers or 0)
+        header = read_gguf(path)
+        self._facts, self._path, self._tensors = facts, path, header.tensors
+        self.place = names_in(header.architecture, facts.layers or 0)
         self.fits: list[Fit] = []
         self.missing: list[str] = []
 
     def look_at(self, name: str, weight: Any, added: Any, with_nf4: bool, *, touched: bool) -> None:
         """Keep the fit of the tensor that the checkpoint calls `name`, or that it is missing."""
         place = self.place(name)
-        if place in self._tensors:
-            found = _fit(self._tensors[place], weight, added, self._facts, with_nf4)
+        if place and place in self._tensors:
+            tensor = self._tensors[place]
+            found = _fit(tensor, _raw(self._path, tensor), weight, added, self._facts, with_nf4)
             self.fits += [replace(found, touched=touched)] if found else []
         elif place:
             self.missing.append(name)
+
+
+def _raw(path: Path, tensor: GgufTensor) -> Any:
+    """The rows of a tensor as they lie in the file, mapped: blocks of bytes, or numbers of 16 or 32 bits."""
+    import numpy as np
+
+    data = np.memmap(path, np.uint8, "r", tensor.start, (tensor.end - tensor.start,))
+    if tensor.type in ("F16", "F32"):
+        return data.view(np.float16 if tensor.type == "F16" else np.float32).reshape(tensor.shape)
+    return data.reshape(*tensor.shape[:-1], -1)
 
 
 def spread(names: Sequence[str], most: int = 64) -> list[str]:
@@ -120,20 +129,25 @@ def spread(names: Sequence[str], most: int = 64) -> list[str]:
     return [*outside, *dict.fromkeys(kind[len(kind) * number // room] for kind, number in turns)]
 
 
-def _fit(tensor: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool) -> Fit | None:
+def _fit(
+    tensor: GgufTensor, raw: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool
+) -> Fit | None:
     import numpy as np
     import torch
+    from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     rows, lost = slice(None), 0
-    shape = tuple(int(size) for size in reversed(tensor.shape))
+    shape = tensor.shape
     if tensor.name in _OF_TOKENS and shape[0] < weight.shape[0] and shape[1:] == weight.shape[1:]:
         lost = weight.shape[0] - shape[0]
         weight, added = weight[: shape[0]], None if added is None else added[: shape[0]]
     if weight.dim() == 2 and weight.shape[0] > _MOST_ROWS and shape == tuple(weight.shape):
         rows = np.r_[0:4096, weight.shape[0] - 4096 : weight.shape[0]]
         weight, added = weight[rows], None if added is None else added[rows]
-    values = torch.from_numpy(np.array(dequantize(tensor.data[rows], tensor.tensor_type), dtype=np.float32))
+    values = torch.from_numpy(
+        np.array(dequantize(raw[rows], GGMLQuantizationType[tensor.type]), dtype=np.float32)
+    )
     found = []
     for layout, arranged in _layouts(values, weight, facts):
         error = arranged - weight
