@@ -30,6 +30,7 @@ from forge.errors import MissingToolError
 GRACE_SECONDS = 20.0
 _WAITING = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
 _SPIN_COUNT = "1000"
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 # Sets PR_SET_PDEATHSIG (1) to SIGKILL, then becomes the program. A launcher instead of
 # `preexec_fn`, which can deadlock when another thread holds a lock across the fork. If the parent
@@ -58,6 +59,21 @@ def waiting_policy(environment: Mapping[str, str]) -> dict[str, str]:
     if _WAITING.isdisjoint(environment):
         return {"GOMP_SPINCOUNT": _SPIN_COUNT}
     return {}
+
+
+def cpu_share(environment: Mapping[str, str], control_group: Path = _CONTROL_GROUP) -> dict[str, str]:
+    """Threads for a child in a container that has a share of the cores: libraries count all of them.
+
+    Nothing where there is no such share, or where the user says how many in `environment`.
+    """
+    if "OMP_NUM_THREADS" in environment or not hasattr(os, "sched_getaffinity"):
+        return {}
+    try:
+        quota, period = map(int, (control_group / "cpu.max").read_text(encoding="utf-8").split())
+    except (OSError, ValueError):  # no control group, or the word "max"
+        return {}
+    share = -(-quota // period)
+    return {"OMP_NUM_THREADS": str(share)} if share < len(os.sched_getaffinity(0)) else {}
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,7 @@ class Child:
         self.command = list(command)
         self.log = log
         combined = {**os.environ, **(environment or {})}
-        combined |= waiting_policy(combined)
+        combined |= waiting_policy(combined) | cpu_share(combined)
         program = self.command[0]
         place = (directory or Path()) / program if os.sep in program else program
         if shutil.which(place, path=combined.get("PATH")) is None:

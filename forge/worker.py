@@ -41,6 +41,7 @@ TASKS: Mapping[str, str] = {
     "evaluate": "forge.train.evaluate:evaluate",
     "calibrate": "forge.verify.calibrate:calibrate",
     "export": "forge.export.run:export",
+    "requantize": "forge.export.requantize:requantize",
     "verify": "forge.verify.measure:measure",
     "choose_base": "forge.verify.bases:choose_base",
     "count": "forge.verify.vocabulary:count",

@@ -11,6 +11,7 @@ from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA, hand_over, write_mo
 from forge.chat.template import ChatTemplate
 from forge.cli.main import COMMANDS
 from forge.cli.main import forge as group
+from forge.model.architectures import families
 from forge.model.base import resolve
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
@@ -39,6 +40,19 @@ def commands() -> str:
 def recipe() -> str:
     """docs/recipe.md: every field, its default and its meaning."""
     return f"{_NOTE}# The recipe\n\n{describe().rstrip()}\n"
+
+
+def families_table() -> str:
+    """docs/families.md: what the pinned transformers and llama.cpp can do with each family."""
+    told = families()
+    converted = sum(not reason for _, _, reason in told)
+    rows = "\n".join(f"| {kind} | {name} | {reason or 'yes'} |" for kind, name, reason in told)
+    return (
+        f"{_NOTE}# Families\n\nThe pinned transformers has a language model of {len(told)} families, by the "
+        f"`model_type` of config.json; the pinned llama.cpp converts {converted} of them. "
+        "Not each was tried: whether a base's own configuration converts is checked before it is trained "
+        f"(`forge plan --deep`).\n\n| model_type | class | GGUF |\n|---|---|---|\n{rows}\n"
+    )
 
 
 def modelfiles() -> dict[str, str]:
@@ -74,7 +88,7 @@ def front_conf() -> str:
 def documents() -> dict[str, str]:
     """Every generated document: path from the root -> its whole text."""
     texts = {"docs/commands.md": commands(), "docs/recipe.md": recipe(), "docker/front.conf": front_conf()}
-    return texts | modelfiles()
+    return texts | {"docs/families.md": families_table()} | modelfiles()
 
 
 if __name__ == "__main__":

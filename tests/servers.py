@@ -51,8 +51,9 @@ def listens(url: str) -> bool:
 
 
 def servers_of(pid: int) -> list[psutil.Process]:
-    """What `pid` has started, and what those have."""
-    return psutil.Process(pid).children(recursive=True)
+    """What `pid` has started, and what those have; not the process that renders templates for it."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [one for one in children if "forge.chat.render_process" not in one.cmdline()]
 
 
 def own_servers() -> list[psutil.Process]:

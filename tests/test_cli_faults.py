@@ -158,6 +158,22 @@ def quantized(place: Place) -> None:
     place.configure(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
 
 
+def float8(place: Place) -> None:
+    """A file that lost its scales, and a configuration that says nothing."""
+    path = place.base / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    name = next(name for name in header if name.endswith("up_proj.weight"))
+    header[name] |= {"dtype": "F8_E4M3", "shape": [header[name]["shape"][0], 2 * header[name]["shape"][1]]}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def gguf_only(place: Place) -> None:
+    (place.base / "model.safetensors").rename(place.base / "model.gguf")
+
+
 def own_code(place: Place) -> None:
     place.configure(model_type="mine", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
     (place.base / "modeling.py").write_text("raise SystemExit('code of the base was run')")
@@ -178,6 +194,8 @@ BASES: dict[str, tuple[Callable[[Place], None], str, str]] = {
     "pickled weights": (pickled, "base: only pickled PyTorch weights", "save_pretrained"),
     "OPT": (unsupported, "OPTForCausalLM: OPT has no GGUF form", "serve it with transformers or vLLM"),
     "quantized": (quantized, "base", "use the model that it was quantized from"),
+    "float8": (float8, "base: its weights are quantized: model.layers.0.mlp.up_proj.weight is F8", "16 bits"),
+    "a GGUF only": (gguf_only, "base: only a GGUF is there", "the hub id that the GGUF was made from"),
     "code of its own": (own_code, "LlamaForCausalLM runs Python code of its own", "trust_remote_code: true"),
     "a family nobody has": (unknown_family, "LlamaForCausalLM: transformers has no language", "config.json"),
     "no chat template": (no_template, "base has no chat template", "instruct version"),

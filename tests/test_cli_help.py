@@ -106,7 +106,7 @@ def test_the_version_stands_in_one_place(capsys: pytest.CaptureFixture[str]) -> 
         (["runs", "much"], "Got unexpected extra argument (much)"),
         (["serve", "x.gguf", "--port", "70000"], "Invalid value for '--port': 70000 is not in the range"),
         (["chat", "x.gguf", "--context", "many"], "Invalid value for '--context': 'many' is not a valid"),
-        (["export"], "give a RECIPE, or both --base and --out"),
+        (["export"], "give a RECIPE, or --out with one of --base and --gguf"),
         (["validate", "--base", "."], "give a RECIPE, or both --base and --adapter"),
     ],
 )

@@ -74,6 +74,11 @@ def test_a_configuration_under_older_names() -> None:
     assert configuration_of(falcon).key_value_heads == 1
 
 
+def test_falcon_has_a_context_that_its_file_leaves_out() -> None:
+    """Served with more than the GGUF was made for, it would not start."""
+    assert configuration_of(HUB["tiiuae--falcon-7b--reduced"]).max_positions == 2048
+
+
 def test_a_nested_configuration() -> None:
     text = {name: value for name, value in LLAMA.items() if name not in ("architectures", "torch_dtype")}
     facts = configuration_of(

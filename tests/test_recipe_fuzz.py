@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,24 @@ def test_a_torn_recipe_is_told(cut: int, dropped: int, put: str) -> None:
     text = (directory_of_starters() / "chat-messages.yaml").read_text()
     Path("recipe.yaml").write_text(text[:cut] + put + text[cut + dropped :])
     in_plain_words([])
+
+
+def test_aliases_of_aliases_are_refused_at_once() -> None:
+    """A billion laughs in 0.4 kB: as a section, and in an override."""
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    for above, name in pairwise("abcdefghij"):
+        bomb += f"{name}: &{name} [{', '.join([f'*{above}'] * 9)}]\n"
+    Path("recipe.yaml").write_text(GOOD + bomb)
+    began = time.monotonic()
+    with pytest.raises(RecipeError) as caught:
+        load(Path("recipe.yaml"), [])
+    assert "more than 50,000 values" in caught.value.problems[0].message
+    Path("recipe.yaml").write_text(GOOD)
+    flow = "{" + bomb.strip().replace("\n", ", ") + "}"
+    with pytest.raises(RecipeError) as caught:
+        load(Path("recipe.yaml"), [f"train={flow}"])
+    assert "more than 50,000 values" in caught.value.problems[0].message
+    assert time.monotonic() - began < 20
 
 
 def _as_yaml(value: object) -> str:

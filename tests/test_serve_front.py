@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from forge.serve import front_rules
+from forge.serve import front, front_rules, front_server
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
@@ -336,3 +338,40 @@ def test_a_taken_port_is_said_before_anything_is_loaded(files: Path) -> None:
         with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be listened on"):
             with serve_embedded(replace(_settings(files, None, False), port=port)):
                 raise AssertionError("it served")
+
+
+@pytest.mark.network
+def test_who_takes_nothing_of_his_answer_is_given_up(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's thread is not held by a client that never reads."""
+    monkeypatch.setattr(front_rules, "STALLED_SECONDS", 0.5)
+    ended = threading.Event()
+
+    class Behind(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while not ended.is_set():
+                    self.wfile.write(b"x" * 65536)
+            ended.set()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Silent."""
+
+    settings = _settings(files, None, False)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Behind))
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(server.shutdown)
+        listener = stack.enter_context(front_server.bound(settings))
+        behind = front.Behind(f"http://127.0.0.1:{server.server_port}")
+        port = stack.enter_context(front_server.opened(listener, settings, behind))
+        endpoint = Endpoint(f"http://127.0.0.1:{port}", "yes")
+        with attacks.connect(endpoint) as asking:
+            asking.sendall(attacks.head(endpoint, "POST", "/tokenize", "Content-Length: 2") + b"\r\n{}")
+            try:
+                assert ended.wait(15), "its answer is still being written"
+            finally:
+                ended.set()

@@ -127,6 +127,24 @@ def test_children_wait_without_turning_unless_the_user_says_how(
     assert process.run([sys.executable, "-c", script]).output == expected
 
 
+def test_children_in_a_container_get_its_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch and libgomp count the machine's cores, and a container of one core would be throttled."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    for text, expected in {
+        "150000 100000": {"OMP_NUM_THREADS": "2"},
+        "max 100000": {},
+        "900000 100000": {},
+        "what": {},
+    }.items():
+        (tmp_path / "cpu.max").write_text(text)
+        assert process.cpu_share({}, tmp_path) == expected
+    (tmp_path / "cpu.max").write_text("100000 100000")
+    assert process.cpu_share({"OMP_NUM_THREADS": "8"}, tmp_path) == {}
+    assert process.cpu_share({}, tmp_path / "none") == {}
+
+
 def test_a_torn_modelfile_is_ollamas_business_alone(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.errors import DataError, RecipeError
+from forge.model.base import UNKNOWN
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
@@ -108,3 +110,19 @@ def test_named_templates_without_a_default_are_said_by_name(tmp_path: Path) -> N
     loaded = load(tmp_path / "recipe.yaml")
     with pytest.raises(DataError, match="templates named rag, tool_use and no default one"):
         resolve_recipe(loaded, Store(tmp_path / "home"), tmp_path / "runs" / "mini", offline=True)
+
+
+def test_a_plan_reads_no_gigabytes_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing nothing, it would read them again at every call; what a ship remembered is used."""
+    monkeypatch.setattr("forge.resolve.resolved._READ_BY_A_PLAN", 1000)
+    base = copy_of_tiny(tmp_path / "base")
+    for path in base.iterdir():
+        os.utime(path, (1, 1))  # settled long ago, so that digests are remembered
+    (tmp_path / "recipe.yaml").write_text("name: mini\nbase: ./base\ndata: {source: builtin:yoda}\n")
+    loaded, home, run = load(tmp_path / "recipe.yaml"), tmp_path / "home", tmp_path / "runs" / "mini"
+    planned = resolve_recipe(loaded, Store(home, read_only=True), run, offline=True)
+    assert planned.base_digest == UNKNOWN
+    assert "a plan does not read" in planned.notes[-1]
+    shipped = resolve_recipe(loaded, Store(home), run, offline=True).base_digest
+    again = resolve_recipe(loaded, Store(home, read_only=True), run, offline=True)
+    assert (again.base_digest, again.notes) == (shipped, [])

@@ -178,3 +178,16 @@ def test_superseded_lines_are_dropped_in_time(tmp_path: Path) -> None:
     cache.write_text(line * 300)
     assert file_digest(path, DigestCache(cache)) == sha(b"weights")
     assert cache.read_text() == line
+
+
+def test_reading_gigabytes_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The digest is that of a small file's way of reading."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(range(256)) * 10)
+    before = file_digest(path)
+    monkeypatch.setattr("forge.store.digest._SHOWN_BYTES", 100)
+    monkeypatch.setattr("forge.store.digest._BLOCK", 1000)
+    assert file_digest(path) == before
+    assert "read model.safetensors" in "".join(capsys.readouterr())

@@ -21,6 +21,10 @@ from forge.errors import RecipeError
 @overrides_option
 @base_option
 @click.option("--adapter", type=click.Path(path_type=Path), help="A LoRA adapter to merge.")
+@click.option(
+    "--gguf", type=click.Path(path_type=Path), help="Quantize this GGUF of full precision, instead of a base."
+)
+@click.option("--imatrix", type=click.Path(path_type=Path), help="With --gguf: the matrix to round by.")
 @click.option("--quant", show_default="q4_k_m", help="Type of the weights.")
 @click.option(
     "--max-kl",
@@ -50,17 +54,27 @@ def command(
     overrides: tuple[str, ...],
     base: str | None,
     adapter: Path | None,
+    gguf: Path | None,
+    imatrix: Path | None,
     out: Path | None,
     **options: Any,
 ) -> None:
-    """Make the GGUF of RECIPE, or of --base (and --adapter) at --out."""
+    """Make the GGUF of RECIPE, or of --base (and --adapter) at --out; or quantize --gguf to --out."""
     if recipe is not None:
         from forge.ship.drive import ship_until
 
         report.result(ship_until(recipe, overrides, "export"))
         return
-    if not (base and out):
-        raise RecipeError("give a RECIPE, or both --base and --out", hint="see: forge export --help")
+    if gguf is not None and out is not None and not base:
+        from forge.commands.requantize import requantize_file
+
+        report.result(requantize_file(gguf, out, imatrix=imatrix, adapter=adapter, **options))
+        return
+    if not (base and out) or gguf or imatrix:
+        raise RecipeError(
+            "give a RECIPE, or --out with one of --base and --gguf; --imatrix goes with --gguf",
+            hint="see: forge export --help",
+        )
     from forge.commands.export import export
 
     report.result(export(base, adapter, out, **options))

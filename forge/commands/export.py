@@ -57,7 +57,7 @@ def export(
     own = adapter is not None and (adapter / "tokenizer.json").is_file()
     tokenizer = read_tokenizer(adapter if adapter is not None and own else directory)
     template, end_of_turn = (tokenizer.chat_template, None) if plain else _pinned(tokenizer)
-    with _alone(out) as scratch:
+    with alone(out) as scratch:
         arguments: dict[str, Any] = {
             "base": str(directory),
             "adapter": str(adapter.absolute()) if adapter else None,
@@ -159,7 +159,7 @@ def _clear(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(out: Path) -> Iterator[Path]:
+def alone(out: Path) -> Iterator[Path]:
     """An empty directory beside `out` to work in, ours alone and gone afterwards.
 
     What a killed export left in it is cleared: it may be of another mode. Raises `DataError` when another

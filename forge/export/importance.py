@@ -34,9 +34,8 @@ def write_importance(path: Path, sums: Mapping[str, tuple[Any, Any]], rows: int,
     writer.add_array("imatrix.datasets", ["training rows"])
     writer.add_uint32("imatrix.chunk_count", rows)
     writer.add_uint32("imatrix.chunk_size", longest)
-    for name in sorted(sums):
-        sums, counts = sums[name]
-        writer.add_tensor(name + _SUMS, np.ascontiguousarray(sums, np.float32))
+    for name, (squares, counts) in sorted(sums.items()):
+        writer.add_tensor(name + _SUMS, np.ascontiguousarray(squares, np.float32))
         writer.add_tensor(name + _COUNTS, np.ascontiguousarray(counts, np.float32).reshape(-1, 1))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

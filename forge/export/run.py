@@ -9,10 +9,7 @@ and only the finished, read-back file moves to `out`.
 from __future__ import annotations
 
 import math
-import re
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,13 +24,14 @@ from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
+from forge.export.memory import peak_memory
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, convert, without_collection
 from forge.export.write import Rounding, write_gguf, writing
-from forge.model.checkpoint import Checkpoint, open_checkpoint
+from forge.model.checkpoint import Checkpoint, open_checkpoint, refuse_packed
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
@@ -96,7 +94,7 @@ def export(
         "ids_compared": compared.texts,
         "ids_limits": list(compared.limits),
         "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
-        "peak_rss_bytes": _peak_memory(),
+        "peak_rss_bytes": peak_memory(),
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -115,6 +113,7 @@ def blame_base(failure: ForgeError, checkpoint: Checkpoint) -> None:
 
 def _open(base: Path, adapter: Path | None, tokenizer: Path) -> tuple[Checkpoint, Fitted | None]:
     checkpoint = open_checkpoint(base)
+    refuse_packed(checkpoint)
     if adapter is None:
         return checkpoint, None
     found = fit(read_adapter(adapter), checkpoint)
@@ -265,16 +264,6 @@ def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
         kind.value = file_type(quant)
         found |= {"general.quantization_version": version, "general.file_type": kind}
     return found
-
-
-def _peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
-    status = Path("/proc/self/status")
-    # Linux's ru_maxrss begins with what the parent had when it started us.
-    if found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else ""):
-        return 1024 * int(found[1])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _facts(target: Path, header: GgufHeader, converted: Converted, quant: str) -> dict[str, Any]:

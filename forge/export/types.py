@@ -146,17 +146,18 @@ def last_words(texts: Sequence[str]) -> str:
 
 def file_type(quant: str) -> int:
     """llama.cpp's `llama_ftype` of a type's name, such as 15 for q4_k_m; raises `StageError` without one."""
-    if quant not in (known := _file_types()):
+    if quant not in (known := file_types()):
         raise StageError(f"llama.cpp makes no files of type {quant}", hint=f"it makes {', '.join(known)}")
     return known[quant]
 
 
 def type_name(number: object) -> str | None:
     """The type's name of a `llama_ftype`, such as q4_k_m for 15; None for a number without one."""
-    return next((name for name, known in _file_types().items() if known == number), None)
+    return next((name for name, known in file_types().items() if known == number), None)
 
 
-def _file_types() -> dict[str, int]:
+def file_types() -> dict[str, int]:
+    """llama.cpp's `llama_ftype` by the type's name, all that it can make."""
     import llama_cpp
 
     prefixes = ("LLAMA_FTYPE_ALL_", "LLAMA_FTYPE_MOSTLY_")
@@ -170,13 +171,18 @@ def _file_types() -> dict[str, int]:
 
 def fallbacks(types: Mapping[str, str], converted: Converted, quant: str) -> dict[str, str]:
     """Tensors whose rows the type that was asked for cannot hold, with the type they got."""
+    return rows_not_held(types, {name: info.shape for name, info in converted.tensors.items()}, quant)
+
+
+def rows_not_held(
+    types: Mapping[str, str], shapes: Mapping[str, Sequence[int]], quant: str
+) -> dict[str, str]:
+    """As `fallbacks`, from shapes (rows first) by name."""
     if quant in UNQUANTIZED:
         return {}
     block = _BLOCKS.get(quant.upper(), _MIXTURE_BLOCK)
     return {
         name: kind
         for name, kind in types.items()
-        if kind != "F32"
-        and converted.tensors[name].shape[-1] % block
-        and len(converted.tensors[name].shape) > 1
+        if kind != "F32" and len(shapes[name]) > 1 and shapes[name][-1] % block
     }

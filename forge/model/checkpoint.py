@@ -59,6 +59,25 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, tensors, (single,))
 
 
+_SMALL = ("F8_", "F6_", "F4", "U8", "I8")
+_PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale_inv", "_blocks", ".absmax")
+
+
+def refuse_packed(checkpoint: Checkpoint) -> None:
+    """Raise `DataError` for weights in 8 bits or fewer, whatever config.json says of them.
+
+    An adapter merges into full weights only, and a float8 file without its scales holds other numbers.
+    """
+    for name, spec in checkpoint.tensors.items():
+        small = spec.dtype.startswith(_SMALL) and len(spec.shape) > 1 and not name.endswith(".attn.bias")
+        if small or name.endswith(_PACKED):
+            raise DataError(
+                f"{checkpoint.directory}: its weights are quantized: {name} is {spec.dtype}",
+                hint="use the model in 16 bits that it was made from (its README names it); `train.method: "
+                "qlora` quantizes by itself while training",
+            )
+
+
 def _no_weights(directory: Path) -> DataError:
     names = sorted(path.name for path in directory.iterdir())
     ends = {Path(name).suffix for name in names}

@@ -22,6 +22,8 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_exp
 CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 """Those whose layers, but for the output layer, are transformers' Conv1D: weights are (in, out)."""
 _VOCABULARY = ("vocab_size", "padded_vocab_size")
+# Of families whose public configurations leave it out; transformers' class and the converter have this.
+_POSITIONS = {"falcon": 2048}
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def configuration_of(raw: Mapping[str, Any], *, where: str = "config.json") -> C
         vocabulary_size=_count(text, *_VOCABULARY) or _count(raw, "vocab_size"),
         max_positions=_count(
             text, "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx"
-        ),
+        )
+        or _POSITIONS.get(str(raw.get("model_type", ""))),
         tied_embeddings=ties_embeddings(raw) is not False,
         dtype=_dtype(raw, text),
         encoder_decoder=bool(raw.get("is_encoder_decoder", False)),

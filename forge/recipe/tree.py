@@ -19,6 +19,8 @@ from forge.errors import Problem
 
 _CORE = "tag:yaml.org,2002:"
 _DEEPEST = 40
+# A recipe with a hundred smoke queries has a thousand values.
+_MOST = 50_000
 _UNCLOSED = {"<stream end>", "found unexpected end of stream"}
 
 
@@ -81,6 +83,16 @@ class Node:
         return node, len(path)
 
 
+class _TooManyError(Exception):
+    """More values than a recipe has."""
+
+    message = f"holds more than {_MOST:,} values: an alias (*name) repeats too much"
+
+    def __init__(self, line: int) -> None:
+        super().__init__(self.message)
+        self.line = line
+
+
 class Reader:
     """Reads one text; collects what is wrong in `problems`."""
 
@@ -90,6 +102,7 @@ class Reader:
         self.problems: list[Problem] = []
         self._yaml = YAML(typ="safe", pure=True)
         self._open: list[YamlNode] = []
+        self._count = 0
 
     def read(self, text: str) -> Node | None:
         """The tree of `text`; None when it is empty or cannot be read (then `problems` says why)."""
@@ -106,7 +119,10 @@ class Reader:
         except RecursionError:
             self._say(1, "", "is nested too deeply")
         else:
-            return self._node(root, ()) if root is not None else None
+            try:
+                return self._node(root, ()) if root is not None else None
+            except _TooManyError as many:
+                self.problems = [self._place(many.line).problem("", many.message)]
         return None
 
     def _place(self, line: int) -> Place:
@@ -118,6 +134,10 @@ class Reader:
     def _node(self, node: YamlNode, path: tuple[str, ...], line: int | None = None) -> Node:
         line = line or node.start_mark.line + 1
         place = self._place(line)
+        self._count += 1
+        if self._count > _MOST:
+            # Aliases of aliases: 400 bytes of them are as many values as there are stars.
+            raise _TooManyError(line)
         if any(node is above for above in self._open) or len(path) > _DEEPEST:
             self._say(line, ".".join(path[:3]), "is nested too deeply")
             return Node(None, place)

@@ -14,6 +14,7 @@ from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
 from forge.export.adapter_only import refuse_impure, why_merged
 from forge.model.architectures import check_exportable, check_trainable
+from forge.model.checkpoint import refuse_packed
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
 from forge.recipe.load import Loaded
@@ -36,6 +37,7 @@ def check(ship: Resolved) -> None:
     check_trainable(ship.configuration, trust_remote_code=ship.recipe.base.trust_remote_code)
     if not ship.tensors:
         raise DataError(f"{directory} holds no tensors")
+    refuse_packed(ship.checkpoint)
     _check_targets(ship)
     _check_linear(ship)
     _check_generation(ship)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from forge.data.reading import Source
     from forge.data.tokens import PromptFormat
 
+_READ_BY_A_PLAN = 1_000_000_000  # bytes of weights: about a second
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 _TOKENIZER_FILES = ("tokenizer*", "chat_template.*", "special_tokens_map.json", "added_tokens.json")
 
@@ -92,7 +93,11 @@ class Resolved:
     def notes(self) -> list[str]:
         """What a person should know of the base, and need not act on."""
         note = own_code_note(self.configuration, trust_remote_code=self.recipe.base.trust_remote_code)
-        return [note] if note else []
+        unread = (
+            f"a plan does not read {self.unread_bytes / 1e9:.1f} GB of weights: what hangs on them shows as "
+            "to be made; the next ship reads them once and remembers"
+        )
+        return [*([note] if note else []), *([unread] if self.unread_bytes else [])]
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -193,9 +198,18 @@ class Resolved:
     @cached_property
     def base_digest(self) -> str:
         """sha256 over the base's weights and configuration, remembered by the store."""
-        if self.headers is not None:
+        if self.headers is not None or self.unread_bytes:
             return UNKNOWN
         return self._digest(self.base.directory, _WEIGHT_FILES)
+
+    @cached_property
+    def unread_bytes(self) -> int:
+        """Bytes of weights that a plan, which writes nothing down, would read again at every call."""
+        if not self.store.read_only or self.headers is not None:
+            return 0
+        sizes = {path: path.stat() for path in self.checkpoint.files}
+        new = sum(size.st_size for path, size in sizes.items() if not self.store.digests.find(path, size))
+        return new if new > _READ_BY_A_PLAN else 0
 
     @cached_property
     def tokenizer_digest(self) -> str:

@@ -36,8 +36,6 @@ CUDA_IMAGE = f"ghcr.io/ggml-org/llama.cpp:server-cuda-{BUILD}"
 PORT = 8080
 # llama-server has a thread for each connection, up to twice its slots, and those that compute.
 MOST_PROCESSES = 1024
-# What libraries and a long prompt take beside what is reckoned.
-_MARGIN_BYTES = 512 << 20
 _KEY = "/run/secrets/api-key"
 
 
@@ -118,7 +116,7 @@ def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, 
         port=PORT,
         gpu=uses_gpu(settings),
         environment=process.waiting_policy(os.environ),
-        memory=_MARGIN_BYTES + memory_bytes(settings, read_gguf(settings.model)),
+        memory=memory_bytes(settings, read_gguf(settings.model)),
         processes=MOST_PROCESSES,
     )
 

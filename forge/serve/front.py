@@ -102,7 +102,7 @@ class Front:
             with contextlib.suppress(TimeoutError, ClientDisconnect):
                 await asyncio.wait_for(_drain(request), _DRAINED_SECONDS)
             await _refuse(request, refused, extra, send)
-        except (ClientDisconnect, httpx.StreamError, ConnectionError, TimeoutError):
+        except (ClientDisconnect, httpx.TransportError, httpx.StreamError, ConnectionError, TimeoutError):
             # Too late for another answer: the server closes the connection, in the middle of this one.
             return
 

@@ -16,6 +16,8 @@ _MOST = 8
 # What the server may take of the memory that is free, its model included.
 _SHARE = 0.5
 _CACHE_BYTES = 2  # f16
+# What a long prompt takes while it is read: with a large vocabulary some 300 MB.
+_MARGIN_BYTES = 512 << 20
 
 
 def slots_for(settings: ServerSettings) -> int:
@@ -37,7 +39,7 @@ def memory_bytes(settings: ServerSettings, header: GgufHeader) -> int:
     A limit; what of the file is not in use makes room by itself.
     """
     cache = cache_bytes_per_token(header) * settings.context_tokens * settings.slots
-    return settings.file_bytes + cache + SERVER_START_BYTES
+    return settings.file_bytes + cache + SERVER_START_BYTES + _MARGIN_BYTES
 
 
 def cache_bytes_per_token(header: GgufHeader) -> int:

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from forge import report
 from forge.errors import DataError
 from forge.store import durable
 
@@ -28,6 +29,9 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 # A file changed again within the clock's resolution keeps its modification time; what is younger
 # than this is not remembered. Two seconds is the coarsest clock of a file system in use (FAT).
 _SETTLED_NANOSECONDS = 2_000_000_000
+
+_SHOWN_BYTES = 1_000_000_000
+_BLOCK = 1 << 24
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -54,8 +58,7 @@ def file_digest(path: Path, cache: DigestCache | None = None) -> str:
         known = cache.find(path, before) if cache else None
         if known:
             return known
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = _read(path, before.st_size)
         after = path.stat()
     except OSError as failure:
         raise DataError(f"{path}: cannot be read: {failure.strerror}") from failure
@@ -64,6 +67,19 @@ def file_digest(path: Path, cache: DigestCache | None = None) -> str:
     if cache:
         cache.remember(path, after, found)
     return found
+
+
+def _read(path: Path, size: int) -> str:
+    """The SHA-256 of a file, with its progress shown where reading it takes seconds."""
+    with path.open("rb") as stream:
+        if size < _SHOWN_BYTES:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        found, done = hashlib.sha256(), 0
+        while block := stream.read(_BLOCK):
+            found.update(block)
+            done += len(block)
+            report.advance(f"read {path.name}", done, max(size, done))
+        return found.hexdigest()
 
 
 def tree_digest(root: Path, paths: Iterable[Path | str], cache: DigestCache | None = None) -> str:

@@ -5,13 +5,10 @@ The one place where `verify` makes anything with `export`. Runs in a worker; bot
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
-from forge.errors import StageError
-from forge.export.importance import as_parameter, read_importance
+from forge.export.requantize import quantize_file
 from forge.export.run import GGUF_FILE, export
-from forge.export.types import file_type, last_words, listening
 
 
 def make_f16(
@@ -46,21 +43,5 @@ def make_quantized(f16: Path, target: Path, quant: str, threads: int, importance
 
     Without one it makes no type that needs it. Raises `StageError` with llama.cpp's last words.
     """
-    import llama_cpp
-
-    parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = file_type(quant)
-    parameters.nthread = threads
-    means = read_importance(importance) if importance else {}
-    if means:
-        parameters.imatrix = as_parameter(means)
-    with listening() as said:
-        status = llama_cpp.llama_model_quantize(
-            str(f16).encode(), str(target).encode(), ctypes.byref(parameters)
-        )
-    if status:
-        raise StageError(
-            f"llama.cpp could not quantize to {quant}: {last_words(said)}",
-            hint="without its own file of that type nothing says how much the type may lose",
-        )
+    quantize_file(f16, target, quant, threads, importance)
     return target

@@ -1,0 +1,52 @@
+"""`forge export --gguf IN --quant TYPE --out FILE`: an existing GGUF as another type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from forge import report, worker
+from forge.codec import to_plain
+from forge.commands.export import alone
+from forge.errors import DataError, RecipeError
+from forge.export.requantize import Requantization, requantize
+from forge.model.estimate import usable_cores
+from forge.model.gguf_header import read_gguf
+
+_OF_A_BASE = ("data", "max_kl", "plain", "keep_merged")
+
+
+def requantize_file(
+    gguf: Path, out: Path, *, imatrix: Path | None, adapter: Path | None, quant: str | None, **options: Any
+) -> dict[str, Any]:
+    """Write `out`, whole or not at all; gives the fields of `forge export`.
+
+    Raises `RecipeError` for options of an export from a base, and what `requantize` raises.
+    """
+    named = [name for name in _OF_A_BASE if options.get(name)]
+    if adapter or named or options.get("mode") not in (None, "merged"):
+        raise RecipeError(
+            "--gguf quantizes a file as it is: options of a base and an adapter do not go with it",
+            hint="leave them out, or use --base",
+        )
+    if out.absolute() == gguf.absolute():
+        raise RecipeError("--out is the file that --gguf names", hint="choose another name")
+    if imatrix is not None and not imatrix.is_file():
+        raise DataError(f"{imatrix}: no such file", hint="--imatrix takes a file of llama-imatrix's")
+    read_gguf(gguf)
+    with alone(out.absolute()) as scratch:
+        made = scratch / "model.gguf"
+        request = Requantization(
+            gguf.absolute(), made, (quant or "q4_k_m").lower(), options.get("threads") or usable_cores(),
+            imatrix.absolute() if imatrix else None,
+        )  # fmt: skip
+        facts = worker.perform(requantize, request)
+        made.replace(out)
+    if facts.fallbacks:
+        kinds = ", ".join(sorted(set(facts.fallbacks.values())))
+        report.warning(
+            f"{len(facts.fallbacks)} of {sum(facts.tensor_types.values())} tensors have rows that "
+            f"{facts.quant} cannot hold and got another type: {kinds}"
+        )
+    report.success(f"wrote {out}: {facts.bytes / 1e6:.1f} MB in {facts.seconds:.1f} s")
+    return {"gguf": str(out.absolute()), **to_plain(facts)}

@@ -1,0 +1,118 @@
+"""An existing GGUF of full precision as another type, by llama.cpp's own quantizer. Runs in a worker.
+
+Metadata stays as it is, but for the file's type. Not covered: adapters, and files in several parts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge import report
+from forge.errors import DataError, StageError
+from forge.export.importance import as_parameter, read_importance
+from forge.export.memory import peak_memory
+from forge.export.types import (
+    UNQUANTIZED,
+    file_type,
+    file_types,
+    last_words,
+    listening,
+    rows_not_held,
+    type_name,
+)
+from forge.model.gguf_header import GgufHeader, read_gguf
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """What is asked: `gguf` as type `quant` in the file `out`, whose directory is there."""
+
+    gguf: Path
+    out: Path
+    quant: str
+    threads: int
+    imatrix: Path | None = None
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """What was made; `fallbacks` are tensors that got another type since their rows do not fit."""
+
+    quant: str
+    seconds: float
+    bytes: int
+    bytes_written: int
+    peak_rss_bytes: int
+    tensor_types: Mapping[str, int]
+    fallbacks: Mapping[str, str]
+
+
+def requantize(request: Requantization) -> Requantized:
+    """Write `out` and read it back.
+
+    Raises `DataError` for a file that is quantized already, `StageError` for a type that llama.cpp does not
+    make of it.
+    """
+    started = time.monotonic()
+    header = read_gguf(request.gguf)
+    _refuse_quantized(header)
+    if request.quant not in (known := file_types()):
+        raise DataError(
+            f"llama.cpp makes no files of type {request.quant}", hint=f"it makes {', '.join(known)}"
+        )
+    report.info(f"quantizing {request.gguf.name} to {request.quant}")
+    quantize_file(request.gguf, request.out, request.quant, request.threads, request.imatrix)
+    made = read_gguf(request.out)
+    size = request.out.stat().st_size
+    kinds = {name: tensor.type for name, tensor in made.tensors.items()}
+    widths = {name: tensor.shape for name, tensor in made.tensors.items()}
+    return Requantized(
+        request.quant,
+        round(time.monotonic() - started, 2),
+        size,
+        size,
+        peak_memory(),
+        made.tensor_types,
+        rows_not_held(kinds, widths, request.quant),
+    )
+
+
+def _refuse_quantized(header: GgufHeader) -> None:
+    kind = type_name(header.metadata.get("general.file_type"))
+    whole = {name.upper() for name in UNQUANTIZED}
+    if any(tensor.type not in whole for tensor in header.tensors.values()):
+        raise DataError(
+            f"{header.path} is quantized already ({kind or 'several types'}); rounding it again loses more",
+            hint="start from its F16, BF16 or F32 file, or from the model: forge export --base",
+        )
+
+
+def quantize_file(
+    source: Path, target: Path, quant: str, threads: int, importance: Path | None = None
+) -> None:
+    """llama.cpp's quantization of the GGUF `source` as `target`, by the matrix `importance` if there is one.
+
+    Raises `StageError` with llama.cpp's last words; nothing is left of `target` then.
+    """
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = file_type(quant)
+    parameters.nthread = threads
+    means = read_importance(importance) if importance else {}
+    if means:
+        parameters.imatrix = as_parameter(means)
+    with listening() as log:
+        status = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(target).encode(), ctypes.byref(parameters)
+        )
+    if status:
+        target.unlink(missing_ok=True)
+        raise StageError(
+            f"llama.cpp could not quantize to {quant}: {last_words(log)}",
+            hint="types below 3 bits need an importance matrix (--imatrix)",
+        )

@@ -1,0 +1,97 @@
+"""`forge export --gguf`: an existing GGUF as another type, by llama.cpp's own quantizer (O1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.cli.main import run
+from forge.model.gguf_header import read_gguf
+
+pytestmark = [pytest.mark.programs, pytest.mark.training]
+
+Run = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in base as an F16 GGUF."""
+    from tests.conftest import link_converters
+
+    directory = tmp_path_factory.mktemp("whole")
+    link_converters(directory / "home")
+    out = directory / "whole.gguf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORGE_HOME", str(directory / "home"))
+        assert run(["export", "--base", "builtin:tiny", "--quant", "f16", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def export(forge_home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    def called(*arguments: object) -> tuple[int, dict[str, Any]]:
+        code = run(["export", *map(str, arguments), "--json"])
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return called
+
+
+@pytest.mark.parametrize(("quant", "kind"), [("q8_0", "Q8_0"), ("iq4_nl", "IQ4_NL"), ("tq2_0", "TQ2_0")])
+def test_a_file_of_full_precision_becomes_any_type(
+    export: Run, whole: Path, tmp_path: Path, quant: str, kind: str
+) -> None:
+    out = tmp_path / "made.gguf"
+    code, fields = export("--gguf", whole, "--quant", quant.upper(), "--out", out)
+    assert code == 0 and fields["gguf"] == str(out) and fields["quant"] == quant
+    made, before = read_gguf(out), read_gguf(whole)
+    assert kind in made.tensor_types and made.tensor_types == fields["tensor_types"]
+    assert made.tensors.keys() == before.tensors.keys()
+    assert made.chat_template == before.chat_template
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ""} >= {"made.gguf"}
+    assert not list(tmp_path.glob(".made*"))
+
+
+def test_it_is_the_default_type_and_smaller(export: Run, whole: Path, tmp_path: Path) -> None:
+    code, fields = export("--gguf", whole, "--out", tmp_path / "made.gguf", "--threads", 1)
+    assert code == 0 and fields["quant"] == "q4_k_m" and fields["fallbacks"] == {}
+    assert fields["bytes"] < whole.stat().st_size / 2.5
+
+
+def test_what_is_quantized_is_not_rounded_again(export: Run, whole: Path, tmp_path: Path) -> None:
+    once = tmp_path / "once.gguf"
+    assert export("--gguf", whole, "--quant", "q8_0", "--out", once)[0] == 0
+    code, fields = export("--gguf", once, "--quant", "q4_0", "--out", tmp_path / "twice.gguf")
+    assert code == 2 and "quantized already (q8_0)" in fields["error"]["message"]
+    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["once.gguf"]
+
+
+def test_a_type_that_needs_a_matrix_says_so(export: Run, whole: Path, tmp_path: Path) -> None:
+    code, fields = export("--gguf", whole, "--quant", "iq1_s", "--out", tmp_path / "made.gguf")
+    assert code == 4 and "importance matrix" in fields["error"]["message"]
+    assert not list(tmp_path.glob("*made*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--quant", "q9_z"], "no files of type q9_z"),
+        (["--adapter", "x"], "quantizes a file as it is"),
+        (["--max-kl", "0.1"], "quantizes a file as it is"),
+        (["--imatrix", "nowhere.gguf"], "no such file"),
+        (["--base", "builtin:tiny"], "one of --base and --gguf"),
+    ],
+)
+def test_bad_options(export: Run, whole: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    code, fields = export("--gguf", whole, "--out", tmp_path / "made.gguf", *arguments)
+    assert code == 2 and words in fields["error"]["message"]
+
+
+def test_the_file_itself_is_no_target(export: Run, whole: Path) -> None:
+    before = whole.read_bytes()
+    code, fields = export("--gguf", whole, "--out", whole)
+    assert code == 2 and "--out is the file" in fields["error"]["message"]
+    assert whole.read_bytes() == before
