@@ -149,7 +149,27 @@ def test_numbers_that_are_no_good_are_named(base: Path, plain: Path, tmp_path: P
     )
     assert sorted(problems_of(CheckError, base, adapter)) == [
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight: has values that are not finite",
-        "model.layers.1.self_attn.v_proj: is all zero: the layer changes nothing",
+    ]
+    zeros = {
+        f"{layer}.{name}.lora_B.weight": torch.zeros(*shape)
+        for layer in (0, 1)
+        for name, shape in (
+            *((f"self_attn.{name}", (out, 8)) for name, out in LINEAR.items()),
+            *((f"mlp.{name}", (out, 8)) for name, (_, out) in MLP.items()),
+        )
+    }
+    nothing = changed(plain, tmp_path / "b", zeros)
+    assert all(": is all zero" in problem for problem in problems_of(CheckError, base, nothing))
+
+
+def test_one_layer_that_changes_nothing_is_a_warning(base: Path, plain: Path, tmp_path: Path) -> None:
+    import torch
+
+    zero = {"1.self_attn.v_proj.lora_B.weight": torch.zeros(128, 8)}
+    told = validate(str(base), str(changed(plain, tmp_path / "a", zero)))
+    assert told["ok"]
+    assert told["warnings"] == [
+        "1 of 14 layers are all zero and change nothing: model.layers.1.self_attn.v_proj"
     ]
 
 
@@ -170,11 +190,11 @@ def test_an_adapter_of_another_base(plain: Path, tmp_path: Path) -> None:
     wider = make_model(tmp_path / "wider", "llama", "home-made", intermediate_size=768)
     problems = problems_of(DataError, wider, plain)
     assert len(problems) == 6
-    assert problems[0].endswith("shape (256, 512) does not fit the base's (256, 768)")
+    assert problems[0].endswith("(256, 512) does not fit the base's (256, 768)")
     other = make_model(tmp_path / "other", "gpt2", "home-made")
     problems = problems_of(DataError, other, plain)
     assert len(problems) == 8
-    assert all(problem.endswith(": the base has no such layer") for problem in problems)
+    assert all(problem.endswith(": the base has no such tensor") for problem in problems)
 
 
 def test_a_head_that_was_resized_alone_says_the_numbers(untied: Path, tmp_path: Path) -> None:

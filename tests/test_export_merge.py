@@ -98,7 +98,7 @@ def test_what_the_adapter_does_not_touch_is_copied(bases: Mapping[str, Path], tm
 
 
 def problems_of(base: Path, adapter: Path) -> set[str]:
-    with pytest.raises(DataError, match="cannot be merged into this base") as caught:
+    with pytest.raises(DataError, match="parts do not fit this base") as caught:
         merged_tensors(fit(read_adapter(adapter), open_checkpoint(base)))
     return {str(problem) for problem in caught.value.problems}
 

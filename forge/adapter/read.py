@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.settings import faults
+from forge.adapter.names import factor, whole
+from forge.adapter.settings import MERGE, faults
 from forge.errors import DataError, Problem
 from forge.model.safetensors_header import TensorSpec, read_header
 
@@ -26,19 +27,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """What families call the embedding of tokens."""
-_PREFIX = "base_model.model."
 _AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
-_LORA_PARTS = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-}
-# What peft puts around a module that is trained along, and what it keeps there of the base's.
-_WRAPPERS = (".base_layer.", ".modules_to_save.", ".token_adapter.")
-_ORIGINALS = (".original_module.", ".trainable_tokens_original")
+# What peft keeps of the base's beside what was trained.
+_ORIGINALS = (".original_module.", ".trainable_tokens_original", ".token_indices")
 _ROWS = ".trainable_tokens_delta"
 
 
@@ -116,10 +107,10 @@ def read_adapter(directory: Path) -> Adapter:
             hint="load it with peft and save it again: model.save_pretrained(...) writes safetensors",
         )
     tensors = read_header(weights)
-    layers, whole = _sort_tensors(tensors, configuration)
-    trained = {name.removesuffix(_ROWS): spec for name, spec in whole.items() if name.endswith(_ROWS)}
+    layers, kept = _sort_tensors(tensors, configuration)
+    trained = {name.removesuffix(_ROWS): spec for name, spec in kept.items() if name.endswith(_ROWS)}
     rows = {f"{name}.weight": _token_rows(name, spec, configuration) for name, spec in trained.items()}
-    replaced = {name: spec for name, spec in whole.items() if not name.endswith(_ROWS)}
+    replaced = {name: spec for name, spec in kept.items() if not name.endswith(_ROWS)}
     if not layers and not replaced and not rows:
         raise DataError(f"{weights} holds no tensor of a LoRA adapter", hint="is it the right directory?")
     return Adapter(directory, configuration, layers, replaced, rows)
@@ -175,20 +166,27 @@ def _sort_tensors(
     parts: dict[str, dict[str, TensorSpec]] = {}
     replaced: dict[str, TensorSpec] = {}
     embeddings: set[str] = set()
+    owners: set[str] = set()
     for name, spec in tensors.items():
-        bare = name.removeprefix(_PREFIX)
-        for suffix, part in _LORA_PARTS.items():
-            if bare.endswith(suffix):
-                module = bare.removesuffix(suffix)
-                parts.setdefault(module, {})[part] = spec
-                if "embedding" in suffix:
-                    embeddings.add(module)
-                break
-        else:
-            for wrapper in _WRAPPERS:
-                bare = bare.replace(wrapper, ".")
-            if not any(original in bare for original in _ORIGINALS):
-                replaced[bare] = spec
+        if owned := factor(name):
+            module, part, owner = owned
+            owners.add(owner)
+            if part == "rows":
+                replaced[module + _ROWS] = spec
+                continue
+            parts.setdefault(module, {})[part.removeprefix("embedding ")] = spec
+            if part.startswith("embedding"):
+                embeddings.add(module)
+        elif not any(original in name for original in _ORIGINALS):
+            replaced[whole(name)] = spec
+    if strange := sorted(name for name in replaced if ".lora_" in name):
+        raise DataError(
+            f"the file has tensors of LoRA that forge does not know, such as {strange[0]}", hint=MERGE
+        )
+    if len(owners) > 1:
+        names = ", ".join(sorted(owner or "no name" for owner in owners))
+        raise DataError(f"the file holds several adapters ({names})", hint="save one of them by itself")
+    _check_lengths(parts, bool(configuration.get("use_dora")))
     incomplete = sorted(module for module, found in parts.items() if not {"A", "B"} <= found.keys())
     if incomplete:
         raise DataError(f"the adapter has only one LoRA factor for {', '.join(incomplete)}", hint=_AGAIN)
@@ -204,6 +202,18 @@ def _sort_tensors(
         for module, found in parts.items()
     }
     return layers, replaced
+
+
+def _check_lengths(parts: Mapping[str, Mapping[str, TensorSpec]], dora: bool) -> None:
+    """The file has learned lengths where the settings say DoRA, and nowhere else."""
+    odd = sorted(module for module, own in parts.items() if ("magnitude" in own) is not dora)
+    if odd and dora:
+        raise DataError(f"use_dora is set, and {len(odd)} layers have no magnitude: {odd[0]}", hint=_AGAIN)
+    if odd:
+        raise DataError(
+            f"{len(odd)} layers have the magnitudes of DoRA, such as {odd[0]}, but use_dora is not set",
+            hint=f"set use_dora: true in adapter_config.json if it was trained so; else {_AGAIN}",
+        )
 
 
 def scale_of(module: str, rank: int, configuration: Mapping[str, Any]) -> float:
@@ -228,8 +238,18 @@ def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
 
 
 def find_base_tensor(name: str, base: Mapping[str, Any]) -> str | None:
-    """The checkpoint's name for a module's tensor; checkpoints may lack the outer prefix (GPT-2)."""
-    for candidate in (name, name.partition(".")[2], f"model.{name}"):
-        if candidate in base:
-            return candidate
-    return None
+    """The checkpoint's name for a module's tensor.
+
+    Checkpoints may lack the outer prefix (GPT-2), adapters may too; the text model of a multimodal base has
+    had its part of the name before and behind `model.`.
+    """
+    candidates = [name, name.partition(".")[2], f"model.{name}"]
+    _, part, rest = name.partition("language_model.")
+    if part:
+        rest = rest.removeprefix("model.")
+        candidates += [
+            f"language_model.model.{rest}",
+            f"model.language_model.{rest}",
+            f"language_model.{rest}",
+        ]
+    return next((candidate for candidate in candidates if candidate in base), None)

@@ -7,11 +7,13 @@ file one tensor at a time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.read import WEIGHTS_FILE, Adapter, read_adapter
+from forge.adapter.places import place
+from forge.adapter.read import WEIGHTS_FILE, Adapter, find_base_tensor, read_adapter
 from forge.adapter.vocabulary import Fitted, fit
 from forge.errors import CheckError, DataError, Problem
 from forge.model.checkpoint import open_checkpoint
@@ -28,6 +30,7 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
     the base's layers.
     """
     fitted = fit(read_adapter(Path(adapter)), open_checkpoint(Path(base)))
+    place(fitted)  # every part, with its shape
     found = fitted.adapter
     model = _on_meta(base, fitted, trust_remote_code)
     status = _plain(model.get_model_status())
@@ -52,9 +55,21 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
         "impurities": impurities,
         "scale": scales[0] if len(scales) == 1 else {name: one.scale for name, one in found.layers.items()},
         "trainable_parameters": sum(_numel(spec.shape) for spec in _specs(found)),
+        "warnings": _warnings(found),
         "exports": ["merged"] if impurities else ["merged", "adapter"],
         "problems": [],
     }
+
+
+def _warnings(found: Adapter) -> list[str]:
+    """What is worth a look and no fault: some families have layers that no text moves."""
+    import safetensors
+
+    with safetensors.safe_open(str(found.directory / WEIGHTS_FILE), framework="pt") as file:
+        idle = idle_layers(found, file)
+    if not idle:
+        return []
+    return [f"{len(idle)} of {len(found.layers)} layers are all zero and change nothing: {idle[0]}"]
 
 
 def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
@@ -70,47 +85,36 @@ def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
         model = transformers.AutoModelForCausalLM.from_config(
             configuration, trust_remote_code=trust_remote_code
         )
+    parameters = model.named_parameters(remove_duplicate=False)
+    _refuse_other_shapes(fitted, {name: tuple(parameter.shape) for name, parameter in parameters})
     if found.rows:
         # peft copies the rows that were there before, and those it cannot copy out of nothing.
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.to_empty(device="cpu")
         model.tie_weights()
-    parameters = model.named_parameters(remove_duplicate=False)
-    _refuse_mismatch(fitted, {name: tuple(parameter.shape) for name, parameter in parameters})
     # Under that device the numbers of the tokens would have no values.
-    with torch.device("cpu" if found.rows else "meta"):
+    with torch.device("cpu" if found.rows else "meta"), warnings.catch_warnings():
+        # Of missing keys and tied layers: what is missing is looked for here.
+        warnings.simplefilter("ignore", UserWarning)
         return peft.PeftModel.from_pretrained(
             model, str(found.directory), low_cpu_mem_usage=True, torch_device="cpu"
         )
 
 
-def _refuse_mismatch(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Every adapted module must be in the base with the right shape (pitfalls 6, 11 of silent wrongs)."""
-    problems, found = [], fitted.adapter
-    for module, layer in found.layers.items():
-        base_shape = shapes.get(f"{module}.weight")
-        delta = (layer.b.shape[0], layer.a.shape[1])
-        if fitted.is_transposed(layer):
-            delta = (delta[1], delta[0])
-        if base_shape is None:
-            problems.append(Problem("the base has no such layer", module))
-        elif base_shape != delta:
-            problems.append(Problem(f"shape {delta} does not fit the base's {base_shape}", module))
-    for name, spec in found.replaced.items():
-        if name not in shapes:
-            problems.append(Problem("the base has no such tensor", name))
-        elif shapes[name] != spec.shape:
-            problems.append(Problem(f"shape {spec.shape} does not fit the base's {shapes[name]}", name))
-    for name, rows in found.rows.items():
-        if name not in shapes:
-            problems.append(Problem("the base has no such tensor", name))
-        elif max(rows.tokens, default=0) >= shapes[name][0]:
-            problems.append(Problem(f"token {max(rows.tokens)} has no row in {shapes[name]}", name))
+def _refuse_other_shapes(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """The base's config.json must be that of its weights, or peft puts other layers in than the merge."""
+    problems = []
+    for module in fitted.adapter.layers:
+        stored = find_base_tensor(f"{module}.weight", fitted.checkpoint.tensors)
+        made = find_base_tensor(f"{module}.weight", shapes)
+        if stored and made and fitted.checkpoint.tensors[stored].shape != shapes[made]:
+            there = fitted.checkpoint.tensors[stored].shape
+            problems.append(Problem(f"is {there}, config.json makes it {shapes[made]}", module))
     if problems:
         raise DataError(
-            f"the adapter was made for another base: {len(problems)} of its "
-            f"{len(found.layers) + len(found.replaced)} parts do not fit",
-            hint=f"it names {found.base_name or 'no base'}; set `base` to the model it was trained on",
+            f"{fitted.checkpoint.directory}: config.json is not that of the weights: {len(problems)} layers "
+            "are of another shape",
+            hint="copy the base again, its config.json with it",
             problems=problems[:_MOST_NAMED],
         )
 
@@ -129,11 +133,17 @@ def _status_problems(
         yield Problem(f"active adapters are {status['active_adapters']}", "status.active_adapters")
     if status["merged_adapters"]:
         yield Problem(f"already merged: {status['merged_adapters']}", "status.merged_adapters")
-    for layer in layers:
-        module = layer["name"].partition(".")[2]
-        if layer["module_type"].startswith("lora.") and module not in found.layers:
-            # peft fills what the file lacks with a fresh layer, which changes nothing.
-            yield Problem("the configuration adapts it, the file holds no weights for it", module)
+    adapted = {
+        layer["name"].partition(".")[2]: layer for layer in layers if layer["module_type"].startswith("lora.")
+    }
+    # The file's names may lack what peft's have in front; both are those of one module.
+    held = {find_base_tensor(module, adapted) or module for module in found.layers}
+    for module in sorted(adapted.keys() - held):
+        # peft fills what the file lacks with a fresh layer, which changes nothing.
+        yield Problem("the configuration adapts it, the file holds no weights for it", module)
+    for module in sorted(held - adapted.keys()):
+        # peft leaves these out without a word: the model that was trained may have had them, or not.
+        yield Problem("the file holds weights for it, the configuration does not adapt it", module)
 
 
 def _number_problems(found: Adapter) -> Iterator[Problem]:
@@ -145,9 +155,18 @@ def _number_problems(found: Adapter) -> Iterator[Problem]:
             tensor = file.get_tensor(name)
             if not torch.isfinite(tensor).all():
                 yield Problem("has values that are not finite", name)
-        for module, layer in found.layers.items():
-            if not file.get_tensor(layer.b.name).any() or not file.get_tensor(layer.a.name).any():
-                yield Problem("is all zero: the layer changes nothing", module)
+        idle = idle_layers(found, file)
+        if idle and len(idle) == len(found.layers) and not found.replaced and not found.rows:
+            yield from (Problem("is all zero: the layer changes nothing", module) for module in idle)
+
+
+def idle_layers(found: Adapter, file: Any) -> list[str]:
+    """The layers of which a factor is all zero, read from the open `file`."""
+    return [
+        module
+        for module, layer in found.layers.items()
+        if not file.get_tensor(layer.b.name).any() or not file.get_tensor(layer.a.name).any()
+    ]
 
 
 def _specs(found: Adapter) -> Iterator[Any]:

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from forge import report, worker
+from forge.adapter.places import other_base
+from forge.adapter.read import read_adapter
 from forge.model.base import resolve
+from forge.model.config import read_json
 
 
 def _directory(spec: str) -> Path:
@@ -28,5 +31,9 @@ def validate(base: str, adapter: Path) -> dict[str, Any]:
         report.info("it trained embedding and output layer apart, which the base ties: both are written")
     if not facts["pure"]:
         report.info("not pure: " + "; ".join(facts["impurities"]))
-    told = ("ok", "status", "layers", "vocabulary_rows", "untied", "pure", "scale", "exports", "problems")
-    return {key: facts[key] for key in told}
+    another = other_base(read_adapter(adapter), base, read_json(_directory(base) / "config.json"))
+    facts["warnings"] += [another] if another else []
+    for warning in facts["warnings"]:
+        report.warning(warning)
+    shown = "ok status layers vocabulary_rows untied pure scale exports warnings problems"
+    return {key: facts[key] for key in shown.split()}

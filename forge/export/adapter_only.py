@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.names import as_peft_writes
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer
 from forge.adapter.vocabulary import Fitted
 from forge.errors import DataError, Problem, StageError
@@ -68,12 +69,12 @@ def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, wo
 
 def _factors(adapter: Adapter, alpha: float) -> Iterator[LazyTensor]:
     for layer in adapter.layers.values():
-        yield stored(layer.a)
+        yield stored(layer.a, as_peft_writes(layer.a.name))
         factor = layer.scale * layer.rank / alpha
         if math.isclose(factor, 1.0, rel_tol=1e-12):
-            yield stored(layer.b)
+            yield stored(layer.b, as_peft_writes(layer.b.name))
         else:
-            yield LazyTensor(layer.b.name, "F32", layer.b.shape, _scaled(layer, factor))
+            yield LazyTensor(as_peft_writes(layer.b.name), "F32", layer.b.shape, _scaled(layer, factor))
 
 
 def _scaled(layer: LoraLayer, factor: float) -> Any:

@@ -11,13 +11,13 @@ Not covered, and refused: DoRA of an embedding or a Conv1D.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from typing import Any
 
-from forge.adapter.read import Adapter, LoraLayer, TokenRows, find_base_tensor
-from forge.adapter.vocabulary import Fitted, is_of_tokens
-from forge.errors import DataError, Problem
+from forge.adapter.places import place
+from forge.adapter.read import LoraLayer, TokenRows
+from forge.adapter.vocabulary import Fitted
 from forge.export.nf4 import through_nf4
 from forge.export.tensors import LazyTensor, read_rows, stored
 from forge.model.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ def merged_tensors(fitted: Fitted, *, nf4: Collection[str] = ()) -> list[LazyTen
     Raises `DataError` that lists every part of the adapter which has no place in the base.
     """
     base = fitted.checkpoint.tensors
-    parts = _match(fitted)
+    parts = place(fitted)
     tensors = []
     for name, spec in base.items():
         # peft saves an adapted embedding's own weight beside its factors: the delta goes onto that.
@@ -51,79 +51,6 @@ def merged_tensors(fitted: Fitted, *, nf4: Collection[str] = ()) -> list[LazyTen
             tensor = replace(tensor, dtype="F32", read=_in_float32(tensor))
         tensors.append(tensor)
     return tensors
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """An adapter's parts by the names of the base's tensors."""
-
-    layers: dict[str, LoraLayer] = field(default_factory=dict)
-    replaced: dict[str, TensorSpec] = field(default_factory=dict)
-    rows: dict[str, TokenRows] = field(default_factory=dict)
-
-    def shape(self, name: str, base: Mapping[str, TensorSpec]) -> tuple[int, ...]:
-        """The shape of the tuned model's tensor."""
-        return self.replaced.get(name, base[name]).shape
-
-
-def _match(fitted: Fitted) -> _Parts:
-    base, adapter, parts = fitted.checkpoint.tensors, fitted.adapter, _Parts()
-    problems = [*_match_whole(adapter, base, parts), *_match_rows(adapter, base, parts)]
-    problems += _match_layers(fitted, base, parts)
-    if problems:
-        raise DataError(
-            f"{len(problems)} parts of the adapter cannot be merged into this base",
-            hint="train only on the linear layers, or merge it with peft and ship that with train: none",
-            problems=problems,
-        )
-    return parts
-
-
-def _match_whole(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
-    for part, spec in adapter.replaced.items():
-        name = find_base_tensor(part, base)
-        if name is None:
-            yield Problem("the base has no such tensor", part)
-        elif base[name].shape != spec.shape and not (
-            is_of_tokens(name) and base[name].shape[1:] == spec.shape[1:]
-        ):
-            yield Problem(f"{spec.shape} does not fit the base's {base[name].shape}", part)
-        else:
-            parts.replaced[name] = spec
-
-
-def _match_rows(adapter: Adapter, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
-    for part, rows in adapter.rows.items():
-        name = find_base_tensor(part, base)
-        if name is None:
-            yield Problem("the base has no such tensor", part)
-            continue
-        count, *width = parts.shape(name, base)
-        if list(rows.values.shape[1:]) != width:
-            yield Problem(f"rows of {rows.values.shape[1:]} do not fit the base's {base[name].shape}", part)
-        elif max(rows.tokens, default=0) >= count:
-            yield Problem(f"token {max(rows.tokens)} has no row, there are {count}", part)
-        else:
-            parts.rows[name] = rows
-
-
-def _match_layers(fitted: Fitted, base: Mapping[str, TensorSpec], parts: _Parts) -> Iterator[Problem]:
-    for module, layer in fitted.adapter.layers.items():
-        transposed = fitted.is_transposed(layer)
-        name = find_base_tensor(f"{module}.weight", base)
-        if layer.magnitude and transposed:
-            yield Problem("DoRA is merged on linear layers only", module)
-        elif name is None:
-            yield Problem("the base has no such tensor", f"{module}.weight")
-        elif (shape := parts.shape(name, base)) != (delta := _delta_shape(layer, transposed)):
-            yield Problem(f"{delta} does not fit the base's {shape}", module)
-        else:
-            parts.layers[name] = layer
-
-
-def _delta_shape(layer: LoraLayer, transposed: bool) -> tuple[int, ...]:
-    shape = (layer.b.shape[0], layer.a.shape[1])
-    return (shape[1], shape[0]) if transposed else shape
 
 
 def _base(name: str, spec: TensorSpec, nf4: Collection[str]) -> LazyTensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from forge import report
-from forge.adapter.read import EMBEDDINGS
+from forge.adapter.places import other_base, place
+from forge.adapter.read import EMBEDDINGS, Adapter
 from forge.adapter.vocabulary import check_tokenizer
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
@@ -42,9 +43,21 @@ def check(ship: Resolved) -> None:
     _check_linear(ship)
     _check_generation(ship)
     if ship.fitted:
+        place(ship.fitted)
+        _warn_of_other_base(ship, ship.fitted.adapter)
         check_tokenizer(ship.fitted, ship.tokenizer.directory)
         if ship.recipe.export.mode == "adapter":
             refuse_impure(why_merged(ship.fitted))
+
+
+def _warn_of_other_base(ship: Resolved, adapter: Adapter) -> None:
+    """Base against Instruct, or another revision: the shapes fit, so nothing else would show it."""
+    spec = ship.base.spec
+    if another := other_base(adapter, spec, read_json(ship.base_directory / "config.json")):
+        report.warning(another)
+    trained, here = adapter.configuration.get("revision"), ship.base.revision
+    if here and trained and len(str(trained)) == len(here) and trained != here:
+        report.warning(f"the adapter was trained on revision {trained} of {spec}, the base here is {here}")
 
 
 def _check_targets(ship: Resolved) -> None:

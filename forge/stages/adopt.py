@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from forge.adapter.adopt import copy_adapter
+from forge.adapter.read import read_adapter
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import DataError
 from forge.stages.train import AdapterStage
@@ -18,7 +18,7 @@ from forge.store.digest import Json
 class AdoptStage(AdapterStage):
     """An adapter that another tool made, checked and taken into the store."""
 
-    version = 2
+    version = 3
 
     def params(self) -> Mapping[str, Json]:
         return {"train.from": self.ship.adapter_digest, "base": self.ship.base_digest}
@@ -29,12 +29,12 @@ class AdoptStage(AdapterStage):
         if adopted.directory is None:
             raise DataError(f"train.from: {adopted.spec} is not here", hint="run without --offline")
         adapter = read_adapter(adopted.directory)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            shutil.copyfile(adopted.directory / name, out / name)
+        renamed = copy_adapter(adopted.directory, out)
         copy_tokenizer(adopted.directory, out)
         return {
             "adopted_from": adopted.spec,
             "revision": adopted.revision,
             "trained_on": adapter.base_name,
             "layers": len(adapter.layers),
+            "names_unwrapped": renamed,
         }

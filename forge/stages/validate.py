@@ -17,7 +17,7 @@ class ValidateStage(ShipStage):
     """peft's own status of the adapter on this base; a sound one only goes on."""
 
     name = "validate"
-    version = 3
+    version = 4
     needs = (ADAPTER_STAGE,)
 
     def params(self) -> Mapping[str, Json]:

@@ -12,6 +12,7 @@ peft copies rows, and ties the two, as it loads. In memory: the adapter in float
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from forge.verify.loader import DAMAGED, Loader, Weights, read_float32
 _FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _DEFAULT = "default"
+# A part of a layer, the adapter's own name behind it.
+_OWN_NAME = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$)[^.]+")
 # What torch.compile, FSDP, checkpointing and an adapter's own name leave in a state dict's names.
 _BESIDE = (".modules_to_save.", ".original_module.", ".trainable_tokens_original")
 _WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
@@ -336,7 +339,8 @@ def _as_expected(name: str, expected: Mapping[str, Any]) -> str:
     if name in expected:
         return name
     bare = f"{_PREFIX}{_plain(name)}"
-    for candidate in (bare, bare.replace(f".{_DEFAULT}.", "."), bare.removesuffix(f".{_DEFAULT}")):
+    unnamed = _OWN_NAME.sub(r"\1", bare)
+    for candidate in (bare, unnamed, bare.replace(f".{_DEFAULT}.", "."), bare.removesuffix(f".{_DEFAULT}")):
         for one in (candidate, candidate.replace(_PREFIX, f"{_PREFIX}model.", 1)):
             if one in expected:
                 return one
