@@ -58,6 +58,7 @@ class FakeOllama:
         self.awake: set[str] = set()
         self.lock = threading.Lock()
         self.kept = ""
+        self.honours_go = False
 
     @property
     def url(self) -> str:
@@ -182,7 +183,7 @@ class FakeOllama:
         system = [one for one in messages if one["role"] == "system"]
         for start in range(len(messages)):
             kept = [*(one for one in system if one not in messages[start:]), *messages[start:]]
-            text = prompt_of(model, kept, self.go, has_jinja=self.has_jinja)
+            text = prompt_of(model, kept, self.go, has_jinja=self.has_jinja, honours_go=self.honours_go)
             if start == len(messages) - 1 or len(text.encode()) < context:
                 break
             if len(self._llama(model, context, "/tokenize", content=text)["tokens"]) <= context:

@@ -50,7 +50,13 @@ class Model:
 
     @property
     def uses_jinja(self) -> bool:
-        return self.template is None and self.jinja is not None
+        return self.jinja is not None and (self.template is None or self.has_more_than_go)
+
+    @property
+    def has_more_than_go(self) -> bool:
+        """Whether its Jinja knows tools or thinking: an explicit TEMPLATE is then ignored."""
+        bare = re.sub(r"\{#.*?#\}", "", self.jinja or "", flags=re.DOTALL)
+        return bool(re.search(r"\btools\b|thinking|<think>", bare))
 
     def detect(self) -> None:
         """A Jinja near to a known one brings its Go template, unless one was given, and its stops."""
@@ -89,10 +95,12 @@ def collate(model: Model, messages: Messages) -> tuple[str, list[dict[str, str]]
     return "\n\n".join(one["content"] for one in merged if one["role"] == "system"), merged
 
 
-def prompt_of(model: Model, messages: Messages, go: GoRenderer, *, has_jinja: bool) -> str:
-    """The text that goes to the tokenizer."""
+def prompt_of(
+    model: Model, messages: Messages, go: GoRenderer, *, has_jinja: bool, honours_go: bool = False
+) -> str:
+    """The text that goes to the tokenizer; `honours_go` is OLLAMA_GO_TEMPLATE=1."""
     system, merged = collate(model, messages)
-    if model.template is None and has_jinja:
+    if has_jinja and (model.template is None or (model.has_more_than_go and not honours_go)):
         return _of_jinja(model, merged)
     template = model.template or "{{ .Prompt }}"
     if ".Messages" not in template:

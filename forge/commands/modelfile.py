@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,11 @@ def _remarks(handed: HandOver, way: Way, *, of_directory: bool) -> list[str]:
     asked = "generation_config.json" if of_directory else "the GGUF's general.sampling keys"
     proved = [f"TEMPLATE: {facts['status']}, {handed.compiled.checked} conversations compared"]
     proved += [f"not claimed: {limit}" for limit in facts["limits"]]
+    if not of_directory and re.search("tools|think", handed.template.source):
+        proved.append(
+            "since 0.30 Ollama renders the GGUF's own template instead, as this one knows tools or thinking: "
+            "TEMPLATE holds for older servers, and with OLLAMA_GO_TEMPLATE=1"
+        )
     return [
         *(proved if way == "go" else ["the GGUF's own template"]),
         f"not claimed: {', '.join(facts['not_claimed'])}",

@@ -12,8 +12,9 @@ Not covered: safetensors, which Ollama converts by itself and not always rightly
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,14 @@ def import_model(
 
     `count` is of `prove_prompts`, for the plain conversations. `ask` is given the trial model: it puts the
     smoke queries, and whatever else must be right before the name changes, and raises when it is not.
-    Raises `CheckError` with the first difference of every way that was tried.
+    Raises `RecipeError` for a name that Ollama does not take, before anything is sent, and `CheckError` with
+    the first difference of every way that was tried.
     """
+    if not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"Ollama takes no model of the name {name!r}",
+            hint="letters, digits, dots, dashes and underscores, such as yoda, me/yoda or yoda:q4",
+        )
     # Ollama checks neither: a wrong one fails when it is loaded, without a reason.
     ready.check_kinds(gguf, read_gguf(gguf), [adapter] if adapter else [])
     _check_bos(gguf, told)
@@ -131,8 +138,13 @@ def import_model(
     if told.licences:
         fields["license"] = list(told.licences)
     failures: list[Problem] = []
-    for way in _ways(server.version(), told):
+    ways = _ways(server.version(), told)
+    for way in ways:
         template = {"template": told.compiled.go} if way == "go" else {}
+        if way == "go" and "jinja" in ways and not _honours_template(server, fields):
+            # Proved or not, it would not be what is used.
+            failures.append(Problem(_IGNORED, _named(way)))
+            continue
         try:
             with _scratch(server, {**fields, **template}) as made:
                 prove_stops(server, made, told.stops)
@@ -173,6 +185,22 @@ def _ways(version: tuple[int, ...], told: HandOver) -> list[Way]:
     is_current = version >= JINJA_SINCE or not any(version)
     ways: list[Way] = ["jinja"] if is_current else []
     return [*ways, "go"] if told.compiled.go is not None else ways
+
+
+_IGNORED = (
+    "this server ignores a TEMPLATE for the file, since its own Jinja knows tools or thinking; "
+    "OLLAMA_GO_TEMPLATE=1, where the server starts, makes it honour one"
+)
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
+_NAME = re.compile(rf"({_PART}(:\d+)?/)?({_PART}/)?{_PART}(:{_PART})?")
+_MARK = "forge asks whether TEMPLATE is used: "
+
+
+def _honours_template(server: Ollama, fields: Mapping[str, Any]) -> bool:
+    """Whether the server renders an explicit TEMPLATE for this file, from its own rendering."""
+    asked = _MARK + "{{ range .Messages }}{{ .Content }}{{ end }}"
+    with _scratch(server, {**fields, "template": asked}) as made:
+        return _MARK in server.prompt(made, [{"role": "user", "content": "Hello"}])
 
 
 def _named(way: Way) -> str:
@@ -238,24 +266,49 @@ def prove_prompts(
 def _generated(told: HandOver, way: Way) -> list[tuple[Message, ...]]:
     """Generated conversations of those that the template takes; on the Go way those that are claimed.
 
-    Empty texts are left out: the server drops such messages.
+    Left out: empty texts, which the server drops, and white space at the edges that is not ASCII.
     """
     takes_system = told.compiled.chat is None or told.compiled.chat.system != "refused"
-    found = [
+    taken = [
         one
         for one in probe.conversations(probe.literals(told.template), has_system=takes_system)
-        if all(message["content"].strip() for message in one)
+        if all(_is_written_so(message["content"]) for message in one)
         and probe.is_ordinary(one)
         and (way == "jinja" or told.compiled.claims(one))
-        and fits(told.template, one, told.context_tokens)
+        and _takes(told.template, one)
     ]
-    if not found:
+    if not taken:
         raise CheckError(
-            f"no conversation fits into a context of {told.context_tokens} tokens: nothing would be proved",
-            hint="give it more: --context, deploy.context_tokens, or num_ctx in its Modelfile",
+            "the chat template takes none of the generated conversations: nothing would be proved",
+            hint="forge template shows what it takes",
+        )
+    found = [one for one in taken if fits(told.template, one, told.context_tokens)]
+    if not found:
+        shortest = min(len(told.template.render(one, add_generation_prompt=True)) for one in taken)
+        raise CheckError(
+            f"no conversation surely fits into a context of {told.context_tokens} tokens, the shortest has "
+            f"{shortest:,} characters: nothing would be proved",
+            hint="give it more: deploy.context_tokens in the recipe, or num_ctx in its Modelfile",
         )
     plain, others = found[:_PLAIN], found[_PLAIN:]
     return [*plain, *others[:: max(1, len(others) // _ODD)]]
+
+
+def _is_written_so(content: str) -> bool:
+    """Whether people write it and the server keeps it: it drops an empty text.
+
+    llama.cpp leaves a no-break space at an edge, where Python's trim takes it: one such character would
+    speak against the better way.
+    """
+    return bool(content.strip()) and content.strip() == content.strip(" \t\r\n\f\v")
+
+
+def _takes(template: ChatTemplate, messages: Sequence[Message]) -> bool:
+    try:
+        template.render(messages, add_generation_prompt=True)
+    except DataError:
+        return False
+    return True
 
 
 def fits(template: ChatTemplate, messages: Sequence[Message], context_tokens: int) -> bool:
