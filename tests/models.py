@@ -211,6 +211,12 @@ def prepare_rows(base: Path, directory: Path) -> Path:
 def evaluation(base: Path, adapter: Path, data: Path, *, quantize: bool = False) -> dict[str, Any]:
     """Arguments of `forge.train.evaluate`, as the stage gives them, for the home-made vocabulary."""
     dtype = "bf16" if quantize else "fp32"
-    facts = {"device": "cpu", "dtype": dtype, "quantize": quantize, "trust_remote_code": False, "seed": 0}
+    facts = {
+        "device": "cpu",
+        "dtype": dtype,
+        "method": "qlora" if quantize else "lora",
+        "trust_remote_code": False,
+        "seed": 0,
+    }
     facts |= {"pad_token_id": 0, "end_of_turn_id": 2, "tokenizer": str(base)}
     return {"base": str(base), "adapter": str(adapter), "data": str(data), "settings": facts}

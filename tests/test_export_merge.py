@@ -164,14 +164,15 @@ def test_nf4_is_the_base_that_training_saw(bases: Mapping[str, Path]) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
 
-    from forge.train.model import choose_hardware, load_base
+    from forge.train.hardware import choose_hardware
+    from forge.train.model import BaseSettings, load_base
 
     base = bases["untied"]
     checkpoint = open_checkpoint(base)
     names = quantized_in_training(base, checkpoint)
     ours = {tensor.name: tensor for tensor in base_tensors(checkpoint, nf4=names)}
     hardware = choose_hardware("cpu", "bf16")
-    trained = load_base(str(base), hardware, quantize=True, trust_remote_code=False, seed=0)
+    trained = load_base(str(base), hardware, BaseSettings("qlora"))
     layers = {
         f"{name}.weight": module for name, module in trained.named_modules() if isinstance(module, Linear4bit)
     }

@@ -216,6 +216,7 @@ def test_b4_a_qlora_run_is_the_sum_of_its_parts(tensors: Models, llama: Configur
         "gradients": 16_777_216 * 4,
         "optimizer": 16_777_216 * 8,
         "activations": 32 * layer,
+        "logits": 0,  # this configuration names no vocabulary
         "batch": 2 * 512 * 24,
         "libraries": estimate.TRAINING_START_BYTES,
     }

@@ -46,7 +46,7 @@ base: builtin:tinny
 data:
   source: data/train.jsonl
 train:
-  eval_steps: 5
+  evals_per_epoch: 5
   seed: 1
   seed: 2
 smoke:
@@ -59,8 +59,8 @@ smoke:
         'a letter or digit first, at most 64 (got "a b")',
         "recipe.yaml:2: base: there is no builtin:tinny; there is builtin:tiny",
         f"recipe.yaml:4: data.source: no such file: data/train.jsonl (looked in {Path('data').resolve()})",
-        "recipe.yaml:6: train.eval_steps: is not a field: held-out rows are measured once, after training; "
-        "say how many with data.eval",
+        "recipe.yaml:6: train.evals_per_epoch: is not a field: held-out rows are evaluated in batches of "
+        "train.batch_size, every train.evaluation_steps steps",
         "recipe.yaml:8: train.seed: is written twice (the first is on line 7); keep one",
         "recipe.yaml:10: smoke.0: needs either prompt or messages",
         "recipe.yaml:12: smoke.1.expect: is not a regular expression: missing ), unterminated subpattern "
@@ -156,8 +156,8 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ("train: {epochs: '3'}", 'train.epochs: must be a number (got "3")'),
         ("train: {epochs: 0}", "train.epochs: must be greater than 0 (got 0)"),
         ("train: {epochs: .nan}", "train.epochs: must be a finite number (got nan)"),
-        ("train: {batch_size: 1.5}", "train.batch_size: must be a whole number (got 1.5)"),
-        ("train: {batch_size: true}", "train.batch_size: must be a whole number (got true)"),
+        ("train: {batch_size: 1.5}", "train.batch_size: must be a whole number above 0, or auto (got 1.5)"),
+        ("train: {batch_size: true}", "train.batch_size: must be a whole number above 0, or auto (got true)"),
         ("train: {learning_rate: 0}", "train.learning_rate: must be greater than 0 (got 0)"),
         ("train: {learning_rate: }", "train.learning_rate: must be a number (got nothing)"),
         ("train: {packing: yes}", 'train.packing: must be true or false (got "yes")'),
@@ -167,12 +167,14 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ("train: {lora: [r, 8]}", "train.lora: must be a mapping of fields (got a list)"),
         ("train: {lora: {modules_to_save: x}}", 'train.lora.modules_to_save: must be a list (got "x")'),
         (
-            "train: {lora: {targets: q_proj}}",
-            'train.lora.targets: must be auto, all-linear or a list of different module names (got "q_proj")',
+            "train: {lora: {targets: 5}}",
+            "train.lora.targets: must be auto, all-linear, attention, a list of different module names or a "
+            "regular expression (got 5)",
         ),
         (
             "train: {lora: {targets: [q_proj, q_proj]}}",
-            "train.lora.targets: must be auto, all-linear or a list of different module names",
+            "train.lora.targets: must be auto, all-linear, attention, a list of different module names or a "
+            "regular expression",
         ),
         ("train: {template_variables: 5}", "train.template_variables: must be a mapping (got 5)"),
         (
@@ -181,7 +183,9 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ),
         (
             "train: {schedule: cosin}",
-            'train.schedule: must be one of cosine, linear, constant (got "cosin"); did you mean cosine?',
+            "train.schedule: must be one of cosine, linear, constant, constant_with_warmup, "
+            "cosine_with_restarts, cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, inverse_sqrt, "
+            'warmup_stable_decay (got "cosin"); did you mean cosine?',
         ),
         (
             "train: {gradient_checkpointing: maybe}",

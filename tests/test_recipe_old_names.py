@@ -112,9 +112,9 @@ def test_both_names_are_a_fault_unless_they_agree() -> None:
 
 
 def test_a_value_without_counterpart_and_a_value_out_of_bounds() -> None:
-    assert refused(GOOD + "train:\n  load_in_8bit: true\n  train_on_inputs: true\n  lora_r: 0\n") == [
-        "recipe.yaml:5: train.load_in_8bit: is not a field: 8-bit bases are not trained here; "
-        "train.method: qlora holds the base in 4 bits",
+    assert refused(GOOD + "train:\n  load_in_8bit: 3\n  train_on_inputs: true\n  lora_r: 0\n") == [
+        "recipe.yaml:5: train.load_in_8bit: is now train.method; "
+        "of its values only true or false has a counterpart",
         "recipe.yaml:6: train.train_on_inputs: is now train.supervise; "
         "of its values only false has a counterpart",
         "recipe.yaml:7: train.lora.r: must be at least 1 (got 0)",
@@ -128,10 +128,57 @@ def test_an_override_by_an_old_name_wins() -> None:
         "-o train.num_train_epochs: train.num_train_epochs is now train.epochs",
         "-o lora_r: lora_r is now train.lora.r",
     )
-    assert refused(GOOD, "train.evaluation_strategy=steps") == [
-        "-o train.evaluation_strategy: is not a field: held-out rows are measured once, after training; "
-        "say how many with data.eval"
+    assert refused(GOOD, "train.save_steps=5") == [
+        "-o train.save_steps: is not a field: checkpoints are written by time (train.checkpoint_minutes) and "
+        "resumed from without being asked"
     ]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "lora: {bias: none, task_type: CAUSAL_LM, peft_type: LORA}",
+        "logging_steps: 10",
+        "logging_strategy: epoch",
+        "load_in_8bit: false",
+        "packing_strategy: bfd",
+    ],
+)
+def test_what_is_the_case_anyway_is_accepted(said: str) -> None:
+    """C1, G5: the settings that every example of peft and trl has."""
+    plain, _ = read(GOOD)
+    fields, warnings = read(GOOD + f"train:\n  {said}\n")
+    assert fields == plain
+    assert warnings and all(one.endswith("says what is the case anyway; leave it out") for one in warnings)
+
+
+@pytest.mark.parametrize(
+    ("said", "field", "value"),
+    [
+        ("bf16: false\n  fp16: false", "train.dtype", "fp32"),
+        ("bf16: true\n  fp16: false", "train.dtype", "bf16"),
+        ("load_in_8bit: true", "train.method", "int8"),
+        ("bnb_4bit_quant_type: fp4", "train.four_bit_type", "fp4"),
+        ("bnb_4bit_use_double_quant: false", "train.double_quantization", False),
+        ("attn_implementation: eager", "train.attention", "eager"),
+        ("early_stopping_patience: 3", "train.patience", 3),
+        ("load_best_model_at_end: true", "train.keep", "best"),
+        ("auto_find_batch_size: true", "train.batch_size", "auto"),
+        ("warmup_steps: 5", "train.warmup_steps", 5),
+        ("lora: {init_lora_weights: pissa}", "train.lora.init", "pissa"),
+        ("lora: {target_modules: q_proj}", "train.lora.targets", ["q_proj"]),
+    ],
+)
+def test_settings_that_have_a_field(said: str, field: str, value: object) -> None:
+    """A4, A5, C4, G1, G3, G5, G6, H1."""
+    assert read(GOOD + f"train:\n  {said}\n")[0][field] == value
+
+
+@pytest.mark.parametrize("said", ["bias: all", "task_type: SEQ_CLS", "peft_type: IA3"])
+def test_what_is_not_the_case_is_refused(said: str) -> None:
+    """C8, pitfall 37."""
+    [problem] = refused(GOOD + f"train:\n  lora: {{{said}}}\n")
+    assert "is not a field" in problem
 
 
 def test_a_variable_of_the_template_may_have_any_name() -> None:

@@ -19,8 +19,9 @@ from forge.data.prepare import TRAIN_FILE
 from forge.errors import DataError, StageError
 from forge.model.safetensors_header import read_header
 from forge.recipe.schema import Train
+from forge.train.checkpoints import MARKER, last_checkpoint, seal
 from forge.train.run import train
-from forge.train.watch import MARKER, last_checkpoint, refuse_not_finite
+from forge.train.watch import refuse_not_finite
 from tests.models import PEFT_WARNS, ROWS, evaluation, make_model, prepare_rows
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(2400)]
@@ -46,7 +47,12 @@ def settings(**changes: Any) -> dict[str, Any]:
         "lora": {"r": 16, "alpha": 32, "dropout": 0.05},
     }  # fmt: skip
     section = Train.model_validate({**chosen, **changes}).model_dump(mode="json")
-    return section | {"trust_remote_code": False, "pad_token": "<|pad|>", "max_length": 64}
+    return section | {
+        "trust_remote_code": False,
+        "pad_token": "<|pad|>",
+        "max_length": 64,
+        "trackers": "unset",
+    }
 
 
 def arguments(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
@@ -205,7 +211,7 @@ def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path) -> None:
         directory = tmp_path / f"checkpoint-{number}"
         directory.mkdir()
         if is_whole:
-            (directory / MARKER).touch()
+            seal(directory)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
     assert last_checkpoint(tmp_path / "absent") is None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from forge.train.arithmetic import compute_as_asked, measured_arithmetic
-from forge.train.model import Hardware, arithmetic_of, choose_hardware
+from forge.train.hardware import Hardware, choose_hardware
+from forge.train.model import BaseSettings, arithmetic_of
 
 pytestmark = pytest.mark.training
 
@@ -38,7 +39,7 @@ def test_what_is_measured_is_what_the_library_does(monkeypatch: pytest.MonkeyPat
 def test_float16_hardware_computes_4_bit_layers_in_float32() -> None:
     """A2, pitfall 26."""
     turing = Hardware("cpu", "float16", "fp16")
-    assert arithmetic_of(turing, quantize=True) == {"training": "float32", "evaluation": "float32"}
+    assert arithmetic_of(turing, BaseSettings("qlora")) == {"training": "float32", "evaluation": "float32"}
 
 
 def test_the_switch_is_one_of_the_installed_bitsandbytes() -> None:

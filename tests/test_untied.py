@@ -24,7 +24,7 @@ from forge.model.checkpoint import open_checkpoint
 from forge.model.gguf_header import read_gguf
 from forge.model.safetensors_header import read_header
 from forge.recipe.schema import Train
-from forge.train.model import with_lora
+from forge.train.lora import with_lora
 from forge.train.run import train
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
@@ -263,7 +263,7 @@ def test_training_leaves_a_head_that_differs(name: tuple[str, ...], differing: P
     with torch.inference_mode():
         before = model(ids).logits
         lora = Train.model_validate({"lora": {"modules_to_save": name}}).lora.model_dump()
-        after = with_lora(model, lora, quantize=False, checkpointing=False)(ids).logits
+        after = with_lora(model, lora, quantized=False, checkpointing=False)(ids).logits
     torch.testing.assert_close(after, before)
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from forge.errors import DataError
 from forge.model.safetensors_header import read_header
-from forge.train.model import arithmetic_of, choose_hardware, load_base
+from forge.train.hardware import choose_hardware
+from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
@@ -97,8 +98,8 @@ def test_the_4_bit_reference_is_what_bitsandbytes_trains_on(training: bool, tmp_
     base = make_model(tmp_path / "base", "llama", "home-made")
     reference = logits(Weights(base, nf4=True), SAMPLE, "nf4")
     hardware = choose_hardware("cpu", "fp32")
-    quantized = load_base(str(base), hardware, quantize=True, trust_remote_code=False, seed=0)
-    assert arithmetic_of(hardware, quantize=True) == {"training": "float32", "evaluation": "float32"}
+    quantized = load_base(str(base), hardware, BaseSettings("qlora"))
+    assert arithmetic_of(hardware, BaseSettings("qlora")) == {"training": "float32", "evaluation": "float32"}
     np.testing.assert_allclose(reference, _whole(quantized.train(training)), atol=2e-3, rtol=1e-3)
     np.testing.assert_allclose(reference, _whole(quantized.eval()), atol=2e-3, rtol=1e-3)
     assert np.abs(reference - logits(Weights(base), SAMPLE, "base")).max() > 0.1

@@ -21,6 +21,7 @@ from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageE
 COMMANDS = {
     "init": "Write a commented recipe to start from.",
     "plan": "Say what a ship would run and why; runs nothing.",
+    "estimate": "Say how much memory training takes, and on what it fits.",
     "ship": "Run the whole pipeline of a recipe.",
     "train": "Run a recipe up to its adapter.",
     "validate": "Check an adapter: a recipe's, or any on disk.",

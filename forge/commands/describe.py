@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.commands.estimate import memory_of_ship, show_fit
 from forge.errors import DataError
 from forge.model.base import UNKNOWN
-from forge.model.estimate import Estimate, available, inference, training
+from forge.model.estimate import Estimate, available, inference
 from forge.pipeline.plan import Plan
 from forge.recipe.fields import values
 from forge.recipe.load import load
@@ -23,8 +24,6 @@ from forge.stages import stages_for
 from forge.store import collect as garbage_collection
 from forge.store import runs as store_runs
 from forge.store.artifacts import open_store
-
-_PLANNING_LENGTH = 1024  # tokens of a row, where the recipe leaves the length to the data
 
 
 def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[str, Any]:
@@ -64,7 +63,6 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[
 def _memory(ship: Resolved) -> dict[str, Any] | None:
     if ship.base.directory is None:
         return None
-    tensors = ship.tensors
     parts: dict[str, Estimate] = {
         "serving": inference(
             ship.parameters,
@@ -73,27 +71,16 @@ def _memory(ship: Resolved) -> dict[str, Any] | None:
             context=context_tokens(ship, {}),
         )
     }
-    train = ship.training
-    if train:
-        length = min(
-            train.max_length or _PLANNING_LENGTH, ship.configuration.max_positions or _PLANNING_LENGTH
-        )
-        parts["training"] = training(
-            tensors,
-            ship.configuration,
-            method=train.method,
-            rank=train.lora.r,
-            dora=train.lora.dora,
-            batch=train.batch_size,
-            sequence=length,
-            targets=train.lora.targets,
-            optimizer=train.optimizer,
-        )
+    trained = memory_of_ship(ship) if ship.training else None
+    if trained:
+        parts["training"] = trained.estimate
+        show_fit(trained)
     needed = max(part.total for part in parts.values())
     return {
         "needed": needed,
-        "free": available().free,
+        "free": trained.device.free if trained else available().free,
         **{name: {"bytes": part.total, "parts": dict(part.parts)} for name, part in parts.items()},
+        **(trained.as_json() if trained else {}),
     }
 
 

@@ -4,8 +4,7 @@ Weights, adapter and optimizer are exact; activations follow the formula of Kort
 (https://arxiv.org/abs/2205.05198): layers x (34 h b s + 5 heads b s^2) bytes in 16 bits, without the
 square term for sdpa and flash attention. The start-up of a process is a measured constant.
 
-Not covered: fragmentation, logits outside trl's fused head, a GPU's free memory (the worker, which
-has torch, knows it), mixture-of-experts layers that are inactive.
+Not covered: fragmentation, logits outside trl's fused head, mixture-of-experts layers that are inactive.
 """
 
 from __future__ import annotations
@@ -28,7 +27,8 @@ FULL_TRAINING_BYTES = 2 + 2 + 12
 # State of the optimizer, bytes per trained parameter (Adafactor keeps row and column sums).
 OPTIMIZER_BYTES: Mapping[str, float] = {
     "adamw_torch": 8, "adamw_torch_fused": 8, "paged_adamw_32bit": 8, "adamw_bnb_8bit": 2,
-    "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 1, "sgd": 0,
+    "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 1, "sgd": 0, "lion_32bit": 4, "paged_lion_32bit": 4,
+    "lion_8bit": 1, "paged_lion_8bit": 1, "rmsprop": 4, "adagrad": 4, "ademamix_8bit": 3, "lomo": 0,
 }  # fmt: skip
 
 # bitsandbytes keeps one scale for 64 weights: 32 bits, or 8.127 with double quantization.
@@ -45,6 +45,12 @@ QUANT_BITS: Mapping[str, float] = {
 # Resident size of a worker that has imported torch, transformers, peft and trl; of the converter.
 TRAINING_START_BYTES, EXPORT_START_BYTES, SERVER_START_BYTES = 900_000_000, 550_000_000, 100_000_000
 
+# What a CUDA process holds before its first tensor: the context, cuBLAS's workspace, loaded kernels.
+CUDA_CONTEXT_BYTES = 600_000_000
+# trl computes the loss from the output layer in pieces of this many tokens, and their gradients beside.
+_LOSS_CHUNK_TOKENS = 256
+
+_ATTENTION_MODULE = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention)\.")
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_positions|tok_embeddings|word_embeddings|position_embeddings|embed_in|wte|wpe|"
@@ -83,10 +89,21 @@ def linear_tensors(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
 def target_tensors(
     tensors: Mapping[str, TensorSpec], targets: str | Collection[str]
 ) -> dict[str, TensorSpec]:
-    """The linear weights that LoRA `targets` name: `auto`, `all-linear` or names matched as peft does."""
+    """The linear weights that LoRA `targets` name.
+
+    `auto`, `all-linear`, `attention`, a regular expression of whole names, or names matched as peft does.
+    """
     linear = linear_tensors(tensors)
-    if isinstance(targets, str):
+    if targets in ("auto", "all-linear"):
         return linear
+    if targets == "attention":
+        return {name: tensor for name, tensor in linear.items() if _ATTENTION_MODULE.search(name)}
+    if isinstance(targets, str):
+        return {
+            name: tensor
+            for name, tensor in linear.items()
+            if re.fullmatch(targets, name.removesuffix(".weight"))
+        }
     modules = {name: name.removesuffix(".weight") for name in linear}
     return {
         name: linear[name]
@@ -148,7 +165,7 @@ def training(
     tensors: Mapping[str, TensorSpec],
     configuration: Configuration,
     *,
-    method: Literal["qlora", "lora"],
+    method: Literal["qlora", "int8", "lora", "full"],
     rank: int,
     batch: int,
     sequence: int,
@@ -158,24 +175,34 @@ def training(
     dtype_bytes: int = 2,
     checkpointing: bool = False,
     attention: Literal["eager", "sdpa"] = "sdpa",
+    double_quantization: bool = True,
+    cuda: bool = False,
 ) -> Estimate:
     """Bytes of a training run; `dtype_bytes` is the compute type's (2 for bf16 and fp16, 4 for fp32).
 
-    QLoRA's other weights are fp32: k-bit preparation casts them up. `optimizer` not in
-    `OPTIMIZER_BYTES` counts as AdamW.
+    A quantized base's other weights are fp32: k-bit preparation casts them up. Full training keeps the
+    base beside its float32 copy. `optimizer` not in `OPTIMIZER_BYTES` counts as AdamW. With `cuda` it is
+    the GPU's memory, else the main one.
     """
-    adapter = lora_parameters(target_tensors(tensors, targets).values(), rank, dora=dora)
+    whole = sum(tensor.numel for tensor in tensors.values())
+    adapted = target_tensors(tensors, targets).values()
+    trained = whole if method == "full" else lora_parameters(adapted, rank, dora=dora)
     linear = sum(tensor.numel for tensor in linear_tensors(tensors).values())
-    quantized = method == "qlora"
+    bits = {"qlora": 4, "int8": 8}.get(method)
+    scales = 0.0
+    if method == "qlora":
+        scales = linear * (DOUBLE_SCALE_BITS if double_quantization else SCALE_BITS) / 8
+    elif method == "int8":  # one float32 for each row
+        scales = sum(tensor.shape[0] * 4 for tensor in linear_tensors(tensors).values())
+    other_bytes = 4 if bits or method == "full" else dtype_bytes
+    vocabulary = configuration.vocabulary_size or 0
     return Estimate(
         {
-            "base": footprint(
-                tensors, linear_bits=4 if quantized else None, other_bytes=4 if quantized else dtype_bytes
-            ),
-            "quantization scales": int(linear * DOUBLE_SCALE_BITS / 8) if quantized else 0,
-            "adapter": adapter * 4,
-            "gradients": adapter * 4,
-            "optimizer": int(adapter * OPTIMIZER_BYTES.get(optimizer, 8)),
+            "base": footprint(tensors, linear_bits=bits, other_bytes=other_bytes),
+            "quantization scales": int(scales),
+            "adapter": trained * 4,
+            "gradients": trained * 4,
+            "optimizer": int(trained * OPTIMIZER_BYTES.get(optimizer, 8)),
             "activations": activation_bytes(
                 configuration,
                 batch=batch,
@@ -184,8 +211,9 @@ def training(
                 checkpointing=checkpointing,
                 dtype_bytes=dtype_bytes,
             ),
+            "logits": 2 * min(batch * sequence, _LOSS_CHUNK_TOKENS) * vocabulary * 4,
             "batch": batch * sequence * 8 * 3,  # ids, mask and labels, 64 bits each
-            "libraries": TRAINING_START_BYTES,
+            **({"CUDA context": CUDA_CONTEXT_BYTES} if cuda else {"libraries": TRAINING_START_BYTES}),
         }
     )
 

@@ -23,6 +23,13 @@ DROP = object()
 """Stands for "this value says what is the case anyway": the key is left out with a warning."""
 
 
+class _Whatever(dict[Any, Any]):
+    """Values of which each says what is the case anyway."""
+
+    def __missing__(self, value: Any) -> object:
+        return DROP
+
+
 @dataclass(frozen=True)
 class Old:
     """What became of a name: its new dotted name, or none and why."""
@@ -49,6 +56,14 @@ _DTYPES = {
     "bfloat16": "bf16",
     "float16": "fp16",
     "float32": "fp32",
+}
+
+_BIAS = "it breaks disabling the adapter and its export; leave it out"
+_INITIAL: Mapping[Any, Any] = {
+    True: "default",
+    **{
+        name: name for name in ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16")
+    },
 }
 
 OLD_NAMES: Mapping[str, Old] = {
@@ -101,13 +116,45 @@ OLD_NAMES: Mapping[str, Old] = {
     **{name: Old("train.dtype", values=_DTYPES) for name in ("torch_dtype", "bnb_4bit_compute_dtype")},
     **_switch("train.lora.targets", "all-linear", DROP, "lora_target_linear"),
     **_switch("train.method", "qlora", "lora", "load_in_4bit"),
+    **_switch("train.method", "int8", DROP, "load_in_8bit"),
+    **_switch(
+        "train.attention", "flash_attention_2", DROP, "flash_attention", "flash_attn", "flash_attention_2"
+    ),
+    **_switch("train.attention", "sdpa", DROP, "sdp_attention"),
+    **_switch("train.batch_size", "auto", DROP, "auto_find_batch_size"),
+    **_switch("train.keep", "best", "last", "load_best_model_at_end"),
+    **_switch("train.evaluation_steps", DROP, DROP, "do_eval"),
     **_switch("train.dtype", "bf16", DROP, "bf16"),
     **_switch("train.dtype", "fp16", DROP, "fp16"),
     **_switch("train.device", "cpu", DROP, "use_cpu", "no_cuda"),
-    "bnb_4bit_quant_type": Old("train.method", values={"nf4": "qlora"}),
-    "bnb_4bit_use_double_quant": Old("train.method", values={True: "qlora"}),
+    **_all("train.four_bit_type", "bnb_4bit_quant_type"),
+    **_all("train.double_quantization", "bnb_4bit_use_double_quant"),
+    **_all("train.quant_storage", "bnb_4bit_quant_storage"),
+    **_all("train.attention", "attn_implementation", "attnImplementation"),
+    **_all("train.evaluation_steps", "eval_steps", "evaluation_steps"),
+    **_all("train.patience", "early_stopping_patience"),
+    **_all("train.neftune_alpha", "neftune_noise_alpha"),
+    **_all("train.length_groups", "group_by_length"),
+    **_all("train.schedule_options", "lr_scheduler_kwargs"),
+    **_all("train.lora.layers", "layers_to_transform", "lora_layers_to_transform"),
+    **_all("train.lora.token_indices", "trainable_token_indices"),
+    "init_lora_weights": Old("train.lora.init", values=_INITIAL),
     "adapter": Old("train.method", values={"qlora": "qlora", "lora": "lora"}),
-    "finetuning_type": Old("train.method", values={"qlora": "qlora", "lora": "lora"}),
+    "finetuning_type": Old("train.method", values={"qlora": "qlora", "lora": "lora", "full": "full"}),
+    # What is the case anyway.
+    "bias": Old(why="it breaks disabling the adapter and its export; leave it out", values={"none": DROP}),
+    "lora_bias": Old(
+        why="it breaks disabling the adapter and its export; leave it out", values={False: DROP}
+    ),
+    "task_type": Old(why="only causal language models are trained", values={"CAUSAL_LM": DROP}),
+    "peft_type": Old(why="only LoRA is trained", values={"LORA": DROP}),
+    **{
+        name: Old("train.evaluation_steps", values={"steps": DROP, "no": DROP, False: DROP})
+        for name in ("eval_strategy", "evaluation_strategy")
+    },
+    "metric_for_best_model": Old("train.keep", values={"eval_loss": DROP, "loss": DROP}),
+    "packing_strategy": Old("train.packing", values={"bfd": DROP}),
+    **{name: Old("train.report_to", values=_Whatever()) for name in ("logging_steps", "logging_strategy")},
     "completion_only_loss": Old("train.supervise", values={True: DROP}),
     "assistant_only_loss": Old("train.supervise", values={True: "all"}),
     "train_on_inputs": Old("train.supervise", values={False: DROP}),
@@ -120,10 +167,8 @@ OLD_NAMES: Mapping[str, Old] = {
     **_all("deploy.threads", "n_threads", "num_thread"),
     # No counterpart.
     **_gone(
-        "held-out rows are measured once, after training; say how many with data.eval",
-        *("evaluation_strategy", "eval_strategy", "eval_steps", "evaluation_steps", "evals_per_epoch"),
-        *("per_device_eval_batch_size", "eval_batch_size", "load_best_model_at_end", "metric_for_best_model"),
-        *("early_stopping_patience", "do_eval"),
+        "held-out rows are evaluated in batches of train.batch_size, every train.evaluation_steps steps",
+        *("evals_per_epoch", "per_device_eval_batch_size", "eval_batch_size"),
     ),
     **_gone(
         "checkpoints are written by time (train.checkpoint_minutes) and resumed from without being asked",
@@ -140,35 +185,24 @@ OLD_NAMES: Mapping[str, Old] = {
             "dataset_prepared_path",
         ),
     ),
-    **_gone(
-        "every step is logged; trackers are named in train.report_to", "logging_steps", "logging_strategy"
-    ),
-    **_gone("give the share of the steps that warm up: train.warmup_fraction", "warmup_steps"),
-    **_gone("8-bit bases are not trained here; train.method: qlora holds the base in 4 bits", "load_in_8bit"),
-    **_gone("the attention that fits the hardware is chosen", "attn_implementation", "flash_attention"),
-    **_gone("the attention that fits the hardware is chosen", "flash_attention_2", "sdp_attention"),
-    **_gone("it breaks disabling the adapter and its export; leave it out", "bias", "lora_bias"),
-    **_gone("only causal language models are trained", "task_type", "peft_type"),
     **_gone("name them all in data.source: [a.jsonl, {source: b.jsonl, weight: 0.5}]", "datasets"),
     **_gone("the tokenizer and the chat template are the base's own", "tokenizer", "processing_class"),
     **_all("base.chat_template", "chat_template"),
     **_gone("the tokenizer is the base's own", "tokenizer_type"),
     **_gone("PAD, EOS and BOS come from the base, and PAD is never EOS", "special_tokens", "pad_token"),
-    **_gone(
-        "packing keeps rows apart and whole; say train.packing: true", "packing_strategy", "padding_free"
-    ),
-    **_gone("batches are as large as train.batch_size says", "auto_find_batch_size", "group_by_length"),
+    **_gone("packing is padding-free by itself; say train.packing: true", "padding_free"),
     **_gone("only the answers carry loss, always; prompts never do", "response_template", "data_collator"),
+    **_gone("name the modules in train.lora.targets", "layers_pattern"),
+    **_gone("layers that stand twice in a model have no GGUF form", "layer_replication"),
     **_gone(
-        "all layers share one rank and scale; train elsewhere and adopt the adapter with train.from",
-        *("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "layer_replication"),
-        *("init_lora_weights", "loftq_config"),
+        "a LoftQ adapter fits a base that only its own quantization gives; take train.lora.init: pissa",
+        "loftq_config",
     ),
     **_gone(
         "forge decides it; there is nothing to set",
-        *("quantization_config", "bnb_4bit_quant_storage", "gradient_checkpointing_kwargs", "dataset_kwargs"),
+        *("quantization_config", "gradient_checkpointing_kwargs", "dataset_kwargs"),
         *("gradient_checkpointing_kw_args", "gradient_checkpointing_kwarg", "formatting_func"),
-        *("attnImplementation", "predict_with_generate", "dataloader_num_workers", "torch_compile"),
+        *("predict_with_generate", "dataloader_num_workers", "torch_compile"),
     ),
     **_gone("several GPUs are the affair of `accelerate launch`", "deepspeed", "fsdp", "fsdp_config"),
     **_gone(
@@ -235,7 +269,7 @@ def rename(
 ) -> tuple[str, Problem | None]:
     """Move one old name's value to its new place: a warning, or a problem."""
     name = ".".join(path)
-    if not old.new:
+    if not old.new and node.value not in (old.values or ()):
         return "", place.problem(name, f"is not a field: {old.why}")
     try:
         renamed = _renamed(old, node)
@@ -250,6 +284,20 @@ def rename(
     return f"{said} is now {old.new}", None
 
 
+def _both_off(section: str, holder: Node) -> str:
+    """`bf16: false` and `fp16: false` together ask for float32; a warning when that was so."""
+    pair = [holder.value.get(name) for name in ("bf16", "fp16")]
+    if section not in ("", "train") or any(node is None or node.value is not False for node in pair):
+        return ""
+    place = pair[0].place
+    for name in ("bf16", "fp16"):
+        del holder.value[name]
+    target = ("train", "dtype") if not section else ("dtype",)
+    if in_the_way := place_at(holder, target, Node("fp32", place), replace=False):
+        return f"{place}: bf16 and fp16 are both off, but {in_the_way}"
+    return f"{place}: bf16 and fp16 are both off: that is now train.dtype: fp32"
+
+
 def translate(root: Node) -> Translation:
     """Rename every old name of a tree in place. Sections first, then what they hold."""
     found = Translation([], [])
@@ -258,6 +306,8 @@ def translate(root: Node) -> Translation:
         holder, depth = root.follow(path)
         if depth < len(path) or not isinstance(holder.value, dict):
             continue
+        if warning := _both_off(section, holder):
+            found.warnings.append(warning)
         for key in list(holder.value):
             old = look_up((*path, key))
             if old is None:

@@ -12,37 +12,26 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from forge.recipe.section import Section as Section
+from forge.recipe.training import Lora as Lora
+from forge.recipe.training import Train as Train
 from forge.recipe.words import (
     DATA_FORMATS,
-    Checkpointing,
     DataFormat,
     Evaluation,
-    Fraction,
     Name,
     Names,
     Nothing,
-    NotNegative,
     Pattern,
     Positive,
     Quant,
-    Reporters,
-    Scalar,
     Seed,
-    Targets,
     Text,
     UpTo,
     split_revision,
 )
-
-
-class Section(BaseModel):
-    """A part of the recipe."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True
-    )
 
 
 class Base(Section):
@@ -162,72 +151,6 @@ class Data(Section):
             for one in ((alone,) if alone else self.source)
             if isinstance(one, DataSource)
         )
-
-
-class Lora(Section):
-    """The adapter's shape."""
-
-    r: Positive = Field(16, description="rank")
-    alpha: Positive = Field(32, description="scale: the update is multiplied by alpha / r")
-    dropout: Fraction = Field(0.05, description="dropout before the adapter")
-    targets: Targets = Field(
-        "auto", description="`auto` and `all-linear`: every linear layer but the head; or module names"
-    )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
-    dora: bool = Field(False, description="weight-decomposed LoRA of linear layers; exported merged only")
-    modules_to_save: tuple[Text, ...] = Field(
-        (),
-        description="modules trained whole beside the adapter, an embedding and an output layer that the "
-        "base ties as one; exported merged only",
-    )
-
-
-class Train(Section):
-    """A training run made here."""
-
-    method: Literal["qlora", "lora"] = Field(
-        "qlora", description="`qlora` holds the base in 4 bits (NF4, double quantization) while training"
-    )
-    epochs: float = Field(3.0, gt=0, description="passes over the training rows")
-    max_steps: Positive | None = Field(None, description="stop after this many steps; overrides `epochs`")
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; 1e-4 to 3e-4 suits LoRA")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="how the learning rate falls after warm-up"
-    )
-    warmup_fraction: Fraction = Field(0.03, description="share of the steps that warm up")
-    batch_size: Positive = Field(8, description="rows per step on a device")
-    gradient_accumulation: Positive = Field(1, description="steps that share one update")
-    max_length: Positive | None = Field(
-        None, description="tokens per row; when unset the longest row's, capped by the base's context"
-    )
-    lora: Lora = Field(Lora(), description="the adapter's shape")
-    optimizer: Literal[
-        "adamw_torch",
-        "adamw_torch_fused",
-        "adamw_bnb_8bit",
-        "paged_adamw_8bit",
-        "paged_adamw_32bit",
-        "adafactor",
-    ] = Field("adamw_torch", description="optimizer")
-    weight_decay: NotNegative = Field(0.0, description="weight decay")
-    max_gradient_norm: NotNegative = Field(1.0, description="gradients are clipped to this norm; 0: never")
-    gradient_checkpointing: Checkpointing = Field(
-        "auto", description="recompute activations to save memory: `true`, `false`, or when it is needed"
-    )
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        "auto", description="compute type; `auto` takes the best that the hardware has"
-    )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
-    packing: bool = Field(False, description="several rows in one sequence, kept apart by position ids")
-    supervise: Literal["all", "last"] = Field(
-        "all", description="which assistant turns carry loss (prompts never do)"
-    )
-    template_variables: dict[str, Scalar] = Field(
-        {}, description="variables of the chat template (a date, thinking), the same in training and serving"
-    )
-    checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints to resume from")
-    seed: Seed = Field(42, description="seed of initialisation and row order")
-    report_to: Reporters = Field((), description="trackers such as `tensorboard` or `wandb`; none when empty")
 
 
 class Adopted(Section):

@@ -5,8 +5,11 @@ Unions are read by one function each, because a union's own errors name every me
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 import warnings
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -26,6 +29,7 @@ _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PINNED = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)@(?P<revision>[^\s@]+)")
+_TARGET_WORDS = ("auto", "all-linear", "attention")
 TRACKERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive"),
     *("flyte", "mlflow", "neptune", "tensorboard", "wandb"),
@@ -101,15 +105,48 @@ def _names(value: Any) -> tuple[str, ...]:
 
 
 def _targets(value: Any) -> Any:
-    words = (value,) if value in ("auto", "all-linear") else _words(value)
-    if words is None or (isinstance(value, str) and value not in ("auto", "all-linear")):
-        raise ValueError("must be auto, all-linear or a list of different module names")
+    if value in _TARGET_WORDS:
+        return value
+    if isinstance(value, str) and value.strip():
+        if not re.fullmatch(r"[\w.]+", value):
+            return _pattern(value)
+        value = (value,)
+    words = _words(value)
+    if words is None:
+        raise ValueError(
+            f"must be {', '.join(_TARGET_WORDS)}, a list of different module names or a regular expression"
+        )
     if any(word.rpartition(".")[2] == "lm_head" for word in words):
         raise ValueError(
             "lm_head cannot carry an adapter: it is often tied to the embeddings, and the loss reads its "
             "weight directly; leave it out"
         )
-    return value if isinstance(value, str) else words
+    return words
+
+
+def _batch_size(value: Any) -> Any:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("must be a whole number above 0, or auto")
+
+
+@functools.cache
+def optimizer_names() -> tuple[str, ...]:
+    """Those of the installed transformers, read from its source without importing it; none without it."""
+    package = importlib.util.find_spec("transformers")
+    source = Path(package.origin).parent / "training_args.py" if package and package.origin else None
+    if source is None or not source.is_file():
+        return ()
+    text = source.read_text(encoding="utf-8")
+    _, _, body = text.partition("class OptimizerNames")
+    return tuple(re.findall(r'^    [A-Z0-9_]+ = "(\w+)"', body.partition("\n\n\n")[0], re.MULTILINE))
+
+
+def _optimizer(value: str) -> str:
+    names = optimizer_names()
+    if names and value not in names:
+        raise ValueError(f"must be an optimizer of the installed transformers: {', '.join(names)}")
+    return value
 
 
 def _reporters(value: Any) -> tuple[str, ...]:
@@ -141,6 +178,7 @@ Text = Annotated[str, AfterValidator(_text)]
 Name = Annotated[str, AfterValidator(_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Positive = Annotated[int, Field(ge=1)]
+NotNegativeInteger = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 UpTo = Annotated[float, Field(ge=0, le=1)]
@@ -148,9 +186,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Evaluation = Annotated[float | int | str, BeforeValidator(_evaluation)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 DataFormat = Annotated[str, BeforeValidator(_format)]
-Targets = Annotated[Literal["auto", "all-linear"] | tuple[str, ...], BeforeValidator(_targets)]
+Targets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
 Reporters = Annotated[tuple[str, ...], BeforeValidator(_reporters)]
 Scalar = Annotated[str | int | float | bool | None, BeforeValidator(_scalar)]
+Initial = Literal["default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"]
+Optimizer = Annotated[str, AfterValidator(_optimizer)]
 Checkpointing = Literal["auto", True, False]
 Nothing = Annotated[None, BeforeValidator(_none)]
 Quant = Annotated[QuantName, BeforeValidator(_lower)]

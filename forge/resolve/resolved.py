@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forge import report
 from forge.adapter.read import read_adapter
 from forge.adapter.vocabulary import Fitted, fit
 from forge.chat.stops import StopContract
@@ -33,6 +34,7 @@ from forge.recipe.schema import Recipe, Train
 from forge.resolve.taught import template_text, with_template
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
+from forge.train.memory import PLANNING_LENGTH, choose_method
 
 if TYPE_CHECKING:
     from forge.data.reading import Source
@@ -70,9 +72,18 @@ class Resolved:
     def log(self) -> Path:
         return self.run_directory / "log.txt"
 
-    @property
+    @cached_property
     def training(self) -> Train | None:
-        return self.recipe.train if isinstance(self.recipe.train, Train) else None
+        """The training run, with its method chosen where the recipe leaves that to the machine."""
+        train = self.recipe.train
+        if not isinstance(train, Train):
+            return None
+        if train.method != "auto" or self.base.directory is None:
+            return train
+        length = train.max_length or PLANNING_LENGTH
+        method, reason = choose_method(train, self.tensors, self.configuration, length)
+        report.info(f"train.method: auto means {method} here: {reason}")
+        return train.model_copy(update={"method": method})
 
     @property
     def base_directory(self) -> Path:

@@ -69,20 +69,28 @@ class DataStage(ShipStage):
 
     def look(self) -> None:
         """Rows that a ship would refuse are refused by its plan, where reading them takes no time."""
+        if not self.is_read_by_a_plan:
+            return
+        if self.ship.base.directory is None:
+            read_all(self.settings())
+        else:
+            self._report(look(self.settings(), self.ship.prompt_format))
+
+    @property
+    def is_read_by_a_plan(self) -> bool:
+        """Whether its files are here and small, and no heavy library is needed for them."""
         ship = self.ship
         files = [*ship.data_files, *([ship.heldout] if isinstance(ship.heldout, Path) else [])]
         light = all(path.suffix.lower() != ".parquet" for path in files)
-        if ship.data_files and light and sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN:
-            if ship.base.directory is None:
-                read_all(self.settings())
-            else:
-                self._report(look(self.settings(), ship.prompt_format))
+        small = sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN
+        return bool(ship.data_files) and light and small
 
     def _report(self, facts: Mapping[str, Any]) -> None:
         """What was read, how long that trains, and one row with what carries loss."""
         for line in account(facts):
             report.info(line)
-        if training := self.ship.training:
+        training = self.ship.training
+        if training and training.batch_size != "auto":
             at_once = training.batch_size * training.gradient_accumulation
             whole = math.ceil(training.epochs * math.ceil(facts["rows"] / at_once))
             steps = training.max_steps or whole

@@ -11,7 +11,7 @@ from forge.errors import CheckError, ForgeError
 from forge.pipeline.stage import Result
 from forge.resolve.stage import ShipStage, installed
 from forge.stages.data import DATA_STAGE
-from forge.stages.train import ADAPTER_STAGE, TRAINING_STACK
+from forge.stages.train import ADAPTER_STAGE, BASE_FIELDS, TRAINING_STACK
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 
@@ -36,6 +36,7 @@ class EvaluateStage(ShipStage):
             "train.method": training.method if training else None,
             "train.device": training.device if training else "auto",
             "train.dtype": training.dtype if training else "auto",
+            **({f"train.{name}": getattr(training, name) for name in BASE_FIELDS} if training else {}),
         }
 
     def recorded(self) -> Mapping[str, str]:
@@ -54,7 +55,8 @@ class EvaluateStage(ShipStage):
         settings = {
             "device": training.device if training else "auto",
             "dtype": training.dtype if training else "auto",
-            "quantize": bool(training and training.method == "qlora"),
+            "method": training.method if training else "lora",
+            **({name: getattr(training, name) for name in BASE_FIELDS} if training else {}),
             "trust_remote_code": self.ship.runs_own_code,
             "seed": training.seed if training else 0,
             "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from forge import worker
+from forge import report, worker
 from forge.adapter.vocabulary import saved_whole
 from forge.model.estimate import lora_parameters
 from forge.pipeline.stage import Result
@@ -19,10 +19,14 @@ from forge.runs.publish import place
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
+from forge.train.lora import moves_base
+from forge.train.memory import choose_batch
 from forge.train.run import LOG_FILE
 
 ADAPTER_STAGE = "train"
 TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+# How the base is held while it is trained and evaluated, besides its method and number type.
+BASE_FIELDS = ("four_bit_type", "double_quantization", "quant_storage", "attention")
 # Fields of `train` that change no byte of the adapter, or do so through the data stage alone.
 _NOT_KEYED = {"checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables"}
 
@@ -67,6 +71,8 @@ class TrainStage(AdapterStage):
                 fields |= {f"train.lora.{key}": one for key, one in value.items()}
             else:
                 fields[f"train.{name}"] = value
+        if self._train.packing:
+            fields["train.max_length"] = self._train.max_length
         # The tokenizer's files are part of the adapter.
         return {"base": self.ship.base_digest, "base.tokenizer": self.ship.tokenizer_digest, **fields}
 
@@ -74,7 +80,7 @@ class TrainStage(AdapterStage):
         return {name: installed(name) for name in TRAINING_STACK}
 
     def packages(self) -> Collection[str]:
-        quantizer = ("bitsandbytes",) if self._train.method == "qlora" else ()
+        quantizer = ("bitsandbytes",) if self._train.method in ("qlora", "int8") else ()
         return (
             "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", *quantizer
         )  # fmt: skip
@@ -88,18 +94,28 @@ class TrainStage(AdapterStage):
 
     def _adapter_bytes(self) -> int:
         """The adapter of every matrix and what is saved whole, in float32: the most that it can be."""
+        if self._train.method == "full":
+            return 4 * self.ship.parameters
         lora = self._train.lora
         matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) == 2]
-        factors = lora_parameters(matrices, lora.r, dora=lora.dora)
+        rank = max(lora.r, *lora.rank_pattern.values()) if lora.rank_pattern else lora.r
+        factors = lora_parameters(matrices, rank, dora=lora.dora) * (2 if moves_base(lora.init) else 1)
         return 4 * (factors + saved_whole(self.ship.tensors, lora.modules_to_save))
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         rehearse(self.ship, log=self.ship.log)  # what cannot be exported is not trained
-        settings = self._train.model_dump(mode="json") | {
+        train = self._train
+        if train.batch_size == "auto":
+            longest = inputs[DATA_STAGE].facts["longest_tokens"]
+            batch = choose_batch(train, self.ship.tensors, self.ship.configuration, longest)
+            report.info(f"train.batch_size: auto means {batch} here")
+            train = train.model_copy(update={"batch_size": batch})
+        settings = train.model_dump(mode="json") | {
             "trust_remote_code": self.ship.runs_own_code,
             "max_length": inputs[DATA_STAGE].facts["max_length"],
             "pad_token": self.ship.pad_token,
             "tokenizer": str(self.ship.tokenizer.directory),
+            "trackers": str(self.ship.run_directory / "trackers"),
         }
         arguments = {
             "base": str(self.ship.base_directory),

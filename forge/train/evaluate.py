@@ -18,7 +18,8 @@ from forge import report
 from forge.adapter.vocabulary import rows_beside
 from forge.data.prepare import HELDOUT_FILE
 from forge.data.tokens import IGNORED
-from forge.train.model import arithmetic_of, choose_hardware, load_base
+from forge.train.hardware import choose_hardware
+from forge.train.model import BaseSettings, arithmetic_of, load_base
 
 _SHORT_TOKENS = 64
 _MOST_ANSWERS = 100
@@ -31,7 +32,7 @@ RowLoss = tuple[float, int]
 def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Held-out figures before and after, and the answers behind them.
 
-    `settings`: device, dtype, quantize, trust_remote_code, seed, end_of_turn_id, pad_token_id.
+    `settings`: device, dtype, those of `BaseSettings`, end_of_turn_id, pad_token_id, tokenizer.
     Loss is the mean negative log-likelihood per supervised token, in nats.
     """
     import peft
@@ -40,13 +41,8 @@ def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) ->
     with (Path(data) / HELDOUT_FILE).open(encoding="utf-8") as stream:
         rows: list[Row] = [json.loads(line) for line in stream]
     hardware = choose_hardware(settings["device"], settings["dtype"])
-    model = load_base(
-        base,
-        hardware,
-        quantize=settings["quantize"],
-        trust_remote_code=settings["trust_remote_code"],
-        seed=settings["seed"],
-    )
+    loading = BaseSettings.of(settings)
+    model = load_base(base, hardware, loading)
     resized = rows_beside(Path(base), Path(adapter))
     if resized is not None:
         # peft loads the adapter's rows into these, so that the base is measured with them too.
@@ -64,7 +60,7 @@ def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) ->
         "rows": len(rows),
         "device": hardware.device,
         "compute": hardware.compute,
-        "arithmetic": arithmetic_of(hardware, quantize=settings["quantize"]),
+        "arithmetic": arithmetic_of(hardware, loading),
         "loss": {"before": before["loss"], "after": after["loss"]},
         "loss_error": standard_error(before["rows"], after["rows"]),
         "perplexity": {"before": _perplexity(before["loss"]), "after": _perplexity(after["loss"])},

@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 from forge.train.arithmetic import measured_arithmetic
-from forge.train.model import Hardware, choose_hardware
+from forge.train.hardware import Hardware, choose_hardware
 
 
 def look() -> dict[str, Any]:

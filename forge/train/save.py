@@ -11,10 +11,21 @@ from forge.errors import StageError
 
 
 def save_adapter(
-    model: Any, tokenizer: Path, out: Path, *, base_name: str, base_revision: str | None
+    model: Any,
+    tokenizer: Path,
+    out: Path,
+    *,
+    base_name: str,
+    base_revision: str | None,
+    initial: Path | None = None,
 ) -> None:
-    """Write the adapter and the files of the directory `tokenizer` into `out`."""
-    model.save_pretrained(str(out))
+    """Write the adapter and the files of the directory `tokenizer` into `out`.
+
+    `initial` holds the factors before training where they took a part of the base with them (PiSSA,
+    OLoRA): peft subtracts them, so that the adapter, of twice the rank, fits the base as it is.
+    """
+    options = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+    model.save_pretrained(str(out), **options)
     weights = out / "adapter_model.safetensors"
     if not weights.exists():
         raise StageError("train: peft saved no adapter_model.safetensors")

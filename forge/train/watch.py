@@ -1,4 +1,4 @@
-"""What is watched while training runs: progress, numbers that are not finite, the wish to stop.
+"""What is watched while training runs: progress, numbers that make no sense, the wish to stop.
 
 Runs in a worker. The class is made in a function because its parent comes from transformers.
 """
@@ -9,38 +9,133 @@ import json
 import math
 import signal
 import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from forge import report
 from forge.errors import StageError
+from forge.train.checkpoints import seal
 
-MARKER = "complete"
 PROGRESS = "train"
+_TRY = (
+    "lower train.learning_rate, or warm up for longer (train.warmup_fraction); "
+    "with float16 set train.dtype: fp32"
+)
+_SMOOTHING = 0.9
+# A loss this many nats above that of a guess among all tokens, so many steps in a row, has exploded.
+_ABOVE_GUESSING, _EXPLODED_STEPS = 3.0, 3
 
 
-def watcher(log: Path, checkpoint_seconds: float) -> Any:
-    """A `TrainerCallback`: log lines to `log`, a checkpoint every so often and on SIGTERM."""
+class Best:
+    """The evaluations so far, and the weights of the best one, in files that a resumed run finds again."""
+
+    def __init__(self, directory: Path, patience: int | None) -> None:
+        self._directory, self._patience = directory, patience
+        self._log = directory / "evaluations.jsonl"
+        self.evaluations: list[dict[str, float]] = []
+
+    @property
+    def step(self) -> int | None:
+        """Of the lowest held-out loss, the first of equals."""
+        best = min(self.evaluations, key=lambda line: line["loss"], default=None)
+        return None if best is None else int(best["step"])
+
+    @property
+    def is_patience_spent(self) -> bool:
+        since = [line for line in self.evaluations if line["step"] > (self.step or 0)]
+        return self._patience is not None and len(since) >= self._patience
+
+    def go_on_from(self, step: int) -> None:
+        """A resumed run repeats what came after its checkpoint."""
+        self.evaluations = [line for line in _lines(self._log) if line["step"] <= step]
+        self._log.write_text("".join(json.dumps(line) + "\n" for line in self.evaluations))
+
+    def add(self, step: int, loss: float, model: Any) -> bool:
+        """Note an evaluation; whether it is the best. Its weights are kept, and those of the best before."""
+        self.evaluations.append({"step": step, "loss": round(loss, 6)})
+        with self._log.open("a") as stream:
+            stream.write(json.dumps(self.evaluations[-1]) + "\n")
+        if self.step != step:
+            return False
+        from safetensors.torch import save_file
+
+        save_file({name: weight.detach().cpu().clone() for name, weight in _trained(model)}, self._file(step))
+        kept = sorted(self._directory.glob("best-*"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        for path in kept[:-2]:
+            path.unlink()
+        return True
+
+    def restore(self, model: Any) -> int | None:
+        """Put the best weights back; returns their step, or None where nothing was evaluated."""
+        step = self.step
+        if step is None:
+            return None
+        from safetensors.torch import load_file
+
+        weights = load_file(self._file(step))
+        for name, parameter in _trained(model):
+            parameter.data.copy_(weights[name])
+        return step
+
+    def _file(self, step: int) -> Path:
+        return self._directory / f"best-{step}.safetensors"
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+
+
+def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int) -> Any:
+    """A `TrainerCallback`: log lines to `log`, a checkpoint every so often, at each best and on SIGTERM."""
     import transformers
 
     class Watcher(transformers.TrainerCallback):  # type: ignore[misc]
         stopping = False
 
         def __init__(self) -> None:
+            self.log, self.best = log, best
             self.saved = time.monotonic()
+            self.losses = Losses(vocabulary)
+            self.pace = _Pace()
+
+        @property
+        def is_patience_spent(self) -> bool:
+            return best.is_patience_spent
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _forget_later_steps(log, state.global_step)
+            best.go_on_from(state.global_step)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.stopping or time.monotonic() - self.saved > checkpoint_seconds:
                 control.should_save = True
             if self.stopping:  # left alone otherwise: the last step sets it too
                 control.should_training_stop = True
+            elif args.eval_steps and state.global_step >= state.max_steps:
+                control.should_evaluate = True
+
+        def on_evaluate(
+            self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], model: Any, **_: Any
+        ) -> None:
+            loss = metrics["eval_loss"]
+            refuse_not_finite(state.global_step, loss, None)
+            if best.add(state.global_step, loss, model):
+                control.should_save = True
+            report.info(
+                f"train: step {state.global_step}: held-out loss {loss:.4f}, "
+                f"perplexity {math.exp(min(loss, 50)):.4g}"
+                + ("" if best.step == state.global_step else f" (best: step {best.step})")
+            )
+            if best.is_patience_spent:
+                report.info(f"train: no better since step {best.step}: stopping early")
+                control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Written last: a checkpoint without it was cut off and does not count.
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER).touch()
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             self.saved = time.monotonic()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -48,6 +143,7 @@ def watcher(log: Path, checkpoint_seconds: float) -> Any:
             if loss is None:
                 return
             refuse_not_finite(state.global_step, loss, logs.get("grad_norm"))
+            self.losses.add(state.global_step, loss)
             line = {
                 "step": state.global_step,
                 "epoch": round(state.epoch, 4),
@@ -58,7 +154,9 @@ def watcher(log: Path, checkpoint_seconds: float) -> Any:
             }
             with log.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
-            report.advance(PROGRESS, state.global_step, state.max_steps, f"loss {loss:.4f}")
+            note = f"loss {self.losses.smoothed:.4f}, rate {line['learning_rate'] or 0:.2g}"
+            note += self.pace.note(logs.get("num_tokens"))
+            report.advance(PROGRESS, state.global_step, state.max_steps, note)
 
     made = Watcher()
 
@@ -69,24 +167,71 @@ def watcher(log: Path, checkpoint_seconds: float) -> Any:
     return made
 
 
+class Losses:
+    """The loss smoothed, and whether it has exploded."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._limit = math.log(max(vocabulary, 2)) + _ABOVE_GUESSING
+        self._sum, self._weight, self._above, self._first = 0.0, 0.0, 0, 0.0
+
+    @property
+    def smoothed(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0
+
+    def add(self, step: int, loss: float) -> None:
+        """Raise `StageError` when the loss stays far above where it began and above that of guessing."""
+        self._first = self._first if self._weight else loss
+        self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * loss
+        self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        self._above = self._above + 1 if loss > max(self._limit, 2 * self._first) else 0
+        if self._above >= _EXPLODED_STEPS:
+            raise StageError(
+                f"train: step {step}: loss {loss:.4g}, {self._first:.4g} at the start: it has exploded",
+                hint=_TRY,
+            )
+
+
+class _Pace:
+    """Tokens a second over the last steps, and memory in use."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, float]] = deque(maxlen=20)
+
+    def note(self, tokens: float | None) -> str:
+        parts = []
+        if tokens is not None:
+            self._marks.append((time.monotonic(), tokens))
+            (began, first), (now, last) = self._marks[0], self._marks[-1]
+            if now > began:
+                parts.append(f"{(last - first) / (now - began):.0f} tokens/s")
+        parts.append(f"{_memory() / 1e9:.1f} GB")
+        return ", " + ", ".join(parts)
+
+
+def _memory() -> int:
+    """Bytes in use: the GPU's at their peak, else this process's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    return int(psutil.Process().memory_info().rss)
+
+
+def _lines(log: Path) -> Sequence[dict[str, float]]:
+    """The whole lines of a log of JSON objects; a line that was cut off is left out."""
+    if not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+
+
 def _forget_later_steps(log: Path, step: int) -> None:
     """A resumed run repeats what came after its checkpoint."""
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept))
+    log.write_text("".join(json.dumps(line) + "\n" for line in _lines(log) if line["step"] <= step))
 
 
 def refuse_not_finite(step: int, loss: float, norm: float | None) -> None:
     """Raise `StageError` at the first loss or gradient that is not a number (pitfall 26)."""
     if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
         raise StageError(
-            f"train: step {step}: loss {loss}, gradient norm {norm}: the training has diverged",
-            hint="lower train.learning_rate; with float16 set train.dtype: fp32",
+            f"train: step {step}: loss {loss}, gradient norm {norm}: the training has diverged", hint=_TRY
         )
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint whose marker is there."""
-    found = [path for path in directory.glob("checkpoint-*") if (path / MARKER).exists()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,153 @@
+"""The section `train` of a training run: the method, the adapter's shape, the settings of the run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from forge.recipe.section import Section
+from forge.recipe.words import (
+    BatchSize,
+    Checkpointing,
+    Fraction,
+    NotNegative,
+    NotNegativeInteger,
+    Optimizer,
+    Pattern,
+    Positive,
+    Reporters,
+    Scalar,
+    Seed,
+    Targets,
+    Text,
+)
+
+
+class Lora(Section):
+    """The adapter's shape."""
+
+    r: Positive = Field(16, description="rank")
+    alpha: Positive = Field(32, description="scale: the update is multiplied by alpha / r")
+    dropout: Fraction = Field(0.05, description="dropout before the adapter")
+    targets: Targets = Field(
+        "auto",
+        description="`auto` and `all-linear`: every linear layer but the head; `attention`: those of "
+        "attention; a list of module names; or a regular expression of whole names",
+    )
+    rank_pattern: dict[Pattern, Positive] = Field(
+        {}, description="ranks of their own: module name or regular expression to rank"
+    )
+    alpha_pattern: dict[Pattern, Positive] = Field(
+        {}, description="alphas of their own: module name or regular expression to alpha"
+    )
+    layers: tuple[NotNegativeInteger, ...] = Field(
+        (), description="numbers of the layers that are adapted; every layer when empty"
+    )
+    init: Literal[
+        "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"
+    ] = Field(
+        "default",
+        description="how the factors start; PiSSA and OLoRA take a part of the base with them, and are "
+        "saved converted, at twice the rank",
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
+    dora: bool = Field(False, description="weight-decomposed LoRA of linear layers; exported merged only")
+    modules_to_save: tuple[Text, ...] = Field(
+        (),
+        description="modules trained whole beside the adapter, an embedding and an output layer that the "
+        "base ties as one; exported merged only",
+    )
+    token_indices: tuple[NotNegativeInteger, ...] = Field(
+        (), description="ids of tokens whose rows of the embedding are trained; exported merged only"
+    )
+
+
+class Train(Section):
+    """A training run made here."""
+
+    method: Literal["auto", "qlora", "int8", "lora", "full"] = Field(
+        "qlora",
+        description="how the base is held: in 4 bits (`qlora`), in 8, in 16 or 32 (`lora`, by `dtype`); "
+        "`full` trains every weight; `auto`: `lora` where the device's memory is enough, else `qlora`",
+    )
+    four_bit_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of `qlora`")
+    double_quantization: bool = Field(True, description="quantize the scales of `qlora` too")
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = Field(
+        "uint8", description="type that holds the packed weights of `qlora`"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="attention of the training run; `auto`: the family's default"
+    )
+    epochs: float = Field(3.0, gt=0, description="passes over the training rows")
+    max_steps: Positive | None = Field(None, description="stop after this many steps; overrides `epochs`")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; 1e-4 to 3e-4 suits LoRA")
+    schedule: Literal[
+        "cosine",
+        "linear",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    ] = Field("cosine", description="how the learning rate falls after warm-up")
+    schedule_options: dict[Text, Scalar] = Field(
+        {}, description="what the schedule takes besides, such as `{num_cycles: 2}` or `{min_lr_rate: 0.1}`"
+    )
+    warmup_fraction: Fraction = Field(0.03, description="share of the steps that warm up")
+    warmup_steps: NotNegativeInteger | None = Field(
+        None, description="steps that warm up; overrides `warmup_fraction`"
+    )
+    batch_size: BatchSize = Field(
+        8, description="rows per step on a device; `auto`: the largest power of two that fits, 64 at most"
+    )
+    gradient_accumulation: Positive = Field(1, description="steps that share one update")
+    max_length: Positive | None = Field(
+        None, description="tokens per row; when unset the longest row's, capped by the base's context"
+    )
+    lora: Lora = Field(Lora(), description="the adapter's shape")
+    optimizer: Optimizer = Field(
+        "adamw_torch", description="any optimizer of the installed transformers, such as `paged_adamw_8bit`"
+    )
+    adam_beta1: Fraction = Field(0.9, description="decay of the mean of the gradients")
+    adam_beta2: Fraction = Field(0.999, description="decay of the mean of their squares")
+    adam_epsilon: float = Field(1e-8, gt=0, description="what keeps Adam from dividing by zero")
+    weight_decay: NotNegative = Field(0.0, description="weight decay")
+    max_gradient_norm: NotNegative = Field(1.0, description="gradients are clipped to this norm; 0: never")
+    neftune_alpha: float | None = Field(
+        None,
+        gt=0,
+        description="noise on the embeddings in training (NEFTune), 5 is usual; none when unset",
+    )
+    gradient_checkpointing: Checkpointing = Field(
+        "auto", description="recompute activations to save memory: `true`, `false`, or when it is needed"
+    )
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="compute type; `auto` takes the best that the hardware has"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
+    packing: bool = Field(
+        False, description="several rows in one sequence of `max_length` tokens, kept apart by position ids"
+    )
+    length_groups: bool = Field(False, description="batch rows of about one length: less padding")
+    evaluation_steps: Positive | None = Field(
+        None, description="measure the held-out rows every so many steps while training; never when unset"
+    )
+    patience: Positive | None = Field(
+        None, description="stop after so many evaluations in a row that are no better; never when unset"
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="which weights are saved: of the best evaluation, or of the last step"
+    )
+    supervise: Literal["all", "last"] = Field(
+        "all", description="which assistant turns carry loss (prompts never do)"
+    )
+    template_variables: dict[str, Scalar] = Field(
+        {}, description="variables of the chat template (a date, thinking), the same in training and serving"
+    )
+    checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints to resume from")
+    seed: Seed = Field(42, description="seed of initialisation and row order")
+    report_to: Reporters = Field((), description="trackers such as `tensorboard` or `wandb`; none when empty")

@@ -1,0 +1,190 @@
+"""Each way to hold and adapt the base: trained for real, loaded by peft itself, measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.adapter.read import read_adapter
+from forge.adapter.status import validate
+from forge.errors import DataError
+from forge.train.evaluate import evaluate
+from forge.train.run import train
+from forge.verify.loader import Weights
+from forge.verify.reference import logits
+from forge.verify.sample import Sample
+from tests.models import PEFT_WARNS, evaluation, load, make_model, prepare_rows
+from tests.test_train import arguments
+
+pytestmark = [
+    PEFT_WARNS,
+    # trl (github.com/huggingface/trl) still sets the old name.
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
+    # peft's word on adapters that are not converted; these are.
+    pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning"),
+    pytest.mark.training,
+    pytest.mark.timeout(1500),
+]
+
+R4: Mapping[str, Any] = {"r": 4, "alpha": 8, "dropout": 0.0}
+WAYS: Mapping[str, dict[str, Any]] = {
+    "int8 (A4)": {"method": "int8"},
+    "fp4, single quantization (A5)": {
+        "method": "qlora", "four_bit_type": "fp4", "double_quantization": False, "quant_storage": "float32"
+    },
+    "16 bit, eager (H1)": {"dtype": "bf16", "attention": "eager"},
+    "full": {"method": "full", "learning_rate": 1e-3},
+    "rslora, patterns (C4)": {
+        "lora": {
+            **R4, "rslora": True, "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"layers.1.*v_proj": 4}
+        }
+    },
+    "layers, attention (C4)": {"lora": {**R4, "layers": (1,), "targets": "attention"}},
+    "regular expression (C2)": {"lora": {**R4, "targets": r".*layers\.0\.mlp\.(up|down)_proj"}},
+    "gaussian, dora": {"lora": {**R4, "init": "gaussian", "dora": True}},
+    "pissa": {"lora": {**R4, "init": "pissa"}},
+    "olora": {"lora": {**R4, "init": "olora"}},
+    "optimizer, schedule (G4)": {
+        "optimizer": "lion_32bit", "schedule": "cosine_with_min_lr", "schedule_options": {"min_lr_rate": 0.1},
+        "neftune_alpha": 5.0, "length_groups": True, "learning_rate": 1e-3,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
+
+
+@pytest.fixture(scope="module")
+def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_rows(base, tmp_path_factory.mktemp("data"))
+
+
+def trained(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    given = {"max_steps": 6, "lora": R4, **changes}
+    return train(**arguments(base, data, out, **given))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_of_training(way: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """It learns, peft finds the adapter sound, and the streamed reference is peft's own model."""
+    import numpy as np
+    import torch
+
+    out = tmp_path / "out"
+    facts = trained(base, data, out, **WAYS[way])
+    assert facts["steps"] == 6
+    assert validate(str(base), str(out))["ok"]
+    measured = evaluate(**evaluation(base, out, data))
+    assert measured["loss"]["after"] < measured["loss"]["before"]
+    row = (5, 9, 200, 31, 7, 80)
+    sample = Sample((row,), ((0, 5),), (True,), 1)
+    reference = logits(Weights(base, out), sample, "tuned")
+    with torch.inference_mode():
+        own = load(base, out, merge=False)(torch.tensor([row])).logits[0, 5].numpy()
+    np.testing.assert_allclose(reference[0], own, atol=2e-4, rtol=1e-3)
+    if moved := WAYS[way].get("lora", {}).get("init") in ("pissa", "olora"):
+        # Converted: it fits the base as it is, at twice the rank.
+        assert moved and {layer.rank for layer in read_adapter(out).layers.values()} == {8}
+
+
+def test_what_is_adapted_is_reported(base: Path, data: Path, tmp_path: Path) -> None:
+    """C5, pitfall 65."""
+    out = tmp_path / "out"
+    facts = trained(base, data, out, max_steps=1, lora={**R4, "targets": "attention", "layers": (1,)})
+    assert facts["modules"] == {"k_proj": 1, "o_proj": 1, "q_proj": 1, "v_proj": 1}
+    assert sorted(read_adapter(out).layers) == [f"model.layers.1.self_attn.{one}_proj" for one in "koqv"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora": {**R4, "layers": (7,)}}, "train.lora.layers: the base has no layer 7"),
+        ({"lora": {**R4, "rank_pattern": {"qkv": 3}}}, "train.lora.rank_pattern: qkv fits no adapted module"),
+        ({"attention": "flash_attention_2"}, "train.attention"),
+        ({"schedule": "warmup_stable_decay"}, "train.schedule_options: .*num_decay_steps"),
+        ({"lora": {**R4, "token_indices": (5, 9)}}, "train.lora.token_indices: the base ties its output"),
+        ({"warmup_steps": 6}, "train.warmup_steps: 6, and the run has 6 steps"),
+    ],
+)
+def test_what_cannot_be_trained(
+    changes: dict[str, Any], words: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    from forge.errors import ForgeError
+
+    with pytest.raises(ForgeError, match=words):
+        trained(base, data, tmp_path / "out", **changes)
+
+
+def test_a_single_step_trains(base: Path, data: Path, tmp_path: Path) -> None:
+    """Dry runs with max_steps: 1 (trl, axolotl docs): the step was warm-up with rate 0, then "not sound"."""
+    out = tmp_path / "out"
+    trained(base, data, out, max_steps=1)
+    assert validate(str(base), str(out))["ok"]
+    [line] = [json.loads(line) for line in (out / "logs" / "training.jsonl").read_text().splitlines()]
+    assert line["learning_rate"] > 0
+
+
+def test_held_out_rows_while_it_runs(base: Path, data: Path, tmp_path: Path) -> None:
+    """I1: every two steps and at the end; the best weights are those that are saved."""
+    out = tmp_path / "out"
+    # So high a rate that later steps are worse.
+    facts = trained(base, data, out, max_steps=7, evaluation_steps=2, learning_rate=5e-2, schedule="constant")
+    assert [line["step"] for line in facts["evaluations"]] == [2, 4, 6, 7]
+    losses = {line["step"]: line["loss"] for line in facts["evaluations"]}
+    assert facts["best_step"] == min(losses, key=lambda step: losses[step])
+    measured = evaluate(**evaluation(base, out, data))
+    assert measured["loss"]["after"] == pytest.approx(min(losses.values()), rel=1e-2)
+
+
+def test_patience_ends_a_run(base: Path, data: Path, tmp_path: Path) -> None:
+    """I1, pitfall 47."""
+    facts = trained(
+        base, data, tmp_path / "out", max_steps=40, evaluation_steps=1, patience=2, learning_rate=0.3,
+        schedule="constant", max_gradient_norm=0,
+    )  # fmt: skip
+    assert facts["stopped_early"]
+    assert facts["steps"] == facts["best_step"] + 2 < 40
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_rows_do_not_see_each_other(attention: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """trl #3526, #1230: packing always failed; F6: the loss of packed rows is that of the rows apart."""
+    losses = []
+    for packing in (True, False):
+        out = tmp_path / str(packing)
+        trained(
+            base, data, out, max_steps=1, batch_size=8, packing=packing, attention=attention, warmup_steps=0
+        )
+        [line] = (out / "logs" / "training.jsonl").read_text().splitlines()
+        losses.append(json.loads(line)["loss"])
+    assert losses[0] == pytest.approx(
+        losses[1],
+        rel=1e-5,
+    )
+
+
+def test_a_base_that_lets_packed_rows_see_each_other_is_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pitfall 42."""
+    import transformers
+
+    from forge.train.packing import packed_difference, refuse_leaks
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    rows = [[5, 9, 200, 31], [300, 11, 12]]
+    difference, largest, _ = packed_difference(model, rows)
+    assert difference < 1e-4 < largest
+    own = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **given: own(**{**given, "position_ids": None})
+    )  # as a family that computes its positions itself
+    with pytest.raises(DataError, match="lets packed rows see each other"):
+        refuse_leaks(model, [{"input_ids": row} for row in rows])
