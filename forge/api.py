@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from forge.errors import ForgeError
 from forge.serve.client import Client as _Connection
@@ -90,7 +90,7 @@ def export(
     quant: str | None = None,
     data: AnyPath | None = None,
     max_kl: float | None = None,
-    mode: str = "merged",
+    mode: Literal["merged", "adapter", "auto"] = "merged",
 ) -> Fields:
     """Write the GGUF `out` of a base (a directory, a hub id) and an adapter, in one pass."""
     from forge.commands import export as command

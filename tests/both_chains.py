@@ -31,7 +31,7 @@ def vendor(tree: Path, job: dict[str, Any]) -> None:
 
 
 def forge(tree: Path, job: dict[str, Any]) -> None:
-    from forge.export.run import export
+    from tests.exporting import export_here
 
     out = Path(job["out"])
     scratch = out.with_suffix(".scratch")
@@ -41,7 +41,10 @@ def forge(tree: Path, job: dict[str, Any]) -> None:
     settings["keep_merged"] = "merged" in job
     template = Path(job["directory"], "chat_template.jinja").read_text(encoding="utf-8")
     directory = job["directory"]
-    export(directory, job.get("adapter"), directory, template, None, str(scratch), str(tree), settings)
+    export_here(
+        base=directory, adapter=job.get("adapter"), tokenizer=directory, chat_template=template,
+        out=str(scratch), converters=str(tree), settings=settings,
+    )  # fmt: skip
     (scratch / "model.gguf").rename(out)
     if "merged" in job:
         (scratch / "merged").rename(job["merged"])

@@ -19,7 +19,8 @@ from forge.resolve.rows import builtin_rows
 from forge.verify.measure import measure
 from forge.verify.measurement import Measurement, VerifyRequest
 from forge.verify.verdict import Gates, judge
-from forge.verify.yardstick import make_f16
+from forge.verify.yardstick import export_f16
+from tests.exporting import ingredients
 from tests.models import change_json, load, make_adapter, make_model
 from tests.test_data_tokens import format_of
 from tests.vocabularies import converters
@@ -57,8 +58,7 @@ class Specimen:
         """llama.cpp's own f16 of base and adapter, in the new `directory`."""
         directory.mkdir()
         end = {"end_of_turn_id": format_of(self.base).end_of_turn_id}
-        made: dict[str, Any] = {**source_of(self), **end, **changes}
-        return make_f16(directory, **made)
+        return export_f16(ingredients({}, **{**source_of(self), **end, **changes}), directory)
 
 
 def source_of(specimen: Specimen) -> dict[str, Any]:

@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 
 from forge import process, worker
+from forge.codec import to_plain
 from forge.data.prepare import TRAIN_FILE
 from forge.errors import DataError, StageError
 from forge.export.importance import read_importance, write_importance
-from forge.export.run import GGUF_FILE, export
+from forge.export.run import GGUF_FILE
 from forge.export.write import check_space
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import open_tokenizer
 from forge.verify.activations import squares
 from forge.verify.calibrate import CHOICE_FILE, IMPORTANCE_FILE, calibrate, smallest
+from forge.verify.calibration import CalibrationRequest, Importance, TypeRow
 from forge.verify.yardstick import make_quantized
+from tests.exporting import export_here, ingredients
 from tests.models import PEFT_WARNS, load, make_model
 from tests.servers import llama_server
 from tests.specimens import Specimen, make_specimen, source_of, write_rows
@@ -44,7 +47,7 @@ def exported(specimen: Specimen, out: Path, quant: str, **settings: Any) -> Path
     """The GGUF of base and adapter that forge makes in the new directory `out`."""
     out.mkdir()
     fixed = {"name": "small", "quant": quant, "keep_merged": False, "threads": 2}
-    export(**source_of(specimen), data=None, out=str(out), settings={**fixed, **settings})
+    export_here(**source_of(specimen), data=None, out=str(out), settings={**fixed, **settings})
     return out / GGUF_FILE
 
 
@@ -193,16 +196,17 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def search(specimen: Specimen, out: Path, max_kl: float, types: tuple[str, ...] = ()) -> dict[str, Any]:
     out.mkdir(exist_ok=True)
-    settings = {"name": "small", "keep_merged": False, "threads": 2}
-    return calibrate(
-        **source_of(specimen),
-        rows=str(specimen.rows),
-        measured_rows=str(specimen.rows),
+    request = CalibrationRequest(
+        ingredients({}, **source_of(specimen)),
+        rows=specimen.rows,
+        measured_rows=specimen.rows,
+        out=out,
+        name="small",
         types=types or SEARCHED,
         max_kl=max_kl,
-        out=str(out),
-        settings=settings,
+        threads=2,
     )
+    return calibrate(request).facts()
 
 
 def test_the_smallest_type_within_the_budget_is_found(searched: Path) -> None:
@@ -278,12 +282,17 @@ def test_a_search_that_was_killed_early_goes_on_in_a_process_of_its_own(
     (work / "q8_0-killed").mkdir(parents=True)
     exported(specimen, work / "f16", "f16")
     (work / "importance.json").write_text("{}")
-    arguments = {
-        **source_of(specimen), "rows": str(specimen.rows), "measured_rows": str(specimen.rows),
-        "types": ["q8_0"], "max_kl": 1.0, "out": str(tmp_path / "out"),
-        "settings": {"name": "small", "keep_merged": False, "threads": 2},
-    }  # fmt: skip
-    facts = worker.call("calibrate", arguments)
+    request = CalibrationRequest(
+        ingredients({}, **source_of(specimen)),
+        rows=specimen.rows,
+        measured_rows=specimen.rows,
+        out=tmp_path / "out",
+        name="small",
+        types=("q8_0",),
+        max_kl=1.0,
+        threads=2,
+    )
+    facts = worker.perform(calibrate, request).facts()
     assert facts["quant"] == "q8_0" and facts["importance"]["weights"] > 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {IMPORTANCE_FILE, CHOICE_FILE}
 
@@ -371,7 +380,7 @@ def test_a_type_that_cannot_be_made_is_left_out_with_the_reason(searched: Path, 
     found = dict(squares(work / "f16" / GGUF_FILE, ids_in(specimen.rows)[:2]))
     del found["blk.1.attn_q.weight"]
     write_importance(work / IMPORTANCE_FILE, found, 2, 64)
-    (work / "importance.json").write_text("{}")
+    (work / "importance.json").write_text(json.dumps(to_plain(Importance(1, 2, 64, 0))))
     facts = search(specimen, tmp_path / "out", 100.0, ("iq3_xxs", "q2_k", "iq2_m"))
     assert [one["quant"] for one in facts["types"]] == ["q2_k"] and facts["quant"] == "q2_k"
     assert list(facts["left_out"]) == ["iq3_xxs", "iq2_m"]
@@ -379,11 +388,12 @@ def test_a_type_that_cannot_be_made_is_left_out_with_the_reason(searched: Path, 
 
 
 def test_the_smallest_is_chosen_by_bytes_and_not_by_place() -> None:
+    figures = {"tokens_per_second": 1.0, "kl_error": 0.0, "kl_max": 1.0, "top1": 1.0, "perplexity": 2.0}
     table = [
-        {"quant": "q8_0", "bytes": 80, "kl_mean": 0.001},
-        {"quant": "q5_k_m", "bytes": 50, "kl_mean": 0.02},
-        {"quant": "q4_k_m", "bytes": 52, "kl_mean": 0.01},
-        {"quant": "q3_k_m", "bytes": 30, "kl_mean": 0.2},
+        TypeRow("q8_0", 80, kl_mean=0.001, **figures),
+        TypeRow("q5_k_m", 50, kl_mean=0.02, **figures),
+        TypeRow("q4_k_m", 52, kl_mean=0.01, **figures),
+        TypeRow("q3_k_m", 30, kl_mean=0.2, **figures),
     ]
     assert smallest(table, 0.05) == "q5_k_m"
     assert smallest(table, 0.015) == "q4_k_m"

@@ -13,9 +13,11 @@ import pytest
 from bench.vendor_chain import quantize
 from forge import worker
 from forge.adapter.tokenizer import copy_tokenizer
+from forge.codec import to_plain
 from forge.errors import CheckError, DataError, ForgeError, StageError
 from forge.export import proof
 from forge.model.gguf_header import read_gguf
+from tests.exporting import export_request
 from tests.models import change_json, change_tensors, load, make_adapter, make_model
 from tests.vocabularies import converters, home_made_tokenizer
 
@@ -29,7 +31,7 @@ def export(base: Path, adapter: Path | None, out: Path, **changes: Any) -> dict[
     settings = {"name": "yoda", "quant": "q4_k_m", "keep_merged": False, "threads": 2} | {
         name: value for name, value in changes.items() if name not in ("data", "tokenizer")
     }
-    arguments = {
+    arguments: dict[str, Any] = {
         "base": str(base),
         "adapter": str(adapter) if adapter else None,
         "tokenizer": str(changes.get("tokenizer", base)),
@@ -39,7 +41,7 @@ def export(base: Path, adapter: Path | None, out: Path, **changes: Any) -> dict[
         "converters": str(converters()),
         "settings": settings,
     }
-    return worker.call("export", arguments, log=out.with_suffix(".log"))
+    return worker.call("export", to_plain(export_request(**arguments)), log=out.with_suffix(".log"))
 
 
 def normalised_error(base: Path, adapter: Path | None, gguf: Path) -> float:

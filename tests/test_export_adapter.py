@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from forge import worker
+from forge.codec import to_plain
 from forge.errors import DataError
 from forge.model.gguf_header import read_gguf
+from tests.exporting import export_request
 from tests.models import load, make_adapter, make_model
 from tests.vocabularies import converters
 
@@ -35,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(base: Path, adapter: Path, out: Path, mode: str, *, keep_merged: bool = False) -> dict[str, Any]:
     out.mkdir()
-    arguments = {
+    arguments: dict[str, Any] = {
         "base": str(base), "adapter": str(adapter), "tokenizer": str(base), "data": None, "out": str(out),
         "chat_template": (base / "chat_template.jinja").read_text(encoding="utf-8"),
         "converters": str(converters()),
@@ -43,7 +45,7 @@ def export(base: Path, adapter: Path, out: Path, mode: str, *, keep_merged: bool
             "name": "yoda", "quant": "f32", "keep_merged": keep_merged, "threads": 1, "mode": mode,
         },
     }  # fmt: skip
-    return worker.call("export", arguments, log=out.with_suffix(".log"))
+    return worker.call("export", to_plain(export_request(**arguments)), log=out.with_suffix(".log"))
 
 
 def logits_error(base: Path, adapter: Path, out: Path, scale: float = 1.0) -> float:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from forge import worker
 from forge.chat.template import ChatTemplate, Message
+from forge.codec import to_plain
 from forge.errors import CheckError
 from forge.model.tokenizer_files import read_tokenizer
 from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
 from forge.serve.runtime import ServerSettings
 from forge.stages.deploy import prove_prompts
+from tests.exporting import export_request
 from tests.models import make_model
 from tests.test_data_tokens import format_of
 from tests.vocabularies import converters, trl_template
@@ -56,13 +58,13 @@ def test_the_server_writes_the_prompts_of_training(
     files = read_tokenizer(base)
     tokens = files.template_tokens
     chat = ChatTemplate(files.chat_template or "", tokens)
-    arguments = {
+    arguments: dict[str, Any] = {
         "base": str(base), "adapter": None, "tokenizer": str(base), "chat_template": chat.pinned_source(),
         "data": None, "out": str(tmp_path / "out"), "converters": str(converters()),
         "settings": {"name": "yoda", "quant": "f16", "keep_merged": False, "threads": 1},
     }  # fmt: skip
     (tmp_path / "out").mkdir()
-    worker.call("export", arguments, log=tmp_path / "log.txt")
+    worker.call("export", to_plain(export_request(**arguments)), log=tmp_path / "log.txt")
     trained = SimpleNamespace(template=chat, prompt_format=format_of(base), tokenizer=files)
     ship = cast(Resolved, trained)
     settings = ServerSettings(tmp_path / "out" / "model.gguf", "yoda", 512, parallel=1, threads=1)

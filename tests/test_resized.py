@@ -14,7 +14,7 @@ from forge.adapter.read import read_adapter
 from forge.adapter.status import validate
 from forge.adapter.vocabulary import check_tokenizer, fit
 from forge.errors import DataError
-from forge.export.run import GGUF_FILE, MERGED_DIRECTORY, export
+from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
 from forge.model.gguf_header import read_gguf
@@ -22,6 +22,7 @@ from forge.verify.inputs import file_facts
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
+from tests.exporting import export_here
 from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter, make_model, make_resized
 from tests.specimens import Specimen, merged_tensors, rewrite, write_rows
 from tests.test_data_tokens import format_of
@@ -109,7 +110,7 @@ def test_the_tuned_model_is_peft_s(case: str, bases: Mapping[str, Path], tmp_pat
 def export_of(base: Path, adapter: Path, out: Path, *, tokenizer: Path | None = None) -> Path:
     """An f16 file, and the merged checkpoint, with the adapter's tokenizer."""
     out.mkdir()
-    export(
+    export_here(
         base=str(base),
         adapter=str(adapter),
         tokenizer=str(tokenizer or adapter),

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from forge.errors import DataError, StageError
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, export
+from forge.export.run import ADAPTER_FILE, GGUF_FILE
 from forge.model.safetensors_header import read_header
 from forge.verify.yardstick import make_quantized
+from tests.exporting import export_here
 from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite, scaled, source_of
 
@@ -305,7 +306,7 @@ def test_an_adapter_beside_its_base_and_a_merge_into_nf4(specimen: Specimen, tmp
     (tmp_path / "pair").mkdir()
     pair = {**source_of(specimen), "data": None, "out": str(tmp_path / "pair")}
     chosen = {"name": "yoda", "quant": "f16", "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
-    export(**pair, settings={**chosen, "mode": "adapter"})
+    export_here(**pair, settings={**chosen, "mode": "adapter"})
     base, lora = tmp_path / "pair" / GGUF_FILE, tmp_path / "pair" / ADAPTER_FILE
     assert specimen.verify(base, lora=str(lora))["ok"]
     assert "not applied" in specimen.verify(base)["verdict"]

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from forge.export.run import GGUF_FILE, export
+from forge.export.run import GGUF_FILE
 from forge.verify.yardstick import make_quantized
+from tests.exporting import export_here
 from tests.models import PEFT_WARNS
 from tests.specimens import Specimen, make_specimen, source_of
 
@@ -90,5 +91,5 @@ def _exported(specimen: Specimen, quant: str, directory: Path) -> Path:
     """forge's own file of that type."""
     (directory / "exported").mkdir()
     settings = {"name": "yoda", "quant": quant, "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
-    export(**source_of(specimen), data=None, out=str(directory / "exported"), settings=settings)
+    export_here(**source_of(specimen), data=None, out=str(directory / "exported"), settings=settings)
     return directory / "exported" / GGUF_FILE

@@ -2,65 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forge import worker
 from forge.chat.template import ChatTemplate
 from forge.data.prepare import HELDOUT_FILE
 from forge.data.tokens import prompt_format
+from forge.export.request import ExportRequest
 from forge.model.config import Configuration
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 from forge.recipe.quants import BUDGETED
 from forge.resolve.rows import own_rows, plain_rows
 from forge.stages.calibrate import failure_of, tell
-from forge.verify.calibrate import IMPORTANCE_FILE
+from forge.verify.calibrate import IMPORTANCE_FILE, calibrate
+from forge.verify.calibration import Calibrated, CalibrationRequest
 
 
 def calibrate_alone(
-    arguments: dict[str, Any], data: Path, configuration: Configuration, max_kl: float | None, scratch: Path
-) -> dict[str, Any]:
-    """Put the importance matrix of `data`'s rows, and with `max_kl` the type, into `arguments` of an export.
+    request: ExportRequest, data: Path, configuration: Configuration, max_kl: float | None
+) -> tuple[ExportRequest, Calibrated]:
+    """`request` with the importance matrix of `data`'s rows, and with `max_kl` the type.
 
     A tenth of the rows is measured on and left out of the matrix. Raises `CheckError` when no type is
     within the budget.
     """
-    rows, measured = _rows(arguments, data, configuration, scratch)
-    out = scratch / "calibration"
+    rows, measured = _rows(request, data, configuration)
+    out = request.out / "calibration"
     out.mkdir(exist_ok=True)
-    settings = arguments["settings"]
-    given = ("base", "adapter", "tokenizer", "chat_template", "converters")
-    facts = worker.call(
-        "calibrate",
-        {
-            **{name: arguments[name] for name in given},
-            "rows": str(rows),
-            "measured_rows": str(measured),
-            "types": [] if max_kl is None else list(BUDGETED),
-            "max_kl": max_kl,
-            "out": str(out),
-            "settings": {**settings, "keep_merged": False},
-        },
+    calibrated = worker.perform(
+        calibrate,
+        CalibrationRequest(
+            request.model,
+            rows=rows,
+            measured_rows=measured,
+            out=out,
+            name=request.name,
+            types=() if max_kl is None else tuple(BUDGETED),
+            max_kl=max_kl,
+            plain=request.plain,
+            threads=request.threads,
+        ),
     )
-    tell(facts)
-    if failure := failure_of(facts):
+    tell(calibrated)
+    if failure := failure_of(calibrated):
         raise failure
-    settings["importance"] = str(out / IMPORTANCE_FILE)
-    settings["quant"] = facts.get("quant", settings["quant"])
-    return facts
+    chosen = calibrated.search.quant if calibrated.search else None
+    return replace(request, importance=out / IMPORTANCE_FILE, quant=chosen or request.quant), calibrated
 
 
-def _rows(
-    arguments: Mapping[str, Any], data: Path, configuration: Configuration, scratch: Path
-) -> tuple[Path, Path]:
+def _rows(request: ExportRequest, data: Path, configuration: Configuration) -> tuple[Path, Path]:
     """The rows to calibrate on, and those to measure on: others, where there are enough."""
-    files = read_tokenizer(Path(arguments["tokenizer"]))
-    tokenizer = open_tokenizer(files.directory)
-    if arguments["chat_template"] is None:
+    files = read_tokenizer(request.model.tokenizer)
+    tokenizer, scratch = open_tokenizer(files.directory), request.out
+    if request.model.chat_template is None:
         rows = plain_rows(data, tokenizer, scratch)
         return rows, rows
-    form = prompt_format(ChatTemplate(arguments["chat_template"], files.template_tokens), tokenizer)
+    form = prompt_format(ChatTemplate(request.model.chat_template, files.template_tokens), tokenizer)
     rows = own_rows(data, form, configuration.max_positions, scratch, heldout=0.1)
     held = scratch / HELDOUT_FILE
     return rows, held if held.stat().st_size else rows

@@ -13,13 +13,16 @@ from typing import Any
 
 from forge import report, worker
 from forge.chat.template import ChatTemplate
+from forge.codec import to_plain
 from forge.data.tokens import prompt_format
 from forge.errors import DataError, RecipeError
+from forge.export.request import ExportRequest, Ingredients, MergeBase, Mode
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
+from forge.export.run import export as make_gguf
 from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
-from forge.model.config import Configuration, check_unquantized, read_configuration
+from forge.model.config import check_unquantized, read_configuration
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.quants import NEED_IMATRIX, QUANTS
 from forge.runs.files import IMPORTANCE_SUFFIX, adapter_beside
@@ -35,11 +38,11 @@ def export(
     quant: str | None = None,
     data: Path | None = None,
     max_kl: float | None = None,
-    mode: str = "merged",
+    mode: Mode = "merged",
     threads: int | None = None,
     plain: bool = False,
     keep_merged: bool = False,
-    merge_base: str = "original",
+    merge_base: MergeBase = "original",
 ) -> dict[str, Any]:
     """Write the GGUF `out`, and beside it what `mode` and `keep_merged` ask for.
 
@@ -58,34 +61,29 @@ def export(
     tokenizer = read_tokenizer(adapter if adapter is not None and own else directory)
     template, end_of_turn = (tokenizer.chat_template, None) if plain else _pinned(tokenizer)
     with alone(out) as scratch:
-        arguments: dict[str, Any] = {
-            "base": str(directory),
-            "adapter": str(adapter.absolute()) if adapter else None,
-            "tokenizer": str(tokenizer.directory),
-            "chat_template": template,
-            "data": None,
-            "out": str(scratch),
-            "converters": str(find_converters(open_store(read_only=True).root)),
-            "settings": {
-                "name": out.stem, "quant": quant, "mode": mode, "threads": threads,
-                "keep_merged": keep_merged, "plain": plain, "end_of_turn_id": end_of_turn,
-                "merge_base": merge_base,
-            },
-        }  # fmt: skip
-        calibration = _calibrate(arguments, data, configuration, max_kl, scratch) if data else None
-        facts = worker.call("export", arguments)
-        files = _publish(scratch, out, arguments["settings"].get("importance"))
-    report.success(f"wrote {out}: {facts['bytes'] / 1e6:.1f} MB in {facts['seconds']:.1f} s")
-    return {**files, **facts, "calibration": calibration}
+        model = Ingredients(
+            base=directory,
+            adapter=adapter.absolute() if adapter else None,
+            tokenizer=tokenizer.directory,
+            chat_template=template,
+            converters=find_converters(open_store(read_only=True).root),
+            end_of_turn_id=end_of_turn,
+            merge_base=merge_base,
+        )
+        request = ExportRequest(
+            model, scratch, name=out.stem, quant=quant, mode=mode, keep_merged=keep_merged, plain=plain,
+            threads=threads,
+        )  # fmt: skip
+        calibration = None
+        if data:
+            # Imported here: it brings a recipe's code, which other exports start without.
+            from forge.commands.calibrate import calibrate_alone
 
-
-def _calibrate(
-    arguments: dict[str, Any], data: Path, configuration: Configuration, max_kl: float | None, scratch: Path
-) -> dict[str, Any]:
-    """`calibrate_alone`, imported here: it brings a recipe's code, which other exports start without."""
-    from forge.commands.calibrate import calibrate_alone
-
-    return calibrate_alone(arguments, data, configuration, max_kl, scratch)
+            request, calibration = calibrate_alone(request, data, configuration, max_kl)
+        exported = worker.perform(make_gguf, request)
+        files = _publish(scratch, out, request.importance)
+    report.success(f"wrote {out}: {exported.bytes / 1e6:.1f} MB in {exported.seconds:.1f} s")
+    return {**files, **to_plain(exported), "calibration": calibration.facts() if calibration else None}
 
 
 def _check_options(
@@ -123,7 +121,7 @@ def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
         raise
 
 
-def _publish(scratch: Path, out: Path, importance: str | None) -> dict[str, str | None]:
+def _publish(scratch: Path, out: Path, importance: Path | None) -> dict[str, str | None]:
     """Move what was made to its final names: the GGUF last, since that is what people look for."""
     files: dict[str, str | None] = {}
     adapter, merged = adapter_beside(out), out.with_name(f"{out.stem}-merged")
@@ -140,7 +138,7 @@ def _publish(scratch: Path, out: Path, importance: str | None) -> dict[str, str 
         (scratch / MERGED_DIRECTORY).rename(merged)
         files["merged"] = str(merged)
     if importance:
-        Path(importance).replace(matrix)
+        importance.replace(matrix)
         files["imatrix"] = str(matrix)
     (scratch / GGUF_FILE).replace(out)
     return {"gguf": str(out), **files}

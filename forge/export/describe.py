@@ -83,10 +83,10 @@ def template_in(directory: Path) -> ChatTemplate | None:
     return ChatTemplate(files.chat_template, files.template_tokens)
 
 
-def own_conversations(data: str | None) -> list[list[Message]]:
+def own_conversations(data: Path | None) -> list[list[Message]]:
     """The first conversations of each file of prepared rows in the directory `data`."""
     found: list[list[Message]] = []
-    for path in sorted(Path(data).glob("*.jsonl")) if data else ():
+    for path in sorted(data.glob("*.jsonl")) if data else ():
         with path.open(encoding="utf-8") as stream:
             rows = [json.loads(line)["messages"] for line in islice(stream, _OWN_ROWS)]
             found += [messages for messages in rows if messages]  # a plain text has none

@@ -20,6 +20,7 @@ from forge.adapter.vocabulary import Fitted, check_tokenizer, fit
 from forge.errors import DataError, ForgeError, UnexportableError, UnmadeTypeError
 from forge.export.describe import describe
 from forge.export.merge import base_tensors, merged_tensors
+from forge.export.request import ExportRequest, Ingredients
 from forge.export.run import lay_out
 from forge.export.tensors import one_thread
 from forge.export.types import decide
@@ -94,9 +95,9 @@ def _laid_out(
     tensors = merged_tensors(found) if found else base_tensors(checkpoint)
     quant = settings["quant"] or "f16"
     with one_thread():
-        converted, compared = lay_out(
-            description, scratch, tensors, None, converters, {**settings, "quant": quant}, found
-        )
+        model = Ingredients(base, None, tokenizer, chat_template, converters, settings["end_of_turn_id"])
+        request = ExportRequest(model, scratch, name=settings["name"], quant=quant)
+        converted, compared = lay_out(description, scratch, tensors, request, found)
     types = decide(converted, scratch / "header.gguf", quant, {})
     return {
         "gguf_bytes": sum(bytes_of(kind, converted.tensors[name].shape) for name, kind in types.items()),

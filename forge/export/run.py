@@ -27,6 +27,7 @@ from forge.export.kernels import choose_kernels
 from forge.export.memory import peak_memory
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
+from forge.export.request import Exported, ExportRequest, Ingredients, Mode
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, convert, without_collection
@@ -43,60 +44,53 @@ MERGED_DIRECTORY = "merged"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
-def export(
-    base: str,
-    adapter: str | None,
-    tokenizer: str,
-    chat_template: str | None,
-    data: str | None,
-    out: str,
-    converters: str,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Write `out/model.gguf` and return what is in it.
+def export(request: ExportRequest) -> Exported:
+    """Write `model.gguf` into the request's directory and return what is in it.
 
-    `tokenizer` is the directory whose tokenizer was trained with, `chat_template` the pinned text
-    that the GGUF is to carry, `data` a directory of prepared rows. `settings`: name, quant,
-    keep_merged, threads, end_of_turn_id; optional: mode (merged, adapter or auto), merge_base
-    (original or nf4), importance (an imatrix GGUF to round by), and `plain`, which leaves every choice
-    to the converter and writes the bytes of the usual chain. Raises `DataError` for an adapter or base
-    that cannot be merged, `CheckError` when llama.cpp would read prompts differently, `StageError`
-    otherwise.
+    Raises `DataError` for an adapter or base that cannot be merged, `CheckError` when llama.cpp would read
+    prompts differently, `StageError` otherwise.
     """
     started = time.monotonic()
-    target, work = Path(out), Path(out) / "work"
+    model, work = request.model, request.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     description = work / "description"
     description.mkdir(parents=True)
-    checkpoint, found = _open(Path(base), Path(adapter) if adapter else None, Path(tokenizer))
+    checkpoint, found = _open(model)
     try:
-        describe(Path(base), Path(tokenizer), chat_template, description, found)
-        mode, reasons = _mode(settings.get("mode", "merged"), found)
+        describe(model.base, model.tokenizer, model.chat_template, description, found)
+        mode, reasons = _mode(request.mode, found)
         # Matched against the base in either mode: an adapter that fits nothing is refused here.
-        nf4 = quantized_in_training(Path(base), checkpoint) if settings.get("merge_base") == "nf4" else ()
+        nf4 = quantized_in_training(model.base, checkpoint) if model.merge_base == "nf4" else ()
         merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
         tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
         with without_collection(), one_thread():
-            converted, compared = lay_out(description, work, tensors, data, Path(converters), settings, found)
+            converted, compared = lay_out(description, work, tensors, request, found)
     except (DataError, UnexportableError) as failure:
         blame_base(failure, checkpoint)
         raise
     with one_thread():
-        written, compiled = _write(converted, work, description, merged, Path(converters), settings)
+        written, compiled = _write(converted, work, description, merged, request)
     if mode == "adapter" and found:
-        written += write_adapter(Path(converters), description, found.adapter, settings["name"], work)
-    header = _publish(work, target)
-    return _facts(target, header, converted, settings["quant"]) | {
-        "mode": mode,
-        "merged_because": list(reasons),
-        "bytes_written": written,
-        "compiled_kernels": compiled,
-        "ids_compared": compared.texts,
-        "ids_limits": list(compared.limits),
-        "pre_tokenizer": header.metadata.get("tokenizer.ggml.pre"),
-        "peak_rss_bytes": peak_memory(),
-        "seconds": round(time.monotonic() - started, 2),
-    }
+        written += write_adapter(model.converters, description, found.adapter, request.name, work)
+    header = _publish(work, request.out)
+    quant, size = request.quant, (request.out / GGUF_FILE).stat().st_size
+    return Exported(
+        architecture=header.architecture,
+        quant=quant,
+        bytes=size,
+        tensor_types=header.tensor_types,
+        fallbacks=_fallbacks(header, converted, quant),
+        bits_per_weight=round(8 * size / sum(math.prod(one.shape) for one in header.tensors.values()), 2),
+        mode=mode,
+        merged_because=reasons,
+        bytes_written=written,
+        compiled_kernels=tuple(compiled),
+        ids_compared=compared.texts,
+        ids_limits=tuple(compared.limits),
+        pre_tokenizer=pre if isinstance(pre := header.metadata.get("tokenizer.ggml.pre"), str) else None,
+        peak_rss_bytes=peak_memory(),
+        seconds=round(time.monotonic() - started, 2),
+    )
 
 
 def blame_base(failure: ForgeError, checkpoint: Checkpoint) -> None:
@@ -111,13 +105,13 @@ def blame_base(failure: ForgeError, checkpoint: Checkpoint) -> None:
         refuse_surplus(loading, where)
 
 
-def _open(base: Path, adapter: Path | None, tokenizer: Path) -> tuple[Checkpoint, Fitted | None]:
-    checkpoint = open_checkpoint(base)
+def _open(model: Ingredients) -> tuple[Checkpoint, Fitted | None]:
+    checkpoint = open_checkpoint(model.base)
     refuse_packed(checkpoint)
-    if adapter is None:
+    if model.adapter is None:
         return checkpoint, None
-    found = fit(read_adapter(adapter), checkpoint)
-    check_tokenizer(found, tokenizer)
+    found = fit(read_adapter(model.adapter), checkpoint)
+    check_tokenizer(found, model.tokenizer)
     return checkpoint, found
 
 
@@ -131,7 +125,7 @@ def _publish(work: Path, target: Path) -> GgufHeader:
     return header
 
 
-def _mode(asked: str, fitted: Fitted | None) -> tuple[str, tuple[str, ...]]:
+def _mode(asked: Mode, fitted: Fitted | None) -> tuple[Mode, tuple[str, ...]]:
     """merged or adapter, and why it is merged where it was to be an adapter (N4, pitfall 52)."""
     if asked == "merged" or (fitted is None and asked == "auto"):
         return "merged", ()
@@ -149,9 +143,7 @@ def lay_out(
     description: Path,
     work: Path,
     tensors: Sequence[LazyTensor],
-    data: str | None,
-    converters: Path,
-    settings: Mapping[str, Any],
+    request: ExportRequest,
     fitted: Fitted | None,
 ) -> tuple[Converted, proof.Compared]:
     """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it."""
@@ -159,17 +151,17 @@ def lay_out(
     if apart:
         report.info("embedding and output layer were trained apart, which the base ties: both are written")
     template = template_in(description)
-    tried = proof.cases(template, proof.test_strings(), own_conversations(data))
-    if settings.get("plain"):
-        name, choices = settings["name"], None
+    tried = proof.cases(template, proof.test_strings(), own_conversations(request.data))
+    if request.plain:
+        name, choices = request.name, None
     else:
-        name, choices = _choose(description, None if template is None else tried, settings)
+        name, choices = _choose(description, None if template is None else tried, request)
     report.advance("convert", 0, 1)
     converted = convert(
-        converters,
+        request.model.converters,
         description,
         tensors,
-        outtype=_outtype(tensors, settings["quant"]),
+        outtype=_outtype(tensors, request.quant),
         name=name,
         choices=choices,
         apart=apart,
@@ -189,7 +181,7 @@ def lay_out(
 
 
 def _choose(
-    description: Path, rendered: Sequence[proof.Case] | None, settings: Mapping[str, Any]
+    description: Path, rendered: Sequence[proof.Case] | None, request: ExportRequest
 ) -> tuple[str, Choices]:
     """The model's name as llama.cpp may have it, and what forge decides of the vocabulary.
 
@@ -198,11 +190,11 @@ def _choose(
     stated = pretokenizer.read(description)
     bos = read_tokenizer(description).tokens.get("bos")
     begins = bool(bos and rendered and rendered[0].text.startswith(bos))
-    return pretokenizer.model_name(stated, settings["name"]), Choices(
+    return pretokenizer.model_name(stated, request.name), Choices(
         pre_tokenizer=pretokenizer.decide(stated),
         adds_bos=None if rendered is None else begins,
         space_prefix=pretokenizer.space_prefix(stated),
-        end_of_turn=settings.get("end_of_turn_id"),
+        end_of_turn=request.model.end_of_turn_id,
     )
 
 
@@ -222,20 +214,18 @@ def _write(
     work: Path,
     description: Path,
     merged: Sequence[LazyTensor],
-    converters: Path,
-    settings: Mapping[str, Any],
+    request: ExportRequest,
 ) -> tuple[int, list[str]]:
     """The merged checkpoint if it is wanted, then the GGUF.
 
     Returns the bytes of all that was written, and the types that compiled kernels quantized.
     """
-    quant, sparse = settings["quant"], work / "header.gguf"
-    given = settings.get("importance")
-    importance = read_importance(Path(given)) if given else {}
+    quant, sparse = request.quant, work / "header.gguf"
+    importance = read_importance(request.importance) if request.importance else {}
     types = decide(converted, sparse, quant, importance)
     written = sparse.stat().st_blocks * 512
     sparse.unlink()
-    if settings["keep_merged"]:
+    if request.keep_merged:
         kept = work / MERGED_DIRECTORY
         with writing(work):
             shutil.copytree(description, kept)
@@ -243,14 +233,14 @@ def _write(
                 kept / "model.safetensors", merged, lambda done, all: report.advance("merge", done, all)
             )
         written += sum(path.stat().st_size for path in kept.iterdir())
-    kernels = choose_kernels(converters.parent, types.values())
+    kernels = choose_kernels(request.model.converters.parent, types.values())
     written += write_gguf(
         converted,
         work / GGUF_FILE,
         _metadata(converted, quant),
         types,
         Rounding(kernels, importance),
-        settings["threads"] or usable_cores(),
+        request.threads or usable_cores(),
         lambda done, total: report.advance("export", done, total),
     )
     return written, list(kernels)
@@ -266,20 +256,12 @@ def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
     return found
 
 
-def _facts(target: Path, header: GgufHeader, converted: Converted, quant: str) -> dict[str, Any]:
-    size = (target / GGUF_FILE).stat().st_size
+def _fallbacks(header: GgufHeader, converted: Converted, quant: str) -> Mapping[str, str]:
+    """The tensors that got another type than was asked for, with a warning that names those types."""
     fell_back = fallbacks({name: tensor.type for name, tensor in header.tensors.items()}, converted, quant)
     if fell_back:
         report.warning(
             f"{len(fell_back)} of {len(header.tensors)} tensors have rows that {quant} cannot hold "
             f"and got another type: {', '.join(sorted(set(fell_back.values())))}"
         )
-    weights = sum(math.prod(tensor.shape) for tensor in header.tensors.values())
-    return {
-        "architecture": header.architecture,
-        "quant": quant,
-        "bytes": size,
-        "tensor_types": header.tensor_types,
-        "fallbacks": fell_back,
-        "bits_per_weight": round(8 * size / weights, 2),
-    }
+    return fell_back

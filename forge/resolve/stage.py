@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from forge.export.request import Ingredients, MergeBase
 from forge.pipeline.stage import Stage
 from forge.resolve.resolved import Resolved
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
@@ -32,6 +33,18 @@ class GgufStage(ShipStage):
 
     def require_tools(self) -> None:
         find_converters(self.ship.store.root)
+
+    def ingredients(self, adapter: Path | None, merge_base: MergeBase) -> Ingredients:
+        """What this ship's GGUF is made of."""
+        return Ingredients(
+            base=self.ship.base_directory,
+            adapter=adapter,
+            tokenizer=self.ship.tokenizer.directory,
+            chat_template=self.ship.template.pinned_source(),
+            converters=find_converters(self.ship.store.root),
+            end_of_turn_id=self.ship.prompt_format.end_of_turn_id,
+            merge_base=merge_base,
+        )
 
     def tools(self) -> Mapping[str, str]:
         return {"llama-cpp-python": installed("llama-cpp-python"), "llama.cpp converters": LLAMA_CPP_COMMIT}

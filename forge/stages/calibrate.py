@@ -22,18 +22,26 @@ from forge.resolve.stage import GgufStage
 from forge.runs.files import CALIBRATION
 from forge.runs.publish import place
 from forge.stages.data import DATA_STAGE
-from forge.stages.train import ADAPTER_STAGE
+from forge.stages.train import ADAPTER_STAGE, adapter_of
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
-from forge.tools.llama_cpp import find_converters
-from forge.verify.calibrate import IMPORTANCE_FILE
+from forge.verify.calibrate import IMPORTANCE_FILE, calibrate
+from forge.verify.calibration import Calibrated, CalibrationRequest
 
 CALIBRATION_STAGE = "calibrate"
 
 
-def importance_in(inputs: Mapping[str, Artifact]) -> str | None:
+def importance_in(inputs: Mapping[str, Artifact]) -> Path | None:
     """The importance matrix that the file is rounded by."""
-    return str(inputs[CALIBRATION_STAGE].path / IMPORTANCE_FILE) if CALIBRATION_STAGE in inputs else None
+    return inputs[CALIBRATION_STAGE].path / IMPORTANCE_FILE if CALIBRATION_STAGE in inputs else None
+
+
+def quant_chosen(inputs: Mapping[str, Artifact]) -> str:
+    """The type that the search chose; it judged that there is one."""
+    search = Calibrated.of_facts(inputs[CALIBRATION_STAGE].facts).search
+    assert search is not None
+    assert search.quant is not None
+    return search.quant
 
 
 def withdraw(run: Path) -> None:
@@ -73,26 +81,16 @@ class CalibrateStage(GgufStage):
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         data, max_kl = inputs[DATA_STAGE], self.ship.recipe.export.max_kl
         held = HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE
-        arguments = {
-            "base": str(self.ship.base_directory),
-            "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
-            "tokenizer": str(self.ship.tokenizer.directory),
-            "chat_template": self.ship.template.pinned_source(),
-            "converters": str(find_converters(self.ship.store.root)),
-            "rows": str(data.path / TRAIN_FILE),
-            "measured_rows": str(data.path / held),
-            "types": [] if max_kl is None else list(BUDGETED),
-            "max_kl": max_kl,
-            "out": str(out),
-            "settings": {
-                "name": self.ship.recipe.name,
-                "keep_merged": False,
-                "merge_base": merge_base(self.ship),
-                "threads": None,
-                "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
-            },
-        }
-        return worker.call("calibrate", arguments, log=self.ship.log)
+        request = CalibrationRequest(
+            self.ingredients(adapter_of(inputs), "nf4" if merge_base(self.ship) == "nf4" else "original"),
+            rows=data.path / TRAIN_FILE,
+            measured_rows=data.path / held,
+            out=out,
+            name=self.ship.recipe.name,
+            types=() if max_kl is None else tuple(BUDGETED),
+            max_kl=max_kl,
+        )
+        return worker.perform(calibrate, request, log=self.ship.log).facts()
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         place(artifact, IMPORTANCE_FILE, run / CALIBRATION / IMPORTANCE_FILE, published)
@@ -101,44 +99,48 @@ class CalibrateStage(GgufStage):
         return {"calibration": dict(result.facts)}
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        tell(artifact.facts)
-        return failure_of(artifact.facts)
+        calibrated = Calibrated.of_facts(artifact.facts)
+        tell(calibrated)
+        return failure_of(calibrated)
 
 
-def tell(facts: Mapping[str, Any]) -> None:
+def tell(calibrated: Calibrated) -> None:
     """Show the types that were measured and the one that was chosen, where there is a budget."""
-    if "types" not in facts:
+    search = calibrated.search
+    if search is None:
         return
     columns = ("type", "size", "KL mean", "KL max", "top-1", "perplexity", "tokens/s", "")
     rows = [
         (
-            one["quant"],
-            f"{one['bytes'] / 1e6:.1f} MB",
-            *(f"{one[key]:.2g}" for key in ("kl_mean", "kl_max")),
-            f"{one['top1']:.2%}",
-            f"{one['perplexity']:.4f}",
-            f"{one['tokens_per_second']:.1f}",
-            "chosen" if one["quant"] == facts["quant"] else "",
+            row.quant,
+            f"{row.bytes / 1e6:.1f} MB",
+            f"{row.kl_mean:.2g}",
+            f"{row.kl_max:.2g}",
+            f"{row.top1:.2%}",
+            f"{row.perplexity:.4f}",
+            f"{row.tokens_per_second:.1f}",
+            "chosen" if row.quant == search.quant else "",
         )
-        for one in (facts["f16"], *facts["types"])
+        for row in (search.f16, *search.types)
     ]
-    report.table(f"types, for a KL of at most {facts['max_kl']:g}", columns, rows)
-    for reason in dict.fromkeys(facts["left_out"].values()):
-        kinds = [kind for kind, why in facts["left_out"].items() if why == reason]
+    report.table(f"types, for a KL of at most {search.max_kl:g}", columns, rows)
+    for reason in dict.fromkeys(search.left_out.values()):
+        kinds = [kind for kind, why in search.left_out.items() if why == reason]
         report.info(f"left out: {', '.join(kinds)}: {reason}")
-    for warning in facts.get("warnings", ()):
+    for warning in search.warnings:
         report.warning(warning)
 
 
-def failure_of(facts: Mapping[str, Any]) -> CheckError | None:
+def failure_of(calibrated: Calibrated) -> CheckError | None:
     """The error of a budget that no type meets, with the table; None for a good one."""
-    if facts.get("quant") or "types" not in facts:
+    search = calibrated.search
+    if search is None or search.quant:
         return None
-    best = min(facts["types"], key=lambda one: one["kl_mean"])
+    best = min(search.types, key=lambda row: row.kl_mean)
     failure = CheckError(
-        f"no type is within a KL of {facts['max_kl']:g}: the best of them, {best['quant']}, has "
-        f"{best['kl_mean']:.2g}",
+        f"no type is within a KL of {search.max_kl:g}: the best of them, {best.quant}, has "
+        f"{best.kl_mean:.2g}",
         hint="raise export.quant.max_kl, or export f16",
     )
-    failure.fields = {"calibration": facts}
+    failure.fields = {"calibration": calibrated.facts()}
     return failure

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from forge import report, worker
+from forge.codec import to_plain
+from forge.export.request import ExportRequest, MergeBase
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
+from forge.export.run import export as make_gguf
 from forge.model.estimate import export_disk
 from forge.pipeline.stage import Result
 from forge.resolve.derived import gguf_name, largest_type, merge_base, quant_asked
@@ -17,13 +20,12 @@ from forge.resolve.rows import certificate_rows, certificate_rows_are
 from forge.resolve.stage import GgufStage
 from forge.runs.files import BESIDE, adapter_beside
 from forge.runs.publish import place
-from forge.stages.calibrate import CALIBRATION_STAGE, importance_in, withdraw
+from forge.stages.calibrate import CALIBRATION_STAGE, importance_in, quant_chosen, withdraw
 from forge.stages.data import DATA_STAGE
-from forge.stages.train import ADAPTER_STAGE
+from forge.stages.train import ADAPTER_STAGE, adapter_of
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.store.runs import publish
-from forge.tools.llama_cpp import find_converters
 
 EXPORT_STAGE = "export"
 
@@ -76,37 +78,28 @@ class ExportStage(GgufStage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
-        chosen = measured["chosen"] if measured else merge_base(self.ship)
-        within = export.max_kl is not None
-        arguments = {
-            "base": str(self.ship.base_directory),
-            "adapter": str(inputs[ADAPTER_STAGE].path) if ADAPTER_STAGE in inputs else None,
-            "tokenizer": str(self.ship.tokenizer.directory),
-            "chat_template": self.ship.template.pinned_source(),
-            "data": str(inputs[DATA_STAGE].path) if DATA_STAGE in inputs else None,
-            "out": str(out),
-            "converters": str(find_converters(self.ship.store.root)),
-            "settings": {
-                "name": self.ship.recipe.name,
-                "quant": inputs[CALIBRATION_STAGE].facts["quant"] if within else export.quant,
-                "importance": importance_in(inputs),
-                "keep_merged": export.keep_merged,
-                "mode": export.mode,
-                "merge_base": chosen,
-                "threads": None,
-                "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
-            },
-        }
+        asked = measured["chosen"] if measured else merge_base(self.ship)
+        chosen: MergeBase = "nf4" if asked == "nf4" else "original"
+        request = ExportRequest(
+            self.ingredients(adapter_of(inputs), chosen),
+            out=out,
+            name=self.ship.recipe.name,
+            quant=export.quant if isinstance(export.quant, str) else quant_chosen(inputs),
+            mode=export.mode,
+            data=inputs[DATA_STAGE].path if DATA_STAGE in inputs else None,
+            importance=importance_in(inputs),
+            keep_merged=export.keep_merged,
+        )
         try:
-            facts = worker.call("export", arguments, log=self.ship.log)
+            exported = worker.perform(make_gguf, request, log=self.ship.log)
         except BaseException:
             # Nothing of it can be gone on with, and it may be as large as the model.
             shutil.rmtree(out / "work", ignore_errors=True)
             raise
         if measured:
-            placed = "merged into" if facts["mode"] == "merged" else "the adapter is on"
+            placed = "merged into" if exported.mode == "merged" else "the adapter is on"
             report.info(f"{placed} the {chosen} base: {measured['why']}")
-        return facts | {"merge_base": chosen, "merge_base_measured": measured}
+        return {**to_plain(exported), "merge_base": chosen, "merge_base_measured": measured}
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         if CALIBRATION_STAGE not in self.needs:

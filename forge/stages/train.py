@@ -31,6 +31,11 @@ BASE_FIELDS = ("four_bit_type", "double_quantization", "quant_storage", "attenti
 _NOT_KEYED = {"checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables"}
 
 
+def adapter_of(inputs: Mapping[str, Artifact]) -> Path | None:
+    """The adapter's directory; None of a plain base."""
+    return inputs[ADAPTER_STAGE].path if ADAPTER_STAGE in inputs else None
+
+
 class AdapterStage(ShipStage):
     """Whatever makes the adapter of a run, and publishes it."""
 

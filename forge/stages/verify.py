@@ -78,7 +78,7 @@ class VerifyStage(GgufStage):
             gguf=export / GGUF_FILE,
             merged=merged if merged.is_dir() else None,
             lora=lora,
-            importance=Path(matrix) if (matrix := importance_in(inputs)) else None,
+            importance=importance_in(inputs),
             tokenizer=self.ship.tokenizer.directory,
             chat_template=self.ship.template.pinned_source(),
             rows=certificate_rows(self.ship, inputs, work),

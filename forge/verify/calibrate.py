@@ -21,17 +21,27 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.codec import from_plain, to_plain
 from forge.errors import DataError, UnmadeTypeError
 from forge.export import upstream
 from forge.export.importance import write_importance
+from forge.export.request import ExportRequest
 from forge.export.run import GGUF_FILE, export
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import sample, served
 from forge.verify.activations import squares
+from forge.verify.calibration import (
+    Calibrated,
+    CalibrationRequest,
+    Importance,
+    MeasuredOn,
+    Search,
+    TypeRow,
+)
 from forge.verify.compare import compare
 from forge.verify.inputs import read_rows
-from forge.verify.yardstick import make_f16
+from forge.verify.yardstick import export_f16
 
 IMPORTANCE_FILE, CHOICE_FILE = "importance.gguf", "choice.json"
 _TOKENS = 16384
@@ -45,18 +55,14 @@ _OWN_ROWS = (
 )
 
 
-def calibrate(**arguments: Any) -> dict[str, Any]:
-    """Write `out/importance.gguf`, and with a budget `out/choice.json`; returns plain JSON.
+def calibrate(request: CalibrationRequest) -> Calibrated:
+    """Write `importance.gguf` into the request's directory, and with a budget `choice.json`.
 
-    Arguments: base, adapter, tokenizer, chat_template, converters, out; rows (JSONL of input_ids to
-    calibrate on), measured_rows (JSONL to compare on); types to try, from the largest down, max_kl
-    (both empty without a budget). settings: those of `export`, without quant.
     Raises what `export` raises, `DataError` for rows that cannot be used.
     """
-    out = Path(arguments["out"])
-    work = out / "work"
+    out, work = request.out, request.out / "work"
     work.mkdir(exist_ok=True)
-    upstream.load(Path(arguments["converters"]))  # before anything imports another gguf
+    upstream.load(request.model.converters)  # before anything imports another gguf
     for left in work.iterdir():
         if left.is_dir() and left.name != "f16":
             shutil.rmtree(left)  # of a type that was being tried when the search was killed
@@ -64,54 +70,40 @@ def calibrate(**arguments: Any) -> dict[str, Any]:
     if not f16.is_file():
         shutil.rmtree(f16.parent, ignore_errors=True)
         f16.parent.mkdir()
-        settings = arguments["settings"]
-        make_f16(
-            f16.parent,
-            base=Path(arguments["base"]),
-            adapter=Path(arguments["adapter"]) if arguments["adapter"] else None,
-            tokenizer=Path(arguments["tokenizer"]),
-            chat_template=arguments["chat_template"],
-            converters=Path(arguments["converters"]),
-            end_of_turn_id=settings.get("end_of_turn_id"),
-            merge_base=settings.get("merge_base", "original"),
-        )
-    facts: dict[str, Any] = {"importance": _importance(arguments, f16, work)}
-    if arguments["types"]:
-        found = _Search(arguments, f16, work).walk()
-        if arguments["rows"] == arguments["measured_rows"]:
-            found["warnings"] = [_OWN_ROWS]
-        chosen = smallest(found["types"], arguments["max_kl"])
-        facts |= {"max_kl": arguments["max_kl"], "quant": chosen, **found}
-        (out / CHOICE_FILE).write_text(json.dumps({"quant": chosen}) + "\n", encoding="utf-8")
+        export_f16(request.model, f16.parent)
+    importance = _importance(request, f16, work)
+    search = None
+    if request.types and request.max_kl is not None:
+        search = _Search(request, request.max_kl, f16, work).walk()
+        (out / CHOICE_FILE).write_text(json.dumps({"quant": search.quant}) + "\n", encoding="utf-8")
     shutil.copyfile(work / IMPORTANCE_FILE, out / IMPORTANCE_FILE)
     shutil.rmtree(work)
-    return facts
+    return Calibrated(importance, search)
 
 
-def smallest(types: Sequence[Mapping[str, Any]], max_kl: float) -> str | None:
+def smallest(types: Sequence[TypeRow], max_kl: float) -> str | None:
     """The name of the smallest of the measured types that is within the budget."""
-    within = [one for one in types if one["kl_mean"] <= max_kl]
-    return min(within, key=lambda one: one["bytes"])["quant"] if within else None
+    within = [row for row in types if row.kl_mean <= max_kl]
+    return min(within, key=lambda row: row.bytes).quant if within else None
 
 
-def _importance(arguments: Mapping[str, Any], f16: Path, work: Path) -> dict[str, Any]:
+def _importance(request: CalibrationRequest, f16: Path, work: Path) -> Importance:
     """Write the importance matrix of the rows; returns what it was made of, which is written last."""
     made = work / "importance.json"
     if made.is_file() and (work / IMPORTANCE_FILE).is_file():
-        facts: dict[str, Any] = json.loads(made.read_text(encoding="utf-8"))
-        return facts
-    context = read_configuration(Path(arguments["base"])).max_positions
-    rows = _drawn(read_rows(Path(arguments["rows"])), context)
+        return from_plain(Importance, json.loads(made.read_text(encoding="utf-8")))
+    context = read_configuration(request.model.base).max_positions
+    rows = _drawn(read_rows(request.rows), context)
     found = squares(f16, rows)
     write_importance(work / IMPORTANCE_FILE, found, len(rows), max(map(len, rows)))
     idle = sum(int((counts == 0).sum()) for _, counts in found.values())
     if idle:
         report.warning(f"no token of the rows came to {idle} matrices of experts: they are rounded evenly")
-    facts = {"weights": len(found), "rows": len(rows), "tokens": sum(map(len, rows)), "idle_experts": idle}
+    importance = Importance(len(found), len(rows), sum(map(len, rows)), idle)
     unfinished = made.with_suffix(".partial")
-    unfinished.write_text(json.dumps(facts), encoding="utf-8")
+    unfinished.write_text(json.dumps(to_plain(importance)), encoding="utf-8")
     unfinished.rename(made)
-    return facts
+    return importance
 
 
 def _drawn(rows: Sequence[Mapping[str, Any]], context: int | None) -> list[list[int]]:
@@ -140,86 +132,99 @@ def _lines(kind: str) -> tuple[str, ...]:
 class _Search:
     """The walk down the types, each exported, measured and removed."""
 
-    def __init__(self, arguments: Mapping[str, Any], f16: Path, work: Path) -> None:
-        self._arguments = arguments
+    def __init__(self, request: CalibrationRequest, max_kl: float, f16: Path, work: Path) -> None:
+        self._request = request
+        self._max_kl = max_kl
         self._work = work
         self._kept = work / "measured.jsonl"
-        base = Path(arguments["base"])
+        base = request.model.base
         facts = read_configuration(base)
-        self._rows = read_rows(Path(arguments["measured_rows"]))
+        self._rows = read_rows(request.measured_rows)
         vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
         self._sample = sample.draw(self._rows, vocabulary, facts.max_positions)
-        self._expected, self._seen = self._read(f16, "f16")
+        self._expected, size, speed = self._read(f16, "f16")
+        self._f16 = self._row("f16", size, speed, self._expected)
 
-    def walk(self) -> dict[str, Any]:
-        """The types that were measured, and those that were left out with the reason."""
-        found: list[dict[str, Any]] = []
+    def walk(self) -> Search:
+        """The types that were measured, those that were left out with the reason, and the one chosen."""
+        measured: list[TypeRow] = []
         left_out: dict[str, str] = {}
         unmade: UnmadeTypeError | None = None
         known, over = self._known(), dict.fromkeys(("K", "IQ"), 0)
-        for kind in self._arguments["types"]:
+        for kind in self._request.types:
             lines = _lines(kind)
             if all(over[line] == _OVER_THE_BUDGET for line in lines):
                 left_out[kind] = "two larger types of its kind are over the budget"
                 continue
             try:
-                measured = known.get(kind) or self._try(kind)
+                row = known.get(kind) or self._try(kind)
             except UnmadeTypeError as failure:
                 left_out[kind] = failure.message
                 unmade = unmade or failure
                 continue
-            found.append(measured)
-            figures = f"KL {measured['kl_mean']:.2g}, top-1 {measured['top1']:.2%}"
-            report.info(f"{kind}: {measured['bytes'] / 1e6:.1f} MB, {figures}")
-            is_over = measured["kl_mean"] > self._arguments["max_kl"]
+            measured.append(row)
+            report.info(f"{kind}: {row.bytes / 1e6:.1f} MB, KL {row.kl_mean:.2g}, top-1 {row.top1:.2%}")
+            is_over = row.kl_mean > self._max_kl
             over |= {line: over[line] + 1 if is_over else 0 for line in lines}
-        if unmade and not found:
+        if unmade and not measured:
             raise unmade
-        return {
-            "types": found,
-            "left_out": left_out,
-            "f16": self._row("f16", self._seen, self._expected),
-            "measured_on": {"rows": len(self._sample.rows), "positions": len(self._sample.positions)},
-        }
+        own_rows = self._request.rows == self._request.measured_rows
+        return Search(
+            max_kl=self._max_kl,
+            quant=smallest(measured, self._max_kl),
+            types=tuple(measured),
+            left_out=left_out,
+            f16=self._f16,
+            measured_on=MeasuredOn(len(self._sample.rows), len(self._sample.positions)),
+            warnings=(_OWN_ROWS,) if own_rows else (),
+        )
 
-    def _known(self) -> dict[str, Any]:
+    def _known(self) -> dict[str, TypeRow]:
         """What a stopped search has measured; a line that was cut is removed."""
         text = self._kept.read_text(encoding="utf-8") if self._kept.is_file() else ""
         whole = text[: text.rfind("\n") + 1]
         self._kept.write_text(whole, encoding="utf-8")
-        return {(one := json.loads(line))["quant"]: one for line in whole.splitlines()}
+        rows = [from_plain(TypeRow, json.loads(line)) for line in whole.splitlines()]
+        return {row.quant: row for row in rows}
 
-    def _try(self, kind: str) -> dict[str, Any]:
+    def _try(self, kind: str) -> TypeRow:
         """One type's row of the table; its file is gone afterwards."""
-        given = ("base", "adapter", "tokenizer", "chat_template", "converters")
-        settings = {**self._arguments["settings"], "quant": kind}
-        settings["importance"] = str(self._work / IMPORTANCE_FILE)
+        request = self._request
         with tempfile.TemporaryDirectory(dir=self._work, prefix=f"{kind}-") as scratch:
             export(
-                **{name: self._arguments[name] for name in given}, data=None, out=scratch, settings=settings
+                ExportRequest(
+                    request.model,
+                    Path(scratch),
+                    name=request.name,
+                    quant=kind,
+                    importance=self._work / IMPORTANCE_FILE,
+                    plain=request.plain,
+                    threads=request.threads,
+                )
             )
-            logits, seen = self._read(Path(scratch) / GGUF_FILE, kind)
-        row = self._row(kind, seen, logits)
+            logits, size, speed = self._read(Path(scratch) / GGUF_FILE, kind)
+        row = self._row(kind, size, speed, logits)
         with self._kept.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+            stream.write(json.dumps(to_plain(row)) + "\n")
         return row
 
-    def _read(self, path: Path, name: str) -> tuple[Any, dict[str, Any]]:
-        """A file's logits at the sampled positions; its bytes and its speed."""
+    def _read(self, path: Path, name: str) -> tuple[Any, int, float]:
+        """A file's logits at the sampled positions; its bytes and its tokens a second."""
         timed = max(self._sample.rows, key=len)[:_TIMED_TOKENS]
         with served.loaded(path, max(map(len, self._sample.rows))) as model:
             logits = model.logits(self._sample, f"logits of {name}")
             speed = model.tokens_per_second(timed)
-        return logits, {"bytes": path.stat().st_size, "tokens_per_second": round(speed, 1)}
+        return logits, path.stat().st_size, round(speed, 1)
 
-    def _row(self, kind: str, seen: Mapping[str, Any], logits: Any) -> dict[str, Any]:
+    def _row(self, kind: str, size: int, speed: float, logits: Any) -> TypeRow:
         leg = compare(self._expected, logits, self._sample)
-        return {
-            "quant": kind,
-            **seen,
-            "kl_mean": leg.kl_mean,
-            "kl_error": leg.kl_error,
-            "kl_max": leg.kl_max,
-            "top1": leg.top1,
-            "perplexity": leg.perplexity,
-        }
+        return TypeRow(
+            quant=kind,
+            bytes=size,
+            tokens_per_second=speed,
+            kl_mean=leg.kl_mean,
+            kl_error=leg.kl_error,
+            kl_max=leg.kl_max,
+            top1=leg.top1,
+            perplexity=leg.perplexity,
+        )

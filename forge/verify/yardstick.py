@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from forge.export.requantize import quantize_file
+from forge.export.request import ExportRequest, Ingredients, MergeBase
 from forge.export.run import GGUF_FILE, export
 
 
@@ -23,18 +24,14 @@ def make_f16(
     merge_base: str = "original",
 ) -> Path:
     """An f16 GGUF of base and adapter in `out`, an empty directory; raises what `export` raises."""
-    settings = {"name": "yardstick", "quant": "f16", "keep_merged": False, "threads": None}
-    settings |= {"merge_base": merge_base, "end_of_turn_id": end_of_turn_id}
-    export(
-        base=str(base),
-        adapter=str(adapter) if adapter else None,
-        tokenizer=str(tokenizer),
-        chat_template=chat_template,
-        data=None,
-        out=str(out),
-        converters=str(converters),
-        settings=settings,
-    )
+    nf4_or_original: MergeBase = "nf4" if merge_base == "nf4" else "original"
+    model = Ingredients(base, adapter, tokenizer, chat_template, converters, end_of_turn_id, nf4_or_original)
+    return export_f16(model, out)
+
+
+def export_f16(model: Ingredients, out: Path) -> Path:
+    """An f16 GGUF of `model` in `out`, an empty directory; raises what `export` raises."""
+    export(ExportRequest(model, out, name="yardstick", quant="f16"))
     return out / GGUF_FILE
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from forge.codec import to_plain
-from forge.export.run import GGUF_FILE, export
+from forge.export.run import GGUF_FILE
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import prove_live
 from forge.serve.runtime import ServerSettings
 from forge.verify.verdict import Gates, judge
+from tests.exporting import export_here
 from tests.models import PEFT_WARNS, make_adapter
 from tests.real.smollm2 import smollm2_as
 from tests.specimens import Specimen, source_of, write_rows
@@ -40,7 +41,7 @@ def test_sound(dtype: str, method: str, quant: str, tmp_path: Path) -> None:
     specimen = Specimen(base, adapter, write_rows(base, tmp_path), tmp_path)
     (tmp_path / "exported").mkdir()
     settings = {"name": "real", "quant": quant, "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
-    export(**source_of(specimen), data=None, out=str(tmp_path / "exported"), settings=settings)
+    export_here(**source_of(specimen), data=None, out=str(tmp_path / "exported"), settings=settings)
     file = tmp_path / "exported" / GGUF_FILE
     measured = specimen.measure(file, trained_in_4bit=method == "qlora")
     found = judge(measured, Gates())
