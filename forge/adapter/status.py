@@ -14,7 +14,7 @@ from typing import Any
 
 from forge.adapter.places import place
 from forge.adapter.read import WEIGHTS_FILE, Adapter, find_base_tensor, read_adapter
-from forge.adapter.vocabulary import Fitted, fit
+from forge.adapter.vocabulary import Fitted, fit, is_of_tokens
 from forge.errors import CheckError, DataError, Problem
 from forge.model.checkpoint import open_checkpoint
 
@@ -105,6 +105,8 @@ def _refuse_other_shapes(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) 
     """The base's config.json must be that of its weights, or peft puts other layers in than the merge."""
     problems = []
     for module in fitted.adapter.layers:
+        if fitted.rows is not None and is_of_tokens(f"{module}.weight"):
+            continue  # resized on purpose: `fit` has compared its rows
         stored = find_base_tensor(f"{module}.weight", fitted.checkpoint.tensors)
         made = find_base_tensor(f"{module}.weight", shapes)
         if stored and made and fitted.checkpoint.tensors[stored].shape != shapes[made]:

@@ -209,7 +209,7 @@ class Resolved:
     @cached_property
     def base_digest(self) -> str:
         """sha256 over the base's weights and configuration, remembered by the store."""
-        if self.headers is not None or self.unread_bytes:
+        if self.base.directory is None or self.headers is not None or self.unread_bytes:
             return UNKNOWN
         return self._digest(self.base.directory, _WEIGHT_FILES)
 
