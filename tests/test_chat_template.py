@@ -225,7 +225,9 @@ def test_messages_are_not_changed() -> None:
 )
 def test_malicious_templates_are_refused(source: str) -> None:
     """Style row 23: no way out of the sandbox, no text that fills the memory, no endless step."""
-    with pytest.raises(ForgeError, match=r"the chat template('s prompt took| refuses| takes| writes)") as caught:
+    with pytest.raises(
+        ForgeError, match=r"the chat template('s prompt took| refuses| takes| writes)"
+    ) as caught:
         ChatTemplate(source).render([USER])
     assert caught.value.code == 2
 

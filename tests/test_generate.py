@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from forge import process
@@ -21,6 +20,7 @@ from forge.serve.endpoint import Endpoint
 from forge.serve.generate import Generated, generate
 from forge.serve.runtime import ServerSettings
 from forge.serve.wire import RefusedError, Sampling
+from tests.servers import own_servers
 from tests.stand_in_server import Failure, StandIn
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
@@ -268,7 +268,7 @@ def test_embedded_server_that_dies_is_said_at_once(tmp_path: Path) -> None:
     with serve_embedded(
         ServerSettings(write_tiny_gguf(tmp_path / "tiny.gguf"), "tiny", 512, threads=1)
     ) as endpoint:
-        (server,) = psutil.Process(os.getpid()).children(recursive=True)
+        (server,) = own_servers()
         server.kill()
         with pytest.raises(StageError, match=r"0 of 8 rows written, 8 left to do: .*killed by signal 9"):
             generate(endpoint, prompts, out)

@@ -24,7 +24,7 @@ from forge.serve.front_rules import RefusedRequestError, Rules
 from forge.serve.llama_server import serve_llama_server
 from forge.serve.runtime import Runtime, ServerSettings
 from tests import attacks
-from tests.servers import HELLO, KEY, llama_server, write_adapter
+from tests.servers import HELLO, KEY, llama_server, own_servers, write_adapter
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 DOORS = [
@@ -197,10 +197,8 @@ def test_large_heads_and_bodies_are_refused(files: Path) -> None:
 @pytest.mark.programs
 def test_nothing_but_the_front_listens(files: Path) -> None:
     """llama-server itself has no port, and its socket is in a directory of ours alone."""
-    import psutil
-
     with serve_embedded(_settings(files, KEY, False)) as endpoint:
-        children = psutil.Process().children(recursive=True)
+        children = own_servers()
         assert [one for child in children for one in child.net_connections("tcp")] == []
         unix = [str(one.laddr) for child in children for one in child.net_connections("unix")]
         sockets = {Path(place) for place in unix if place.endswith("server.sock")}

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from forge import report, worker
@@ -20,6 +19,7 @@ from forge.errors import (
     Problem,
     StageError,
 )
+from tests.servers import own_servers
 from tests.test_process import wait_until_gone
 from tests.worker_tasks import Order, Receipt, deliver
 
@@ -225,4 +225,4 @@ def test_a_second_interrupt_kills_it(said: Said, interrupt_at_first_word: list[i
 
 
 def test_no_process_is_left_after_any_of_this() -> None:
-    assert psutil.Process().children(recursive=True) == []
+    assert own_servers() == []
