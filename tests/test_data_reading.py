@@ -126,6 +126,7 @@ def test_hub_data_with_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # --offline of another test sets it
         sources = sources_of(tmp_path, "  source: org/rows\n  split: train[40%:60%]\n", fetch=True)
         huggingface_hub.close_session()
     assert asked(sources) == ["a4", "b0"]

@@ -11,8 +11,10 @@ import pytest
 
 from forge import worker
 from forge.errors import DataError
+from forge.export.run import export
 from forge.export.tokenizer import MODEL, repair
 from forge.model.gguf_header import read_gguf
+from tests.exporting import export_request
 from tests.models import PEFT_WARNS, change_json, make_adapter, make_model
 from tests.vocabularies import converters, write_tokenizer
 
@@ -84,15 +86,11 @@ def test_a_sentencepiece_base_as_transformers_5_saves_it_is_exported(tmp_path: P
         settings = {
             "name": "m", "quant": "q8_0", "keep_merged": False, "threads": 1, "end_of_turn_id": 32001,
         }  # fmt: skip
-        facts = worker.call(
-            "export",
-            {
-                "base": str(start), "adapter": str(factors) if factors else None,
-                "tokenizer": str(factors or start),
-                "chat_template": (base / "chat_template.jinja").read_text(encoding="utf-8"), "data": None,
-                "out": str(out), "converters": str(converters()), "settings": settings,
-            },
+        request = export_request(
+            base=str(start), adapter=str(factors) if factors else None, tokenizer=str(factors or start),
+            chat_template=(base / "chat_template.jinja").read_text(encoding="utf-8"),
+            out=str(out), converters=str(converters()), settings=settings,
         )  # fmt: skip
-        assert facts["ids_compared"] > 200
+        assert worker.perform(export, request).ids_compared > 200
         tokens = read_gguf(out / "model.gguf").array("tokenizer.ggml.tokens")
         assert list(tokens)[32000:32002] == ["<|im_start|>", "<|im_end|>"]

@@ -90,7 +90,7 @@ def is_server(pid: int) -> bool:
 
 def steps_done(workshop: Workshop) -> int:
     """Steps that the training log of an unfinished run tells."""
-    logs = list((workshop.home / "artifacts" / "train").glob("*.partial/logs/training.jsonl"))
+    logs = list((workshop.home / "artifacts" / "train").glob("*.partial/work/training.jsonl"))
     return len(logs[0].read_text().splitlines()) if logs else 0
 
 
