@@ -348,9 +348,15 @@ def test_what_is_read_otherwise_than_peft_has_it_is_refused(
     """The export that ties what was trained apart; the reference is peft's, and shares nothing with it."""
     adapter = make_adapter(tied, tmp_path / "adapter", **APART[case])
     specimen = Specimen(tied, adapter, write_rows(tied, tmp_path), tmp_path)
+    owns = {"end_of_turn_id": format_of(tied).end_of_turn_id}
+    export_of(tied, adapter, tmp_path / "sound", tokenizer=tied)
+    sound = specimen.verify(tmp_path / "sound" / GGUF_FILE, **owns)
+    assert sound["ok"], sound["problems"]
     monkeypatch.setattr(vocabulary, "_moves_embedding_alone", lambda adapter: False)
     monkeypatch.setattr(vocabulary, "_heads", lambda adapter: iter(()))
     monkeypatch.setattr(vocabulary, "_is_copy", lambda one, other: True)
     export_of(tied, adapter, tmp_path / "out", tokenizer=tied)
-    found = specimen.verify(tmp_path / "out" / GGUF_FILE, end_of_turn_id=format_of(tied).end_of_turn_id)
+    found = specimen.verify(tmp_path / "out" / GGUF_FILE, **owns)
     assert not found["ok"]
+    # The output layer's rows by themselves say so, whatever the logits are held against.
+    assert any("output.weight of the file" in one or "missing" in one for one in found["problems"]), found

@@ -16,6 +16,7 @@ from forge.adapter.read import Adapter, LoraLayer, read_adapter
 from forge.adapter.vocabulary import Fitted
 from forge.export import run as export_run
 from forge.export.run import GGUF_FILE
+from forge.verify.yardstick import make_quantized
 from tests.models import PEFT_WARNS, make_adapter, make_model
 from tests.specimens import Specimen, write_rows
 from tests.test_resized import export_of
@@ -95,3 +96,48 @@ def test_the_certificate_catches_it(
         assert found["ok"], found["problems"]
     else:
         assert (found["ok"], found["broken_stage"]) == (False, "merge"), found["verdict"]
+
+
+TOKEN = 19_000
+
+
+@pytest.fixture(scope="module")
+def many_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """No text has the last tokens, and the output layer is another tensor: no logit says anything of them."""
+    directory = tmp_path_factory.mktemp("many") / "base"
+    return make_model(directory, "llama", "home-made", tie_word_embeddings=False, vocab_size=20_000)
+
+
+@pytest.mark.parametrize("quant", ["f16", "q4_k_m"])
+@pytest.mark.parametrize("case", ["none", "dropped", "of another token"])
+def test_one_row_of_a_large_vocabulary(
+    case: str, quant: str, many_tokens: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Silent wrong 6: the row of one token that was trained alone, which no sampled logit depends on."""
+    rows = {"embed_tokens": [TOKEN]}
+    adapter = make_adapter(
+        many_tokens, tmp_path / "adapter", target_modules=TARGETS, trainable_token_indices=rows
+    )
+    specimen = Specimen(many_tokens, adapter, write_rows(many_tokens, tmp_path), tmp_path)
+    misread: Mapping[str, Misread] = {
+        "none": lambda adapter: adapter,
+        "dropped": lambda adapter: replace(adapter, rows={}),
+        "of another token": lambda adapter: replace(
+            adapter, rows={name: replace(one, tokens=(TOKEN - 1,)) for name, one in adapter.rows.items()}
+        ),
+    }
+    monkeypatch.setattr(export_run, "read_adapter", lambda directory: misread[case](read_adapter(directory)))
+    export_of(many_tokens, adapter, tmp_path / "out", tokenizer=many_tokens)
+    file = tmp_path / "out" / GGUF_FILE
+    beside = {}
+    if quant != "f16":  # beside a sound f16: the quantized file alone can say it
+        monkeypatch.undo()
+        beside = {"f16": str(specimen.f16(tmp_path / "sound"))}
+        file = make_quantized(file, tmp_path / "file.gguf", quant, 2)
+    found = specimen.verify(file, **beside)
+    assert all(one["ok"] for one in found["handovers"]), found["verdict"]
+    if case == "none":
+        assert found["ok"], found["problems"]
+    else:
+        assert (found["ok"], found["broken_stage"]) == (False, "merge"), found["verdict"]
+        assert f"trained tokens' {TOKEN}" in found["verdict"]

@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 
 from forge.errors import DataError
+from forge.export.request import ExportRequest
+from forge.export.run import GGUF_FILE, export
 from forge.model.safetensors_header import read_header
 from forge.train.hardware import choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
+from forge.verify.verdict import Gates, judge
+from tests.exporting import ingredients
 from tests.models import PEFT_WARNS, change_tensors, load, make_adapter, make_model
+from tests.specimens import make_specimen, source_of
+from tests.test_data_tokens import format_of
 
 pytestmark = [pytest.mark.training, pytest.mark.timeout(1500), PEFT_WARNS]
 
@@ -127,3 +133,18 @@ def test_an_adapter_of_another_base(tmp_path: Path) -> None:
     adapter = make_adapter(deep, tmp_path / "adapter")
     with pytest.raises(DataError, match="peft has no place for 14 of its parts"):
         logits(Weights(base, adapter), SAMPLE, "tuned")
+
+
+@pytest.mark.programs
+def test_a_float32_file_of_gelu(tmp_path: Path) -> None:
+    """GPT-2's f32 file was called broken at NMSE 1.2e-7: llama.cpp looks GELU up in a table of 16 bits."""
+    specimen = make_specimen(tmp_path / "specimen", "gpt2", intermediate_size=None)
+    end = {"end_of_turn_id": format_of(specimen.base).end_of_turn_id}
+    model = ingredients({}, **{**source_of(specimen), **end})
+    (tmp_path / "out").mkdir()
+    export(ExportRequest(model, tmp_path / "out", name="yoda", quant="f32"))
+    measured = specimen.measure(tmp_path / "out" / GGUF_FILE)
+    assert judge(measured, Gates()).ok
+    leg, own = measured.legs.conversion, measured.legs.arithmetic
+    assert own is not None and own.nmse > 1e-8  # six orders over what the order of sums leaves
+    assert leg.nmse < 1.5 * own.nmse and leg.kl_mean < 1.5 * own.kl_mean

@@ -36,7 +36,7 @@ class VerifyStage(GgufStage):
     name = VERIFY_STAGE
     rank = 10
     lists_facts = False
-    version = 6
+    version = 7
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)

@@ -45,6 +45,8 @@ def cause_of(found: Measurement, handovers: Sequence[Handover]) -> Cause:
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
     if cause := told_by_weights(found, own=broken.after == "GGUF f16" and found.legs.f16 is not None):
         return cause
+    if rows := wrong_rows(found):
+        return rows[0]
     figures = f"NMSE {broken.nmse:.2g}, KL {broken.kl_mean:.2g}, top-1 {broken.top1:.1%}"
     if broken.beyond_vendor is not None:
         words = (
@@ -69,6 +71,24 @@ def told_by_weights(found: Measurement, *, own: bool) -> Cause | None:
     # Of the f16 made here the share of the adapter is itself in question, and hardly rounded.
     usual = None if direct else yardstick
     return _converted_wrongly(file, yardstick, differ) or _merged_wrongly(file, yardstick, differ, usual)
+
+
+def wrong_rows(found: Measurement) -> list[Cause]:
+    """Rows of tokens that are not peft's: of the file, or of the f16 made here that it is held against."""
+    causes: list[Cause] = []
+    for fits, whose in ((found.weights.file, "the file"), (found.weights.f16, "the f16 made here")):
+        for name, rows in fits.rows.items() if fits and not causes else ():
+            if not rows.wrong:
+                continue
+            wrong, kind = rows.wrong_trained or rows.wrong, "trained" if rows.wrong_trained else "untouched"
+            tokens = ", ".join(map(str, wrong[:3])) + (", ..." if len(wrong) > 3 else "")
+            words = (
+                f"in {name} of {whose} {len(rows.wrong)} of {rows.compared} rows that were compared are not "
+                f"those of base and adapter in peft, such as the {kind} tokens' {tokens}"
+            )
+            stage = "merge" if rows.wrong_trained else "convert"
+            causes.append(Cause(stage, words, "merge the adapter again, with peft, and convert that"))
+    return causes
 
 
 def unlike_its_word(file: FileFacts) -> str:

@@ -334,15 +334,15 @@ class _Comparison:
         return found, self._checkpoint("as merged", replace(source, rounding=held))
 
     def _conversion(self, path: Path, logits: Any) -> _Conversion:
-        """The unquantized file in `path`, whose logits are given.
+        """The unquantized file in `path`; the leg `rounded` is what the rounding of its weights does.
 
-        The leg `rounded` is what the rounding of its weights does; `arithmetic` what rounding their inputs
-        does beside it, as llama.cpp's products of 16 bits do: the scale for what is left.
+        `arithmetic` is what llama.cpp's sums in 16 bits do beside it: the scale for what is left.
         """
         session = self.session
         rounding = rounding_of(path, session.facts.layers or 0)
         if rounding.is_exact:
-            return _Conversion(self._compare(logits))
+            own = reference.with_table(session.source, rounding, self.drawn)
+            return _Conversion(self._compare(logits), None, None if own is None else self._compare(own))
         source = replace(session.source, rounding=rounding, beside=session.request.lora is not None)
         with session.step("the reference, rounded"):
             held = reference.logits(source, self.drawn, "the reference, rounded")

@@ -111,10 +111,24 @@ class Legs:
 
 
 @dataclass(frozen=True)
+class RowFit:
+    """A matrix of tokens, row by row: how many were `compared`, how many of them the adapter `trained`.
+
+    `wrong` are the tokens whose rows are not peft's, `wrong_trained` those among them that it trained.
+    """
+
+    compared: int
+    trained: int
+    wrong: tuple[int, ...] = ()
+    wrong_trained: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Fits:
     """What the weights of a file are: how many times the adapter, and what is left; see `weights`.
 
-    By tensor: `scales` (how many times, and how far that can be off), `rests`, `layouts`, `lost_rows`.
+    By tensor: `scales` (how many times, and how far that can be off), `rests`, `layouts`, `lost_rows`,
+    and of those with a row for each token `rows`.
     """
 
     scale: float | None
@@ -128,6 +142,7 @@ class Fits:
     lost_rows: Mapping[str, int] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     rests: Mapping[str, float] = field(default_factory=dict)
+    rows: Mapping[str, RowFit] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ transformers and peft run unchanged, whatever the family and whatever the adapte
 is one layer, the embedding, the adapter and the activations of the sampled rows.
 
 With a `rounding` the weights are those that a file holds, peft's merge in them, and what they are multiplied
-by is rounded too where it says so.
+by is rounded too where it says so; GELU then is llama.cpp's, from its table.
 
 Where the adapter resized the embedding, or parted it from the output layer, the model is built so. The
 arithmetic is float32, of an NF4 base too.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from forge import report
@@ -27,7 +28,7 @@ from forge.verify.loader import DAMAGED, Weights
 from forge.verify.measurement import Greedy
 from forge.verify.rounding import Rounding, rounded
 from forge.verify.sample import Sample
-from forge.verify.tuned import Opened, open_model
+from forge.verify.tuned import Opened, empty_model, open_model
 
 
 def logits(weights: Weights, sample: Sample, label: str) -> Any:
@@ -59,6 +60,14 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     if not torch.isfinite(found).all():
         raise DataError(f"{weights.base}: the logits of the reference are not finite", hint=DAMAGED)
     return found.numpy()
+
+
+def with_table(weights: Weights, rounding: Rounding, sample: Sample) -> Any:
+    """`logits` with GELU as llama.cpp has it in float32 too, by an exact `rounding`; None without a GELU."""
+    if not any(map(_is_gelu, empty_model(weights).modules())):
+        return None
+    own = replace(weights, rounding=replace(rounding, inputs=True))
+    return logits(own, sample, "the reference, GELU in 16 bits")
 
 
 def with_greedy(
@@ -138,6 +147,7 @@ def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
     if rounding and rounding.inputs:
         products = {id(one): one for unit in units for one in unit.modules() if _multiplies(one)}
         hooks += [one.register_forward_pre_hook(_round_inputs) for one in products.values()]
+        hooks += [one.register_forward_hook(_from_table) for one in model.modules() if _is_gelu(one)]
     try:
         yield
     finally:
@@ -151,11 +161,15 @@ def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
 
 
 def _merged(unit: Any) -> Iterator[Any]:
-    """peft's layers in `unit`, each merged into the weight that was just read."""
+    """peft's layers in `unit`, each merged into a copy of the weight, which goes with the unit's others."""
+    import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for layer in unit.modules():
         if isinstance(layer, BaseTunerLayer) and hasattr(layer, "merge"):
+            # A merge is into the weight itself, which an embedding may share with the output layer.
+            base = layer.get_base_layer()
+            base.weight = torch.nn.Parameter(base.weight.clone(), requires_grad=False)
             layer.merge()
             yield layer
 
@@ -168,7 +182,7 @@ def _round(unit: Any, rounding: Rounding, modules: Mapping[int, str]) -> None:
         name = modules[id(module)]
         if ".lora_" in name:
             continue
-        for wrapper in (".base_layer", ".modules_to_save.default", ".original_module"):
+        for wrapper in (".base_layer", ".modules_to_save.default", ".token_adapter", ".original_module"):
             name = name.replace(wrapper, "")
         for key, weight in module._parameters.items():
             kind = rounding.type_of(f"{name}.{key}", weight.dim()) if weight is not None else None
@@ -191,6 +205,21 @@ def _round_inputs(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
     kinds = (getattr(one, "held_as", None) for one in module._parameters.values())
     kind = next((kind for kind in kinds if kind), None)
     return (rounded(given[0], kind), *given[1:])
+
+
+def _is_gelu(module: Any) -> bool:
+    """Whether llama.cpp looks this activation up in a table, whatever the file's type."""
+    return "GELU" in type(module).__name__
+
+
+def _from_table(module: Any, given: tuple[Any, ...], made: Any) -> Any:
+    """What llama.cpp's table has: by tanh also where the module has erf, F16 in and out, up to 10."""
+    import torch
+
+    held = rounded(given[0], "F16")
+    quick = "Quick" in type(module).__name__
+    found = module.forward(held) if quick else torch.nn.functional.gelu(held, approximate="tanh")
+    return torch.where(given[0].abs() < 10, rounded(found, "F16"), made)
 
 
 def _units(model: Any, *, is_tuned: bool) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forge.codec import to_plain
-from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word
+from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word, wrong_rows
 from forge.verify.compare import FAR_NMSE, MOST_BEYOND_VENDOR, converts, converts_mostly
 from forge.verify.measurement import FIGURES, FileFacts, Handover, Leg, Measurement
 from forge.verify.sample import least_share
@@ -110,6 +110,7 @@ def judge(found: Measurement, gates: Gates, live: Mapping[str, Any] | None = Non
     if gates.as_trained and (shift := _shift_cause(found)):
         causes.append(shift)
         handovers[0] = replace(handovers[0], ok=False)
+    causes += [one for one in wrong_rows(found) if one not in causes]
     causes += _gate_causes(found, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live["problems"]] if live else []
     first = causes[0] if causes else None

@@ -15,6 +15,7 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ from forge import report
 from forge.export.nf4 import quantized_in_training
 from forge.model.config import Configuration
 from forge.model.gguf_header import GgufTensor, read_gguf
+from forge.verify import token_rows
 from forge.verify.loader import Weights, nf4_and_back
-from forge.verify.measurement import Fits
+from forge.verify.measurement import Fits, RowFit
 from forge.verify.rounding import names_in
+from forge.verify.token_rows import EMBEDDING, HEAD, TokenRows, rows_of
 from forge.verify.tuned import open_model
 
 _MOST_ROWS = 16384
 """Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
 _NF4_LAYERS = 4
-_OF_TOKENS = ("token_embd.weight", "output.weight")
+_OF_TOKENS = (EMBEDDING, HEAD)
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
@@ -62,12 +65,9 @@ def fit_weights(files: Sequence[Path], source: Weights, facts: Configuration) ->
     checkpoint = model.loader.checkpoint
     rounded = quantized_in_training(source.base, checkpoint) if source.nf4 else frozenset()
     opened = [_File(path, facts) for path in files]
+    names = model.tensors
     chosen = spread(
-        [
-            name
-            for name in model.tensors
-            if model.is_looked_up(name) and any(file.place(name) for file in opened)
-        ]
+        [name for name in names if model.is_looked_up(name) and any(file.place(name) for file in opened)]
     )
     adapted = 0
     for number, name in enumerate(chosen):
@@ -77,8 +77,25 @@ def fit_weights(files: Sequence[Path], source: Weights, facts: Configuration) ->
         with_nf4 = added is not None and not source.nf4 and adapted <= _NF4_LAYERS
         for file in opened:
             file.look_at(name, weight, added, with_nf4, touched=model.is_touched(name))
+            for lies in _of_tokens(file, name, names) if weight.dim() == 2 else ():
+                file.look_at_rows(rows_of(model, name, lies, weight, added))
         report.advance("look at the weights", number + 1, len(chosen))
-    return tuple(_summed(file.fits, file.missing) for file in opened)
+    return tuple(replace(_summed(file.fits, file.missing), rows=file.rows) for file in opened)
+
+
+def _of_tokens(file: _File, name: str, names: Sequence[str]) -> Sequence[tuple[str, ...]]:
+    """Where the file has the rows of tokens of the checkpoint's `name`, one of `names`; mostly nowhere.
+
+    llama.cpp takes the embedding for an output layer that a file lacks. One that the checkpoint lacks is the
+    embedding.
+    """
+    place = file.place(name)
+    if place == HEAD:
+        return ((HEAD, EMBEDDING),)
+    if place != EMBEDDING:
+        return ()
+    has_head = any(file.place(one) == HEAD for one in names)
+    return ((EMBEDDING,),) if has_head else ((EMBEDDING,), (HEAD,))
 
 
 class _File:
@@ -90,6 +107,7 @@ class _File:
         self.place = names_in(header.architecture, facts.layers or 0)
         self.fits: list[Fit] = []
         self.missing: list[str] = []
+        self.rows: dict[str, RowFit] = {}
 
     def look_at(self, name: str, weight: Any, added: Any, with_nf4: bool, *, touched: bool) -> None:
         """Keep the fit of the tensor that the checkpoint calls `name`, or that it is missing."""
@@ -100,6 +118,11 @@ class _File:
             self.fits += [replace(found, touched=touched)] if found else []
         elif place:
             self.missing.append(name)
+
+    def look_at_rows(self, expected: TokenRows) -> None:
+        """Keep which of the `expected` rows of tokens are not those of the file."""
+        if fit := token_rows.look_at_rows(expected, self._tensors, partial(_raw, self._path)):
+            self.rows[expected.lies[0]] = fit
 
 
 def _raw(path: Path, tensor: GgufTensor) -> Any:
