@@ -64,9 +64,7 @@ def test_the_base_to_merge_into_is_measured(workshop: Workshop) -> None:
     """Pitfall 22, `export.merge_base: measured`: the choice is in the terminal, the facts and the report."""
     workshop.recipe(export={"merge_base": "measured"})
     answer = workshop.ship("--until", "verify")
-    artifacts = [path / "artifact.json" for path in workshop.stage_directories("export")]
-    exports = [json.loads(path.read_text(encoding="utf-8"))["facts"] for path in artifacts]
-    [facts] = [one for one in exports if one["merge_base_measured"]]
+    facts = workshop.manifest()["facts"]["export"]
     measured = facts["merge_base_measured"]
     assert facts["merge_base"] == measured["chosen"]
     assert f"merged into the {measured['chosen']} base: {measured['why']}" in answer.said
