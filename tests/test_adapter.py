@@ -211,6 +211,8 @@ def test_a_head_that_was_resized_alone_says_the_numbers(untied: Path, tmp_path: 
 UNUSABLE: Mapping[str, tuple[dict[str, Any], str]] = {
     "prefix tuning": ({"peft_type": "PREFIX_TUNING"}, "is a PREFIX_TUNING adapter; only LoRA can be merged"),
     "IA3": ({"peft_type": "IA3"}, "is a IA3 adapter"),
+    "MLX": ({"peft_type": None, "fine_tune_type": "lora"}, "no peft_type; they are MLX's"),
+    "nobody's": ({"peft_type": None}, "no peft_type; they are not peft's"),
     "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "is a PROMPT_TUNING adapter"),
 }
 

@@ -377,6 +377,15 @@ def test_a_plan_asks_no_hub_and_shows_what_it_does_not_know(
     assert tree(place.directory.parent) == before
 
 
+def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(place: Place) -> None:
+    """G5: it was found after the data stage, as a wrong version of torch."""
+    place.recipe(RECIPE + "train: {report_to: [dagshub, flyte]}\n")
+    error = place.fail("ship", "recipe.yaml")
+    assert error["code"] == 3 and error["message"] == "train.report_to: dagshub, flyte is not installed"
+    assert "pip install dagshub flytekit" in error["hint"]
+    assert not (place.home / "artifacts").exists()
+
+
 @pytest.mark.network
 def test_offline_a_base_that_is_not_here_is_told(place: Place, hub: Hub) -> None:
     place.recipe(RECIPE.replace("base: ./base", "base: org/tiny"))

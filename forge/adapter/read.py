@@ -147,6 +147,12 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
     if not isinstance(configuration, dict):
         raise DataError(f"{path} is not an object with settings", hint=_AGAIN)
     kind = configuration.get("peft_type")
+    if kind is None:
+        made_by = "MLX's (adapters.safetensors)" if "fine_tune_type" in configuration else "not peft's"
+        raise DataError(
+            f"{directory} is no adapter for peft: its settings name no peft_type; they are {made_by}",
+            hint="fuse it with the tool that made it and ship the result with train: none",
+        )
     if kind != "LORA":
         raise DataError(
             f"{directory} is a {kind} adapter; only LoRA can be merged and converted to GGUF",

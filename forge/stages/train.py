@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from forge import report, worker
 from forge.adapter.vocabulary import saved_whole
+from forge.errors import MissingToolError
 from forge.model.estimate import lora_parameters
 from forge.pipeline.stage import Result
 from forge.recipe.schema import Train
@@ -28,6 +30,10 @@ TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accel
 # How the base is held while it is trained and evaluated, besides its method and number type.
 BASE_FIELDS = ("four_bit_type", "double_quantization", "quant_storage", "attention")
 # Fields of `train` that change no byte of the adapter, or do so through the data stage alone.
+# Trackers whose package has another name than transformers gives them; any of several will do.
+_TRACKERS: Mapping[str, tuple[str, ...]] = {
+    "tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)
+}  # fmt: skip
 _NOT_KEYED = {"checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables"}
 
 
@@ -89,6 +95,20 @@ class TrainStage(AdapterStage):
         return (
             "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", *quantizer
         )  # fmt: skip
+
+    def require_tools(self) -> None:
+        """The packages of the trackers, which training would miss only after the data stage."""
+        absent = [
+            name
+            for name in self._train.report_to
+            if not any(importlib.util.find_spec(package) for package in _TRACKERS.get(name, (name,)))
+        ]
+        if absent:
+            packages = " ".join(_TRACKERS.get(name, (name,))[0] for name in absent)
+            raise MissingToolError(
+                f"train.report_to: {', '.join(absent)} is not installed",
+                hint=f"pip install {packages}, or leave it out",
+            )
 
     def bytes_beside(self) -> Mapping[str, int]:
         """Two checkpoints with Adam's two moments, all in float32."""
