@@ -97,7 +97,7 @@ def with_threads(settings: ServerSettings) -> ServerSettings:
     threads = max(1, cores - _busy_cores(cores))
     if threads < cores:
         report.info(
-            f"{cores - threads} of {cores} cores are busy: {threads} threads; --threads chooses others"
+            f"{cores - threads} of {cores} cores are busy: threads used: {threads}; --threads chooses others"
         )
     return replace(settings, threads=threads)
 

@@ -156,7 +156,11 @@ def _merged_wrongly(
     nf4, full = file.rest_nf4, file.rest_beside_nf4
     if nf4 is not None and full is not None and nf4 < 0.7 * full:
         words = "the adapter was merged into the 4-bit (NF4) base: its rounding is in the weights"
-        return Cause("merge", words, "merge into the unquantized base in float32: forge export does")
+        remedy = (
+            "merge into the unquantized base in float32: forge export does; where NF4 was meant, as a ship "
+            "chooses it when held-out rows say so, give --merge-base nf4"
+        )
+        return Cause("merge", words, remedy)
     if abs(scale) < _SCALE_SLACK < once and _is_clean(file, yardstick):
         words = "the adapter was not applied: nothing of it is in the file's weights"
         return Cause("merge", words, "merge the adapter before converting, or serve it with --lora")
