@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from forge.model.base import UNKNOWN
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
+from forge.resolve.taught import trained_tokenizer
 from forge.store.artifacts import Store
 from tests.conftest import copy_of_tiny
 
@@ -110,6 +112,36 @@ def test_named_templates_without_a_default_are_said_by_name(tmp_path: Path) -> N
     loaded = load(tmp_path / "recipe.yaml")
     with pytest.raises(DataError, match="templates named rag, tool_use and no default one"):
         resolve_recipe(loaded, Store(tmp_path / "home"), tmp_path / "runs" / "mini", offline=True)
+
+
+@pytest.mark.parametrize("vocabulary", ["the base's", "another"])
+def test_an_adapter_s_tokenizer_without_a_template_takes_the_base_s(
+    tmp_path: Path, vocabulary: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLaMA-Factory #8399, #5836, ms-swift #4358: chat_template.jinja is not copied along.
+
+    Of another vocabulary it may have been trained with any template; that the base has one is said.
+    """
+    base, adapter = copy_of_tiny(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(base / name, adapter / name)
+    template = (base / "chat_template.jinja").read_text()
+    _change(adapter / "tokenizer_config.json", {"pad_token": END})
+    if vocabulary == "another":
+        described = json.loads((adapter / "tokenizer.json").read_text())
+        described["added_tokens"].append({**described["added_tokens"][0], "id": 9999, "content": "<new>"})
+        (adapter / "tokenizer.json").write_text(json.dumps(described))
+    files = trained_tokenizer(base, adapter)
+    told = "".join(capsys.readouterr())
+    assert files.tokens["pad"] == END  # the adapter's own
+    if vocabulary == "another":
+        assert files.chat_template is None and files.directory == adapter
+        assert "its vocabulary is not that of" in told and "which has one" in told
+    else:
+        assert files.chat_template == template
+        assert "taking the base's" in told
+    assert not (adapter / "chat_template.jinja").exists()
 
 
 def test_a_plan_reads_no_gigabytes_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

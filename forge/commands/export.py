@@ -23,8 +23,9 @@ from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.base import resolve
 from forge.model.config import check_unquantized, read_configuration
-from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer
 from forge.recipe.quants import NEED_IMATRIX, QUANTS
+from forge.resolve.taught import trained_tokenizer
 from forge.runs.files import IMPORTANCE_SUFFIX, adapter_beside
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
@@ -57,8 +58,7 @@ def export(
     configuration = read_configuration(directory)
     check_unquantized(configuration, str(directory))
     check_exportable(configuration)
-    own = adapter is not None and (adapter / "tokenizer.json").is_file()
-    tokenizer = read_tokenizer(adapter if adapter is not None and own else directory)
+    tokenizer = trained_tokenizer(directory, adapter)
     template, end_of_turn = (tokenizer.chat_template, None) if plain else _pinned(tokenizer)
     with alone(out) as scratch:
         model = Ingredients(

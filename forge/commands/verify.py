@@ -19,8 +19,9 @@ from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.estimate import certificate_disk
 from forge.model.gguf_header import read_gguf
-from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer
 from forge.resolve.rows import builtin_rows, own_rows, plain_rows
+from forge.resolve.taught import trained_tokenizer
 from forge.stages.verify import failure_of, tell
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
@@ -65,9 +66,7 @@ def certify(
     assert base is not None  # only a plan leaves it open
     configuration = read_configuration(base)
     _check(files, base)
-    own = files.adapter is not None and (files.adapter / "tokenizer.json").is_file()
-    where = files.adapter if files.adapter and own else base
-    tokenizer = read_tokenizer(where, max_positions=configuration.max_positions)
+    tokenizer = trained_tokenizer(base, files.adapter, max_positions=configuration.max_positions)
     with tempfile.TemporaryDirectory(prefix="forge-verify-") as scratch:
         _check_space(open_checkpoint(base).numel, files.gguf, Path(scratch))
         rows, end = _rows(tokenizer, data, configuration.max_positions, Path(scratch))

@@ -75,6 +75,15 @@ def read_tokenizer(directory: Path, *, max_positions: int | None = None) -> Toke
         ) from error
 
 
+def read_vocabulary(directory: Path) -> dict[str, int]:
+    """Token -> id, added tokens too; raises as `read_tokenizer`."""
+    path = directory / "tokenizer.json"
+    try:
+        return _vocabulary(read_json(path))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(f"{path}: not a tokenizer: {error}", hint="download or copy it again") from error
+
+
 def open_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer itself, neither truncating nor padding; raises `DataError` if it is missing or broken."""
     from tokenizers import Tokenizer

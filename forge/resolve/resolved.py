@@ -31,7 +31,7 @@ from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Recipe, Train
-from forge.resolve.taught import template_text, with_template
+from forge.resolve.taught import template_text, trained_tokenizer, with_template
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
 from forge.train.memory import PLANNING_LENGTH, choose_method
@@ -137,15 +137,13 @@ class Resolved:
 
     @cached_property
     def tokenizer(self) -> TokenizerFiles:
-        """The tokenizer that was trained with: the adapter's own, where it carries one (D12)."""
+        """The tokenizer that was trained with, with the template that the recipe names, if any."""
         limit = self.configuration.max_positions
-        directory, adopted = self.base_directory, self.adopted and self.adopted.directory
-        if adopted and (adopted / "tokenizer.json").is_file():
-            directory = adopted
-        own = read_tokenizer(directory, max_positions=limit)
+        adopted = self.adopted.directory if self.adopted else None
+        own = trained_tokenizer(self.base_directory, adopted, max_positions=limit)
         if asked := self.recipe.base.chat_template:
             text = template_text(asked, self.loaded.directory, own.templates)
-            return read_tokenizer(with_template(directory, text), max_positions=limit)
+            return read_tokenizer(with_template(own.directory, text), max_positions=limit)
         return own
 
     @cached_property

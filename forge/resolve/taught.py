@@ -1,4 +1,4 @@
-"""A tokenizer with another chat template than its own, for a base that was never taught to chat.
+"""The tokenizer that a model was trained with, and one with another chat template than its own.
 
 Its files are copied into a directory that lives as long as this process, so whatever reads a tokenizer
 reads one directory; adapter and run get their copies of it like any other.
@@ -11,11 +11,44 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from forge import report
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import RecipeError
+from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer, read_vocabulary
 from forge.recipe.starters import directory_of_starters
+
+
+def trained_tokenizer(
+    base: Path, adapter: Path | None, *, max_positions: int | None = None
+) -> TokenizerFiles:
+    """The adapter's own tokenizer, where it carries one (D12), else the base's.
+
+    One without a chat template, but of the base's vocabulary, takes the base's templates: transformers
+    keeps a template in a file of its own, which is easily not copied along. Raises as `read_tokenizer`.
+    """
+    if adapter is None or not (adapter / "tokenizer.json").is_file():
+        return read_tokenizer(base, max_positions=max_positions)
+    own = read_tokenizer(adapter, max_positions=max_positions)
+    if own.templates or not (base / "tokenizer.json").is_file():
+        return own
+    known = read_tokenizer(base, max_positions=max_positions)
+    if not known.templates:
+        return own
+    if read_vocabulary(adapter) != read_vocabulary(base):
+        report.warning(
+            f"{adapter} has a tokenizer without a chat template, and its vocabulary is not that of {base}, "
+            "which has one: if the adapter was trained with that, copy it beside the adapter's tokenizer"
+        )
+        return own
+    report.info(
+        f"{adapter} has a tokenizer without a chat template, and the base's vocabulary: taking the base's"
+    )
+    if known.chat_template is None:
+        return replace(own, templates=known.templates)  # a recipe chooses among them by name
+    return read_tokenizer(with_template(adapter, known.chat_template), max_positions=max_positions)
 
 
 def template_text(asked: str, relative_to: Path, own: Mapping[str, str]) -> str:
