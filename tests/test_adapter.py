@@ -250,6 +250,26 @@ def test_directories_that_are_no_adapter(base: Path, plain: Path, tmp_path: Path
         read_adapter(bare)
 
 
+def test_a_training_run_s_directory_names_its_checkpoints(base: Path, plain: Path, tmp_path: Path) -> None:
+    for number in (9, 100, 20):
+        shutil.copytree(plain, tmp_path / f"checkpoint-{number}")
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(DataError, match=r"with checkpoint-9, checkpoint-20, checkpoint-100$") as caught:
+        read_adapter(tmp_path)
+    assert caught.value.hint.endswith(f"the last: {tmp_path / 'checkpoint-100'}")
+    read_adapter(tmp_path / "checkpoint-100")
+    shutil.copytree(base, tmp_path / "checkpoint-200")
+    with pytest.raises(DataError, match=r"checkpoint-200$") as caught:
+        read_adapter(tmp_path)
+    assert caught.value.hint.endswith(f"base: {tmp_path / 'checkpoint-200'}, train: none")
+
+
+def test_a_whole_model_is_no_adapter_and_says_how_to_ship_it(base: Path) -> None:
+    with pytest.raises(DataError, match=r"it is a whole model$") as caught:
+        read_adapter(base)
+    assert caught.value.hint == f"ship it with base: {base}, train: none"
+
+
 @pytest.mark.parametrize(
     ("module", "rank", "scale"),
     [

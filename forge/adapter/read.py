@@ -21,12 +21,14 @@ from typing import Any
 from forge.adapter.names import factor, whole
 from forge.adapter.settings import MERGE, faults
 from forge.errors import DataError, Problem
+from forge.model.checkpoint import INDEX, SINGLE
 from forge.model.safetensors_header import TensorSpec, read_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """What families call the embedding of tokens."""
+_MOST_NAMED = 8
 _AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
 # What peft keeps of the base's beside what was trained.
 _ORIGINALS = (".original_module.", ".trainable_tokens_original", ".token_indices")
@@ -136,10 +138,7 @@ def _token_rows(module: str, values: TensorSpec, configuration: Mapping[str, Any
 def _configuration(directory: Path) -> Mapping[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise DataError(
-            f"{directory} is not an adapter: it has no {CONFIG_FILE}",
-            hint="name the directory that peft's save_pretrained wrote",
-        )
+        raise _without_settings(directory)
     try:
         configuration: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -164,6 +163,35 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
         hints = dict.fromkeys(fault.hint or _AGAIN for fault in faults(configuration))
         raise DataError(f"{path}: {count} cannot be used", hint="; ".join(hints), problems=problems)
     return configuration
+
+
+def _without_settings(directory: Path) -> DataError:
+    """What the directory is, which is no adapter's: a training run's, a whole model's, or another."""
+    numbers = [path.name.partition("-")[2] for path in directory.glob("checkpoint-*") if path.is_dir()]
+    if checkpoints := [f"checkpoint-{number}" for number in sorted(filter(str.isdigit, numbers), key=int)]:
+        shown = checkpoints if len(checkpoints) <= _MOST_NAMED else [*checkpoints[:3], "...", checkpoints[-1]]
+        last = directory / checkpoints[-1]
+        is_whole = _is_whole_model(last)
+        return DataError(
+            f"{directory} has no {CONFIG_FILE}: it is a training run's, with {', '.join(shown)}",
+            hint=f"its last is a whole model: ship it with base: {last}, train: none"
+            if is_whole
+            else f"name one of them, such as the last: {last}",
+        )
+    if _is_whole_model(directory):
+        return DataError(
+            f"{directory} is not an adapter: it has no {CONFIG_FILE}; it is a whole model",
+            hint=f"ship it with base: {directory}, train: none",
+        )
+    return DataError(
+        f"{directory} is not an adapter: it has no {CONFIG_FILE}",
+        hint="name the directory that peft's save_pretrained wrote",
+    )
+
+
+def _is_whole_model(directory: Path) -> bool:
+    names = (SINGLE, INDEX)
+    return (directory / "config.json").is_file() and any((directory / name).is_file() for name in names)
 
 
 def _sort_tensors(
