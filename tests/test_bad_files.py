@@ -151,7 +151,6 @@ def test_a_plan_refuses_what_a_ship_would(case: str, place: Path, capsys: pytest
 
 DORA: dict[str, tuple[str, str]] = {
     "embedding": ("q_proj, embed_tokens", "embed_tokens is an embedding, not a linear layer"),
-    "experts": ("q_proj, w1x", "w1x is in the experts, which are trained joined"),
     "Conv1D": ("q_proj", "the layers of GPT-2 are Conv1D, not linear"),
 }
 
@@ -159,9 +158,7 @@ DORA: dict[str, tuple[str, str]] = {
 @pytest.mark.parametrize("case", DORA)
 def test_dora_that_no_merge_could_hold(case: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     targets, message = DORA[case]
-    weights, configuration = place / "base" / "model.safetensors", place / "base" / "config.json"
-    if case == "experts":
-        weights.write_bytes(weights.read_bytes().replace(b".mlp.gate_proj.", b".experts.0.w1x."))
+    configuration = place / "base" / "config.json"
     if case == "Conv1D":
         configuration.write_text(configuration.read_text().replace('"llama"', '"gpt2"'))
     with (place / "recipe.yaml").open("a") as recipe:
@@ -170,6 +167,43 @@ def test_dora_that_no_merge_could_hold(case: str, place: Path, capsys: pytest.Ca
     assert error["message"] == "train.lora.dora: DoRA is only for linear layers"
     [problem] = error["problems"]
     assert (problem["file"], problem["line"], problem["message"]) == ("recipe.yaml", 4, message)
+
+
+@pytest.mark.parametrize(
+    ("targets", "inner"),
+    [
+        ("auto", ()),
+        ("attention", ()),
+        ("[q_proj, v_proj]", ()),
+        (r"'.*self_attn\.[qv]_proj'", ()),
+        ("[q_proj, w1x, gate]", ("w1x", "gate")),
+        ("[experts.w1x, gate_up_proj]", ("experts.w1x", "gate_up_proj")),
+        ("all-linear", ("all-linear",)),
+        (r"'.*layers\.0\.experts\.w1x'", (r".*layers\.0\.experts\.w1x",)),
+        (r"'.*\.gate'", (r".*\.gate",)),
+        ("'.*'", (".*",)),
+    ],
+)
+def test_experts_and_routers_are_not_adapted(
+    targets: str, inner: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """peft's ParamWrapper takes no dropout, and no merge has a place for its factors."""
+    weights = place / "base" / "model.safetensors"
+    renamed = weights.read_bytes().replace(b".mlp.gate_proj.", b".experts.0.w1x.")
+    weights.write_bytes(renamed.replace(b".mlp.up_proj.", b".mlp.x1.gate."))
+    with (place / "recipe.yaml").open("a") as recipe:
+        recipe.write(f"train: {{lora: {{targets: {targets}}}}}\n")
+    if inner:
+        error = failed(capsys, "plan", "recipe.yaml")
+        assert error["message"].startswith("train.lora.targets: experts and routers cannot be adapted: peft")
+        assert [problem["message"] for problem in error["problems"]] == [
+            f"{target} takes in experts or the router" for target in inner
+        ]
+        assert {problem["line"] for problem in error["problems"]} == {4}
+        return
+    assert run(["plan", "recipe.yaml"]) == 0
+    shown = "".join(capsys.readouterr())
+    assert ("auto means attention beside experts: peft adapts" in shown) == (targets == "auto")
 
 
 def test_old_names_are_told_beside_what_is_wrong(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from forge.adapter.read import read_adapter
 from forge.model.gguf_header import read_gguf
 from forge.model.safetensors_header import read_header
 from tests.conftest import copy_of_tiny
@@ -37,6 +38,20 @@ def test_a_merged_checkpoint_of_an_earlier_ship_is_not_left(workshop: Workshop) 
         workshop.recipe(train="none", data=None, export={"quant": "f16", "keep_merged": kept})
         workshop.ship("--until", "export")
         assert (workshop.run / "merged").is_dir() == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_ships_with_the_default_targets(workshop: Workshop, architecture: str) -> None:
+    """vllm #41384, unsloth-zoo #1269: factors on experts would be refused after the training."""
+    make_model(workshop.directory / "base", architecture, "home-made")
+    workshop.recipe(base="./base", export={"quant": "f16"})
+    answer = workshop.ship("--until", "export")
+    assert "train.lora.targets: auto means attention beside experts: peft adapts" in answer.said
+    layers = read_adapter(workshop.run / "adapter").layers
+    assert sorted(layers) == [f"model.layers.{n}.self_attn.{one}_proj" for n in range(2) for one in "koqv"]
+    assert workshop.manifest()["facts"]["validate"]["ok"]
+    assert read_gguf(workshop.run / "mini-f16.gguf").tensors["blk.0.ffn_up_exps.weight"].shape[0] == 4
 
 
 @pytest.mark.slow

@@ -32,8 +32,9 @@ class Lora(Section):
     dropout: Fraction = Field(0.05, description="dropout before the adapter")
     targets: Targets = Field(
         "auto",
-        description="`auto` and `all-linear`: every linear layer but the head; `attention`: those of "
-        "attention; a list of module names; or a regular expression of whole names",
+        description="`auto` and `all-linear`: every linear layer but the head (`auto` beside experts: "
+        "`attention`); `attention`: those of attention; a list of module names; or a regular expression of "
+        "whole names",
     )
     rank_pattern: dict[Pattern, Positive] = Field(
         {}, description="ranks of their own: module name or regular expression to rank"

@@ -5,6 +5,7 @@ Not covered: tools that are missing (`preflight`), the disk (`space`) and the ro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from forge import report
@@ -19,6 +20,7 @@ from forge.model.checkpoint import refuse_packed
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
 from forge.recipe.load import Loaded
+from forge.resolve.experts import WHY, adapted_experts
 
 if TYPE_CHECKING:
     from forge.resolve.resolved import Resolved
@@ -63,10 +65,16 @@ def _warn_of_other_base(ship: Resolved, adapter: Adapter) -> None:
 def _check_targets(ship: Resolved) -> None:
     """Names that fit no module, told before training; matched as peft does, whole or behind a dot.
 
-    Left to peft where transformers joins the experts' tensors under names that no file has.
+    Left to peft where transformers joins the experts' tensors under names that no file has; those of
+    experts and routers are refused.
     """
-    named = ship.training.lora.targets if ship.training else "auto"
-    if isinstance(named, str) or any(".experts." in name for name in ship.tensors):
+    if ship.training is None or ship.training.method == "full":
+        return
+    named = ship.training.lora.targets
+    if ship.holds_experts:
+        _refuse_experts(ship, adapted_experts(named, ship.tensors))
+        return
+    if isinstance(named, str):
         return
     modules = {f".{name.removesuffix('.weight')}" for name in ship.tensors if name.endswith(".weight")}
     absent = [one for one in named if not any(module.endswith(f".{one}") for module in modules)]
@@ -77,6 +85,18 @@ def _check_targets(ship: Resolved) -> None:
             hint=f"its linear layers are {', '.join(linear)}",
             problems=[
                 _located(ship.loaded, "train.lora.targets", f"the base has no module {one}") for one in absent
+            ],
+        )
+
+
+def _refuse_experts(ship: Resolved, inner: Sequence[str]) -> None:
+    field = "train.lora.targets"
+    if inner:
+        raise RecipeError(
+            f"{field}: experts and routers cannot be adapted: {WHY}",
+            hint=f"set {field}: attention, which auto means here",
+            problems=[
+                _located(ship.loaded, field, f"{target} takes in experts or the router") for target in inner
             ],
         )
 
@@ -94,12 +114,12 @@ def _check_linear(ship: Resolved) -> None:
     problems = []
     if ship.configuration.model_type == "gpt2":
         problems.append("the layers of GPT-2 are Conv1D, not linear")
-    for target in () if isinstance(lora.targets, str) else lora.targets:
-        adapted = [name for name in ship.tensors if f".{name}".endswith(f".{target}.weight")]
-        if target.rpartition(".")[2] in EMBEDDINGS:
-            problems.append(f"{target} is an embedding, not a linear layer")
-        elif any(".experts." in name for name in adapted):
-            problems.append(f"{target} is in the experts, which are trained joined")
+    named = () if isinstance(lora.targets, str) else lora.targets
+    problems += [
+        f"{target} is an embedding, not a linear layer"
+        for target in named
+        if target.rpartition(".")[2] in EMBEDDINGS
+    ]
     if problems:
         raise RecipeError(
             f"{field}: {'DoRA' if lora.dora else 'an adapter of its own'} is only for linear layers",

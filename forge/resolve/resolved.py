@@ -31,6 +31,7 @@ from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Recipe, Train
+from forge.resolve.experts import WHY, holds_experts
 from forge.resolve.taught import template_text, trained_tokenizer, with_template
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
@@ -74,16 +75,25 @@ class Resolved:
 
     @cached_property
     def training(self) -> Train | None:
-        """The training run, with its method chosen where the recipe leaves that to the machine."""
+        """The training run, with what the recipe leaves to the machine and to the base chosen."""
         train = self.recipe.train
-        if not isinstance(train, Train):
-            return None
-        if train.method != "auto" or self.base.directory is None:
-            return train
-        length = train.max_length or PLANNING_LENGTH
-        method, reason = choose_method(train, self.tensors, self.configuration, length)
-        report.info(f"train.method: auto means {method} here: {reason}")
-        return train.model_copy(update={"method": method})
+        if not isinstance(train, Train) or self.base.directory is None:
+            return train if isinstance(train, Train) else None
+        if train.method == "auto":
+            length = train.max_length or PLANNING_LENGTH
+            method, reason = choose_method(train, self.tensors, self.configuration, length)
+            report.info(f"train.method: auto means {method} here: {reason}")
+            train = train.model_copy(update={"method": method})
+        if train.method != "full" and train.lora.targets == "auto" and self.holds_experts:
+            report.info(f"train.lora.targets: auto means attention beside experts: {WHY}")
+            lora = train.lora.model_copy(update={"targets": "attention"})
+            train = train.model_copy(update={"lora": lora})
+        return train
+
+    @property
+    def holds_experts(self) -> bool:
+        """Whether the base is a mixture of experts."""
+        return holds_experts(self.tensors, self.configuration.experts)
 
     @property
     def base_directory(self) -> Path:
