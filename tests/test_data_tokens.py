@@ -13,7 +13,7 @@ from forge.data.conversation import Conversation, Place, Turn
 from forge.data.tokens import IGNORED, Encoded, PromptFormat, encode_all, prompt_format
 from forge.errors import DataError
 from forge.model.tokenizer_files import read_tokenizer
-from tests.vocabularies import trl_template, write_tokenizer
+from tests.vocabularies import write_tokenizer
 
 pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
 
@@ -128,7 +128,8 @@ BROKEN: Mapping[str, tuple[str, str]] = {
     ),
     "the prompt is written otherwise": (
         CHATML_TURNS.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant:{%"),
-        "the prompt is not a prefix of the conversation: the template rewrites earlier turns",
+        "the prompt is not a prefix of the conversation: the template begins an answer otherwise than "
+        "its generation prompt",
     ),
     "a message is dropped": (
         CHATML_TURNS.replace("{{ m.content }}", "{{ m.content if m.role != 'user' }}"),
@@ -163,14 +164,6 @@ def test_faults_of_a_template(fault: str, directories: Mapping[str, Path]) -> No
     )
     answer = Turn("assistant", "The red dog")
     assert refusal(form, USER, answer) == message
-
-
-def test_a_template_that_cuts_earlier_thoughts_is_for_last_answers(directories: Mapping[str, Path]) -> None:
-    form = format_of(directories["qwen2"], trl_template("qwen3"))
-    thought = Turn("assistant", "<think>\nHmm.\n</think>\n\nYes.")
-    with pytest.raises(DataError) as caught:
-        encode(form, USER, thought, AGAIN, SECOND)
-    assert caught.value.problems
 
 
 def test_an_answer_that_holds_the_end_of_turn(directories: Mapping[str, Path]) -> None:

@@ -2,7 +2,7 @@
 
 It is parsed here, and rendered in a process with hard limits (`renderer`): it is somebody else's program.
 
-Not covered: tools and documents are passed as None.
+Not covered: documents are passed as None.
 """
 
 from __future__ import annotations
@@ -69,8 +69,14 @@ class ChatTemplate:
     def day(self) -> str:
         return str(self.variables.get(DAY_VARIABLE, DEFAULT_DAY))
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        """The prompt text.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """The prompt text; `tools` are JSON schemas, as OpenAI's API has them.
 
         Raises `DataError` with the template's own words when it refuses, `TemplateLimitError` when it takes
         more time or memory than any chat template needs.
@@ -78,7 +84,7 @@ class ChatTemplate:
         given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
         values = {
             "messages": [dict(message) for message in messages],
-            "tools": None,
+            "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self.special_tokens,

@@ -99,6 +99,7 @@ def _facts(rows: Rows, kept: Sequence[Encoded], heldout: int) -> dict[str, Any]:
     """The account of what was read, and the figures of the rows that are `kept`."""
     lengths = sorted(len(row.input_ids) for row in kept)
     notes = rows.notes
+    notes.counts.update(note for row in kept for note in row.notes)
     return {
         "rows": len(kept),
         "heldout_rows": heldout,
@@ -196,7 +197,9 @@ def _fit(rows: Sequence[Encoded], limit: int, settings: Settings) -> list[Encode
     if settings.overlong == "drop":
         report.warning(f"{many} and were left out")
         return [row for row in rows if len(row.input_ids) <= limit]
-    cut = [Encoded(row.input_ids[:limit], row.labels[:limit], row.conversation) for row in rows]
+    cut = [
+        dataclasses.replace(row, input_ids=row.input_ids[:limit], labels=row.labels[:limit]) for row in rows
+    ]
     left = [row for row in cut if row.supervised]
     gone = len(cut) - len(left)
     said = f"{len(too_long) - gone} were cut, without their end of turn"
