@@ -274,8 +274,9 @@ def test_a_password_in_the_url_is_sent_and_never_shown(
 
 
 MEASURE = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
+from forge.export.memory import peak_memory
 from forge.serve import generate as module
 from forge.serve.endpoint import Endpoint
 began = time.process_time()  # what it takes, whatever else the machine does
@@ -284,7 +285,7 @@ ask = module._Batch._ask
 async def noted(self, lane, row):
     if not first:
         first.append(time.process_time() - began)
-        print(first[0], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+        print(first[0], peak_memory(), flush=True)  # getrusage counts what the parent had
     return await ask(self, lane, row)
 module._Batch._ask = noted
 module.generate(Endpoint(sys.argv[1], "m"), Path(sys.argv[2]), Path(sys.argv[3]), concurrency=4)
@@ -309,7 +310,7 @@ def test_a_million_prompts_begin_at_once_in_little_memory(tmp_path: Path) -> Non
             peak = int(line.split()[1])
             list(child.lines())
     assert float(line.split()[0]) < 2.5, line
-    assert peak < 150_000, line
+    assert peak < 150_000_000, line
 
 
 @pytest.mark.programs
