@@ -111,8 +111,9 @@ def test_a_program_beside_its_directory_is_found(tmp_path: Path) -> None:
 
 
 def test_stop_asks_first(tmp_path: Path) -> None:
-    code = "import signal, sys, time\n"
-    code += "signal.signal(signal.SIGTERM, lambda *_: (print('tidy', flush=True), sys.exit(7)))\n"
+    # Written past Python's buffer: the signal may come while that is still being emptied.
+    code = "import os, signal, sys, time\n"
+    code += "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'tidy\\n'), sys.exit(7)))\n"
     code += "print('up', flush=True); time.sleep(600)"
     with process.Child(python(code)) as child:
         lines = child.lines()
