@@ -18,7 +18,6 @@ from forge import report
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import RecipeError
 from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer, read_vocabulary
-from forge.recipe.starters import directory_of_starters
 
 
 def trained_tokenizer(
@@ -57,6 +56,9 @@ def template_text(asked: str, relative_to: Path, own: Mapping[str, str]) -> str:
     It is one of the tokenizer's own named templates (`own`), a shipped one by its name, a file, or the
     template itself. Raises `RecipeError` for a name or file that is not there.
     """
+    # Here, for an export of files starts without the recipe's schema.
+    from forge.recipe.starters import directory_of_starters
+
     if "{{" in asked or "{%" in asked:
         return asked
     if asked in own:
