@@ -40,7 +40,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
 
 def _serve(wish: Wish, *, listed: bool = False) -> None:
     with pytest.raises(StageError, match="it has ended"):
-        serve(wish, said=lambda fields: None, handed_over=settings(wish).to_json() if listed else None)
+        serve(wish, on_ready=lambda fields: None, handed_over=settings(wish).to_json() if listed else None)
 
 
 @pytest.mark.parametrize("listed", [False, True])

@@ -61,15 +61,15 @@ def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[s
     }
 
 
-def _warnings(found: Adapter) -> list[str]:
+def _warnings(adapter: Adapter) -> list[str]:
     """What is worth a look and no fault: some families have layers that no text moves."""
     import safetensors
 
-    with safetensors.safe_open(str(found.directory / WEIGHTS_FILE), framework="pt") as file:
-        idle = idle_layers(found, file)
+    with safetensors.safe_open(str(adapter.directory / WEIGHTS_FILE), framework="pt") as file:
+        idle = idle_layers(adapter, file)
     if not idle:
         return []
-    return [f"{len(idle)} of {len(found.layers)} layers are all zero and change nothing: {idle[0]}"]
+    return [f"{len(idle)} of {len(adapter.layers)} layers are all zero and change nothing: {idle[0]}"]
 
 
 def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
@@ -122,7 +122,7 @@ def _refuse_other_shapes(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _status_problems(
-    status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], found: Adapter
+    status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], adapter: Adapter
 ) -> Iterator[Problem]:
     for field, value in status.items():
         if field == "requires_grad":
@@ -139,7 +139,7 @@ def _status_problems(
         layer["name"].partition(".")[2]: layer for layer in layers if layer["module_type"].startswith("lora.")
     }
     # The file's names may lack what peft's have in front; both are those of one module.
-    held = {find_base_tensor(module, adapted) or module for module in found.layers}
+    held = {find_base_tensor(module, adapted) or module for module in adapter.layers}
     for module in sorted(adapted.keys() - held):
         # peft fills what the file lacks with a fresh layer, which changes nothing.
         yield Problem("the configuration adapts it, the file holds no weights for it", module)
@@ -148,36 +148,36 @@ def _status_problems(
         yield Problem("the file holds weights for it, the configuration does not adapt it", module)
 
 
-def _number_problems(found: Adapter) -> Iterator[Problem]:
+def _number_problems(adapter: Adapter) -> Iterator[Problem]:
     import safetensors
     import torch
 
-    with safetensors.safe_open(str(found.directory / WEIGHTS_FILE), framework="pt") as file:
+    with safetensors.safe_open(str(adapter.directory / WEIGHTS_FILE), framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - not a dict
             tensor = file.get_tensor(name)
             if not torch.isfinite(tensor).all():
                 yield Problem("has values that are not finite", name)
-        idle = idle_layers(found, file)
-        if idle and len(idle) == len(found.layers) and not found.replaced and not found.rows:
+        idle = idle_layers(adapter, file)
+        if idle and len(idle) == len(adapter.layers) and not adapter.replaced and not adapter.rows:
             yield from (Problem("is all zero: the layer changes nothing", module) for module in idle)
 
 
-def idle_layers(found: Adapter, file: Any) -> list[str]:
+def idle_layers(adapter: Adapter, file: Any) -> list[str]:
     """The layers of which a factor is all zero, read from the open `file`."""
     return [
         module
-        for module, layer in found.layers.items()
+        for module, layer in adapter.layers.items()
         if not file.get_tensor(layer.b.name).any() or not file.get_tensor(layer.a.name).any()
     ]
 
 
-def _specs(found: Adapter) -> Iterator[Any]:
-    for layer in found.layers.values():
+def _specs(adapter: Adapter) -> Iterator[Any]:
+    for layer in adapter.layers.values():
         yield from (layer.a, layer.b)
         if layer.magnitude:
             yield layer.magnitude
-    yield from found.replaced.values()
-    yield from (rows.values for rows in found.rows.values())
+    yield from adapter.replaced.values()
+    yield from (rows.values for rows in adapter.rows.values())
 
 
 def _numel(shape: tuple[int, ...]) -> int:

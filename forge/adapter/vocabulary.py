@@ -244,14 +244,14 @@ def _leaf(name: str) -> str:
 
 
 @cache
-def _is_copy(one: TensorSpec, other: TensorSpec) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+def _is_copy(tensor: TensorSpec, other: TensorSpec) -> bool:
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
         return False
-    with one.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(one.start)
+    with tensor.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(tensor.start)
         second.seek(other.start)
-        for start in range(0, one.bytes, _BLOCK):
-            count = min(_BLOCK, one.bytes - start)
+        for start in range(0, tensor.bytes, _BLOCK):
+            count = min(_BLOCK, tensor.bytes - start)
             if first.read(count) != second.read(count):
                 return False
     return True

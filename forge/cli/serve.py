@@ -75,4 +75,4 @@ def command(
     else:
         # `--detach` types the settings of the server that it starts: data, and the key on no command line.
         typed = sys.stdin.readline() if handed_over else None
-        serve(wanted, said=report.result, show=show, handed_over=typed)
+        serve(wanted, on_ready=report.result, show=show, handed_over=typed)

@@ -22,11 +22,11 @@ from forge.ship.serving import Wish, open_runtime, served_directory, settings
 def serve(
     wish: Wish,
     *,
-    said: Callable[[Mapping[str, object]], None],
+    on_ready: Callable[[Mapping[str, object]], None],
     show: bool = False,
     handed_over: str | None = None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM; `said` hears of the endpoint once it answers.
+    """Serve until Ctrl-C or SIGTERM; `on_ready` hears of the endpoint once it answers.
 
     `show` opens the server's web page in a browser; `handed_over` are the settings, as JSON, of a
     server in the background, which `forge ps` shows.
@@ -53,7 +53,7 @@ def serve(
                     endpoint.container, since,
                 )
             )  # fmt: skip
-        said(_fields(endpoint, os.getpid()))
+        on_ready(_fields(endpoint, os.getpid()))
         if show:
             webbrowser.open(endpoint.url)
         try:

@@ -87,17 +87,17 @@ def _laid_out(
     converters: Path,
     settings: Mapping[str, Any],
     checkpoint: Checkpoint,
-    found: Fitted | None,
+    fitted: Fitted | None,
 ) -> dict[str, Any]:
     description = scratch / "description"
     description.mkdir()
-    describe(base, tokenizer, chat_template, description, found)
-    tensors = merged_tensors(found) if found else base_tensors(checkpoint)
+    describe(base, tokenizer, chat_template, description, fitted)
+    tensors = merged_tensors(fitted) if fitted else base_tensors(checkpoint)
     quant = settings["quant"] or "f16"
     with one_thread():
         model = Ingredients(base, None, tokenizer, chat_template, converters, settings["end_of_turn_id"])
         request = ExportRequest(model, scratch, name=settings["name"], quant=quant)
-        converted, compared = lay_out(description, scratch, tensors, request, found)
+        converted, compared = lay_out(description, scratch, tensors, request, fitted)
     types = decide(converted, scratch / "header.gguf", quant, {})
     return {
         "gguf_bytes": sum(bytes_of(kind, converted.tensors[name].shape) for name, kind in types.items()),

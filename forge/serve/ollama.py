@@ -108,7 +108,7 @@ def import_model(
     server: Ollama,
     name: str,
     gguf: Path,
-    told: HandOver,
+    handed: HandOver,
     *,
     adapter: Path | None = None,
     count: Count | None = None,
@@ -128,29 +128,29 @@ def import_model(
         )
     # Ollama checks neither: a wrong one fails when it is loaded, without a reason.
     ready.check_kinds(gguf, read_gguf(gguf), [adapter] if adapter else [])
-    _check_bos(gguf, told)
+    _check_bos(gguf, handed)
     fields: dict[str, Any] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
     if adapter:
         fields["adapters"] = {adapter.name: server.push(adapter, adapter.name)}
     fields["parameters"] = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in told.parameters.items()
+        key: list(value) if isinstance(value, tuple) else value for key, value in handed.parameters.items()
     }
-    if told.licences:
-        fields["license"] = list(told.licences)
+    if handed.licences:
+        fields["license"] = list(handed.licences)
     failures: list[Problem] = []
-    ways = _ways(server.version(), told)
+    ways = _ways(server.version(), handed)
     for way in ways:
-        template = {"template": told.compiled.go} if way == "go" else {}
+        template = {"template": handed.compiled.go} if way == "go" else {}
         if way == "go" and "jinja" in ways and not _honours_template(server, fields):
             # Proved or not, it would not be what is used.
             failures.append(Problem(_IGNORED, _named(way)))
             continue
         try:
             with _scratch(server, {**fields, **template}) as made:
-                prove_stops(server, made, told.stops)
-                compared = _generated(told, way)
-                prove = partial(prove_prompts, server, made, told.template)
-                writes_bos = None if way == "jinja" else not told.add_bos
+                prove_stops(server, made, handed.stops)
+                compared = _generated(handed, way)
+                prove = partial(prove_prompts, server, made, handed.template)
+                writes_bos = None if way == "jinja" else not handed.add_bos
                 prove(compared, writes_bos=writes_bos)
                 counted = prove(compared[:_PLAIN], writes_bos=writes_bos, count=count) if count else 0
                 if ask:
@@ -171,9 +171,9 @@ class PromptsDifferError(CheckError):
     """The server writes another prompt, or stops at other texts."""
 
 
-def _check_bos(gguf: Path, told: HandOver) -> None:
+def _check_bos(gguf: Path, handed: HandOver) -> None:
     """No way hands over the right tokens where the file adds a BOS of its own."""
-    reason = unseen_bos(told.template, add_bos=told.add_bos)
+    reason = unseen_bos(handed.template, add_bos=handed.add_bos)
     if reason:
         raise CheckError(
             f"{gguf.name}: {reason}",
@@ -181,10 +181,10 @@ def _check_bos(gguf: Path, told: HandOver) -> None:
         )
 
 
-def _ways(version: tuple[int, ...], told: HandOver) -> list[Way]:
+def _ways(version: tuple[int, ...], handed: HandOver) -> list[Way]:
     is_current = version >= JINJA_SINCE or not any(version)
     ways: list[Way] = ["jinja"] if is_current else []
-    return [*ways, "go"] if told.compiled.go is not None else ways
+    return [*ways, "go"] if handed.compiled.go is not None else ways
 
 
 _IGNORED = (
@@ -263,30 +263,30 @@ def prove_prompts(
     return len(counts)
 
 
-def _generated(told: HandOver, way: Way) -> list[tuple[Message, ...]]:
+def _generated(handed: HandOver, way: Way) -> list[tuple[Message, ...]]:
     """Generated conversations of those that the template takes; on the Go way those that are claimed.
 
     Left out: empty texts, which the server drops, and white space at the edges that is not ASCII.
     """
-    takes_system = told.compiled.chat is None or told.compiled.chat.system != "refused"
+    takes_system = handed.compiled.chat is None or handed.compiled.chat.system != "refused"
     taken = [
         one
-        for one in probe.conversations(probe.literals(told.template), has_system=takes_system)
+        for one in probe.conversations(probe.literals(handed.template), has_system=takes_system)
         if all(_is_written_so(message["content"]) for message in one)
         and probe.is_ordinary(one)
-        and (way == "jinja" or told.compiled.claims(one))
-        and _takes(told.template, one)
+        and (way == "jinja" or handed.compiled.claims(one))
+        and _takes(handed.template, one)
     ]
     if not taken:
         raise CheckError(
             "the chat template takes none of the generated conversations: nothing would be proved",
             hint="forge template shows what it takes",
         )
-    found = [one for one in taken if fits(told.template, one, told.context_tokens)]
+    found = [one for one in taken if fits(handed.template, one, handed.context_tokens)]
     if not found:
-        shortest = min(len(told.template.render(one, add_generation_prompt=True)) for one in taken)
+        shortest = min(len(handed.template.render(one, add_generation_prompt=True)) for one in taken)
         raise CheckError(
-            f"no conversation surely fits into a context of {told.context_tokens} tokens, the shortest has "
+            f"no conversation surely fits into a context of {handed.context_tokens} tokens, the shortest has "
             f"{shortest:,} characters: nothing would be proved",
             hint="give it more: deploy.context_tokens in the recipe, or num_ctx in its Modelfile",
         )

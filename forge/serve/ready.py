@@ -112,9 +112,9 @@ def _busy_cores(cores: int) -> int:
     return max(0, min(cores, round(busy - (len(shares) - cores))))
 
 
-def device_of(said: Sequence[str]) -> str:
+def device_of(lines: Sequence[str]) -> str:
     """Where the model runs, by what llama.cpp said while it loaded."""
-    for line in said:
+    for line in lines:
         if (found := _OFFLOADED.search(line)) and int(found[1]):
             return f"GPU: {found[1]} of {found[2]} layers"
     return "CPU"

@@ -59,20 +59,20 @@ class ServerProcess:
         return [line for line in text.splitlines() if line.strip() and not line.startswith("$ ")]
 
 
-def last_lines(said: Sequence[str]) -> list[str]:
+def last_lines(texts: Sequence[str]) -> list[str]:
     """The last of a server's lines, the errors alone if there are any."""
     # llama.cpp writes time, level and place: `0.00.006.790 E llama_model_load: ...`.
-    errors = [line for line in said if line.split(" ")[1:2] == ["E"]]
-    return list(errors or said)[-LAST_LINES:]
+    errors = [line for line in texts if line.split(" ")[1:2] == ["E"]]
+    return list(errors or texts)[-LAST_LINES:]
 
 
-def not_started(settings: ServerSettings, how: str, said: Sequence[str]) -> StageError:
+def not_started(settings: ServerSettings, how: str, texts: Sequence[str]) -> StageError:
     """The error for a server that did not come up, with its own words."""
     return StageError(
         f"the server did not start with {settings.model} ({how})",
         hint="these are its own last lines; a port in use, too little memory or a model of an "
         "unknown architecture are common reasons",
-        problems=[Problem(line) for line in last_lines(said)],
+        problems=[Problem(line) for line in last_lines(texts)],
     )
 
 

@@ -205,8 +205,8 @@ def _unquoted(text: str) -> str:
     if not re.fullmatch(rf'"([^"\\]|{_GO_ESCAPE.pattern})*"', text, re.DOTALL):
         raise OllamaError(f"Ollama shows a stop that is not quoted as Go does: {text}")
 
-    def written(found: re.Match[str]) -> bytes:
-        named, byte, *numbers = found.group(1, 2, 3, 4)
+    def written(match: re.Match[str]) -> bytes:
+        named, byte, *numbers = match.group(1, 2, 3, 4)
         if named:
             return _GO_NAMED[named].encode()
         return bytes([int(byte, 16)]) if byte else chr(int(numbers[0] or numbers[1], 16)).encode()
@@ -261,9 +261,9 @@ def _raise_for(status: int, content: bytes, doing: str) -> None:
     raise _error(status, said, doing)
 
 
-def _error(status: int, said: str, doing: str) -> OllamaError:
+def _error(status: int, reason: str, doing: str) -> OllamaError:
     place = f" ({status})" if status != 200 else ""
     hint = ""
-    if "no space left" in said:
+    if "no space left" in reason:
         hint = "its disk is full: make room, or set OLLAMA_MODELS to another place and restart it"
-    return OllamaError(f"Ollama failed while it {doing}{place}: {said}", hint=hint)
+    return OllamaError(f"Ollama failed while it {doing}{place}: {reason}", hint=hint)

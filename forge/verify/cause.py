@@ -35,17 +35,17 @@ class _Differ:
     compared: int
 
 
-def cause_of(found: Measurement, handovers: Sequence[Handover]) -> Cause:
+def cause_of(measured: Measurement, handovers: Sequence[Handover]) -> Cause:
     """The cause of the first hand-over that is not ok."""
     broken = next(one for one in handovers if not one.ok)
     if broken.after == "merged":
-        return _merged(found, broken)
-    if broken.beyond_vendor is not None and (words := unlike_its_word(found.file)):
+        return _merged(measured, broken)
+    if broken.beyond_vendor is not None and (words := unlike_its_word(measured.file)):
         return Cause("quantize", words, "quantize again from f16 to the type that is wanted, or forge export")
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
-    if cause := told_by_weights(found, own=broken.after == "GGUF f16" and found.legs.f16 is not None):
+    if cause := told_by_weights(measured, own=broken.after == "GGUF f16" and measured.legs.f16 is not None):
         return cause
-    if rows := wrong_rows(found):
+    if rows := wrong_rows(measured):
         return rows[0]
     figures = f"NMSE {broken.nmse:.2g}, KL {broken.kl_mean:.2g}, top-1 {broken.top1:.1%}"
     if broken.beyond_vendor is not None:
@@ -60,9 +60,9 @@ def cause_of(found: Measurement, handovers: Sequence[Handover]) -> Cause:
     return Cause("convert", words, "convert again; llama.cpp may not cover this configuration of the family")
 
 
-def told_by_weights(found: Measurement, *, own: bool) -> Cause | None:
+def told_by_weights(measured: Measurement, *, own: bool) -> Cause | None:
     """What the weights of the file say is wrong, or with `own` those of the f16 made here."""
-    fits = found.weights
+    fits = measured.weights
     file = fits.f16 if own else fits.file
     direct = own or fits.vendor is None
     yardstick = fits.f16 if direct else fits.vendor
@@ -73,10 +73,10 @@ def told_by_weights(found: Measurement, *, own: bool) -> Cause | None:
     return _converted_wrongly(file, yardstick, differ) or _merged_wrongly(file, yardstick, differ, usual)
 
 
-def wrong_rows(found: Measurement) -> list[Cause]:
+def wrong_rows(measured: Measurement) -> list[Cause]:
     """Rows of tokens that are not peft's: of the file, or of the f16 made here that it is held against."""
     causes: list[Cause] = []
-    for fits, whose in ((found.weights.file, "the file"), (found.weights.f16, "the f16 made here")):
+    for fits, whose in ((measured.weights.file, "the file"), (measured.weights.f16, "the f16 made here")):
         for name, rows in fits.rows.items() if fits and not causes else ():
             if not rows.wrong:
                 continue
@@ -101,7 +101,7 @@ def unlike_its_word(file: FileFacts) -> str:
     )
 
 
-def _merged(found: Measurement, broken: Handover) -> Cause:
+def _merged(measured: Measurement, broken: Handover) -> Cause:
     words = (
         f"the merged checkpoint is not base + adapter (KL {broken.kl_mean:.2g}): it is of another run, "
         "another base, or merged another way"

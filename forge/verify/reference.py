@@ -50,8 +50,8 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     rows = torch.tensor([row for row, _ in sample.positions])
     places = torch.tensor([place for _, place in sample.positions])
 
-    def only_sampled(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (given[0][rows, places].unsqueeze(0), *given[1:])
+    def only_sampled(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0][rows, places].unsqueeze(0), *inputs[1:])
 
     with torch.inference_mode(), _streamed(opened, weights, label):
         hook = head.register_forward_pre_hook(only_sampled)
@@ -117,7 +117,7 @@ def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
     rounding, merged = weights.rounding, list[Any]()
     modules = {id(module): name for name, module in model.named_modules()}
 
-    def load(unit: Any, given: Any) -> None:
+    def load(unit: Any, inputs: Any) -> None:
         for module in unit.modules():
             linear = isinstance(module, torch.nn.Linear) and module is not head  # those QLoRA quantizes
             for key, empty in list(module._parameters.items()):
@@ -128,7 +128,7 @@ def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
             merged.extend(() if weights.beside or not opened.layers else _merged(unit))
             _round(unit, rounding, modules)
 
-    def drop(unit: Any, given: Any, made: Any) -> None:
+    def drop(unit: Any, inputs: Any, made: Any) -> None:
         nonlocal done
         done = min(done + 1, len(units))
         report.advance(label, done, len(units))
@@ -200,11 +200,11 @@ def _multiplies(module: Any) -> bool:
     return not isinstance(module, torch.nn.Embedding) and any(one.dim() > 1 for one in own)
 
 
-def _round_inputs(module: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+def _round_inputs(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a rounded weight is multiplied by, rounded as it is; runs behind the loading."""
     kinds = (getattr(one, "held_as", None) for one in module._parameters.values())
     kind = next((kind for kind in kinds if kind), None)
-    return (rounded(given[0], kind), *given[1:])
+    return (rounded(inputs[0], kind), *inputs[1:])
 
 
 def _is_gelu(module: Any) -> bool:
@@ -212,14 +212,14 @@ def _is_gelu(module: Any) -> bool:
     return "GELU" in type(module).__name__
 
 
-def _from_table(module: Any, given: tuple[Any, ...], made: Any) -> Any:
+def _from_table(module: Any, inputs: tuple[Any, ...], made: Any) -> Any:
     """What llama.cpp's table has: by tanh also where the module has erf, F16 in and out, up to 10."""
     import torch
 
-    held = rounded(given[0], "F16")
+    held = rounded(inputs[0], "F16")
     quick = "Quick" in type(module).__name__
     found = module.forward(held) if quick else torch.nn.functional.gelu(held, approximate="tanh")
-    return torch.where(given[0].abs() < 10, rounded(found, "F16"), made)
+    return torch.where(inputs[0].abs() < 10, rounded(found, "F16"), made)
 
 
 def _units(model: Any, *, is_tuned: bool) -> Iterator[Any]:

@@ -101,53 +101,53 @@ class Certificate:
         }
 
 
-def judge(found: Measurement, gates: Gates, live: Mapping[str, Any] | None = None) -> Certificate:
+def judge(measured: Measurement, gates: Gates, live: Mapping[str, Any] | None = None) -> Certificate:
     """The certificate of a measurement; `live` is what deploy measured of the server, where it asked one."""
-    handovers = _handovers(found)
-    causes = [*_vocabulary_causes(found), *_change_causes(found)]
+    handovers = _handovers(measured)
+    causes = [*_vocabulary_causes(measured), *_change_causes(measured)]
     if any(not one.ok for one in handovers):
-        causes.append(cause_of(found, handovers))
-    if gates.as_trained and (shift := _shift_cause(found)):
+        causes.append(cause_of(measured, handovers))
+    if gates.as_trained and (shift := _shift_cause(measured)):
         causes.append(shift)
         handovers[0] = replace(handovers[0], ok=False)
-    causes += [one for one in wrong_rows(found) if one not in causes]
-    causes += _gate_causes(found, gates)
+    causes += [one for one in wrong_rows(measured) if one not in causes]
+    causes += _gate_causes(measured, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live["problems"]] if live else []
     first = causes[0] if causes else None
-    share = least_share(found.legs.file.top1, found.legs.file.positions)
+    share = least_share(measured.legs.file.top1, measured.legs.file.positions)
     return Certificate(
         ok=not causes,
         broken_stage=first.stage if first else None,
-        verdict=first.words if first else _sound_words(found, share),
+        verdict=first.words if first else _sound_words(measured, share),
         remedy=first.remedy if first else "",
         handovers=tuple(handovers),
         problems=tuple(f"{one.stage}: {one.words}" for one in causes),
-        warnings=tuple(_warnings(found)),
-        norm=_norm(found),
+        warnings=tuple(_warnings(measured)),
+        norm=_norm(measured),
         top1_at_least=share,
-        measurement=found,
+        measurement=measured,
         live=live,
     )
 
 
-def _vocabulary_causes(found: Measurement) -> list[Cause]:
+def _vocabulary_causes(measured: Measurement) -> list[Cause]:
     causes = []
-    if not found.tokens.ok:
+    if not measured.tokens.ok:
         remedy = "convert it again with a llama.cpp that knows this tokenizer, or with forge export"
-        causes.append(Cause("convert", found.tokens.message, remedy))
-    if not found.prompt.ok:
-        words = f"the file's chat template is not the one of training: {found.prompt.message}"
+        causes.append(Cause("convert", measured.tokens.message, remedy))
+    if not measured.prompt.ok:
+        words = f"the file's chat template is not the one of training: {measured.prompt.message}"
         causes.append(Cause("convert", words, "export again with the template that was trained with"))
-    if not found.stops.ok:
-        words = f"llama.cpp would not stop at {found.stops.token}, which ends an answer"
+    if not measured.stops.ok:
+        words = f"llama.cpp would not stop at {measured.stops.token}, which ends an answer"
         causes.append(
             Cause("convert", words, "set the file's eos or eot token id to it, or export with forge")
         )
     return causes
 
 
-def _change_causes(found: Measurement) -> list[Cause]:
-    base = found.legs.base
+def _change_causes(measured: Measurement) -> list[Cause]:
+    base = measured.legs.base
     if base is None or base.kl_mean > _NO_CHANGE_KL:
         return []
     words = "the adapter changes nothing: with it and without it the base gives the same probabilities"
@@ -156,9 +156,9 @@ def _change_causes(found: Measurement) -> list[Cause]:
     ]
 
 
-def _shift_cause(found: Measurement) -> Cause | None:
+def _shift_cause(measured: Measurement) -> Cause | None:
     """The exported model answers worse than the one that was trained, by more than chance explains."""
-    trained = found.legs.trained
+    trained = measured.legs.trained
     if trained is None:
         return None
     worse, error = -trained.loss_difference, trained.loss_error
@@ -172,8 +172,8 @@ def _shift_cause(found: Measurement) -> Cause | None:
     return Cause("merge", words, remedy)
 
 
-def _gate_causes(found: Measurement, gates: Gates) -> list[Cause]:
-    final, causes = found.legs.file, []
+def _gate_causes(measured: Measurement, gates: Gates) -> list[Cause]:
+    final, causes = measured.legs.file, []
     remedy = "choose a finer export.quant, or move the limit"
     if gates.max_kl is not None and final.kl_mean > gates.max_kl:
         words = f"KL {final.kl_mean:.2g} is over verify.max_kl {gates.max_kl:g}"
@@ -184,9 +184,9 @@ def _gate_causes(found: Measurement, gates: Gates) -> list[Cause]:
     return causes
 
 
-def _handovers(found: Measurement) -> list[Handover]:
-    legs, kind = found.legs, found.file.type
-    start = "fp32 base" if found.merge_base == "original" else "NF4 base"
+def _handovers(measured: Measurement) -> list[Handover]:
+    legs, kind = measured.legs, measured.file.type
+    start = "fp32 base" if measured.merge_base == "original" else "NF4 base"
     start += " + adapter" if legs.base else ""
     listed = []
     if legs.trained:
@@ -201,40 +201,40 @@ def _handovers(found: Measurement) -> list[Handover]:
         # What the type itself does to the weights is nobody's fault, and no part of the conversion's error.
         listed.append(_handover(start, f"weights in {direct.upper()}", legs.rounded, True))
         start = f"weights in {direct.upper()}"
-    listed.append(_handover(start, f"GGUF {direct}", legs.conversion, _is_converted(found)))
+    listed.append(_handover(start, f"GGUF {direct}", legs.conversion, _is_converted(measured)))
     against, vendor = legs.file_against_f16, legs.vendor
     if against is None or vendor is None:
         return listed
     beyond = against.nmse / max(vendor.nmse, 1e-30)
     ok = against.nmse <= MOST_BEYOND_VENDOR * vendor.nmse + FAR_NMSE / 100
-    if _has_experts(found):
+    if _has_experts(measured):
         # Which near ties turn depends on the last bit of what was quantized: means differ by chance.
         assert legs.beyond_vendor is not None
         beyond = legs.beyond_vendor
-        ok = beyond <= MOST_BEYOND_VENDOR and told_by_weights(found, own=False) is None
+        ok = beyond <= MOST_BEYOND_VENDOR and told_by_weights(measured, own=False) is None
     last = _handover("GGUF f16", f"GGUF {kind}", against, ok)
     return [*listed, replace(last, vendor=vendor, beyond_vendor=round(beyond, 3))]
 
 
-def _is_converted(found: Measurement) -> bool:
-    leg, own = found.legs.conversion, found.legs.arithmetic
-    if converts(leg, own) or not _has_experts(found):
+def _is_converted(measured: Measurement) -> bool:
+    leg, own = measured.legs.conversion, measured.legs.arithmetic
+    if converts(leg, own) or not _has_experts(measured):
         return converts(leg, own)
-    return converts_mostly(leg, own) and told_by_weights(found, own=found.legs.f16 is not None) is None
+    return converts_mostly(leg, own) and told_by_weights(measured, own=measured.legs.f16 is not None) is None
 
 
-def _has_experts(found: Measurement) -> bool:
+def _has_experts(measured: Measurement) -> bool:
     """Whether the base has experts to choose among; a file's own word for it would excuse any file."""
-    return bool(found.experts > 1)
+    return bool(measured.experts > 1)
 
 
 def _handover(before: str, after: str, leg: Leg, ok: bool) -> Handover:
     return Handover(before, after, ok, leg.nmse, leg.kl_mean, leg.kl_max, leg.top1, leg.perplexity)
 
 
-def _sound_words(found: Measurement, share: float) -> str:
-    final, kind = found.legs.file, found.file.type
-    what = "base and adapter" if found.legs.base else "the base"
+def _sound_words(measured: Measurement, share: float) -> str:
+    final, kind = measured.legs.file, measured.file.type
+    what = "base and adapter" if measured.legs.base else "the base"
     return (
         f"the {kind} file is {what}: token ids, prompts and stops are equal, "
         f"KL {final.kl_mean:.2g}, the same top token at {final.top1:.1%} of {final.positions} "
@@ -242,8 +242,8 @@ def _sound_words(found: Measurement, share: float) -> str:
     )
 
 
-def _warnings(found: Measurement) -> list[str]:
-    legs, told = found.legs, _type_remarks(found.file)
+def _warnings(measured: Measurement) -> list[str]:
+    legs, told = measured.legs, _type_remarks(measured.file)
     trained = legs.trained
     if trained and trained.kl_mean > _SHIFT_KL:
         told.append(
@@ -252,21 +252,21 @@ def _warnings(found: Measurement) -> list[str]:
             "or train with method: lora"
         )
     leg = legs.conversion
-    if _has_experts(found) and leg.beyond and _is_converted(found):
+    if _has_experts(measured) and leg.beyond and _is_converted(measured):
         told.append(
             f"rounding turned near ties between experts: {leg.beyond:.1%} of the positions are "
             f"beyond NMSE {FAR_NMSE:g} ({leg.nmse:.2g} over all); half of all and a quarter of "
             "every stretch of the rows are within, and the weights that could be looked up are right; the "
             "experts' mostly could not: a fault in few of them alone would not show"
         )
-    norm = _norm(found)
+    norm = _norm(measured)
     if norm and norm.worse:
         told.append(f"{norm.words}; small models lose more")
-    told += [f"not compared: {limit}" for limit in found.tokens.limits]
-    if found.sample.undecided:
+    told += [f"not compared: {limit}" for limit in measured.tokens.limits]
+    if measured.sample.undecided:
         told.append(
-            f"too near to its limit for {found.sample.positions} positions to be sure: "
-            f"{', '.join(found.sample.undecided)}; give more rows, or raise verify.minutes"
+            f"too near to its limit for {measured.sample.positions} positions to be sure: "
+            f"{', '.join(measured.sample.undecided)}; give more rows, or raise verify.minutes"
         )
     return told
 
@@ -280,9 +280,9 @@ def _type_remarks(file: FileFacts) -> list[str]:
     return [unlike] if unlike else []
 
 
-def _norm(found: Measurement) -> Norm | None:
+def _norm(measured: Measurement) -> Norm | None:
     """What a quantized type loses beside what it is known to lose; None where no figure is published."""
-    final, kind = found.legs.file, found.file.type
+    final, kind = measured.legs.file, measured.file.type
     if kind not in NORMS:
         return None
     kl_mean, top1 = NORMS[kind]
