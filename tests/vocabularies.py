@@ -55,8 +55,11 @@ def llama_cpp_models() -> Path:
         raise FileNotFoundError(
             f"{ARCHIVE} is missing: `make test` fetches it, or set LLAMA_CPP_TREE to an unpacked llama.cpp"
         )
-    # Beside the tests' own store, which conftest removes with all that lies there.
-    unpacked = Path(tempfile.mkdtemp(dir=Path(os.environ["FORGE_HOME"]).parent))
+    # Beside the tests' own store, which conftest removes with all that lies there; run by hand, FORGE_HOME
+    # may be in the clone, where nothing is to be left.
+    beside = Path(os.environ["FORGE_HOME"]).absolute().parent
+    is_ours = beside.is_relative_to(tempfile.gettempdir())
+    unpacked = Path(tempfile.mkdtemp(prefix="forge-models-", dir=beside if is_ours else None))
     with tarfile.open(ARCHIVE, "r:gz") as tar:
         for member in tar:
             parts = PurePosixPath(member.name).parts[3:]

@@ -31,13 +31,17 @@ def data_sources(
     return sources, heldout
 
 
-def _source(data: Data, one: DataSource, directory: Path, *, offline: bool, fetch: bool) -> Source:
-    split, form, columns = one.split or data.split, one.format or data.format, one.columns or data.columns
-    if _is_hub_id(one.source, directory):
-        folder = fetch_dataset(one.source, revision=one.revision, offline=offline) if fetch else None
+def _source(data: Data, source: DataSource, directory: Path, *, offline: bool, fetch: bool) -> Source:
+    split, form, columns = (
+        source.split or data.split,
+        source.format or data.format,
+        source.columns or data.columns,
+    )
+    if _is_hub_id(source.source, directory):
+        folder = fetch_dataset(source.source, revision=source.revision, offline=offline) if fetch else None
         files = files_of_split(folder, split) if folder else ()
     else:
-        files = locate_all(one.source, directory, split)
+        files = locate_all(source.source, directory, split)
     own = ":" in form
     shape = Shape(
         AUTO if own else form,
@@ -46,7 +50,7 @@ def _source(data: Data, one: DataSource, directory: Path, *, offline: bool, fetc
         data.ignore,
         reader_named(form, directory) if own else None,
     )
-    return Source(files, shape, split, one.weight, data.encoding)
+    return Source(files, shape, split, source.weight, data.encoding)
 
 
 def _is_hub_id(source: str, directory: Path) -> bool:
