@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -232,6 +233,10 @@ def _rules(**more: Any) -> Rules:
         ({}, "", "127.0.0.1", False),
         ({}, "[", "127.0.0.1", False),
         ({}, "localhost@evil.example", "127.0.0.1", False),
+        ({}, "localhost/evil.example", "127.0.0.1", False),
+        ({}, "localhost?evil.example", "127.0.0.1", False),
+        ({}, "loc\talhost", "127.0.0.1", False),
+        ({}, "localhost:port", "127.0.0.1", False),
         ({"host": "0.0.0.0"}, "192.168.1.5:8080", "192.168.1.5", True),
         ({"host": "0.0.0.0"}, "192.168.1.6:8080", "192.168.1.5", False),
         ({"host": "box.lan"}, "box.lan:8080", "192.168.1.5", True),
@@ -299,6 +304,77 @@ def test_a_body_is_written_anew() -> None:
             rules.fields("/completion", "application/json", wrong)
 
 
+@pytest.mark.parametrize(
+    ("authorization", "x_api_key", "let_in"),
+    [
+        (f"Bearer {KEY}", None, True),
+        (f"bearer {KEY}", None, True),
+        (None, KEY, True),
+        ("Bearer other", KEY, True),  # clients of Anthropic's API may send both
+        (KEY, None, True),
+        (f"Basic {KEY}", None, False),
+        (f"Bearer {KEY}x", None, False),
+        ("Bearer \xe9", None, False),
+        ("", "", False),
+        (None, None, False),
+    ],
+)
+def test_where_the_key_is_read(authorization: str | None, x_api_key: str | None, let_in: bool) -> None:
+    rules = _rules(api_key=KEY)
+    if let_in:
+        rules.check_key(authorization, x_api_key)
+        return
+    with pytest.raises(RefusedRequestError, match="Invalid API Key"):
+        rules.check_key(authorization, x_api_key)
+
+
+_TOOLS = {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "required"}
+
+
+@pytest.mark.network
+@pytest.mark.programs
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/models?x=#y", None, 200),
+        ("/v1/models/yes?#", None, 200),
+        ("/health?#", None, 200),
+        ("/v1/models/%ff", None, 404),
+        ("/v1/chat/completions", {**_TOOLS, "messages": "abc"}, 400),
+        ("/v1/chat/completions", {**_TOOLS, "messages": ["abc"]}, 400),
+        ("/v1/chat/completions", {**_TOOLS, "messages": HELLO, "stream": True, "stream_options": "x"}, 200),
+        ("/v1/completions", {"prompt": "ab", "echo": True, "n": 2}, 400),
+        ("/v1/completions", {"prompt": "ab", "logprobs": -1}, 400),
+        ("/v1/completions", {"prompt": "ab", "logprobs": 1 << 40}, 400),
+        ("/v1/completions", {"prompt": [[1], ["a"]], "echo": True}, 400),
+    ],
+)
+def test_requests_of_a_wrong_shape_have_an_answer(
+    opened: Endpoint, path: str, body: dict[str, Any] | None, status: int
+) -> None:
+    """Raw, for a client would not send a `#`."""
+    content = b"" if body is None else json.dumps(body | {"max_tokens": 4}).encode()
+    length = f"Content-Length: {len(content)}"
+    request = attacks.head(opened, "GET" if body is None else "POST", path, "Connection: close", length)
+    answer = attacks.raw(opened, request + b"\r\n" + content)
+    assert attacks.statuses(answer) == [status], answer[:300]
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_no_depth_of_a_request_breaks_the_front(opened: Endpoint) -> None:
+    """Where reading it still succeeds, writing it anew or putting it into a schema need not."""
+    for depth in (*range(850, 1000, 10), 3000):
+        nested = "[" * depth + "]" * depth
+        for more in ({}, _TOOLS):
+            body = json.dumps({"messages": HELLO, "max_tokens": 1, **more})[:-1] + f', "x": {nested}}}'
+            head = attacks.head(
+                opened, "POST", "/v1/chat/completions", f"Content-Length: {len(body)}", "Connection: close"
+            )
+            status = attacks.statuses(attacks.raw(opened, head + b"\r\n" + body.encode()))
+            assert status in ([200], [400]), (depth, status)
+
+
 @pytest.mark.network
 @pytest.mark.programs
 def test_who_goes_away_stops_the_work(files: Path, tmp_path: Path) -> None:
@@ -338,27 +414,25 @@ def test_a_taken_port_is_said_before_anything_is_loaded(files: Path) -> None:
                 raise AssertionError("it served")
 
 
-@pytest.mark.network
-def test_who_takes_nothing_of_his_answer_is_given_up(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server's thread is not held by a client that never reads."""
-    monkeypatch.setattr(front_rules, "STALLED_SECONDS", 0.5)
-    ended = threading.Event()
+@contextlib.contextmanager
+def _front_before(
+    settings: ServerSettings, post: Callable[[BaseHTTPRequestHandler], None]
+) -> Iterator[Endpoint]:
+    """The front before a server that answers every POST by `post`."""
 
-    class Behind(BaseHTTPRequestHandler):
+    class Answering(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(200)
             self.end_headers()
             with contextlib.suppress(OSError):
-                while not ended.is_set():
-                    self.wfile.write(b"x" * 65536)
-            ended.set()
+                post(self)
 
         def log_message(self, format: str, *args: object) -> None:
             """Silent."""
 
-    settings = _settings(files, None, False)
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Behind))
+        server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Answering))
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         stack.callback(thread.join)
@@ -366,10 +440,54 @@ def test_who_takes_nothing_of_his_answer_is_given_up(files: Path, monkeypatch: p
         listener = stack.enter_context(front_server.bound(settings))
         behind = front.Behind(f"http://127.0.0.1:{server.server_port}")
         port = stack.enter_context(front_server.opened(listener, settings, behind))
-        endpoint = Endpoint(f"http://127.0.0.1:{port}", "yes")
+        yield Endpoint(f"http://127.0.0.1:{port}", "yes")
+
+
+@pytest.mark.network
+def test_who_takes_nothing_of_his_answer_is_given_up(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's thread is not held by a client that never reads."""
+    monkeypatch.setattr(front_rules, "STALLED_SECONDS", 0.5)
+    ended = threading.Event()
+
+    def endless(answer: BaseHTTPRequestHandler) -> None:
+        try:
+            while not ended.is_set():
+                answer.wfile.write(b"x" * 65536)
+        finally:
+            ended.set()
+
+    with _front_before(_settings(files, None, False), endless) as endpoint:
         with attacks.connect(endpoint) as asking:
             asking.sendall(attacks.head(endpoint, "POST", "/tokenize", "Content-Length: 2") + b"\r\n{}")
             try:
                 assert ended.wait(15), "its answer is still being written"
             finally:
                 ended.set()
+
+
+@pytest.mark.network
+def test_large_bodies_share_a_limit_until_they_are_answered(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while their answer takes its time: a value of brackets takes twenty times its bytes."""
+    monkeypatch.setattr(front, "_MOST_BYTES_AT_ONCE", 3 << 20)
+    asked, answer = threading.Event(), threading.Event()
+
+    def late(answering: BaseHTTPRequestHandler) -> None:
+        asked.set()
+        answer.wait(30)
+        answering.wfile.write(b"{}")
+
+    with _front_before(_settings(files, None, False), late) as endpoint:
+        body = json.dumps({"content": "x" * (2 << 20)}).encode()
+        length = f"Content-Length: {len(body)}"
+        request = attacks.head(endpoint, "POST", "/tokenize", length, "Connection: close") + b"\r\n" + body
+        with attacks.connect(endpoint) as first:
+            first.sendall(request)
+            assert asked.wait(10)
+            assert attacks.statuses(attacks.raw(endpoint, request)) == [503]
+            answer.set()
+            assert attacks.statuses(first.recv(65536)) == [200]
+            while first.recv(65536):
+                pass
+        assert attacks.statuses(attacks.raw(endpoint, request)) == [200]

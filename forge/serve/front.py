@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -51,9 +51,10 @@ _KEPT_BACK = frozenset(
 # Who is refused has his body read first, up to here: closing on him would lose the answer.
 _DRAINED_BYTES = 1 << 20
 _DRAINED_SECONDS = 1.0
-# Bodies over the first figure share the second.
+# Bodies over the first figure share the second until they are answered: as Python's values, JSON of
+# nothing but brackets takes twenty times its bytes.
 _SMALL_BYTES = 1 << 20
-_MOST_BYTES_AT_ONCE = 512 << 20
+_MOST_BYTES_AT_ONCE = 64 << 20
 # Connections of the server behind that are kept for its health.
 _SPARE = 16
 
@@ -96,12 +97,14 @@ class Front:
         extra = {"x-request-id": f"req_{uuid.uuid4().hex}"}
         try:
             if not await self._answered_itself(request, extra, send):
-                content = await self._content(request)
-                await _until_gone(receive, self._pass(request, content, extra, send))
+                async with self._body(request) as body:
+                    content = self._content(request, body)
+                    await _until_gone(receive, self._pass(request, content, extra, send))
         except RefusedRequestError as refused:
-            with contextlib.suppress(TimeoutError, ClientDisconnect):
-                await asyncio.wait_for(_drain(request), _DRAINED_SECONDS)
             await _refuse(request, refused, extra, send)
+        except RecursionError:
+            too_deep = RefusedRequestError(400, "the request is nested too deeply")
+            await _refuse(request, too_deep, extra, send)
         except (ClientDisconnect, httpx.TransportError, httpx.StreamError, ConnectionError, TimeoutError):
             # Too late for another answer: the server closes the connection, in the middle of this one.
             return
@@ -134,37 +137,42 @@ class Front:
             raise self.rules.no_model(unquote(name))
         return False
 
-    async def _content(self, request: Request) -> Any:
-        """The body as it goes to the server behind: a JSON value; None where there is none."""
+    @contextlib.asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytearray]:
+        """A request's body, whole; a large one counts as held until the block ends."""
         length = request.headers.get("content-length")
         if length is not None and "transfer-encoding" in request.headers:
             raise RefusedRequestError(400, "a request has a Content-Length or a Transfer-Encoding, not both")
         if length is not None and (len(length) > 18 or int(length) > rules.MOST_BODY_BYTES):
             raise RefusedRequestError(413, f"{length[:18]} bytes; at most {rules.MOST_BODY_BYTES}")
         held = 0
-        pieces: list[bytes] = []
-        size = 0
+        body = bytearray()
         try:
-            async with asyncio.timeout(rules.BODY_SECONDS):
-                async for piece in request.stream():
-                    size += len(piece)
-                    if size > rules.MOST_BODY_BYTES:
-                        raise RefusedRequestError(413, f"at most {rules.MOST_BODY_BYTES} bytes")
-                    if size > _SMALL_BYTES:
-                        self.held_bytes += size - held
-                        held = size
-                        if self.held_bytes > _MOST_BYTES_AT_ONCE:
-                            raise RefusedRequestError(503, "too many large requests at once", "server_error")
-                    pieces.append(piece)
-            content = b"".join(pieces)
-            if request.method != "POST":
-                return None
-            return self.rules.fields(_path_of(request), request.headers.get("content-type"), content)
-        except TimeoutError:
-            message = f"the request took longer than {rules.BODY_SECONDS:.0f} seconds to arrive"
-            raise RefusedRequestError(408, message) from None
+            try:
+                async with asyncio.timeout(rules.BODY_SECONDS):
+                    async for piece in request.stream():
+                        body += piece
+                        if len(body) > rules.MOST_BODY_BYTES:
+                            raise RefusedRequestError(413, f"at most {rules.MOST_BODY_BYTES} bytes")
+                        if len(body) > _SMALL_BYTES:
+                            self.held_bytes += len(body) - held
+                            held = len(body)
+                            if self.held_bytes > _MOST_BYTES_AT_ONCE:
+                                raise RefusedRequestError(
+                                    503, "too many large requests at once", "server_error"
+                                )
+            except TimeoutError:
+                message = f"the request took longer than {rules.BODY_SECONDS:.0f} seconds to arrive"
+                raise RefusedRequestError(408, message) from None
+            yield body
         finally:
             self.held_bytes -= held
+
+    def _content(self, request: Request, body: bytearray) -> Any:
+        """The body as it goes to the server behind: a JSON value; None where there is none."""
+        if request.method != "POST":
+            return None
+        return self.rules.fields(_path_of(request), request.headers.get("content-type"), body)
 
     async def _pass(self, request: Request, content: Any, extra: dict[str, str], send: _Send) -> None:
         path = _path_of(request)
@@ -185,7 +193,8 @@ class Front:
         answer = openai.as_tool_calls(await self._ask(_path_of(request), openai.with_forced_tool(fields)))
         if not fields.get("stream"):
             return await JSONResponse(answer, headers=extra)(request.scope, request.receive, send)
-        usage = bool((fields.get("stream_options") or {}).get("include_usage"))
+        options = fields.get("stream_options")
+        usage = isinstance(options, dict) and bool(options.get("include_usage"))
         events = b"".join(openai.as_stream(answer, usage=usage))
         whole = Response(events, media_type="text/event-stream", headers=extra)
         return await whole(request.scope, request.receive, send)
@@ -222,7 +231,8 @@ class Front:
             path = "/v1/models"
         target = path.encode("ascii")
         if query := request.scope["query_string"]:
-            target += b"?" + query
+            # A `#` is no part of a request's target (RFC 9112, 3.2).
+            target += b"?" + query.replace(b"#", b"%23")
         headers = [(name, value) for name, value in request.headers.raw if name in _PASSED]
         body = None if content is None else json.dumps(content).encode()
         method = "GET" if path in rules.MODELS else request.method
@@ -317,6 +327,8 @@ async def _drain(request: Request) -> None:
 
 
 async def _refuse(request: Request, refused: RefusedRequestError, extra: dict[str, str], send: _Send) -> None:
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+        await asyncio.wait_for(_drain(request), _DRAINED_SECONDS)
     headers = extra | {"connection": "close"}
     if refused.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"

@@ -52,7 +52,7 @@ def with_forced_tool(fields: Mapping[str, Any]) -> dict[str, Any]:
         choice = fields["tool_choice"]
         wanted = names if choice == "required" else [choice["function"]["name"]]
         messages = [dict(message) for message in fields["messages"]]
-    except (KeyError, TypeError) as wrong:
+    except (KeyError, TypeError, ValueError) as wrong:
         raise RefusedRequestError(
             400, f"tools, tool_choice and messages as OpenAI has them: {wrong}"
         ) from None
@@ -119,19 +119,28 @@ def wants_completion_shape(path: str, fields: object) -> bool:
     """Whether a completion asks for what llama-server shapes as a chat, or leaves out."""
     if path not in COMPLETION or not isinstance(fields, dict):
         return False
-    counted = isinstance(fields.get("logprobs"), int) and not isinstance(fields.get("logprobs"), bool)
-    return bool(fields.get("echo")) or (counted and not fields.get("stream"))
+    return bool(fields.get("echo")) or (_counted(fields) is not None and not fields.get("stream"))
+
+
+def _counted(fields: Mapping[str, Any]) -> int | None:
+    """How many log-probabilities of a position a completion asks for; None where it asks as a chat does."""
+    count = fields.get("logprobs")
+    return count if isinstance(count, int) and not isinstance(count, bool) else None
 
 
 async def completion(fields: Mapping[str, Any], ask: Ask) -> dict[str, Any]:
     """The answer to such a completion; raises `RefusedRequestError` for what cannot be done."""
     if fields.get("stream"):
         raise RefusedRequestError(400, "echo does not stream")
+    if not 0 <= (_counted(fields) or 0) <= _FEW:
+        raise RefusedRequestError(400, f"logprobs: from 0 to {_FEW}")
     if not fields.get("echo"):
         answer = await ask("/v1/completions", fields)
         for choice in answer.get("choices", ()):
             choice["logprobs"] = _legacy(_entries(choice), 0)
         return answer
+    if fields.get("n", 1) != 1:
+        raise RefusedRequestError(400, "echo gives one choice for each prompt: leave n out")
     answers = [await _echoed(fields, prompt, ask) for prompt in _prompts(fields.get("prompt"))]
     whole = answers[0]
     whole["choices"] = [
@@ -168,8 +177,7 @@ async def _echoed(fields: Mapping[str, Any], prompt: str | list[int], ask: Ask) 
         ids = prompt
         text = str((await ask("/detokenize", {"tokens": ids}))["content"])
     choice["text"] = text + choice["text"]
-    count = fields.get("logprobs")
-    if not isinstance(count, int) or isinstance(count, bool):
+    if (count := _counted(fields)) is None:
         return answer
     if len(ids) > _MOST_ECHOED:
         raise RefusedRequestError(400, f"log-probabilities of a prompt of at most {_MOST_ECHOED} tokens")
@@ -185,7 +193,7 @@ async def _position(
     before: list[int], token: int, count: int, adapters: Mapping[str, Any], ask: Ask
 ) -> dict[str, Any]:
     """What the model, with the adapters of the request, gave `token` after `before`."""
-    for most in (max(_FEW, count), _ALL):
+    for most in (_FEW, _ALL):
         body = {"prompt": before, "n_predict": 1, "n_probs": most, "temperature": 0, "cache_prompt": True}
         told = (await ask("/completion", {**body, **adapters})).get("completion_probabilities") or [{}]
         top = told[0].get("top_logprobs", [])

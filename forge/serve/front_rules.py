@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from forge.serve.runtime import ServerSettings
 from forge.tools.hosts import is_loopback
 
-MOST_BODY_BYTES = 64 << 20
+MOST_BODY_BYTES = 16 << 20
 MOST_HEAD_BYTES = 32 << 10
 # From the first byte of a request to the end of its head, and of its body.
 HEAD_SECONDS = 10.0
@@ -50,6 +50,7 @@ COMPUTE = frozenset(
 # What changes the server for everybody, or shows what others ask: closed unless asked for.
 CONTROL = {"GET": frozenset({"/slots"}), "POST": frozenset({"/props", "/lora-adapters"})}
 CONTROL_SLOT = re.compile(r"/slots/\d+")
+_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 # The web page, and what it is made of.
 PAGE = re.compile(
     r"/(_app/[A-Za-z0-9_][A-Za-z0-9._/-]*|[A-Za-z0-9-]+\.(png|svg|ico|html|js|css|webmanifest))?"
@@ -104,10 +105,8 @@ class Rules:
 
         `address` is the one that the client has connected to: who listens everywhere is asked by any.
         """
-        try:
-            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-        except ValueError:
-            name = ""
+        parts = _HOST.fullmatch(host)
+        name = parts["name"].strip("[]").rstrip(".").lower() if parts else ""
         if "*" in self.hosts or is_loopback(name) or (name and name in (*self.hosts, address)):
             return
         raise _forbidden(f"this server does not go by the name {host!r}; start it with --allow-host for that")
@@ -160,8 +159,10 @@ class Rules:
         """Refuse who has not the key; OpenAI's clients send it in one header, Anthropic's in another."""
         if self.api_key is None:
             return
-        sent = (authorization or x_api_key or "").removeprefix("Bearer ")
-        if not hmac.compare_digest(sent.encode("latin-1"), self.api_key.encode()):
+        kind, _, rest = (authorization or "").partition(" ")
+        bearer = rest if kind.lower() == "bearer" else authorization or ""
+        key = self.api_key.encode()
+        if not any(hmac.compare_digest(sent.encode("latin-1"), key) for sent in (bearer, x_api_key or "")):
             raise RefusedRequestError(401, "Invalid API Key", "authentication_error")
 
     def model_in(self, path: str) -> str | None:
@@ -171,7 +172,7 @@ class Rules:
                 return path.removeprefix(f"{route}/") or None
         return None
 
-    def fields(self, path: str, content_type: str | None, content: bytes) -> Any:
+    def fields(self, path: str, content_type: str | None, content: bytes | bytearray) -> Any:
         """A request's body as the server behind is to have it, to be written anew: both then read the same.
 
         The model of the request chooses its adapter.
