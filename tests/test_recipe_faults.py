@@ -57,7 +57,7 @@ smoke:
     assert refused(text, "train.epochs=-1", "nonsense") == [
         "recipe.yaml:1: name: must be usable as a file name: letters, digits, '.', '_' and '-', "
         'a letter or digit first, at most 64 (got "a b")',
-        "recipe.yaml:2: base: there is no builtin:tinny; there is builtin:tiny",
+        "recipe.yaml:2: base: there is no builtin:tinny; there is builtin:tiny, builtin:smollm2",
         f"recipe.yaml:4: data.source: no such file: data/train.jsonl (looked in {Path('data').resolve()})",
         "recipe.yaml:6: train.evals_per_epoch: is not a field: held-out rows are evaluated in batches of "
         "train.batch_size, every train.evaluation_steps steps",

@@ -21,7 +21,9 @@ DATA = {
 
 
 def test_the_starters_are_the_files_of_the_templates() -> None:
-    assert starters.kinds() == ("adopt-adapter", "chat-messages", "plain-base", "quickstart", "sft-prompts")
+    assert starters.kinds() == (
+        "adopt-adapter", "chat-messages", "plain-base", "quickstart", "sft-prompts", "smollm2",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", starters.kinds())

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from forge import process
+from forge.model.smollm2 import packaged_gguf
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import ServerSettings
 from tests.conftest import SESSION_HOME
-from tests.real.smollm2 import gguf_file
 from tests.servers import KEY
 
 pytestmark = [pytest.mark.network, pytest.mark.programs, pytest.mark.slow]
@@ -22,7 +22,7 @@ ASK = Path(__file__).parent / "clients" / "ask.py"
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Endpoint]:
-    settings = ServerSettings(gguf_file(), "smol", 2048, parallel=2, api_key=KEY, embeddings=True)
+    settings = ServerSettings(packaged_gguf(), "smol", 2048, parallel=2, api_key=KEY, embeddings=True)
     with serve_embedded(settings) as endpoint:
         yield endpoint
 

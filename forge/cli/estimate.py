@@ -12,7 +12,7 @@ from forge.cli.options import common, overrides_option
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path), required=False)
 @overrides_option
-@click.option("--base", help="A base instead of a recipe: hub id, directory or builtin:tiny.")
+@click.option("--base", help="A base instead of a recipe: hub id, directory, builtin:tiny.")
 @click.option(
     "--method",
     type=click.Choice(["qlora", "int8", "lora", "full"]),

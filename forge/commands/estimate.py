@@ -11,10 +11,10 @@ from typing import Any, Literal
 from forge import report
 from forge.data.prepare import prepare
 from forge.errors import DataError
-from forge.model.base import resolve_headers
 from forge.model.config import read_configuration
 from forge.model.estimate import inference
 from forge.recipe.schema import Train
+from forge.resolve.bases import find_base_headers
 from forge.resolve.resolved import Resolved
 from forge.stages.data import DataStage
 from forge.train.memory import PLANNING_LENGTH, Memory, gpus_that_fit, job_of, memory_of, training_device
@@ -33,7 +33,7 @@ def estimate_base(
     offline: bool = False,
 ) -> dict[str, Any]:
     """Of a base by its name; the hub is asked for headers where it is not here."""
-    here, tensors = resolve_headers(base, offline=offline)
+    here, tensors = find_base_headers(base, offline=offline)
     assert here.directory is not None
     configuration = read_configuration(here.directory)
     train = Train.model_validate({"method": method, "batch_size": batch, "lora": {"r": rank}})

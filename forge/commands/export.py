@@ -21,10 +21,10 @@ from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.export.run import export as make_gguf
 from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
-from forge.model.base import resolve
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer
 from forge.recipe.quants import NEED_IMATRIX, QUANTS
+from forge.resolve.bases import directory_of
 from forge.resolve.taught import trained_tokenizer
 from forge.runs.files import IMPORTANCE_SUFFIX, adapter_beside
 from forge.store.artifacts import open_store
@@ -53,8 +53,7 @@ def export(
     """
     _check_options(out, quant, data, max_kl, is_merged=mode == "merged" and not plain)
     quant, out = (quant or "q4_k_m").lower(), out.absolute()
-    directory = resolve(base).directory
-    assert directory is not None  # only a plan leaves it open
+    directory = directory_of(base)
     configuration = read_configuration(directory)
     check_unquantized(configuration, str(directory))
     check_exportable(configuration)

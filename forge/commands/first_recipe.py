@@ -20,11 +20,12 @@ from forge.data.sources import files_of_split, locate_all
 from forge.data.split import split
 from forge.data.tokens import encode_all, prompt_format
 from forge.errors import DataError
-from forge.model.base import ResolvedBase, fetch_dataset, resolve
+from forge.model.base import ResolvedBase, fetch_dataset
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 from forge.recipe.checks import local_path
+from forge.resolve.bases import find_base
 
 _SEED = 42  # that of `data.seed`, so that the smoke queries are held-out rows
 _ENCODED = 500
@@ -46,7 +47,7 @@ def first_recipe(name: str, base: str, data: str, directory: Path) -> str:
     source = Source(_files(data))
     rows = read(source)
     training, heldout = split(rows.conversations, _held_out(len(rows.conversations))[0], _SEED)
-    found = resolve(base, fetch=False, relative_to=Path())
+    found = find_base(base, fetch=False, relative_to=Path())
     fit = _fit(found, training)
     return "\n".join(_lines(name, base, _named(data, directory), rows, heldout, fit)) + "\n"
 

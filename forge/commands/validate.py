@@ -8,19 +8,13 @@ from typing import Any
 from forge import report, worker
 from forge.adapter.places import other_base
 from forge.adapter.read import read_adapter
-from forge.model.base import resolve
 from forge.model.config import read_json
-
-
-def _directory(spec: str) -> Path:
-    directory = resolve(spec).directory
-    assert directory is not None  # only a plan leaves it open
-    return directory
+from forge.resolve.bases import directory_of
 
 
 def validate(base: str, adapter: Path) -> dict[str, Any]:
     """`forge validate --base --adapter`; raises what `adapter.status.validate` raises."""
-    facts = worker.call("validate", {"base": str(_directory(base)), "adapter": str(adapter.absolute())})
+    facts = worker.call("validate", {"base": str(directory_of(base)), "adapter": str(adapter.absolute())})
     report.success(
         f"sound: {len(facts['adapted_modules'])} layers, "
         f"{facts['trainable_parameters']:,} parameters, scale {facts['scale']}"
@@ -31,7 +25,7 @@ def validate(base: str, adapter: Path) -> dict[str, Any]:
         report.info("it trained embedding and output layer apart, which the base ties: both are written")
     if not facts["pure"]:
         report.info("not pure: " + "; ".join(facts["impurities"]))
-    another = other_base(read_adapter(adapter), base, read_json(_directory(base) / "config.json"))
+    another = other_base(read_adapter(adapter), base, read_json(directory_of(base) / "config.json"))
     facts["warnings"] += [another] if another else []
     for warning in facts["warnings"]:
         report.warning(warning)

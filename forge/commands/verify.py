@@ -14,12 +14,12 @@ from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError, RecipeError
 from forge.export.importance import weights_in
-from forge.model.base import resolve
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.estimate import certificate_disk
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer
+from forge.resolve.bases import directory_of
 from forge.resolve.rows import builtin_rows, own_rows, plain_rows
 from forge.resolve.taught import trained_tokenizer
 from forge.stages.verify import failure_of, tell
@@ -62,8 +62,7 @@ def certify(
     `DataError` for one that cannot be compared with them at all.
     """
     _check_limits(max_kl, min_top1)
-    base = resolve(files.base).directory
-    assert base is not None  # only a plan leaves it open
+    base = directory_of(files.base)
     configuration = read_configuration(base)
     _check(files, base)
     tokenizer = trained_tokenizer(base, files.adapter, max_positions=configuration.max_positions)

@@ -1,6 +1,7 @@
 """From what a recipe calls its base (or adapter, or data) to a directory on this disk.
 
-`builtin:tiny`, a directory (relative to the recipe's) or a hub id `organisation/name[@revision]`.
+`builtin:tiny`, a directory (relative to the recipe's) or a hub id `organisation/name[@revision]`;
+`builtin:smollm2`, which is made first, is found by `resolve.bases`.
 What is on disk wins: a name that is a directory is never asked for on the hub.
 
 Not covered: what is in the directory; `checkpoint`, `config` and `tokenizer_files` read that.
@@ -52,7 +53,7 @@ def resolve(
     local files are read, and a hub base that is not here in full has no directory.
     """
     if spec.startswith(_PREFIX):
-        return _at(spec, _builtin(spec.removeprefix(_PREFIX)))
+        return at(spec, _builtin(spec.removeprefix(_PREFIX)))
     directory = local_directory(spec, relative_to)
     if directory is not None:
         if revision is not None:
@@ -60,7 +61,7 @@ def resolve(
                 f"{directory}: a directory has no revision (got {revision!r})",
                 hint="leave out the revision, or name the hub id",
             )
-        return _at(spec, directory)
+        return at(spec, directory)
     return _from_hub(spec, _repository(spec, revision, "model"), offline=offline, fetch=fetch)
 
 
@@ -78,7 +79,7 @@ def resolve_headers(
     from forge.model import hub
 
     snapshot, tensors = hub.fetch_headers(_repository(spec, revision, "model"))
-    return _at(spec, snapshot.directory, snapshot.commit), tensors
+    return at(spec, snapshot.directory, snapshot.commit), tensors
 
 
 def fetch_dataset(spec: str, *, revision: str | None = None, offline: bool = False) -> Path:
@@ -103,7 +104,10 @@ def local_directory(spec: str, relative_to: Path | None = None) -> Path | None:
             hint="a base is a directory with config.json, tokenizer and safetensors, or a hub id",
         )
     if spec.startswith((".", "/", "~")) or "\\" in spec or spec.count("/") > 1:
-        raise DataError(f"{path}: no such directory", hint="base takes a hub id, a directory or builtin:tiny")
+        raise DataError(
+            f"{path}: no such directory",
+            hint="base takes a hub id, a directory, builtin:tiny or builtin:smollm2",
+        )
     return None
 
 
@@ -114,7 +118,7 @@ def _builtin(name: str) -> Path:
     known = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
     raise DataError(
         f"{_PREFIX}{name}: no such built-in base",
-        hint="there is " + ", ".join(_PREFIX + one for one in known),
+        hint="there is " + ", ".join(_PREFIX + one for one in (*known, "smollm2")),
     )
 
 
@@ -125,7 +129,8 @@ def _repository(spec: str, revision: str | None, kind: Kind) -> Repository:
     return Repository(name, revision or inline or "main", kind)
 
 
-def _at(spec: str, directory: Path, revision: str | None = None) -> ResolvedBase:
+def at(spec: str, directory: Path, revision: str | None = None) -> ResolvedBase:
+    """The base `spec` in `directory`, with its licence and what to know of that."""
     licence = read_licence(directory)
     warning = licence_warning(licence)
     return ResolvedBase(spec, directory, revision, licence, (Problem(warning, "base"),) if warning else ())
@@ -136,7 +141,7 @@ def _from_hub(spec: str, repository: Repository, *, offline: bool, fetch: bool) 
 
     if fetch and not (offline or is_offline()):
         snapshot = hub.fetch_snapshot(repository)
-        return _at(spec, snapshot.directory, snapshot.commit)
+        return at(spec, snapshot.directory, snapshot.commit)
     try:
         here = hub.local_snapshot(repository)
     except DataError as error:
@@ -144,7 +149,7 @@ def _from_hub(spec: str, repository: Repository, *, offline: bool, fetch: bool) 
             raise
         return ResolvedBase(spec, None, None, None, (Problem(f"{UNKNOWN}: {error.message}", "base"),))
     if here is not None:
-        return _at(spec, here.directory, here.commit)
+        return at(spec, here.directory, here.commit)
     if fetch:
         raise DataError(
             f"{spec}: not in {cache_directory()}, and the hub may not be asked (offline)",

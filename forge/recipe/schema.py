@@ -37,7 +37,10 @@ from forge.recipe.words import (
 class Base(Section):
     """The model to start from; `base: SPEC` is short for `base: {id: SPEC}`."""
 
-    id: Text = Field(description="hub id, `id@revision`, a directory, or `builtin:tiny`")
+    id: Text = Field(
+        description="hub id, `id@revision`, a directory, `builtin:tiny` or `builtin:smollm2` (a real "
+        "model, with the extra `real`)"
+    )
     revision: Text | None = Field(None, description="commit, tag or branch on the hub; pinned at first ship")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the base")
     chat_template: Text | None = Field(

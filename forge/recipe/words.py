@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from forge.recipe.quants import QuantName
 
-BUILTIN_BASES = ("tiny",)
+BUILTIN_BASES = ("tiny", "smollm2")
 BUILTIN_DATA = ("yoda", "yoda_heldout")
 DATA_SUFFIXES = (
     *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md"),

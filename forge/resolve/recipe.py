@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forge.adapter.read import read_adapter
-from forge.model.base import ResolvedBase, resolve, resolve_headers
+from forge.model.base import ResolvedBase, resolve
 from forge.model.safetensors_header import TensorSpec
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted
+from forge.resolve.bases import find_base, find_base_headers
 from forge.resolve.refusals import check
 from forge.resolve.resolved import Resolved
 from forge.resolve.sources import data_sources
@@ -34,7 +35,7 @@ def resolve_recipe(
     """
     recipe = loaded.recipe
     pins = pins or {}
-    base, headers = _base(loaded, pins, offline=offline, fetch=fetch)
+    base, headers = _base(loaded, store, pins, offline=offline, fetch=fetch)
     adopted = None
     if isinstance(recipe.train, Adopted):
         source = recipe.train.source
@@ -52,15 +53,19 @@ def resolve_recipe(
 
 
 def _base(
-    loaded: Loaded, pins: dict[str, Any], *, offline: bool, fetch: str
+    loaded: Loaded, store: Store, pins: dict[str, Any], *, offline: bool, fetch: str
 ) -> tuple[ResolvedBase, Mapping[str, TensorSpec] | None]:
     spec = loaded.recipe.base.id
     revision = loaded.recipe.base.revision or _pin(pins, "base", spec)
     if fetch != "headers":
         whole = fetch == "all"
-        found = resolve(spec, revision=revision, offline=offline, fetch=whole, relative_to=loaded.directory)
+        found = find_base(
+            spec, revision=revision, offline=offline, fetch=whole, relative_to=loaded.directory, store=store
+        )
         return found, None
-    return resolve_headers(spec, revision=revision, offline=offline, relative_to=loaded.directory)
+    return find_base_headers(
+        spec, revision=revision, offline=offline, relative_to=loaded.directory, store=store
+    )
 
 
 def _pin(pins: dict[str, Any], kind: str, spec: str) -> str | None:

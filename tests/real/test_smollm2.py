@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.real.smollm2 import gguf_file
+from forge.model.smollm2 import packaged_gguf
 
 pytestmark = [pytest.mark.training, pytest.mark.slow]
 
@@ -37,7 +37,7 @@ def test_its_tokenizer_gives_the_ids_of_llama_cpp(smollm2: Path) -> None:
     import tokenizers
 
     ours = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    theirs = llama_cpp.Llama(str(gguf_file()), vocab_only=True, verbose=False)
+    theirs = llama_cpp.Llama(str(packaged_gguf()), vocab_only=True, verbose=False)
     for text in _TEXTS:
         assert ours.encode(text).ids == theirs.tokenize(text.encode(), add_bos=False, special=True), text
         assert ours.decode(ours.encode(text).ids) == text
