@@ -36,7 +36,7 @@ ARROWS: Mapping[str, set[str]] = {
     "tools": {"process"},
     "serve": {"tools", "chat", "model", "process"},
     "runs": {"recipe", "store", "chat"},
-    "resolve": _BELOW_RESOLVE,
+    "resolve": _BELOW_RESOLVE | {"runs"},
     "stages": _BELOW_RESOLVE | {"resolve", "runs"},
     "ship": _BELOW_RESOLVE | {"resolve", "runs", "stages"},
     "commands": _BELOW_RESOLVE | {"resolve", "runs", "stages", "ship", "diagnosis"},

@@ -18,6 +18,7 @@ import pytest
 from forge import process, report
 from forge.commands.bundle import _licence, _smoke, bundle
 from forge.errors import DataError, MissingToolError, RecipeError
+from forge.runs.manifest import BaseMade, Manifest
 from forge.serve.bundle import Contents, write_bundle
 from forge.tools.native import libraries
 from tests.docker_daemon import load_image
@@ -205,11 +206,11 @@ def test_what_cannot_be_packed_is_said_and_leaves_nothing(
 
 
 def test_smoke_question_is_one_that_the_run_answered() -> None:
-    def asked(*rows: tuple[str, str, bool]) -> dict[str, Any]:
+    def asked(*rows: tuple[str, str, bool]) -> Manifest:
         told = [{"prompt": prompt, "answer": answer, "ok": ok} for prompt, answer, ok in rows]
-        return {"facts": {"smoke": {"smoke": told}}}
+        return Manifest(facts={"smoke": {"smoke": told}})
 
-    assert _smoke({}) == ("Hello!", "")
+    assert _smoke(Manifest()) == ("Hello!", "")
     assert _smoke(asked(("a", "wrong", False), ("b", "right, it is", True))) == ("b", "right, it is")
     assert _smoke(asked(("a", '"quoted"', True))) == ("Hello!", "")
     assert _smoke(asked(("a", "x" * 99 + "\n", True))) == ("a", "x" * 40)
@@ -217,8 +218,8 @@ def test_smoke_question_is_one_that_the_run_answered() -> None:
 
 def test_licence_is_the_bases_or_the_files(tmp_path: Path) -> None:
     model = write_tiny_gguf(tmp_path / "m.gguf")
-    assert _licence({}, model) == "m.gguf: its licence is not known; ask whoever made the base"
-    known = {"base": {"licence": "mit", "spec": "microsoft/Phi-3"}}
+    assert _licence(Manifest(), model) == "m.gguf: its licence is not known; ask whoever made the base"
+    known = Manifest(base=BaseMade(licence="mit", spec="microsoft/Phi-3"))
     assert _licence(known, model) == "m.gguf, made from microsoft/Phi-3: mit"
 
 

@@ -1,4 +1,4 @@
-"""A misspelt key of a request, a measurement or a leg is a type error, not another model."""
+"""A misspelt key of a request, a measurement, a manifest or a leg is a type error, not another model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from forge.process import run
 ROOT = Path(__file__).parent.parent
 SEEDED = {
     "the export request": ("forge/export/run.py", "model.merge_base", "model.merge_bsae"),
-    "a measurement": ("forge/verify/cause.py", "found.legs", "found.lges"),
+    "a measurement": ("forge/verify/cause.py", "measured.legs", "measured.lges"),
+    "the manifest": ("forge/commands/bundle.py", "manifest.base.licence", "manifest.base.licenec"),
     "a leg": ("forge/verify/compare.py", "leg.nmse ", "leg.nmes "),
 }
 
@@ -21,7 +22,7 @@ SEEDED = {
 @pytest.mark.slow
 @pytest.mark.programs
 @pytest.mark.timeout(600)
-def test_mypy_refuses_each_of_three_misspellings(tmp_path: Path) -> None:
+def test_mypy_refuses_each_misspelling(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "forge", tmp_path / "forge", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
     for path, right, wrong in SEEDED.values():

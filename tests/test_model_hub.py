@@ -21,6 +21,7 @@ from forge.errors import DataError, ForgeError, MissingToolError, StageError
 from forge.model.base import BUILTIN, ResolvedBase, fetch_dataset, resolve, resolve_headers
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
+from forge.runs.manifest import Pins
 from forge.store.artifacts import Store
 from tests.hub_stand_in import Hub, StandInRepository
 from tests.told_sink import Told
@@ -310,12 +311,12 @@ def test_a_ships_base_stays_at_the_commit_of_its_last_ship(hub: Hub, tmp_path: P
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: mini\nbase: org/chat\ndata: {source: builtin:yoda}\n")
 
-    def resolved(pins: dict[str, str]) -> str | None:
+    def resolved(pins: Pins) -> str | None:
         place = Store(tmp_path / "home"), tmp_path / "runs" / "mini"
         return resolve_recipe(load(recipe), *place, pins=pins).base.revision
 
-    before = resolved({})
+    before = resolved(Pins())
     assert before == hub.repositories["org/chat"].commit
     hub.repositories["org/chat"] = StandInRepository({**files, "README.md": b"moved on"})
-    assert resolved({"base": "org/chat", "base_revision": str(before)}) == before
-    assert resolved({"base": "org/other", "base_revision": str(before)}) not in (None, before)
+    assert resolved(Pins("org/chat", before)) == before
+    assert resolved(Pins("org/other", before)) not in (None, before)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.errors import CheckError, RecipeError
+from forge.errors import CheckError, DataError, RecipeError
 from forge.resolve.queries import queries_in
 from forge.runs.find import find_run
 from forge.runs.manifest import read_manifest
@@ -64,11 +64,12 @@ def _reach(
 
 def smoke(run: str) -> dict[str, Any]:
     """Ask a run's smoke queries again, of its file; raises `CheckError` when one fails."""
-    from forge.recipe.schema import from_json
     from forge.serve.smoke import failure_of, run_smoke
 
     directory = find_run(run)
-    recipe = from_json(read_manifest(directory)["recipe"])
+    recipe = read_manifest(directory).read_recipe()
+    if recipe is None:
+        raise DataError(f"{directory} says of no recipe what to ask", hint="ship its recipe again")
     wish = Wish(str(directory))
     with ExitStack() as stack:
         endpoint = open_runtime(wish, settings(wish), stack)

@@ -11,7 +11,7 @@ from forge import report
 from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
 from forge.model.gguf_header import read_gguf
 from forge.runs.find import find_run
-from forge.runs.manifest import read_manifest
+from forge.runs.manifest import Manifest, read_manifest
 from forge.serve import ready
 from forge.serve.bundle import Contents, write_bundle
 from forge.ship.serving import Wish, settings
@@ -32,7 +32,7 @@ def bundle(
     chosen = settings(Wish(target, context=context))
     ready.check(chosen)
     run = None if Path(target).is_file() else find_run(target)
-    manifest = read_manifest(run) if run else {}
+    manifest = read_manifest(run) if run else Manifest()
     question, expect = _smoke(manifest)
     modelfiles = [run / name for name in (MODELFILE, MODELFILE_JINJA)] if run else []
     contents = Contents(
@@ -51,18 +51,16 @@ def bundle(
     return {"bundle": str(out.absolute()), "bytes": size}
 
 
-def _smoke(manifest: dict[str, Any]) -> tuple[str, str]:
+def _smoke(manifest: Manifest) -> tuple[str, str]:
     """A question that the run was asked, and the plain beginning of the answer it gave."""
-    for one in manifest.get("facts", {}).get("smoke", {}).get("smoke", []):
-        answer = one["answer"].strip()
-        plain = _PLAIN.match(answer)
-        if one["ok"] and plain:
-            return one["prompt"], plain[0][:40]
+    for asked in manifest.read_facts().smoke.smoke:
+        plain = _PLAIN.match(asked.answer.strip())
+        if asked.ok and plain:
+            return asked.prompt, plain[0][:40]
     return _HELLO, ""
 
 
-def _licence(manifest: dict[str, Any], model: Path) -> str:
-    told = manifest.get("base", {}).get("licence") or read_gguf(model).metadata.get("general.license")
-    base = manifest.get("base", {}).get("spec")
-    made = f", made from {base}" if base else ""
-    return f"{model.name}{made}: {told or 'its licence is not known; ask whoever made the base'}"
+def _licence(manifest: Manifest, model: Path) -> str:
+    licence = manifest.base.licence or read_gguf(model).metadata.get("general.license")
+    made = f", made from {manifest.base.spec}" if manifest.base.spec else ""
+    return f"{model.name}{made}: {licence or 'its licence is not known; ask whoever made the base'}"

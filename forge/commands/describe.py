@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,22 +113,19 @@ def describe_run(name: str) -> dict[str, Any]:
     """Show a run's manifest in short; a recipe stands for the run of its name."""
     directory = find_run(load(Path(name)).recipe.name if name.endswith((".yaml", ".yml")) else name)
     manifest = read_manifest(directory)
-    if not manifest:
+    if not manifest.name:
         raise DataError(f"{directory}/manifest.json cannot be read", hint="ship its recipe again")
-    report.info(f"{manifest['name']}: {manifest['outcome']} ({manifest['written']})")
-    report.info(f"base: {manifest['base']['spec']} {manifest['base']['revision'] or ''}".rstrip())
+    report.info(f"{manifest.name}: {manifest.outcome} ({manifest.written})")
+    report.info(f"base: {manifest.base.spec} {manifest.base.revision or ''}".rstrip())
     files = [
         (path.relative_to(directory).as_posix(), _size(path.stat().st_size)) for path in _files(directory)
     ]
     report.table(str(directory), ("file", "size"), files)
-    if manifest["learned"]:
-        figures: Mapping[str, Any] = manifest["learned"]
-        report.info(
-            f"learned: {figures['metric']} {figures['before']} -> {figures['after']} ({figures['rows']} rows)"
-        )
-    if manifest.get("certificate"):
-        report.info(f"certificate: {manifest['certificate']['verdict']}")
-    return {"run": str(directory), "manifest": manifest, "files": [one[0] for one in files]}
+    if figures := manifest.learned:
+        report.info(f"learned: {figures.metric} {figures.before} -> {figures.after} ({figures.rows} rows)")
+    if manifest.verdict:
+        report.info(f"certificate: {manifest.verdict}")
+    return {"run": str(directory), "manifest": manifest.as_json(), "files": [one[0] for one in files]}
 
 
 def _files(directory: Path) -> list[Path]:
@@ -145,9 +141,9 @@ def describe_runs() -> list[dict[str, Any]]:
             {
                 "name": run.name,
                 "directory": str(run.directory),
-                "base": manifest.get("base", {}).get("spec"),
-                "outcome": manifest.get("outcome"),
-                "written": manifest.get("written"),
+                "base": manifest.base.spec,
+                "outcome": manifest.outcome,
+                "written": manifest.written,
             }
         )
     if not found:

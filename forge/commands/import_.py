@@ -10,7 +10,7 @@ from typing import Any
 from forge import report, worker
 from forge.chat.hand_over import hand_over_of
 from forge.errors import CheckError, MissingToolError, RecipeError, StageError
-from forge.recipe.schema import Recipe, from_json
+from forge.recipe.schema import Recipe
 from forge.resolve.queries import ask_anything, smoke_passes
 from forge.runs.files import adapter_beside
 from forge.runs.manifest import read_manifest, read_run_modelfile
@@ -74,5 +74,4 @@ def _count(gguf: Path, texts: Sequence[str]) -> Sequence[int]:
 
 def _recipe_of(gguf: Path) -> Recipe | None:
     """The recipe of the run in whose directory the file lies."""
-    recipe = read_manifest(gguf.parent).get("recipe")
-    return from_json(recipe) if recipe else None
+    return read_manifest(gguf.parent).read_recipe()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from forge.adapter.read import read_adapter
 from forge.model.base import ResolvedBase, resolve
@@ -15,6 +15,7 @@ from forge.resolve.bases import find_base, find_base_headers
 from forge.resolve.refusals import check
 from forge.resolve.resolved import Resolved
 from forge.resolve.sources import data_sources
+from forge.runs.manifest import Pins
 from forge.store.artifacts import Store
 
 
@@ -23,7 +24,7 @@ def resolve_recipe(
     store: Store,
     run_directory: Path,
     *,
-    pins: dict[str, Any] | None = None,
+    pins: Pins | None = None,
     offline: bool = False,
     fetch: Literal["all", "headers", "nothing"] = "all",
 ) -> Resolved:
@@ -34,12 +35,12 @@ def resolve_recipe(
     Raises `DataError` for a base that cannot be trained or exported, or is not whole.
     """
     recipe = loaded.recipe
-    pins = pins or {}
+    pins = pins or Pins()
     base, headers = _base(loaded, store, pins, offline=offline, fetch=fetch)
     adopted = None
     if isinstance(recipe.train, Adopted):
         source = recipe.train.source
-        revision = recipe.train.revision or _pin(pins, "adapter", source)
+        revision = recipe.train.revision or (pins.adapter_revision if pins.adapter == source else None)
         adopted = resolve(
             source, revision=revision, offline=offline, fetch=fetch == "all", relative_to=loaded.directory
         )
@@ -53,10 +54,10 @@ def resolve_recipe(
 
 
 def _base(
-    loaded: Loaded, store: Store, pins: dict[str, Any], *, offline: bool, fetch: str
+    loaded: Loaded, store: Store, pins: Pins, *, offline: bool, fetch: str
 ) -> tuple[ResolvedBase, Mapping[str, TensorSpec] | None]:
     spec = loaded.recipe.base.id
-    revision = loaded.recipe.base.revision or _pin(pins, "base", spec)
+    revision = loaded.recipe.base.revision or (pins.base_revision if pins.base == spec else None)
     if fetch != "headers":
         whole = fetch == "all"
         found = find_base(
@@ -66,7 +67,3 @@ def _base(
     return find_base_headers(
         spec, revision=revision, offline=offline, relative_to=loaded.directory, store=store
     )
-
-
-def _pin(pins: dict[str, Any], kind: str, spec: str) -> str | None:
-    return pins.get(f"{kind}_revision") if pins.get(kind) == spec else None

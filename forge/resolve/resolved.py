@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forge import report
 from forge.adapter.read import read_adapter
@@ -33,6 +33,7 @@ from forge.recipe.load import Loaded
 from forge.recipe.schema import Recipe, Train
 from forge.resolve.experts import WHY, holds_experts
 from forge.resolve.taught import template_text, trained_tokenizer, with_template
+from forge.runs.manifest import Pins
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest, tree_digest
 from forge.train.memory import PLANNING_LENGTH, choose_method
@@ -250,12 +251,12 @@ class Resolved:
         found = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
         return tree_digest(directory, found, self.store.digests)
 
-    def pins(self) -> dict[str, Any]:
-        """What later ships of this run must find again: the commits of hub names."""
+    def pins(self) -> Pins:
+        """What later ships of this run must find again."""
         adopted = self.adopted
-        return {
-            "base": self.base.spec,
-            "base_revision": self.base.revision,
-            "adapter": adopted.spec if adopted else None,
-            "adapter_revision": adopted.revision if adopted else None,
-        }
+        return Pins(
+            base=self.base.spec,
+            base_revision=self.base.revision,
+            adapter=adopted.spec if adopted else None,
+            adapter_revision=adopted.revision if adopted else None,
+        )

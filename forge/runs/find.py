@@ -51,7 +51,7 @@ def find_model(name: str) -> tuple[Path, Path | None]:
     adapter = adapter_beside(model)
     if adapter.is_file():
         return model, adapter
-    if read_manifest(directory).get("facts", {}).get("export", {}).get("mode") == "adapter":
+    if read_manifest(directory).read_facts().export.mode == "adapter":
         raise DataError(
             f"{adapter} is gone, and {model.name} without it is the base",
             hint="forge ship its recipe again; or name the file, for the base alone",

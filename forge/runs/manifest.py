@@ -1,29 +1,242 @@
-"""What the last ship of a run wrote down of it: its manifest, and what it tells Ollama."""
+"""What the last ship of a run wrote down of it: its manifest, and what it gives Ollama.
+
+The only reading of `manifest.json`. A run of an older version lacks fields, which then have their defaults;
+what a stage adds besides, or a newer version, is in `others` and stays in the file's JSON.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from forge import report
 from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
+from forge.codec import from_plain, to_plain
 from forge.runs.files import MANIFEST
 
+if TYPE_CHECKING:
+    from forge.recipe.schema import Recipe
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The run's last manifest; empty when there is none that can be read."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What later ships of the run must find again: the commits of hub names."""
+
+    base: str | None = None
+    base_revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+
+@dataclass(frozen=True)
+class BaseMade:
+    """The base that was shipped; `digest` is that of its files."""
+
+    spec: str | None = None
+    revision: str | None = None
+    licence: str | None = None
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class DataMade:
+    """The data that was read."""
+
+    digest: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How the template was used."""
+
+    end_of_turn: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    variables_read: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FileMade:
+    """One file of an artifact."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """An artifact of a stage: `recorded` and `tools` are packages and their versions."""
+
+    key: str
+    digest: str
+    recorded: Mapping[str, str] = field(default_factory=dict)
+    tools: Mapping[str, str] | None = None
+    files: Mapping[str, FileMade] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The figure before and after training (exact_match or heldout_loss), over so many held-out rows.
+
+    `served`: `after` was asked of the shipped file behind its server.
+    """
+
+    metric: str
+    before: float
+    after: float
+    rows: int
+    served: bool = False
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """A stage in the ship: found in the store, or run."""
+
+    name: str
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A smoke query and its answer."""
+
+    prompt: str
+    answer: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Of the stage *data*: the tokens of a training row at most."""
+
+    max_length: int = 0
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """Of the stage *export*: merged or adapter."""
+
+    mode: str = "merged"
+
+
+@dataclass(frozen=True)
+class ModelfileFacts:
+    """Of the stage *modelfile*: what the files cannot hold."""
+
+    left_out: Mapping[str, tuple[str, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class DeployFacts:
+    """Of the stage *deploy*: the context that was served."""
+
+    context_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SmokeFacts:
+    """Of the stage *smoke*."""
+
+    smoke: tuple[Asked, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """Of the stages' facts those that are read after the ship."""
+
+    data: DataFacts = DataFacts()
+    export: ExportFacts = ExportFacts()
+    modelfile: ModelfileFacts = ModelfileFacts()
+    deploy: DeployFacts = DeployFacts()
+    smoke: SmokeFacts = SmokeFacts()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A run's `manifest.json`; one without a name stands for a run that has none.
+
+    `facts` are each stage's own, as it made them; `certificate` is the certificate's JSON.
+    """
+
+    format: int = FORMAT
+    name: str = ""
+    written: str | None = None
+    forge: str | None = None
+    outcome: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_file: str | None = None
+    pins: Pins = Pins()
+    base: BaseMade = BaseMade()
+    data: DataMade | None = None
+    prompt: Prompt = Prompt()
+    machine: Mapping[str, str] = field(default_factory=dict)
+    artifacts: Mapping[str, Made] = field(default_factory=dict)
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    certificate: Mapping[str, Any] | None = None
+    certificate_reason: str | None = None
+    learned: Learned | None = None
+    stages: tuple[StageRun, ...] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str | None:
+        """The certificate in words."""
+        return str(self.certificate["verdict"]) if self.certificate else None
+
+    def read_facts(self) -> RunFacts:
+        """The stages' facts that are read after the ship; raises `ValueError` for others than they are."""
+        return from_plain(RunFacts, self.facts, is_strict=False)
+
+    def read_recipe(self) -> Recipe | None:
+        """The recipe that was shipped."""
+        from forge.recipe.schema import from_json  # pydantic: most readers do without
+
+        return from_json(dict(self.recipe)) if self.recipe else None
+
+    def with_findings(self, findings: Mapping[str, object]) -> Manifest:
+        """This manifest with what a stage found in the ship: fields of this class, or others."""
+        return manifest_of({**self.as_json(), **findings})
+
+    def as_json(self) -> dict[str, Any]:
+        """What stands in the file."""
+        plain = to_plain(self)
+        others = plain.pop("others")
+        return {**plain, **others}
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The run's last manifest; one without a name when there is none that can be read."""
+    path = directory / MANIFEST
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
+        return Manifest()
+    try:
+        return manifest_of(content)
+    except ValueError as reason:
+        report.warning(f"{path} is not read: {reason}")
+        return Manifest()
+
+
+def manifest_of(content: object) -> Manifest:
+    """The manifest that `Manifest.as_json` gave; raises `ValueError` that names the field."""
+    if isinstance(content, Mapping):
+        known = {one.name for one in fields(Manifest)}
+        content = {**content, "others": {name: content[name] for name in content if name not in known}}
+    manifest = from_plain(Manifest, content, is_strict=False)
+    manifest.read_facts()
+    return manifest
 
 
 def read_run_modelfile(directory: Path) -> Modelfile | None:
-    """What the run tells Ollama: its Modelfile.jinja, and what that cannot hold; None where there is none."""
+    """What the run gives Ollama: its Modelfile.jinja, and what that cannot hold; None where there is none."""
     path = directory / MODELFILE_JINJA
     if not path.is_file():
         return None
-    facts = read_manifest(directory).get("facts", {}).get("modelfile", {})
-    return read_modelfile(path, facts.get("left_out"))
+    return read_modelfile(path, read_manifest(directory).read_facts().modelfile.left_out)

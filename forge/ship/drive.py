@@ -18,7 +18,7 @@ from forge.recipe.load import Loaded, load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
 from forge.runs.files import RUNS
-from forge.runs.manifest import read_manifest
+from forge.runs.manifest import Learned, read_manifest
 from forge.ship.preflight import require_tools
 from forge.ship.record import record, summary
 from forge.ship.space import require_space
@@ -78,9 +78,9 @@ def ship(
                 traceback.print_exc(file=log)
             raise
         finally:
-            record(target, stages, results, failure)
-        fields = summary(target, stages, results)
-        _report_end(target, fields["learned"])
+            manifest = record(target, stages, results, failure)
+        fields = summary(target, stages, results, manifest)
+        _report_end(target, manifest.learned)
         if failure:
             raise failure
     if target.recipe.deploy.keep and DEPLOY_STAGE in results:
@@ -92,12 +92,11 @@ def ship(
 def ship_until(recipe: Path | Loaded, overrides: Sequence[str], stage: str) -> dict[str, Any]:
     """Ship up to and with `stage`; its facts stand beside the summary of the ship."""
     fields = ship(recipe, overrides, until=stage)
-    facts = read_manifest(Path(fields["run"])).get("facts", {}).get(stage, {})
-    return {**fields, **facts}
+    return {**fields, **read_manifest(Path(fields["run"])).facts.get(stage, {})}
 
 
 def _open(loaded: Loaded, store: Store, directory: Path) -> Resolved:
-    target = resolve_recipe(loaded, store, directory, pins=read_manifest(directory).get("pins"))
+    target = resolve_recipe(loaded, store, directory, pins=read_manifest(directory).pins)
     for problem in target.base.problems:
         report.warning(str(problem))
     for note in target.notes:
@@ -140,16 +139,16 @@ def _verdict(stages: Sequence[Step], results: Mapping[str, Result]) -> ForgeErro
     return next(filter(None, (stage.verdict(results[stage.name].facts) for stage in actions)), None)
 
 
-def _report_end(target: Resolved, figures: Mapping[str, Any] | None) -> None:
+def _report_end(target: Resolved, figures: Learned | None) -> None:
     """Say how it went."""
-    if figures and figures["metric"] == "exact_match":
-        where = "the shipped file behind its server" if figures["served"] else "the tuned model"
+    if figures and figures.metric == "exact_match":
+        where = "the shipped file behind its server" if figures.served else "the tuned model"
         report.success(
-            f"learned: {figures['rows']} held-out rows, exact answers: base {figures['before']:.0%}, "
-            f"{where} {figures['after']:.0%}"
+            f"learned: {figures.rows} held-out rows, exact answers: base {figures.before:.0%}, "
+            f"{where} {figures.after:.0%}"
         )
     elif figures:
-        report.success(f"learned: held-out loss {figures['before']:.4f} -> {figures['after']:.4f}")
+        report.success(f"learned: held-out loss {figures.before:.4f} -> {figures.after:.4f}")
     report.info(f"the run: {target.run_directory}")
 
 
@@ -159,7 +158,7 @@ def plan(
     """What a ship would run, and why. Writes nothing; asks the hub only with `fetch`."""
     loaded = _load(recipe, overrides)
     store, directory = open_store(read_only=True), run_directory(loaded)
-    pins = read_manifest(directory).get("pins")
+    pins = read_manifest(directory).pins
     target = resolve_recipe(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
     stages = stages_for(target)
     planned = plan_stages(stages, store, runs.requests(store, directory))

@@ -13,7 +13,7 @@ from forge import report
 from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.runs.find import find_model, find_run
-from forge.runs.manifest import read_manifest, read_run_modelfile
+from forge.runs.manifest import RunFacts, read_manifest, read_run_modelfile
 from forge.serve import detached
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import ServerSettings
@@ -98,9 +98,8 @@ def _port_of(wish: Wish) -> int:
 
 def _context_of(run: Path | None) -> int:
     """max(4096, longest training row + reply), which deploy has written down."""
-    facts = read_manifest(run).get("facts", {}) if run else {}
-    trained = int(facts.get("data", {}).get("max_length", 0)) + 256
-    return int(facts.get("deploy", {}).get("context_tokens", 0)) or max(_DEFAULT_CONTEXT, trained)
+    facts = read_manifest(run).read_facts() if run else RunFacts()
+    return facts.deploy.context_tokens or max(_DEFAULT_CONTEXT, facts.data.max_length + 256)
 
 
 def read_key(path: Path | None) -> str | None:

@@ -10,6 +10,7 @@ from forge import report, worker
 from forge.errors import CheckError, ForgeError
 from forge.pipeline.stage import Result
 from forge.resolve.stage import ShipStage, installed
+from forge.runs.manifest import Learned
 from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, BASE_FIELDS, TRAINING_STACK
 from forge.store.artifacts import Artifact
@@ -114,7 +115,7 @@ def least_improvement(facts: Mapping[str, Any]) -> float:
     return max(of_rows, _ARITHMETIC * float(facts["loss"]["before"]))
 
 
-def learned(facts: Mapping[str, Any], served: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
+def learned(facts: Mapping[str, Any], served: Mapping[str, Any] | None = None) -> Learned | None:
     """The figures before and after: exact answers where there are short ones, else held-out loss.
 
     `after` is of the tuned model, or of the shipped file behind its server: `served`, what it answered.
@@ -123,12 +124,12 @@ def learned(facts: Mapping[str, Any], served: Mapping[str, Any] | None = None) -
         return None
     exact = facts.get("exact")
     if not exact:
-        return {"metric": "heldout_loss", **facts["loss"], "rows": facts["rows"], "served": False}
+        return Learned("heldout_loss", facts["loss"]["before"], facts["loss"]["after"], facts["rows"])
     rows = exact["rows"]
-    return {
-        "metric": "exact_match",
-        "before": round(exact["before"] / rows, 4),
-        "after": round((served["exact"] if served else exact["after"]) / rows, 4),
-        "rows": rows,
-        "served": served is not None,
-    }
+    return Learned(
+        "exact_match",
+        before=round(exact["before"] / rows, 4),
+        after=round((served["exact"] if served else exact["after"]) / rows, 4),
+        rows=rows,
+        served=served is not None,
+    )

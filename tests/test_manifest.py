@@ -1,0 +1,70 @@
+"""A run's manifest: what is read of it, of older runs too, and what stays in its JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge import report
+from forge.runs.manifest import Learned, Manifest, Pins, manifest_of, read_manifest
+
+OLD: dict[str, Any] = {
+    "format": 1,
+    "name": "yoda",
+    "outcome": "shipped",
+    "base": {"spec": "org/base", "revision": "abc"},
+    "artifacts": {
+        "export": {"key": "k", "digest": "d", "files": {"model.gguf": {"sha256": "s", "bytes": 3}}}
+    },
+    "facts": {"data": {"max_length": 64, "rows": 8}, "words": {"words": 7}},
+    "learned": {"metric": "exact_match", "before": 0, "after": 0.5, "rows": 2},
+    "words_found": ["a"],
+}
+
+
+def written(directory: Path, content: object) -> Path:
+    (directory / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
+    return directory
+
+
+def test_a_run_of_an_older_version_is_read_with_defaults(tmp_path: Path) -> None:
+    manifest = read_manifest(written(tmp_path, OLD))
+    assert (manifest.name, manifest.base.spec, manifest.base.licence) == ("yoda", "org/base", None)
+    assert manifest.pins == Pins() and manifest.certificate is None and manifest.verdict is None
+    assert manifest.learned == Learned("exact_match", 0.0, 0.5, 2)
+    assert manifest.artifacts["export"].files["model.gguf"].bytes == 3
+    facts = manifest.read_facts()
+    assert (facts.data.max_length, facts.export.mode, facts.smoke.smoke) == (64, "merged", ())
+
+
+def test_what_is_not_known_stays_in_the_json(tmp_path: Path) -> None:
+    plain = read_manifest(written(tmp_path, OLD)).as_json()
+    assert plain["words_found"] == ["a"] and plain["facts"] == OLD["facts"]
+    assert "others" not in plain
+    assert manifest_of(plain).as_json() == plain
+
+
+def test_a_later_stages_findings_stand_over_an_earlier_ones() -> None:
+    first = Manifest(name="a").with_findings({"learned": Learned("exact_match", 0.0, 0.5, 2), "seen": 1})
+    later = first.with_findings({"learned": Learned("exact_match", 0.0, 1.0, 2, served=True)})
+    assert later.learned and later.learned.after == 1.0 and later.others == {"seen": 1}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"name": 3}', '{"name": "a", "facts": {"data": {"max_length": "x"}}}']
+)
+def test_one_that_is_none_is_no_manifest(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    assert read_manifest(tmp_path) == Manifest()
+    assert read_manifest(tmp_path / "nowhere") == Manifest()
+
+
+def test_one_of_another_shape_is_reported_by_its_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read_manifest(written(tmp_path, {"name": "a", "pins": {"base_revision": 3}}))
+    report.close()
+    assert "Manifest.pins.base_revision" in capsys.readouterr().err
