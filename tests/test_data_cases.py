@@ -116,6 +116,16 @@ def test_hint_names_wrong_field(run: Run, tmp_path: Path) -> None:
     assert len(run(source, base=base, train={**variables, "supervise": "last"}).rows) == 20
 
 
+def test_variables_that_the_template_does_not_read(run: Run) -> None:
+    """modelscope/ms-swift 9829: a setting that changes nothing is an error (invariant 2)."""
+    with pytest.raises(DataError, match="the chat template reads no enable_thinking") as caught:
+        run(
+            CASES / "content_parts" / "d.jsonl",
+            train={"template_variables": {"enable_thinking": False}},
+        )
+    assert caught.value.code == 2
+
+
 def test_jsonl_named_json(run: Run, tmp_path: Path) -> None:
     """zai-org/ChatGLM-6B 1196: lines of JSON in a .json, and a list in a .jsonl: the content decides."""
     rows = run(CASES / "jsonl_named_json" / "d.json").rows
@@ -123,6 +133,8 @@ def test_jsonl_named_json(run: Run, tmp_path: Path) -> None:
     as_list = [json.loads(line) for line in (CASES / "jsonl_named_json" / "d.json").read_text().splitlines()]
     (tmp_path / "list.jsonl").write_text(json.dumps(as_list, indent=2), encoding="utf-8")
     assert run(tmp_path / "list.jsonl").rows == rows
+    (tmp_path / "table.jsonl").write_text("prompt,completion\nHi,Hello.\nBye,Bye.\n", encoding="utf-8")
+    assert run(tmp_path / "table.jsonl").messages(1) == [("user", "Bye"), ("assistant", "Bye.")]
 
 
 def test_lone_surrogate(run: Run) -> None:

@@ -299,6 +299,67 @@ FORMS: Mapping[str, tuple[Row, Mapping[str, str], list[dict[str, Json]], str]] =
         [USER, ANSWER],
         "preference",
     ),
+    "a key for each role": (
+        row(messages=[{"user": "Hi"}, {"assistant": "Hello."}]),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "firefly": (row(conversation=[{"human": "Hi", "assistant": "Hello."}]), {}, [USER, ANSWER], "messages"),
+    "sender": (
+        row(messages=[{"sender": "human", "text": "Hi"}, {"sender": "assistant", "text": "Hello."}]),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "ChatGPT's export": (
+        row(
+            messages=[
+                {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}}
+                for role, text in (("user", "Hi"), ("assistant", "Hello."))
+            ]
+        ),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "parts by other keys": (
+        row(
+            messages=[
+                {**USER, "content": [{"type": "text", "content": "Hi"}]},
+                {**ANSWER, "content": [{"type": "text", "value": "Hello."}]},
+            ]
+        ),
+        {},
+        [USER, ANSWER],
+        "messages",
+    ),
+    "prompt and completion of parts": (
+        row(prompt=[{"type": "text", "text": "Hi"}], completion=[{"type": "text", "text": "Hello."}]),
+        {},
+        [USER, ANSWER],
+        "prompt",
+    ),
+    "thinking among the parts": (
+        row(
+            messages=[
+                USER,
+                {
+                    **ANSWER,
+                    "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Hello."}],
+                },
+            ]
+        ),
+        {},
+        [USER, {**ANSWER, "reasoning_content": "Hm."}],
+        "messages",
+    ),
+    "the same system twice": (
+        row(system="Be brief.", messages=[SYSTEM, USER, ANSWER]),
+        {},
+        [SYSTEM, USER, ANSWER],
+        "messages",
+    ),
     "guanaco": (row(text="### Human: Hi### Assistant: Hello."), {}, [USER, ANSWER], "text"),
 }
 
@@ -338,6 +399,10 @@ def test_tools_are_carried() -> None:
         {"trainable": "false"},
         {"training": 0},
         {"loss": False},
+        {"loss_scale": 0},
+        {"is_trainable": False},
+        {"masked": True},
+        {"ignore_loss": 1},
     ],
 )
 def test_a_turn_says_that_it_carries_no_loss(mark: Mapping[str, Json]) -> None:
@@ -380,6 +445,13 @@ def test_what_plays_no_part_is_listed() -> None:
     )
 
 
+def test_names_with_half_a_character_can_be_written() -> None:
+    """huggingface/transformers 8886: of a key that is not used, too."""
+    turns = [USER, {**ANSWER, "\ud83d": 1}]
+    reading = to_conversations([Row({"messages": turns, "\udc00": 1}, "rows.jsonl", 1)])
+    assert reading.notes.unused == {"messages[].\\ud83d": 1, "\\udc00": 1}
+
+
 def test_who_was_taken_for_whom_is_shown() -> None:
     turns = [{"from": "Kunde", "value": "Hi"}, {"from": "chatgpt", "value": "Hello."}]
     reading = to_conversations([row(conversations=turns)], Shape(roles={"kunde": "user"}))
@@ -417,7 +489,10 @@ FAULTS: Mapping[str, tuple[Row, str]] = {
     ),
     "several answers": (row(prompt="Hi", completion=["a", "b"]), "completion: is list, not text"),
     "a table's nothing": (row(prompt="Hi", completion=math.nan), "completion: is empty"),
-    "no role": (row(messages=[{"content": "Hi"}, ANSWER]), "messages[0]: role is missing"),
+    "no role": (
+        row(messages=[{"content": "Hi"}, ANSWER]),
+        "messages[0]: role is missing; its keys are: content",
+    ),
     "an array's text": (
         row(messages="[{'role': 'user'} {'role': 'assistant'}]"),
         "messages: is a text that is neither JSON nor a Python list of messages",
@@ -426,6 +501,29 @@ FAULTS: Mapping[str, tuple[Row, str]] = {
     "no answer": (
         row(messages=[USER, USER]),
         "there is no turn of the assistant: there is nothing to learn",
+    ),
+    "thinking without an end": (
+        row(messages=[USER, {**ANSWER, "content": "<think>Hm, let me"}]),
+        "messages[1].content: <think> is never closed: the answer was cut off while thinking",
+    ),
+    "a loss by an unknown name": (
+        row(messages=[USER, {**ANSWER, "learn_this": False}]),
+        "messages[1].learn_this: forge does not know this key, and it may say what carries loss: "
+        "weight: 0 (or 1) does; take it out if it does not",
+    ),
+    "a row's loss by an unknown name": (
+        row(messages=[USER, ANSWER], mask_history=True),
+        "mask_history: forge does not know this column, and it may say what carries loss: weight: 0 (or 1) "
+        "does; data.ignore: [mask_history] leaves it out of account",
+    ),
+    "tools in a message": (
+        row(messages=[{**SYSTEM, "tools": [{"name": "add"}]}, USER, ANSWER]),
+        "messages[0].tools: tools belong to the whole row: a column of the row beside its messages",
+    ),
+    "a call among the parts": (
+        row(messages=[USER, {**ANSWER, "content": [{"type": "tool_use", "name": "f", "input": {}}]}]),
+        "messages[1].content[0]: is a part of type 'tool_use'; "
+        "a call stands beside the content, in tool_calls",
     ),
     "half a weight": (
         row(messages=[USER, {**ANSWER, "weight": 0.5}]),

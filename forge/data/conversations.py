@@ -26,7 +26,17 @@ from forge.data.layout import (
     require_columns,
 )
 from forge.data.problems import BadRows
-from forge.data.turns import BadRowError, Notes, finished, parsed, text_of, tools_of, turns_of
+from forge.data.turns import (
+    BadRowError,
+    Notes,
+    finished,
+    is_of_parts,
+    parsed,
+    text_of,
+    tools_of,
+    turns_of,
+    writable,
+)
 from forge.errors import DataError, Problem
 
 _DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
@@ -154,7 +164,13 @@ def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
             continue
         if why and (tokens or not why.startswith("the row is tokenized")):
             raise BadRowError(f"{why}; data.ignore: [{key}] leaves it out of account", key)
-        notes.unused[key] += 1
+        if fields.sets_loss(key, value):
+            raise BadRowError(
+                "forge does not know this column, and it may say what carries loss: weight: 0 (or 1) does; "
+                f"data.ignore: [{key}] leaves it out of account",
+                key,
+            )
+        notes.unused[writable(key)] += 1
 
 
 def _left_out(row: Row, layout: Layout) -> str | None:
@@ -196,7 +212,7 @@ def _exchange(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[
             return
     answer = _listed(answer)
     prompt = _listed(prompt)
-    if isinstance(answer, list) and answer and isinstance(answer[0], Mapping):
+    if isinstance(answer, list) and answer and isinstance(answer[0], Mapping) and not is_of_parts(answer):
         reply = list(turns_of(answer, place, shape.roles, notes))
         if reply[0].role != "assistant" and layout.format == PREFERENCE:
             yield from reply  # the whole conversation, its prompt included
@@ -208,7 +224,7 @@ def _exchange(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[
     yield from _history(row, layout)
     beside, more = layout.value(row, fields.INPUT)
     extra = text_of(more, beside, empty_ok=True) if more is not None else ""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping):
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping) and not is_of_parts(prompt):
         if extra.strip():
             raise BadRowError(f"stands beside a {asked} that is a list of messages", beside)
         yield from turns_of(prompt, asked, shape.roles, notes)

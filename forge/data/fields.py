@@ -7,12 +7,13 @@ without case, spaces, `_` and `-`. Not covered: what a value must look like (`co
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 SYSTEM, INPUT, HISTORY, TOOLS = "system", "input", "history", "tools"
 CHOSEN, REJECTED, REASONING, TEXT, TRAINED = "chosen", "rejected", "reasoning", "text", "trained"
-WEIGHT, LABEL = "weight", "label"
+WEIGHT, LABEL, MASKED = "weight", "label", "masked"
 
 
 @functools.lru_cache(4096)
@@ -33,7 +34,7 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     INPUT: _names("input inputs context"),
     SYSTEM: _names("system system_prompt system_message system_instruction"),
     HISTORY: _names("history"),
-    TOOLS: _names("tools functions"),
+    TOOLS: _names("tools functions available_tools available_functions tool_definitions"),
     CHOSEN: _names("chosen preferred"),
     REJECTED: _names("rejected dispreferred"),
     REASONING: _names("reasoning_content reasoning thinking"),
@@ -62,20 +63,26 @@ ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID = (
     "role", "content", "name", "tool_calls", "function_call", "tool_call_id",
 )  # fmt: skip
 MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {
-    ROLE: _names("role from speaker"),
+    ROLE: _names("role from speaker sender author"),
     CONTENT: _names("content value text parts"),
     NAME: _names("name"),
     TOOL_CALLS: _names("tool_calls"),
     FUNCTION_CALL: _names("function_call"),
     TOOL_CALL_ID: _names("tool_call_id"),
     REASONING: _names("reasoning_content reasoning thinking thought"),
-    WEIGHT: _names("weight loss_weight"),
-    TRAINED: _names("train training trainable trained loss learn"),
+    WEIGHT: _names("weight loss_weight loss_scale"),
+    TRAINED: _names("train training trainable trained loss learn is_train is_trained is_trainable"),
+    MASKED: _names("masked ignore_loss no_loss"),
 }
 MESSAGE_REFUSED: Mapping[str, str] = {
     **dict.fromkeys(_names("images image videos video audios audio"), "only text can be learned here"),
     **dict.fromkeys(_names("refusal"), "a refusal beside the content is not shown; put it into content"),
-    **dict.fromkeys(_names("train_detail loss_mask mask"), "loss is set for a whole turn (weight: 0)"),
+    **dict.fromkeys(
+        _names("train_detail training_detail loss_mask mask"), "loss is set for a whole turn (weight: 0)"
+    ),
+    **dict.fromkeys(
+        _names("tools functions"), "tools belong to the whole row: a column of the row beside its messages"
+    ),
     **dict.fromkeys(_names("train_on_input train_on_inputs train_on_prompt"), "prompts carry no loss here"),
     **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
 }  # fmt: skip
@@ -101,6 +108,22 @@ def role_of(name: str, more: Mapping[str, str]) -> str | None:
     """What `name` stands for: system, user, assistant, tool or `CALL`; None where nothing says."""
     own = {plain(key): role for key, role in more.items()} if more else {}
     return own.get(plain(name)) or ROLES.get(plain(name))
+
+
+_OF_LOSS = re.compile("loss|mask|train|learn")
+
+
+@functools.lru_cache(4096)
+def _sounds_of_loss(name: str) -> bool:
+    return bool(_OF_LOSS.search(plain(name)))
+
+
+def sets_loss(name: str, value: object) -> bool:
+    """Whether a key that no table has looks as if it said what carries loss: by its name and its switch."""
+    items = value if isinstance(value, list) else [value]
+    return (
+        bool(items) and all(isinstance(item, (bool, int, float)) for item in items) and _sounds_of_loss(name)
+    )
 
 
 @functools.lru_cache(4096)

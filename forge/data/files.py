@@ -144,7 +144,9 @@ def _arrow_rows(path: Path, data: bytes, name: str, kind: str) -> list[Row]:
         else:
             table = pyarrow.ipc.open_file(source).read_all()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"data.source: {path} is not a whole {kind} file: {error}") from error
+        raise DataError(
+            f"data.source: {path} is not a whole {kind} file: {error}", hint="copy or download it again"
+        ) from error
     return [
         Row({key: _without_nulls(value) for key, value in values.items()}, name, number)
         for number, values in enumerate(table.to_pylist(), start=1)
@@ -168,6 +170,8 @@ def _text_rows(
     says_json = suffix in (".json", ".jsonl", ".ndjson")
     if (start in "{[" and suffix not in (".txt", ".md")) or (start in "{[" and is_json_line(text)):
         rows, kind = json_rows(text, name, split, bad)
+    elif says_json and _delimiter(text)[1] > 1 and not is_json_line(text):
+        rows, kind = _table_rows(text, name, bad)
     elif says_json:
         rows, kind = json_lines(text, name, bad), "JSON lines"
     elif suffix in (".txt", ".md"):
@@ -260,7 +264,10 @@ def _records(reader: Any, name: str) -> tuple[list[Row], list[Problem]]:
             if not header:
                 header = [column.strip() for column in record]
                 if repeated := next((column for column in header if header.count(column) > 1), None):
-                    raise DataError(f"data.source: {name}: two columns are called {repeated!r}")
+                    raise DataError(
+                        f"data.source: {name}: two columns are called {repeated!r}",
+                        hint="rename one of them in its first line",
+                    )
             elif len(record) != len(header):
                 many = "more" if len(record) > len(header) else "fewer"
                 problems.append(Problem(f"{many} values than columns", "", name, start))

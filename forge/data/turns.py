@@ -56,17 +56,57 @@ def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
     return value
 
 
+_TEXTS = ("text", "input_text", "output_text")
+_THOUGHTS = ("thinking", "reasoning")
+_BELONGS: Mapping[str, str] = {
+    **dict.fromkeys(
+        _THOUGHTS, "thinking stands in an assistant's content, or beside it as reasoning_content"
+    ),
+    "tool_use": "a call stands beside the content, in tool_calls",
+    "tool_result": "what a tool answers is a turn of the role tool",
+    "refusal": "a refusal is learned as text: {type: text, text: ...}",
+}
+
+
 def _part(part: object, place: str) -> str:
     if part is None or isinstance(part, str):
         return part or ""
     if isinstance(part, Mapping):
+        if part.get("content_type") == "text" and isinstance(part.get("parts"), list):  # ChatGPT's export
+            return text_of(list(map(_as_part, part["parts"])), place, empty_ok=True)
         kind = part.get("type", "text")
-        text = part.get("text")
-        if kind in ("text", "input_text", "output_text") and isinstance(text, str):
-            return text
-        if kind not in ("text", "input_text", "output_text"):
-            raise BadRowError(f"is a part of type {kind!r}; only text can be learned here", place)
+        if kind not in _TEXTS:
+            why = _BELONGS.get(str(kind), "only text can be learned here")
+            raise BadRowError(f"is a part of type {kind!r}; {why}", place)
+        texts = [part[key] for key in ("text", "content", "value") if isinstance(part.get(key), str)]
+        if len(texts) == 1:
+            return str(texts[0])
     raise BadRowError("is not a text part: {type: text, text: ...}", place)
+
+
+def _as_part(part: object) -> object:
+    return {"text": part} if isinstance(part, str) else part
+
+
+def is_of_parts(value: object) -> bool:
+    """Whether `value` is a list of parts of one text, not of messages."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(part, Mapping) and part.get("type") in (*_TEXTS, *_BELONGS) for part in value)
+        and not any(fields.message_part(key) == fields.ROLE for part in value for key in part)
+    )
+
+
+def _thoughts(content: object) -> tuple[str, object]:
+    """The thinking among the parts of an assistant's content, and the other parts."""
+    if not isinstance(content, list):
+        return "", content
+    thoughts = [part for part in content if isinstance(part, Mapping) and part.get("type") in _THOUGHTS]
+    texts = [next((part[key] for key in (*_THOUGHTS, "text") if key in part), "") for part in thoughts]
+    if not all(isinstance(text, str) for text in texts):
+        return "", content
+    return "".join(texts), [part for part in content if part not in thoughts]
 
 
 def parsed(value: object) -> object:
@@ -100,8 +140,15 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
 
 
 def _halves(message: object) -> Iterator[object]:
-    """A message; two, or three with the system's, where one holds input and output."""
-    if not isinstance(message, Mapping) or not {"input", "output"} <= message.keys():
+    """A message; several where one holds input and output (and system), or has a key for each role."""
+    if not isinstance(message, Mapping):
+        yield message
+        return
+    if message and all(fields.plain(key) in fields.ROLES for key in message):
+        # {user: ...}, or {human: ..., assistant: ...} for both
+        yield from ({"role": key, "content": said} for key, said in message.items() if said is not None)
+        return
+    if not {"input", "output"} <= message.keys():
         yield message
         return
     rest = {key: value for key, value in message.items() if key not in ("system", "input", "output")}
@@ -132,37 +179,68 @@ def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], note
         if why and value not in (None, "", [], {}, False):
             raise BadRowError(why, f"{place}.{key}")
         part = fields.message_part(key)
+        if part is None and fields.sets_loss(key, value):
+            raise BadRowError(
+                "forge does not know this key, and it may say what carries loss: weight: 0 (or 1) does; "
+                "take it out if it does not",
+                f"{place}.{key}",
+            )
         if part is None and value not in (None, "", [], {}):
-            notes.unused[f"{place.partition('[')[0]}[].{key}"] += 1
+            notes.unused[f"{place.partition('[')[0]}[].{writable(key)}"] += 1
         elif part is not None and (part not in parts or parts[part][1] is None):
             parts[part] = (key, value)
-    role, speaker = _role(parts, place, roles, notes)
+    role, speaker = _role(parts, message, place, roles, notes)
     key, content = parts.get(fields.CONTENT, ("content", None))
     if fields.CONTENT not in parts and not {fields.TOOL_CALLS, fields.FUNCTION_CALL} & parts.keys():
         raise BadRowError("there is no such key", f"{place}.{key}")
+    thought = ""
+    if role == "assistant":
+        thought, content = _thoughts(content)
     calls = tuple(_calls(parts, role, content, place))
     if role == fields.CALL:
         role, content = "assistant", ""
     name = parts.get(fields.NAME, ("", None))[1]
+    beside = text_of(parts.get(fields.REASONING, ("", None))[1], f"{place}.reasoning", empty_ok=True)
+    if thought and beside:
+        raise BadRowError("has thinking among its parts and beside them", f"{place}.{key}")
+    text = text_of(content, f"{place}.{key}", empty_ok=bool(calls) or role in ("system", "tool"))
+    trained = _trained(parts, role, place)
+    if role == "assistant" and trained is not False and _is_all_thinking(text):
+        raise BadRowError("<think> is never closed: the answer was cut off while thinking", f"{place}.{key}")
     return Turn(
         role,
-        text_of(content, f"{place}.{key}", empty_ok=bool(calls) or role in ("system", "tool")),
-        reasoning=text_of(parts.get(fields.REASONING, ("", None))[1], f"{place}.reasoning", empty_ok=True),
+        text,
+        reasoning=text_of(thought, f"{place}.{key}", empty_ok=True) or beside,
         tool_calls=calls,
         tool_call_id=str(parts.get(fields.TOOL_CALL_ID, ("", None))[1] or ""),
         name=text_of(name, f"{place}.name", empty_ok=True) if speaker != name else "",
-        trained=_trained(parts, role, place),
+        trained=trained,
     )
 
 
+def _is_all_thinking(text: str) -> bool:
+    return text.lstrip().startswith("<think>") and "</think>" not in text
+
+
+def writable(name: str) -> str:
+    """A name as a file can hold it, half a character written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _role(
-    parts: Mapping[str, tuple[str, Any]], place: str, roles: Mapping[str, str], notes: Notes
+    parts: Mapping[str, tuple[str, Any]],
+    message: Mapping[str, Any],
+    place: str,
+    roles: Mapping[str, str],
+    notes: Notes,
 ) -> tuple[str, str]:
     key, speaker = parts.get(fields.ROLE, ("role", None))
+    if isinstance(speaker, Mapping):  # ChatGPT's export
+        speaker = speaker.get("role")
     role = fields.role_of(speaker, roles) if isinstance(speaker, str) else None
     if role is None:
         if speaker is None:
-            raise BadRowError(f"{key} is missing", place)
+            raise BadRowError(f"{key} is missing; its keys are: {', '.join(map(writable, message))}", place)
         raise BadRowError(
             f"{key} {speaker!r} is none of: {', '.join(fields.ROLES)}; "
             "data.roles: {NAME: user} adds a name",
@@ -176,13 +254,16 @@ def _role(
 def _trained(parts: Mapping[str, tuple[str, Any]], role: str, place: str) -> bool | None:
     """What a message says of its own loss: `weight: 0`, `train: false` and their kind."""
     said: set[bool] = set()
-    for part in (fields.WEIGHT, fields.TRAINED):
+    for part in (fields.WEIGHT, fields.TRAINED, fields.MASKED):
         key, value = parts.get(part, ("", None))
         if value is None:
             continue
         if value not in (0, 1, "0", "1", "true", "false", "True", "False"):
             raise BadRowError(f"is {value!r}; only 0 and 1 (false and true) are supported", f"{place}.{key}")
         on = value in (1, "1", "true", "True")
+        if part == fields.MASKED:
+            said |= {False} if on else set()
+            continue
         if on and part == fields.TRAINED and role != "assistant":
             raise BadRowError(f"a turn of the {role} cannot carry loss here", f"{place}.{key}")
         said.add(on)
@@ -252,8 +333,10 @@ def finished(turns: Sequence[Turn], notes: Notes) -> tuple[Turn, ...]:
     kept = [turn for turn in turns if turn.role != "system" or turn.content.strip()]
     leading = next((at for at, turn in enumerate(kept) if turn.role != "system"), len(kept))
     if leading > 1:
-        notes.counts["several system turns at the start, joined into one"] += 1
-        kept[:leading] = [Turn("system", "\n\n".join(turn.content for turn in kept[:leading]))]
+        texts = list(dict.fromkeys(turn.content for turn in kept[:leading]))
+        if len(texts) > 1:
+            notes.counts["several system turns at the start, joined into one"] += 1
+        kept[:leading] = [Turn("system", "\n\n".join(texts))]
     answers = [at for at, turn in enumerate(kept) if turn.role == "assistant"]
     if not answers:
         raise BadRowError("there is no turn of the assistant: there is nothing to learn")

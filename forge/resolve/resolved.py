@@ -18,7 +18,7 @@ from forge import report
 from forge.adapter.read import read_adapter
 from forge.adapter.vocabulary import Fitted, fit
 from forge.chat.stops import StopContract
-from forge.chat.template import ChatTemplate
+from forge.chat.template import DAY_VARIABLE, ChatTemplate
 from forge.errors import DataError
 from forge.model.architectures import needs_own_code, own_code_note
 from forge.model.base import (
@@ -174,7 +174,14 @@ class Resolved:
                 "chat_template: alpaca} (a shipped one, a file, or the text itself)",
             )
         variables = self.training.template_variables if self.training else {}
-        return ChatTemplate(source, self.tokenizer.template_tokens, variables)
+        template = ChatTemplate(source, self.tokenizer.template_tokens, variables)
+        read = {*template.variables_read(), DAY_VARIABLE}
+        if idle := sorted(variables.keys() - read):
+            raise DataError(
+                f"train.template_variables: the chat template reads no {', '.join(idle)}",
+                hint=f"leave it out; it reads {', '.join(sorted(read))}",
+            )
+        return template
 
     @property
     def template_digest(self) -> str:
