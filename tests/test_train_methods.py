@@ -12,12 +12,14 @@ import pytest
 from forge.adapter.read import read_adapter
 from forge.adapter.status import validate
 from forge.errors import DataError
+from forge.recipe.training import Lora
 from forge.train.evaluate import evaluate
+from forge.train.lora import adapted_modules, with_lora
 from forge.train.run import train
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
-from tests.models import PEFT_WARNS, evaluation, load, make_model, prepare_rows
+from tests.models import PEFT_WARNS, SIZES, evaluation, load, make_model, prepare_rows
 from tests.test_train import arguments
 
 pytestmark = [
@@ -188,3 +190,46 @@ def test_a_base_that_lets_packed_rows_see_each_other_is_refused(
     )  # as a family that computes its positions itself
     with pytest.raises(DataError, match="lets packed rows see each other"):
         refuse_leaks(model, [{"input_ids": row} for row in rows])
+
+
+TARGETS: Mapping[str, tuple[dict[str, Any], int]] = {
+    "auto": ({}, 14),
+    "attention": ({"targets": "attention"}, 8),
+    "names": ({"targets": ["q_proj", "up_proj"]}, 4),
+    "a pattern": ({"targets": r".*\.k_proj"}, 2),
+    "by number": ({"layers": (1,)}, 7),
+}
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_only_the_language_model_of_a_multimodal_base_is_adapted(case: str) -> None:
+    """ggml-org/llama.cpp PR 27995, unslothai/unsloth 4534: text never moves factors in a vision tower."""
+    lora, count = TARGETS[case]
+    modules = adapted_modules(with_lora(_multimodal(), _settings(lora), quantized=False, checkpointing=False))
+    assert len(modules) == count
+    assert all(name.startswith("model.language_model.layers.") for name in modules)
+
+
+def test_targets_in_the_vision_tower_are_refused() -> None:
+    with pytest.raises(DataError, match="fits no linear layer of the language model") as caught:
+        with_lora(_multimodal(), _settings({"targets": ["fc1"]}), quantized=False, checkpointing=False)
+    assert caught.value.hint.startswith("its layers are down_proj, gate_proj")
+
+
+def _settings(lora: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**Lora().model_dump(), "dropout": 0.0, **lora}
+
+
+def _multimodal() -> Any:
+    import transformers
+
+    text = {**SIZES, "head_dim": 64, "vocab_size": 320, "query_pre_attn_scalar": 64}
+    vision = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    configuration = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5,
+        boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(configuration)

@@ -59,7 +59,7 @@ class TrainStage(AdapterStage):
     """A LoRA adapter, trained in a worker; resumable."""
 
     rank = 30
-    version = 1
+    version = 2
     needs = (DATA_STAGE,)
 
     def section_values(self, result: Result) -> Mapping[str, object]:

@@ -19,6 +19,7 @@ _PEFT_TIES = {"embed_tokens", _HEAD}
 # peft's word for a configuration that is to adapt no layer.
 _NO_TARGETS = "dummy-target-modules"
 _INITIAL = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+_NUMBER = re.compile(r"\.(\d+)\.")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention)(\.|$)")
 
 
@@ -51,7 +52,7 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantized: bool, checkpoin
         r=lora["r"],
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
-        target_modules=_targets(model, lora["targets"], by_name=bool(lora["layers"])),
+        target_modules=_targets(model, lora["targets"], lora["layers"]),
         use_rslora=lora["rslora"],
         use_dora=lora["dora"],
         init_lora_weights=_INITIAL.get(lora["init"], lora["init"]),
@@ -91,12 +92,18 @@ def adapted_modules(model: Any) -> Sequence[str]:
     )
 
 
-def _targets(model: Any, targets: str | Sequence[str], *, by_name: bool) -> str | list[str]:
+def _targets(model: Any, targets: str | Sequence[str], layers: Sequence[int]) -> str | list[str]:
     """As peft takes them; `attention` becomes names with their parent (`self_attn.q_proj`).
 
-    `by_name`: a list always, which is what peft wants where layers are chosen by number.
+    A list always where `layers` are chosen by number, which is what peft wants. Beside a vision or an audio
+    tower it is whole names in the language model: text moves no other factors.
     """
-    if by_name and isinstance(targets, str) and targets != "attention":
+    if inner := _language_model(model):
+        names = _inner_targets(model, targets, inner)
+        # peft does not ask for the number of a module that is named in whole.
+        wanted = {str(number) for number in layers}
+        return [name for name in names if not wanted or wanted.intersection(_NUMBER.findall(name)[:1])]
+    if layers and isinstance(targets, str) and targets != "attention":
         head = model.get_output_embeddings()
         linear = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
         if targets not in ("auto", "all-linear"):
@@ -117,6 +124,38 @@ def _targets(model: Any, targets: str | Sequence[str], *, by_name: bool) -> str 
             )
         return sorted(found)
     return targets if isinstance(targets, str) else list(targets)
+
+
+def _language_model(model: Any) -> str:
+    """The name of the language model in a model with other towers; empty where there is no other."""
+    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    if all(
+        id(module) in inside or module is head for _, module in model.named_modules() if _is_linear(module)
+    ):
+        return ""
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(decoder)]
+
+
+def _inner_targets(model: Any, targets: str | Sequence[str], inner: str) -> list[str]:
+    """The whole names of the layers in the language model `inner` that `targets` means."""
+    head = model.get_output_embeddings()
+    modules = [name for name, module in model.named_modules() if _is_linear(module) and module is not head]
+    if targets == "attention":
+        fits = [name for name in modules if _ATTENTION.search(name.rpartition(".")[0])]
+    elif isinstance(targets, str):
+        fits = [name for name in modules if targets in ("auto", "all-linear") or re.fullmatch(targets, name)]
+    else:
+        fits = [name for name in modules if any(f".{name}".endswith(f".{target}") for target in targets)]
+    inside = [name for name in fits if name.startswith(f"{inner}.")]
+    if not inside:
+        raise DataError(
+            f"train.lora.targets: fits no linear layer of the language model ({inner})",
+            hint=f"its layers are {', '.join(sorted({_last(name) for name in modules if inner in name}))}; "
+            "rows of text move no other factors",
+        )
+    return sorted(inside)
 
 
 def _refuse_idle(model: Any, lora: Mapping[str, Any]) -> None:
