@@ -310,6 +310,7 @@ def test_a_body_is_written_anew() -> None:
         (f"Bearer {KEY}", None, True),
         (f"bearer {KEY}", None, True),
         (None, KEY, True),
+        (None, f"Bearer {KEY}", True),
         ("Bearer other", KEY, True),  # clients of Anthropic's API may send both
         (KEY, None, True),
         (f"Basic {KEY}", None, False),

@@ -159,10 +159,9 @@ class Rules:
         """Refuse who has not the key; OpenAI's clients send it in one header, Anthropic's in another."""
         if self.api_key is None:
             return
-        kind, _, rest = (authorization or "").partition(" ")
-        bearer = rest if kind.lower() == "bearer" else authorization or ""
         key = self.api_key.encode()
-        if not any(hmac.compare_digest(sent.encode("latin-1"), key) for sent in (bearer, x_api_key or "")):
+        sent = (_key_in(authorization), _key_in(x_api_key))
+        if not any(hmac.compare_digest(candidate.encode("latin-1"), key) for candidate in sent):
             raise RefusedRequestError(401, "Invalid API Key", "authentication_error")
 
     def model_in(self, path: str) -> str | None:
@@ -219,6 +218,12 @@ class Rules:
 
 def _forbidden(message: str) -> RefusedRequestError:
     return RefusedRequestError(403, message, "permission_error")
+
+
+def _key_in(header: str | None) -> str:
+    """The key in a header, with its scheme or without, as llama-server takes it."""
+    scheme, _, key = (header or "").partition(" ")
+    return key if scheme.lower() == "bearer" else header or ""
 
 
 def _is_of_page(path: str) -> bool:
