@@ -38,7 +38,8 @@ DEFAULT_CONTEXT = 4096
 class FakeOllama:
     """Use it as a context manager. `troubles`: route -> status and message, or `die`, `late` or `slow`.
 
-    `spoil` changes every prompt. `counts_new_alone`: of a prompt it counts what the one before did not have.
+    `spoil` changes every prompt. `hears_truncate`: with `truncate` false it drops no turns.
+    `counts_new_alone`: of a prompt it counts what the one before did not have.
     `counts_more`: so many tokens more than the prompt's text has, as a second BOS would be.
     """
 
@@ -51,6 +52,7 @@ class FakeOllama:
     asked: list[str] = field(default_factory=list)
     spoil: Callable[[str], str] = lambda prompt: prompt
     counts_new_alone: bool = False
+    hears_truncate: bool = False
     counts_more: int = 0
 
     def __post_init__(self) -> None:
@@ -178,13 +180,13 @@ class FakeOllama:
 
     # Answers
 
-    def prompt(self, model: Model, messages: Messages, context: int) -> str:
-        """The prompt; the oldest turns are dropped in silence until it fits."""
+    def prompt(self, model: Model, messages: Messages, context: int, *, cuts: bool = True) -> str:
+        """The prompt; the oldest turns are dropped in silence until it fits, unless it `cuts` none."""
         system = [one for one in messages if one["role"] == "system"]
         for start in range(len(messages)):
             kept = [*(one for one in system if one not in messages[start:]), *messages[start:]]
             text = prompt_of(model, kept, self.go, has_jinja=self.has_jinja, honours_go=self.honours_go)
-            if start == len(messages) - 1 or len(text.encode()) < context:
+            if not cuts or start == len(messages) - 1 or len(text.encode()) < context:
                 break
             if len(self._llama(model, context, "/tokenize", content=text)["tokens"]) <= context:
                 break
@@ -215,17 +217,14 @@ class FakeOllama:
             raise RefusedError(500, "llama-server process has terminated: exit status 1")
         collate(model, messages)
         context = int(options.get("num_ctx", DEFAULT_CONTEXT))
-        prompt = self.prompt(model, messages, context)
+        cuts = not self.hears_truncate or body.get("truncate", True)
+        prompt = self.prompt(model, messages, context, cuts=cuts)
         if body.get("_debug_render_only") and self._is_since(0, 11, 5):
             return done | {
                 "_debug_info": {"rendered_template": prompt},
                 "message": {"role": "", "content": ""},
             }
-        told = self._llama(
-            model, context, "/completion", prompt=prompt, n_predict=options.get("num_predict", -1),
-            stop=options.get("stop", []), temperature=options.get("temperature", 0.8),
-            seed=options.get("seed", 0), cache_prompt=False,
-        )  # fmt: skip
+        told = self._completed(model, context, prompt, options)
         cached = len(os.path.commonprefix([self.kept, prompt])) // 8 if self.counts_new_alone else 0  # noqa: RUF071
         self.kept = prompt
         return done | {
@@ -234,6 +233,48 @@ class FakeOllama:
             "prompt_eval_count": told["tokens_evaluated"] - cached + self.counts_more,
             "eval_count": told["tokens_predicted"],
         }
+
+    def _completed(
+        self, model: Model, context: int, prompt: str, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What the model says after `prompt`, which has to fit."""
+        if len(self._llama(model, context, "/tokenize", content=prompt)["tokens"]) > context:
+            raise RefusedError(400, "the prompt is longer than the context of the model")
+        usual = {"top_k": 40, "top_p": 0.9, "min_p": 0.0}
+        chosen = {name: options.get(name, value) for name, value in usual.items()}
+        return self._llama(
+            model, context, "/completion", prompt=prompt, n_predict=options.get("num_predict", -1),
+            stop=options.get("stop", []), temperature=options.get("temperature", 0.8),
+            seed=options.get("seed", 0), cache_prompt=False, **chosen,
+        )  # fmt: skip
+
+    def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer of /api/generate; only with `raw` does the prompt go to the model as it is."""
+        model = self.find(body["model"])
+        options = {**model.parameters, **(body.get("options") or {})}
+        check_options(options)
+        context = int(options.get("num_ctx", DEFAULT_CONTEXT))
+        prompt = body["prompt"]
+        if not body.get("raw"):
+            prompt = self.prompt(model, [{"role": "user", "content": prompt}], context)
+        told = self._completed(model, context, prompt, options)
+        return {
+            "model": body["model"],
+            "created_at": "2026-01-01T00:00:00Z",
+            "done": True,
+            "response": told["content"],
+            "done_reason": "length" if told["stop_type"] == "limit" else "stop",
+            "prompt_eval_count": told["tokens_evaluated"],
+            "eval_count": told["tokens_predicted"],
+        }
+
+    def awake_names(self) -> list[str]:
+        """The names that `/api/ps` lists."""
+        return sorted({self.first_name(name) for name in self.awake if name in self.models})
+
+    def first_name(self, name: str) -> str:
+        """The name under which `/api/ps` shows a model: the first of those that one manifest has."""
+        return next(one for one in sorted(self.models) if self.models[one] is self.models[name])
 
     def _llama(self, model: Model, context: int, route: str, **fields: Any) -> dict[str, Any]:
         """Ask the llama-server behind, started for model, adapter and context when it is first needed."""

@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
                 }
             )
         elif self.path == "/api/ps":
-            self.json({"models": [{"name": name, "model": name} for name in sorted(fake.awake)]})
+            self.json({"models": [{"name": name, "model": name} for name in fake.awake_names()]})
         elif self.path == "/v1/models":
             self.json({"object": "list", "data": [{"id": name, "object": "model"} for name in fake.models]})
         elif self.path == "/":
@@ -91,8 +91,16 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/api/chat":
             told = fake.chat(body)
             self.stream([told], whole=True) if body.get("stream", True) else self.json(told)
+        elif self.path == "/api/generate":
+            told = fake.generate(body)
+            self.stream([told], whole=True) if body.get("stream", True) else self.json(told)
         elif self.path == "/v1/chat/completions":
-            self.json(_completion(fake, body))
+            told = _completion(fake, body, body["messages"])
+            self.events(told) if body.get("stream") else self.json(told)
+        elif self.path == "/v1/completions":
+            told = _completion(fake, body, [{"role": "user", "content": body["prompt"]}])
+            choice = told["choices"][0]
+            self.json({**told, "choices": [{**choice, "text": choice.pop("message")["content"]}]})
         else:
             self.send(404, b"404 page not found", "text/plain")
 
@@ -119,6 +127,17 @@ class Handler(BaseHTTPRequestHandler):
             return
         text = "".join(json.dumps(line) + "\n" for line in told)
         self.send(200, text.encode(), "application/x-ndjson")
+
+    def events(self, told: dict[str, Any]) -> None:
+        """A streamed completion, in one piece."""
+        choice = told["choices"][0]
+        piece = {"index": 0, "delta": choice["message"], "finish_reason": choice["finish_reason"]}
+        lines = [
+            json.dumps({"choices": [piece]}),
+            json.dumps({"choices": [], "usage": told["usage"]}),
+            "[DONE]",
+        ]
+        self.send(200, "".join(f"data: {line}\n\n" for line in lines).encode(), "text/event-stream")
 
     def json(self, fields: Any, status: int = 200) -> None:
         self.send(status, json.dumps(fields).encode(), "application/json")
@@ -156,11 +175,11 @@ def _shown(fake: FakeOllama, name: str) -> dict[str, Any]:
     }
 
 
-def _completion(fake: FakeOllama, body: dict[str, Any]) -> dict[str, Any]:
-    """The OpenAI-compatible route."""
-    names = {"max_tokens": "num_predict", "temperature": "temperature", "seed": "seed", "stop": "stop"}
+def _completion(fake: FakeOllama, body: dict[str, Any], messages: Any) -> dict[str, Any]:
+    """The OpenAI-compatible routes, both with the chat template; what is not named here is ignored."""
+    names = {name: name for name in ("temperature", "seed", "stop", "top_p")} | {"max_tokens": "num_predict"}
     options = {ours: body[name] for name, ours in names.items() if body.get(name) is not None}
-    told = fake.chat({"model": body["model"], "messages": body["messages"], "options": options})
+    told = fake.chat({"model": body["model"], "messages": messages, "options": options})
     usage = {"prompt_tokens": told["prompt_eval_count"], "completion_tokens": told["eval_count"]}
     choice = {"index": 0, "message": told["message"], "finish_reason": told["done_reason"]}
     return {"object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}

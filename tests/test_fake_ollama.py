@@ -172,6 +172,33 @@ def test_older_turns_are_dropped_in_silence(ollama_client: Ollama, model_name: s
     assert "word" not in shown and shown.endswith("[user]And now?<|im_start|>assistant\n")
 
 
+def test_only_generate_with_raw_is_raw(
+    ollama_url: str, ollama_client: Ollama, model_name: str, tiny_gguf: Path
+) -> None:
+    """`/v1/completions` puts the chat template around every prompt."""
+    make(ollama_client, model_name, tiny_gguf, template=GO, parameters={"num_ctx": 512})
+    asked = {"model": model_name, "prompt": "abc", "stream": False}
+    raw = {**asked, "raw": True, "options": {"num_predict": 1}}
+    told = httpx.post(f"{ollama_url}/api/generate", json=raw, trust_env=False, timeout=60).json()
+    assert told["prompt_eval_count"] == 3
+    answer = httpx.post(
+        f"{ollama_url}/v1/completions", json={**asked, "max_tokens": 1}, trust_env=False, timeout=60
+    )
+    assert answer.json()["usage"]["prompt_tokens"] > 10
+
+
+def test_ps_names_a_manifest_once(ollama_client: Ollama, model_name: str, tiny_gguf: Path) -> None:
+    """One name for two names of one manifest."""
+    client = ollama.Client(ollama_client.url, trust_env=False)
+    make(ollama_client, model_name, tiny_gguf, template=GO, parameters={"num_ctx": 512})
+    ollama_client.copy(model_name, f"{model_name}-2")
+    for name in (model_name, f"{model_name}-2"):
+        ollama_client.chat(name, USER, options={"num_predict": 1})
+    named = [one.model for one in client.ps().models if (one.model or "").startswith(model_name)]
+    ollama_client.delete(f"{model_name}-2")
+    assert len(named) == 1
+
+
 def test_before_0_30_there_is_no_jinja(tiny_gguf: Path) -> None:
     """A TEMPLATE is needed; without one the bare prompt goes in."""
     with FakeOllama(

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from forge.serve import wire
+from forge.serve import native, wire
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.streamed import Streamed
 from forge.serve.wire import Reply, Sampling
@@ -39,6 +39,7 @@ class Client:
 
     def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Reply:
         """The whole answer to a conversation."""
+        self._require_whole(messages)
         body = wire.chat_request(self.endpoint, messages, sampling or Sampling())
         return wire.read_reply(self.endpoint, self._ask("POST", wire.CHAT, body))
 
@@ -49,6 +50,7 @@ class Client:
 
         Closing the generator closes the connection, at which llama-server stops generating.
         """
+        self._require_whole(messages)
         body = wire.chat_request(self.endpoint, messages, sampling or Sampling(), stream=True)
         streamed = Streamed(self.endpoint)
         with wire.failures_of(self.endpoint):
@@ -67,6 +69,19 @@ class Client:
         """What follows `prompt`, which no chat template is put around."""
         body = wire.completion_request(self.endpoint, prompt, sampling or Sampling())
         return wire.read_reply(self.endpoint, self._ask("POST", wire.COMPLETION, body))
+
+    def is_ollama(self) -> bool:
+        """Whether it is Ollama; others imitate its API, and only itself greets so."""
+        with wire.failures_of(self.endpoint):
+            version = self._http.get(self.endpoint.route(native.VERSION))
+            if not version.is_success or not native.names_version(wire.parse(version.content)):
+                return False
+            return native.greets(self._http.get(self.endpoint.route(native.ROOT)).content)
+
+    def _require_whole(self, messages: Sequence[Message]) -> None:
+        """Raise `RefusedError` where Ollama would leave out the oldest turns of a conversation."""
+        if self.endpoint.is_ollama and (body := native.render_request(self.endpoint, messages)):
+            native.require_whole(messages, self._ask("POST", native.CHAT, body))
 
     def health(self) -> bool:
         """Whether it is ready: False while it loads its model."""
@@ -130,4 +145,5 @@ def find(url: str, *, model: str | None = None, api_key: str | None = None) -> E
     """
     with Client(Endpoint(url, "", api_key)) as client:
         names = client.model_names()
-    return Endpoint(url, wire.choose_model(url, names, model), api_key)
+        is_ollama = client.is_ollama()
+    return Endpoint(url, wire.choose_model(url, names, model), api_key, is_ollama=is_ollama)

@@ -51,6 +51,7 @@ class Endpoint:
     login: tuple[str, str] | None = field(default=None, repr=False)
     version: str = field(default="/v1", repr=False)
     query: str = field(default="", repr=False)
+    is_ollama: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         try:

@@ -26,7 +26,7 @@ import httpx
 
 from forge import report
 from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageError
-from forge.serve import wire
+from forge.serve import native, wire
 from forge.serve.answers import Answer, answer_of, failed_answer
 from forge.serve.endpoint import Endpoint
 from forge.serve.ids import Ids
@@ -290,20 +290,34 @@ class _Batch:
             if not lane.endpoint.proved:
                 lane.endpoint = await _proved(lane.endpoint, client)
             endpoint = lane.endpoint
-            body: dict[str, object]
-            if row.body is not None:
-                self._report_model(row, endpoint)
-                path, body = row.path, {**row.body, "model": endpoint.model}
-            elif row.messages:
-                path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
-            else:
-                path, body = wire.COMPLETION, wire.completion_request(endpoint, row.raw, self.sampling)
+            if endpoint.is_ollama:
+                await _require_whole(row, endpoint, client)
+            path, body = self._request(row, endpoint)
             response = await client.post(endpoint.route(path), json=body)
         payload = wire.read_json(endpoint, response)
-        answer = answer_of(row, wire.read_answer(endpoint, path, payload), payload)
+        answer = answer_of(row, _reply(endpoint, path, payload), payload)
         lane.answered()
         self._outage.answered()
         return answer
+
+    def _request(self, row: Row, endpoint: Endpoint) -> tuple[str, dict[str, object]]:
+        """The route and the body; Ollama's own route for what its OpenAI-compatible ones drop."""
+        body: dict[str, object]
+        if row.body is not None:
+            self._report_model(row, endpoint)
+            path, body = row.path, {**row.body, "model": endpoint.model}
+        elif row.messages:
+            texts = native.texts(row.messages) if endpoint.is_ollama else None
+            if texts is not None:
+                return native.CHAT, native.chat_request(endpoint, texts, self.sampling)
+            path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
+        elif endpoint.is_ollama:
+            return native.GENERATE, native.completion_request(endpoint, row.raw, self.sampling)
+        else:
+            path, body = wire.COMPLETION, wire.completion_request(endpoint, row.raw, self.sampling)
+        if endpoint.is_ollama:
+            native.refuse_ignored(path, body)
+        return path, body
 
     def _report_model(self, row: Row, endpoint: Endpoint) -> None:
         """A batch that was written for another service names its model: that is not the one that is asked."""
@@ -319,7 +333,29 @@ async def _proved(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
     names = wire.read_models(endpoint, wire.read_json(endpoint, response))
     if not names:
         raise GarbledError(f"{endpoint.url} serves no model yet")
-    return replace(endpoint, model=wire.choose_model(endpoint.url, names, endpoint.model), proved=True)
+    model = wire.choose_model(endpoint.url, names, endpoint.model)
+    return replace(endpoint, model=model, proved=True, is_ollama=await _is_ollama(endpoint, client))
+
+
+async def _is_ollama(endpoint: Endpoint, client: httpx.AsyncClient) -> bool:
+    """As `Client.is_ollama`."""
+    version = await client.get(endpoint.route(native.VERSION))
+    if not version.is_success or not native.names_version(wire.parse(version.content)):
+        return False
+    return native.greets((await client.get(endpoint.route(native.ROOT))).content)
+
+
+async def _require_whole(row: Row, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
+    """Raise `RefusedError` where Ollama would leave out the oldest turns of the row's conversation."""
+    texts = native.texts(row.messages or (row.body or {}).get("messages"))
+    if texts and (body := native.render_request(endpoint, texts)):
+        response = await client.post(endpoint.route(native.CHAT), json=body)
+        native.require_whole(texts, wire.read_json(endpoint, response))
+
+
+def _reply(endpoint: Endpoint, path: str, payload: dict[str, Any]) -> wire.Reply | None:
+    is_native = path in (native.CHAT, native.GENERATE)
+    return native.read_reply(endpoint, payload) if is_native else wire.read_answer(endpoint, path, payload)
 
 
 def _client(lane: Lane) -> httpx.AsyncClient:

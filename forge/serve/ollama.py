@@ -84,7 +84,7 @@ def serve_ollama(settings: ServerSettings, *, log: Path | None = None) -> Iterat
         )
         report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
         with watch(server.url) as why_gone:
-            yield Endpoint(server.url, imported.name, why_gone=why_gone)
+            yield Endpoint(server.url, imported.name, why_gone=why_gone, is_ollama=True)
 
 
 def _refuse(settings: ServerSettings) -> None:
@@ -154,7 +154,7 @@ def import_model(
                 prove(compared, writes_bos=writes_bos)
                 counted = prove(compared[:_PLAIN], writes_bos=writes_bos, count=count) if count else 0
                 if ask:
-                    ask(Endpoint(server.url, made))
+                    ask(Endpoint(server.url, made, is_ollama=True))
                 server.copy(made, name)
             return Imported(name, server.digest(name) or "", way, len(compared), counted)
         except PromptsDifferError as wrong:

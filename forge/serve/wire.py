@@ -192,7 +192,7 @@ def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
 
     Raises `BusyError` or `RefusedError` for an error answer, `GarbledError` for what is not a JSON object.
     """
-    payload = _parse(response.content)
+    payload = parse(response.content)
     if response.is_success and isinstance(payload, dict):
         check_error(endpoint, payload)
         return payload
@@ -329,7 +329,8 @@ def reason_in(payload: object) -> str:
     return f"{'.'.join(map(str, place))}: {said}" if said and isinstance(place, list) else said
 
 
-def _parse(content: bytes) -> object:
+def parse(content: bytes) -> object:
+    """The JSON of an answer; else its text, and None for a page of a proxy."""
     try:
         parsed: object = json.loads(content)
     except (ValueError, RecursionError):
