@@ -520,11 +520,6 @@ FAULTS: Mapping[str, tuple[Row, str]] = {
         row(messages=[{**SYSTEM, "tools": [{"name": "add"}]}, USER, ANSWER]),
         "messages[0].tools: tools belong to the whole row: a column of the row beside its messages",
     ),
-    "a call among the parts": (
-        row(messages=[USER, {**ANSWER, "content": [{"type": "tool_use", "name": "f", "input": {}}]}]),
-        "messages[1].content[0]: is a part of type 'tool_use'; "
-        "a call stands beside the content, in tool_calls",
-    ),
     "half a weight": (
         row(messages=[USER, {**ANSWER, "weight": 0.5}]),
         "messages[1].weight: is 0.5; only 0 and 1 (false and true) are supported",

@@ -39,6 +39,10 @@ from forge.data.turns import (
 )
 from forge.errors import DataError, Problem
 
+# A column `reasoning` that holds one of these says how the row was made, not what was thought.
+_SWITCHES = ("on", "off", "low", "medium", "high", "none", "true", "false", "yes", "no")
+# What a chat template writes around a user's words: a prompt that has it is rendered already.
+_RENDERED = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<｜User｜>")
 _DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
 
 
@@ -67,6 +71,7 @@ def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRo
     if not rows:
         bad.settle(problems, f"{len(problems)} of {given} rows cannot be used", "look at data.format")
         raise DataError("no row is left to learn from", hint="look at what data.format makes of the rows")
+    rows = [_unwrapped(row) for row in rows]
     require_columns(rows, shape)
     layout = layout_of(rows, shape)
     conversations: list[Conversation] = []
@@ -89,6 +94,14 @@ def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRo
     if shape.reader is not None:
         why += ", from the reader that data.format names"
     return Reading(tuple(conversations), layout.format, why, notes, given)
+
+
+def _unwrapped(row: Row) -> Row:
+    """A row whose `input` holds the messages and their tools, as OpenAI's preference pairs do."""
+    value = row.values.get("input")
+    if not isinstance(value, Mapping) or "messages" not in value:
+        return row
+    return replace(row, values={**{key: row.values[key] for key in row.values if key != "input"}, **value})
 
 
 def _columns_hint(rows: Sequence[Row]) -> str:
@@ -133,6 +146,7 @@ def _read_by(reader: Reader, rows: Sequence[Row], notes: Notes, problems: list[P
 def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conversation | None:
     """The row's conversation; None for a row that says itself that it is not to be learned."""
     _refuse_keys(row, layout, shape, notes)
+    _refuse_two_columns(row, layout, notes)
     if (why := _left_out(row, layout)) is not None:
         notes.counts[f"left out: {why}"] += 1
         return None
@@ -159,6 +173,12 @@ def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
         if value in EMPTY or key in shape.ignore:
             continue
         why = fields.ROW_REFUSED.get(fields.plain(key))
+        if layout.format in (MESSAGES, SHAREGPT) and fields.plain(key) in fields.BESIDE_MESSAGES:
+            why = f"stands beside the conversation; data.columns: {{system: {key}}} puts it before it"
+        if fields.plain(key) == "mask" and isinstance(value, str):
+            why = _masks(value, shape)
+            if why is None:
+                continue
         tokens = isinstance(value, list) and all(isinstance(item, int) for item in value)
         if why and value is False and not why.startswith("a template"):
             continue
@@ -171,6 +191,28 @@ def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
                 key,
             )
         notes.unused[writable(key)] += 1
+
+
+def _masks(speaker: str, shape: Shape) -> str | None:
+    """NeMo's `mask` names who carries no loss: why that cannot be, or None where it is the user."""
+    if fields.role_of(speaker, shape.roles) in ("user", "system"):
+        return None
+    return f"is {speaker!r}: only answers of the assistant carry loss here"
+
+
+def _refuse_two_columns(row: Row, layout: Layout, notes: Notes) -> None:
+    """Refuse a row that says one thing twice and differently; a second conversation is not used."""
+    for part, columns in layout.parts.items():
+        filled = [column for column in columns if row.values.get(column) not in EMPTY]
+        for column in filled[1:]:
+            if part == fields.MESSAGES:
+                notes.unused[writable(column)] += 1
+            elif parsed(row.values[column]) != parsed(row.values[filled[0]]):
+                raise BadRowError(
+                    f"both {filled[0]} and {column} could be the {part}; data.ignore: [{column}] leaves it "
+                    "out of account",
+                    column,
+                )
 
 
 def _left_out(row: Row, layout: Layout) -> str | None:
@@ -218,19 +260,35 @@ def _exchange(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[
             yield from reply  # the whole conversation, its prompt included
             return
     else:
-        thought = layout.value(row, fields.REASONING)
-        reasoning = text_of(thought[1], thought[0], empty_ok=True)
+        place_of_thought, thought = layout.value(row, fields.REASONING)
+        if isinstance(thought, str) and fields.plain(thought) in _SWITCHES:
+            notes.unused[writable(place_of_thought)] += 1
+            thought = None
+        reasoning = text_of(thought, place_of_thought, empty_ok=True)
         reply = [Turn("assistant", text_of(_said(answer, row, place), place), reasoning=reasoning)]
-    yield from _history(row, layout)
     beside, more = layout.value(row, fields.INPUT)
+    if isinstance(prompt, str) and _is_messages(more):  # OpenAI's responses: instructions and input
+        yield Turn("system", text_of(prompt, asked, empty_ok=True))
+        prompt, asked, more = more, beside, None
+    yield from _history(row, layout, shape, notes)
     extra = text_of(more, beside, empty_ok=True) if more is not None else ""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping) and not is_of_parts(prompt):
         if extra.strip():
             raise BadRowError(f"stands beside a {asked} that is a list of messages", beside)
         yield from turns_of(prompt, asked, shape.roles, notes)
     else:
-        question = text_of(_said(prompt, row, asked), asked)
-        yield Turn("user", f"{question}\n\n{extra}" if extra.strip() else question)
+        question = text_of(_said(prompt, row, asked), asked, empty_ok=bool(extra.strip()))
+        if marks := [mark for mark in _RENDERED if mark in question]:
+            raise BadRowError(
+                f"has {marks[0]}, a chat template's mark: it is rendered already; give the user's words, "
+                "the template is the base's",
+                asked,
+            )
+        if question.lstrip().startswith("Human:") and question.rstrip().endswith("\n\nAssistant:"):
+            notes.counts["prompts of Human: and Assistant:, read as conversations"] += 1
+            yield from dialogue(question.rstrip().removesuffix("Assistant:"), asked)
+        else:
+            yield Turn("user", "\n\n".join(text for text in (question, extra) if text.strip()))
     yield from reply
 
 
@@ -251,11 +309,26 @@ def _listed(value: object) -> object:
     return made if is_messages else value
 
 
-def _history(row: Row, layout: Layout) -> Iterator[Turn]:
-    """Alpaca's earlier exchanges: [[question, answer], ...]; they carry loss as other turns do."""
+def _is_messages(value: object) -> bool:
+    value = parsed(value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(item, Mapping) and any(fields.message_part(key) == fields.ROLE for key in item)
+            for item in value
+        )
+    )
+
+
+def _history(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[Turn]:
+    """Alpaca's earlier exchanges: [[question, answer], ...], or messages; they carry loss as others do."""
     column, value = layout.value(row, fields.HISTORY)
     value = parsed(value)
     if value in EMPTY:
+        return
+    if _is_messages(value):
+        yield from turns_of(value, column, shape.roles, notes)
         return
     if not isinstance(value, list) or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value

@@ -29,19 +29,23 @@ def _names(words: str) -> tuple[str, ...]:
 # The part that a column plays -> its usual names, the most telling first.
 ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     MESSAGES: _names("messages conversations conversation dialogue dialog chat turns contents"),
-    PROMPT: _names("prompt instruction instructions question query request problem user human"),
-    COMPLETION: _names("completion response answer output reply assistant target solution ground_truth"),
+    PROMPT: _names(
+        "prompt instruction instructions question query request problem user human message input_text"
+    ),
+    COMPLETION: _names(
+        "completion response answer output reply assistant target targets solution ground_truth output_text"
+    ),
     INPUT: _names("input inputs context"),
-    SYSTEM: _names("system system_prompt system_message system_instruction"),
-    HISTORY: _names("history"),
-    TOOLS: _names("tools functions available_tools available_functions tool_definitions"),
-    CHOSEN: _names("chosen preferred"),
-    REJECTED: _names("rejected dispreferred"),
-    REASONING: _names("reasoning_content reasoning thinking"),
+    SYSTEM: _names("system system_prompt system_message system_instruction preamble"),
+    HISTORY: _names("history chat_history"),
+    TOOLS: _names("tools functions available_tools available_functions tool_definitions tool_config"),
+    CHOSEN: _names("chosen preferred preferred_output chosen_response preferred_response"),
+    REJECTED: _names("rejected dispreferred non_preferred_output rejected_response"),
+    REASONING: _names("reasoning_content reasoning thinking thought complex_cot"),
     TEXT: _names("text content document"),
     TRAINED: _names("train training trainable"),
     WEIGHT: _names("weight"),
-    LABEL: _names("label"),
+    LABEL: _names("label kto_tag"),
 }  # fmt: skip
 # What would change the prompt or the loss and is not supported: refused where it holds something.
 ROW_REFUSED: Mapping[str, str] = {
@@ -57,21 +61,30 @@ ROW_REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(_names("chat_template"), "the template is the base's, the same for every row"),
     **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
+    **dict.fromkeys(
+        _names("segments"), "its texts carry their own template and loss; give the conversation as messages"
+    ),
+    **dict.fromkeys(_names("suffix"), "text that follows the answer is not shown to the model"),
+    **dict.fromkeys(_names("builtin_tools"), "tools that a template knows by name are not given to it here"),
 }
+# What stands beside a conversation and belongs to its prompt: refused where nothing says how.
+BESIDE_MESSAGES = _names("context document")
 
 ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID = (
     "role", "content", "name", "tool_calls", "function_call", "tool_call_id",
 )  # fmt: skip
 MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {
     ROLE: _names("role from speaker sender author"),
-    CONTENT: _names("content value text parts"),
+    CONTENT: _names("content value text parts message"),
     NAME: _names("name"),
     TOOL_CALLS: _names("tool_calls"),
     FUNCTION_CALL: _names("function_call"),
     TOOL_CALL_ID: _names("tool_call_id"),
     REASONING: _names("reasoning_content reasoning thinking thought"),
     WEIGHT: _names("weight loss_weight loss_scale"),
-    TRAINED: _names("train training trainable trained loss learn is_train is_trained is_trainable"),
+    TRAINED: _names(
+        "train training trainable trained loss learn is_train is_trained is_trainable output_with_loss"
+    ),
     MASKED: _names("masked ignore_loss no_loss"),
 }
 MESSAGE_REFUSED: Mapping[str, str] = {
@@ -86,6 +99,8 @@ MESSAGE_REFUSED: Mapping[str, str] = {
     **dict.fromkeys(_names("train_on_input train_on_inputs train_on_prompt"), "prompts carry no loss here"),
     **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
 }  # fmt: skip
+# Keys that say that the end of turn is not learned, where they are false.
+MESSAGE_ENDS = _names("need_eos_token eot")
 
 # Who speaks, under the names that people use. `data.roles` adds more.
 CALL = "function_call"
@@ -110,7 +125,7 @@ def role_of(name: str, more: Mapping[str, str]) -> str | None:
     return own.get(plain(name)) or ROLES.get(plain(name))
 
 
-_OF_LOSS = re.compile("loss|mask|train|learn")
+_OF_LOSS = re.compile("loss|mask|train|learn|weight|advantage")
 
 
 @functools.lru_cache(4096)

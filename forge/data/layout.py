@@ -99,10 +99,14 @@ def layout_of(rows: Sequence[Row], shape: Shape) -> Layout:
     for part, names in fields.ROW_FIELDS.items():
         if part not in parts:
             fitting = [key for key in columns if fields.plain(key) in names and key not in taken]
+            fitting.sort(key=lambda key: names.index(fields.plain(key)))
             # A column that holds nothing in any row is no candidate where another one is.
             parts[part] = [key for key in fitting if counts[key]] or fitting
-    form = shape.format if shape.format != AUTO else _detect(parts, shape, columns, where)
-    _require_format(form, parts, shape, columns, where, rows)
+    if _asks_only(rows, parts):
+        # The conversation up to the question, and the answer in a column of its own.
+        parts[fields.PROMPT], parts[fields.MESSAGES] = parts[fields.MESSAGES], []
+    form = shape.format if shape.format != AUTO else _detect(parts, shape, columns, rows)
+    _require_format(form, parts, shape, columns, rows)
     chosen = {part: tuple(keys) for part, keys in _of_format(form, parts, shape, where).items() if keys}
     if form in (MESSAGES, SHAREGPT):
         form = _spelling(rows, chosen[fields.MESSAGES], form)
@@ -112,8 +116,50 @@ def layout_of(rows: Sequence[Row], shape: Shape) -> Layout:
     return Layout(form, chosen, tuple(key for key in counts if key not in used))
 
 
-def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[str], where: str) -> str:
+def _asks_only(rows: Sequence[Row], parts: Mapping[str, Sequence[str]]) -> bool:
+    """Whether messages end with a question, and a column beside them has the answer."""
+    answers = [*parts[fields.CHOSEN], *parts[fields.COMPLETION]]
+    for row in rows if answers and parts[fields.MESSAGES] else ():
+        turns = next(
+            (parsed(row.values.get(key)) for key in parts[fields.MESSAGES] if row.values.get(key)), None
+        )
+        if isinstance(turns, list) and turns and any(row.values.get(key) not in EMPTY for key in answers):
+            return _speaker(turns[-1]) in ("user", "system", "tool")
+    return False
+
+
+def _speaker(values: object) -> str | None:
+    """Who says a message, by the usual names."""
+    if not isinstance(values, Mapping):
+        return None
+    name = next((values[key] for key in values if fields.message_part(key) == fields.ROLE), None)
+    return fields.role_of(name, {}) if isinstance(name, str) else None
+
+
+def _may_be_turns(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, str) or _speaker(item) for item in value)
+    )
+
+
+def _refuse_single_messages(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Rows that are a message each: their order, or a tree of parents, is the conversation."""
+    values = {key: rows[0].values.get(key) for key in columns}
+    if _speaker(values):
+        raise DataError(
+            f"{rows[0].file}:{rows[0].line}: each row is a single message, not a conversation; its columns "
+            f"are: {', '.join(columns)}",
+            hint="put a conversation into one row: {messages: [{role: ..., content: ...}, ...]}",
+        )
+
+
+def _detect(
+    parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[str], rows: Sequence[Row]
+) -> str:
     """The format that the columns of these parts make."""
+    where = f"{rows[0].file}:{rows[0].line}"
     has_answer = parts[fields.COMPLETION] and (parts[fields.PROMPT] or parts[fields.INPUT])
     asked = shape.columns.keys()
     if fields.TEXT in asked:
@@ -126,6 +172,7 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         return PREFERENCE
     if has_answer:
         return PROMPT
+    _refuse_single_messages(rows, columns)
     if (
         parts[fields.TEXT]
         and not parts[fields.LABEL]
@@ -139,6 +186,10 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
     elif fields.PROMPT in asked or fields.COMPLETION in asked:
         other = fields.COMPLETION if fields.PROMPT in asked else fields.PROMPT
         hint = f"data.columns: {{{other}: ...}} is missing"
+    elif refused := [key for key in columns if fields.plain(key) in fields.ROW_REFUSED]:
+        hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
+    elif lists := [key for key in columns if _may_be_turns(parsed(rows[0].values.get(key)))]:
+        hint = f"where {lists[0]} has the turns of a conversation: data.columns: {{messages: {lists[0]}}}"
     raise DataError(
         f"{where}: cannot tell the data's format from its columns: {', '.join(columns)}",
         hint=f"{hint}; a table needs a line of column names first",
@@ -150,7 +201,6 @@ def _require_format(
     parts: Mapping[str, Sequence[str]],
     shape: Shape,
     columns: Sequence[str],
-    where: str,
     rows: Sequence[Row],
 ) -> None:
     """Refuse a format that the recipe names and the rows contradict, with the setting that is right."""
@@ -173,7 +223,7 @@ def _require_format(
         spelled = _spelling(rows, tuple(parts[fields.MESSAGES]), form)
         fits, right = spelled == form, spelled
     elif not fits:
-        right = _detect(parts, shape, columns, where)
+        right = _detect(parts, shape, columns, rows)
     if not fits:
         raise DataError(
             f"data.format: {form} does not fit the rows, whose columns are: {', '.join(columns)}",
@@ -198,7 +248,7 @@ def _of_format(
         exact = [key for key in chosen.get(part, ()) if fields.plain(key) == named]
         if exact and part not in shape.columns:
             chosen[part] = exact
-    if fields.PROMPT not in chosen and fields.PROMPT in own and form != PREFERENCE:
+    if fields.PROMPT not in chosen and fields.PROMPT in own and fields.INPUT in chosen:
         chosen[fields.PROMPT] = chosen.pop(fields.INPUT)
     for part in (fields.PROMPT, fields.COMPLETION, fields.CHOSEN, fields.TEXT, fields.INPUT):
         if len(chosen.get(part, ())) > 1:

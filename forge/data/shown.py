@@ -108,7 +108,8 @@ def check_turn(turn: Turn, number: int, answer: str, template: ChatTemplate) -> 
         if at is None:
             raise DataError(
                 f"message {number} (assistant): its thinking is dropped or changed by the template",
-                hint="use a template that shows the thinking of an answer, or take it out of these rows",
+                hint="use a template that shows the thinking of an answer, or take it out of these rows "
+                "(a column: data.ignore)",
             )
         ends.append(at)
     at = _end_of(visible, answer[ends[-1] :])

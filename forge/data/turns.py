@@ -10,10 +10,10 @@ import ast
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from forge.data import fields
+from forge.data import blocks, fields
 from forge.data.conversation import Json, ToolCall, Turn
 
 _LONGEST_LITERAL = 10_000_000
@@ -62,8 +62,8 @@ _BELONGS: Mapping[str, str] = {
     **dict.fromkeys(
         _THOUGHTS, "thinking stands in an assistant's content, or beside it as reasoning_content"
     ),
-    "tool_use": "a call stands beside the content, in tool_calls",
-    "tool_result": "what a tool answers is a turn of the role tool",
+    "tool_use": "a call is made by a turn of the assistant",
+    "tool_result": "what a tool answers belongs to a conversation",
     "refusal": "a refusal is learned as text: {type: text, text: ...}",
 }
 
@@ -81,7 +81,8 @@ def _part(part: object, place: str) -> str:
         texts = [part[key] for key in ("text", "content", "value") if isinstance(part.get(key), str)]
         if len(texts) == 1:
             return str(texts[0])
-    raise BadRowError("is not a text part: {type: text, text: ...}", place)
+    keys = f"; its keys are: {', '.join(map(writable, map(str, part)))}" if isinstance(part, Mapping) else ""
+    raise BadRowError(f"is not a text part: {{type: text, text: ...}}{keys}", place)
 
 
 def _as_part(part: object) -> object:
@@ -126,6 +127,8 @@ def parsed(value: object) -> object:
 def _as_list(value: object, place: str) -> Sequence[Any]:
     """The messages in `value`: a list, a list in a text, or one list a key (a struct of lists)."""
     value = parsed(value)
+    if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     if isinstance(value, Mapping):
         columns = {key: items for key, items in value.items() if isinstance(items, list)}
         if columns and len({len(items) for items in columns.values()}) == 1:
@@ -136,7 +139,15 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
         raise BadRowError("is a text that is neither JSON nor a Python list of messages", place)
     if not isinstance(value, list) or not value:
         raise BadRowError("is not a list of messages", place)
-    return [half for message in value for half in _halves(message)]
+    return [
+        plain
+        for message in value
+        for half in _halves(message)
+        for plain in (blocks.plain_messages(half) if isinstance(half, Mapping) else [half])
+    ]
+
+
+_ASKED = (*fields.ROW_FIELDS[fields.PROMPT], fields.INPUT)
 
 
 def _halves(message: object) -> Iterator[object]:
@@ -148,13 +159,18 @@ def _halves(message: object) -> Iterator[object]:
         # {user: ...}, or {human: ..., assistant: ...} for both
         yield from ({"role": key, "content": said} for key, said in message.items() if said is not None)
         return
-    if not {"input", "output"} <= message.keys():
+    asked = [key for key in message if fields.plain(key) in _ASKED]
+    answers = [key for key in message if fields.plain(key) in fields.ROW_FIELDS[fields.COMPLETION]]
+    is_pair = len(asked) == len(answers) == 1 and not any(
+        fields.message_part(key) == fields.ROLE for key in message
+    )
+    if not is_pair:
         yield message
         return
-    rest = {key: value for key, value in message.items() if key not in ("system", "input", "output")}
+    rest = {key: value for key, value in message.items() if key not in ("system", *asked, *answers)}
     yield from [{"role": "system", "content": message["system"]}] if message.get("system") else []
-    yield {"role": "user", "content": message["input"]}
-    yield {**rest, "role": "assistant", "content": message["output"]}
+    yield {"role": "user", "content": message[asked[0]]}
+    yield {**rest, "role": "assistant", "content": message[answers[0]]}
 
 
 def turns_of(value: object, place: str, roles: Mapping[str, str], notes: Notes) -> Iterator[Turn]:
@@ -179,6 +195,13 @@ def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], note
         if why and value not in (None, "", [], {}, False):
             raise BadRowError(why, f"{place}.{key}")
         part = fields.message_part(key)
+        if value is False and fields.plain(key) in fields.MESSAGE_ENDS:
+            raise BadRowError("an answer is always learned with its end of turn", f"{place}.{key}")
+        if fields.plain(key) == "channel" and value not in (None, "", "final"):
+            raise BadRowError(
+                f"is {value!r}: thinking stands beside the answer as reasoning_content, a call in tool_calls",
+                f"{place}.{key}",
+            )
         if part is None and fields.sets_loss(key, value):
             raise BadRowError(
                 "forge does not know this key, and it may say what carries loss: weight: 0 (or 1) does; "
@@ -306,8 +329,7 @@ def _call(call: object, place: str) -> ToolCall:
 
 def tools_of(value: object, place: str) -> tuple[Mapping[str, Json], ...]:
     """The functions of a row's `tools`, each as {type: function, function: {...}}."""
-    listed = parsed(value)
-    listed = [listed] if isinstance(listed, Mapping) else listed
+    listed = blocks.plain_tools(parsed(value))
     if listed in (None, "", []):
         return ()
     if not isinstance(listed, list):
@@ -337,6 +359,10 @@ def finished(turns: Sequence[Turn], notes: Notes) -> tuple[Turn, ...]:
         if len(texts) > 1:
             notes.counts["several system turns at the start, joined into one"] += 1
         kept[:leading] = [Turn("system", "\n\n".join(texts))]
+    if kept and kept[0].role == "assistant" and kept[0].trained is None:
+        # A server cannot be asked for what comes before any message.
+        notes.counts["an answer before any question carries no loss: nothing prompts it"] += 1
+        kept[0] = replace(kept[0], trained=False)
     answers = [at for at, turn in enumerate(kept) if turn.role == "assistant"]
     if not answers:
         raise BadRowError("there is no turn of the assistant: there is nothing to learn")

@@ -1,0 +1,66 @@
+"""Rows as the interfaces and trainers that people come from document them: each is read, or refused by name.
+
+The rows are in `cases/data/dialects`, each with what it must become or with the words that refuse it.
+Not covered: what a template makes of the turns (`test_data_thinking`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.data.conversation import Row
+from forge.data.conversations import to_conversations
+from forge.errors import DataError
+
+DIALECTS = Path(__file__).parent / "cases" / "data" / "dialects"
+
+
+def cases(name: str) -> list[Any]:
+    lines = (DIALECTS / name).read_text(encoding="utf-8").splitlines()
+    return [pytest.param(case, id=case["name"]) for case in map(json.loads, lines)]
+
+
+@pytest.mark.parametrize("case", cases("read.jsonl"))
+def test_a_dialect_that_is_read(case: Mapping[str, Any]) -> None:
+    """E1, E2, E5, E7: nothing of the row is dropped in silence, and calls, tools and loss are kept."""
+    reading = to_conversations([Row(case["row"], "rows.jsonl", 1)])
+    (conversation,) = reading.conversations
+    assert conversation.messages() == case["messages"]
+    assert [dict(tool) for tool in conversation.tools] == case.get("tools", [])
+    assert reading.format == case["format"]
+    assert sorted(reading.notes.unused) == case.get("unused", [])
+    untrained = [number for number, turn in enumerate(conversation.turns) if turn.trained is False]
+    assert untrained == case.get("untrained", [])
+
+
+@pytest.mark.parametrize("case", cases("refused.jsonl"))
+def test_a_dialect_that_is_refused(case: Mapping[str, Any]) -> None:
+    """Pitfalls 15 and 51: what would be learned otherwise than the row says is named, with the way out."""
+    with pytest.raises(DataError) as caught:
+        to_conversations([Row(case["row"], "rows.jsonl", 1)])
+    error = caught.value
+    assert (str(error.problems[0]) if error.problems else error.message) == case["error"]
+    if "hint" in case:
+        assert error.hint == case["hint"]
+
+
+def test_schemas_in_capitals() -> None:
+    """Gemini's types are STRING and OBJECT; a property called type keeps its own."""
+    schema = {"type": "OBJECT", "properties": {"type": {"type": "STRING", "enum": ["STRING"]}}}
+    row = {
+        "contents": [
+            {"role": "user", "parts": [{"text": "Hi"}]},
+            {"role": "model", "parts": [{"text": "Hello."}]},
+        ],
+        "tools": [{"function_declarations": [{"name": "f", "parameters": schema}]}],
+    }
+    (conversation,) = to_conversations([Row(row, "rows.jsonl", 1)]).conversations
+    assert conversation.tools[0]["function"] == {
+        "name": "f",
+        "parameters": {"type": "object", "properties": {"type": {"type": "string", "enum": ["STRING"]}}},
+    }
