@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forge.stages.evaluate import has_improved, learned
+from forge.stages.evaluate import figures, has_improved, learned, nothing_learned, remarks
 from forge.train.evaluate import standard_error
+from forge.train.outcome import fall_at_the_end, still_falling
 from tests.shipping import Workshop
 
 
@@ -60,3 +62,36 @@ def test_few_rows_are_normal(workshop: Workshop) -> None:
     answer = workshop.ship("--until", "evaluate")
     assert answer.fields["learned"] is None
     assert "what was learned is not measured" in answer.said
+
+
+def measured(before: float, after: float, vocabulary: int = 1456, **others: Any) -> dict[str, Any]:
+    perplexity = {"before": math.exp(before), "after": math.exp(after)}
+    return {**facts(before, after, 0.01, 20), "perplexity": perplexity, "vocabulary": vocabulary, **others}
+
+
+def test_worse_than_guessing_is_nothing_learned() -> None:
+    """A perplexity of 1,526 over 1,456 tokens fell from 7,000, and is worse than guessing all the same."""
+    said = nothing_learned(measured(8.85, math.log(1526)))
+    assert said is not None and "1,526 is worse than guessing among 1,456 tokens" in said
+    worse = nothing_learned(measured(2.0, 4.0))
+    assert worse is not None and worse.endswith("the base itself answers these rows better")
+    assert nothing_learned(measured(4.0, 2.0)) is None
+    assert "perplexity 54.6 -> 7.389" in figures(measured(4.0, 2.0))
+
+
+def test_what_a_person_should_know_of_what_was_learned() -> None:
+    assert [*remarks(measured(6.0, 2.0))] == []
+    (far,) = remarks(measured(6.0, 5.0))
+    assert "148.4 of 1,456 tokens: better than guessing, but far from an answer" in far
+    (falling,) = remarks(measured(3.0, 2.0, falling="the training loss (2.5 -> 2.1 in the second half)"))
+    assert "was still falling when training ended" in falling
+
+
+def test_what_is_still_falling() -> None:
+    """Held-out losses where they were measured; else those of training, beyond noise."""
+    assert still_falling([3.0, 2.5, 2.2]) and not still_falling([3.0, 2.2, 2.19]) and not still_falling([3.0])
+    steps = [4 - 0.05 * step for step in range(40)]
+    assert fall_at_the_end(steps, heldout=2.2) == pytest.approx((2.775, 2.275))
+    assert fall_at_the_end(steps, heldout=4.0) is None
+    assert fall_at_the_end(steps[:12], heldout=3.5) is None
+    assert fall_at_the_end([3.0 + 0.3 * (-1) ** step for step in range(40)], heldout=3.0) is None

@@ -16,12 +16,14 @@ from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
 from forge.data.tokens import prompt_format
 from forge.errors import DataError, RecipeError
+from forge.export.cost import cost_of
 from forge.export.request import ExportRequest, Ingredients, MergeBase, Mode
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.export.run import export as make_gguf
 from forge.export.types import UNQUANTIZED
 from forge.model.architectures import check_exportable
 from forge.model.config import check_unquantized, read_configuration
+from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer
 from forge.recipe.quants import NEED_IMATRIX, QUANTS
 from forge.resolve.bases import directory_of
@@ -82,6 +84,7 @@ def export(
         exported = worker.perform(make_gguf, request)
         files = _publish(scratch, out, request.importance)
     report.success(f"wrote {out}: {exported.bytes / 1e6:.1f} MB in {exported.seconds:.1f} s")
+    report.info(cost_of(read_gguf(out), exported.quant))
     return {**files, **to_plain(exported), "calibration": calibration.facts() if calibration else None}
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, BASE_FIELDS, TRAINING_STACK
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
+from forge.train.outcome import fall_at_the_end, is_far, is_guessing, still_falling
+from forge.train.run import LOG_FILE
 
 # Below this share of itself a loss differs by rounding: measured again on other hardware, or another batch.
 _ARITHMETIC = 1e-4
@@ -27,7 +30,7 @@ class EvaluateStage(ShipStage):
 
     name = "evaluate"
     rank = 20
-    version = 3
+    version = 4
     needs = (DATA_STAGE, ADAPTER_STAGE)
 
     def params(self) -> Mapping[str, Json]:
@@ -70,7 +73,8 @@ class EvaluateStage(ShipStage):
             "data": str(inputs[DATA_STAGE].path),
             "settings": settings,
         }
-        return worker.call("evaluate", arguments, log=self.ship.log)
+        measured = worker.call("evaluate", arguments, log=self.ship.log)
+        return {**measured, "falling": _falling(inputs[ADAPTER_STAGE], measured["loss"]["after"])}
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         wanted, facts = self.ship.recipe.verify.learned, artifact.facts
@@ -80,23 +84,82 @@ class EvaluateStage(ShipStage):
                 "data.eval: 1 holds one out, or names a file of its own"
             )
             return None
-        if wanted == "off" or has_improved(facts):
+        report.info(figures(facts))
+        message = nothing_learned(facts)
+        if message is None:
+            for remark in remarks(facts):
+                report.warning(remark)
+        if message is None or wanted == "off":
             return None
-        loss, doubt = facts["loss"], least_improvement(facts)
-        message = (
-            f"nothing was learned: the held-out loss is {loss['after']:.6g} after training, "
-            f"{loss['before']:.6g} before"
-        )
-        if loss["after"] < loss["before"]:
-            message += f", and {facts['rows']} rows cannot tell an improvement under {doubt:.2g} from none"
         if wanted == "warn":
             report.warning(message)
             return None
+        worse = facts["loss"]["after"] > facts["loss"]["before"]
+        way = (
+            "a lower learning rate or fewer epochs"
+            if worse
+            else "train longer or with a higher learning rate"
+        )
         return CheckError(
             message,
-            hint="train longer or with a higher learning rate, look at the data's first row in the report; "
+            hint=f"{way}; look at the data's first row in the report; "
             "verify.learned: warn ships it all the same",
         )
+
+
+def _falling(training: Artifact, heldout: float) -> str | None:
+    """What still fell when the training ended; None where nothing did, or an adapter was adopted."""
+    evaluations = [one["loss"] for one in training.facts.get("evaluations") or ()]
+    if evaluations:
+        ends = f"{evaluations[-2]:.3g} -> {evaluations[-1]:.3g}" if len(evaluations) > 1 else ""
+        return f"the held-out loss ({ends})" if still_falling(evaluations) else None
+    log = training.path / LOG_FILE
+    if not log.is_file():
+        return None
+    lines = log.read_text(encoding="utf-8").splitlines()
+    falls = fall_at_the_end([json.loads(line)["loss"] for line in lines], heldout)
+    return f"the training loss ({falls[0]:.3g} -> {falls[1]:.3g} in the second half)" if falls else None
+
+
+def figures(facts: Mapping[str, Any]) -> str:
+    """Held-out loss, perplexity and exact answers, before and after."""
+    loss, perplexity, exact = facts["loss"], facts["perplexity"], facts.get("exact")
+    answers = f", exact answers {exact['before']} -> {exact['after']} of {exact['rows']}" if exact else ""
+    return (
+        f"held-out rows ({facts['rows']}): loss {loss['before']:.4f} -> {loss['after']:.4f} a token, "
+        f"perplexity {perplexity['before']:.4g} -> {perplexity['after']:.4g}{answers}"
+    )
+
+
+def nothing_learned(facts: Mapping[str, Any]) -> str | None:
+    """Why these figures show that nothing was learned; None where they show that something was."""
+    loss, vocabulary = facts["loss"], facts["vocabulary"]
+    said = (
+        f"nothing was learned: the held-out loss is {loss['after']:.6g} after training, "
+        f"{loss['before']:.6g} before"
+    )
+    if is_guessing(loss["after"], vocabulary):
+        perplexity = facts["perplexity"]["after"]
+        return f"{said}: perplexity {perplexity:,.0f} is worse than guessing among {vocabulary:,} tokens"
+    if has_improved(facts):
+        return None
+    doubt = least_improvement(facts)
+    if loss["after"] < loss["before"]:
+        return f"{said}, and {facts['rows']} rows cannot tell an improvement under {doubt:.2g} from none"
+    if loss["after"] - loss["before"] > doubt:
+        return f"{said}: better than guessing, but the base itself answers these rows better"
+    return said
+
+
+def remarks(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a person should know of a model that did learn something."""
+    if is_far(facts["loss"]["after"], facts["vocabulary"]):
+        yield (
+            f"perplexity {facts['perplexity']['after']:,.4g} of {facts['vocabulary']:,} tokens: better than "
+            "guessing, but far from an answer; take a base that knows the language, or more rows or epochs"
+        )
+    if falling := facts.get("falling"):
+        yield f"{falling} was still falling when training ended: more train.epochs may teach it more"
 
 
 def has_improved(facts: Mapping[str, Any]) -> bool:

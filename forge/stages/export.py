@@ -9,10 +9,13 @@ from typing import Any
 
 from forge import report, worker
 from forge.codec import to_plain
+from forge.errors import ForgeError
+from forge.export.cost import cost_of
 from forge.export.request import ExportRequest, MergeBase
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.export.run import export as make_gguf
 from forge.model.estimate import export_disk
+from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result
 from forge.resolve.derived import gguf_name, largest_type, merge_base, quant_asked
 from forge.resolve.resolved import Resolved
@@ -100,6 +103,11 @@ class ExportStage(GgufStage):
             placed = "merged into" if exported.mode == "merged" else "the adapter is on"
             report.info(f"{placed} the {chosen} base: {measured['why']}")
         return {**to_plain(exported), "merge_base": chosen, "merge_base_measured": measured}
+
+    def judge(self, artifact: Artifact) -> ForgeError | None:
+        """Says what the type costs and saves on this model; nothing of it is an error."""
+        report.info(cost_of(read_gguf(artifact.path / GGUF_FILE), artifact.facts["quant"]))
+        return None
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         if CALIBRATION_STAGE not in self.needs:

@@ -129,6 +129,11 @@ def tell(certificate: Certificate) -> None:
         for one in certificate.handovers
     ]
     report.table("certificate", columns, rows)
+    greedy = certificate.measurement.greedy
+    if greedy.prompts:
+        agreement = f"{greedy.same} of {greedy.prompts} greedy answers are the reference's, token by token"
+        say = report.warning if 2 * greedy.same < greedy.prompts else report.info
+        say(agreement)
     if certificate.norm and not certificate.norm.worse:  # else it is one of the warnings
         report.info(certificate.norm.words)
     for warning in certificate.warnings:

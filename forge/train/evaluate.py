@@ -58,6 +58,7 @@ def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) ->
     after = _measure(model, rows, short, tokenizer, settings, "evaluate the tuned model")
     return {
         "rows": len(rows),
+        "vocabulary": int(model.config.get_text_config().vocab_size),
         "device": hardware.device,
         "compute": hardware.compute,
         "arithmetic": arithmetic_of(hardware, loading),
