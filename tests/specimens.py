@@ -17,8 +17,8 @@ from forge.codec import from_plain
 from forge.model.tokenizer_files import read_tokenizer
 from forge.resolve.rows import builtin_rows
 from forge.verify.measure import measure
-from forge.verify.measurement import Measurement, VerifyRequest
-from forge.verify.verdict import Gates, judge
+from forge.verify.measurement import Gates, Measurement, VerifyRequest
+from forge.verify.verdict import judge
 from forge.verify.yardstick import export_f16
 from tests.exporting import ingredients
 from tests.models import change_json, load, make_adapter, make_model

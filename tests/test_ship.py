@@ -100,12 +100,25 @@ def test_the_run_has_the_files_of_the_contract(shipped: tuple[Workshop, Answer])
         "mini/Modelfile",
         "mini/Modelfile.jinja",
         "mini/report.html",
+        "mini/certificate.json",
         "mini/manifest.json",
         "mini/log.txt",
     }
     assert all((workshop.directory / "runs" / name).stat().st_mode & 0o444 == 0o444 for name in found)
     for name in ("adapter/adapter_config.json", "Modelfile", "manifest.json"):
         assert (workshop.run / name).stat().st_mode & 0o200, f"{name} cannot be edited"
+
+
+@pytest.mark.slow
+def test_a_runs_certificate_is_repeated_from_its_file(shipped: tuple[Workshop, Answer]) -> None:
+    """The certificate that travels: with the run's own files beside it, by the same verdict and figures."""
+    workshop, answer = shipped
+    again = workshop.forge("verify", "--recheck", "runs/mini/certificate.json")
+    assert again.code == 0, again.said
+    assert again.fields["same"] and again.fields["basis"]["items"].keys() >= {"base", "gguf", "adapter"}
+    assert again.fields["handovers"] == [
+        one for one in answer.fields["certificate"]["handovers"] if one["to"] != "live server"
+    ]
 
 
 def test_the_manifest_tells_how_it_was_made(shipped: tuple[Workshop, Answer]) -> None:

@@ -24,7 +24,17 @@ from tests.shipping import Answer, Workshop, processes_of
 pytestmark = [pytest.mark.training, pytest.mark.network, pytest.mark.programs]
 
 GGUF, ADAPTER = "mini-f16.gguf", "mini-f16-adapter.gguf"
-FILES = {"adapter", GGUF, ADAPTER, "Modelfile", "Modelfile.jinja", "report.html", "manifest.json", "log.txt"}
+FILES = {
+    "adapter",
+    GGUF,
+    ADAPTER,
+    "Modelfile",
+    "Modelfile.jinja",
+    "report.html",
+    "certificate.json",
+    "manifest.json",
+    "log.txt",
+}
 
 
 def adopt(place: Workshop, adapter: Path, **changes: Any) -> None:

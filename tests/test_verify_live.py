@@ -11,8 +11,8 @@ from forge.codec import from_plain, to_plain
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import failure_of, prove_live
 from forge.serve.runtime import ServerSettings
-from forge.verify.measurement import Measurement
-from forge.verify.verdict import Certificate, Gates, judge
+from forge.verify.measurement import Gates, Measurement
+from forge.verify.verdict import Certificate, judge
 from tests.models import PEFT_WARNS
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite
 

@@ -14,9 +14,9 @@ from forge.model.safetensors_header import TensorSpec
 from forge.verify.compare import compare, converts, converts_mostly, times_as_far, top_log_probabilities
 from forge.verify.decide import undecided
 from forge.verify.inputs import refuse_too_large
-from forge.verify.measurement import Measurement
+from forge.verify.measurement import Gates, Measurement
 from forge.verify.sample import LONGEST, Sample, draw, least_share
-from forge.verify.verdict import Gates, judge
+from forge.verify.verdict import judge
 from forge.verify.weights import spread
 
 pytestmark = pytest.mark.training  # numpy
@@ -199,6 +199,7 @@ def _measurement(**legs: dict[str, Any] | float) -> dict[str, Any]:
         "merge_base": "original",
         "sample": {
             "rows": 60, "rows_given": 60, "positions": 1000, "answers": 900, "longest": 40, "cut_at": 512,
+            "seed": 0, "positions_in": {"rows": [0], "indices": [[0]]},
         },
         "weights": {"file": fit, "f16": fit, "vendor": fit},
     }  # fmt: skip

@@ -15,9 +15,10 @@ from forge.model.safetensors_header import read_header
 from forge.train.hardware import choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.verify.loader import Weights
+from forge.verify.measurement import Gates
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
-from forge.verify.verdict import Gates, judge
+from forge.verify.verdict import judge
 from tests.exporting import ingredients
 from tests.models import PEFT_WARNS, change_tensors, load, make_adapter, make_model
 from tests.specimens import make_specimen, source_of

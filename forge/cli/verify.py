@@ -38,12 +38,22 @@ from forge.errors import RecipeError
 )
 @click.option("--max-kl", type=float, help="Fail over this mean KL divergence (nats).")
 @click.option("--min-top1", type=float, help="Fail under this share of equal top tokens.")
+@click.option("--minutes", type=float, help="Add no more positions after so long.")
+@click.option(
+    "--certificate", type=click.Path(path_type=Path), help="Write the certificate with its rows to this file."
+)
+@click.option(
+    "--recheck",
+    type=click.Path(path_type=Path),
+    help="Repeat the certificate in this file, at its positions; its files are where it says, or as named.",
+)
 @common
 def command(
     recipe: Path | None,
     overrides: tuple[str, ...],
     base: str | None,
     gguf: Path | None,
+    recheck: Path | None,
     **options: Any,
 ) -> None:
     """Prove that a GGUF is its base and adapter, or name the stage that broke it.
@@ -52,6 +62,18 @@ def command(
     stops and logits are compared with transformers in float32, and with llama.cpp's own conversion
     and quantization. Exit 5 when they differ by more than that explains.
     """
+    if recheck is not None:
+        from forge.commands.recheck import Elsewhere
+        from forge.commands.recheck import recheck as measure_again
+
+        places = {name: options.pop(name) for name in ("adapter", "lora", "merged", "imatrix")}
+        if recipe or overrides or options.pop("merge_base") != "original" or any(options.values()):
+            raise RecipeError(
+                "--recheck repeats what the certificate says",
+                hint="beside it only --base, --gguf, --adapter, --lora, --merged and --imatrix are taken",
+            )
+        measure_again(recheck, Elsewhere(base, gguf, **places))
+        return
     if recipe is not None:
         from forge.ship.drive import ship_until
 
@@ -64,5 +86,5 @@ def command(
         raise RecipeError("give a RECIPE, or both --base and --gguf", hint="see: forge verify --help")
     from forge.commands.verify import Files, certify
 
-    how = {name: options.pop(name) for name in ("data", "max_kl", "min_top1")}
+    how = {name: options.pop(name) for name in ("data", "max_kl", "min_top1", "minutes", "certificate")}
     certify(Files(base, gguf, **options), **how)

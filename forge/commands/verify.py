@@ -20,14 +20,17 @@ from forge.model.estimate import certificate_disk
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer
 from forge.resolve.bases import directory_of
+from forge.resolve.certified import basis_of
 from forge.resolve.rows import builtin_rows, own_rows, plain_rows
 from forge.resolve.taught import trained_tokenizer
 from forge.stages.verify import failure_of, tell
+from forge.store import durable
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
+from forge.verify.basis import certificate_text, evidence_of
 from forge.verify.measure import measure
-from forge.verify.measurement import VerifyRequest
-from forge.verify.verdict import Gates, judge
+from forge.verify.measurement import Gates, VerifyRequest
+from forge.verify.verdict import judge
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ def certify(
     data: Path | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
+    minutes: float | None = None,
+    certificate: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure and judge; the certificate goes to `--json` whatever it says.
+    """Measure and judge; the certificate goes to `--json` whatever it says, and to the file `certificate`.
 
     Raises `RecipeError` for limits that cannot be, `CheckError` for a file that is not base and adapter,
     `DataError` for one that cannot be compared with them at all.
     """
-    _check_limits(max_kl, min_top1)
+    _check_limits(max_kl, min_top1, minutes)
     base = directory_of(files.base)
     configuration = read_configuration(base)
     _check(files, base)
@@ -86,27 +91,48 @@ def certify(
             end_of_turn_id=end,
             max_kl=max_kl,
             min_top1=min_top1,
+            minutes=minutes,
         )
         measured = worker.perform(measure, request)
-    certificate = judge(measured, Gates(max_kl, min_top1))
-    tell(certificate)
-    if failure := failure_of(certificate):
+        basis = basis_of(request, _names(files, request), open_store(read_only=True).digests)
+        evidence = evidence_of(rows, measured.sample)
+    judged = judge(measured.of(basis), Gates(max_kl, min_top1))
+    tell(judged)
+    plain = judged.plain()
+    if certificate:
+        durable.write_text(certificate, certificate_text(plain, evidence))
+        report.info(f"the certificate is in {certificate}; it holds the rows that were compared")
+    if failure := failure_of(judged):
         raise failure
-    plain = certificate.plain()
     report.result(plain)
     return plain
+
+
+def _names(files: Files, request: VerifyRequest) -> dict[str, str]:
+    """Where each item is: a base by its name, if it has one."""
+    named = {
+        "base": request.base if Path(files.base).is_dir() else files.base,
+        "gguf": request.gguf,
+        "adapter": request.adapter,
+        "lora": request.lora,
+        "merged": request.merged,
+        "imatrix": request.importance,
+    }
+    return {option: str(where) for option, where in named.items() if where}
 
 
 def _absolute(path: Path | None) -> Path | None:
     return path.absolute() if path else None
 
 
-def _check_limits(max_kl: float | None, min_top1: float | None) -> None:
+def _check_limits(max_kl: float | None, min_top1: float | None, minutes: float | None) -> None:
     """A limit that nothing can be over (nan) would pass every file."""
     if max_kl is not None and not 0 < max_kl < math.inf:
         raise RecipeError(f"--max-kl: {max_kl} is no limit", hint="such as 0.03")
     if min_top1 is not None and not 0 < min_top1 <= 1:
         raise RecipeError(f"--min-top1: {min_top1} is no share", hint="such as 0.9, for 90 %")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise RecipeError(f"--minutes: {minutes} is no time", hint="such as 5")
 
 
 def _check(files: Files, base: Path) -> None:

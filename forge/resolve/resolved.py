@@ -31,11 +31,12 @@ from forge.model.safetensors_header import TensorSpec
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Recipe, Train
+from forge.resolve import digests
 from forge.resolve.experts import WHY, holds_experts
 from forge.resolve.taught import template_text, trained_tokenizer, with_template
 from forge.runs.manifest import Pins
 from forge.store.artifacts import Store
-from forge.store.digest import file_digest, tree_digest
+from forge.store.digest import file_digest
 from forge.train.memory import PLANNING_LENGTH, choose_method
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     from forge.data.tokens import PromptFormat
 
 _READ_BY_A_PLAN = 1_000_000_000  # bytes of weights: about a second
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
-_TOKENIZER_FILES = ("tokenizer*", "chat_template.*", "special_tokens_map.json", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ class Resolved:
         """sha256 over the base's weights and configuration, remembered by the store."""
         if self.base.directory is None or self.headers is not None or self.unread_bytes:
             return UNKNOWN
-        return self._digest(self.base.directory, _WEIGHT_FILES)
+        return digests.base_digest(self.base.directory, self.store.digests)
 
     @cached_property
     def unread_bytes(self) -> int:
@@ -240,23 +239,19 @@ class Resolved:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        return self._digest(self.tokenizer.directory, _TOKENIZER_FILES) if self.base.directory else UNKNOWN
+        if self.base.directory is None:
+            return UNKNOWN
+        return digests.tokenizer_digest(self.tokenizer.directory, self.store.digests)
 
     @cached_property
     def adapter_digest(self) -> str:
         assert self.adopted is not None
-        return self._digest(
-            self.adopted.directory, ("adapter_config.json", "adapter_model.*", *_TOKENIZER_FILES)
-        )
+        if self.adopted.directory is None:
+            return UNKNOWN
+        return digests.adapter_digest(self.adopted.directory, self.store.digests)
 
     def file_digest(self, paths: Sequence[Path]) -> str:
         return "+".join(file_digest(path, self.store.digests) for path in paths) or UNKNOWN
-
-    def _digest(self, directory: Path | None, patterns: Sequence[str]) -> str:
-        if directory is None:
-            return UNKNOWN
-        found = sorted({path.name for pattern in patterns for path in directory.glob(pattern)})
-        return tree_digest(directory, found, self.store.digests)
 
     def pins(self) -> Pins:
         """What later ships of this run must find again."""

@@ -8,6 +8,7 @@ RUNS = "runs"
 ADAPTER = "adapter"
 MANIFEST = "manifest.json"
 REPORT = "report.html"
+CERTIFICATE = "certificate.json"
 # Where the importance matrix lies that `forge verify` asks for; beside the model it could be taken for one.
 CALIBRATION = "calibration"
 ADAPTER_SUFFIX = "-adapter.gguf"

@@ -21,7 +21,7 @@ from forge.runs.files import MANIFEST
 if TYPE_CHECKING:
     from forge.recipe.schema import Recipe
 
-FORMAT = 1
+SCHEMA, FORMAT = "forge-manifest", 1
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,7 @@ class Manifest:
     `facts` are each stage's own, as it made them; `certificate` is the certificate's JSON.
     """
 
+    schema: str = SCHEMA
     format: int = FORMAT
     name: str = ""
     written: str | None = None

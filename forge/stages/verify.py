@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,28 @@ from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
 from forge.pipeline.stage import Result
-from forge.resolve.derived import largest_type
+from forge.resolve.certified import basis_of
+from forge.resolve.derived import gguf_name, largest_type
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows
 from forge.resolve.stage import GgufStage, installed
+from forge.runs.files import ADAPTER, CALIBRATION, CERTIFICATE, adapter_beside
 from forge.stages.calibrate import CALIBRATION_STAGE, importance_in
 from forge.stages.data import DATA_STAGE
 from forge.stages.export import EXPORT_STAGE, adapter_in
 from forge.stages.train import ADAPTER_STAGE
+from forge.store import durable
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.tools.llama_cpp import find_converters
+from forge.verify.basis import Evidence, certificate_text, evidence_of
+from forge.verify.calibrate import IMPORTANCE_FILE
 from forge.verify.measure import measure
-from forge.verify.measurement import Measurement, VerifyRequest
-from forge.verify.verdict import Certificate, Gates, judge
+from forge.verify.measurement import Gates, Measurement, VerifyRequest
+from forge.verify.verdict import Certificate, judge
 
 VERIFY_STAGE = "verify"
+_EVIDENCE = "evidence.json"
 
 
 class VerifyStage(GgufStage):
@@ -36,7 +43,7 @@ class VerifyStage(GgufStage):
     name = VERIFY_STAGE
     rank = 10
     lists_facts = False
-    version = 7
+    version = 8
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
@@ -92,8 +99,31 @@ class VerifyStage(GgufStage):
             min_top1=self.ship.recipe.verify.min_top1,
             minutes=self.ship.recipe.verify.minutes,
         )
-        plain: dict[str, Any] = to_plain(worker.perform(measure, request, log=self.ship.log))
+        measured = worker.perform(measure, request, log=self.ship.log)
+        basis = basis_of(request, self._names(inputs), self.ship.store.digests)
+        evidence = to_plain(evidence_of(request.rows, measured.sample))
+        durable.write_text(out / _EVIDENCE, json.dumps(evidence, ensure_ascii=False))
+        plain: dict[str, Any] = to_plain(measured.of(basis))
         return plain
+
+    def _names(self, inputs: Mapping[str, Artifact]) -> dict[str, str]:
+        """Where each item of the certificate is in the run, beside `certificate.json`."""
+        base, gguf = self.ship.base, gguf_name(self.ship, inputs[EXPORT_STAGE].facts)
+        hub = f"{base.spec.partition('@')[0]}@{base.revision}" if base.revision else None
+        return {
+            "base": hub or (base.spec if base.spec.startswith("builtin:") else str(self.ship.base_directory)),
+            "gguf": gguf,
+            "adapter": ADAPTER,
+            "lora": adapter_beside(Path(gguf)).name,
+            "merged": MERGED_DIRECTORY,
+            "imatrix": f"{CALIBRATION}/{IMPORTANCE_FILE}",
+        }
+
+    def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
+        """The certificate with its rows, for whoever wants to repeat it."""
+        evidence = from_plain(Evidence, json.loads((artifact.path / _EVIDENCE).read_text(encoding="utf-8")))
+        text = certificate_text(certificate(self.ship, artifact.facts), evidence)
+        durable.write_text(run / CERTIFICATE, text)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         verdict = _certificate(self.ship, artifact.facts)

@@ -26,14 +26,13 @@ from forge.model.estimate import available, usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample, served, weights, yardstick
+from forge.verify.asked import GREEDY_TOKENS, answer, expected_live, prompts_of
 from forge.verify.compare import (
     MOST_BEYOND_VENDOR,
     compare,
     converts,
-    divergence,
     excess,
     times_as_far,
-    top_log_probabilities,
 )
 from forge.verify.decide import undecided
 from forge.verify.inputs import (
@@ -50,7 +49,6 @@ from forge.verify.inputs import (
 from forge.verify.loader import Weights
 from forge.verify.measurement import (
     Drawn,
-    Expected,
     FileFacts,
     FitsOfFiles,
     Leg,
@@ -66,9 +64,7 @@ from forge.verify.vocabulary import added_tokens, check_vocabulary
 
 DIRECT = ("f16", "bf16", "f32")
 """Types that only convert: everything else is judged by llama.cpp's own file of that type."""
-_OWN_PROMPTS = 100
-_GREEDY_PROMPTS, _GREEDY_TOKENS = 8, 12
-_LIVE_PROMPTS, _LIVE_TOKENS = 16, 8
+_ADDED = 100
 _LOOKS = (768, sample.TOKENS)
 """Tokens of the rows that are compared, until every gate is decided."""
 _NEXT_LOOK = sample.TOKENS / 768
@@ -138,26 +134,29 @@ def measure(request: VerifyRequest) -> Measurement:
         tokens = facts.vocabulary_size or read_tokenizer(request.base).vocabulary_size
         refuse_long(rows, facts, header)
         refuse_other_vocabulary(rows, file.vocabulary)
-        longest = sample.draw(rows, tokens, facts.max_positions)
-    prompts = _prompts(rows)
-    context = max([*map(len, longest.rows), *(len(prompt) + _GREEDY_TOKENS for prompt in prompts)])
+        draw = partial(_draw, request, rows, tokens, facts.max_positions)
+        longest = draw(sample.TOKENS)
+    prompts = prompts_of(rows)
+    context = max([*map(len, longest.rows), *(len(prompt) + GREEDY_TOKENS for prompt in prompts)])
     with (
         session.step("the file's greedy answers"),
         served.loaded(request.gguf, context, request.lora) as model,
     ):
-        made = [(prompt, model.greedy(prompt, _GREEDY_TOKENS)) for prompt in prompts[:_GREEDY_PROMPTS]]
-        precise = [model.after(prompt) for prompt in prompts]
+        answered = answer(model, prompts)
     with session.step("what its server should answer"):
         with served.loaded(request.gguf, context, request.lora, like_server=True) as model:
-            live = _expected_live(model, prompts, precise)
+            live = expected_live(model, prompts, answered.precise)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=request.scratch, prefix="forge-verify-") as scratch:
         yardsticks = _Yardsticks(session, Path(scratch))
         file = yardsticks.held(file)
+        looks = 0
         for size in _LOOKS:
-            drawn = sample.draw(rows, tokens, facts.max_positions, tokens=size)
+            drawn, looks = draw(size), looks + 1
             with session.step("the reference in float32"):
-                expected, greedy = reference.with_greedy(session.source, drawn, made, "the reference")
+                expected, greedy = reference.with_greedy(
+                    session.source, drawn, answered.made, "the reference"
+                )
             legs = _Comparison(session, drawn, context, expected, yardsticks).legs(file)
             left = undecided(legs, facts.experts or 0, request.max_kl, request.min_top1)
             report.detail(
@@ -176,9 +175,7 @@ def measure(request: VerifyRequest) -> Measurement:
         tokens=vocabulary.tokens,
         prompt=vocabulary.prompt,
         stops=vocabulary.stops,
-        sample=_drawn(
-            rows, drawn, 1 + _LOOKS.index(size), left if facts.experts is None or facts.experts < 2 else ()
-        ),
+        sample=_drawn(rows, drawn, looks, left if facts.experts is None or facts.experts < 2 else ()),
         legs=legs,
         greedy=greedy,
         live=live,
@@ -187,14 +184,22 @@ def measure(request: VerifyRequest) -> Measurement:
     )
 
 
+def _draw(
+    request: VerifyRequest, rows: Sequence[sample.Row], tokens: int, context: int | None, size: int
+) -> sample.Sample:
+    if request.positions:
+        return sample.draw_again(rows, request.positions, context)
+    return sample.draw(rows, tokens, context, tokens=size)
+
+
 def _vocabulary(request: VerifyRequest, rows: Sequence[Mapping[str, Any]]) -> Vocabulary:
     source = request.chat_template
     template = ChatTemplate(source, read_tokenizer(request.tokenizer).template_tokens) if source else None
-    own = [row["messages"] for row in rows if row.get("messages")][:_OWN_PROMPTS]
+    own = [row["messages"] for row in rows[: sample.FIRST_ROWS] if row.get("messages")]
     hello = [[{"role": "user", "content": "Hello!"}]]
     system = [[{"role": "system", "content": "Be brief."}, *hello[0]]]
     asked = [messages[:-1] for messages in own if len(messages) > 1]
-    added = added_tokens(request.base, request.tokenizer)[:_OWN_PROMPTS]
+    added = added_tokens(request.base, request.tokenizer)[:_ADDED]
     asked += [[{"role": "user", "content": token}] for token in added]
     conversations = [*hello, *system, *asked, *own]
     return check_vocabulary(request.gguf, request.tokenizer, template, conversations, request.end_of_turn_id)
@@ -208,6 +213,8 @@ def _drawn(rows: Sequence[Any], drawn: sample.Sample, looks: int, left: tuple[st
         answers=sum(drawn.answers),
         longest=max(map(len, drawn.rows)),
         cut_at=sample.LONGEST,
+        seed=sample.SEED,
+        positions_in=drawn.positions_in,
         looks=looks,
         undecided=left,
     )
@@ -373,28 +380,3 @@ def _doubted(file: FileFacts, header: GgufHeader, vendor: GgufHeader) -> FileFac
     if bits_of(tensors) > bits_of(expected):
         return replace(file, type=type_of_tensors(header))
     return file if tensors == expected else replace(file, unlike=Unlike(tensors, expected))
-
-
-def _prompts(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Rows up to their answer: what the model is asked."""
-    found = []
-    for row in rows[:_LIVE_PROMPTS]:
-        labels = row.get("labels") or []
-        start = next((at for at, label in enumerate(labels) if label >= 0), len(row["input_ids"]) // 2)
-        found.append(list(row["input_ids"][: max(1, min(start, sample.LONGEST))]))
-    return found
-
-
-def _expected_live(
-    model: served.ServedModel, prompts: Sequence[Sequence[int]], precise: Sequence[Any]
-) -> tuple[Expected, ...]:
-    """What the live server's top log-probabilities are held against, with the settings that it has.
-
-    `shift` is the KL divergence of those settings from float32's `precise` logits of the same file.
-    """
-    expected = []
-    for prompt, values in zip(prompts, precise, strict=True):
-        logits = model.after(prompt)
-        top = tuple(top_log_probabilities(logits, _LIVE_TOKENS))
-        expected.append(Expected(tuple(prompt), top, divergence(logits, values)))
-    return tuple(expected)

@@ -6,11 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 FIGURES = ("nmse", "kl_mean", "kl_max", "top1")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where logits are compared: `indices` of each of the numbered `rows`."""
+
+    rows: tuple[int, ...]
+    indices: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class VerifyRequest:
     `merged`: a merged checkpoint; `importance`: the matrix that the file was rounded by; `f16`: llama.cpp's
     own conversion, where it is there already. `trained_in_4bit`: the adapter saw the base in NF4.
     `max_kl` and `min_top1` are the limits to be decided; after `minutes` no more positions are added.
+    `positions`: exactly those of an earlier measurement, else they are drawn.
     """
 
     base: Path
@@ -43,6 +52,7 @@ class VerifyRequest:
     max_kl: float | None = None
     min_top1: float | None = None
     minutes: float | None = None
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +231,7 @@ class Drawn:
     """How much was compared: rows of those there are, positions, those of answers.
 
     In `looks`, each with more positions; `undecided` are the gates too near to their limits to be sure.
+    `positions_in` the rows as they were given, drawn by `seed`.
     """
 
     rows: int
@@ -229,6 +240,8 @@ class Drawn:
     answers: int
     longest: int
     cut_at: int
+    seed: int
+    positions_in: Positions
     looks: int = 1
     undecided: tuple[str, ...] = ()
 
@@ -255,8 +268,44 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Item:
+    """A file or directory by its digest; `where` it was: a path, or a base's name."""
+
+    where: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What was compared, and with what: `items` by the options of `forge verify` that name them.
+
+    `tokenizer` is the digest of its tokenizer.json, `rows` that of the file of rows. `versions` are those of
+    the packages and of llama.cpp's converters.
+    """
+
+    items: Mapping[str, Item]
+    tokenizer: str
+    rows: str
+    chat_template: str | None
+    end_of_turn_id: int | None
+    merge_base: Literal["original", "nf4"]
+    trained_in_4bit: bool
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The recipe's own limits; None where it sets none."""
+
+    max_kl: float | None = None
+    min_top1: float | None = None
+    as_trained: bool = False
+    """Whether answers that are worse than on the base as QLoRA had it are a fault."""
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """All of it. Nothing here says whether that is good."""
+    """All of it. Nothing here says whether that is good; `basis` is what whoever asked for it adds."""
 
     file: FileFacts
     experts: int
@@ -270,6 +319,11 @@ class Measurement:
     live: tuple[Expected, ...]
     weights: FitsOfFiles
     seconds: Mapping[str, float]
+    basis: Basis | None = None
+
+    def of(self, basis: Basis) -> Measurement:
+        """This measurement with what it is of."""
+        return replace(self, basis=basis)
 
 
 @dataclass(frozen=True)

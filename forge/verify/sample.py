@@ -14,6 +14,7 @@ from typing import Any
 
 from forge.data.tokens import IGNORED
 from forge.errors import DataError
+from forge.verify.measurement import Positions
 
 Row = Mapping[str, Any]
 """`input_ids`, and `labels` where it is known which tokens are an answer's."""
@@ -22,6 +23,9 @@ ROWS = 64
 TOKENS = 4096
 """At most so many tokens in all rows together: the activations of all are in memory at once."""
 LONGEST = 512
+SEED = 0
+FIRST_ROWS = 100
+"""Of so many rows the prompts are compared; those whose logits are compared are drawn from all."""
 _POSITIONS = 2048
 _LOGITS = 2**26
 """At most so many logits (256 MiB in float32)."""
@@ -32,13 +36,20 @@ class Sample:
     """Token ids of the rows (cut at `LONGEST`), and the positions whose logits are compared.
 
     `positions` are (row, index) in order; the next token is always there, for the perplexity.
-    `answers` says of each position whether the next token belongs to an answer.
+    `answers` says of each position whether the next token belongs to an answer; `numbers` are the rows' own
+    among all.
     """
 
     rows: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, int], ...]
     answers: tuple[bool, ...]
     given: int
+    numbers: tuple[int, ...] = ()
+
+    @property
+    def positions_in(self) -> Positions:
+        """The positions in the rows as they were given."""
+        return Positions(self.numbers, tuple(tuple(self.of_row(row)) for row in range(len(self.rows))))
 
     @property
     def follows(self) -> list[int]:
@@ -49,7 +60,7 @@ class Sample:
 
 
 def draw(
-    rows: Sequence[Row], vocabulary: int, context: int | None, seed: int = 0, *, tokens: int = TOKENS
+    rows: Sequence[Row], vocabulary: int, context: int | None, seed: int = SEED, *, tokens: int = TOKENS
 ) -> Sample:
     """Draw rows of two tokens or more, spread over all, and positions in them; at most `tokens` in all rows.
 
@@ -58,26 +69,48 @@ def draw(
     Raises `DataError` when there is no such row.
     """
     longest = min(LONGEST, context or LONGEST)
-    usable = [
-        (tuple(row["input_ids"][:longest]), row.get("labels")) for row in rows if len(row["input_ids"]) > 1
-    ]
+    usable = [number for number, row in enumerate(rows) if len(row["input_ids"]) > 1]
     if not usable:
         raise DataError("there is no row of two tokens or more to compare logits on", hint="give --data rows")
     chosen = random.Random(seed)
-    order = chosen.sample(range(len(usable)), len(usable))
-    kept: list[tuple[tuple[int, ...], Sequence[int] | None]] = []
-    for number in order[:ROWS]:
+    kept: list[int] = []
+    width = 0
+    for number in chosen.sample(usable, len(usable))[:ROWS]:
         # A padded batch costs its longest row for each.
-        width = max([len(usable[number][0]), *(len(ids) for ids, _ in kept)])
+        width = max(width, min(longest, len(rows[number]["input_ids"])))
         if kept and width * (len(kept) + 1) > tokens:
             break
-        kept.append(usable[number])
-    every = [(row, index) for row, (ids, _) in enumerate(kept) for index in range(len(ids) - 1)]
+        kept.append(number)
+    cut = [tuple(rows[number]["input_ids"][:longest]) for number in kept]
+    every = [(row, index) for row, ids in enumerate(cut) for index in range(len(ids) - 1)]
     most = max(1, min(_POSITIONS, _LOGITS // vocabulary))
-    positions = sorted(chosen.sample(every, min(most, len(every))))
-    labels = [labels for _, labels in kept]
+    return _sample(rows, kept, cut, sorted(chosen.sample(every, min(most, len(every)))))
+
+
+def draw_again(rows: Sequence[Row], positions: Positions, context: int | None) -> Sample:
+    """Exactly these `positions` of `rows`.
+
+    Raises `DataError` for positions that the rows do not have.
+    """
+    longest = min(LONGEST, context or LONGEST)
+    if not all(0 <= number < len(rows) for number in positions.rows):
+        raise DataError(f"the certificate has positions of a row that it lacks, of {len(rows)}")
+    cut = [tuple(rows[number]["input_ids"][:longest]) for number in positions.rows]
+    places = [(row, index) for row, inside in enumerate(positions.indices) for index in inside]
+    if not places or any(row >= len(cut) or not 0 <= at < len(cut[row]) - 1 for row, at in places):
+        raise DataError("the certificate has positions that are not in its rows")
+    return _sample(rows, positions.rows, cut, places)
+
+
+def _sample(
+    rows: Sequence[Row],
+    numbers: Sequence[int],
+    cut: Sequence[tuple[int, ...]],
+    positions: Sequence[tuple[int, int]],
+) -> Sample:
+    labels = [rows[number].get("labels") for number in numbers]
     answers = [(found := labels[row]) is None or found[at + 1] != IGNORED for row, at in positions]
-    return Sample(tuple(ids for ids, _ in kept), tuple(positions), tuple(answers), len(rows))
+    return Sample(tuple(cut), tuple(positions), tuple(answers), len(rows), tuple(numbers))
 
 
 def least_share(share: float, count: int) -> float:

@@ -132,12 +132,14 @@ class ServedModel:
         [values] = [one.copy() for one in self._evaluate(ids, [len(ids) - 1])]
         return values
 
-    def greedy(self, prompt: Sequence[int], most: int) -> list[int]:
-        """The most likely tokens one after another, up to an end of generation, which is included."""
+    def go_on(self, prompt: Sequence[int], values: Any, most: int) -> list[int]:
+        """The most likely tokens behind `prompt`, which was read last and left the logits `values`.
+
+        Up to an end of generation, which is included.
+        """
         import llama_cpp
 
         made: list[int] = []
-        values = self.after(prompt)
         while True:
             made.append(int(values.argmax()))
             if len(made) == most or llama_cpp.llama_vocab_is_eog(self._vocabulary, made[-1]):

@@ -22,8 +22,11 @@ from typing import Any
 from forge.codec import to_plain
 from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word, wrong_rows
 from forge.verify.compare import FAR_NMSE, MOST_BEYOND_VENDOR, converts, converts_mostly
-from forge.verify.measurement import FIGURES, FileFacts, Handover, Leg, Measurement
+from forge.verify.measurement import FIGURES, FileFacts, Gates, Handover, Leg, Measurement
 from forge.verify.sample import least_share
+
+SCHEMA, FORMAT = "forge-certificate", 2
+"""Of the first format were certificates without digests and positions."""
 
 _NO_CHANGE_KL = 1e-9
 _SHIFT_KL = 1e-4
@@ -34,16 +37,6 @@ NORMS: Mapping[str, tuple[float, float | None]] = {
     "q8_0": (0.0014, 0.977), "q6_k": (0.0055, None), "q5_k_m": (0.0108, None), "q4_k_m": (0.0313, 0.919),
     "q4_0": (0.0719, None),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Gates:
-    """The recipe's own limits; None where it sets none."""
-
-    max_kl: float | None = None
-    min_top1: float | None = None
-    as_trained: bool = False
-    """Whether answers that are worse than on the base as QLoRA had it are a fault."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,7 @@ class Certificate:
     norm: Norm | None
     top1_at_least: float
     measurement: Measurement
+    gates: Gates
     live: Mapping[str, Any] | None = None
 
     def plain(self) -> dict[str, Any]:
@@ -80,6 +74,8 @@ class Certificate:
         sample = {"top1_at_least": round(self.top1_at_least, 4), "kl_error": final.kl_error}
         logits = {name: getattr(final, name) for name in (*FIGURES, "perplexity_reference")}
         return {
+            "schema": SCHEMA,
+            "format": FORMAT,
             "ok": self.ok,
             "broken_stage": self.broken_stage,
             "verdict": self.verdict,
@@ -95,6 +91,8 @@ class Certificate:
             "base": to_plain(replace(found.legs.base, kl_by_position=())) if found.legs.base else None,
             "file": to_plain(found.file),
             "sample": to_plain(found.sample) | sample,
+            "gates": to_plain(self.gates),
+            "basis": to_plain(found.basis),
             "problems": list(self.problems),
             "warnings": list(self.warnings),
             "kl_by_position": {name: to_plain(leg.kl_by_position) for name, leg in legs.items() if leg},
@@ -126,6 +124,7 @@ def judge(measured: Measurement, gates: Gates, live: Mapping[str, Any] | None = 
         norm=_norm(measured),
         top1_at_least=share,
         measurement=measured,
+        gates=gates,
         live=live,
     )
 

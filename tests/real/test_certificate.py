@@ -11,7 +11,8 @@ from forge.export.run import GGUF_FILE
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import prove_live
 from forge.serve.runtime import ServerSettings
-from forge.verify.verdict import Gates, judge
+from forge.verify.measurement import Gates
+from forge.verify.verdict import judge
 from tests.exporting import export_here
 from tests.models import PEFT_WARNS, make_adapter
 from tests.real.smollm2 import smollm2_as
