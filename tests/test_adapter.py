@@ -270,6 +270,77 @@ def test_a_whole_model_is_no_adapter_and_says_how_to_ship_it(base: Path) -> None
     assert caught.value.hint == f"ship it with base: {base}, train: none"
 
 
+MLX_OLD = {"peft_type": None, "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
+# What other savers leave beside the settings and in the file -> the words that refuse it, and the way out.
+ODD: Mapping[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str, str]] = {
+    "MLX, before it named itself": (MLX_OLD, {}, "they are MLX's", "mlx_lm.fuse"),
+    "alpha 0": ({"lora_alpha": 0}, {}, "1 setting cannot be used", "save it again"),
+    "an embedding that is not there": (
+        {"modules_to_save": ["embed_tokens"]}, {}, "names embed_tokens, and the file has no tensor", "again",
+    ),
+    "rows of tokens that are not there": (
+        {"trainable_token_indices": [5, 6]}, {}, "the file has no rows of them", "again",
+    ),
+    "a norm of several": (
+        {"modules_to_save": ["norm"]}, {"model.norm.weight": (256,)}, "which the file does not hold", "again",
+    ),
+    "a value head": ({}, {"v_head.summary.weight": (1, 256)}, "1 of the adapter's 15 parts", "without them"),
+    "a classifier": (
+        {"modules_to_save": ["score"]}, {"score.weight": (2, 256)}, "1 of the adapter's", "a classifier's",
+    ),
+    "state of a quantized layer": (
+        {}, {"model.layers.0.mlp.up_proj.base_layer.weight.absmax": (16,)}, "1 of the", "quantized layer",
+    ),
+    "factors of a convolution": (
+        {}, {"model.layers.0.mlp.up_proj.lora_A.weight": (8, 256, 1, 1)}, "of linear layers only", "merge",
+    ),
+    "factors by another tool's name": (
+        {}, {"model.layers.0.mlp.up_proj.lora_down.weight": (8, 256)}, "peft does not write", "the tool that",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_what_other_savers_leave_is_named(case: str, base: Path, plain: Path, tmp_path: Path) -> None:
+    """C8, D7: before peft fails on it, with a hint that fits."""
+    import torch
+
+    settings, tensors, message, hint = ODD[case]
+    adapter = shutil.copytree(plain, tmp_path / "a")
+    change_json(adapter / "adapter_config.json", **settings)
+    weights = {f"base_model.model.{name}": torch.ones(*shape) for name, shape in tensors.items()}
+    change_tensors(adapter / "adapter_model.safetensors", weights)
+    with pytest.raises(DataError, match=message) as caught:
+        validate(str(base), str(adapter))
+    assert hint in caught.value.hint
+
+
+def test_an_adapter_of_a_multimodal_base_on_its_text_model(base: Path, plain: Path, tmp_path: Path) -> None:
+    """Validate, merge and certificate agree: the certificate's reference has no place for it either."""
+    import safetensors.torch
+
+    for number, inner in enumerate(("language_model.model.", "model.language_model.")):
+        adapter = shutil.copytree(plain, tmp_path / str(number))
+        weights = safetensors.torch.load_file(adapter / "adapter_model.safetensors")
+        named = {
+            name.replace("model.model.", f"model.{inner}", 1): tensor for name, tensor in weights.items()
+        }
+        safetensors.torch.save_file(named, adapter / "adapter_model.safetensors")
+        with pytest.raises(DataError, match="14 of the adapter's 14 parts do not fit") as caught:
+            validate(str(base), str(adapter))
+        assert "the names of its tensors are wrapped" in caught.value.hint
+
+
+def test_an_adapter_below_the_directory_is_named(plain: Path, tmp_path: Path) -> None:
+    """peft's save_pretrained puts adapters with names of their own into directories below."""
+    shutil.copytree(plain, tmp_path / "a" / "yoda")
+    with pytest.raises(DataError, match="its directories yoda have one") as caught:
+        read_adapter(tmp_path / "a")
+    assert caught.value.hint == f"name the adapter: {tmp_path / 'a' / 'yoda'}"
+    with pytest.raises(DataError, match="no such directory"):
+        read_adapter(tmp_path / "absent")
+
+
 @pytest.mark.parametrize(
     ("module", "rank", "scale"),
     [

@@ -56,6 +56,12 @@ def _hint(fitted: Fitted, problems: Sequence[Problem]) -> str:
             )
     if all("DoRA" in problem.message for problem in problems):
         return "train on the linear layers only, or merge it with peft and ship that with train: none"
+    beside = {problem.field for problem in problems} <= adapter.replaced.keys()
+    if beside and all(problem.message == _ABSENT for problem in problems):
+        return (
+            "these were saved beside the factors and no base has a place for them (a classifier's or value "
+            "head, the state of a quantized layer): save the adapter again with peft, without them"
+        )
     named = adapter.base_name or "no base"
     return f"it names {named}: set `base` to the model it was trained on, or merge it with peft"
 

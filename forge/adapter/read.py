@@ -113,9 +113,32 @@ def read_adapter(directory: Path) -> Adapter:
     trained = {name.removesuffix(_ROWS): spec for name, spec in kept.items() if name.endswith(_ROWS)}
     rows = {f"{name}.weight": _token_rows(name, spec, configuration) for name, spec in trained.items()}
     replaced = {name: spec for name, spec in kept.items() if not name.endswith(_ROWS)}
+    _require_what_is_named(configuration, replaced, rows)
     if not layers and not replaced and not rows:
         raise DataError(f"{weights} holds no tensor of a LoRA adapter", hint="is it the right directory?")
     return Adapter(directory, configuration, layers, replaced, rows)
+
+
+def _require_what_is_named(
+    configuration: Mapping[str, Any], replaced: Mapping[str, TensorSpec], rows: Mapping[str, TokenRows]
+) -> None:
+    """What the settings say was saved whole, or token by token, is in the file.
+
+    A state dict that was gathered without these parts loads nowhere, or as if they had not been trained.
+    """
+    tied = configuration.get("ensure_weight_tying") is True
+    modules = {name.rpartition(".")[0] for name in replaced}
+    for named in configuration.get("modules_to_save") or ():
+        if not tied and not any(module.endswith(named) for module in modules):
+            raise DataError(
+                f"modules_to_save names {named}, and the file has no tensor of it: it was not saved whole",
+                hint=_AGAIN,
+            )
+    if configuration.get("trainable_token_indices") and not rows:
+        raise DataError(
+            "trainable_token_indices names tokens, and the file has no rows of them: it was not saved whole",
+            hint=_AGAIN,
+        )
 
 
 def _token_rows(module: str, values: TensorSpec, configuration: Mapping[str, Any]) -> TokenRows:
@@ -147,10 +170,12 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
         raise DataError(f"{path} is not an object with settings", hint=_AGAIN)
     kind = configuration.get("peft_type")
     if kind is None:
-        made_by = "MLX's (adapters.safetensors)" if "fine_tune_type" in configuration else "not peft's"
+        is_mlx = bool({"fine_tune_type", "lora_parameters"} & configuration.keys())
+        made_by = "MLX's (adapters.safetensors)" if is_mlx else "not peft's"
+        tool = f"mlx_lm.fuse --adapter-path {directory}" if is_mlx else "the tool that made it"
         raise DataError(
             f"{directory} is no adapter for peft: its settings name no peft_type; they are {made_by}",
-            hint="fuse it with the tool that made it and ship the result with train: none",
+            hint=f"fuse it with {tool} and ship the result with train: none",
         )
     if kind != "LORA":
         raise DataError(
@@ -182,6 +207,14 @@ def _without_settings(directory: Path) -> DataError:
         return DataError(
             f"{directory} is not an adapter: it has no {CONFIG_FILE}; it is a whole model",
             hint=f"ship it with base: {directory}, train: none",
+        )
+    if not directory.exists():
+        return DataError(f"{directory}: no such directory", hint="name the directory of an adapter")
+    if below := sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}")):
+        return DataError(
+            f"{directory} is not an adapter: it has no {CONFIG_FILE}; its directories "
+            f"{', '.join(path.name for path in below[:_MOST_NAMED])} have one",
+            hint=f"name the adapter: {below[0]}",
         )
     return DataError(
         f"{directory} is not an adapter: it has no {CONFIG_FILE}",
@@ -215,11 +248,20 @@ def _sort_tensors(
             replaced[whole(name)] = spec
     if strange := sorted(name for name in replaced if ".lora_" in name):
         raise DataError(
-            f"the file has tensors of LoRA that forge does not know, such as {strange[0]}", hint=MERGE
+            f"the file has tensors of LoRA that peft does not write, such as {strange[0]}",
+            hint="merge it with the tool that made it and ship the result with train: none",
         )
     if len(owners) > 1:
         names = ", ".join(sorted(owner or "no name" for owner in owners))
         raise DataError(f"the file holds several adapters ({names})", hint="save one of them by itself")
+    for module, own in parts.items():
+        if shapes := [
+            spec.shape for part, spec in own.items() if part in ("A", "B") and len(spec.shape) != 2
+        ]:
+            raise DataError(
+                f"{module}: a factor has the shape {shapes[0]}; forge merges factors of linear layers only",
+                hint=MERGE,
+            )
     _check_lengths(parts, bool(configuration.get("use_dora")))
     incomplete = sorted(module for module, found in parts.items() if not {"A", "B"} <= found.keys())
     if incomplete:
@@ -277,8 +319,8 @@ def find_base_tensor(name: str, base: Mapping[str, Any]) -> str | None:
     Checkpoints may lack the outer prefix (GPT-2), adapters may too; the text model of a multimodal base has
     had its part of the name before and behind `model.`.
     """
-    candidates = [name, name.partition(".")[2], f"model.{name}"]
     _, part, rest = name.partition("language_model.")
+    candidates = [name, f"model.{name}"] if part else [name, name.partition(".")[2], f"model.{name}"]
     if part:
         rest = rest.removeprefix("model.")
         candidates += [

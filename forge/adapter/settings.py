@@ -70,7 +70,8 @@ def _rank(value: object) -> str | None:
 
 
 def _alpha(value: object) -> str | None:
-    return None if _is_number(value) else f"must be a number (got {_shown(value)})"
+    fits = _is_number(value) and value != 0
+    return None if fits else f"must be a number other than 0 (got {_shown(value)})"
 
 
 def _dropout(value: object) -> str | None:

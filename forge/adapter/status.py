@@ -96,9 +96,15 @@ def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
     with torch.device("cpu" if found.rows else "meta"), warnings.catch_warnings():
         # Of missing keys and tied layers: what is missing is looked for here.
         warnings.simplefilter("ignore", UserWarning)
-        return peft.PeftModel.from_pretrained(
-            model, str(found.directory), low_cpu_mem_usage=True, torch_device="cpu"
-        )
+        try:
+            return peft.PeftModel.from_pretrained(
+                model, str(found.directory), low_cpu_mem_usage=True, torch_device="cpu"
+            )
+        except KeyError as absent:  # a part that modules_to_save names by its end
+            raise DataError(
+                f"{found.directory}: its settings name {absent.args[0]}, which the file does not hold",
+                hint="save it again with peft's save_pretrained",
+            ) from absent
 
 
 def _refuse_other_shapes(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) -> None:
