@@ -118,14 +118,28 @@ CHATML_TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MERGING = CHATML_TURNS.replace("{{ m.content }}", "{{ ' ' + m.content }}").replace(
+    "assistant\n{%", "assistant\n{{ ' ' }}{%"
+)
+
+
+@pytest.mark.parametrize("vocabulary", ["home-made", "qwen2", "llama-bpe"])
+def test_an_answer_that_merges_with_its_prompt(vocabulary: str, directories: Mapping[str, Path]) -> None:
+    """Pitfall 50: in two pieces, as a server has them, and each answer after the prompt that it is sent."""
+    template = MERGING.replace("<|im_end|>", ENDS[vocabulary])
+    form = format_of(directories[vocabulary], template)
+    turns = [Turn("user", "a"), Turn("assistant", "The dog"), Turn("user", "b"), Turn("assistant", "The cat")]
+    rows = encode_all([Conversation(tuple(turns), Place("rows.jsonl", 1))], form)
+    for row, length in zip(rows, (1, 3), strict=True):
+        messages = [turn.as_message() for turn in turns[:length]]
+        prompt = form.ids(form.template.render(messages, add_generation_prompt=True))
+        answer = form.ids(f"{turns[length].content}{ENDS[vocabulary]}")
+        assert list(row.input_ids) == prompt + answer
+        assert list(row.labels) == [IGNORED] * len(prompt) + answer
+        assert "encoded in two pieces" in row.notes[-1]
+
+
 BROKEN: Mapping[str, tuple[str, str]] = {
-    "the prompt ends with a space that merges": (
-        CHATML_TURNS.replace("{{ m.content }}", "{{ ' ' + m.content }}").replace(
-            "assistant\n{%", "assistant\n{{ ' ' }}{%"
-        ),
-        "the prompt's token ids are not a prefix of the row's: "
-        "its last characters merge with the answer's first",
-    ),
     "the prompt is written otherwise": (
         CHATML_TURNS.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant:{%"),
         "the prompt is not a prefix of the conversation: the template begins an answer otherwise than "

@@ -39,20 +39,33 @@ def main() -> None:
 
 
 def _answer(request: dict[str, Any], templates: dict[int, jinja2.Template], longest: int) -> dict[str, Any]:
+    """The texts of all prompts of the request, each under a timer of its own; or the limit that one hit."""
     began = time.process_time()
-    signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-    try:
-        if "source" in request:
-            templates[request["template"]] = environment_of(request["day"]).from_string(request["source"])
-        text = templates[request["template"]].render(request["values"])
-    except _ITS_OWN as error:
-        # str() of it may run the template's own objects, so it stands under the timer too.
-        return {"error": str(error)[:2000], "seconds": time.process_time() - began}
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    if len(text) > longest:
-        return {"limit": f"writes a prompt of more than {longest:,} characters"}
-    return {"text": text, "seconds": time.process_time() - began}
+    texts: list[list[Any]] = []
+    for prompts in request["prompts"]:
+        texts.append([])
+        for length, adds_generation_prompt in prompts["cuts"]:
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            try:
+                if "source" in request:
+                    source, day = request.pop("source"), request["day"]
+                    templates[request["template"]] = environment_of(day).from_string(source)
+                text: Any = templates[request["template"]].render(
+                    request["values"],
+                    messages=prompts["messages"][:length],
+                    tools=prompts["tools"],
+                    add_generation_prompt=adds_generation_prompt,
+                )
+            except _ITS_OWN as error:
+                # str() of it may run the template's own objects, so it stands under the timer too.
+                text = {"error": str(error)[:2000]}
+            finally:
+                signal.setitimer(signal.ITIMER_PROF, 0)
+            if len(text) > longest:
+                return {"limit": f"writes a prompt of more than {longest:,} characters"}
+            texts[-1].append(text)
+    known = request["template"] in templates
+    return {"texts": texts, "known": known, "seconds": time.process_time() - began}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from forge import process
@@ -31,6 +32,15 @@ MEMORY_BYTES = 1 << 30
 LONGEST_TEXT = 10_000_000
 _COMMAND = (sys.executable, "-m", "forge.chat.render_process")
 _HINT = "no chat template needs that: look at its loops, or use another one"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is rendered of one conversation: of its first messages, so many, and whether an answer begins."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]]
+    cuts: Sequence[tuple[int, bool]]
 
 
 class TemplateLimitError(ForgeError):
@@ -50,28 +60,40 @@ class _Renderer:
         self._spent: dict[tuple[str, str], tuple[float, int]] = {}
         self._refused: dict[tuple[str, str], str] = {}
 
-    def render(self, source: str, day: str, values: Mapping[str, Any]) -> str:
+    def render(
+        self, source: str, day: str, values: Mapping[str, Any], prompts: Sequence[Prompts]
+    ) -> list[list[str | DataError]]:
         key = (source, day)
         with self._lock:
             if reason := self._refused.get(key):
                 raise TemplateLimitError(reason, hint=_HINT)
-            answer = self._ask(key, values)
+            answer = self._ask(key, values, prompts)
             seconds, count = self._spent.get(key, (0.0, 0))
-            self._spent[key] = seconds, count = seconds + answer.get("seconds", 0.0), count + 1
+            count += sum(len(one.cuts) for one in prompts)
+            seconds += answer["seconds"]
+            self._spent[key] = seconds, count
             if seconds > max(SECONDS_IN_ALL, SECONDS_ON_AVERAGE * count):
                 self._refuse(key, f"the chat template took {seconds:.0f} seconds to compute {count} prompts")
-        if "error" in answer:
-            raise DataError(
-                f"the chat template refuses the conversation: {answer['error']}",
-                hint="the template says which roles it takes, and in which order; `forge template` shows it",
-            )
-        return str(answer["text"])
+        return [
+            [text if isinstance(text, str) else _refusal(text["error"]) for text in one]
+            for one in answer["texts"]
+        ]
 
-    def _ask(self, key: tuple[str, str], values: Mapping[str, Any]) -> dict[str, Any]:
+    def _ask(
+        self, key: tuple[str, str], values: Mapping[str, Any], prompts: Sequence[Prompts]
+    ) -> dict[str, Any]:
         for is_last in (False, True):
             child = self._started()
             number = self._known.get(key)
-            request: dict[str, Any] = {"template": number, "values": values, "seconds": SECONDS}
+            request: dict[str, Any] = {
+                "template": number,
+                "values": values,
+                "seconds": SECONDS,
+                "prompts": [
+                    {"messages": one.messages, "tools": one.tools or None, "cuts": one.cuts}
+                    for one in prompts
+                ],
+            }
             if number is None:
                 request |= {"template": next(self._numbers), "source": key[0], "day": key[1]}
             line = self._exchange(child, json.dumps(request, default=str) + "\n")
@@ -79,7 +101,7 @@ class _Renderer:
                 answer: dict[str, Any] = json.loads(line)
                 if "limit" in answer:
                     self._refuse(key, f"the chat template {answer['limit']}")
-                if "text" in answer:
+                if answer["known"]:
                     self._known[key] = request["template"]
                 return answer
             self._child = None
@@ -120,12 +142,22 @@ class _Renderer:
 _renderer = _Renderer()
 
 
-def render(source: str, day: str, values: Mapping[str, Any]) -> str:
-    """Render the template `source` with `values` (plain JSON) where today is `day`.
+def render(
+    source: str, day: str, values: Mapping[str, Any], prompts: Sequence[Prompts]
+) -> list[list[str | DataError]]:
+    """Render the template `source` with `values` (plain JSON) where today is `day`, each of the `prompts`.
 
-    Raises `DataError` with its words where it refuses, `TemplateLimitError` where it ran into a limit.
+    A prompt that the template refuses is the error with its words. Raises `TemplateLimitError` where one
+    ran into a limit.
     """
-    return _renderer.render(source, day, values)
+    return _renderer.render(source, day, values, prompts)
+
+
+def _refusal(reason: str) -> DataError:
+    return DataError(
+        f"the chat template refuses the conversation: {reason}",
+        hint="the template says which roles it takes, and in which order; `forge template` shows it",
+    )
 
 
 def _close() -> None:

@@ -81,16 +81,17 @@ class ChatTemplate:
         Raises `DataError` with the template's own words when it refuses, `TemplateLimitError` when it takes
         more time or memory than any chat template needs.
         """
+        prompts = renderer.Prompts(messages, tools, ((len(messages), add_generation_prompt),))
+        ((text,),) = self.render_all([prompts])
+        if isinstance(text, DataError):
+            raise text
+        return text
+
+    def render_all(self, prompts: Sequence[renderer.Prompts]) -> list[list[str | DataError]]:
+        """The texts of many prompts at once, or the refusal of one; raises `TemplateLimitError`."""
         given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
-        values = {
-            "messages": [dict(message) for message in messages],
-            "tools": [dict(tool) for tool in tools] or None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **self.special_tokens,
-            **given,
-        }
-        return renderer.render(self.source, self.day, values)
+        values = {"documents": None, **self.special_tokens, **given}
+        return renderer.render(self.source, self.day, values, prompts)
 
     def variables_read(self) -> tuple[str, ...]:
         """Names that the template reads beyond what every template is given."""

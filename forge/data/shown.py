@@ -146,7 +146,9 @@ def _parts(turn: Turn) -> tuple[str, str]:
 
 def _end_of(piece: str, text: str) -> int | None:
     """Where `piece` ends in `text`, as it is or as a JSON string; None where it is not there."""
-    forms = {piece, json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1]}
+    forms = {piece}
+    if not (piece.isascii() and piece.isprintable()) or '"' in piece or "\\" in piece:  # JSON escapes some
+        forms |= {json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1]}
     return min((at + len(form) for form in forms if (at := text.find(form)) >= 0), default=None)
 
 

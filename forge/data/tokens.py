@@ -10,10 +10,13 @@ what the row holds is in the text (`shown`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
+from forge.chat.renderer import Prompts
 from forge.chat.template import ChatTemplate
 from forge.data import shown
 from forge.data.conversation import Conversation, Json, Turn
@@ -29,6 +32,11 @@ _ONE_EACH = (
     "made of the answers of rows with several: the template writes earlier turns otherwise than the last, "
     "and a server prompts each answer so"
 )
+_IN_TWO_PIECES = (
+    "whose answer's first characters would merge with the prompt's last: encoded in two pieces, as a server "
+    "has them"
+)
+_BATCH_ROWS, _BATCH_CHARACTERS = 256, 4_000_000
 _CUT_THINKING = "the template leaves out the thinking of earlier answers, as it does when the model is served"
 
 
@@ -44,7 +52,7 @@ class Encoded:
 
     @property
     def supervised(self) -> int:
-        return sum(label != IGNORED for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class PromptFormat:
     tokenizer: Tokenizer
     end_of_turn: str
     end_of_turn_id: int
+    _ends: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def bos_id(self) -> int | None:
@@ -66,6 +75,17 @@ class PromptFormat:
         """Ids of `text` as it is: the template has written every special token (pitfall 48)."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Of the tokens that part a text before anything else does."""
+        return frozenset(self.tokenizer.get_added_tokens_decoder())
+
+    def ids_of_end(self, text: str) -> list[int]:
+        """Those of the end of a prompt; few are ever different."""
+        if text not in self._ends:
+            self._ends[text] = self.ids(text)
+        return self._ends[text]
 
 
 def prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
@@ -110,18 +130,106 @@ def encode_all(
     problems: list[Problem] = []
     encoded: list[Encoded] = []
     hints: list[str] = []
-    for conversation in conversations:
-        try:
-            encoded += _encode(conversation, form, supervise)
-        except DataError as error:
-            problems.append(conversation.place.problem(error.message))
-            hints += [error.hint] if error.hint else []
+    with ThreadPoolExecutor(1) as rendering:
+        batches = _batches(conversations, form, supervise)
+        waiting = [(batch, rendering.submit(_rendered, batch, form)) for batch in _next(batches)]
+        while waiting:
+            batch, texts = waiting.pop()
+            rendered = texts.result()
+            # The next batch is rendered, in its own process, while this one is encoded.
+            waiting = [(more, rendering.submit(_rendered, more, form)) for more in _next(batches)]
+            for row in _encoded(batch, rendered, form):
+                if isinstance(row, Encoded):
+                    encoded.append(row)
+                else:
+                    problems.append(row[0])
+                    hints += [row[1]] if row[1] else []
     (bad or BadRows()).settle(
         problems,
         f"{len(problems)} of {len(conversations)} rows cannot be encoded with this base's template",
         "; ".join(dict.fromkeys(hints)) or "mend these rows, or leave them out",
     )
     return encoded
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A row before it is rendered: the answers that carry loss, those looked at; or why it cannot be used."""
+
+    conversation: Conversation
+    learned: Sequence[int] = ()
+    looked_at: Sequence[int] = ()
+    error: DataError | None = None
+
+    @property
+    def prompts(self) -> Prompts:
+        """The whole row, and each answer as a server prompts it and as the template then writes it."""
+        turns = len(self.conversation.turns)
+        cuts = [(turns, False)] if self.looked_at else []
+        for index in self.looked_at:
+            cuts += [(index, True)] + ([(index + 1, False)] if index + 1 < turns else [])
+        return Prompts((), self.conversation.tools, cuts)
+
+
+_Texts = Mapping[tuple[int, bool], str | DataError]
+
+
+def _batches(
+    conversations: Sequence[Conversation], form: PromptFormat, supervise: str
+) -> Iterator[list[_Asked]]:
+    batch: list[_Asked] = []
+    size = 0
+    for conversation in conversations:
+        asked = _asked(conversation, form, supervise)
+        batch.append(asked)
+        size += len(conversation.text) + (1 + 2 * len(asked.looked_at)) * sum(
+            len(turn.content) + len(turn.reasoning) for turn in conversation.turns
+        )
+        if len(batch) == _BATCH_ROWS or size > _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _next(batches: Iterator[list[_Asked]]) -> list[list[_Asked]]:
+    return [batch for batch in (next(batches, None),) if batch is not None]
+
+
+def _rendered(batch: Sequence[_Asked], form: PromptFormat) -> list[_Texts]:
+    prompts = [
+        replace(one.prompts, messages=_messages(one.conversation.turns, form.template)) for one in batch
+    ]
+    texts = form.template.render_all(prompts)
+    return [dict(zip(one.cuts, made, strict=True)) for one, made in zip(prompts, texts, strict=True)]
+
+
+def _encoded(
+    batch: Sequence[_Asked], rendered: Sequence[_Texts], form: PromptFormat
+) -> Iterator[Encoded | tuple[Problem, str]]:
+    """The rows of the batch, in its order; a problem and its hint for what cannot be encoded."""
+    made: list[_Draft | Encoded | tuple[Problem, str]] = []
+    for asked, texts in zip(batch, rendered, strict=True):
+        try:
+            made += _drafts(asked, texts, form)
+        except DataError as error:
+            made.append((asked.conversation.place.problem(error.message), error.hint or ""))
+    drafts = [one for one in made if isinstance(one, _Draft)]
+    encodings = iter(
+        form.tokenizer.encode_batch([draft.text for draft in drafts], add_special_tokens=False)
+        if drafts
+        else ()
+    )
+    for one in made:
+        if not isinstance(one, _Draft):
+            yield one
+            continue
+        try:
+            rows = _rows(one, next(encodings), form)
+        except DataError as error:
+            yield one.conversation.place.problem(error.message), error.hint or ""
+        else:
+            yield from rows
 
 
 @dataclass(frozen=True)
@@ -137,29 +245,76 @@ class _Answer:
         return self.prompt + self.answer
 
 
-def _encode(conversation: Conversation, form: PromptFormat, supervise: str) -> list[Encoded]:
+@dataclass(frozen=True)
+class _Draft:
+    """A row as text: up to the end of the last answer that is learned.
+
+    What follows an end of turn (a newline, say) is never generated: the server has stopped.
+    """
+
+    conversation: Conversation
+    learned: Sequence[_Answer]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return self.learned[-1].text
+
+
+def _asked(conversation: Conversation, form: PromptFormat, supervise: str) -> _Asked:
     turns = conversation.turns
     if not turns:
-        return [_text(conversation, form)]
+        return _Asked(conversation)
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    for index in answers:
-        shown.check_ends(turns[index], form.end_of_turn)
-    asked = [
-        index
-        for index in (answers if supervise == "all" else answers[-1:])
-        if turns[index].trained is not False
-    ]
-    if not asked:
-        raise DataError("no answer of the row carries loss: its own weight or train leaves them out")
-    whole = form.template.render(_messages(turns, form.template), tools=conversation.tools)
+    try:
+        for index in answers:
+            shown.check_ends(turns[index], form.end_of_turn)
+        asked = [
+            index
+            for index in (answers if supervise == "all" else answers[-1:])
+            if turns[index].trained is not False
+        ]
+        if not asked:
+            raise DataError("no answer of the row carries loss: its own weight or train leaves them out")
+    except DataError as error:
+        return _Asked(conversation, error=error)
     # An answer that only calls tools could be left out without a trace, so each is looked at.
     looked_at = sorted({*asked, *(index for index in answers if turns[index].tool_calls)})
-    learned = [_answer(conversation, index, whole, form) for index in looked_at]
+    return _Asked(conversation, asked, looked_at)
+
+
+def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft | Encoded]:
+    conversation = asked.conversation
+    if asked.error is not None:
+        raise asked.error
+    if not conversation.turns:
+        return [_text(conversation, form)]
+    whole = _of(texts, len(conversation.turns), False)
+    learned = [_answer(conversation, index, texts, form) for index in asked.looked_at]
     shown.check_prompt(conversation, whole, form.template)
-    learned = [one for one in learned if one.index in asked]
+    learned = [one for one in learned if one.index in asked.learned]
     if len(learned) == 1 or all(whole.startswith(one.text) for one in learned):
-        return [_row(conversation, learned, form)]
-    return [_row(_up_to(conversation, one.index), [one], form, _ONE_EACH) for one in learned]
+        return [_draft(conversation, learned)]
+    return _one_each(conversation, learned)
+
+
+def _one_each(conversation: Conversation, learned: Sequence[_Answer]) -> list[_Draft]:
+    """Each answer as a row of its own."""
+    return [_draft(_up_to(conversation, one.index), [one], _ONE_EACH) for one in learned]
+
+
+def _draft(conversation: Conversation, learned: Sequence[_Answer], *notes: str) -> _Draft:
+    if not shown.earlier_thinking(conversation.turns[: learned[-1].index], learned[-1].prompt):
+        notes = (*notes, _CUT_THINKING)
+    return _Draft(conversation, learned, notes)
+
+
+def _of(texts: _Texts, length: int, begins_answer: bool) -> str:
+    """The text of the first messages; raises the template's refusal."""
+    text = texts[length, begins_answer]
+    if isinstance(text, DataError):
+        raise text
+    return text
 
 
 def _up_to(conversation: Conversation, index: int) -> Conversation:
@@ -171,25 +326,61 @@ def _up_to(conversation: Conversation, index: int) -> Conversation:
     return replace(conversation, turns=(*before, conversation.turns[index]))
 
 
-def _row(conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat, *notes: str) -> Encoded:
-    """The text up to the end of the last answer that is learned.
-
-    What follows an end of turn (a newline, say) is never generated: the server has stopped.
-    """
-    ids = form.ids(learned[-1].text)
+def _rows(draft: _Draft, encoding: Any, form: PromptFormat) -> list[Encoded]:
+    """The ids and labels of a draft; several rows where an answer must be encoded apart from its prompt."""
+    ids: list[int] = encoding.ids
     if form.bos_id is not None and ids[:2] == [form.bos_id] * 2:
         raise DataError("the row begins with BOS twice: the template writes one that is there already")
     labels = [IGNORED] * len(ids)
-    for one in learned:
-        start, end = _prefix_length(one.prompt, ids, form), _prefix_length(one.text, ids, form)
+    for one in draft.learned:
+        start = _tokens_of(one.prompt, encoding, ids, form)
+        if start is None and len(draft.learned) > 1:
+            # What the server sends of an earlier answer is its text, so only the last can be in two pieces.
+            apart = _one_each(draft.conversation, draft.learned)
+            texts = form.tokenizer.encode_batch([each.text for each in apart], add_special_tokens=False)
+            return [row for each, made in zip(apart, texts, strict=True) for row in _rows(each, made, form)]
+        if start is None:
+            return [_in_two_pieces(draft, ids, form)]
+        last = encoding.char_to_token(len(one.text) - 1)
+        end = start if last is None else last + 1
         if end <= start + 1:
             raise DataError("the answer has no token of its own")
         if ids[end - 1] != form.end_of_turn_id:
             raise DataError(f"the end of turn {form.end_of_turn} is not one token at the end of the answer")
         labels[start:end] = ids[start:end]
-    if not shown.earlier_thinking(conversation.turns[: learned[-1].index], learned[-1].prompt):
-        notes = (*notes, _CUT_THINKING)
-    return Encoded(tuple(ids), tuple(labels), conversation, notes)
+    return [Encoded(tuple(ids), tuple(labels), draft.conversation, draft.notes)]
+
+
+def _tokens_of(prompt: str, encoding: Any, ids: Sequence[int], form: PromptFormat) -> int | None:
+    """How many tokens of the row are the prompt's; None where the row's begin otherwise than the prompt's.
+
+    A special token parts what stands before and behind it, so the ids from the last one on decide.
+    """
+    number = encoding.char_to_token(len(prompt))
+    if number is not None and encoding.token_to_chars(number)[0] == len(prompt):
+        special = form.special_ids
+        at = next((at for at in range(number - 1, max(-1, number - 33), -1) if ids[at] in special), None)
+        if at is not None:
+            begins = encoding.token_to_chars(at)[0]
+            return number if form.ids_of_end(prompt[begins:]) == ids[at:number] else None
+    alone = form.ids(prompt)
+    return len(alone) if ids[: len(alone)] == alone else None
+
+
+def _in_two_pieces(draft: _Draft, whole: Sequence[int], form: PromptFormat) -> Encoded:
+    """The prompt's own ids, then the answer's: what a model is given and what it then generates."""
+    (one,) = draft.learned
+    prompt, answer = form.ids(one.prompt), form.ids(one.answer)
+    ids = [*prompt, *answer]
+    decode = form.tokenizer.decode
+    is_same = decode(ids, skip_special_tokens=False) == decode(whole, skip_special_tokens=False)
+    if not is_same or answer[-1:] != [form.end_of_turn_id]:
+        raise DataError(
+            "the prompt's token ids are not a prefix of the row's: "
+            "its last characters merge with the answer's first"
+        )
+    labels = [*([IGNORED] * len(prompt)), *answer]
+    return Encoded(tuple(ids), tuple(labels), draft.conversation, (*draft.notes, _IN_TWO_PIECES))
 
 
 def _text(conversation: Conversation, form: PromptFormat) -> Encoded:
@@ -203,12 +394,10 @@ def _text(conversation: Conversation, form: PromptFormat) -> Encoded:
     return Encoded(tuple(ids), tuple(ids), conversation)
 
 
-def _answer(conversation: Conversation, index: int, whole: str, form: PromptFormat) -> _Answer:
+def _answer(conversation: Conversation, index: int, texts: _Texts, form: PromptFormat) -> _Answer:
     """The answer at `index` as a server prompts it and as the template writes it at the end of its row."""
-    turns, tools = conversation.turns, conversation.tools
-    messages = _messages(turns[: index + 1], form.template)
-    prompt = form.template.render(messages[:-1], add_generation_prompt=True, tools=tools)
-    text = whole if index == len(turns) - 1 else form.template.render(messages, tools=tools)
+    turns = conversation.turns
+    prompt, text = _of(texts, index, True), _of(texts, index + 1, False)
     follows = text.startswith(prompt)
     if shown.opens_thinking(prompt):
         # An empty thinking that the template writes by itself may merge with the prompt's last characters.
@@ -254,13 +443,3 @@ def _begins(text: str, prompt: str, form: PromptFormat) -> bool:
     """Whether the ids of `prompt` are a prefix of those of `text`."""
     alone = form.ids(prompt)
     return form.ids(text)[: len(alone)] == alone
-
-
-def _prefix_length(prefix: str, ids: list[int], form: PromptFormat) -> int:
-    alone = form.ids(prefix)
-    if ids[: len(alone)] != alone:
-        raise DataError(
-            "the prompt's token ids are not a prefix of the row's: "
-            "its last characters merge with the answer's first"
-        )
-    return len(alone)
