@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from forge.data.conversations import to_conversations
+from forge.data.files import read_rows
+from forge.data.sources import locate
 from forge.errors import RecipeError
 from forge.recipe import starters
 from forge.recipe.document import describe
 from forge.recipe.fields import all_names
 from forge.recipe.load import load
+from tests.makers.make_synthetic import SETS
 
 DATA = {
     "adopt-adapter": "data/heldout.jsonl",
@@ -22,8 +28,21 @@ DATA = {
 
 def test_the_starters_are_the_files_of_the_templates() -> None:
     assert starters.kinds() == (
-        "adopt-adapter", "chat-messages", "plain-base", "quickstart", "sft-prompts", "smollm2",
+        "adopt-adapter", "alpaca", "chat-messages", "code", "guanaco", "medical", "plain-base", "quickstart",
+        "sentiment", "sft-prompts", "smollm2", "yoda",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_synthetic_rows_are_their_maker_s(name: str, tmp_path: Path) -> None:
+    """E10: 18 positive, 18 negative and 14 neutral reviews, code and questions, each read as it is."""
+    path = locate(f"builtin:{name}", tmp_path)
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == SETS[name]()
+    conversations = to_conversations(read_rows(path)).conversations
+    assert len({one.fingerprint for one in conversations}) == len(SETS[name]())
+    labels = Counter(one.turns[-1].content for one in conversations)
+    if name == "sentiment":
+        assert labels == {"positive": 18, "negative": 18, "neutral": 14}
 
 
 @pytest.mark.parametrize("kind", starters.kinds())

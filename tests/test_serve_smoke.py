@@ -13,7 +13,7 @@ from forge.serve.chat import HELP, converse
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import ServerSettings
-from forge.serve.smoke import Answer, Query, run_smoke
+from forge.serve.smoke import Answer, Call, Query, run_smoke
 from forge.serve.wire import RefusedError, Sampling
 from tests.stand_in_server import Failure, StandIn
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -56,6 +56,44 @@ def test_answers_are_held_against_their_patterns(endpoint: Endpoint) -> None:
 def test_blank_answer_is_not_ok() -> None:
     with StandIn() as server:
         (answer,) = run_smoke(server.endpoint, [Query(({"role": "user", "content": "  "},))])
+    assert not answer.ok
+
+
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "ok"),
+    [
+        ("weather", '{"city": "Rome"}', True),
+        ("weather", '{"city": "Oslo"}', False),
+        ("weather", "city: Rome", False),
+        ("news", '{"city": "Rome"}', False),
+    ],
+)
+def test_a_call_of_a_tool_is_expected(name: str, arguments: str, ok: bool) -> None:
+    """The call's name and JSON arguments are held against the query's."""
+    function = {"name": name, "arguments": arguments}
+    message = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]}
+    body = {
+        "choices": [{"index": 0, "finish_reason": "tool_calls", "message": message}],
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+    }
+    wanted = Call("weather", {"city": "Rome"})
+    query = Query(({"role": "user", "content": "How is it in Rome?"},), None, 64, (WEATHER,), wanted)
+    with StandIn(failures=[Failure(200, body=json.dumps(body).encode())]) as server:
+        (answer,) = run_smoke(server.endpoint, [query])
+    assert server.asked[0]["tools"] == [WEATHER]
+    assert (answer.ok, json.loads(answer.answer)) == (ok, function)
+    assert answer.expect == 'a call of weather with {"city": "Rome"}'
+
+
+def test_words_are_no_call() -> None:
+    wanted = Call("weather")
+    with StandIn() as server:
+        (answer,) = run_smoke(
+            server.endpoint, [Query(({"role": "user", "content": "weather"},), None, 64, (WEATHER,), wanted)]
+        )
     assert not answer.ok
 
 

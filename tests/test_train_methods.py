@@ -96,6 +96,27 @@ def test_a_way_of_training(way: str, base: Path, data: Path, tmp_path: Path) -> 
         assert moved and {layer.rank for layer in read_adapter(out).layers.values()} == {8}
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_training_goes_on_from_an_adapter(method: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """More epochs: it starts where the adapter ended, keeps its shape, and learns on."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    trained(base, data, first, method=method, max_steps=12)
+    trained(base, data, out, method=method, max_steps=12, continue_from=str(first), lora={"r": 16})
+    assert {layer.rank for layer in read_adapter(out).layers.values()} == {4}
+    once = evaluate(**evaluation(base, first, data, quantize=method == "qlora"))["loss"]
+    twice = evaluate(**evaluation(base, out, data, quantize=method == "qlora"))["loss"]
+    assert twice["after"] < once["after"] < twice["before"]
+    log = (out / "logs" / "training.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["loss"] < (once["after"] + once["before"]) / 2
+
+
+def test_an_adapter_of_another_base_is_no_start(base: Path, data: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", "llama", "home-made", num_hidden_layers=1)
+    trained(other, prepare_rows(other, tmp_path), tmp_path / "first", max_steps=1)
+    with pytest.raises(DataError, match=r"train\.continue_from: .*fit"):
+        trained(base, data, tmp_path / "out", max_steps=1, continue_from=str(tmp_path / "first"))
+
+
 def test_what_is_adapted_is_reported(base: Path, data: Path, tmp_path: Path) -> None:
     """C5, pitfall 65."""
     out = tmp_path / "out"

@@ -15,7 +15,7 @@ from forge.errors import DataError
 
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_PREFIX = "builtin:"
-_BUILTIN_FILES = {"yoda": "yoda.jsonl", "yoda_heldout": "yoda_heldout.jsonl"}
+_BUILTIN_FILES = {name: f"{name}.jsonl" for name in ("yoda", "yoda_heldout", "sentiment", "code", "medical")}
 # What lies beside rows and holds none.
 _NOT_ROWS = {
     "dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json", "package.json",

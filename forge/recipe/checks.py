@@ -23,6 +23,7 @@ _NAMED: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("data", "source"), "file", BUILTIN_DATA),
     (("data", "eval"), "file", BUILTIN_DATA),
     (("train", "from"), "directory", ()),
+    (("train", "continue_from"), "directory", ()),
 )
 _EIGHT_BIT = ("adamw_bnb_8bit", "paged_adamw_8bit")
 
@@ -101,6 +102,8 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     """Fields that cannot hold together."""
     train = recipe.train
     yield from _calibration(recipe)
+    if isinstance(train, Train):
+        yield from _not_built(train)
     if recipe.deploy.runtime == "container" and recipe.deploy.gpu_layers:
         yield (
             "deploy.gpu_layers",
@@ -124,6 +127,24 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
         for name in ("prompt", "completion", "text"):
             if getattr(recipe.data.columns, name):
                 yield f"data.columns.{name}", "messages holds whole conversations; name one or the other"
+
+
+def _not_built(train: Train) -> Iterator[Finding]:
+    """What the libraries know and forge refuses, each with its reason."""
+    if train.objective != "sft":
+        yield (
+            "train.objective",
+            f"{train.objective} is not built: its loss needs the rejected answers; sft learns the chosen",
+        )
+    if train.lora.init == "loftq":
+        yield (
+            "train.lora.init",
+            "loftq quantizes the base anew, and its adapter fits no other file of it; take pissa",
+        )
+    if train.lora.init == "eva":
+        yield "train.lora.init", "eva needs a pass over the rows before training, not built; take pissa"
+    if train.continue_from is not None and train.method == "full":
+        yield "train.continue_from", "goes on from an adapter, and train.method: full trains none; use lora"
 
 
 _NEAR_NF4 = ("nf4", "measured")
@@ -155,8 +176,10 @@ def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:
                 f"{train.learning_rate:g} is too low for LoRA, which often learns nothing below 5e-5; "
                 "1e-4 to 3e-4 is usual",
             )
-        if train.optimizer in _EIGHT_BIT:
+        if train.optimizer in _EIGHT_BIT and train.preset is None:
             yield "train.optimizer", "8-bit states save next to nothing with LoRA: few parameters are trained"
+        if train.continue_from is not None and root.follow(("train", "lora"))[1] == 2:
+            yield "train.lora", "is not used: train.continue_from has its own shape"
         if train.max_steps is not None and root.follow(("train", "epochs"))[1] == 2:
             yield "train.epochs", "is not used: train.max_steps decides"
     elif recipe.verify.learned == "required" and isinstance(train, Adopted) and not recipe.data:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from forge import report
 from forge.errors import Problem, RecipeError
-from forge.recipe import checks, old_names
+from forge.recipe import checks, old_names, presets
 from forge.recipe.explain import explain
 from forge.recipe.fields import sections, values
 from forge.recipe.schema import Recipe
@@ -60,6 +60,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) 
         warnings += said
         problems += wrong
     problems += _fill_empty_sections(root)
+    presets.fill(root)
     if checks.lacks_data(root):
         problems.append(_at(root, "data").problem("data", "is required to train: name its source"))
     recipe, wrong = _validate(root)

@@ -248,6 +248,15 @@ class Message(Section):
     content: Text = Field(description="what is said")
 
 
+class ExpectedCall(Section):
+    """A call of a tool."""
+
+    name: Text = Field(description="the function's name")
+    arguments: dict[Text, Any] | None = Field(
+        None, description="its arguments, whole; any JSON object when unset"
+    )
+
+
 class SmokeQuery(Section):
     """A question that the served model is asked at temperature 0."""
 
@@ -255,6 +264,10 @@ class SmokeQuery(Section):
     messages: tuple[Message, ...] | None = Field(None, description="a conversation that ends with the user")
     system: Text | None = Field(None, description="system prompt, beside `prompt`")
     expect: Pattern | None = Field(None, description="regular expression that the answer must hold")
+    tools: tuple[dict[str, Any], ...] = Field(
+        (), description="functions that the model may call, as JSON schemas"
+    )
+    expect_call: ExpectedCall | None = Field(None, description="call that the answer must make")
     max_tokens: Positive = Field(256, description="longest answer, in tokens")
 
     @model_validator(mode="after")
@@ -265,6 +278,8 @@ class SmokeQuery(Section):
             raise ValueError("put the system prompt into messages, or use prompt")
         if self.messages is not None and (not self.messages or self.messages[-1].role != "user"):
             raise ValueError("messages must end with the user's turn")
+        if self.expect_call is not None and not self.tools:
+            raise ValueError("expect_call needs tools: the functions that the model may call")
         return self
 
 

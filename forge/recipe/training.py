@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from forge.recipe.presets import Preset
 from forge.recipe.section import Section
 from forge.recipe.words import (
     BatchSize,
@@ -46,11 +47,19 @@ class Lora(Section):
         (), description="numbers of the layers that are adapted; every layer when empty"
     )
     init: Literal[
-        "default", "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "pissa_niter_16"
+        "default",
+        "gaussian",
+        "orthogonal",
+        "olora",
+        "pissa",
+        "pissa_niter_4",
+        "pissa_niter_16",
+        "loftq",
+        "eva",
     ] = Field(
         "default",
         description="how the factors start; PiSSA and OLoRA take a part of the base with them, and are "
-        "saved converted, at twice the rank",
+        "saved converted, at twice the rank; `loftq` and `eva` are refused with the reason",
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     dora: bool = Field(False, description="weight-decomposed LoRA of linear layers; exported merged only")
@@ -71,6 +80,17 @@ class Train(Section):
         "qlora",
         description="how the base is held: in 4 bits (`qlora`), in 8, in 16 or 32 (`lora`, by `dtype`); "
         "`full` trains every weight; `auto`: `lora` where the device's memory is enough, else `qlora`",
+    )
+    preset: Preset | None = Field(
+        None, description="settings by name for what is unset: of the book, of other documents, of a GPU"
+    )
+    objective: Literal["sft", "dpo", "orpo", "kto"] = Field(
+        "sft", description="what is minimised; only `sft` is built, which learns a pair's chosen answer"
+    )
+    continue_from: Text | None = Field(
+        None,
+        description="directory of a LoRA adapter to go on from, with its shape in place of `lora`: more "
+        "epochs, or new data",
     )
     four_bit_type: Literal["nf4", "fp4"] = Field("nf4", description="4-bit type of `qlora`")
     double_quantization: bool = Field(True, description="quantize the scales of `qlora` too")

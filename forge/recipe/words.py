@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from forge.recipe.quants import QuantName
 
 BUILTIN_BASES = ("tiny", "smollm2")
-BUILTIN_DATA = ("yoda", "yoda_heldout")
+BUILTIN_DATA = ("yoda", "yoda_heldout", "sentiment", "code", "medical")
 DATA_SUFFIXES = (
     *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md"),
     *(".gz", ".zst", ".bz2", ".xz"),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def queries_in(recipe: Recipe) -> list[Query]:
     """The recipe's smoke queries."""
-    from forge.serve.smoke import Query
+    from forge.serve.smoke import Call, Query
 
     queries = []
     for query in recipe.smoke:
@@ -24,7 +24,16 @@ def queries_in(recipe: Recipe) -> list[Query]:
         else:
             system = ({"role": "system", "content": query.system},) if query.system else ()
             messages = (*system, {"role": "user", "content": query.prompt or ""})
-        queries.append(Query(messages, query.expect, query.max_tokens))
+        call = query.expect_call
+        queries.append(
+            Query(
+                messages,
+                query.expect,
+                query.max_tokens,
+                query.tools,
+                Call(call.name, call.arguments) if call else None,
+            )
+        )
     return queries
 
 

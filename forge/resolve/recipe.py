@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from forge.adapter.read import read_adapter
+from forge.errors import DataError
 from forge.model.base import ResolvedBase, resolve
 from forge.model.safetensors_header import TensorSpec
 from forge.recipe.load import Loaded
-from forge.recipe.schema import Adopted
+from forge.recipe.schema import Adopted, Train
 from forge.resolve.bases import find_base, find_base_headers
 from forge.resolve.refusals import check
 from forge.resolve.resolved import Resolved
@@ -46,11 +47,23 @@ def resolve_recipe(
         )
     if adopted and adopted.directory:
         read_adapter(adopted.directory)  # what it cannot be is refused though the base may not be here yet
+    if isinstance(recipe.train, Train) and recipe.train.continue_from:
+        _refuse_continued(loaded.directory / Path(recipe.train.continue_from).expanduser())
     sources, heldout = data_sources(loaded, offline=offline, fetch=fetch == "all")
     ship = Resolved(loaded, store, run_directory, base, adopted, sources, heldout, headers)
     if base.directory is not None:
         check(ship)
     return ship
+
+
+def _refuse_continued(directory: Path) -> None:
+    """Refuse what training cannot go on from; other tools' adapters are taken as they are."""
+    if not directory.is_dir():
+        raise DataError(
+            f"train.continue_from: {directory} is not a directory",
+            hint="name an adapter's directory, such as runs/NAME/adapter; one of the hub is downloaded first",
+        )
+    read_adapter(directory)
 
 
 def _base(

@@ -250,6 +250,16 @@ class Resolved:
             return UNKNOWN
         return digests.adapter_digest(self.adopted.directory, self.store.digests)
 
+    @property
+    def continued(self) -> Path | None:
+        """The adapter that training goes on from."""
+        named = self.training.continue_from if self.training else None
+        return self.loaded.directory / Path(named).expanduser() if named else None
+
+    @cached_property
+    def continued_digest(self) -> str:
+        return self._digest(self.continued, ("adapter_config.json", "adapter_model.*"))
+
     def file_digest(self, paths: Sequence[Path]) -> str:
         return "+".join(file_digest(path, self.store.digests) for path in paths) or UNKNOWN
 

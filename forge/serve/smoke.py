@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from forge.errors import CheckError, Problem, RecipeError
 from forge.serve.client import Client
@@ -13,12 +15,26 @@ from forge.serve.wire import Reply, Sampling
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a tool that an answer must make; `arguments` None: any JSON object."""
+
+    name: str
+    arguments: Mapping[str, Any] | None = None
+
+    def __str__(self) -> str:
+        said = "any arguments" if self.arguments is None else json.dumps(self.arguments, ensure_ascii=False)
+        return f"a call of {self.name} with {said}"
+
+
+@dataclass(frozen=True)
 class Query:
-    """A conversation that ends with the user's turn, and the pattern its answer must hold."""
+    """A conversation that ends with the user's turn; the pattern and the call its answer must hold."""
 
     messages: tuple[Message, ...]
     expect: str | None = None
     max_tokens: int = 256
+    tools: tuple[Mapping[str, Any], ...] = ()
+    expect_call: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -43,10 +59,12 @@ def run_smoke(endpoint: Endpoint, queries: Sequence[Query], *, seed: int = 0) ->
     answers: list[Answer] = []
     with Client(endpoint) as client:
         for query, pattern in zip(queries, patterns, strict=True):
-            reply = client.chat(query.messages, Sampling(max_tokens=query.max_tokens, seed=seed))
+            sampling = Sampling(max_tokens=query.max_tokens, seed=seed, tools=query.tools)
+            reply = client.chat(query.messages, sampling)
             prompt = next(turn["content"] for turn in reversed(query.messages) if turn["role"] == "user")
-            ok = _is_ok(reply, pattern)
-            answers.append(Answer(prompt, reply.text, ok, reply.finish_reason, query.expect))
+            ok = _is_ok(reply, pattern, query)
+            expected = " and ".join(str(one) for one in (query.expect, query.expect_call) if one is not None)
+            answers.append(Answer(prompt, _shown(reply), ok, reply.finish_reason, expected or None))
     return answers
 
 
@@ -68,9 +86,33 @@ def failure_of(answers: Sequence[Answer], where: str = "") -> CheckError | None:
     )
 
 
-def _is_ok(reply: Reply, pattern: re.Pattern[str] | None) -> bool:
+def _shown(reply: Reply) -> str:
+    """The answer, with the calls that it makes as JSON."""
+    calls = [json.dumps(call.get("function"), ensure_ascii=False) for call in reply.tool_calls]
+    return "\n".join([reply.text, *calls] if reply.text.strip() or not calls else calls)
+
+
+def _makes(call: Mapping[str, Any], expected: Call) -> bool:
+    """Whether it is the call expected: the name, and arguments that are a JSON object, equal where named."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or function.get("name") != expected.name:
+        return False
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return False
+    return isinstance(arguments, Mapping) and expected.arguments in (None, arguments)
+
+
+def _is_ok(reply: Reply, pattern: re.Pattern[str] | None, query: Query) -> bool:
+    """Whether it makes the call expected, and holds the pattern."""
+    if query.expect_call is not None:
+        makes = any(_makes(call, query.expect_call) for call in reply.tool_calls)
+        return makes and (pattern is None or pattern.search(reply.text) is not None)
     if pattern is None:
-        return bool(reply.text.strip())
+        return bool(reply.text.strip() or reply.tool_calls)
     return reply.finish_reason == "stop" and pattern.search(reply.text) is not None
 
 

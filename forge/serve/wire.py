@@ -83,7 +83,8 @@ class GoneError(StageError):
 class Sampling:
     """How to choose tokens. The default is greedy: the same answer every time.
 
-    None leaves a value to the server. `schema` is a JSON schema that every answer has to meet.
+    None leaves a value to the server. `schema` is a JSON schema that every answer has to meet,
+    `tools` are the functions that the model may call.
     """
 
     max_tokens: int = 512
@@ -94,6 +95,7 @@ class Sampling:
     top_k: int | None = None
     min_p: float | None = None
     schema: Mapping[str, Any] | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def chat_request(
     if sampling.schema is not None:
         form = {"name": "answer", "strict": True, "schema": dict(sampling.schema)}
         body["response_format"] = {"type": "json_schema", "json_schema": form}
+    if sampling.tools:
+        body["tools"] = [dict(tool) for tool in sampling.tools]
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body

@@ -34,7 +34,10 @@ BASE_FIELDS = ("four_bit_type", "double_quantization", "quant_storage", "attenti
 _TRACKERS: Mapping[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)
 }  # fmt: skip
-_NOT_KEYED = {"checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables"}
+_NOT_KEYED = {
+    "preset", "objective", "continue_from",
+    "checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables",
+}  # fmt: skip
 
 
 def adapter_of(inputs: Mapping[str, Artifact]) -> Path | None:
@@ -84,6 +87,8 @@ class TrainStage(AdapterStage):
                 fields[f"train.{name}"] = value
         if self._train.packing:
             fields["train.max_length"] = self._train.max_length
+        if self.ship.continued:
+            fields["train.continue_from"] = self.ship.continued_digest
         # The tokenizer's files are part of the adapter.
         return {"base": self.ship.base_digest, "base.tokenizer": self.ship.tokenizer_digest, **fields}
 
@@ -138,6 +143,7 @@ class TrainStage(AdapterStage):
         settings = train.model_dump(mode="json") | {
             "trust_remote_code": self.ship.runs_own_code,
             "max_length": inputs[DATA_STAGE].facts["max_length"],
+            "continue_from": str(self.ship.continued) if self.ship.continued else None,
             "pad_token": self.ship.pad_token,
             "tokenizer": str(self.ship.tokenizer.directory),
             "trackers": str(self.ship.run_directory / "trackers"),

@@ -19,6 +19,8 @@ _PEFT_TIES = {"embed_tokens", _HEAD}
 # peft's word for a configuration that is to adapt no layer.
 _NO_TARGETS = "dummy-target-modules"
 _INITIAL = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+# Of the initialisations that peft knows, those after which the base is as it was.
+_LEAVE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 _NUMBER = re.compile(r"\.(\d+)\.")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention)(\.|$)")
 
@@ -43,11 +45,7 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantized: bool, checkpoin
     _refuse_absent_layers(model, lora["layers"])
     whole = _trained_whole(lora["modules_to_save"], tied)
     if quantized:
-        model = peft.prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
+        model = _prepared(model, checkpointing)
     configuration = peft.LoraConfig(
         r=lora["r"],
         lora_alpha=lora["alpha"],
@@ -73,6 +71,56 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantized: bool, checkpoin
         ) from error
     _refuse_idle(made, lora)
     return made
+
+
+def continued(model: Any, adapter: str, *, quantized: bool, checkpointing: bool) -> Any:
+    """The model with the adapter in the directory `adapter`, to be trained further in its own shape.
+
+    Raises `DataError` where the adapter does not fit the base, or leaves a factor without weights.
+    """
+    import peft
+    from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    configuration = peft.PeftConfig.from_pretrained(adapter)
+    if not isinstance(configuration, peft.LoraConfig):
+        raise DataError(f"train.continue_from: {adapter} is not a LoRA adapter")
+    if configuration.init_lora_weights not in _LEAVE_BASE:
+        raise DataError(
+            f"train.continue_from: the adapter began as {configuration.init_lora_weights}, which moves the "
+            "base's weights",
+            hint="save it converted first (peft's path_initial_model_for_weight_conversion)",
+        )
+    configuration.init_lora_weights = True
+    configuration.inference_mode = False
+    configuration.base_model_name_or_path = model.name_or_path
+    if quantized:
+        model = _prepared(model, checkpointing)
+    try:
+        made = peft.get_peft_model(model, configuration)
+        weights = load_peft_weights(adapter, device="cpu")
+        set_peft_model_state_dict(made, weights)
+    except (ValueError, RuntimeError) as error:
+        raise DataError(
+            f"train.continue_from: the adapter does not fit this base: {str(error).splitlines()[0]}",
+            hint="name the base that the adapter was trained on",
+        ) from error
+    # peft reports neither what an adapter lacks nor all that a base has no place for.
+    if wrong := sorted(weights.keys() ^ get_peft_model_state_dict(made).keys()):
+        raise DataError(
+            f"train.continue_from: {len(wrong)} tensors do not fit adapter and base: {wrong[0]}",
+            hint="name the base that the adapter was trained on; forge validate says what the adapter has",
+        )
+    return made
+
+
+def _prepared(model: Any, checkpointing: bool) -> Any:
+    import peft
+
+    return peft.prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
 
 
 def keep_initial(model: Any, directory: Path) -> None:

@@ -23,6 +23,7 @@ from forge.train.checkpoints import last_checkpoint
 from forge.train.hardware import Hardware, choose_hardware
 from forge.train.lora import (
     adapted_modules,
+    continued,
     keep_initial,
     moves_base,
     trainable_to_float32,
@@ -190,6 +191,10 @@ def _model(base: str, out: Path, settings: Mapping[str, Any], hardware: Hardware
     if settings["method"] == "full":
         return whole_model(model)
     lora = settings["lora"]
+    if settings.get("continue_from"):
+        return continued(
+            model, settings["continue_from"], quantized=loading.is_quantized, checkpointing=checkpointing
+        )
     model = with_lora(model, lora, quantized=loading.is_quantized, checkpointing=checkpointing)
     counts = _short_names(adapted_modules(model))
     report.info("train: factors on " + ", ".join(f"{count} x {name}" for name, count in counts.items()))

@@ -1,0 +1,83 @@
+"""Presets of a training run, and what is refused of it before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from forge.errors import RecipeError
+from forge.recipe.load import Loaded, load
+from forge.recipe.presets import PRESETS
+from forge.recipe.schema import Train
+
+HEAD = "name: mine\nbase: builtin:tiny\ndata: builtin:yoda\n"
+
+
+def loaded(directory: Path, train: str, *overrides: str) -> Loaded:
+    path = directory / "mine.yaml"
+    path.write_text(f"{HEAD}train: {train}\n", encoding="utf-8")
+    return load(path, overrides)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_what_is_unset(name: str, tmp_path: Path) -> None:
+    """G7."""
+    train = loaded(tmp_path, f"{{preset: {name}}}").recipe.train
+    assert isinstance(train, Train)
+    flat = train.model_dump() | {f"lora.{key}": value for key, value in train.lora.model_dump().items()}
+    assert {field: flat[field] for field in PRESETS[name]} == PRESETS[name]  # type: ignore[index]
+
+
+def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
+    found = loaded(tmp_path, "{preset: book-ch0, epochs: 2, lora: {r: 4}}", "train.batch_size=3")
+    train = found.recipe.train
+    assert isinstance(train, Train)
+    assert (train.epochs, train.lora.r, train.lora.alpha, train.batch_size) == (2, 4, 16, 3)
+    assert train.optimizer == "paged_adamw_8bit"
+    assert found.sources["train.optimizer"].where.endswith("mine.yaml:4")
+    steps = loaded(tmp_path, "{preset: book-ch0, max_steps: 2}")
+    assert not any("train.epochs" in warning for warning in steps.warnings)
+
+
+@pytest.mark.parametrize(
+    ("train", "field", "words"),
+    [
+        ("{preset: book}", "train.preset", "book-ch0"),
+        ("{objective: dpo}", "train.objective", "dpo is not built"),
+        ("{objective: kto}", "train.objective", "sft learns the chosen"),
+        ("{lora: {init: loftq}}", "train.lora.init", "fits no other file"),
+        ("{lora: {init: eva}}", "train.lora.init", "a pass over the rows"),
+        ("{continue_from: ./nowhere}", "train.continue_from", "no such directory"),
+        ("{continue_from: ., method: full}", "train.continue_from", "train.method: full"),
+    ],
+)
+def test_what_is_not_built_is_refused_with_its_reason(
+    train: str, field: str, words: str, tmp_path: Path
+) -> None:
+    """C4, C8: before anything runs."""
+    with pytest.raises(RecipeError) as caught:
+        loaded(tmp_path, train)
+    (problem,) = caught.value.problems
+    assert problem.field == field
+    assert words in problem.message
+
+
+def test_a_shape_beside_an_adapter_to_go_on_from_is_a_doubt(tmp_path: Path) -> None:
+    found = loaded(tmp_path, "{continue_from: ., lora: {r: 4}}")
+    assert any("train.lora: is not used" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("{prompt: a, expect_call: {name: f}}", "expect_call needs tools"),
+        ("{prompt: a, tools: [{}], expect_call: {arguments: {}}}", "smoke.0.expect_call.name"),
+    ],
+)
+def test_smoke_queries_with_calls(query: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"{HEAD}smoke: [{query}]\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    assert words in str(caught.value.problems[0])
