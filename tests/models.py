@@ -16,8 +16,8 @@ import pytest
 
 from forge.chat.template import ChatTemplate
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.prompt_format import prompt_format
 from forge.data.reading import Source
-from forge.data.tokens import prompt_format
 from tests.vocabularies import write_tokenizer
 
 # peft (github.com/huggingface/peft) asks transformers for a name that it deprecates.

@@ -19,7 +19,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from forge.chat.template import ChatTemplate
 from forge.data.conversation import Conversation, Place, Turn
-from forge.data.tokens import IGNORED, Encoded, PromptFormat, encode_all, prompt_format
+from forge.data.prompt_format import PromptFormat, prompt_format
+from forge.data.tokens import IGNORED, Encoded, encode_all
 from forge.errors import DataError
 from tests.vocabularies import home_made_tokenizer, trl_template, trl_templates
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Source
-from forge.data.tokens import PromptFormat
 from forge.errors import DataError
 from tests.test_data_tokens import format_of
 from tests.vocabularies import write_tokenizer

@@ -18,8 +18,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from forge.chat.template import ChatTemplate
 from forge.data.prepare import TRAIN_FILE, Settings, prepare
+from forge.data.prompt_format import PromptFormat, prompt_format
 from forge.data.reading import Source
-from forge.data.tokens import IGNORED, PromptFormat, prompt_format
+from forge.data.tokens import IGNORED
 from forge.errors import DataError
 from tests.makers.tokenizer import CHATML
 from tests.vocabularies import home_made_tokenizer, trl_template

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from forge.chat.template import ChatTemplate
 from forge.data.conversation import Conversation, Place, Turn
-from forge.data.tokens import IGNORED, Encoded, PromptFormat, encode_all, prompt_format
+from forge.data.prompt_format import PromptFormat, prompt_format
+from forge.data.tokens import IGNORED, Encoded, encode_all
 from forge.errors import DataError
 from forge.model.tokenizer_files import read_tokenizer
 from tests.vocabularies import write_tokenizer

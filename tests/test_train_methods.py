@@ -111,7 +111,7 @@ def test_training_goes_on_from_an_adapter(method: str, base: Path, data: Path, t
 
 
 def test_an_adapter_of_another_base_is_no_start(base: Path, data: Path, tmp_path: Path) -> None:
-    other = make_model(tmp_path / "other", "llama", "home-made", num_hidden_layers=1)
+    other = make_model(tmp_path / "other", "llama", "home-made", intermediate_size=1024)
     trained(other, prepare_rows(other, tmp_path), tmp_path / "first", max_steps=1)
     with pytest.raises(DataError, match=r"train\.continue_from: .*fit"):
         trained(base, data, tmp_path / "out", max_steps=1, continue_from=str(tmp_path / "first"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from forge import worker
 from forge.chat.template import ChatTemplate
 from forge.data.prepare import HELDOUT_FILE
-from forge.data.tokens import prompt_format
+from forge.data.prompt_format import prompt_format
 from forge.export.request import ExportRequest
 from forge.model.config import Configuration
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer

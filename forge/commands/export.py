@@ -14,7 +14,7 @@ from typing import Any
 from forge import report, worker
 from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
-from forge.data.tokens import prompt_format
+from forge.data.prompt_format import prompt_format
 from forge.errors import DataError, RecipeError
 from forge.export.cost import cost_of
 from forge.export.request import ExportRequest, Ingredients, MergeBase, Mode

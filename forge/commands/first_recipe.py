@@ -15,10 +15,11 @@ from pathlib import Path
 from forge.chat.template import ChatTemplate
 from forge.data.conversation import Conversation
 from forge.data.layout import TEXT
+from forge.data.prompt_format import prompt_format
 from forge.data.reading import Read, Source, read
 from forge.data.sources import files_of_split, locate_all
 from forge.data.split import split
-from forge.data.tokens import encode_all, prompt_format
+from forge.data.tokens import encode_all
 from forge.errors import DataError
 from forge.model.base import ResolvedBase, fetch_dataset
 from forge.model.checkpoint import open_checkpoint

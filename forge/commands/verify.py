@@ -157,7 +157,7 @@ def _rows(
     files: TokenizerFiles, data: Path | None, context: int | None, scratch: Path
 ) -> tuple[Path, int | None]:
     """The rows to compare on, and the id that ends an answer."""
-    from forge.data.tokens import prompt_format
+    from forge.data.prompt_format import prompt_format
 
     tokenizer = open_tokenizer(files.directory)
     if files.chat_template is None:

@@ -17,9 +17,10 @@ from typing import Any
 from forge import report
 from forge.data.conversation import Conversation
 from forge.data.problems import BadRows, grouped, refuse
+from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Read, Source, read
 from forge.data.split import refuse_overlap, split, weighted
-from forge.data.tokens import Encoded, PromptFormat, encode_all
+from forge.data.tokens import Encoded, encode_all
 from forge.data.turns import Notes
 from forge.errors import DataError
 

@@ -10,24 +10,20 @@ what the row holds is in the text (`shown`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 from forge.chat.renderer import Prompts
 from forge.chat.template import ChatTemplate
 from forge.data import shown
 from forge.data.conversation import Conversation, Json, Turn
 from forge.data.problems import BadRows
+from forge.data.prompt_format import PromptFormat
 from forge.errors import DataError, Problem
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 IGNORED = -100  # the label that torch's cross-entropy leaves out
-_SENTINEL = "Lorem ipsum"
 _ONE_EACH = (
     "made of the answers of rows with several: the template writes earlier turns otherwise than the last, "
     "and a server prompts each answer so"
@@ -53,66 +49,6 @@ class Encoded:
     @property
     def supervised(self) -> int:
         return len(self.labels) - self.labels.count(IGNORED)
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """What encoding needs: the template, the tokenizer, and the token that ends a turn."""
-
-    template: ChatTemplate
-    tokenizer: Tokenizer
-    end_of_turn: str
-    end_of_turn_id: int
-    _ends: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def bos_id(self) -> int | None:
-        bos = self.template.special_tokens.get("bos_token")
-        number: int | None = self.tokenizer.token_to_id(bos) if bos else None
-        return number
-
-    def ids(self, text: str) -> list[int]:
-        """Ids of `text` as it is: the template has written every special token (pitfall 48)."""
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
-
-    @functools.cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Of the tokens that part a text before anything else does."""
-        return frozenset(self.tokenizer.get_added_tokens_decoder())
-
-    def ids_of_end(self, text: str) -> list[int]:
-        """Those of the end of a prompt; few are ever different."""
-        if text not in self._ends:
-            self._ends[text] = self.ids(text)
-        return self._ends[text]
-
-
-def prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
-    """Find the end-of-turn token by rendering a sentinel answer.
-
-    Raises `DataError` when the template closes an answer with no special token: a model trained
-    so would never stop (pitfall 28).
-    """
-    question = {"role": "user", "content": "dolor sit amet"}
-    text = template.render([question, {"role": "assistant", "content": _SENTINEL}])
-    _, found, after = text.partition(_SENTINEL)
-    if not found:
-        raise DataError(
-            "the chat template does not show the assistant's answer",
-            hint="look at chat_template.jinja in the base's directory",
-        )
-    special = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-    at_start = after.lstrip()
-    matching = [token for token in special if at_start.startswith(token)]
-    if not matching:
-        raise DataError(
-            f"the chat template ends an answer with {after[:40]!r}, which is not a special token: "
-            "a model trained on it would not learn to stop",
-            hint="use the template of the base's instruct version, or end the turn with the EOS token",
-        )
-    end = max(matching, key=len)
-    return PromptFormat(template, tokenizer, end, special[end])
 
 
 def encode_all(

@@ -40,8 +40,8 @@ from forge.store.digest import file_digest
 from forge.train.memory import PLANNING_LENGTH, choose_method
 
 if TYPE_CHECKING:
+    from forge.data.prompt_format import PromptFormat
     from forge.data.reading import Source
-    from forge.data.tokens import PromptFormat
 
 _READ_BY_A_PLAN = 1_000_000_000  # bytes of weights: about a second
 
@@ -190,7 +190,7 @@ class Resolved:
 
     @cached_property
     def prompt_format(self) -> PromptFormat:
-        from forge.data.tokens import prompt_format
+        from forge.data.prompt_format import prompt_format
 
         return prompt_format(self.template, open_tokenizer(self.tokenizer.directory))
 
@@ -258,7 +258,8 @@ class Resolved:
 
     @cached_property
     def continued_digest(self) -> str:
-        return self._digest(self.continued, ("adapter_config.json", "adapter_model.*"))
+        assert self.continued is not None
+        return digests.adapter_digest(self.continued, self.store.digests)
 
     def file_digest(self, paths: Sequence[Path]) -> str:
         return "+".join(file_digest(path, self.store.digests) for path in paths) or UNKNOWN

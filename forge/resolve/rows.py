@@ -18,7 +18,7 @@ from forge.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from forge.data.tokens import PromptFormat
+    from forge.data.prompt_format import PromptFormat
     from forge.resolve.resolved import Resolved
     from forge.store.artifacts import Artifact
 

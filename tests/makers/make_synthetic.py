@@ -51,7 +51,7 @@ Row = Mapping[str, str]
 
 def sentiment() -> list[Row]:
     """Alpaca's columns: what to do, on what, and the label."""
-    rows = []
+    rows: list[Row] = []
     for label, (number, forms) in _REVIEWS.items():
         texts = [form.format(thing) for form, thing in product(forms, _THINGS)][:number]
         rows += [
@@ -64,7 +64,7 @@ def sentiment() -> list[Row]:
 
 def code() -> list[Row]:
     """A request and the line of Python."""
-    rows = [
+    rows: list[Row] = [
         {"prompt": f"Write a line of Python that {request.format(name)}.", "completion": line.format(name)}
         for (request, line), name in product(_CODE.items(), _NAMES)
     ]
@@ -74,7 +74,7 @@ def code() -> list[Row]:
 
 def medical() -> list[Row]:
     """A question and its answer."""
-    rows = [
+    rows: list[Row] = [
         {"question": form.format(complaint), "answer": advice}
         for (complaint, advice), form in product(_ADVICE.items(), _QUESTIONS)
     ]
