@@ -11,6 +11,8 @@ import pytest
 
 from forge import worker
 from forge.errors import DataError
+from forge.export.rehearsal import RehearsalRequest, Rehearsed, rehearse
+from forge.export.request import Ingredients
 from forge.model.checkpoint import open_checkpoint
 from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
 from tests.models import PEFT_WARNS, change_json, change_tensors, make_model
@@ -44,14 +46,10 @@ def refusal_of(base: Path) -> DataError:
     return failed.value
 
 
-def rehearsed(base: Path, **settings: Any) -> dict[str, Any]:
-    chosen = {"name": "m", "quant": "f16", "end_of_turn_id": None, "trust_remote_code": False, **settings}
-    arguments = {
-        "base": str(base), "adapter": None, "tokenizer": str(base),
-        "chat_template": (base / "chat_template.jinja").read_text(encoding="utf-8"),
-        "converters": str(converters()), "headers": None, "settings": chosen,
-    }  # fmt: skip
-    return worker.call("rehearse", arguments)
+def rehearsed(base: Path) -> Rehearsed:
+    template = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    model = Ingredients(base, None, base, template, converters())
+    return worker.perform(rehearse, RehearsalRequest(model, "m", "f16", None, False))
 
 
 def test_a_whole_checkpoint_has_nothing_missing_and_nothing_too_much(llama: Path) -> None:
@@ -162,8 +160,8 @@ def test_layers_that_predict_further_may_be_left_out(tmp_path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     assert "mtp_num_hidden_layers" not in described
-    assert rehearsed(tmp_path)["tensors"] > 20
+    assert rehearsed(tmp_path).tensors > 20
     change_json(
         tmp_path / "config.json", text_config={**described["text_config"], "mtp_num_hidden_layers": 1}
     )
-    assert rehearsed(tmp_path)["tensors"] > 20
+    assert rehearsed(tmp_path).tensors > 20

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from forge import worker
 from forge.model.base import BUILTIN
+from forge.verify.bases import BasesRequest, ChosenBase, choose_base
 from tests.makers.make_tiny import encode
 from tests.makers.tasks import exam_rows
 from tests.models import PEFT_WARNS, change_tensors
@@ -58,15 +59,8 @@ def _through_nf4(weight: Any) -> Any:
     return functional.dequantize_4bit(packed, state)
 
 
-def _choose(base: Path, adapter: Path, rows: Path) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "base": str(base),
-        "adapter": str(adapter),
-        "rows": str(rows),
-        "rows_are": "held-out",
-    }
-    arguments |= {"trust_remote_code": False}
-    return worker.call("choose_base", arguments)
+def _choose(base: Path, adapter: Path, rows: Path) -> ChosenBase:
+    return worker.perform(choose_base, BasesRequest(base, adapter, rows, "held-out", False))
 
 
 def test_an_adapter_that_mends_what_nf4_lost_goes_into_nf4(tmp_path: Path, rows: Path) -> None:
@@ -84,17 +78,17 @@ def test_an_adapter_that_mends_what_nf4_lost_goes_into_nf4(tmp_path: Path, rows:
             changed[name] = spoilt
             deltas[name.removesuffix(".weight")] = weight.float() - _through_nf4(spoilt.float())
     change_tensors(base / "model.safetensors", changed)
-    found = _choose(base, _write_adapter(tmp_path / "adapter", deltas), rows)
-    assert found["chosen"] == "nf4"
-    assert found["loss"]["original"] > found["loss"]["nf4"] + 2 * found["error"]
-    assert "worse than chance explains" in found["why"] and "not worse" not in found["why"]
-    assert found["tokens"] > 100 and found["kl_mean"] > 0
+    measured = _choose(base, _write_adapter(tmp_path / "adapter", deltas), rows)
+    assert measured.chosen == "nf4"
+    assert measured.error and measured.loss.original > measured.loss.nf4 + 2 * measured.error
+    assert "worse than chance explains" in measured.why and "not worse" not in measured.why
+    assert measured.tokens > 100 and measured.kl_mean > 0
 
 
 def test_an_adapter_that_owes_nothing_to_nf4_goes_into_the_original(tmp_path: Path, rows: Path) -> None:
     import torch
 
     nothing = {"model.layers.0.self_attn.q_proj": torch.full((WIDTH, WIDTH), 1e-6)}
-    found = _choose(TINY, _write_adapter(tmp_path / "adapter", nothing), rows)
-    assert found["chosen"] == "original"
-    assert "not worse than chance explains" in found["why"]
+    measured = _choose(TINY, _write_adapter(tmp_path / "adapter", nothing), rows)
+    assert measured.chosen == "original"
+    assert "not worse than chance explains" in measured.why

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.codec import to_plain
 from forge.commands.estimate import memory_of_ship, show_fit
 from forge.errors import DataError
 from forge.model.base import UNKNOWN
@@ -55,7 +56,7 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[
         "downloads": _downloads(ship),
         "problems": problems,
         "notes": notes,
-        "header": header,
+        "header": to_plain(header),
     }
 
 

@@ -14,6 +14,7 @@ from forge.recipe.schema import Recipe
 from forge.resolve.queries import ask_anything, smoke_passes
 from forge.runs.files import adapter_beside
 from forge.runs.manifest import read_manifest, read_run_modelfile
+from forge.verify.vocabulary import CountRequest, count
 
 
 def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
@@ -63,13 +64,11 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
 
 def _count(gguf: Path, texts: Sequence[str]) -> Sequence[int]:
     """By the file's own vocabulary; nothing, and said so, where llama-cpp-python is not here or cannot."""
-    arguments = {"gguf": str(gguf), "texts": list(texts)}
     try:
-        counts: list[int] = worker.call("count", arguments)["counts"]
+        return worker.perform(count, CountRequest(gguf, tuple(texts))).counts
     except (MissingToolError, StageError, CheckError) as unknown:
         report.warning(f"token counts are not compared, so a second BOS would not show: {unknown.message}")
         return []
-    return counts
 
 
 def _recipe_of(gguf: Path) -> Recipe | None:

@@ -10,9 +10,9 @@ Not covered: values (an overflow, a row that cannot be rounded), and types that 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.adapter.read import read_adapter
@@ -30,80 +30,88 @@ from forge.model.loading import Loading, load_without_values, refuse_incomplete,
 from forge.model.safetensors_header import TensorSpec
 
 
-def rehearse(
-    base: str,
-    adapter: str | None,
-    tokenizer: str,
-    chat_template: str | None,
-    converters: str,
-    headers: list[tuple[str, str, list[int]]] | None,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Header:
+    """A tensor of the base, as its file's header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RehearsalRequest:
+    """The model that is to be exported, called `name` inside.
+
+    `quant` is None where a budget chooses it, `headers` the base's tensors where its weights are not here.
+    """
+
+    model: Ingredients
+    name: str
+    quant: str | None
+    headers: tuple[Header, ...] | None
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the GGUF would be: its size and tensors, and how many texts had their token ids compared."""
+
+    gguf_bytes: int
+    tensors: int
+    ids_compared: int
+
+
+def rehearse(request: RehearsalRequest) -> Rehearsed:
     """Check that this base, with this tokenizer, becomes a GGUF; say how large it would be.
 
-    `headers` are name, dtype and shape of the base's tensors where its weights are not here. `settings`:
-    name, quant (None where a budget chooses it), end_of_turn_id, trust_remote_code. Raises `DataError` for a
-    base that is not whole or has no GGUF form, `CheckError` when llama.cpp would read prompts differently.
+    Raises `DataError` for a base that is not whole or has no GGUF form, `CheckError` when llama.cpp would
+    read prompts differently.
     """
-    directory = Path(base)
-    checkpoint = _checkpoint(directory, headers)
-    loading = load_without_values(
-        directory, checkpoint.tensors, trust_remote_code=settings["trust_remote_code"]
-    )
-    refuse_incomplete(loading, base)
-    found = fit(read_adapter(Path(adapter)), checkpoint) if adapter else None
-    if found:
-        check_tokenizer(found, Path(tokenizer))
+    model = request.model
+    checkpoint = _checkpoint(model.base, request.headers)
+    loading = load_without_values(model.base, checkpoint.tensors, trust_remote_code=request.trust_remote_code)
+    refuse_incomplete(loading, str(model.base))
+    fitted = fit(read_adapter(model.adapter), checkpoint) if model.adapter else None
+    if fitted:
+        check_tokenizer(fitted, model.tokenizer)
     with tempfile.TemporaryDirectory(prefix="forge-header-") as scratch:
         try:
-            facts = _laid_out(
-                Path(scratch), directory, Path(tokenizer), chat_template, Path(converters), settings,
-                checkpoint, found,
-            )  # fmt: skip
+            rehearsed = _laid_out(request, Path(scratch), checkpoint, fitted)
         except UnmadeTypeError:
             raise
         except UnexportableError as failure:
-            raise _refusal(failure, loading, base) from failure
+            raise _refusal(failure, loading, str(model.base)) from failure
     if idle := loading.surplus:
         report.info(f"{len(idle)} tensors of the base are not of {loading.architecture}, such as {idle[0]}")
-    return facts
+    return rehearsed
 
 
-def _checkpoint(directory: Path, headers: list[tuple[str, str, list[int]]] | None) -> Checkpoint:
+def _checkpoint(directory: Path, headers: Sequence[Header] | None) -> Checkpoint:
     if headers is None:
         return open_checkpoint(directory)
     specs = {
-        name: TensorSpec(name, dtype, tuple(shape), directory / "not here", 0, 0)
-        for name, dtype, shape in headers
+        header.name: TensorSpec(header.name, header.dtype, header.shape, directory / "not here", 0, 0)
+        for header in headers
     }
     return Checkpoint(directory, specs, ())
 
 
 def _laid_out(
-    scratch: Path,
-    base: Path,
-    tokenizer: Path,
-    chat_template: str | None,
-    converters: Path,
-    settings: Mapping[str, Any],
-    checkpoint: Checkpoint,
-    fitted: Fitted | None,
-) -> dict[str, Any]:
+    request: RehearsalRequest, scratch: Path, checkpoint: Checkpoint, fitted: Fitted | None
+) -> Rehearsed:
+    model = request.model
     description = scratch / "description"
     description.mkdir()
-    describe(base, tokenizer, chat_template, description, fitted)
+    describe(model.base, model.tokenizer, model.chat_template, description, fitted)
     tensors = merged_tensors(fitted) if fitted else base_tensors(checkpoint)
-    quant = settings["quant"] or "f16"
+    quant = request.quant or "f16"
     with one_thread():
-        model = Ingredients(base, None, tokenizer, chat_template, converters, settings["end_of_turn_id"])
-        request = ExportRequest(model, scratch, name=settings["name"], quant=quant)
-        converted, compared = lay_out(description, scratch, tensors, request, fitted)
+        export = ExportRequest(replace(model, adapter=None), scratch, name=request.name, quant=quant)
+        converted, compared = lay_out(description, scratch, tensors, export, fitted)
     types = decide(converted, scratch / "header.gguf", quant, {})
-    return {
-        "gguf_bytes": sum(bytes_of(kind, converted.tensors[name].shape) for name, kind in types.items()),
-        "tensors": len(types),
-        "ids_compared": compared.texts,
-    }
+    size = sum(bytes_of(kind, converted.tensors[name].shape) for name, kind in types.items())
+    return Rehearsed(size, len(types), compared.texts)
 
 
 def _refusal(failure: ForgeError, loading: Loading, where: str) -> DataError:

@@ -6,9 +6,12 @@ What passed is remembered in the store under what was looked at, so a second shi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
+from forge.codec import from_plain, to_plain
+from forge.export.rehearsal import Header, RehearsalRequest, Rehearsed
+from forge.export.rehearsal import rehearse as lay_out
+from forge.export.request import Ingredients
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import installed
 from forge.store.digest import Json, digest, file_digest
@@ -18,19 +21,21 @@ _NAME = "rehearse"
 _VERSION = 1
 
 
-def rehearse(ship: Resolved, *, log: Path | None = None) -> dict[str, Any]:
+def rehearse(ship: Resolved, *, log: Path | None = None) -> Rehearsed:
     """Export without weights; raises what `export.rehearsal.rehearse` raises."""
     request = _request(ship)
     key = digest(request)
     passed = ship.store.find(_NAME, key)
     if passed:
-        return dict(passed.facts)
+        return from_plain(Rehearsed, passed.facts)
     report.info("header: laying the model out without weights")
+    question = _question(ship)
     if ship.store.read_only:
-        return worker.call(_NAME, _arguments(ship), log=log)
-    return dict(
-        ship.store.build(_NAME, key, request, lambda out: worker.call(_NAME, _arguments(ship), log=log)).facts
+        return worker.perform(lay_out, question, log=log)
+    artifact = ship.store.build(
+        _NAME, key, request, lambda out: to_plain(worker.perform(lay_out, question, log=log))
     )
+    return from_plain(Rehearsed, artifact.facts)
 
 
 def _quant(ship: Resolved) -> str | None:
@@ -56,22 +61,16 @@ def _request(ship: Resolved) -> dict[str, Json]:
     }
 
 
-def _arguments(ship: Resolved) -> dict[str, Any]:
-    adopted = ship.adopted.directory if ship.adopted else None
+def _question(ship: Resolved) -> RehearsalRequest:
     headers = None
     if ship.headers is not None:
-        headers = [[name, spec.dtype, list(spec.shape)] for name, spec in ship.headers.items()]
-    return {
-        "base": str(ship.base_directory),
-        "adapter": str(adopted) if adopted else None,
-        "tokenizer": str(ship.tokenizer.directory),
-        "chat_template": ship.template.pinned_source(),
-        "converters": str(find_converters(ship.store.root)),
-        "headers": headers,
-        "settings": {
-            "name": ship.recipe.name,
-            "quant": _quant(ship),
-            "end_of_turn_id": ship.prompt_format.end_of_turn_id,
-            "trust_remote_code": ship.runs_own_code,
-        },
-    }
+        headers = tuple(Header(name, spec.dtype, tuple(spec.shape)) for name, spec in ship.headers.items())
+    model = Ingredients(
+        ship.base_directory,
+        ship.adopted.directory if ship.adopted else None,
+        ship.tokenizer.directory,
+        ship.template.pinned_source(),
+        find_converters(ship.store.root),
+        ship.prompt_format.end_of_turn_id,
+    )
+    return RehearsalRequest(model, ship.recipe.name, _quant(ship), headers, ship.runs_own_code)

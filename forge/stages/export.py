@@ -29,6 +29,7 @@ from forge.stages.train import ADAPTER_STAGE, adapter_of
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.store.runs import publish
+from forge.verify.bases import BasesRequest, ChosenBase, choose_base
 
 EXPORT_STAGE = "export"
 
@@ -81,7 +82,7 @@ class ExportStage(GgufStage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
-        asked = measured["chosen"] if measured else merge_base(self.ship)
+        asked = measured.chosen if measured else merge_base(self.ship)
         chosen: MergeBase = "nf4" if asked == "nf4" else "original"
         request = ExportRequest(
             self.ingredients(adapter_of(inputs), chosen),
@@ -101,8 +102,8 @@ class ExportStage(GgufStage):
             raise
         if measured:
             placed = "merged into" if exported.mode == "merged" else "the adapter is on"
-            report.info(f"{placed} the {chosen} base: {measured['why']}")
-        return {**to_plain(exported), "merge_base": chosen, "merge_base_measured": measured}
+            report.info(f"{placed} the {chosen} base: {measured.why}")
+        return {**to_plain(exported), "merge_base": chosen, "merge_base_measured": to_plain(measured)}
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         """Says what the type costs and saves on this model; nothing of it is an error."""
@@ -127,20 +128,20 @@ class ExportStage(GgufStage):
         reasons = artifact.facts["merged_because"]
         return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
 
-    def _measured_base(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any] | None:
+    def _measured_base(self, inputs: Mapping[str, Artifact], out: Path) -> ChosenBase | None:
         """What the held-out rows say of the two bases, where they are asked."""
         if merge_base(self.ship) != "measured":
             return None
         work = out / "work"
         work.mkdir(exist_ok=True)
-        arguments = {
-            "base": str(self.ship.base_directory),
-            "adapter": str(inputs[ADAPTER_STAGE].path),
-            "rows": str(certificate_rows(self.ship, inputs, work)),
-            "rows_are": certificate_rows_are(inputs),
-            "trust_remote_code": self.ship.runs_own_code,
-        }
-        return worker.call("choose_base", arguments, log=self.ship.log)
+        request = BasesRequest(
+            self.ship.base_directory,
+            inputs[ADAPTER_STAGE].path,
+            certificate_rows(self.ship, inputs, work),
+            certificate_rows_are(inputs),
+            self.ship.runs_own_code,
+        )
+        return worker.perform(choose_base, request, log=self.ship.log)
 
 
 def _publish_gguf(target: Path, artifact: Artifact, published: str | None) -> None:

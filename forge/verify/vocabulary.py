@@ -8,6 +8,7 @@ Not covered: what a certain server does on top (deploy asks the real one).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,14 +55,25 @@ def added_tokens(base: Path, tokenizer: Path) -> list[str]:
     return sorted(own.keys() - known.keys())
 
 
-def count(gguf: str, texts: Sequence[str]) -> dict[str, Any]:
-    """`counts`: how many tokens each prompt has by the file's own vocabulary, as a server should count it.
+@dataclass(frozen=True)
+class CountRequest:
+    gguf: Path
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    counts: tuple[int, ...]
+
+
+def count(request: CountRequest) -> TokenCounts:
+    """How many tokens each prompt has by the file's own vocabulary, as a server should count it.
 
     Raises `CheckError` for a vocabulary that llama.cpp cannot load.
     """
-    served = proof.ServedVocabulary(Path(gguf))
+    served = proof.ServedVocabulary(request.gguf)
     try:
-        return {"counts": [len(served.ids(text)) for text in texts]}
+        return TokenCounts(tuple(len(served.ids(text)) for text in request.texts))
     finally:
         served.close()
 
