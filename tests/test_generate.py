@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from forge import process
+from forge import process, report
 from forge.errors import StageError
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
@@ -23,6 +23,7 @@ from forge.serve.wire import RefusedError, Sampling
 from tests.servers import own_servers
 from tests.stand_in_server import Failure, StandIn
 from tests.tiny_gguf import REPLY, write_tiny_gguf
+from tests.told_sink import Told
 
 pytestmark = [pytest.mark.network]
 
@@ -123,15 +124,47 @@ def test_busy_server_gets_fewer_requests_and_all_is_answered(tmp_path: Path) -> 
     assert texts_of(out) == expected_texts(30)
 
 
-_GARBLED = (b"<html>a proxy restarts</html>", b"{}", b'{"choices": []}', b'{"choices": [{}]}')
+_GARBLED = (b"<html>a proxy restarts</html>", b"{}")
 
 
 def test_what_is_no_answer_is_asked_again(tmp_path: Path) -> None:
     """A proxy's page, with 200, while the server behind it restarts; as often as it takes."""
     prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
-    with StandIn(failures=[Failure(200, body=body) for body in _GARBLED] * 6) as server:
+    with StandIn(failures=[Failure(200, body=body) for body in _GARBLED] * 12) as server:
         assert generate(server.endpoint, prompts, out).written == 4
     assert texts_of(out) == expected_texts(4)
+
+
+_EMPTY: tuple[dict[str, Any], ...] = (
+    {"choices": []},
+    {"choices": None},
+    {"choices": [{}]},
+    {"choices": [{"message": None, "finish_reason": "content_filter"}]},
+    {"choices": [{"message": {"content": 5}}]},
+)
+
+
+@pytest.mark.parametrize("payload", _EMPTY, ids=json.dumps)
+def test_a_server_without_an_answer_is_not_waited_for(tmp_path: Path, payload: dict[str, Any]) -> None:
+    """It speaks the API: the row is set aside after five tries, not after minutes, and says what came."""
+    prompts, out = write_prompts(tmp_path, 1), tmp_path / "out.jsonl"
+    with StandIn(failures=[Failure(200, body=json.dumps(payload).encode())] * 5) as server:
+        with pytest.raises(StageError, match=r"1 left to do: 0: .* answered without a message: ") as caught:
+            generate(server.endpoint, prompts, out)
+        assert generate(server.endpoint, prompts, out).written == 1
+    assert json.dumps(payload["choices"])[:80] in caught.value.message
+
+
+def test_a_long_wait_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.serve.retries.SECONDS_TO_A_WORD", 0.1)
+    prompts, out = write_prompts(tmp_path, 3), tmp_path / "out.jsonl"
+    told = Told()
+    report.configure(sink=told)
+    with StandIn(failures=[Failure(200, body=_GARBLED[0])] * 1000) as server:
+        with pytest.raises(StageError, match="not JSON"):
+            generate(server.endpoint, prompts, out, patience_seconds=0.6)
+    said = [text for kind, text in told.texts if kind == "warning"]
+    assert len(said) == 1 and said[0].endswith("trying again for up to 1 s"), said
 
 
 def test_a_gateway_whose_server_restarts_costs_no_row(tmp_path: Path) -> None:

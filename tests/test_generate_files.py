@@ -173,6 +173,40 @@ def test_thinking_and_tool_calls_are_kept(tmp_path: Path, capsys: pytest.Capture
         assert ("1 answers have no text" in capsys.readouterr().err) == (row["text"] == "")
 
 
+_THOUGHTS: dict[str, dict[str, Any]] = {
+    "Mistral": {
+        "content": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "One it is."}]},
+            {"type": "text", "text": "One."},
+        ]
+    },
+    "OpenRouter": {
+        "content": "One.", "reasoning_details": [{"type": "reasoning.text", "text": "One it is."}]
+    },
+    "an object": {"content": "One.", "reasoning": {"content": "One it is."}},
+    "nothing of it": {"content": "One.", "reasoning": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("server", _THOUGHTS)
+def test_thinking_wherever_a_server_puts_it(tmp_path: Path, server: str) -> None:
+    prompts, out = CASES / "generate-reasoning-content" / "p.jsonl", tmp_path / "o.jsonl"
+    with StandIn(failures=[_answer(_THOUGHTS[server])]) as stand_in:
+        assert run(["generate", str(prompts), str(out), "--endpoint", stand_in.endpoint.url]) == 0
+    [row] = _read(out)
+    thought = "" if server == "nothing of it" else "One it is."
+    assert (row["text"], row.get("reasoning_content", "")) == ("One.", thought)
+
+
+def test_a_call_as_it_was_written_before_tool_calls(tmp_path: Path) -> None:
+    call = {"name": "f", "arguments": "{}"}
+    prompts, out = CASES / "generate-reasoning-content" / "p.jsonl", tmp_path / "o.jsonl"
+    with StandIn(failures=[_answer({"content": None, "function_call": call}, "function_call")]) as server:
+        assert run(["generate", str(prompts), str(out), "--endpoint", server.endpoint.url]) == 0
+    [row] = _read(out)
+    assert row["tool_calls"] == [{"type": "function", "function": call}]
+
+
 def test_rows_of_a_batch_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """OpenAI's batch files, in and out; the body is the request."""
     prompts, out = tmp_path / "batch.jsonl", tmp_path / "out.jsonl"

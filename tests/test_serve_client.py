@@ -173,12 +173,28 @@ def test_failures_become_errors_of_forge(
 
 @pytest.mark.parametrize(
     "body",
-    [b"<html>hello</html>", b"[1]", b"", b"{}", b'{"choices": []}', b'{"choices": [{"message": "x"}]}'],
+    [b"<html>hello</html>", b"[1]", b"", b"{}"],
 )
 def test_success_that_is_no_chat_completion(body: bytes) -> None:
     with StandIn(failures=[Failure(200, body=body)]) as server, Client(server.endpoint) as client:
         with pytest.raises(StageError, match="answered with something that is"):
             client.chat(QUESTION)
+
+
+@pytest.mark.parametrize("body", [b'{"choices": []}', b'{"choices": [{"message": "x"}]}'])
+def test_success_without_a_message(body: bytes) -> None:
+    with StandIn(failures=[Failure(200, body=body)]) as server, Client(server.endpoint) as client:
+        with pytest.raises(BusyError, match="answered without a message: "):
+            client.chat(QUESTION)
+
+
+def test_a_redirection_says_where_to() -> None:
+    place = "https://elsewhere.example/v1"
+    failure = Failure(307, headers=(("Location", place),), body=b"")
+    with StandIn(failures=[failure]) as server, Client(server.endpoint) as client:
+        with pytest.raises(RefusedError, match="answered 307") as caught:
+            client.chat(QUESTION)
+    assert caught.value.hint == f"it redirects to {place}: if that is the server, give its URL"
 
 
 def test_line_separators_of_unicode_do_not_break_a_stream() -> None:

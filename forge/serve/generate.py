@@ -262,6 +262,9 @@ class _Batch:
                 others_work = any(other.running for other in self.lanes if other is not lane)
                 if self._outage.is_over_patience() and not others_work:
                     raise
+                if self._outage.is_worth_a_word():
+                    patience = self._outage.patience_seconds
+                    report.warning(f"{failure.message}: trying again for up to {patience:.0f} s")
                 lane.busy()
                 await asyncio.sleep(pause(asked.tries, failure))
                 if is_of_a_proxy(failure):

@@ -14,6 +14,7 @@ from forge.serve.wire import BusyError, GarbledError
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
+SECONDS_TO_A_WORD = 10.0
 LONGEST_RETRY_AFTER_SECONDS = 120.0
 # A row that the living server fails to answer so often is set aside, so that it blocks no other.
 TRIES_OF_ONE_ROW = 5
@@ -54,6 +55,7 @@ class Outage:
 
     patience_seconds: float
     since: float | None = None
+    announced: bool = False
 
     def answered(self) -> None:
         self.since = None
@@ -61,6 +63,14 @@ class Outage:
     def is_over_patience(self) -> bool:
         self.since = self.since or time.monotonic()
         return time.monotonic() - self.since > self.patience_seconds
+
+    def is_worth_a_word(self) -> bool:
+        """Whether it has lasted long enough to say what is waited for; once."""
+        lasts = self.since is not None and time.monotonic() - self.since > SECONDS_TO_A_WORD
+        if self.announced or not lasts:
+            return False
+        self.announced = True
+        return True
 
 
 def is_of_a_proxy(failure: ForgeError) -> bool:

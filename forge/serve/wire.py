@@ -257,9 +257,13 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
             reasoning=reasoning_of(message),
-            tool_calls=tuple(dict(call) for call in message.get("tool_calls") or ()),
+            tool_calls=calls_of(message),
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as wrong:
+        if "choices" in payload:
+            # It speaks the API: nothing restarts, and waiting for long would not help this request.
+            shown = json.dumps(payload["choices"], ensure_ascii=False)[:80]
+            raise BusyError(f"{endpoint.url} answered without a message: {shown}", status=500) from wrong
         raise GarbledError(f"{endpoint.url} answered with something that is no chat completion") from wrong
 
 
@@ -273,14 +277,39 @@ def read_answer(endpoint: Endpoint, path: str, payload: Mapping[str, Any]) -> Re
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
-    """What a message says was thought; Ollama and some others call it `reasoning`."""
-    return text_of(message.get("reasoning_content") or message.get("reasoning"))
+    """What a message says was thought: beside the content, under one of several names, or among its parts."""
+    beside = (message.get(name) for name in ("reasoning_content", "reasoning", "reasoning_details"))
+    content = message.get("content")
+    parts = [part for part in content if _is_thought(part)] if isinstance(content, list) else []
+    return next(filter(None, map(_thought, beside)), "") or _thought(parts)
+
+
+def _is_thought(part: object) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
+
+
+def _thought(value: object) -> str:
+    """The text in what a server calls thinking, however deep it lies; empty where there is none."""
+    if isinstance(value, list):
+        return "".join(map(_thought, value))
+    if isinstance(value, dict):
+        return next(filter(None, (_thought(value.get(key)) for key in ("text", "thinking", "content"))), "")
+    return value if isinstance(value, str) else ""
+
+
+def calls_of(message: Mapping[str, Any]) -> tuple[Mapping[str, object], ...]:
+    """The calls of a message; `function_call` is the only one, as OpenAI wrote it before `tool_calls`."""
+    calls = message.get("tool_calls") or ()
+    single = message.get("function_call")
+    if not calls and isinstance(single, dict):
+        calls = ({"type": "function", "function": single},)
+    return tuple(dict(call) for call in calls)
 
 
 def text_of(content: object) -> str:
     """The text of a content, which may be a list of parts. Raises TypeError where it is neither."""
     if isinstance(content, list):
-        return "".join(str(part.get("text") or "") for part in content)
+        return "".join(str(part.get("text") or "") for part in content if not _is_thought(part))
     if not isinstance(content, str | None):
         raise TypeError("the content of a message is neither a text nor a list of parts")
     return content or ""
@@ -310,6 +339,9 @@ def error_answer(
         404: "the URL must be the root of an OpenAI-compatible server, and the model one that it lists",
         501: "the server was started without this feature",
     }
+    hints[405] = hints[404]
+    if 300 <= status < 400 and (place := headers.get("location")):
+        hints[status] = f"it redirects to {place}: if that is the server, give its URL"
     return RefusedError(
         f"{endpoint.url} answered {status}: {said}", status=status, hint=hints.get(status, "")
     )
