@@ -127,6 +127,17 @@ def test_pitfall_22_a_quantized_base_is_refused_with_the_reason(settings: dict[s
     check_unquantized(configuration_of(LLAMA), "org/model")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("adapter_config.json", "this is an adapter, not a base"), ("m-Q4_K_M.gguf", "only a GGUF is there")],
+)
+def test_a_directory_of_another_kind_says_what_it_is(tmp_path: Path, name: str, message: str) -> None:
+    """Before anything is said of a config.json that no such directory has."""
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=message):
+        read_configuration(tmp_path)
+
+
 def test_a_broken_configuration_names_its_file(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for content, message in (
@@ -213,6 +224,7 @@ def test_pitfall_53_n5_opt_is_refused_before_training_with_what_can_be_done() ->
         ("BertModel", "an encoder"),
         ("RobertaForSequenceClassification", "an encoder"),
         ("AlbertForMaskedLM", "an encoder"),
+        ("LlamaForSequenceClassification", "its head classifies or labels text"),
         ("T5ForConditionalGeneration", "an encoder-decoder"),
         ("Qwen2Model", "it has no language-model head"),
         ("WavTokenizerDec", "an audio model"),

@@ -162,6 +162,10 @@ def test_a_broken_index(tmp_path: Path, index: str, message: str) -> None:
         ),
         ("model.gguf", ".: only a GGUF is there; a base must be the original checkpoint in safetensors"),
         ("adapter_config.json", ".: this is an adapter, not a base"),
+        (
+            "consolidated.safetensors",
+            ".: no model.safetensors; consolidated.safetensors is there, which transformers does not read",
+        ),
         (ONE, f".: model.safetensors.index.json is missing, but there are shards: {ONE}"),
     ],
 )

@@ -30,8 +30,7 @@ _ALTERNATIVE_BASES = (
 )
 _HINT = f"train and serve it with transformers or vLLM instead; or choose {_ALTERNATIVE_BASES}"
 
-_ENCODER_ENDINGS = (
-    "ForMaskedLM",
+_LABEL_ENDINGS = (
     "ForSequenceClassification",
     "ForTokenClassification",
     "ForQuestionAnswering",
@@ -107,8 +106,10 @@ def reason_against(configuration: Configuration) -> str | None:
     """Why the architecture cannot be shipped as a GGUF chat model, or None if it can."""
     name = configuration.architecture
     module = convertible().get(name)
-    if module == "bert" or name.endswith(_ENCODER_ENDINGS):
+    if module == "bert" or name.endswith("ForMaskedLM"):
         return "an encoder: it classifies or embeds text, it does not write any"
+    if name.endswith(_LABEL_ENDINGS):
+        return "its head classifies or labels text, it does not write any"
     if module == "t5" or configuration.encoder_decoder:
         return "an encoder-decoder (seq2seq) model; the chat path here is for decoder-only models"
     if name.startswith("OPT"):

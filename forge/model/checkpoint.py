@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge.errors import DataError, Problem
+from forge.model.config import no_base
 from forge.model.safetensors_header import TensorFileError, TensorSpec, read_header
 
 SINGLE = "model.safetensors"
@@ -87,20 +88,18 @@ def _no_weights(directory: Path) -> DataError:
             f"{directory}: {INDEX} is missing, but there are shards: {', '.join(shards[:3])}",
             hint="copy the index beside its shards",
         )
-    if "adapter_config.json" in names:
-        return DataError(
-            f"{directory}: this is an adapter, not a base",
-            hint="name its base as `base` and this directory as `train: {from: DIRECTORY}`",
-        )
     if ends & {".bin", ".pth", ".pt"}:
         return DataError(
             f"{directory}: only pickled PyTorch weights (.bin, .pth) are there; safetensors are needed",
             hint=_RESAVE,
         )
-    if ".gguf" in ends:
+    if other := no_base(directory):
+        return other
+    if others := [name for name in names if name.endswith(".safetensors")]:
         return DataError(
-            f"{directory}: only a GGUF is there; a base must be the original checkpoint in safetensors",
-            hint="name the hub id that the GGUF was made from",
+            f"{directory}: no {SINGLE}; {', '.join(others[:3])} is there, which transformers does not read",
+            hint="consolidated.safetensors is Mistral's own format, with other names: take the copy that "
+            f"transformers reads; a file that was only renamed is {SINGLE} again",
         )
     return DataError(
         f"{directory}: no weights: neither {SINGLE} nor {INDEX} is there",

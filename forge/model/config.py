@@ -53,8 +53,26 @@ class Configuration:
 
 def read_configuration(directory: Path) -> Configuration:
     """The facts of the base in `directory`; raises `DataError` when config.json is missing or broken."""
-    raw = read_json(directory / "config.json")
+    path = directory / "config.json"
+    if directory.is_dir() and not path.exists() and (other := no_base(directory)):
+        raise other
+    raw = read_json(path)
     return configuration_of(raw, where=str(directory / "config.json"))
+
+
+def no_base(directory: Path) -> DataError | None:
+    """What the directory holds where that is an adapter or a GGUF, not a checkpoint."""
+    if (directory / "adapter_config.json").exists():
+        return DataError(
+            f"{directory}: this is an adapter, not a base",
+            hint="name its base as `base` and this directory as `train: {from: DIRECTORY}`",
+        )
+    if any(directory.glob("*.gguf")):
+        return DataError(
+            f"{directory}: only a GGUF is there; a base must be the original checkpoint in safetensors",
+            hint="name the hub id that the GGUF was made from",
+        )
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:
