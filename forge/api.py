@@ -117,13 +117,23 @@ def template(path: AnyPath, *, bos: str | None = None, eos: str | None = None) -
 
 
 def modelfile(
-    target: AnyPath, *, adapter: AnyPath | None = None, jinja: bool = False, out: AnyPath | None = None
+    target: AnyPath,
+    *,
+    adapter: AnyPath | None = None,
+    jinja: bool = False,
+    out: AnyPath | None = None,
+    guard: AnyPath | None = None,
 ) -> Fields:
-    """The Modelfile of a model's directory or GGUF file; `jinja`: with the file's own template."""
+    """The Modelfile of a model's directory or GGUF file; `jinja`: with the file's own template.
+
+    `guard`: of a copy of the file, written there, whose template is pinned.
+    """
     from forge.commands import modelfile as command
 
     named = str(adapter) if adapter is not None else None
-    return command.write_modelfile(Path(target), adapter=named, jinja=jinja, out=_path(out))
+    return command.write_modelfile(
+        Path(target), adapter=named, jinja=jinja, out=_path(out), guard=_path(guard)
+    )
 
 
 @contextmanager

@@ -36,7 +36,8 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass
 class FakeOllama:
-    """Use it as a context manager. `troubles`: route -> status and message, or `die`, `late` or `slow`.
+    """Use it as a context manager. `troubles`: route -> status and message, or `die`, `late` or
+    `slow`; `once`: of its next answer only.
 
     `spoil` changes every prompt. `hears_truncate`: with `truncate` false it drops no turns.
     `counts_new_alone`: of a prompt it counts what the one before did not have.
@@ -47,6 +48,7 @@ class FakeOllama:
     go: GoRenderer = by_interpreter
     port: int = 0
     troubles: dict[str, tuple[str, int, str]] = field(default_factory=dict)
+    once: dict[str, tuple[int, str]] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
     pulled: list[str] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)

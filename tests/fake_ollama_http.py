@@ -40,6 +40,9 @@ class Handler(BaseHTTPRequestHandler):
         self.fake.asked.append(f"{self.command} {self.path.partition(':')[0]}")
         try:
             kind, status, message = self.fake.troubles.get(self.path.partition("/sha256")[0], ("", 0, ""))
+            if self.path in self.fake.once:
+                self.body()
+                raise RefusedError(*self.fake.once.pop(self.path))
             if kind == "die":
                 self.rfile.read1(_CHUNK)
                 self.connection.close()

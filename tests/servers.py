@@ -60,11 +60,12 @@ def own_servers() -> list[psutil.Process]:
     return servers_of(os.getpid())
 
 
-def write_adapter(path: Path, *, says: str, architecture: str = "llama") -> Path:
+def write_adapter(path: Path, *, says: str, architecture: str = "llama", width: int = WIDTH) -> Path:
     """A LoRA adapter for `tiny_gguf`'s model, as a GGUF, which makes it say the single word `says`.
 
     It adds to the output matrix: after the assistant's header that word is the likeliest, and after
-    that word the end of the turn. `says` must be a printable ASCII character.
+    that word the end of the turn. `says` must be a printable ASCII character. With another `width` it is
+    an adapter of another model.
     """
     import gguf
     import numpy as np
@@ -76,7 +77,7 @@ def write_adapter(path: Path, *, says: str, architecture: str = "llama") -> Path
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 2.0)
-    a: Any = np.zeros((2, WIDTH), np.float32)
+    a: Any = np.zeros((2, width), np.float32)
     b: Any = np.zeros((count, 2), np.float32)
     a[0, first], b[word, 0] = 50.0, 1.0
     a[1, word], b[end, 1] = 50.0, 1.0

@@ -18,7 +18,7 @@ from forge.chat.hand_over import HandOver
 from forge.chat.same_prompts import compare
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
-from forge.serve.ollama import _generated
+from forge.serve.ollama import choose
 from tests.conftest import copy_of_tiny, link_converters
 from tests.makers.tokenizer import CHATML
 from tests.models import change_json
@@ -102,7 +102,7 @@ def test_every_comparison_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     late = ChatTemplate("{% if messages | length > 1 %}" + ENDLESS + "{% endif %}" + CHATML)
     good = compile_template(ChatTemplate(CHATML), add_bos=False)
     handed = HandOver(late, False, good, ("<|im_end|>",), 4096)
-    for look in (lambda: compare(handed, late.source, None), lambda: _generated(handed, "jinja")):
+    for look in (lambda: compare(handed, late.source, None), lambda: choose(handed, "jinja")):
         with pytest.raises(renderer.TemplateLimitError, match=r"took more than 0\.3 seconds to compute"):
             look()
 

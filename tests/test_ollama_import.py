@@ -15,7 +15,7 @@ from forge.cli.main import run
 from forge.cli.serve import command
 from forge.errors import CheckError, DataError, RecipeError
 from forge.serve.client import Client
-from forge.serve.ollama import _generated, import_model, prove_prompts
+from forge.serve.ollama import choose, import_model, prove_prompts
 from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling
@@ -106,15 +106,85 @@ def test_bad_names_are_refused_before_anything_is_sent(
     assert fake_ollama.asked == []
 
 
-def test_white_space_that_nobody_writes_speaks_against_no_way(pinned_gguf: Path) -> None:
-    """llama.cpp's trim leaves a no-break space, Python's takes it: that is not compared."""
-    texts = [
-        message["content"]
-        for conversation in _generated(hand_over_of(pinned_gguf), "jinja")
-        for message in conversation
-    ]
-    assert any(text != text.strip() for text in texts)
-    assert all(text.strip() == text.strip(" \t\r\n") for text in texts)
+def test_texts_that_nobody_writes_choose_no_way(
+    fake_ollama: FakeOllama,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """llama.cpp's trim leaves a no-break space, Python's takes it: said, and no reason to drop the Jinja."""
+    path = write_tiny_gguf(
+        tmp_path / "m.gguf", template=PINNED.replace("message['content']", "message['content'] | trim")
+    )
+    assert "| trim" in (hand_over_of(path).template.source)
+    fake_ollama.spoil = lambda prompt: prompt.replace("hard space", "hard space\u00a0")
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    assert run(["import", str(path), "--name", "yoda", "--json"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out.splitlines()[-1])
+    assert found["way"] == "jinja" and found["differ"]
+    assert all("hard space" in one for one in found["differ"])
+    assert "hardly anybody writes" in said.err and "not compared: " in said.err
+    assert "an empty message, which the server drops" in found["not_compared"]
+    texts = [message["content"] for one in choose(hand_over_of(path), "jinja").usual for message in one]
+    assert any(text != text.strip() for text in texts) and not any("hard space" in text for text in texts)
+
+
+def test_the_way_that_was_really_used(fake_ollama: FakeOllama, tmp_path: Path) -> None:
+    """A file that nobody pinned and that is near to one that Ollama knows: its own Go is what prompts."""
+    path = write_tiny_gguf(tmp_path / "m.gguf")
+    with Ollama(fake_ollama.url) as server:
+        told = hand_over_of(path)
+        assert (
+            import_model(server, "yoda", path, replace(told, stops=("<|im_start|>", "<|im_end|>"))).way
+            == "guessed"
+        )
+        assert fake_ollama.models["yoda:latest"].template is not None
+
+
+def test_a_small_context_is_counted_in_the_files_own_tokens(
+    fake_ollama: FakeOllama, pinned_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A token has more than a byte, mostly."""
+    told = replace(hand_over_of(pinned_gguf), context_tokens=100)
+    few = choose(told, "jinja")
+    assert any("do not surely fit into 100 tokens" in one for one in few.left_out)
+    many = choose(told, "jinja", lambda texts: [len(text.encode()) // 4 for text in texts])
+    assert len(many.usual) > len(few.usual)
+
+
+def test_a_race_with_another_import_is_waited_out(fake_ollama: FakeOllama, pinned_gguf: Path) -> None:
+    """Another client makes or deletes a model at the same time (measured on 0.33)."""
+    fake_ollama.once = {
+        "/api/tags": (500, "stat /models/manifests/x: no such file or directory"),
+        "/api/create": (400, "model is required"),
+    }
+    with Ollama(fake_ollama.url) as server:
+        assert import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf)).digest
+    assert fake_ollama.once == {}
+
+
+def test_an_adapter_of_another_shape_is_refused_before_anything_is_sent(
+    fake_ollama: FakeOllama, pinned_gguf: Path, tmp_path: Path
+) -> None:
+    """Ollama's word is `exit status 1`, at first use."""
+    other = write_adapter(tmp_path / "a.gguf", says="Y", width=64)
+    with (
+        Ollama(fake_ollama.url) as server,
+        pytest.raises(DataError, match=r"output.weight is \d+ x 128 in the model"),
+    ):
+        import_model(server, "yoda", pinned_gguf, hand_over_of(pinned_gguf), adapter=other)
+    assert fake_ollama.asked == []
+
+
+def test_the_difference_that_is_shown_is_the_difference(fake_ollama: FakeOllama, tmp_path: Path) -> None:
+    """Not the BOS, which may be there or not."""
+    path = write_tiny_gguf(tmp_path / "m.gguf", template="{{ bos_token }}" + PINNED, adds_bos=False)
+    fake_ollama.spoil = lambda prompt: prompt.replace("sandwich", "sandwitch")
+    with Ollama(fake_ollama.url) as server, pytest.raises(CheckError) as caught:
+        import_model(server, "yoda", path, hand_over_of(path))
+    trained, shown = caught.value.problems[:2]
+    assert "sandwich" in str(trained) and "sandwitch" in str(shown)
 
 
 FAULTS = {

@@ -41,6 +41,7 @@ _REMARK = (
     "servers guess by likeness which template a model has, and then prompt it with another one that only "
     "looks much the same."
 )
+_GUARD = f"{{# {_REMARK} #}}"
 
 # What a template is given anyway; everything else it reads is a variable of the prompt contract.
 _GIVEN = {
@@ -119,6 +120,11 @@ class ChatTemplate:
         except RecursionError as error:
             raise DataError("the chat template is not valid Jinja: nested too deep", hint=hint) from error
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it is a `pinned_source`."""
+        return self.source.startswith(_GUARD)
+
     def pinned_source(self) -> str:
         """The template with its variables written in front, for servers that would set their own.
 
@@ -133,7 +139,7 @@ class ChatTemplate:
         if "strftime_now" in self.source:
             pins.append(self._pinned_clock())
         # A line end after each block is dropped (trim_blocks), and the template still begins a line.
-        return "".join(pin + "\n" for pin in (f"{{# {_REMARK} #}}", *pins)) + self.source
+        return "".join(pin + "\n" for pin in (_GUARD, *pins)) + self.source
 
     def _pinned_clock(self) -> str:
         formats = sorted(_literal_arguments(self.syntax(), "strftime_now"))

@@ -20,7 +20,7 @@ from forge.verify.vocabulary import CountRequest, count
 def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
     """`forge import`: a run or a GGUF file becomes the model `name`; returns the contract's fields."""
     from forge.runs.find import find_model
-    from forge.serve.ollama import import_model
+    from forge.serve.ollama import import_model, named
     from forge.tools.ollama import server_url
     from forge.tools.ollama_server import reach
 
@@ -50,8 +50,12 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
         )
     report.success(
         f"{done.name}: {done.prompts} prompts compared, the tokens of {done.counted} counted, "
-        f"written by {done.way}"
+        f"written by {named(done.way)}"
     )
+    for what in done.differ:
+        report.info(f"not the same {what}: hardly anybody writes such a text")
+    if done.left_out:
+        report.info(f"not compared: {'; '.join(done.left_out)}")
     report.info(f"talk to it: ollama run {done.name}")
     return {
         "name": done.name,
@@ -59,6 +63,8 @@ def import_into_ollama(target: str, name: str, host: str | None, adapter: Path |
         "prompt_checked": done.prompts,
         "tokens_checked": done.counted,
         "way": done.way,
+        "differ": list(done.differ),
+        "not_compared": list(done.left_out),
     }
 
 

@@ -8,34 +8,50 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.chat import same_prompts
 from forge.chat.format_check import limit_names
 from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
 from forge.chat.modelfile import parse, render
-from forge.errors import CheckError, DataError
+from forge.chat.template import ChatTemplate
+from forge.commands.export import alone
+from forge.errors import CheckError, DataError, RecipeError
+from forge.model.gguf_copy import require_same_but, with_text
+from forge.model.gguf_header import read_gguf
 from forge.runs.files import BESIDE, adapter_beside
 from forge.store import durable
 
+TEMPLATE_KEY = "tokenizer.chat_template"
 
-def write_modelfile(target: Path, *, adapter: str | None, jinja: bool, out: Path | None) -> dict[str, Any]:
+
+def write_modelfile(
+    target: Path, *, adapter: str | None, jinja: bool, out: Path | None, guard: Path | None = None
+) -> dict[str, Any]:
     """The Modelfile of a directory or a GGUF file, written to `out` or shown; returns the contract's fields.
 
-    What no Modelfile can hold is left out and named. Raises what `hand_over_of` raises.
+    With `guard` it is that of a copy of the file, written there, whose template is pinned. What no
+    Modelfile can hold is left out and named. Raises what `hand_over_of` and `write_guarded` raise.
     """
+    compared = 0
+    if guard is not None:
+        compared = write_guarded(target, guard)
+        target = guard
     told = hand_over_of(target)
     written, left = without_unwritable(told)
     way: Way = "jinja" if jinja or told.compiled.go is None else "go"
-    remarks = _remarks(told, way, of_directory=target.is_dir())
+    base = _from(target)
+    remarks = _remarks(told, way, of_directory=target.is_dir(), is_pinned=_is_pinned(Path(base)))
     if left:
         report.warning(str(left))
         remarks.append(str(left))
     comments = "".join(f"# {line}\n" for line in remarks)
-    base = _from(target)
     beside = adapter_beside(Path(base))
     if adapter is None and beside.is_file():
         # Of a directory both are meant; who names the file alone is told.
         adapter = str(beside) if target.is_dir() else None
         report.warning(f"{beside.name} lies beside it: {'both are' if adapter else 'it is not'} named")
     text = comments + render(written.modelfile(way, base, adapter=adapter))
+    if way == "jinja" and not _is_pinned(Path(base)):
+        report.warning(f"{_GUESSED}: --guard OUT.gguf writes a copy of the file that keeps both off")
     if way == "jinja" and not jinja:
         report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
     if out:
@@ -44,7 +60,48 @@ def write_modelfile(target: Path, *, adapter: str | None, jinja: bool, out: Path
     else:
         report.output(text.rstrip("\n"))
     reason = told.compiled.reason
-    return {"modelfile": str(out) if out else text, "way": way, "reason": reason, **told.facts()}
+    guarded = {"guarded": str(guard), "guarded_compared": compared} if guard else {}
+    return {"modelfile": str(out) if out else text, "way": way, "reason": reason, **told.facts(), **guarded}
+
+
+def write_guarded(gguf: Path, out: Path) -> int:
+    """Write `out`: the file with its chat template pinned, nothing else changed; how many prompts compared.
+
+    Raises `RecipeError` for what is no GGUF file or is pinned already, `CheckError` where a server's date
+    or thinking would still come through.
+    """
+    if gguf.is_dir() or gguf.suffix != ".gguf":
+        raise RecipeError(
+            "--guard takes a GGUF file", hint="forge export pins the template of what it writes"
+        )
+    if out.absolute() == gguf.absolute():
+        raise RecipeError("--guard names the file itself", hint="choose another name")
+    told = hand_over_of(gguf)
+    if told.template.is_pinned:
+        raise RecipeError(f"{gguf} has a pinned template already", hint="leave --guard out")
+    pinned = told.template.pinned_source()
+    compared = same_prompts.compare(told, pinned, None).conversations
+    header = read_gguf(gguf)
+    with alone(out.absolute()) as scratch:
+        made = scratch / "model.gguf"
+        try:
+            with made.open("wb") as stream:
+                for piece in with_text(header, TEMPLATE_KEY, pinned):
+                    stream.write(piece)
+        except OSError as error:
+            raise DataError(f"{out}: cannot be written: {error.strerror}") from error
+        require_same_but(header, made, TEMPLATE_KEY, pinned)
+        durable.sync(made)
+        made.replace(out)
+    report.success(f"wrote {out}: {gguf.name} with its chat template pinned, {compared} prompts compared")
+    return compared
+
+
+def _is_pinned(base: Path) -> bool:
+    """Whether the file at FROM keeps a server's guesses off; an export that is yet to be made will."""
+    if base.suffix != ".gguf" or not base.is_file():
+        return True
+    return ChatTemplate(read_gguf(base).chat_template or "").is_pinned
 
 
 def _from(target: Path) -> str:
@@ -63,19 +120,31 @@ def _from(target: Path) -> str:
     return str(path)
 
 
-def _remarks(handed: HandOver, way: Way, *, of_directory: bool) -> list[str]:
+_GUESSED = (
+    "Ollama puts a template of its own in the place of one that looks much like it, and sets dates and "
+    "thinking by itself"
+)
+
+
+def _remarks(handed: HandOver, way: Way, *, of_directory: bool, is_pinned: bool) -> list[str]:
     """What is proved and what is not, as comments: shown or written, the file stays a Modelfile."""
     facts = handed.facts()
     asked = "generation_config.json" if of_directory else "the GGUF's general.sampling keys"
     proved = [f"TEMPLATE: {facts['status']}, {handed.compiled.checked} conversations compared"]
     proved += [f"not claimed: {limit}" for limit in facts["limits"]]
-    if not of_directory and re.search("tools|think", handed.template.source):
+    if re.search("tools|think", handed.template.source):
         proved.append(
-            "since 0.30 Ollama renders the GGUF's own template instead, as this one knows tools or thinking: "
-            "TEMPLATE holds for older servers, and with OLLAMA_GO_TEMPLATE=1"
+            "since 0.30 Ollama renders the GGUF's own template instead, as this one knows tools or thinking"
+            + (
+                ": it is pinned, and writes the same prompts"
+                if is_pinned
+                else ": TEMPLATE holds for older servers, and with OLLAMA_GO_TEMPLATE=1; "
+                "forge modelfile --guard OUT.gguf writes a copy whose own template is pinned"
+            )
         )
+    own = "the GGUF's own template" + (", pinned" if is_pinned else f", not pinned: {_GUESSED}")
     return [
-        *(proved if way == "go" else ["the GGUF's own template"]),
+        *(proved if way == "go" else [own]),
         f"not claimed: {', '.join(facts['not_claimed'])}",
         f"sampling: {f'of {asked}' if handed.sampling else 'none asked for'}",
     ]

@@ -14,7 +14,7 @@ import mmap
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -84,13 +84,19 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF says of itself; offsets are from the start of the file."""
+    """What a GGUF says of itself; offsets are from the start of the file.
+
+    `places` are those of the values of `metadata`; the header ends at `end`, the tensors begin at `data`.
+    """
 
     path: Path
     version: int
     alignment: int
     metadata: Mapping[str, Value]
     tensors: Mapping[str, GgufTensor]
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    end: int = 0
+    data: int = 0
 
     @property
     def architecture(self) -> str:
@@ -233,15 +239,20 @@ class _Reader:
             self.fail("a big-endian GGUF" if big else f"GGUF version {version}; 2 and 3 are read", hint="")
         tensor_count, value_count = self.number("Q"), self.number("Q")
         metadata: dict[str, Value] = {}
+        places: dict[str, tuple[int, int]] = {}
         for _ in range(value_count):
             key = self.text()
+            start = self.position + 4  # behind the number of its type
             metadata[key] = self.value(key)
+            places[key] = (start, self.position)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             self.fail(f"general.alignment is {alignment!r}")
         infos = [self._tensor() for _ in range(tensor_count)]
-        data = -(-self.position // alignment) * alignment
-        return GgufHeader(self.path, version, alignment, metadata, self._placed(infos, data, alignment))
+        end = self.position
+        data = -(-end // alignment) * alignment
+        tensors = self._placed(infos, data, alignment)
+        return GgufHeader(self.path, version, alignment, metadata, tensors, places, end, data)
 
     def _tensor(self) -> GgufTensor:
         name, dimensions = self.text(), self.number("I")

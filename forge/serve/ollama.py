@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from forge import report
 from forge.chat import probe
 from forge.chat.difference import first_difference
-from forge.chat.format_check import unseen_bos
+from forge.chat.format_check import NOT_CLAIMED, limit_names, unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.template import ChatTemplate
 from forge.errors import CheckError, DataError, ForgeError, Problem, RecipeError
@@ -41,6 +41,7 @@ _PLAIN, _ODD = 12, 36
 _ALL_LAYERS = 999
 _LOOK = "Ollama's own log tells more; too little memory is a common reason"
 
+Used = Way | Literal["guessed"]
 # Prompts -> how many tokens each has.
 Count = Callable[[Sequence[str]], Sequence[int]]
 
@@ -49,14 +50,17 @@ Count = Callable[[Sequence[str]], Sequence[int]]
 class Imported:
     """`digest` is the manifest's. `prompts` were compared, and of `counted` the tokens too.
 
-    `way` is how the server writes them.
+    `way` is how the server writes them: `guessed` by a template that Ollama chose by itself. `differ` are
+    texts that hardly anybody writes and that the server writes otherwise, `left_out` what was not compared.
     """
 
     name: str
     digest: str
-    way: Way
+    way: Used
     prompts: int
     counted: int = 0
+    differ: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 @contextlib.contextmanager
@@ -82,7 +86,7 @@ def serve_ollama(settings: ServerSettings, *, log: Path | None = None) -> Iterat
         imported = import_model(
             server, settings.alias, settings.model, hand, adapter=settings.adapter, ask=ask
         )
-        report.info(f"Ollama has it as {imported.name}, with {_named(imported.way)}")
+        report.info(f"Ollama has it as {imported.name}, with {named(imported.way)}")
         with watch(server.url) as why_gone:
             yield Endpoint(server.url, imported.name, why_gone=why_gone, is_ollama=True)
 
@@ -143,26 +147,33 @@ def import_model(
         template = {"template": handed.compiled.go} if way == "go" else {}
         if way == "go" and "jinja" in ways and not _honours_template(server, fields):
             # Proved or not, it would not be what is used.
-            failures.append(Problem(_IGNORED, _named(way)))
+            failures.append(Problem(_IGNORED, named(way)))
             continue
         try:
             with _scratch(server, {**fields, **template}) as made:
+                used = _used(server, made, way, fields)
                 prove_stops(server, made, handed.stops)
-                compared = _generated(handed, way)
+                chosen = choose(handed, way, count)
                 prove = partial(prove_prompts, server, made, handed.template)
                 writes_bos = None if way == "jinja" else not handed.add_bos
-                prove(compared, writes_bos=writes_bos)
-                counted = prove(compared[:_PLAIN], writes_bos=writes_bos, count=count) if count else 0
+                prove(chosen.usual, writes_bos=writes_bos)
+                counted = prove(chosen.usual[:_PLAIN], writes_bos=writes_bos, count=count) if count else 0
+                differ = _differing(chosen.odd, partial(prove, writes_bos=writes_bos))
                 if ask:
                     ask(Endpoint(server.url, made, is_ollama=True))
                 server.copy(made, name)
-            return Imported(name, server.digest(name) or "", way, len(compared), counted)
+            compared = len(chosen.usual) + len(chosen.odd)
+            digest = server.digest(name) or ""
+            return Imported(name, digest, used, compared, counted, differ, chosen.left_out)
         except PromptsDifferError as wrong:
-            failures += [replace(one, field=f"{_named(way)}: {one.field}") for one in wrong.problems]
-            report.detail(f"{_named(way)}: {wrong.message}")
+            failures += [replace(one, field=f"{named(way)}: {one.field}") for one in wrong.problems]
+            report.detail(f"{named(way)}: {wrong.message}")
     raise CheckError(
         f"Ollama's prompts are not those of the model's chat template; {name} is as it was",
-        hint="serve it with llama-server, which renders the GGUF's own template: forge serve",
+        hint="serve it with llama-server, which renders the GGUF's own template: forge serve"
+        if handed.template.is_pinned
+        else f"forge modelfile {gguf} --guard OUT.gguf writes a copy whose dates and thinking are pinned and "
+        "which Ollama takes for no other: import that",
         problems=failures or [Problem("no Go TEMPLATE is proved, and the server is older than 0.30")],
     )
 
@@ -203,8 +214,24 @@ def _honours_template(server: Ollama, fields: Mapping[str, Any]) -> bool:
         return _MARK in server.prompt(made, [{"role": "user", "content": "Hello"}])
 
 
-def _named(way: Way) -> str:
-    return "the GGUF's own Jinja" if way == "jinja" else "a Go TEMPLATE"
+def _used(server: Ollama, made: str, way: Way, fields: Mapping[str, Any]) -> Used:
+    """The way that the server really goes for a model made without TEMPLATE: it may have put in its own."""
+    if way == "go" or not _GO.search(str(server.show(made).get("template") or "")):
+        return way
+    return "guessed" if _honours_template(server, fields) else way
+
+
+# What only Go's templates write; without one the server shows its usual `{{ .Prompt }}`.
+_GO = re.compile(r"\{\{[^}]*\.(Messages|System|Response)\b")
+
+
+def named(way: Used) -> str:
+    """In words."""
+    return {
+        "jinja": "the GGUF's own Jinja",
+        "go": "a Go TEMPLATE",
+        "guessed": "a template that Ollama put in by itself",
+    }[way]
 
 
 @contextlib.contextmanager
@@ -254,7 +281,8 @@ def prove_prompts(
         shown = server.prompt(name, messages)
         report.advance("compare Ollama's prompts", number, len(conversations))
         if shown not in right:
-            raise _differs(messages, right[-1], shown)
+            # Of the two with and without BOS the nearer: the difference shown is then the difference.
+            raise _differs(messages, max(right, key=partial(first_difference, shown)), shown)
         if counts:
             wanted = counts[number - 1]
             counted = server.chat(name, messages, options={"num_predict": 1}).get("prompt_eval_count") or 0
@@ -263,44 +291,101 @@ def prove_prompts(
     return len(counts)
 
 
-def _generated(handed: HandOver, way: Way) -> list[tuple[Message, ...]]:
+@dataclass(frozen=True)
+class Chosen:
+    """The conversations to compare: those that people have, and odd ones, which choose no way.
+
+    `left_out` says what is not compared.
+    """
+
+    usual: Sequence[tuple[Message, ...]]
+    odd: Sequence[tuple[Message, ...]]
+    left_out: tuple[str, ...]
+
+
+def choose(handed: HandOver, way: Way, count: Count | None = None) -> Chosen:
     """Generated conversations of those that the template takes; on the Go way those that are claimed.
 
-    Left out: empty texts, which the server drops, and white space at the edges that is not ASCII.
+    A conversation fits into the context by its bytes, or by `count` of its tokens.
     """
     takes_system = handed.compiled.chat is None or handed.compiled.chat.system != "refused"
-    taken = [
-        one
-        for one in probe.conversations(probe.literals(handed.template), has_system=takes_system)
-        if all(_is_written_so(message["content"]) for message in one)
-        and probe.is_ordinary(one)
-        and (way == "jinja" or handed.compiled.claims(one))
-        and _takes(handed.template, one)
-    ]
+    limits = handed.compiled.limits if way == "go" else ()
+    left: dict[str, None] = {} if takes_system else {"a system message, which the template refuses": None}
+    taken = []
+    for one in probe.conversations(probe.literals(handed.template), has_system=takes_system):
+        if not probe.is_ordinary(one):
+            left[NOT_CLAIMED[-1]] = None
+        elif not all(message["content"].strip() for message in one):
+            left["an empty message, which the server drops"] = None
+        elif any(limit.holds(one) for limit in limits):
+            left |= dict.fromkeys(limit_names(limits))
+        elif not _takes(handed.template, one):
+            left["conversations that the template refuses"] = None
+        elif way == "jinja" or handed.compiled.claims(one):
+            taken.append(one)
     if not taken:
         raise CheckError(
             "the chat template takes none of the generated conversations: nothing would be proved",
             hint="forge template shows what it takes",
         )
-    found = [one for one in taken if fits(handed.template, one, handed.context_tokens)]
-    if not found:
-        shortest = min(len(handed.template.render(one, add_generation_prompt=True)) for one in taken)
+    fitting = _fitting(handed, taken, count)
+    if len(fitting) < len(taken):
+        left[f"conversations that do not surely fit into {handed.context_tokens} tokens"] = None
+    tokens = [token for token in handed.template.special_tokens.values() if token]
+    usual = [one for one in fitting if all(_is_usual(message["content"], tokens) for message in one)]
+    odd = [one for one in fitting if one not in usual]
+    plain, others = usual[:_PLAIN], usual[_PLAIN:]
+    if not usual:
+        plain, odd = odd, []
+    return Chosen(
+        [*plain, *others[:: max(1, len(others) // _ODD)]], odd[:: max(1, len(odd) // _PLAIN)], tuple(left)
+    )
+
+
+def _fitting(
+    handed: HandOver, taken: Sequence[tuple[Message, ...]], count: Count | None
+) -> list[tuple[Message, ...]]:
+    """Those that the server would not cut; raises `CheckError` where there are none."""
+    size = {id(one): len(_prompt(handed, one).encode()) for one in taken}
+    if any(bytes >= handed.context_tokens for bytes in size.values()) and count:
+        long = [one for one in taken if size[id(one)] >= handed.context_tokens]
+        for one, tokens in zip(long, count([_prompt(handed, one) for one in long]), strict=False):
+            size[id(one)] = tokens
+    fitting = [one for one in taken if size[id(one)] < handed.context_tokens]
+    if not fitting:
         raise CheckError(
             f"no conversation surely fits into a context of {handed.context_tokens} tokens, the shortest has "
-            f"{shortest:,} characters: nothing would be proved",
+            f"{min(size.values()):,} {'tokens' if count else 'bytes'}: nothing would be proved",
             hint="give it more: deploy.context_tokens in the recipe, or num_ctx in its Modelfile",
         )
-    plain, others = found[:_PLAIN], found[_PLAIN:]
-    return [*plain, *others[:: max(1, len(others) // _ODD)]]
+    return fitting
 
 
-def _is_written_so(content: str) -> bool:
-    """Whether people write it and the server keeps it: it drops an empty text.
+def _prompt(handed: HandOver, one: Sequence[Message]) -> str:
+    return handed.template.render(one, add_generation_prompt=True)
 
-    llama.cpp leaves a no-break space at an edge, where Python's trim takes it: one such character would
-    speak against the better way.
+
+def _is_usual(content: str, tokens: Sequence[str]) -> bool:
+    """Whether people write it.
+
+    llama.cpp leaves a no-break space at an edge, where Python's trim takes it, and servers differ in what
+    they do with a special token in a text: neither speaks against the better way.
     """
-    return bool(content.strip()) and content.strip() == content.strip(" \t\r\n\f\v")
+    is_trimmed_alike = content.strip() == content.strip(" \t\r\n\f\v")
+    return is_trimmed_alike and not any(token in content for token in tokens)
+
+
+def _differing(
+    odd: Sequence[tuple[Message, ...]], prove: Callable[[Sequence[tuple[Message, ...]]], int]
+) -> tuple[str, ...]:
+    """What the server writes otherwise of texts that hardly anybody writes."""
+    found = []
+    for one in odd:
+        try:
+            prove([one])
+        except PromptsDifferError as wrong:
+            found.append(wrong.message.removesuffix(_ANOTHER))
+    return tuple(found)
 
 
 def _takes(template: ChatTemplate, messages: Sequence[Message]) -> bool:
@@ -311,13 +396,7 @@ def _takes(template: ChatTemplate, messages: Sequence[Message]) -> bool:
     return True
 
 
-def fits(template: ChatTemplate, messages: Sequence[Message], context_tokens: int) -> bool:
-    """Whether the template takes it and the server would not cut it: a token has at least one byte."""
-    try:
-        prompt = template.render(messages, add_generation_prompt=True)
-    except DataError:
-        return False
-    return len(prompt.encode()) < context_tokens
+_ANOTHER = " the prompt is another"
 
 
 def _differs(messages: Sequence[Message], expected: str, shown: str) -> PromptsDifferError:
@@ -325,7 +404,7 @@ def _differs(messages: Sequence[Message], expected: str, shown: str) -> PromptsD
     at = max(0, first_difference(expected, shown) - 30)
     said = ", ".join(f"{one['role']} {one['content'][:40]!r}" for one in messages)
     return PromptsDifferError(
-        f"for {said} the prompt is another",
+        f"for {said}{_ANOTHER}",
         problems=[
             Problem(repr(expected[at : at + 70]), "trained on"),
             Problem(repr(shown[at : at + 70]), "Ollama"),

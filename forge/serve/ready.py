@@ -67,6 +67,33 @@ def check_kinds(model: Path, header: GgufHeader, adapters: Sequence[Path]) -> No
                 f"{path}: an adapter for the architecture {adapter.architecture}, "
                 f"the model's is {header.architecture}"
             )
+        _check_shapes(path, adapter, header)
+
+
+def _check_shapes(path: Path, adapter: GgufHeader, model: GgufHeader) -> None:
+    """Raise `DataError` where the adapter is of another model of this architecture, as llama.cpp would."""
+    for name, factor in adapter.tensors.items():
+        base, is_first, _ = name.partition(".lora_a")
+        if not is_first:
+            continue
+        other, target = adapter.tensors.get(f"{base}.lora_b"), model.tensors.get(base)
+        if other is None or target is None:
+            what = "lora_b is not there" if other is None else "the model has no such tensor"
+            raise DataError(f"{path}: {base}: {what}", hint="is it an adapter of this model?")
+        # The embedding's factors are the other way round.
+        into, out = target.shape[-1], target.shape[-2]
+        wanted = (out, into) if base == "token_embd.weight" else (into, out)
+        fits = (
+            (factor.shape[-2], other.shape[-2])
+            if base == "token_embd.weight"
+            else (factor.shape[-1], other.shape[-2])
+        )
+        if fits != wanted or factor.shape[-1 if base == "token_embd.weight" else -2] != other.shape[-1]:
+            raise DataError(
+                f"{path}: {base} is {out} x {into} in the model, the adapter's factors are "
+                f"{' x '.join(map(str, other.shape))} and {' x '.join(map(str, factor.shape))}",
+                hint="it was made for another model of this architecture",
+            )
 
 
 def _check_door(settings: ServerSettings) -> None:

@@ -15,10 +15,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -33,6 +34,8 @@ _CHUNK = 1 << 20
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 _SERVE = "start it with: ollama serve (https://ollama.com/download); --host or OLLAMA_HOST says where it is"
 
+
+Told = TypeVar("Told")
 
 # A letter, a byte, or a character by its number. https://pkg.go.dev/strconv#Quote
 _GO_ESCAPE = re.compile(r"\\(?:([abfnrtv\\\"'])|x([0-9a-f]{2})|u([0-9a-f]{4})|U(00[0-9a-f]{6}))")
@@ -116,6 +119,9 @@ class Ollama:
 
     def create(self, name: str, fields: Mapping[str, Any]) -> None:
         """Make the model `name`; its late errors come in the stream and are raised too."""
+        _past_races(lambda: self._create(name, fields))
+
+    def _create(self, name: str, fields: Mapping[str, Any]) -> None:
         doing, last = f"made {name}", ""
         with self._failures(doing):
             with self._http.stream("POST", "/api/create", json={"model": name, **fields}) as answer:
@@ -137,7 +143,8 @@ class Ollama:
     def digest(self, name: str) -> str | None:
         """The digest of the manifest of `name`, or None where there is no such model."""
         tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
-        listed = self._ask("GET", "/api/tags", doing="listed its models").get("models") or []
+        asked = _past_races(lambda: self._ask("GET", "/api/tags", doing="listed its models"))
+        listed = asked.get("models") or []
         return next((str(one["digest"]) for one in listed if one["name"] == tagged), None)
 
     def prompt(self, name: str, messages: Sequence[Mapping[str, str]]) -> str:
@@ -192,6 +199,23 @@ class Ollama:
                 f"Ollama at {self.url} broke off while it {doing} ({broken})",
                 hint="its own log tells more; a full disk and too little memory are common reasons",
             ) from broken
+
+
+# What it says where another import makes or deletes a model at the same time (measured on 0.33).
+_RACES = ("no such file", "model is required")
+_TRIES, _SECONDS_BETWEEN_TRIES = 6, 0.2
+
+
+def _past_races(ask: Callable[[], Told]) -> Told:
+    """`ask` again where the server stumbled over what another client was doing."""
+    for _ in range(_TRIES - 1):
+        try:
+            return ask()
+        except OllamaError as failure:
+            if not any(race in failure.message for race in _RACES):
+                raise
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+    return ask()
 
 
 def stops_in(shown: Mapping[str, Any]) -> set[str]:
