@@ -117,7 +117,7 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     found = told(capsys, "modelfile", str(tiny), "--adapter", "./lora.gguf", "--out", str(out))
     remarks, lines = split(out.read_text(encoding="utf-8"))
     not_claimed = f"# not claimed: {', '.join(NOT_CLAIMED)}"
-    assert remarks[1:] == [not_claimed, "# sampling: of generation_config.json"]
+    assert remarks[2:] == [not_claimed, "# sampling: of generation_config.json"]
     assert remarks[0].startswith("# TEMPLATE: exact, ")
     assert (found["modelfile"], found["status"], found["way"]) == (str(out), "exact", "go")
     assert lines[:2] == [f"FROM {tiny}.gguf", "ADAPTER ./lora.gguf"]

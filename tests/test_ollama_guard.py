@@ -74,7 +74,7 @@ def test_the_modelfile_says_for_whom_its_template_holds(
     out, found = guarded(path, capsys)
     text = str(found["modelfile"])
     assert parse(text).base == str(out)
-    assert "it is pinned, and writes the same prompts" in text and "OLLAMA_GO_TEMPLATE" not in text
+    assert "pinned, it writes the same" in text and "OLLAMA_GO_TEMPLATE" not in text
 
 
 def test_what_no_copy_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

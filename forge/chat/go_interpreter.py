@@ -59,7 +59,10 @@ def parse(source: str, *, cut_after: str = "") -> GoTemplate:
     """
     pieces = _pieces(source)
     reader = _Reader(_cut(pieces, cut_after) if cut_after else pieces)
-    return GoTemplate(reader.nodes(end=()))
+    try:
+        return GoTemplate(reader.nodes(end=()))
+    except RecursionError as deep:
+        raise GoTemplateError("it is nested too deeply") from deep
 
 
 def _cut(pieces: Sequence[tuple[str, str]], field: str) -> list[tuple[str, str]]:

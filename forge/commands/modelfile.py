@@ -132,15 +132,13 @@ def _remarks(handed: HandOver, way: Way, *, of_directory: bool, is_pinned: bool)
     asked = "generation_config.json" if of_directory else "the GGUF's general.sampling keys"
     proved = [f"TEMPLATE: {facts['status']}, {handed.compiled.checked} conversations compared"]
     proved += [f"not claimed: {limit}" for limit in facts["limits"]]
-    if re.search("tools|think", handed.template.source):
+    if is_pinned:
+        proved.append("Ollama 0.30 may render the GGUF's own template instead: pinned, it writes the same")
+    elif re.search("tools|think", handed.template.source):
         proved.append(
-            "since 0.30 Ollama renders the GGUF's own template instead, as this one knows tools or thinking"
-            + (
-                ": it is pinned, and writes the same prompts"
-                if is_pinned
-                else ": TEMPLATE holds for older servers, and with OLLAMA_GO_TEMPLATE=1; "
-                "forge modelfile --guard OUT.gguf writes a copy whose own template is pinned"
-            )
+            "since 0.30 Ollama renders the GGUF's own template instead, as this one knows tools or thinking: "
+            "TEMPLATE holds for older servers, and with OLLAMA_GO_TEMPLATE=1; "
+            "forge modelfile --guard OUT.gguf writes a copy whose own template is pinned"
         )
     own = "the GGUF's own template" + (", pinned" if is_pinned else f", not pinned: {_GUESSED}")
     return [

@@ -81,7 +81,9 @@ class Client:
     def _require_whole(self, messages: Sequence[Message]) -> None:
         """Raise `RefusedError` where Ollama would leave out the oldest turns of a conversation."""
         if self.endpoint.is_ollama and (body := native.render_request(self.endpoint, messages)):
-            native.require_whole(messages, self._ask("POST", native.CHAT, body))
+            told = self._ask("POST", native.CHAT, body)
+            with wire.as_expected(self.endpoint, "prompt"):
+                native.require_whole(messages, told)
 
     def health(self) -> bool:
         """Whether it is ready: False while it loads its model."""
@@ -102,7 +104,9 @@ class Client:
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """The server's token ids of `text`; special tokens in it are recognised."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
-        return [int(token) for token in self._ask("POST", "/tokenize", body)["tokens"]]
+        told = self._ask("POST", "/tokenize", body)
+        with wire.as_expected(self.endpoint, "list of tokens"):
+            return [int(token) for token in told["tokens"]]
 
     def next_tokens(self, ids: Sequence[int], count: int) -> list[tuple[int, float]]:
         """The most likely next ids after `ids` with their natural log-probabilities, before sampling.
@@ -117,7 +121,8 @@ class Client:
             "cache_prompt": False,
         }
         told = self._ask("POST", "/completion", body).get("completion_probabilities") or [{}]
-        return [(int(one["id"]), float(one["logprob"])) for one in told[0].get("top_logprobs", ())]
+        with wire.as_expected(self.endpoint, "list of probabilities"):
+            return [(int(one["id"]), float(one["logprob"])) for one in told[0].get("top_logprobs", ())]
 
     def adapter_scales(self) -> list[float]:
         """The scales of llama-server's adapters, for requests that name none."""
@@ -125,12 +130,15 @@ class Client:
             response = self._http.get(self.endpoint.route("/lora-adapters"))
         if not response.is_success:
             wire.read_json(self.endpoint, response)
-        return [float(one["scale"]) for one in response.json()]
+        with wire.as_expected(self.endpoint, "list of adapters"):
+            return [float(one["scale"]) for one in response.json()]
 
     def apply_template(self, messages: Sequence[Message]) -> str:
         """The prompt that the server would give to the model."""
         body = {"messages": [dict(message) for message in messages]}
-        return str(self._ask("POST", "/apply-template", body)["prompt"])
+        told = self._ask("POST", "/apply-template", body)
+        with wire.as_expected(self.endpoint, "prompt"):
+            return str(told["prompt"])
 
     def _ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
         with wire.failures_of(self.endpoint):

@@ -353,7 +353,9 @@ async def _require_whole(row: Row, endpoint: Endpoint, client: httpx.AsyncClient
     texts = native.texts(row.messages or (row.body or {}).get("messages"))
     if texts and (body := native.render_request(endpoint, texts)):
         response = await client.post(endpoint.route(native.CHAT), json=body)
-        native.require_whole(texts, wire.read_json(endpoint, response))
+        told = wire.read_json(endpoint, response)
+        with wire.as_expected(endpoint, "prompt"):
+            native.require_whole(texts, told)
 
 
 def _reply(endpoint: Endpoint, path: str, payload: dict[str, Any]) -> wire.Reply | None:

@@ -191,6 +191,15 @@ def _end_of(endpoint: Endpoint) -> str:
     return end
 
 
+@contextlib.contextmanager
+def as_expected(endpoint: Endpoint, what: str) -> Iterator[None]:
+    """Raise `GarbledError` where an answer has another shape than what is read from it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as wrong:
+        raise GarbledError(f"{endpoint.url} answered with something that is no {what}") from wrong
+
+
 def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
     """The JSON object of a successful answer. The whole body must have been read.
 
@@ -351,15 +360,20 @@ _REASONS = ("error", "message", "detail", "msg", "title", "reason", "errors")
 _LONGEST_REASON = 500
 
 
-def reason_in(payload: object) -> str:
+_DEEPEST_REASON = 8
+
+
+def reason_in(payload: object, depth: int = 0) -> str:
     """The reason that an error answer gives: OpenAI's `error.message`, FastAPI's `detail`, or plain text."""
     if isinstance(payload, str):
         return payload.strip()[:_LONGEST_REASON]
+    if depth > _DEEPEST_REASON:
+        return ""
     if isinstance(payload, list):
-        return "; ".join(filter(None, map(reason_in, payload)))[:_LONGEST_REASON]
+        return "; ".join(filter(None, (reason_in(one, depth + 1) for one in payload)))[:_LONGEST_REASON]
     if not isinstance(payload, dict):
         return ""
-    said = next(filter(None, (reason_in(payload.get(key)) for key in _REASONS)), "")
+    said = next(filter(None, (reason_in(payload.get(key), depth + 1) for key in _REASONS)), "")
     # FastAPI's list says of each fault where it is.
     place = payload.get("loc")
     return f"{'.'.join(map(str, place))}: {said}" if said and isinstance(place, list) else said

@@ -100,7 +100,7 @@ class Ollama:
     def version(self) -> tuple[int, ...]:
         """Such as (0, 33, 0)."""
         told = str(self._ask("GET", "/api/version", doing="asked its version").get("version", ""))
-        return tuple(int(number) for number in re.findall(r"\d+", told.partition("-")[0]))
+        return tuple(int(number) for number in re.findall(r"\d{1,9}", told.partition("-")[0]))
 
     def push(self, path: Path, label: str) -> str:
         """Make sure that it has the bytes of `path`; gives their digest. Shows progress under `label`."""
@@ -145,13 +145,14 @@ class Ollama:
         tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
         asked = _past_races(lambda: self._ask("GET", "/api/tags", doing="listed its models"))
         listed = asked.get("models") or []
-        return next((str(one["digest"]) for one in listed if one["name"] == tagged), None)
+        with _as_expected("listed its models"):
+            return next((str(one["digest"]) for one in listed if one["name"] == tagged), None)
 
     def prompt(self, name: str, messages: Sequence[Mapping[str, str]]) -> str:
         """The text that it would give to the model, by `_debug_render_only` (0.11.5 and later)."""
         told = self.chat(name, messages, _debug_render_only=True)
-        shown = told.get("_debug_info") or {}
-        if "rendered_template" not in shown:
+        shown = told.get("_debug_info")
+        if not isinstance(shown, dict) or "rendered_template" not in shown:
             raise OllamaError(
                 "this Ollama does not show its prompts, so nothing can be proved",
                 hint="0.11.5 and later do: update it",
@@ -218,6 +219,20 @@ def _past_races(ask: Callable[[], Told]) -> Told:
     return ask()
 
 
+@contextlib.contextmanager
+def _as_expected(doing: str) -> Iterator[None]:
+    """Raise `OllamaError` where an answer has another shape than what is read from it."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError) as wrong:
+        raise OllamaError(
+            f"Ollama said nothing that can be read while it {doing}", hint=_NO_OLLAMA
+        ) from wrong
+
+
+_NO_OLLAMA = "the address must be that of an Ollama server"
+
+
 def stops_in(shown: Mapping[str, Any]) -> set[str]:
     """The stop texts in the answer of `Ollama.show`; a line is `stop    "<|im_end|>"`, quoted as in Go."""
     listed = re.findall(r"^stop\s+(.*)$", str(shown.get("parameters") or ""), re.MULTILINE)
@@ -265,12 +280,12 @@ def _sha256(path: Path, label: str) -> str:
 def _object(content: bytes) -> dict[str, Any]:
     try:
         told = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict):
         raise OllamaError(
             f"the server answered with something that is not JSON: {content[:80]!r}",
-            hint="the address must be that of an Ollama server",
+            hint=_NO_OLLAMA,
         )
     return told
 
