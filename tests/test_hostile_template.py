@@ -18,7 +18,7 @@ from forge.chat.hand_over import HandOver
 from forge.chat.same_prompts import compare
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
-from forge.serve.ollama import choose
+from forge.serve.ollama_talks import choose
 from tests.conftest import copy_of_tiny, link_converters
 from tests.makers.tokenizer import CHATML
 from tests.models import change_json

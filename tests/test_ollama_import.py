@@ -15,7 +15,8 @@ from forge.cli.main import run
 from forge.cli.serve import command
 from forge.errors import CheckError, DataError, RecipeError
 from forge.serve.client import Client
-from forge.serve.ollama import choose, import_model, prove_prompts
+from forge.serve.ollama import import_model, prove_prompts
+from forge.serve.ollama_talks import choose
 from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling

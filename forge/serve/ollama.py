@@ -21,29 +21,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forge import report
-from forge.chat import probe
 from forge.chat.difference import first_difference
-from forge.chat.format_check import NOT_CLAIMED, limit_names, unseen_bos
+from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.template import ChatTemplate
-from forge.errors import CheckError, DataError, ForgeError, Problem, RecipeError
+from forge.errors import CheckError, ForgeError, Problem, RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint, Message
+from forge.serve.ollama_talks import PLAIN, Count, choose
 from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import refuse_foreign
 from forge.tools.ollama import Ollama, address_of, server_url, stops_in
 from forge.tools.ollama_server import reach, watch
 
-# How many generated conversations are compared: the plain ones, and others from all over.
-_PLAIN, _ODD = 12, 36
 # More than any model has.
 _ALL_LAYERS = 999
 _LOOK = "Ollama's own log tells more; too little memory is a common reason"
 
 Used = Way | Literal["guessed"]
-# Prompts -> how many tokens each has.
-Count = Callable[[Sequence[str]], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ def import_model(
                 prove = partial(prove_prompts, server, made, handed.template)
                 writes_bos = None if way == "jinja" else not handed.add_bos
                 prove(chosen.usual, writes_bos=writes_bos)
-                counted = prove(chosen.usual[:_PLAIN], writes_bos=writes_bos, count=count) if count else 0
+                counted = prove(chosen.usual[:PLAIN], writes_bos=writes_bos, count=count) if count else 0
                 differ = _differing(chosen.odd, partial(prove, writes_bos=writes_bos))
                 if ask:
                     ask(Endpoint(server.url, made, is_ollama=True))
@@ -291,90 +287,6 @@ def prove_prompts(
     return len(counts)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The conversations to compare: those that people have, and odd ones, which choose no way.
-
-    `left_out` says what is not compared.
-    """
-
-    usual: Sequence[tuple[Message, ...]]
-    odd: Sequence[tuple[Message, ...]]
-    left_out: tuple[str, ...]
-
-
-def choose(handed: HandOver, way: Way, count: Count | None = None) -> Chosen:
-    """Generated conversations of those that the template takes; on the Go way those that are claimed.
-
-    A conversation fits into the context by its bytes, or by `count` of its tokens.
-    """
-    takes_system = handed.compiled.chat is None or handed.compiled.chat.system != "refused"
-    limits = handed.compiled.limits if way == "go" else ()
-    left: dict[str, None] = {} if takes_system else {"a system message, which the template refuses": None}
-    taken = []
-    for one in probe.conversations(probe.literals(handed.template), has_system=takes_system):
-        if not probe.is_ordinary(one):
-            left[NOT_CLAIMED[-1]] = None
-        elif not all(message["content"].strip() for message in one):
-            left["an empty message, which the server drops"] = None
-        elif any(limit.holds(one) for limit in limits):
-            left |= dict.fromkeys(limit_names(limits))
-        elif not _takes(handed.template, one):
-            left["conversations that the template refuses"] = None
-        elif way == "jinja" or handed.compiled.claims(one):
-            taken.append(one)
-    if not taken:
-        raise CheckError(
-            "the chat template takes none of the generated conversations: nothing would be proved",
-            hint="forge template shows what it takes",
-        )
-    fitting = _fitting(handed, taken, count)
-    if len(fitting) < len(taken):
-        left[f"conversations that do not surely fit into {handed.context_tokens} tokens"] = None
-    tokens = [token for token in handed.template.special_tokens.values() if token]
-    usual = [one for one in fitting if all(_is_usual(message["content"], tokens) for message in one)]
-    odd = [one for one in fitting if one not in usual]
-    plain, others = usual[:_PLAIN], usual[_PLAIN:]
-    if not usual:
-        plain, odd = odd, []
-    return Chosen(
-        [*plain, *others[:: max(1, len(others) // _ODD)]], odd[:: max(1, len(odd) // _PLAIN)], tuple(left)
-    )
-
-
-def _fitting(
-    handed: HandOver, taken: Sequence[tuple[Message, ...]], count: Count | None
-) -> list[tuple[Message, ...]]:
-    """Those that the server would not cut; raises `CheckError` where there are none."""
-    size = {id(one): len(_prompt(handed, one).encode()) for one in taken}
-    if any(bytes >= handed.context_tokens for bytes in size.values()) and count:
-        long = [one for one in taken if size[id(one)] >= handed.context_tokens]
-        for one, tokens in zip(long, count([_prompt(handed, one) for one in long]), strict=False):
-            size[id(one)] = tokens
-    fitting = [one for one in taken if size[id(one)] < handed.context_tokens]
-    if not fitting:
-        raise CheckError(
-            f"no conversation surely fits into a context of {handed.context_tokens} tokens, the shortest has "
-            f"{min(size.values()):,} {'tokens' if count else 'bytes'}: nothing would be proved",
-            hint="give it more: deploy.context_tokens in the recipe, or num_ctx in its Modelfile",
-        )
-    return fitting
-
-
-def _prompt(handed: HandOver, one: Sequence[Message]) -> str:
-    return handed.template.render(one, add_generation_prompt=True)
-
-
-def _is_usual(content: str, tokens: Sequence[str]) -> bool:
-    """Whether people write it.
-
-    llama.cpp leaves a no-break space at an edge, where Python's trim takes it, and servers differ in what
-    they do with a special token in a text: neither speaks against the better way.
-    """
-    is_trimmed_alike = content.strip() == content.strip(" \t\r\n\f\v")
-    return is_trimmed_alike and not any(token in content for token in tokens)
-
-
 def _differing(
     odd: Sequence[tuple[Message, ...]], prove: Callable[[Sequence[tuple[Message, ...]]], int]
 ) -> tuple[str, ...]:
@@ -386,14 +298,6 @@ def _differing(
         except PromptsDifferError as wrong:
             found.append(wrong.message.removesuffix(_ANOTHER))
     return tuple(found)
-
-
-def _takes(template: ChatTemplate, messages: Sequence[Message]) -> bool:
-    try:
-        template.render(messages, add_generation_prompt=True)
-    except DataError:
-        return False
-    return True
 
 
 _ANOTHER = " the prompt is another"
