@@ -11,7 +11,14 @@ import pytest
 from forge.codec import from_plain
 from forge.errors import DataError
 from forge.model.safetensors_header import TensorSpec
-from forge.verify.compare import compare, converts, converts_mostly, times_as_far, top_log_probabilities
+from forge.verify.compare import (
+    compare,
+    converts,
+    converts_mostly,
+    distances,
+    times_as_far,
+    top_log_probabilities,
+)
 from forge.verify.decide import undecided
 from forge.verify.inputs import refuse_too_large
 from forge.verify.measurement import Gates, Measurement
@@ -81,10 +88,12 @@ def test_faults_of_a_part_of_each_row_are_no_near_ties() -> None:
     assert converts_mostly(near_ties, own) and not converts(near_ties, own)
     assert not converts_mostly(compare(logits, rounded(1e-3, late), sample), own)
     theirs = rounded(0.05, by_chance[0], ties)
-    assert times_as_far(logits, rounded(0.05, by_chance[1], ties), theirs, sample) < 1.2
-    assert times_as_far(logits, rounded(0.05, by_chance[1], ties, late), theirs, sample) > 1.2
-    assert times_as_far(logits, rounded(0.07, by_chance[1], ties), theirs, sample) > 1.2
-    assert times_as_far(logits, logits, logits, sample) == 0.0
+    assert times_as_far(distances(logits, rounded(0.05, by_chance[1], ties), theirs, sample), sample) < 1.2
+    assert (
+        times_as_far(distances(logits, rounded(0.05, by_chance[1], ties, late), theirs, sample), sample) > 1.2
+    )
+    assert times_as_far(distances(logits, rounded(0.07, by_chance[1], ties), theirs, sample), sample) > 1.2
+    assert times_as_far(distances(logits, logits, logits, sample), sample) == 0.0
 
 
 def test_perplexity_is_the_answers_and_a_padded_vocabulary_does_not_count() -> None:
@@ -233,6 +242,26 @@ def test_a_quantized_file_may_be_a_fifth_further_than_the_vendors_own(beyond: fl
     assert found["ok"] is ok
     assert found["handovers"][-1]["beyond_vendor"] == pytest.approx(beyond)
     assert found["broken_stage"] == (None if ok else "quantize")
+
+
+@pytest.mark.parametrize(
+    ("share", "nmse", "ok"),
+    [
+        (4.8e-4, 1.0, True),  # rounding alone, however much it moves
+        (4.9e-4, 3.9e-6, True),  # more than that, which does not show
+        (4.9e-4, 4.3e-6, False),
+        (1.0, 1.0, False),
+    ],
+)
+def test_rounding_is_held_to_half_a_step_of_the_type_where_more_shows(
+    share: float, nmse: float, ok: bool
+) -> None:
+    """A step of F16 is 2^-10; what shows is four times what the type's arithmetic does (NMSE 1e-6 here)."""
+    lost = {"most_lost": {"tensor": "model.layers.3.mlp.down_proj.weight", "share": share}}
+    measured = _measurement(rounded=_leg(nmse=nmse), arithmetic=_leg(nmse=1e-6, kl_mean=1e-3), **lost)
+    found = _judged(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (ok, None if ok else "convert")
+    assert ("F16 does not hold the weights: of model.layers.3.mlp" in found["verdict"]) is not ok
 
 
 @pytest.mark.parametrize("own", [1e-6, 1e-3, 0.0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forge.verify.measurement import FileFacts, Fits, Handover, Measurement
+from forge.verify.measurement import FileFacts, Fits, Handover, Lost, Measurement
 
 _SCALE_SLACK = 0.2
 _SURELY = 8.0
@@ -40,6 +40,8 @@ def cause_of(measured: Measurement, handovers: Sequence[Handover]) -> Cause:
     broken = next(one for one in handovers if not one.ok)
     if broken.after == "merged":
         return _merged(measured, broken)
+    if lost := measured.legs.most_lost if broken.after.startswith("weights in") else None:
+        return _unkept(lost, broken)
     if broken.beyond_vendor is not None and (words := unlike_its_word(measured.file)):
         return Cause("quantize", words, "quantize again from f16 to the type that is wanted, or forge export")
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
@@ -99,6 +101,16 @@ def unlike_its_word(file: FileFacts) -> str:
         f"the file says that it is {file.type}, its weights are mostly {unlike.tensors}, "
         f"those of llama.cpp's own mostly {unlike.expected}"
     )
+
+
+def _unkept(lost: Lost, broken: Handover) -> Cause:
+    kind = broken.after.rpartition(" ")[2]
+    words = (
+        f"{kind} does not hold the weights: of {lost.tensor} a share of {lost.share:.2g} is gone, and the "
+        f"model is another (KL {broken.kl_mean:.2g})"
+    )
+    remedy = "export bf16 or f32, which have float32's range; look at that tensor of base and adapter"
+    return Cause("convert", words, remedy)
 
 
 def _merged(measured: Measurement, broken: Handover) -> Cause:

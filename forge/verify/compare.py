@@ -14,10 +14,12 @@ token's way, in all of a row or from some place on, moves one of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from forge.verify.measurement import Excess, Leg, Stretch
+from forge.verify.measurement import Excess, Leg, Legs, Stretch
+from forge.verify.rounding import HALF_STEPS
 from forge.verify.sample import Sample
 
 LEAST_NMSE, LEAST_KL = 1e-7, 1e-7
@@ -30,7 +32,8 @@ MOST_BEYOND_VENDOR = 1.2
 """How many times as far from f16 as llama.cpp's own a quantized file may be, in NMSE."""
 FAR_NMSE = 1e-4
 """Where a position counts as another one: no 16-bit rounding of a dense model moved one so far."""
-_BLOCK = 64
+_BLOCK = 1 << 18
+"""Logits at once: what is gone over ten times stays in the processor's cache."""
 _BUCKETS = 32
 _STRETCHES, _LEAST_OF_A_STRETCH = 8, 32
 
@@ -46,11 +49,11 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> Leg:
     common = min(reference.shape[1], candidate.shape[1])
     parts = [
         _block(
-            np.asarray(reference[at : at + _BLOCK, :common], dtype=np.float64),
-            np.asarray(candidate[at : at + _BLOCK, :common], dtype=np.float64),
-            np.asarray(follows[at : at + _BLOCK]),
+            np.asarray(reference[inside, :common], dtype=np.float64),
+            np.asarray(candidate[inside, :common], dtype=np.float64),
+            np.asarray(follows[inside]),
         )
-        for at in range(0, len(follows), _BLOCK)
+        for inside in _blocks(len(follows), common)
     ]
     error, power, kl, same, loss, other = (np.concatenate(column) for column in zip(*parts, strict=True))
     counted, shares, stretches = _counted(sample), error / np.maximum(power, 1e-300), _stretches(sample)
@@ -74,44 +77,51 @@ def compare(reference: Any, candidate: Any, sample: Sample) -> Leg:
     )
 
 
-def times_as_far(reference: Any, candidate: Any, other: Any, sample: Sample) -> float:
-    """How many times as far from `reference` as `other` is `candidate`, by the NMSE of single positions.
+@dataclass(frozen=True)
+class Distances:
+    """From a reference by position, squared: of a candidate `far`, of another `near`; the reference's power.
+
+    All float64 arrays.
+    """
+
+    far: Any
+    near: Any
+    power: Any
+
+
+def distances(reference: Any, candidate: Any, other: Any, sample: Sample) -> Distances:
+    """How far `candidate` and `other` are from `reference` at the positions of `sample`."""
+    import numpy as np
+
+    common = min(one.shape[1] for one in (reference, candidate, other))
+    parts: list[tuple[Any, Any, Any]] = []
+    for inside in _blocks(len(sample.positions), common):
+        centred, far, near = (
+            _centred(np.asarray(one[inside, :common], dtype=np.float64))
+            for one in (reference, candidate, other)
+        )
+        parts.append((_squares(far - centred), _squares(near - centred), _squares(centred)))
+    far, near, power = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Distances(far, near, power)
+
+
+def times_as_far(found: Distances, sample: Sample) -> float:
+    """How many times as far as the other is the candidate from the reference, by single positions' NMSE.
 
     Where rounding turns near ties in the one and not in the other, means say little: it is the middle
     position's ratio, or a stretch's, as `compare` has them. What no conversion leaves (a hundredth of
     `FAR_NMSE`) counts as no distance.
     """
-    import numpy as np
-
-    common = min(one.shape[1] for one in (reference, candidate, other))
-    ratios = []
-    for at in range(0, len(sample.positions), _BLOCK):
-        centred, far, near = (
-            _centred(np.asarray(one[at : at + _BLOCK, :common], dtype=np.float64))
-            for one in (reference, candidate, other)
-        )
-        least = FAR_NMSE / 100 * (centred**2).sum(axis=1) + 1e-300
-        ratios.append(((far - centred) ** 2).sum(axis=1) / (((near - centred) ** 2).sum(axis=1) + least))
-    return _middle(np.concatenate(ratios), _stretches(sample))
+    least = FAR_NMSE / 100 * found.power + 1e-300
+    return _middle(found.far / (found.near + least), _stretches(sample))
 
 
-def excess(reference: Any, candidate: Any, other: Any, sample: Sample, times: float) -> Excess:
-    """By how much `candidate` is further from `reference` than `times` as far as `other` is.
+def excess(found: Distances, times: float) -> Excess:
+    """By how much the candidate is further from the reference than `times` as far as the other is.
 
     Errors of two files of one type go up and down together: their difference is known sooner than either.
     """
-    import numpy as np
-
-    common = min(one.shape[1] for one in (reference, candidate, other))
-    further, power = [], []
-    for at in range(0, len(sample.positions), _BLOCK):
-        centred, far, near = (
-            _centred(np.asarray(one[at : at + _BLOCK, :common], dtype=np.float64))
-            for one in (reference, candidate, other)
-        )
-        further.append(((far - centred) ** 2).sum(axis=1) - times * ((near - centred) ** 2).sum(axis=1))
-        power.append((centred**2).sum(axis=1))
-    difference, mean = np.concatenate(further), max(float(np.concatenate(power).mean()), 1e-300)
+    difference, mean = found.far - times * found.near, max(float(found.power.mean()), 1e-300)
     return Excess(
         float(difference.mean() / mean), float(difference.std() / math.sqrt(len(difference)) / mean)
     )
@@ -123,10 +133,10 @@ def losses(logits: Any, sample: Sample) -> Any:
 
     follows, counted = np.asarray(sample.follows), _counted(sample)
     parts = [
-        -_log_softmax(np.asarray(logits[at : at + _BLOCK], dtype=np.float64))[
-            np.arange(len(follows[at : at + _BLOCK])), follows[at : at + _BLOCK]
+        -_log_softmax(np.asarray(logits[inside], dtype=np.float64))[
+            np.arange(len(follows[inside])), follows[inside]
         ]
-        for at in range(0, len(follows), _BLOCK)
+        for inside in _blocks(len(follows), logits.shape[1])
     ]
     return np.concatenate(parts)[counted]
 
@@ -147,6 +157,18 @@ def converts(leg: Leg, own: Leg | None) -> bool:
     return leg.nmse <= MOST_TIMES * nmse + LEAST_NMSE and leg.kl_mean <= MOST_TIMES * kl + LEAST_KL
 
 
+def rounds_soundly(legs: Legs, kind: str) -> bool:
+    """Whether the weights are what the type `kind` keeps of them, or what it takes does not show.
+
+    Rounding alone takes half a step of any number in the type's range, however much that moves the logits.
+    More is gone where numbers are beyond its range, or where tensors are coarser than the file says.
+    """
+    lost, leg = legs.most_lost, legs.rounded
+    if lost is None or leg is None or lost.share <= HALF_STEPS[kind]:
+        return True
+    return converts(leg, legs.arithmetic)
+
+
 def converts_mostly(leg: Leg, own: Leg | None) -> bool:
     """Whether at half of all positions they are, and at a quarter of those of every stretch of the rows.
 
@@ -156,20 +178,39 @@ def converts_mostly(leg: Leg, own: Leg | None) -> bool:
     return leg.nmse_middle <= MOST_TIMES * nmse + LEAST_NMSE and leg.kl_middle <= MOST_TIMES * kl + LEAST_KL
 
 
+def _blocks(positions: int, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // width)
+    return (slice(at, at + step) for at in range(0, positions, step))
+
+
 def _block(reference: Any, candidate: Any, follows: Any) -> tuple[Any, ...]:
     import numpy as np
 
-    centred, shifted = _centred(reference), _centred(candidate)
-    p, q = _log_softmax(reference), _log_softmax(candidate)
     rows = np.arange(len(follows))
+    best, other = reference.argmax(axis=1), candidate.argmax(axis=1)
+    shift = candidate - reference
+    common = shift.mean(axis=1)  # which changes no probability
+    shift -= common[:, None]
+    shares = np.exp(reference - reference[rows, best][:, None])
+    total = shares.sum(axis=1)
+    normal = np.log(total) + reference[rows, best]
+    others = np.log(np.exp(candidate - candidate[rows, other][:, None]).sum(axis=1)) + candidate[rows, other]
+    # The sum of p (log p - log q), of what both have in common taken out.
+    kl = others - normal - common - np.einsum("ij,ij->i", shares, shift) / total
     return (
-        ((centred - shifted) ** 2).sum(axis=1),
-        (centred**2).sum(axis=1),
-        np.maximum((np.exp(p) * (p - q)).sum(axis=1), 0.0),
-        reference.argmax(axis=1) == candidate.argmax(axis=1),
-        -p[rows, follows],
-        -q[rows, follows],
+        _squares(shift),
+        _squares(_centred(reference)),
+        np.maximum(kl, 0.0),
+        best == other,
+        normal - reference[rows, follows],
+        others - candidate[rows, follows],
     )
+
+
+def _squares(values: Any) -> Any:
+    import numpy as np
+
+    return np.einsum("ij,ij->i", values, values)
 
 
 def _centred(logits: Any) -> Any:

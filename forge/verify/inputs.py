@@ -92,11 +92,11 @@ def refuse_other_vocabulary(rows: Sequence[Mapping[str, Any]], count: int | None
 def type_of(header: GgufHeader) -> str:
     """The file's type by its own word (`general.file_type`), such as q4_k_m.
 
-    Its tensors' type where it says none that llama.cpp knows, or calls quantized what is not (or the
-    other way round): a coarser word would excuse more than the file may lose.
+    Its tensors' type where it says none that llama.cpp knows, where they are not quantized, or where only its
+    word is not: a coarser word would excuse more than the file may lose.
     """
     told, kind = type_name(header.metadata.get("general.file_type")), type_of_tensors(header)
-    return told if told and (told in UNQUANTIZED) == (kind in UNQUANTIZED) else kind
+    return told if told and told not in UNQUANTIZED and kind not in UNQUANTIZED else kind
 
 
 def type_of_tensors(header: GgufHeader) -> str:

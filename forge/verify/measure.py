@@ -31,6 +31,7 @@ from forge.verify.compare import (
     MOST_BEYOND_VENDOR,
     compare,
     converts,
+    distances,
     excess,
     times_as_far,
 )
@@ -46,19 +47,20 @@ from forge.verify.inputs import (
     refuse_too_large,
     type_of_tensors,
 )
-from forge.verify.loader import Weights
+from forge.verify.loader import Weights, changes_nothing
 from forge.verify.measurement import (
     Drawn,
     FileFacts,
     FitsOfFiles,
     Leg,
     Legs,
+    Lost,
     Measurement,
     Unlike,
     VerifyRequest,
     Vocabulary,
 )
-from forge.verify.rounding import rounding_of, rounding_of_checkpoint
+from forge.verify.rounding import most_lost, rounding_of, rounding_of_checkpoint
 from forge.verify.tuned import open_model
 from forge.verify.vocabulary import added_tokens, check_vocabulary
 
@@ -227,6 +229,8 @@ class _Yardsticks:
     session: _Session
     scratch: Path
     vendor: Path | None = None
+    is_own: bool = False
+    """Whether the file is llama.cpp's own `vendor` to the bit, in whatever computes: it is looked at once."""
 
     @cached_property
     def f16(self) -> Path:
@@ -259,6 +263,7 @@ class _Yardsticks:
             held = _doubted(file, read_gguf(request.gguf), read_gguf(vendor))
             if held.type != file.type:
                 yardstick.make_quantized(f16, vendor, held.type, usable_cores(), request.importance)
+            self.is_own = yardstick.computes_the_same(request.gguf, vendor)
         self.vendor = vendor
         return held
 
@@ -270,7 +275,7 @@ class _Yardsticks:
         session, request = self.session, self.session.request
         files = [request.gguf]
         if self.vendor:
-            files += [self.f16, self.vendor]
+            files += [self.f16, *([] if self.is_own else [self.vendor])]
         elif not is_sound:
             files.append(self.f16)
             if file.type == "bf16":
@@ -278,7 +283,8 @@ class _Yardsticks:
                 files.append(yardstick.make_quantized(self.f16, bf16, file.type, usable_cores()))
         with session.step("weights"):
             inside = replace(session.source, adapter=None) if request.lora else session.source
-            return FitsOfFiles(*weights.fit_weights(files, inside, session.facts))
+            fits = weights.fit_weights(files, inside, session.facts)
+            return FitsOfFiles(*fits, *fits[:1]) if self.is_own else FitsOfFiles(*fits)
 
 
 @dataclass(frozen=True)
@@ -288,6 +294,7 @@ class _Conversion:
     conversion: Leg
     rounded: Leg | None = None
     arithmetic: Leg | None = None
+    most_lost: Lost | None = None
 
 
 @dataclass(frozen=True)
@@ -309,25 +316,22 @@ class _Comparison:
         trained = self._checkpoint("trained", replace(source, nf4=True)) if shifts else None
         merged, as_merged = self._merged() if request.merged else (None, None)
         logits = self._logits("file", request.gguf)
-        legs = partial(
-            Legs,
-            file=self._compare(logits),
-            base=base,
-            trained=trained,
-            merged=merged,
-            as_merged=as_merged,
-        )
+        file_s = self._compare(logits)
+        legs = partial(Legs, file=file_s, base=base, trained=trained, merged=merged, as_merged=as_merged)
         if self.yardsticks.vendor is None:
-            return legs(**vars(self._conversion(request.gguf, logits)))
+            return legs(**vars(self._conversion(request.gguf, logits, file_s)))
         direct = self._logits("f16", self.yardsticks.f16)
+        f16, against = self._compare(direct), self._compare(logits, direct)
+        legs = partial(legs, **vars(self._conversion(self.yardsticks.f16, direct, f16)), f16=f16)
+        if self.yardsticks.is_own:
+            return legs(file_against_f16=against, vendor=against, beyond_vendor=1.0)
         theirs = self._logits("vendor", self.yardsticks.vendor)
+        apart = distances(direct, logits, theirs, self.drawn)
         return legs(
-            **vars(self._conversion(self.yardsticks.f16, direct)),
-            f16=self._compare(direct),
-            file_against_f16=self._compare(logits, direct),
+            file_against_f16=against,
             vendor=self._compare(theirs, direct),
-            beyond_vendor=times_as_far(direct, logits, theirs, self.drawn),
-            beyond=excess(direct, logits, theirs, self.drawn, MOST_BEYOND_VENDOR),
+            beyond_vendor=times_as_far(apart, self.drawn),
+            beyond=excess(apart, MOST_BEYOND_VENDOR),
         )
 
     def _merged(self) -> tuple[Leg, Leg | None]:
@@ -340,24 +344,33 @@ class _Comparison:
             return found, None
         return found, self._checkpoint("as merged", replace(source, rounding=held))
 
-    def _conversion(self, path: Path, logits: Any) -> _Conversion:
-        """The unquantized file in `path`; the leg `rounded` is what the rounding of its weights does.
+    def _conversion(self, path: Path, logits: Any, leg: Leg) -> _Conversion:
+        """The unquantized file in `path`, `leg` from the reference; `rounded` is what its type does to it.
 
-        `arithmetic` is what llama.cpp's sums in 16 bits do beside it: the scale for what is left.
+        A base that is rounded so already is not computed again. `arithmetic` is what llama.cpp's sums in 16
+        bits do beside it: the scale for what is left.
         """
         session = self.session
         rounding = rounding_of(path, session.facts.layers or 0)
         if rounding.is_exact:
             own = reference.with_table(session.source, rounding, self.drawn)
-            return _Conversion(self._compare(logits), None, None if own is None else self._compare(own))
+            return _Conversion(leg, None, None if own is None else self._compare(own))
         source = replace(session.source, rounding=rounding, beside=session.request.lora is not None)
         with session.step("the reference, rounded"):
-            held = reference.logits(source, self.drawn, "the reference, rounded")
+            same = session.source.adapter is None and changes_nothing(
+                rounding, open_checkpoint(session.source.base)
+            )
+            lost: dict[str, float] = {}
+            held = (
+                self.expected
+                if same
+                else reference.logits(source, self.drawn, "the reference, rounded", lost)
+            )
             source = replace(source, rounding=replace(rounding, inputs=True))
             computed = reference.logits(source, self.drawn, "the reference, in 16 bits")
-            return _Conversion(
-                self._compare(logits, held), self._compare(held), self._compare(computed, held)
-            )
+            arithmetic = self._compare(computed, held)
+            converted = leg if same else self._compare(logits, held)
+            return _Conversion(converted, self._compare(held), arithmetic, most_lost(lost))
 
     def _checkpoint(self, name: str, source: Weights) -> Leg:
         with self.session.step(name):

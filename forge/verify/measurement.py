@@ -97,11 +97,20 @@ class Excess:
 
 
 @dataclass(frozen=True)
+class Lost:
+    """The tensor of which its type's rounding loses most: `share` of its norm."""
+
+    tensor: str
+    share: float
+
+
+@dataclass(frozen=True)
 class Legs:
     """From the float32 reference to each: the file, what it was made from, and what it is measured by.
 
     `conversion` is the unquantized file (the GGUF itself, or llama.cpp's own f16) from the reference with
-    its weights `rounded` as that file's are; `arithmetic` what 16-bit products do to the latter. Of a
+    its weights `rounded` as that file's are (`most_lost`: the tensor that loses most by it); `arithmetic`
+    what 16-bit products do to the latter. Of a
     quantized file `file_against_f16` and `vendor` are from llama.cpp's own f16.
     """
 
@@ -109,6 +118,7 @@ class Legs:
     conversion: Leg
     rounded: Leg | None = None
     arithmetic: Leg | None = None
+    most_lost: Lost | None = None
     f16: Leg | None = None
     file_against_f16: Leg | None = None
     vendor: Leg | None = None

@@ -31,8 +31,10 @@ from forge.verify.sample import Sample
 from forge.verify.tuned import Opened, empty_model, open_model
 
 
-def logits(weights: Weights, sample: Sample, label: str) -> Any:
+def logits(weights: Weights, sample: Sample, label: str, lost: dict[str, float] | None = None) -> Any:
     """Logits at the sampled positions: float32, (positions, vocabulary), in the order of the sample.
+
+    `lost` is filled with what share of its norm the rounding takes of each weight.
 
     Raises `DataError` for weights that are not finite, not whole, or not those of the modules, and
     for an adapter that has parts without a place.
@@ -53,7 +55,7 @@ def logits(weights: Weights, sample: Sample, label: str) -> Any:
     def only_sampled(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (inputs[0][rows, places].unsqueeze(0), *inputs[1:])
 
-    with torch.inference_mode(), _streamed(opened, weights, label):
+    with torch.inference_mode(), _streamed(opened, weights, label, lost):
         hook = head.register_forward_pre_hook(only_sampled)
         found = model(input_ids=ids, use_cache=False).logits[0].float()
         hook.remove()
@@ -100,7 +102,9 @@ def with_greedy(
 
 
 @contextmanager
-def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
+def _streamed(
+    opened: Opened, weights: Weights, label: str, lost: dict[str, float] | None = None
+) -> Iterator[None]:
     """Weights come before each unit's forward and go behind it.
 
     Raises `DataError` at the end when a part of the adapter was in no layer that ran.
@@ -126,7 +130,7 @@ def _streamed(opened: Opened, weights: Weights, label: str) -> Iterator[None]:
                     module._parameters[key] = torch.nn.Parameter(weight, requires_grad=False)
         if rounding:
             merged.extend(() if weights.beside or not opened.layers else _merged(unit))
-            _round(unit, rounding, modules)
+            _round(unit, rounding, modules, lost)
 
     def drop(unit: Any, inputs: Any, made: Any) -> None:
         nonlocal done
@@ -174,7 +178,7 @@ def _merged(unit: Any) -> Iterator[Any]:
             yield layer
 
 
-def _round(unit: Any, rounding: Rounding, modules: Mapping[int, str]) -> None:
+def _round(unit: Any, rounding: Rounding, modules: Mapping[int, str], lost: dict[str, float] | None) -> None:
     """Round what `unit` multiplies by as a file holds it; `modules` are their names by identity."""
     import torch
 
@@ -189,6 +193,9 @@ def _round(unit: Any, rounding: Rounding, modules: Mapping[int, str]) -> None:
             if kind:
                 held: Any = torch.nn.Parameter(rounded(weight, kind), requires_grad=False)
                 held.held_as = kind
+                if lost is not None:
+                    gone = float((held - weight).norm() / weight.norm().clamp_min(1e-30))
+                    lost[f"{name}.{key}"] = max(gone, lost.get(f"{name}.{key}", 0.0))
                 module._parameters[key] = held
 
 

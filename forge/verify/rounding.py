@@ -16,8 +16,11 @@ from typing import Any
 
 from forge.model.checkpoint import Checkpoint
 from forge.model.gguf_header import read_gguf
+from forge.verify.measurement import Lost
 
 HALVES = ("F16", "BF16")
+HALF_STEPS: Mapping[str, float] = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}
+"""The most that rounding to a type takes of a number of its range, as a share of it."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,12 @@ def names_in(architecture: str, layers: int) -> Callable[[str], str | None]:
         return found
 
     return find
+
+
+def most_lost(shares: Mapping[str, float]) -> Lost | None:
+    """The tensor that loses most; None of none."""
+    name = max(shares, key=lambda name: shares[name], default=None)
+    return Lost(name, shares[name]) if name else None
 
 
 def rounded(values: Any, kind: str | None) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from forge.codec import to_plain
 from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word, wrong_rows
-from forge.verify.compare import FAR_NMSE, MOST_BEYOND_VENDOR, converts, converts_mostly
+from forge.verify.compare import FAR_NMSE, MOST_BEYOND_VENDOR, converts, converts_mostly, rounds_soundly
 from forge.verify.measurement import FIGURES, FileFacts, Gates, Handover, Leg, Measurement
 from forge.verify.sample import least_share
 
@@ -197,8 +197,9 @@ def _handovers(measured: Measurement) -> list[Handover]:
         start = "merged"
     direct = "f16" if legs.f16 else kind
     if legs.rounded:
-        # What the type itself does to the weights is nobody's fault, and no part of the conversion's error.
-        listed.append(_handover(start, f"weights in {direct.upper()}", legs.rounded, True))
+        # What the type itself does to the weights is no part of the conversion's error.
+        ok = rounds_soundly(legs, direct)
+        listed.append(_handover(start, f"weights in {direct.upper()}", legs.rounded, ok))
         start = f"weights in {direct.upper()}"
     listed.append(_handover(start, f"GGUF {direct}", legs.conversion, _is_converted(measured)))
     against, vendor = legs.file_against_f16, legs.vendor

@@ -5,11 +5,15 @@ The one place where `verify` makes anything with `export`. Runs in a worker; bot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from forge.export.requantize import quantize_file
 from forge.export.request import ExportRequest, Ingredients, MergeBase
 from forge.export.run import GGUF_FILE, export
+from forge.model.gguf_header import GgufHeader, LongArray, read_gguf
+
+_BLOCK = 1 << 24
 
 
 def make_f16(
@@ -33,6 +37,39 @@ def export_f16(model: Ingredients, out: Path) -> Path:
     """An f16 GGUF of `model` in `out`, an empty directory; raises what `export` raises."""
     export(ExportRequest(model, out, name="yardstick", quant="f16"))
     return out / GGUF_FILE
+
+
+def computes_the_same(path: Path, other: Path) -> bool:
+    """Whether two GGUFs have the same tensors, to the bit, and the same settings of the model.
+
+    Then llama.cpp gives the same logits of both: their names, templates and vocabularies have no part in it.
+    """
+    own, others = read_gguf(path), read_gguf(other)
+    if _settings(own) != _settings(others) or own.tensors.keys() != others.tensors.keys():
+        return False
+    with path.open("rb") as first, other.open("rb") as second:
+        for name, tensor in own.tensors.items():
+            twin = others.tensors[name]
+            if (tensor.type, tensor.shape) != (twin.type, twin.shape):
+                return False
+            first.seek(tensor.start)
+            second.seek(twin.start)
+            left = tensor.end - tensor.start
+            while left:
+                block = first.read(min(left, _BLOCK))
+                if not block or block != second.read(len(block)):
+                    return False
+                left -= len(block)
+    return True
+
+
+def _settings(header: GgufHeader) -> Mapping[str, object]:
+    """What llama.cpp reads of the model itself."""
+    beside = ("general.", "tokenizer.", "quantize.")
+    settings = {key: value for key, value in header.metadata.items() if not key.startswith(beside)}
+    # An array that was left in the file is not known here: no two are taken for the same.
+    unread = {key: object() for key, value in settings.items() if isinstance(value, LongArray)}
+    return {"general.architecture": header.architecture, **settings, **unread}
 
 
 def make_quantized(f16: Path, target: Path, quant: str, threads: int, importance: Path | None = None) -> Path:

@@ -1,0 +1,95 @@
+"""What a certificate does not compute twice, and that it comes to the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.export import upstream
+from forge.model.checkpoint import open_checkpoint
+from forge.verify import yardstick
+from forge.verify.loader import changes_nothing
+from forge.verify.rounding import rounding_of
+from tests.models import PEFT_WARNS, change_tensors
+from tests.specimens import Specimen, make_specimen, rewrite
+from tests.vocabularies import converters
+
+pytestmark = [pytest.mark.training, pytest.mark.programs, PEFT_WARNS]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Specimen:
+    """A small base without an adapter, and its f16."""
+    made = make_specimen(tmp_path_factory.mktemp("thrift"), "llama")
+    specimen = Specimen(made.base, None, made.rows, made.scratch)
+    specimen.f16(made.scratch / "f16")
+    return specimen
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"general__name": "another", "tokenizer__chat_template": "{{ messages }}"}, True),
+        ({"llama__rope__freq_base": 5000.0}, False),
+        ("a tensor", False),
+        ("a missing tensor", False),
+    ],
+)
+def test_two_files_compute_the_same_where_tensors_and_settings_are_equal(
+    change: Any, same: bool, plain: Specimen, tmp_path: Path
+) -> None:
+    import gguf
+    import numpy as np
+
+    file, metadata, tensors = plain.scratch / "f16" / "model.gguf", {}, {}
+    if isinstance(change, dict):
+        metadata = change
+    else:
+        name = "blk.1.attn_output.weight"
+        found = next(one for one in gguf.GGUFReader(str(file)).tensors if one.name == name)
+        values = np.array(found.data)
+        values[-1, -1] += 1
+        tensors = {name: None if change == "a missing tensor" else values}
+    other = rewrite(file, tmp_path / "other.gguf", tensors, **metadata)
+    assert yardstick.computes_the_same(file, other) is same
+    assert yardstick.computes_the_same(file, file)
+
+
+def test_a_base_that_its_type_holds_is_not_rounded(plain: Specimen, tmp_path: Path) -> None:
+    """bfloat16 values of usual size are float16's too; one that is too fine for it is not."""
+    import shutil
+
+    import torch
+
+    upstream.load(converters())
+    rounding = rounding_of(plain.scratch / "f16" / "model.gguf", 2)
+    base = tmp_path / "base"
+    shutil.copytree(plain.base, base)
+    checkpoint = open_checkpoint(base)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    shape = checkpoint.tensors[name].shape
+    exact = {key: torch.ones(tuple(spec.shape)) for key, spec in checkpoint.tensors.items()}
+    change_tensors(base / "model.safetensors", exact)
+    assert changes_nothing(rounding, open_checkpoint(base))
+    fine = torch.ones(tuple(shape))
+    fine[0, 0] = 1 + 2**-12
+    change_tensors(base / "model.safetensors", {name: fine})
+    assert not changes_nothing(rounding, open_checkpoint(base))
+
+
+@pytest.mark.slow
+def test_what_is_computed_once_is_what_both_would_be(
+    plain: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain base in a quantized type, with every short cut and without any: the same figures."""
+    file = yardstick.make_quantized(plain.scratch / "f16" / "model.gguf", tmp_path / "q8.gguf", "q8_0", 1)
+    short = plain.measure(file)
+    monkeypatch.setattr("forge.verify.measure.yardstick.computes_the_same", lambda *_: False)
+    monkeypatch.setattr("forge.verify.measure.changes_nothing", lambda *_: False)
+    whole = plain.measure(file)
+    assert short.legs.file == whole.legs.file and short.legs.vendor == whole.legs.vendor
+    assert short.weights.vendor == whole.weights.vendor and short.weights.file == whole.weights.file
+    assert whole.legs.beyond_vendor is not None and whole.legs.beyond_vendor <= 1
+    assert short.legs.conversion.nmse == pytest.approx(whole.legs.conversion.nmse, rel=1e-3)
