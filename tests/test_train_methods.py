@@ -14,6 +14,7 @@ from forge.adapter.status import validate
 from forge.errors import DataError
 from forge.recipe.training import Lora
 from forge.train.evaluate import evaluate
+from forge.train.live import LivePage
 from forge.train.lora import adapted_modules, with_lora
 from forge.train.run import train
 from forge.verify.loader import Weights
@@ -164,6 +165,29 @@ def test_held_out_rows_while_it_runs(base: Path, data: Path, tmp_path: Path) -> 
     assert facts["best_step"] == min(losses, key=lambda step: losses[step])
     measured = evaluate(**evaluation(base, out, data))
     assert measured["loss"]["after"] == pytest.approx(min(losses.values()), rel=1e-2)
+
+
+def test_the_report_is_there_while_it_trains(base: Path, data: Path, tmp_path: Path) -> None:
+    """I1: it loads itself again until training has ended, with loss, held-out loss and gradient norm."""
+    page = tmp_path / "runs" / "mine" / "report.html"
+    given = arguments(base, data, tmp_path / "out", max_steps=4, evaluation_steps=2, lora=R4)
+    given["settings"]["page"] = str(page)
+    seen: list[str] = []
+    write = LivePage.write
+
+    def watched(self: LivePage, *values: Any, **options: Any) -> None:
+        write(self, *values, **options)
+        seen.append(page.read_text(encoding="utf-8"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LivePage, "write", watched)
+        train(**given)
+    assert "step 0 of 4: training begins" in seen[0]
+    assert 'http-equiv="refresh"' in seen[0]
+    assert "step 4 of 4: training has ended; held-out perplexity" in seen[-1]
+    assert "refresh" not in seen[-1]
+    assert seen[-1].count("<polyline") == 4
+    assert [path.name for path in page.parent.iterdir()] == ["report.html"]
 
 
 def test_patience_ends_a_run(base: Path, data: Path, tmp_path: Path) -> None:

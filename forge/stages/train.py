@@ -16,7 +16,7 @@ from forge.pipeline.stage import Result
 from forge.recipe.schema import Train
 from forge.resolve.rehearsal import rehearse
 from forge.resolve.stage import ShipStage, installed
-from forge.runs.files import ADAPTER
+from forge.runs.files import ADAPTER, REPORT
 from forge.runs.publish import place
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
@@ -146,6 +146,7 @@ class TrainStage(AdapterStage):
             "continue_from": str(self.ship.continued) if self.ship.continued else None,
             "pad_token": self.ship.pad_token,
             "tokenizer": str(self.ship.tokenizer.directory),
+            "page": str(self.ship.run_directory / REPORT),
             "trackers": str(self.ship.run_directory / "trackers"),
         }
         arguments = {

@@ -21,6 +21,7 @@ from forge.errors import DataError, InterruptedByUserError, StageError
 from forge.train.arguments import arguments, warmup_steps
 from forge.train.checkpoints import last_checkpoint
 from forge.train.hardware import Hardware, choose_hardware
+from forge.train.live import LivePage
 from forge.train.lora import (
     adapted_modules,
     continued,
@@ -154,11 +155,13 @@ def _trainer(
     if settings["evaluation_steps"] and not heldout:
         raise DataError("train.evaluation_steps: there are no held-out rows", hint="set data.eval")
     work = out / "work"
+    page = Path(settings["page"]) if settings.get("page") else None
     watch = watcher(
         work / "training.jsonl",
         settings["checkpoint_minutes"] * 60,
         Best(work, settings["patience"]),
         vocabulary=model.config.get_text_config().vocab_size,
+        page=LivePage(page, page.parent.name) if page else None,
     )
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]

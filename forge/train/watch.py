@@ -19,6 +19,7 @@ import psutil
 from forge import report
 from forge.errors import StageError
 from forge.train.checkpoints import seal
+from forge.train.live import LivePage
 
 PROGRESS = "train"
 _TRY = (
@@ -89,7 +90,9 @@ def _trained(model: Any) -> list[tuple[str, Any]]:
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
-def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int) -> Any:
+def watcher(
+    log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int, page: LivePage | None = None
+) -> Any:
     """A `TrainerCallback`: log lines to `log`, a checkpoint every so often, at each best and on SIGTERM."""
     import transformers
 
@@ -109,6 +112,23 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _forget_later_steps(log, state.global_step)
             best.go_on_from(state.global_step)
+            self.lines = list(_lines(log))
+            self.began = time.monotonic(), state.global_step
+            self.show(state, "training begins")
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.show(state, "training has ended", is_last=True)
+
+        def show(self, state: Any, note: str, *, is_last: bool = False) -> None:
+            if page is not None:
+                how_far = f"step {state.global_step} of {state.max_steps}: {note}"
+                page.write(self.lines, best.evaluations, how_far, is_last=is_last)
+
+        def left(self, state: Any) -> str:
+            began, first = self.began
+            done = state.global_step - first
+            seconds = (time.monotonic() - began) / max(done, 1) * (state.max_steps - state.global_step)
+            return f", {seconds / 60:.0f} min left"
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.stopping or time.monotonic() - self.saved > checkpoint_seconds:
@@ -156,6 +176,8 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
                 stream.write(json.dumps(line) + "\n")
             note = f"loss {self.losses.smoothed:.4f}, rate {line['learning_rate'] or 0:.2g}"
             note += self.pace.note(logs.get("num_tokens"))
+            self.lines.append(line)
+            self.show(state, note + self.left(state))
             report.advance(PROGRESS, state.global_step, state.max_steps, note)
 
     made = Watcher()

@@ -1,0 +1,94 @@
+"""The report of a run while it trains: one page that loads itself again, drawn from the training log.
+
+The ship's own report takes its place at the end. Runs in a worker. Not covered: evaluations' answers.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
+_SECONDS_BETWEEN = 3.0
+_MOST_POINTS = 400
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">{refresh}<title>{name}: training</title>
+<style>body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; }}
+polyline {{ fill: none; stroke-width: 1.5; }} text {{ font: 11px sans-serif; fill: #57606a; }}</style></head>
+<body><h1>{name}</h1><p>{state}</p>
+{pictures}
+</body></html>
+"""
+_AGAIN = '<meta http-equiv="refresh" content="5">'
+
+Points = Sequence[tuple[float, float]]
+
+
+class LivePage:
+    """Writes the page at `path`, no more often than every few seconds."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name, self._written = path, name, 0.0
+
+    def write(
+        self,
+        lines: Sequence[Mapping[str, float]],
+        evaluations: Sequence[Mapping[str, float]],
+        state: str,
+        *,
+        is_last: bool = False,
+    ) -> None:
+        """`lines` are those of the training log, `state` says how far it is."""
+        now = time.monotonic()
+        if not is_last and self._written and now - self._written < _SECONDS_BETWEEN:
+            return
+        self._written = now
+        heldout = [(line["step"], line["loss"]) for line in evaluations]
+        if heldout:
+            state += f"; held-out perplexity {math.exp(min(heldout[-1][1], 50)):.4g}"
+        pictures = [
+            _picture("loss (blue) and held-out loss (brown)", _column(lines, "loss"), heldout),
+            _picture("gradient norm", _column(lines, "gradient_norm")),
+            _picture("learning rate", _column(lines, "learning_rate")),
+        ]
+        page = _PAGE.format(
+            refresh="" if is_last else _AGAIN,
+            name=html.escape(self._name),
+            state=html.escape(f"{state}; written at {time.strftime('%H:%M:%S')}"),
+            pictures="\n".join(pictures),
+        )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        half = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        half.write_text(page, encoding="utf-8")
+        half.replace(self._path)
+
+
+def _column(lines: Sequence[Mapping[str, float]], name: str) -> Points:
+    """The values by step, thinned to what a picture shows; the last always."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    every = -(-len(points) // _MOST_POINTS) or 1
+    return points[:-1:every] + points[-1:]
+
+
+def _picture(title: str, *curves: Points) -> str:
+    """The curves on one pair of axes from zero; nothing for none."""
+    points = [point for curve in curves for point in curve]
+    if not points:
+        return ""
+    last, top = max(step for step, _ in points), max(value for _, value in points) or 1.0
+    floor = _HEIGHT - _MARGIN
+    drawn = []
+    for colour, curve in zip(("#0969da", "#bf8700"), curves, strict=False):
+        places = " ".join(
+            f"{_MARGIN + step / last * (_WIDTH - 2 * _MARGIN):.1f},"
+            f"{floor - value / top * (floor - _MARGIN / 2):.1f}"
+            for step, value in curve
+        )
+        drawn.append(f'<polyline points="{places}" stroke="{colour}"/>')
+    drawn.append(f'<text x="4" y="{_MARGIN / 2 + 4:.0f}">{top:.3g}</text>')
+    drawn.append(f'<text x="{_WIDTH - _MARGIN}" y="{floor + 16}">step {last:.0f}</text>')
+    return f'<h2>{html.escape(title)}</h2>\n<svg viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(drawn)}</svg>'
