@@ -42,6 +42,7 @@ TASKS: Mapping[str, str] = {
     "evaluate": "forge.train.evaluate:evaluate",
     "calibrate": "forge.verify.calibrate:calibrate",
     "export": "forge.export.run:export",
+    "merge": "forge.export.checkpoint:merge",
     "requantize": "forge.export.requantize:requantize",
     "verify": "forge.verify.measure:measure",
     "choose_base": "forge.verify.bases:choose_base",

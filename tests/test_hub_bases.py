@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
+from forge.model.gguf_header import read_gguf
+from forge.recipe.starters import directory_of_starters
+from tests.models import PEFT_WARNS, change_json
 from tests.shipping import Workshop
 from tests.vocabularies import write_tokenizer
 
 pytestmark = [
     pytest.mark.slow, pytest.mark.training, pytest.mark.programs, pytest.mark.network,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(900), PEFT_WARNS,
 ]  # fmt: skip
 HUB = json.loads((Path(__file__).parent / "cases" / "hub_configurations.json").read_text(encoding="utf-8"))
 _SMALL = {
@@ -48,37 +51,85 @@ def scaled(directory: Path, name: str, vocabulary: str, **changes: Any) -> Path:
     return directory
 
 
-def one_special_token(base: Path) -> None:
-    """GPT-2's tokenizer as it is on the hub: <|endoftext|> is BOS, EOS and all there is."""
+def without_chat(base: Path, *, special: dict[str, str]) -> None:
+    """The tokenizer as such bases have it on the hub: no chat template, no tokens for one, no PAD."""
     path = base / "tokenizer.json"
     stated = json.loads(path.read_text(encoding="utf-8"))
-    stated["added_tokens"] = [one for one in stated["added_tokens"] if one["content"] == "<|endoftext|>"]
+    texts = {*special.values()}
+    stated["added_tokens"] = [one for one in stated["added_tokens"] if one["content"] in texts]
     path.write_text(json.dumps(stated), encoding="utf-8")
-    end = "<|endoftext|>"
-    config = {"bos_token": end, "eos_token": end, "unk_token": end, "tokenizer_class": "GPT2Tokenizer"}
-    (base / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    cleared = {"added_tokens_decoder": None, "pad_token": None}
+    change_json(base / "tokenizer_config.json", **{**cleared, **special})
     (base / "chat_template.jinja").unlink()
 
 
-CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "phi-3": ("microsoft--Phi-3-mini-4k-instruct", "phi-3", {}),
-    "gpt2": ("openai-community--gpt2", "gpt-2", {}),
-    "falcon": ("tiiuae--falcon-7b--reduced", "gpt-2", {
+_END = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+_PIECES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# Starter recipe -> the hub's configuration, vocabulary, its special tokens, changes.
+STARTERS: dict[str, tuple[str, str, dict[str, str], dict[str, Any]]] = {
+    "gpt2": ("openai-community--gpt2", "gpt-2", _END, {}),
+    "llama-2": ("meta-llama--Llama-2-7b-hf", "llama-spm", _PIECES, {}),
+    "mistral": ("mistralai--Mistral-7B-v0.1", "llama-spm", _PIECES, {}),
+    "falcon": ("tiiuae--falcon-7b--reduced", "gpt-2", _END, {
         "vocab_size": 50264, "bos_token_id": 50256, "eos_token_id": 50256,
+    }),
+    "opt": ("facebook--opt-350m", "gpt-2", {**_END, "pad_token": "<|pad|>"}, {
+        "ffn_dim": 512, "word_embed_proj_dim": 128, "bos_token_id": 50256, "eos_token_id": 50256,
+        "pad_token_id": 50259,
     }),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_it_ships(workshop: Workshop, name: str) -> None:
-    """N5: Phi-3 is the README's own; the others have no chat template, which the recipe names."""
-    hub, vocabulary, changes = CASES[name]
+@pytest.mark.parametrize("kind", STARTERS)
+def test_the_starter_of_a_base_that_cannot_chat(workshop: Workshop, kind: str) -> None:
+    """J5, N4: each learns from its starter recipe; what llama.cpp does not run ends as a checkpoint."""
+    hub, vocabulary, special, changes = STARTERS[kind]
     base = scaled(workshop.directory / "base", hub, vocabulary, **changes)
-    if vocabulary == "gpt-2":
-        one_special_token(base)
-    named = {} if name == "phi-3" else {"chat_template": "alpaca"}
-    workshop.recipe(base={"id": "./base", **named}, train={"max_steps": 2}, export={"quant": "q8_0"})
+    without_chat(base, special=special)
+    (workshop.directory / "recipe.yaml").write_text(
+        (directory_of_starters() / f"{kind}.yaml").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    pad = ("-o", "base.tokens.pad=<|pad|>") if kind == "opt" else ()
+    settings = ("-o", "base.id=./base", *pad, "-o", "data.limit=24", "-o", "verify.learned=off")
+    planned = workshop.forge("plan", "recipe.yaml", *settings)
+    assert planned.code == 0, planned.said
+    answer = workshop.forge(
+        "ship", "recipe.yaml", *settings, "-o", "train.max_steps=2", "-o", "train.batch_size=4"
+    )
+    assert answer.code == 0, answer.said
+    if kind == "opt":
+        assert answer.fields["certificate"] is None and answer.fields["gguf"] is None
+        generates(Path(answer.fields["merged"]))
+        return
+    assert answer.fields["certificate"]["ok"]
+    if kind == "llama-2":
+        rows = read_gguf(Path(answer.fields["gguf"])).tensors["token_embd.weight"].shape[0]
+        assert rows == 32002
+        adapter = json.loads((Path(answer.fields["adapter"]) / "adapter_config.json").read_text())
+        assert adapter["modules_to_save"] == ["embed_tokens", "lm_head"]
+
+
+def generates(checkpoint: Path) -> None:
+    """transformers loads every tensor of it, and its chat template writes what training saw."""
+    import torch
+    import transformers
+
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, output_loading_info=True
+    )
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    ids = torch.tensor([asked["input_ids"]])
+    assert "### Instruction:" in tokenizer.decode(ids[0])
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_the_readme_s_phi_3_ships(workshop: Workshop) -> None:
+    """N5: with the hub's own config.json, `auto_map` and all, scaled down."""
+    scaled(workshop.directory / "base", "microsoft--Phi-3-mini-4k-instruct", "phi-3")
+    workshop.recipe(base={"id": "./base"}, train={"max_steps": 2}, export={"quant": "q8_0"})
     answer = workshop.forge("ship", "recipe.yaml")
     assert answer.code == 0, answer.said
     assert answer.fields["certificate"]["ok"]
-    assert ("own Python code is not run" in answer.said) == (name == "phi-3")
+    assert "own Python code is not run" in answer.said

@@ -18,16 +18,23 @@ _OWN_ROWS = 100
 
 
 def describe(
-    base: Path, tokenizer: Path, chat_template: str | None, out: Path, fitted: Fitted | None = None
+    base: Path,
+    tokenizer: Path,
+    chat_template: str | None,
+    out: Path,
+    fitted: Fitted | None = None,
+    *,
+    rows: int | None = None,
 ) -> None:
     """Write everything of a checkpoint but its weights into `out`.
 
     `tokenizer` is the directory whose tokenizer counts; `chat_template` the pinned text; `fitted` the adapter
-    on this base, whose embedding may be another.
+    on this base, whose embedding may be another; `rows` those of the embedding, where it has not its own.
     """
     described = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    if fitted and fitted.rows is not None:
-        described = with_vocabulary(described, fitted.rows)
+    rows = fitted.rows if fitted and fitted.rows is not None else rows
+    if rows is not None:
+        described = with_vocabulary(described, rows)
     if fitted and fitted.own_head:
         described = with_own_head(described)
     described.pop("auto_map", None)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from forge import report
 from forge.adapter.read import read_adapter
-from forge.adapter.vocabulary import Fitted, check_tokenizer, fit
+from forge.adapter.vocabulary import Fitted, check_tokenizer, fit, is_of_tokens
 from forge.errors import DataError, ForgeError, UnexportableError, UnmadeTypeError
 from forge.export.describe import describe
 from forge.export.merge import base_tensors, merged_tensors
@@ -44,6 +44,8 @@ class RehearsalRequest:
     """The model that is to be exported, called `name` inside.
 
     `quant` is None where a budget chooses it, `headers` the base's tensors where its weights are not here.
+    `rows` are those that training gives the embedding, None for the base's own; without `makes_gguf` only the
+    base is looked at.
     """
 
     model: Ingredients
@@ -51,6 +53,8 @@ class RehearsalRequest:
     quant: str | None
     headers: tuple[Header, ...] | None
     trust_remote_code: bool
+    makes_gguf: bool = True
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,9 @@ def rehearse(request: RehearsalRequest) -> Rehearsed:
     checkpoint = _checkpoint(model.base, request.headers)
     loading = load_without_values(model.base, checkpoint.tensors, trust_remote_code=request.trust_remote_code)
     refuse_incomplete(loading, str(model.base))
+    if not request.makes_gguf:
+        return Rehearsed(0, 0, 0)
+    checkpoint = _with_rows(checkpoint, request.rows)
     fitted = fit(read_adapter(model.adapter), checkpoint) if model.adapter else None
     if fitted:
         check_tokenizer(fitted, model.tokenizer)
@@ -97,13 +104,24 @@ def _checkpoint(directory: Path, headers: Sequence[Header] | None) -> Checkpoint
     return Checkpoint(directory, specs, ())
 
 
+def _with_rows(checkpoint: Checkpoint, rows: int | None) -> Checkpoint:
+    """The headers as training will leave them where it adds tokens."""
+    if rows is None:
+        return checkpoint
+    specs = {
+        name: replace(spec, shape=(rows, *spec.shape[1:])) if is_of_tokens(name) else spec
+        for name, spec in checkpoint.tensors.items()
+    }
+    return Checkpoint(checkpoint.directory, specs, ())
+
+
 def _laid_out(
     request: RehearsalRequest, scratch: Path, checkpoint: Checkpoint, fitted: Fitted | None
 ) -> Rehearsed:
     model = request.model
     description = scratch / "description"
     description.mkdir()
-    describe(model.base, model.tokenizer, model.chat_template, description, fitted)
+    describe(model.base, model.tokenizer, model.chat_template, description, fitted, rows=request.rows)
     tensors = merged_tensors(fitted) if fitted else base_tensors(checkpoint)
     quant = request.quant or "f16"
     with one_thread():

@@ -28,7 +28,10 @@ _ALTERNATIVE_BASES = (
     "a base such as Qwen/Qwen2.5-0.5B-Instruct, HuggingFaceTB/SmolLM2-360M-Instruct or "
     "microsoft/Phi-3-mini-4k-instruct"
 )
-_HINT = f"train and serve it with transformers or vLLM instead; or choose {_ALTERNATIVE_BASES}"
+_HINT = (
+    "train and serve it with transformers or vLLM instead (a recipe with `export: none` trains and merges "
+    f"what writes text); or choose {_ALTERNATIVE_BASES}"
+)
 
 _LABEL_ENDINGS = (
     "ForSequenceClassification",
@@ -102,8 +105,26 @@ def check_exportable(configuration: Configuration) -> None:
         raise DataError(f"{configuration.architecture}: {reason}", hint=_HINT)
 
 
+def check_writes_text(configuration: Configuration) -> None:
+    """Raise `DataError` for a base that is no chat model in any form; one without a GGUF form may be."""
+    reason = _reason_against_chat(configuration)
+    if reason:
+        raise DataError(f"{configuration.architecture}: {reason}", hint=f"choose {_ALTERNATIVE_BASES}")
+
+
 def reason_against(configuration: Configuration) -> str | None:
     """Why the architecture cannot be shipped as a GGUF chat model, or None if it can."""
+    name = configuration.architecture
+    if reason := _reason_against_chat(configuration):
+        return reason
+    if name.startswith("OPT"):
+        return "OPT has no GGUF form: llama.cpp does not implement it"
+    if name not in convertible():
+        return "the llama.cpp that this version uses has no GGUF form for it"
+    return None
+
+
+def _reason_against_chat(configuration: Configuration) -> str | None:
     name = configuration.architecture
     module = convertible().get(name)
     if module == "bert" or name.endswith("ForMaskedLM"):
@@ -112,10 +133,6 @@ def reason_against(configuration: Configuration) -> str | None:
         return "its head classifies or labels text, it does not write any"
     if module == "t5" or configuration.encoder_decoder:
         return "an encoder-decoder (seq2seq) model; the chat path here is for decoder-only models"
-    if name.startswith("OPT"):
-        return "OPT has no GGUF form: llama.cpp does not implement it"
-    if module is None:
-        return "the llama.cpp that this version uses has no GGUF form for it"
     if module in _AUDIO_MODULES or name == "Lfm25AudioTokenizer":
         return "an audio model, not a chat model"
     if module in _DIFFUSION or name == "RND1":

@@ -109,6 +109,14 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
             "deploy.gpu_layers",
             "a recipe's container is the CPU's; leave it out, and serve with forge serve --image afterwards",
         )
+    yield from _without_gguf(recipe)
+    if recipe.base.tokens.add:
+        if not isinstance(train, Train):
+            yield "base.tokens.add", "only training can teach what they mean; train, or leave them out"
+        elif train.continue_from:
+            yield "base.tokens.add", "an adapter that is trained further keeps its own tokens; leave them out"
+        if recipe.export.mode == "adapter":
+            yield "base.tokens.add", "their rows have no place in a GGUF adapter; use export.mode: merged"
     if recipe.export.mode == "adapter":
         if train is None:
             yield "export.mode", "train is none, so there is no adapter to export; use merged"
@@ -148,6 +156,18 @@ def _not_built(train: Train) -> Iterator[Finding]:
 
 
 _NEAR_NF4 = ("nf4", "measured")
+
+
+def _without_gguf(recipe: Recipe) -> Iterator[Finding]:
+    """What needs a GGUF, where the recipe makes none."""
+    if recipe.export.makes_gguf:
+        return
+    if recipe.export.is_calibrated:
+        yield "export.mode", "none makes no GGUF, so there is no type to choose or to round"
+    if recipe.train is None:
+        yield "export.mode", "none makes no GGUF, and train is none: nothing would be left of the ship"
+    if recipe.verify.max_kl is not None or recipe.verify.min_top1 is not None:
+        yield "verify", "has limits for a GGUF, and export is none"
 
 
 def _calibration(recipe: Recipe) -> Iterator[Finding]:
@@ -194,5 +214,6 @@ def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:
             "base.trust_remote_code",
             "runs the base's own Python code where transformers lacks its family",
         )
-    if recipe.smoke and recipe.deploy.runtime == "none":
-        yield "smoke", "is not asked: deploy.runtime is none"
+    if recipe.smoke and (recipe.deploy.runtime == "none" or not recipe.export.makes_gguf):
+        why = "deploy.runtime is none" if recipe.export.makes_gguf else "export is none"
+        yield "smoke", f"is not asked: {why}"

@@ -34,6 +34,13 @@ from forge.recipe.words import (
 )
 
 
+class Tokens(Section):
+    """Tokens that the base's tokenizer lacks; their rows are trained with the adapter."""
+
+    add: Names = Field((), description="tokens of their own, such as `<|im_start|>`")
+    pad: Text | None = Field(None, description="token to pad with, one of the tokenizer's or of `add`")
+
+
 class Base(Section):
     """The model to start from; `base: SPEC` is short for `base: {id: SPEC}`."""
 
@@ -48,6 +55,7 @@ class Base(Section):
         description="template in place of the base's: a shipped one by name (`alpaca`, `chatml`), a file, "
         "one that the tokenizer names, or the Jinja text itself",
     )
+    tokens: Tokens = Field(Tokens(), description="tokens to add, and what to pad with")
 
     @model_validator(mode="before")
     @classmethod
@@ -175,11 +183,12 @@ class Budget(Section):
 
 
 class Export(Section):
-    """The GGUF file."""
+    """The GGUF file; `export: none` ends with the merged checkpoint, of a base that has no GGUF form."""
 
-    mode: Literal["merged", "adapter", "auto"] = Field(
+    mode: Literal["merged", "adapter", "auto", "none"] = Field(
         "merged",
-        description="one model; a quantized base with the adapter beside it; or the second where possible",
+        description="one model; a quantized base with the adapter beside it; the second where possible; or "
+        "the merged checkpoint without a GGUF, for transformers and vLLM",
     )
     quant: Annotated[
         Annotated[Quant, Tag("type")] | Annotated[Budget, Tag("budget")],
@@ -193,6 +202,15 @@ class Export(Section):
         "are held out, else original",
     )
     keep_merged: bool = Field(False, description="keep the merged checkpoint (for vLLM, for other tools)")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_word(cls, value: Any) -> Any:
+        return {"mode": "none"} if value == "none" else value
+
+    @property
+    def makes_gguf(self) -> bool:
+        return self.mode != "none"
 
     @property
     def max_kl(self) -> float | None:

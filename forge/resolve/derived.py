@@ -39,6 +39,8 @@ def merge_base(ship: Resolved) -> str:
     recipe = ship.recipe
     if recipe.export.merge_base != "auto":
         return recipe.export.merge_base
+    if not recipe.export.makes_gguf:
+        return "original"
     trained_in_4bit = isinstance(recipe.train, Train) and recipe.train.method == "qlora"
     can_measure = recipe.data is not None and recipe.data.eval and not recipe.export.is_calibrated
     return "measured" if trained_in_4bit and can_measure else "original"

@@ -15,7 +15,7 @@ from forge.adapter.vocabulary import check_tokenizer
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
 from forge.export.adapter_only import refuse_impure, why_merged
-from forge.model.architectures import check_exportable, check_trainable
+from forge.model.architectures import check_exportable, check_trainable, check_writes_text
 from forge.model.checkpoint import refuse_packed
 from forge.model.config import check_unquantized, read_json
 from forge.model.estimate import linear_tensors
@@ -36,7 +36,10 @@ def check(ship: Resolved) -> None:
     """Raise `DataError` for a base that cannot become what the recipe asks for."""
     directory = ship.base_directory
     check_unquantized(ship.configuration, str(directory))
-    check_exportable(ship.configuration)
+    if ship.recipe.export.makes_gguf:
+        check_exportable(ship.configuration)
+    else:
+        check_writes_text(ship.configuration)
     check_trainable(ship.configuration, trust_remote_code=ship.recipe.base.trust_remote_code)
     if not ship.tensors:
         raise DataError(f"{directory} holds no tensors")
@@ -44,6 +47,7 @@ def check(ship: Resolved) -> None:
     _check_targets(ship)
     _check_linear(ship)
     _check_generation(ship)
+    _check_tokens(ship)
     if ship.fitted:
         place(ship.fitted)
         _warn_of_other_base(ship, ship.fitted.adapter)
@@ -98,6 +102,25 @@ def _refuse_experts(ship: Resolved, inner: Sequence[str]) -> None:
             problems=[
                 _located(ship.loaded, field, f"{target} takes in experts or the router") for target in inner
             ],
+        )
+
+
+def _check_tokens(ship: Resolved) -> None:
+    """Tokens are added where their rows can be trained, and a PAD is one of the tokenizer's."""
+    if not ship.recipe.base.tokens.add or ship.training is None or ship.training.method == "full":
+        return
+    modules = ship.token_modules
+    if not modules:
+        raise DataError(
+            f"base.tokens.add: {ship.base.spec} has no embedding that forge knows",
+            hint="take a chat template of tokens that the base has, such as alpaca",
+        )
+    if len(modules) == 1 and modules[0] != "embed_tokens":
+        raise RecipeError(
+            f"base.tokens.add: {ship.base.spec} ties its output layer to the embedding {modules[0]}, and "
+            "peft would train the two apart",
+            hint="take a chat template of tokens that the base has, such as base.chat_template: alpaca",
+            problems=[_located(ship.loaded, "base.tokens.add", "cannot be trained on this base")],
         )
 
 

@@ -18,7 +18,7 @@ from forge.store.digest import Json, digest, file_digest
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
 
 _NAME = "rehearse"
-_VERSION = 1
+_VERSION = 2
 
 
 def rehearse(ship: Resolved, *, log: Path | None = None) -> Rehearsed:
@@ -55,6 +55,8 @@ def _request(ship: Resolved) -> dict[str, Json]:
         "chat template": ship.template_digest,
         "adapter": ship.adapter_digest if ship.fitted else None,
         "quant": _quant(ship),
+        "gguf": ship.recipe.export.makes_gguf,
+        "rows": ship.rows_to_add_to,
         "code of its own": ship.runs_own_code,
         "llama.cpp": LLAMA_CPP_COMMIT,
         "packages": {name: installed(name) for name in ("transformers", "llama-cpp-python")},
@@ -62,7 +64,7 @@ def _request(ship: Resolved) -> dict[str, Json]:
 
 
 def _question(ship: Resolved) -> RehearsalRequest:
-    headers = None
+    headers, makes_gguf = None, ship.recipe.export.makes_gguf
     if ship.headers is not None:
         headers = tuple(Header(name, spec.dtype, tuple(spec.shape)) for name, spec in ship.headers.items())
     model = Ingredients(
@@ -70,7 +72,9 @@ def _question(ship: Resolved) -> RehearsalRequest:
         ship.adopted.directory if ship.adopted else None,
         ship.tokenizer.directory,
         ship.template.pinned_source(),
-        find_converters(ship.store.root),
+        find_converters(ship.store.root) if makes_gguf else ship.store.root,
         ship.prompt_format.end_of_turn_id,
     )
-    return RehearsalRequest(model, ship.recipe.name, _quant(ship), headers, ship.runs_own_code)
+    return RehearsalRequest(
+        model, ship.recipe.name, _quant(ship), headers, ship.runs_own_code, makes_gguf, ship.rows_to_add_to
+    )

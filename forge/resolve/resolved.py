@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from forge import report
 from forge.adapter.read import read_adapter
-from forge.adapter.vocabulary import Fitted, fit
+from forge.adapter.vocabulary import Fitted, fit, is_of_tokens
 from forge.chat.stops import StopContract
 from forge.chat.template import DAY_VARIABLE, ChatTemplate
 from forge.errors import DataError
@@ -33,7 +33,7 @@ from forge.recipe.load import Loaded
 from forge.recipe.schema import Recipe, Train
 from forge.resolve import digests
 from forge.resolve.experts import WHY, holds_experts
-from forge.resolve.taught import template_text, trained_tokenizer, with_template
+from forge.resolve.taught import template_text, trained_tokenizer, with_template, with_tokens
 from forge.runs.manifest import Pins
 from forge.store.artifacts import Store
 from forge.store.digest import file_digest
@@ -88,7 +88,25 @@ class Resolved:
             report.info(f"train.lora.targets: auto means attention beside experts: {WHY}")
             lora = train.lora.model_copy(update={"targets": "attention"})
             train = train.model_copy(update={"lora": lora})
+        if train.method != "full" and self.recipe.base.tokens.add:
+            modules = tuple(dict.fromkeys([*train.lora.modules_to_save, *self.token_modules]))
+            lora = train.lora.model_copy(update={"modules_to_save": modules})
+            train = train.model_copy(update={"lora": lora})
         return train
+
+    @cached_property
+    def token_modules(self) -> tuple[str, ...]:
+        """What has a row for each token: the embedding, and the output layer where it has one of its own."""
+        names = [name for name in self.tensors if is_of_tokens(name) and name.endswith(".weight")]
+        return tuple(dict.fromkeys(name.split(".")[-2] for name in names))
+
+    @cached_property
+    def rows_to_add_to(self) -> int | None:
+        """The rows that training gives the embedding, where the added tokens need more than it has."""
+        if not self.recipe.base.tokens.add or self.base.directory is None:
+            return None
+        there = max((spec.shape[0] for name, spec in self.tensors.items() if is_of_tokens(name)), default=0)
+        return self.tokenizer.vocabulary_size if self.tokenizer.vocabulary_size > there else None
 
     @property
     def holds_experts(self) -> bool:
@@ -153,7 +171,10 @@ class Resolved:
         own = trained_tokenizer(self.base_directory, adopted, max_positions=limit)
         if asked := self.recipe.base.chat_template:
             text = template_text(asked, self.loaded.directory, own.templates)
-            return read_tokenizer(with_template(own.directory, text), max_positions=limit)
+            own = read_tokenizer(with_template(own.directory, text), max_positions=limit)
+        tokens = self.recipe.base.tokens
+        if tokens.add or tokens.pad:
+            own = read_tokenizer(with_tokens(own.directory, tokens.add, tokens.pad), max_positions=limit)
         return own
 
     @cached_property

@@ -10,14 +10,15 @@ import atexit
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from forge import report
 from forge.adapter.tokenizer import copy_tokenizer
-from forge.errors import RecipeError
-from forge.model.tokenizer_files import TokenizerFiles, read_tokenizer, read_vocabulary
+from forge.errors import DataError, RecipeError
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer, read_vocabulary
 
 
 def trained_tokenizer(
@@ -77,13 +78,68 @@ def template_text(asked: str, relative_to: Path, own: Mapping[str, str]) -> str:
 
 def with_template(source: Path, template: str) -> Path:
     """A directory with the tokenizer's files of `source` and `template`, removed when this process ends."""
+    directory = _copy(source)
+    (directory / "chat_template.json").unlink(missing_ok=True)
+    fields = _fields(directory / "tokenizer_config.json")
+    fields.pop("chat_template", None)
+    _write(directory / "tokenizer_config.json", fields)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return directory
+
+
+def with_tokens(source: Path, added: Sequence[str], pad: str | None) -> Path:
+    """A directory with the tokenizer's files of `source`, the tokens `added` and another PAD.
+
+    Removed when this process ends. Raises `RecipeError` for tokens that the tokenizer has, or a PAD that it
+    lacks.
+    """
+    tokenizer, known = open_tokenizer(source), read_vocabulary(source)
+    if there := [token for token in added if token in known]:
+        raise RecipeError(
+            f"base.tokens.add: the tokenizer has {', '.join(there)} already", hint="leave out what is there"
+        )
+    if pad is not None and pad not in known and pad not in added:
+        raise RecipeError(
+            f"base.tokens.pad: the tokenizer has no {pad}",
+            hint=f"any token will do, padding carries no loss; or add it: base.tokens.add: [{pad!r}]",
+        )
+    tokenizer.add_special_tokens(list(added))
+    ids = {token: tokenizer.token_to_id(token) for token in added}
+    directory = _copy(source)
+    stated = _fields(directory / "tokenizer.json")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entries = [{"id": number, "content": token, **flags} for token, number in ids.items()]
+    together = [*(stated.get("added_tokens") or []), *entries]
+    _write(directory / "tokenizer.json", {**stated, "added_tokens": together})
+    configuration = _fields(directory / "tokenizer_config.json")
+    if entries and isinstance(decoder := configuration.get("added_tokens_decoder"), dict):
+        new = {str(number): {"content": token, **flags} for token, number in ids.items()}
+        configuration["added_tokens_decoder"] = {**decoder, **new}
+    if pad is not None:
+        configuration["pad_token"] = pad
+        if (older := _fields(directory / "special_tokens_map.json")).get("pad_token") is not None:
+            _write(directory / "special_tokens_map.json", {**older, "pad_token": pad})
+    _write(directory / "tokenizer_config.json", configuration)
+    again = open_tokenizer(directory)
+    if wrong := [token for token, number in ids.items() if again.token_to_id(token) != number]:
+        raise DataError(
+            f"base.tokens.add: {', '.join(wrong)} would get another id when the tokenizer is read again",
+            hint="its vocabulary has gaps; take a chat template of tokens that the base has, such as alpaca",
+        )
+    return directory
+
+
+def _copy(source: Path) -> Path:
     directory = Path(tempfile.mkdtemp(prefix="forge-tokenizer-"))
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     copy_tokenizer(source, directory)
-    (directory / "chat_template.json").unlink(missing_ok=True)
-    path = directory / "tokenizer_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    fields.pop("chat_template", None)
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
-    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     return directory
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def _write(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")

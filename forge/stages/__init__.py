@@ -21,6 +21,7 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
     from forge.stages.deploy import DeployAction
     from forge.stages.evaluate import EvaluateStage
     from forge.stages.export import ExportStage
+    from forge.stages.merge import MergeStage
     from forge.stages.modelfile import ModelfileStage
     from forge.stages.smoke import SmokeAction
     from forge.stages.train import TrainStage
@@ -30,7 +31,8 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
     recipe = ship.recipe
     has_data = recipe.data is not None
     is_adapted = recipe.train is not None
-    is_deployed = recipe.deploy.runtime != "none"
+    makes_gguf = recipe.export.makes_gguf
+    is_deployed = recipe.deploy.runtime != "none" and makes_gguf
     steps: tuple[Step | None, ...] = (
         DataStage(ship) if has_data else None,
         TrainStage(ship) if isinstance(recipe.train, Train) else None,
@@ -38,9 +40,9 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
         ValidateStage(ship) if is_adapted else None,
         EvaluateStage(ship) if is_adapted and has_data and ship.heldout else None,
         CalibrateStage(ship) if recipe.export.is_calibrated else None,
-        ExportStage(ship),
-        ModelfileStage(ship),
-        VerifyStage(ship),
+        ExportStage(ship) if makes_gguf else MergeStage(ship),
+        ModelfileStage(ship) if makes_gguf else None,
+        VerifyStage(ship) if makes_gguf else None,
         DeployAction(ship) if is_deployed else None,
         SmokeAction(ship) if is_deployed else None,
     )

@@ -82,6 +82,7 @@ class ExportStage(GgufStage):
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
+        assert export.mode != "none"  # that recipe has no such stage
         asked = measured.chosen if measured else merge_base(self.ship)
         chosen: MergeBase = "nf4" if asked == "nf4" else "original"
         request = ExportRequest(

@@ -133,7 +133,7 @@ class TrainStage(AdapterStage):
         return 4 * (factors + saved_whole(self.ship.tensors, lora.modules_to_save))
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        rehearse(self.ship, log=self.ship.log)  # what cannot be exported is not trained
+        rehearse(self.ship, log=self.ship.log)  # what is not whole, or cannot be exported, is not trained
         train = self._train
         if train.batch_size == "auto":
             longest = inputs[DATA_STAGE].facts["longest_tokens"]
@@ -145,6 +145,7 @@ class TrainStage(AdapterStage):
             "max_length": inputs[DATA_STAGE].facts["max_length"],
             "continue_from": str(self.ship.continued) if self.ship.continued else None,
             "pad_token": self.ship.pad_token,
+            "rows": self.ship.rows_to_add_to,
             "tokenizer": str(self.ship.tokenizer.directory),
             "page": str(self.ship.run_directory / REPORT),
             "trackers": str(self.ship.run_directory / "trackers"),

@@ -123,6 +123,21 @@ def _prepared(model: Any, checkpointing: bool) -> Any:
     )
 
 
+def add_rows(model: Any, rows: int) -> None:
+    """Give embedding and output layer `rows` rows; those that are new start as the mean of the others.
+
+    peft trains and saves both whole where they are in modules_to_save.
+    """
+    import torch
+
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight = layer.weight
+            weight[before:] = weight[:before].float().mean(dim=0).to(weight.dtype)
+
+
 def keep_initial(model: Any, directory: Path) -> None:
     """Save the factors as they are now, which is what is subtracted when the adapter is saved."""
     configuration = model.peft_config["default"]

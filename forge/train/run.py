@@ -24,6 +24,7 @@ from forge.train.hardware import Hardware, choose_hardware
 from forge.train.live import LivePage
 from forge.train.lora import (
     adapted_modules,
+    add_rows,
     continued,
     keep_initial,
     moves_base,
@@ -191,6 +192,8 @@ def _trainer(
 def _model(base: str, out: Path, settings: Mapping[str, Any], hardware: Hardware, checkpointing: bool) -> Any:
     loading = BaseSettings.of(settings)
     model = load_base(base, hardware, loading)
+    if settings.get("rows"):
+        add_rows(model, settings["rows"])
     if settings["method"] == "full":
         return whole_model(model)
     lora = settings["lora"]
