@@ -44,6 +44,7 @@ TASKS: Mapping[str, str] = {
     "export": "forge.export.run:export",
     "merge": "forge.export.checkpoint:merge",
     "requantize": "forge.export.requantize:requantize",
+    "repair": "forge.export.repair:repair",
     "verify": "forge.verify.measure:measure",
     "choose_base": "forge.verify.bases:choose_base",
     "count": "forge.verify.vocabulary:count",

@@ -139,7 +139,7 @@ def _gguf_name(module: str) -> str:
 
 
 def rewrite(source: Path, target: Path, tensors: Mapping[str, Any] | None = None, **metadata: Any) -> Path:
-    """Copy a GGUF with other tensors (None leaves one out) or metadata (`__` stands for a dot)."""
+    """Copy a GGUF with other tensors or metadata (`__` stands for a dot); None leaves one out."""
     import gguf
 
     reader = gguf.GGUFReader(str(source))
@@ -151,14 +151,16 @@ def rewrite(source: Path, target: Path, tensors: Mapping[str, Any] | None = None
             continue
         kind = field.types[0]
         inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(name, changed.pop(name, field.contents()), kind, inner)
+        value = changed.pop(name, field.contents())
+        if value is not None:
+            writer.add_key_value(name, value, kind, inner)
     for name, value in changed.items():
         kind = gguf.GGUFValueType.BOOL if isinstance(value, bool) else gguf.GGUFValueType.get_type(value)
         writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if name.endswith("_id") else kind)
     for tensor in reader.tensors:
         values = (tensors or {}).get(tensor.name, tensor.data)
         if values is not None:
-            raw = tensor.tensor_type if values is tensor.data else None
+            raw = tensor.tensor_type if values.dtype == tensor.data.dtype else None
             writer.add_tensor(tensor.name, values, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -60,7 +60,7 @@ def export(
     check_unquantized(configuration, str(directory))
     check_exportable(configuration)
     tokenizer = trained_tokenizer(directory, adapter)
-    template, end_of_turn = (tokenizer.chat_template, None) if plain else _pinned(tokenizer)
+    template, end_of_turn = (tokenizer.chat_template, None) if plain else pinned_template(tokenizer)
     with alone(out) as scratch:
         model = Ingredients(
             base=directory,
@@ -110,7 +110,7 @@ def _check_options(
         raise RecipeError("--data looks at one merged model", hint="leave --plain out, and use --mode merged")
 
 
-def _pinned(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
+def pinned_template(tokenizer: TokenizerFiles) -> tuple[str | None, int | None]:
     """The template as a ship would pin it, and the id that ends an answer."""
     if tokenizer.chat_template is None:
         return None, None

@@ -27,10 +27,10 @@ from forge.stages.verify import failure_of, tell
 from forge.store import durable
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
-from forge.verify.basis import certificate_text, evidence_of
+from forge.verify.basis import Evidence, certificate_text, evidence_of
 from forge.verify.measure import measure
 from forge.verify.measurement import Gates, VerifyRequest
-from forge.verify.verdict import judge
+from forge.verify.verdict import Certificate, judge
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,30 @@ def certify(
     `DataError` for one that cannot be compared with them at all.
     """
     _check_limits(max_kl, min_top1, minutes)
+    judged, evidence = judged_of(files, data=data, gates=Gates(max_kl, min_top1), minutes=minutes)
+    plain = judged.plain()
+    if certificate:
+        durable.write_text(certificate, certificate_text(plain, evidence))
+        report.info(f"the certificate is in {certificate}; it holds the rows that were compared")
+    if failure := failure_of(judged):
+        raise failure
+    report.result(plain)
+    return plain
+
+
+def judged_of(
+    files: Files,
+    *,
+    data: Path | None = None,
+    gates: Gates | None = None,
+    minutes: float | None = None,
+    called: Path | None = None,
+) -> tuple[Certificate, Evidence]:
+    """Measure, judge and show; `called` is the name that the certificate knows the file by.
+
+    Raises `DataError` for a file that cannot be compared.
+    """
+    gates = gates or Gates()
     base = directory_of(files.base)
     configuration = read_configuration(base)
     _check(files, base)
@@ -89,23 +113,17 @@ def certify(
             merge_base=files.merge_base,
             trained_in_4bit=files.trained_in_4bit,
             end_of_turn_id=end,
-            max_kl=max_kl,
-            min_top1=min_top1,
+            max_kl=gates.max_kl,
+            min_top1=gates.min_top1,
             minutes=minutes,
         )
         measured = worker.perform(measure, request)
-        basis = basis_of(request, _names(files, request), open_store(read_only=True).digests)
+        names = {**_names(files, request), "gguf": str((called or files.gguf).absolute())}
+        basis = basis_of(request, names, open_store(read_only=True).digests)
         evidence = evidence_of(rows, measured.sample)
-    judged = judge(measured.of(basis), Gates(max_kl, min_top1))
+    judged = judge(measured.of(basis), gates)
     tell(judged)
-    plain = judged.plain()
-    if certificate:
-        durable.write_text(certificate, certificate_text(plain, evidence))
-        report.info(f"the certificate is in {certificate}; it holds the rows that were compared")
-    if failure := failure_of(judged):
-        raise failure
-    report.result(plain)
-    return plain
+    return judged, evidence
 
 
 def _names(files: Files, request: VerifyRequest) -> dict[str, str]:
