@@ -181,6 +181,25 @@ def test_what_is_not_the_case_is_refused(said: str) -> None:
     assert "is not a field" in problem
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("rag", "retrieval (RAG) is out of scope"),
+        ("reward_funcs", "rewards (RLHF, PPO, GRPO) are out of scope"),
+        ("num_virtual_tokens", "prefix and prompt tuning are out of scope"),
+        ("feedforward_modules", "IA3 is out of scope"),
+        ("onnx", "ONNX is out of scope"),
+        ("runpod", "forge rents no machine"),
+        ("colab", "forge rents no machine"),
+        ("gguf_my_repo", "GGUF-my-repo is not needed"),
+    ],
+)
+def test_what_is_out_of_scope_says_so(key: str, words: str) -> None:
+    """Section 4 of the requirements."""
+    [problem] = refused(GOOD + f"{key}: true\n")
+    assert f"is not a field: {words}" in problem
+
+
 def test_a_variable_of_the_template_may_have_any_name() -> None:
     found, warnings = read(GOOD + "train: {template_variables: {lora_r: 1, tokenizer: x}}\n")
     assert found["train.template_variables"] == {"lora_r": 1, "tokenizer": "x"}

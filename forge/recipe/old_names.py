@@ -204,6 +204,33 @@ OLD_NAMES: Mapping[str, Old] = {
         *("gradient_checkpointing_kw_args", "gradient_checkpointing_kwarg", "formatting_func"),
         *("predict_with_generate", "dataloader_num_workers", "torch_compile"),
     ),
+    # Out of scope.
+    **_gone(
+        "rewards (RLHF, PPO, GRPO) are out of scope: forge learns answers from rows; train with trl, give "
+        "the adapter to forge with train.from",
+        *("rl", "reward_model", "reward_funcs", "reward_weights", "num_generations", "kl_coef", "vllm_mode"),
+    ),
+    **_gone(
+        "prefix and prompt tuning are out of scope: no GGUF holds what they learn; LoRA does what they do",
+        *("num_virtual_tokens", "prefix_projection", "prompt_tuning_init", "encoder_hidden_size"),
+    ),
+    **_gone(
+        "IA3 is out of scope: llama.cpp's adapters are LoRA only", "feedforward_modules", "init_ia3_weights"
+    ),
+    **_gone(
+        "retrieval (RAG) is out of scope: it is the affair of the program that asks the served model",
+        *("rag", "retriever", "embedding_model", "vector_store", "chunk_overlap"),
+    ),
+    **_gone(
+        "ONNX is out of scope: forge makes GGUF; convert the merged checkpoint (export.keep_merged) with "
+        "optimum",
+        *("onnx", "export_onnx"),
+    ),
+    **_gone(
+        "forge rents no machine: run the same recipe on RunPod, Colab or any other computer with a GPU",
+        *("runpod", "colab", "cloud", "gpu_type"),
+    ),
+    **_gone("GGUF-my-repo is not needed: export makes the GGUF here", "gguf_my_repo"),
     **_gone("several GPUs are the affair of `accelerate launch`", "deepspeed", "fsdp", "fsdp_config"),
     **_gone(
         "today's training libraries dropped it and nothing takes its place",
