@@ -173,14 +173,14 @@ def test_the_report_is_there_while_it_trains(base: Path, data: Path, tmp_path: P
     given = arguments(base, data, tmp_path / "out", max_steps=4, evaluation_steps=2, lora=R4)
     given["settings"]["page"] = str(page)
     seen: list[str] = []
-    write = LivePage.write
+    write = LivePage._write
 
     def watched(self: LivePage, *values: Any, **options: Any) -> None:
         write(self, *values, **options)
         seen.append(page.read_text(encoding="utf-8"))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LivePage, "write", watched)
+        patch.setattr(LivePage, "_write", watched)
         train(**given)
     assert "step 0 of 4: training begins" in seen[0]
     assert 'http-equiv="refresh"' in seen[0]

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
 _SECONDS_BETWEEN = 3.0
@@ -26,39 +27,54 @@ polyline {{ fill: none; stroke-width: 1.5; }} text {{ font: 11px sans-serif; fil
 _AGAIN = '<meta http-equiv="refresh" content="5">'
 
 Points = Sequence[tuple[float, float]]
+Line = Mapping[str, Any]
 
 
 class LivePage:
-    """Writes the page at `path`, no more often than every few seconds."""
+    """Writes the page at `path`, no more often than every few seconds; nothing where there is no path."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name, self._written = path, name, 0.0
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._written = path, 0.0
+        self._lines: list[Line] = []
+        self._began = (0.0, 0)
 
-    def write(
-        self,
-        lines: Sequence[Mapping[str, float]],
-        evaluations: Sequence[Mapping[str, float]],
-        state: str,
-        *,
-        is_last: bool = False,
-    ) -> None:
-        """`lines` are those of the training log, `state` says how far it is."""
-        now = time.monotonic()
-        if not is_last and self._written and now - self._written < _SECONDS_BETWEEN:
+    def begin(self, state: Any, lines: Sequence[Line], evaluations: Sequence[Line]) -> None:
+        """`lines` are those of the training log so far; `state` is the trainer's."""
+        self._lines = list(lines)
+        self._began = (time.monotonic(), state.global_step)
+        self._write(state, evaluations, "training begins")
+
+    def add(self, state: Any, line: Line, evaluations: Sequence[Line], note: str) -> None:
+        """A step more; `note` is what the console says of it."""
+        self._lines.append(line)
+        if time.monotonic() - self._written < _SECONDS_BETWEEN:
             return
-        self._written = now
+        began, first = self._began
+        step_seconds = (time.monotonic() - began) / max(state.global_step - first, 1)
+        minutes = step_seconds * (state.max_steps - state.global_step) / 60
+        self._write(state, evaluations, f"{note}, {minutes:.0f} min left")
+
+    def end(self, state: Any, evaluations: Sequence[Line]) -> None:
+        """The page stays as it is from here on."""
+        self._write(state, evaluations, "training has ended", again="")
+
+    def _write(self, state: Any, evaluations: Sequence[Line], note: str, *, again: str = _AGAIN) -> None:
+        if self._path is None:
+            return
+        self._written = time.monotonic()
+        text = f"step {state.global_step} of {state.max_steps}: {note}"
         heldout = [(line["step"], line["loss"]) for line in evaluations]
         if heldout:
-            state += f"; held-out perplexity {math.exp(min(heldout[-1][1], 50)):.4g}"
+            text += f"; held-out perplexity {math.exp(min(heldout[-1][1], 50)):.4g}"
         pictures = [
-            _picture("loss (blue) and held-out loss (brown)", _column(lines, "loss"), heldout),
-            _picture("gradient norm", _column(lines, "gradient_norm")),
-            _picture("learning rate", _column(lines, "learning_rate")),
+            _picture("loss (blue) and held-out loss (brown)", _column(self._lines, "loss"), heldout),
+            _picture("gradient norm", _column(self._lines, "gradient_norm")),
+            _picture("learning rate", _column(self._lines, "learning_rate")),
         ]
         page = _PAGE.format(
-            refresh="" if is_last else _AGAIN,
-            name=html.escape(self._name),
-            state=html.escape(f"{state}; written at {time.strftime('%H:%M:%S')}"),
+            refresh=again,
+            name=html.escape(self._path.parent.name),
+            state=html.escape(f"{text}; written at {time.strftime('%H:%M:%S')}"),
             pictures="\n".join(pictures),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +83,7 @@ class LivePage:
         half.replace(self._path)
 
 
-def _column(lines: Sequence[Mapping[str, float]], name: str) -> Points:
+def _column(lines: Sequence[Line], name: str) -> Points:
     """The values by step, thinned to what a picture shows; the last always."""
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     every = -(-len(points) // _MOST_POINTS) or 1

@@ -162,7 +162,7 @@ def _trainer(
         settings["checkpoint_minutes"] * 60,
         Best(work, settings["patience"]),
         vocabulary=model.config.get_text_config().vocab_size,
-        page=LivePage(page, page.parent.name) if page else None,
+        page=LivePage(page),
     )
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]

@@ -90,9 +90,7 @@ def _trained(model: Any) -> list[tuple[str, Any]]:
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
-def watcher(
-    log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int, page: LivePage | None = None
-) -> Any:
+def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int, page: LivePage) -> Any:
     """A `TrainerCallback`: log lines to `log`, a checkpoint every so often, at each best and on SIGTERM."""
     import transformers
 
@@ -112,23 +110,10 @@ def watcher(
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             _forget_later_steps(log, state.global_step)
             best.go_on_from(state.global_step)
-            self.lines = list(_lines(log))
-            self.began = time.monotonic(), state.global_step
-            self.show(state, "training begins")
+            page.begin(state, _lines(log), best.evaluations)
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.show(state, "training has ended", is_last=True)
-
-        def show(self, state: Any, note: str, *, is_last: bool = False) -> None:
-            if page is not None:
-                how_far = f"step {state.global_step} of {state.max_steps}: {note}"
-                page.write(self.lines, best.evaluations, how_far, is_last=is_last)
-
-        def left(self, state: Any) -> str:
-            began, first = self.began
-            done = state.global_step - first
-            seconds = (time.monotonic() - began) / max(done, 1) * (state.max_steps - state.global_step)
-            return f", {seconds / 60:.0f} min left"
+            page.end(state, best.evaluations)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.stopping or time.monotonic() - self.saved > checkpoint_seconds:
@@ -164,20 +149,12 @@ def watcher(
                 return
             refuse_not_finite(state.global_step, loss, logs.get("grad_norm"))
             self.losses.add(state.global_step, loss)
-            line = {
-                "step": state.global_step,
-                "epoch": round(state.epoch, 4),
-                "loss": loss,
-                "learning_rate": logs.get("learning_rate"),
-                "gradient_norm": logs.get("grad_norm"),
-                "time": round(time.time(), 3),
-            }
+            line = _line(state, loss, logs)
             with log.open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             note = f"loss {self.losses.smoothed:.4f}, rate {line['learning_rate'] or 0:.2g}"
             note += self.pace.note(logs.get("num_tokens"))
-            self.lines.append(line)
-            self.show(state, note + self.left(state))
+            page.add(state, line, best.evaluations, note)
             report.advance(PROGRESS, state.global_step, state.max_steps, note)
 
     made = Watcher()
@@ -187,6 +164,18 @@ def watcher(
 
     signal.signal(signal.SIGTERM, stop)
     return made
+
+
+def _line(state: Any, loss: float, logs: Mapping[str, Any]) -> dict[str, Any]:
+    """One of the training log."""
+    return {
+        "step": state.global_step,
+        "epoch": round(state.epoch, 4),
+        "loss": loss,
+        "learning_rate": logs.get("learning_rate"),
+        "gradient_norm": logs.get("grad_norm"),
+        "time": round(time.time(), 3),
+    }
 
 
 class Losses:
