@@ -10,7 +10,9 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -86,6 +88,45 @@ def is_server(pid: int) -> bool:
     with contextlib.suppress(psutil.Error):
         return "forge.serve.embedded_server" in psutil.Process(pid).cmdline()
     return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_killed_verify_goes_on_with_what_is_finished(workshop: Workshop) -> None:
+    """On machines that are taken away again it comes to an end; each kill left a whole F16 file."""
+    workshop.recipe()
+    workshop.ship("--until", "modelfile")
+
+    def finished(start: str = "") -> list[Path]:
+        found = (workshop.home / "artifacts" / "verify").glob(f"*.partial/work/kept/{start}*")
+        return [path for path in found if not path.name.endswith(".partial")]
+
+    def goes_on() -> bool:
+        [verify] = [one for one in planned(workshop) if one["name"] == "verify"]
+        return "goes on from where it was stopped" in verify["reasons"]
+
+    met: dict[str, int] = {}
+    for wanted in ("f16", "reference"):
+        with workshop.start("ship", "recipe.yaml", "--until", "verify") as child:
+            in_stage(workshop, "verify", child)
+            wait_for(wanted, partial(finished, wanted), child)
+            pids = family(child)
+            os.kill(child.pid, signal.SIGKILL)
+            wait_until_gone(pids)
+        times = {path.name: path.stat().st_mtime_ns for path in finished()}
+        assert {name: times[name] for name in met} == met, "something finished was made again"
+        met = times
+        assert goes_on()
+        [work] = {path.parent.parent for path in finished()}
+        assert {path.name for path in work.iterdir()} <= {"kept", "rows.jsonl"}
+    assert workshop.ship("--until", "verify").cached["export"]
+    assert not list((workshop.home / "artifacts" / "verify").glob("*.partial"))
+
+
+def planned(workshop: Workshop) -> list[dict[str, Any]]:
+    """What `forge plan` says of each stage."""
+    stages: list[dict[str, Any]] = workshop.forge("plan", "recipe.yaml").fields["stages"]
+    return stages
 
 
 def steps_done(workshop: Workshop) -> int:

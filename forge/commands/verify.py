@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from forge.stages.verify import failure_of, tell
 from forge.store import durable
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
+from forge.tools.scratch import scratch
 from forge.verify.basis import Evidence, certificate_text, evidence_of
 from forge.verify.measure import measure
 from forge.verify.measurement import Gates, VerifyRequest
@@ -95,9 +95,9 @@ def judged_of(
     configuration = read_configuration(base)
     _check(files, base)
     tokenizer = trained_tokenizer(base, files.adapter, max_positions=configuration.max_positions)
-    with tempfile.TemporaryDirectory(prefix="forge-verify-") as scratch:
-        _check_space(open_checkpoint(base).numel, files.gguf, Path(scratch))
-        rows, end = _rows(tokenizer, data, configuration.max_positions, Path(scratch))
+    with scratch("verify") as place:
+        _check_space(open_checkpoint(base).numel, files.gguf, place)
+        rows, end = _rows(tokenizer, data, configuration.max_positions, place)
         request = VerifyRequest(
             base=base.absolute(),
             gguf=files.gguf.absolute(),
@@ -109,7 +109,7 @@ def judged_of(
             chat_template=tokenizer.chat_template,
             rows=rows,
             converters=find_converters(open_store(read_only=True).root),
-            scratch=Path(scratch),
+            scratch=place,
             merge_base=files.merge_base,
             trained_in_4bit=files.trained_in_4bit,
             end_of_turn_id=end,

@@ -9,7 +9,6 @@ Not covered: values (an overflow, a row that cannot be rounded), and types that 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from forge.export.upstream import bytes_of
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.loading import Loading, load_without_values, refuse_incomplete, refuse_surplus
 from forge.model.safetensors_header import TensorSpec
+from forge.tools.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def rehearse(request: RehearsalRequest) -> Rehearsed:
     fitted = fit(read_adapter(model.adapter), checkpoint) if model.adapter else None
     if fitted:
         check_tokenizer(fitted, model.tokenizer)
-    with tempfile.TemporaryDirectory(prefix="forge-header-") as scratch:
+    with scratch("header") as place:
         try:
-            rehearsed = _laid_out(request, Path(scratch), checkpoint, fitted)
+            rehearsed = _laid_out(request, place, checkpoint, fitted)
         except UnmadeTypeError:
             raise
         except UnexportableError as failure:
@@ -116,18 +116,18 @@ def _with_rows(checkpoint: Checkpoint, rows: int | None) -> Checkpoint:
 
 
 def _laid_out(
-    request: RehearsalRequest, scratch: Path, checkpoint: Checkpoint, fitted: Fitted | None
+    request: RehearsalRequest, place: Path, checkpoint: Checkpoint, fitted: Fitted | None
 ) -> Rehearsed:
     model = request.model
-    description = scratch / "description"
+    description = place / "description"
     description.mkdir()
     describe(model.base, model.tokenizer, model.chat_template, description, fitted, rows=request.rows)
     tensors = merged_tensors(fitted) if fitted else base_tensors(checkpoint)
     quant = request.quant or "f16"
     with one_thread():
-        export = ExportRequest(replace(model, adapter=None), scratch, name=request.name, quant=quant)
-        converted, compared = lay_out(description, scratch, tensors, export, fitted)
-    types = decide(converted, scratch / "header.gguf", quant, {})
+        export = ExportRequest(replace(model, adapter=None), place, name=request.name, quant=quant)
+        converted, compared = lay_out(description, place, tensors, export, fitted)
+    types = decide(converted, place / "header.gguf", quant, {})
     size = sum(bytes_of(kind, converted.tensors[name].shape) for name, kind in types.items())
     return Rehearsed(size, len(types), compared.texts)
 

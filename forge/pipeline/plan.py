@@ -80,7 +80,7 @@ def why(
     """The reasons for making a stage, never empty."""
     reasons = [forced] if forced else changes(request, previous)
     reasons += [f"waits for {name}" for name in waits]
-    if store.interrupted(stage.name, digest(request)):
+    if stage.goes_on(store.work(stage.name, digest(request))):
         reasons = [reason for reason in reasons if reason != FIRST_TIME]
         reasons.append("goes on from where it was stopped")
     return tuple(reasons) or ("no longer in the store",)

@@ -119,6 +119,10 @@ class Stage(Described, Protocol):
         """
         ...
 
+    def goes_on(self, work: Path) -> bool:
+        """Whether what a stopped run left in `out/work` spares the next one anything."""
+        return work.is_dir() and any(work.iterdir())
+
     def judge(self, artifact: Artifact) -> ForgeError | None:
         """What to raise, made now or found: limits are held against kept measurements on every run."""
         return None

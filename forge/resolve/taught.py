@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from forge import report
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import DataError, RecipeError
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer, read_vocabulary
+from forge.tools.scratch import make
 
 
 def trained_tokenizer(
@@ -130,7 +130,7 @@ def with_tokens(source: Path, added: Sequence[str], pad: str | None) -> Path:
 
 
 def _copy(source: Path) -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="forge-tokenizer-"))
+    directory = make("tokenizer")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     copy_tokenizer(source, directory)
     return directory

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
-
-import psutil
 
 from forge import process
 from forge.errors import Problem, StageError
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import ServerSettings
+from forge.tools.scratch import scratch
 
 # How many of the server's last lines an error shows.
 LAST_LINES = 8
-_PRIVATE = "forge-serve-"
+_PRIVATE = "serve"
 # A socket's path has 104 bytes on macOS, 108 on Linux.
 _LONGEST_PLACE = 60
 _REASONS = {-9: ", most likely for lack of memory", -4: ": an instruction that this processor lacks"}
@@ -107,16 +105,9 @@ def proved(server: ServerProcess, settings: ServerSettings, port: int) -> Endpoi
 
 @contextlib.contextmanager
 def private_socket() -> Iterator[str]:
-    """A path for a socket in a directory that only this user reaches; both are gone after the block.
-
-    What forges that were killed have left is taken away first.
-    """
+    """A path for a socket in a directory that only this user reaches; both are gone after the block."""
     place = Path(tempfile.gettempdir())
     if len(str(place)) > _LONGEST_PLACE:
         place = Path("/tmp")
-    for left in place.glob(f"{_PRIVATE}*"):
-        pid = left.name.removeprefix(_PRIVATE).partition("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{_PRIVATE}{os.getpid()}-", dir=place) as private:
-        yield str(Path(private) / "server.sock")
+    with scratch(_PRIVATE, place) as private:
+        yield str(private / "server.sock")

@@ -21,6 +21,7 @@ from forge.runs.publish import place
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
+from forge.train.checkpoints import MARKER
 from forge.train.lora import moves_base
 from forge.train.memory import choose_batch
 from forge.train.run import LOG_FILE
@@ -131,6 +132,9 @@ class TrainStage(AdapterStage):
         rank = max(lora.r, *lora.rank_pattern.values()) if lora.rank_pattern else lora.r
         factors = lora_parameters(matrices, rank, dora=lora.dora) * (2 if moves_base(lora.init) else 1)
         return 4 * (factors + saved_whole(self.ship.tensors, lora.modules_to_save))
+
+    def goes_on(self, work: Path) -> bool:
+        return any(work.glob(f"*/{MARKER}"))
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         rehearse(self.ship, log=self.ship.log)  # what is not whole, or cannot be exported, is not trained

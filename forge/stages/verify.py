@@ -29,6 +29,7 @@ from forge.store.digest import Json
 from forge.tools.llama_cpp import find_converters
 from forge.verify.basis import Evidence, certificate_text, evidence_of
 from forge.verify.calibrate import IMPORTANCE_FILE
+from forge.verify.kept import holds_any
 from forge.verify.measure import measure
 from forge.verify.measurement import Gates, Measurement, VerifyRequest
 from forge.verify.verdict import Certificate, judge
@@ -98,6 +99,7 @@ class VerifyStage(GgufStage):
             max_kl=self.ship.recipe.verify.max_kl,
             min_top1=self.ship.recipe.verify.min_top1,
             minutes=self.ship.recipe.verify.minutes,
+            goes_on=True,
         )
         measured = worker.perform(measure, request, log=self.ship.log)
         basis = basis_of(request, self._names(inputs), self.ship.store.digests)
@@ -124,6 +126,9 @@ class VerifyStage(GgufStage):
         evidence = from_plain(Evidence, json.loads((artifact.path / _EVIDENCE).read_text(encoding="utf-8")))
         text = certificate_text(certificate(self.ship, artifact.facts), evidence)
         durable.write_text(run / CERTIFICATE, text)
+
+    def goes_on(self, work: Path) -> bool:
+        return holds_any(work)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         verdict = _certificate(self.ship, artifact.facts)

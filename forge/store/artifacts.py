@@ -35,7 +35,6 @@ from forge.store.publication import (
     WORK,
     fill,
     finish_replacement,
-    holds_something,
     publish,
 )
 
@@ -112,9 +111,9 @@ class Store:
         """The published artifact; None when there is none or its directory is not whole."""
         return _read(self.path(stage, key), stage, key)
 
-    def interrupted(self, stage: str, key: str) -> bool:
-        """Whether a run that was stopped left something in `work/` from which `build` can go on."""
-        return holds_something(self.partial(stage, key) / WORK)
+    def work(self, stage: str, key: str) -> Path:
+        """Where a build that was stopped has left what the next one may go on from."""
+        return self.partial(stage, key) / WORK
 
     def directories(self) -> Iterator[tuple[str, str, Path]]:
         """Everything under `artifacts/`, whole or not: (stage, directory name, path), in order."""

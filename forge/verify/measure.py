@@ -6,26 +6,21 @@ conversion and quantization of the same weights come to. Nothing here decides wh
 
 from __future__ import annotations
 
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
-from forge.errors import ForgeError, Problem
 from forge.export import upstream
 from forge.model.checkpoint import open_checkpoint
-from forge.model.config import Configuration, read_configuration
-from forge.model.estimate import available, usable_cores
-from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
+from forge.model.estimate import available
+from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
-from forge.verify import reference, sample, served, weights, yardstick
+from forge.verify import reference, sample, served
 from forge.verify.asked import GREEDY_TOKENS, answer, expected_live, prompts_of
 from forge.verify.compare import (
     MOST_BEYOND_VENDOR,
@@ -38,81 +33,34 @@ from forge.verify.compare import (
 from forge.verify.decide import undecided
 from forge.verify.inputs import (
     file_facts,
-    most_frequent,
     read_rows,
     refuse_long,
     refuse_other_importance,
     refuse_other_model,
     refuse_other_vocabulary,
     refuse_too_large,
-    type_of_tensors,
 )
+from forge.verify.kept import Kept, kept_of
 from forge.verify.loader import Weights, changes_nothing
 from forge.verify.measurement import (
     Drawn,
     FileFacts,
-    FitsOfFiles,
+    Greedy,
     Leg,
     Legs,
     Lost,
     Measurement,
-    Unlike,
     VerifyRequest,
     Vocabulary,
 )
-from forge.verify.rounding import most_lost, rounding_of, rounding_of_checkpoint
-from forge.verify.tuned import open_model
+from forge.verify.rounding import Rounding, most_lost, rounding_of, rounding_of_checkpoint
+from forge.verify.session import Session, Yardsticks
 from forge.verify.vocabulary import added_tokens, check_vocabulary
 
-DIRECT = ("f16", "bf16", "f32")
-"""Types that only convert: everything else is judged by llama.cpp's own file of that type."""
 _ADDED = 100
 _LOOKS = (768, sample.TOKENS)
 """Tokens of the rows that are compared, until every gate is decided."""
 _NEXT_LOOK = sample.TOKENS / 768
-
-
-@dataclass
-class _Session:
-    """What the steps share; `done` are the steps that were taken, `seconds` what they took."""
-
-    request: VerifyRequest
-    done: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @cached_property
-    def source(self) -> Weights:
-        """Base and adapter, as the reference reads them; `DataError` for settings that are refused."""
-        request = self.request
-        if request.adapter:
-            read_adapter(request.adapter)
-        nf4 = request.merge_base == "nf4"
-        return Weights(request.base, request.adapter, nf4=nf4, trust_remote_code=request.trust_remote_code)
-
-    @cached_property
-    def facts(self) -> Configuration:
-        """Those of the tuned model: the base's, but for an embedding that was resized."""
-        facts = read_configuration(self.source.base)
-        rows = open_model(self.source).vocabulary_size if self.source.adapter else None
-        return replace(facts, vocabulary_size=rows or facts.vocabulary_size)
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time a step; an error in it says how far it got."""
-        started = time.monotonic()
-        try:
-            yield
-        except ForgeError as failure:
-            before = ", ".join(self.done) or "nothing"
-            failure.problems = (
-                *failure.problems,
-                Problem(f"it failed at: {name}; compared before: {before}"),
-            )
-            raise
-        self.done.append(name)
-        took = round(time.monotonic() - started, 1)
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + took, 1)
-        report.detail(f"{name}: {took} s")
 
 
 def measure(request: VerifyRequest) -> Measurement:
@@ -121,7 +69,7 @@ def measure(request: VerifyRequest) -> Measurement:
     Raises `DataError` for files that cannot be compared at all, with what was compared before.
     """
     upstream.load(request.converters)  # before anything imports another gguf
-    session = _Session(request)
+    session = Session(request)
     facts = session.facts
     with session.step("the file's header"):
         header = read_gguf(request.gguf)
@@ -149,17 +97,16 @@ def measure(request: VerifyRequest) -> Measurement:
         with served.loaded(request.gguf, context, request.lora, like_server=True) as model:
             live = expected_live(model, prompts, answered.precise)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=request.scratch, prefix="forge-verify-") as scratch:
-        yardsticks = _Yardsticks(session, Path(scratch))
+    with kept_of(request) as kept:
+        yardsticks = Yardsticks(session, kept)
         file = yardsticks.held(file)
         looks = 0
         for size in _LOOKS:
             drawn, looks = draw(size), looks + 1
             with session.step("the reference in float32"):
-                expected, greedy = reference.with_greedy(
-                    session.source, drawn, answered.made, "the reference"
-                )
+                expected, greedy = _expected(kept, session.source, drawn, answered.made)
             legs = _Comparison(session, drawn, context, expected, yardsticks).legs(file)
+            kept.forget(_named(drawn, "reference"))
             left = undecided(legs, facts.experts or 0, request.max_kl, request.min_top1)
             report.detail(
                 f"{len(drawn.positions)} positions compared, undecided: {', '.join(left) or 'nothing'}"
@@ -184,6 +131,25 @@ def measure(request: VerifyRequest) -> Measurement:
         weights=fits,
         seconds=session.seconds,
     )
+
+
+def _named(drawn: sample.Sample, name: str) -> str:
+    return f"{name.replace(' ', '-')}-{len(drawn.positions)}"
+
+
+def _expected(
+    kept: Kept, source: Weights, drawn: sample.Sample, made: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[Any, Greedy]:
+    """The reference's logits and what it says to the file's answers, from one pass."""
+    greedy: list[Greedy] = []
+
+    def logits() -> Any:
+        array, own = reference.with_greedy(source, drawn, made, "the reference")
+        greedy.append(kept.value(Greedy, _named(drawn, "greedy"), lambda: own))
+        return array
+
+    array = kept.array(_named(drawn, "reference"), logits)
+    return array, kept.value(Greedy, _named(drawn, "greedy"), greedy.pop)
 
 
 def _draw(
@@ -222,71 +188,6 @@ def _drawn(rows: Sequence[Any], drawn: sample.Sample, looks: int, left: tuple[st
     )
 
 
-@dataclass
-class _Yardsticks:
-    """llama.cpp's own files beside the one that is measured, each made once."""
-
-    session: _Session
-    scratch: Path
-    vendor: Path | None = None
-    is_own: bool = False
-    """Whether the file is llama.cpp's own `vendor` to the bit, in whatever computes: it is looked at once."""
-
-    @cached_property
-    def f16(self) -> Path:
-        """llama.cpp's own conversion, of what the file was made of."""
-        with self.session.step("llama.cpp's own conversion"):
-            request = self.session.request
-            if request.f16:
-                return request.f16
-            out = self.scratch / "f16"
-            out.mkdir()
-            return yardstick.make_f16(
-                out,
-                base=request.base,
-                adapter=None if request.lora else request.adapter,  # else it is loaded beside this too
-                tokenizer=request.tokenizer,
-                chat_template=request.chat_template,
-                converters=request.converters,
-                end_of_turn_id=request.end_of_turn_id,
-                merge_base=request.merge_base,
-            )
-
-    def held(self, file: FileFacts) -> FileFacts:
-        """The file with the type that it is held against; of a quantized one `vendor` is made."""
-        if file.type in DIRECT:
-            return file
-        request, f16 = self.session.request, self.f16
-        vendor = self.scratch / "vendor.gguf"
-        with self.session.step("llama.cpp's own quantization"):
-            yardstick.make_quantized(f16, vendor, file.type, usable_cores(), request.importance)
-            held = _doubted(file, read_gguf(request.gguf), read_gguf(vendor))
-            if held.type != file.type:
-                yardstick.make_quantized(f16, vendor, held.type, usable_cores(), request.importance)
-            self.is_own = yardstick.computes_the_same(request.gguf, vendor)
-        self.vendor = vendor
-        return held
-
-    def weights(self, file: FileFacts, is_sound: bool) -> FitsOfFiles:
-        """Of a conversion that failed llama.cpp's own names the stage, by its weights.
-
-        bf16 rounds eight times as much as f16 does: beside it is a file of its own type.
-        """
-        session, request = self.session, self.session.request
-        files = [request.gguf]
-        if self.vendor:
-            files += [self.f16, *([] if self.is_own else [self.vendor])]
-        elif not is_sound:
-            files.append(self.f16)
-            if file.type == "bf16":
-                bf16 = self.scratch / "vendor.gguf"
-                files.append(yardstick.make_quantized(self.f16, bf16, file.type, usable_cores()))
-        with session.step("weights"):
-            inside = replace(session.source, adapter=None) if request.lora else session.source
-            fits = weights.fit_weights(files, inside, session.facts)
-            return FitsOfFiles(*fits, *fits[:1]) if self.is_own else FitsOfFiles(*fits)
-
-
 @dataclass(frozen=True)
 class _Conversion:
     """An unquantized file from the reference with its weights rounded as the file has them."""
@@ -301,12 +202,12 @@ class _Conversion:
 class _Comparison:
     """Makes every set of logits once; each is compared and let go."""
 
-    session: _Session
+    session: Session
     drawn: sample.Sample
     context: int
     expected: Any
     """The reference's logits."""
-    yardsticks: _Yardsticks
+    yardsticks: Yardsticks
 
     def legs(self, file: FileFacts) -> Legs:
         """The file, the checkpoints behind it, and its yardsticks."""
@@ -355,26 +256,30 @@ class _Comparison:
         if rounding.is_exact:
             own = reference.with_table(session.source, rounding, self.drawn)
             return _Conversion(leg, None, None if own is None else self._compare(own))
-        source = replace(session.source, rounding=rounding, beside=session.request.lora is not None)
         with session.step("the reference, rounded"):
-            same = session.source.adapter is None and changes_nothing(
-                rounding, open_checkpoint(session.source.base)
-            )
-            lost: dict[str, float] = {}
-            held = (
-                self.expected
-                if same
-                else reference.logits(source, self.drawn, "the reference, rounded", lost)
-            )
-            source = replace(source, rounding=replace(rounding, inputs=True))
-            computed = reference.logits(source, self.drawn, "the reference, in 16 bits")
-            arithmetic = self._compare(computed, held)
-            converted = leg if same else self._compare(logits, held)
-            return _Conversion(converted, self._compare(held), arithmetic, most_lost(lost))
+            make = partial(self._rounded, rounding, logits, leg)
+            return self.yardsticks.kept.value(_Conversion, _named(self.drawn, "conversion"), make)
+
+    def _rounded(self, rounding: Rounding, logits: Any, leg: Leg) -> _Conversion:
+        session = self.session
+        source = replace(session.source, rounding=rounding, beside=session.request.lora is not None)
+        same = session.source.adapter is None and changes_nothing(
+            rounding, open_checkpoint(session.source.base)
+        )
+        lost: dict[str, float] = {}
+        held = self.expected if same else reference.logits(source, self.drawn, "the reference, rounded", lost)
+        source = replace(source, rounding=replace(rounding, inputs=True))
+        computed = reference.logits(source, self.drawn, "the reference, in 16 bits")
+        arithmetic = self._compare(computed, held)
+        converted = leg if same else self._compare(logits, held)
+        return _Conversion(converted, self._compare(held), arithmetic, most_lost(lost))
 
     def _checkpoint(self, name: str, source: Weights) -> Leg:
-        with self.session.step(name):
+        def leg() -> Leg:
             return self._compare(reference.logits(source, self.drawn, f"the reference, {name}"))
+
+        with self.session.step(name):
+            return self.yardsticks.kept.value(Leg, _named(self.drawn, name), leg)
 
     def _logits(self, name: str, path: Path) -> Any:
         with self.session.step(name), served.loaded(path, self.context, self.session.request.lora) as model:
@@ -382,14 +287,3 @@ class _Comparison:
 
     def _compare(self, logits: Any, against: Any = None) -> Leg:
         return compare(self.expected if against is None else against, logits, self.drawn)
-
-
-def _doubted(file: FileFacts, header: GgufHeader, vendor: GgufHeader) -> FileFacts:
-    """The file with the type that it is held against: its own word, unless its tensors are finer than that.
-
-    Else it is held to its word, with what is unlike it; `vendor` is llama.cpp's file of that type.
-    """
-    tensors, expected = most_frequent(header), most_frequent(vendor)
-    if bits_of(tensors) > bits_of(expected):
-        return replace(file, type=type_of_tensors(header))
-    return file if tensors == expected else replace(file, unlike=Unlike(tensors, expected))

@@ -30,7 +30,8 @@ class VerifyRequest:
     `merged`: a merged checkpoint; `importance`: the matrix that the file was rounded by; `f16`: llama.cpp's
     own conversion, where it is there already. `trained_in_4bit`: the adapter saw the base in NF4.
     `max_kl` and `min_top1` are the limits to be decided; after `minutes` no more positions are added.
-    `positions`: exactly those of an earlier measurement, else they are drawn.
+    `positions`: exactly those of an earlier measurement, else they are drawn. `goes_on`: `scratch` is of
+    this request only, and what a stopped measurement finished there is taken.
     """
 
     base: Path
@@ -53,6 +54,7 @@ class VerifyRequest:
     min_top1: float | None = None
     minutes: float | None = None
     positions: Positions | None = None
+    goes_on: bool = False
 
 
 @dataclass(frozen=True)
