@@ -50,7 +50,7 @@ def test_every_command_has_its_file_and_its_file_is_thin() -> None:
     for name in entry.COMMANDS:
         stem = name if name in stems else f"{name}_"
         text = (ROOT / "forge" / "cli" / f"{stem}.py").read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 80 and "open(" not in text.replace("open_store(", ""), name
+        assert len(text.splitlines()) <= 100 and "open(" not in text.replace("open_store(", ""), name
 
 
 @pytest.mark.parametrize("name", entry.COMMANDS)

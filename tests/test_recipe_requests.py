@@ -27,6 +27,8 @@ NOWHERE: tuple[str, ...] = ()
 TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("name", "other", ("export", "modelfile")),
     ("base.trust_remote_code", "true", NOWHERE),  # of a family that transformers has
+    ("base.tokens.add", "[<|note|>]", ("data", "train", "export", "modelfile", "verify")),
+    ("base.tokens.pad", "<|im_end|>", ("data", "train", "export", "modelfile", "verify")),
     ("data.encoding", "utf-8", ("data",)),
     ("data.eval", "8", ("data",)),
     ("data.format", "prompt", ("data",)),
@@ -72,6 +74,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.optimizer", "adafactor", ("train",)),
     ("train.packing", "true", ("train",)),
     ("train.patience", "3", ("train",)),
+    ("train.preset", "t4", ("data", "train", "evaluate")),
     ("train.quant_storage", "float32", ("train", "evaluate")),
     ("train.schedule", "linear", ("train",)),
     ("train.schedule_options", "{num_cycles: 2}", ("train",)),
@@ -100,11 +103,13 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("verify.min_top1", "0.5", NOWHERE),
     ("verify.minutes", "3", NOWHERE),
 )
-# Sections, and what names files or hub ids: their digests enter, which other tests change.
+# Sections, what has one value that is taken, and what names files or hub ids: their digests enter, which
+# other tests change.
 ELSEWHERE = (
-    "base", "base.chat_template", "base.id", "base.revision", "data", "data.columns", "data.revision",
-    "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export", "export.quant.max_kl",
-    "smoke", "train", "train.from", "train.lora", "train.report_to", "train.revision", "verify",
+    "base", "base.chat_template", "base.id", "base.revision", "base.tokens", "data", "data.columns",
+    "data.revision", "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export",
+    "export.quant.max_kl", "smoke", "train", "train.continue_from", "train.from", "train.lora",
+    "train.objective", "train.report_to", "train.revision", "verify",
 )  # fmt: skip
 
 
