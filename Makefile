@@ -102,9 +102,13 @@ $(SOURCE): | .venv/.torch
 
 # Compiled once and kept beside the store. GGML_NATIVE=OFF: a wheel that runs on other machines too,
 # and whose bytes do not depend on this one. pip's cache may hold a native build, so it is left out.
+# Neither vision (LLAVA_BUILD) nor the tools' common library is used: together half of the compiling. The
+# package forces the latter on in CMake's cache, so a variable of the project stands before it.
 $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON): | $(SOURCE)
 	mkdir -p $(@D)
-	CMAKE_ARGS="-DGGML_NATIVE=OFF" $(PIP) wheel --no-cache-dir --no-deps --wheel-dir $(@D) $(SOURCE)
+	echo 'set(LLAMA_BUILD_COMMON OFF)' >$(@D)/lean.cmake
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(@D))/lean.cmake" \
+	    $(PIP) wheel --no-cache-dir --no-deps --wheel-dir $(@D) $(SOURCE)
 	touch $@
 
 KERNELS := forge/export/kernels.cpp forge/export/kernels_lanes.h
