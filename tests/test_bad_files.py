@@ -84,8 +84,14 @@ def test_an_adapter_s_own_tokenizer_that_is_none(place: Path, capsys: pytest.Cap
 
 CONFIGURATIONS: dict[str, tuple[object, list[str]]] = {
     "a list": ([], []),
-    "no alpha": ({**CONFIGURATION, "lora_alpha": None}, ["lora_alpha: must be a number other than 0 (got null)"]),
-    "alpha a word": ({**CONFIGURATION, "lora_alpha": "x"}, ['lora_alpha: must be a number other than 0 (got "x")']),
+    "no alpha": (
+        {**CONFIGURATION, "lora_alpha": None},
+        ["lora_alpha: must be a number other than 0 (got null)"],
+    ),
+    "alpha a word": (
+        {**CONFIGURATION, "lora_alpha": "x"},
+        ['lora_alpha: must be a number other than 0 (got "x")'],
+    ),
     "rank true": ({**CONFIGURATION, "r": True}, ["r: must be a whole number above 0 (got true)"]),
     "rank 0": ({**CONFIGURATION, "r": 0}, ["r: must be a whole number above 0 (got 0)"]),
     "patterns": (

@@ -41,7 +41,7 @@ def refused(tmp_path: Path, text: str) -> str:
 
 
 def test_tokens_are_added_behind_the_others(tiny: Path) -> None:
-    """P6, P7: each is one id behind the vocabulary, and special; the source is left as it is."""
+    """Each is one id behind the vocabulary, and special; the source is left as it is."""
     before = read_tokenizer(tiny)
     made = with_tokens(tiny, ["<|a|>", "<|b|>"], "<|b|>")
     after = read_tokenizer(made)

@@ -73,7 +73,7 @@ def test_the_merged_checkpoint_is_kept_when_asked(place: Workshop) -> None:
     [
         (("--quant", "q4_k_x"), "--quant: no type q4_k_x"),
         (("--mode", "adapter"), "there is no adapter to export as a file of its own"),
-        (("--adapter", "nowhere"), "nowhere is not an adapter: it has no adapter_config.json"),
+        (("--adapter", "nowhere"), "nowhere: no such directory"),
     ],
 )
 def test_bad_options(place: Workshop, options: tuple[str, ...], message: str) -> None:

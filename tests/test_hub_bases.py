@@ -82,7 +82,7 @@ STARTERS: dict[str, tuple[str, str, dict[str, str], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", STARTERS)
 def test_the_starter_of_a_base_that_cannot_chat(workshop: Workshop, kind: str) -> None:
-    """J5, N4: each learns from its starter recipe; what llama.cpp does not run ends as a checkpoint."""
+    """N4: each learns from its starter recipe; what llama.cpp does not run ends as a checkpoint."""
     hub, vocabulary, special, changes = STARTERS[kind]
     base = scaled(workshop.directory / "base", hub, vocabulary, **changes)
     without_chat(base, special=special)

@@ -191,6 +191,10 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
             "train: {gradient_checkpointing: maybe}",
             'train.gradient_checkpointing: must be one of auto, true, false (got "maybe")',
         ),
+        (
+            "train: {preset: [t4]}",
+            "train.preset: must be one of book-ch0, book-ch5, gpt2, overview, rtx3090, t4 (got a list)",
+        ),
         ("train: 5", "train: must be a mapping of fields (got 5)"),
         (
             "train:",

@@ -26,7 +26,7 @@ def test_a_preset_fills_what_is_unset(name: str, tmp_path: Path) -> None:
     train = loaded(tmp_path, f"{{preset: {name}}}").recipe.train
     assert isinstance(train, Train)
     flat = train.model_dump() | {f"lora.{key}": value for key, value in train.lora.model_dump().items()}
-    assert {field: flat[field] for field in PRESETS[name]} == PRESETS[name]  # type: ignore[index]
+    assert {field: flat[field] for field in PRESETS[name]} == PRESETS[name]
 
 
 def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:

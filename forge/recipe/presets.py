@@ -15,7 +15,7 @@ _BOOK: Mapping[str, Any] = {
     "method": "qlora", "max_length": 64, "packing": True, "epochs": 10.0, "learning_rate": 3e-4,
     "lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.05,
 }  # fmt: skip
-PRESETS: Mapping[Preset, Mapping[str, Any]] = {
+PRESETS: Mapping[str, Mapping[str, Any]] = {
     "book-ch0": {**_BOOK, "batch_size": 16, "gradient_accumulation": 1, "optimizer": "paged_adamw_8bit"},
     "book-ch5": {**_BOOK, "batch_size": 8, "gradient_accumulation": 2, "lora.r": 16, "lora.alpha": 32},
     "gpt2": {
@@ -42,7 +42,8 @@ def fill(root: Node) -> None:
     """Put the settings of `train.preset` where the recipe has none, at the preset's own place."""
     named, depth = root.follow(("train", "preset"))
     train = root.child("train")
-    if depth < 2 or train is None or named.value not in PRESETS:
+    # Not yet checked: what a recipe says may be a list, which no key can be.
+    if depth < 2 or train is None or not isinstance(named.value, str) or named.value not in PRESETS:
         return
     for field, value in PRESETS[named.value].items():
         if field == "epochs" and train.child("max_steps") is not None:
