@@ -164,17 +164,6 @@ def test_a_bundle_brings_it_and_passes_its_smoke_test(run: Path, tmp_path: Path)
     assert finished.output.splitlines()[-1] == "smoke test: passed"
 
 
-def test_a_wheels_server_is_given_the_adapter(run: Path, tmp_path: Path) -> None:
-    wheel = tmp_path / "xllamacpp-1-cp310-abi3-macosx_11_0_arm64.whl"
-    wheel.write_bytes(b"wheel")
-    bundle(str(run), tmp_path / "b.tar", "/bin/ls", [wheel])
-    with tarfile.open(tmp_path / "b.tar") as opened:
-        opened.extractall(tmp_path / "there", filter="data")
-    written = (tmp_path / "there" / "yoda" / "serve.py").read_text()
-    compile(written, "serve.py", "exec")
-    assert '"yoda-q8_0-adapter.gguf"' in written
-
-
 def test_ollama_gets_both(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`forge import RUN` and `forge serve RUN --runtime ollama`; another adapter beside it is refused."""
     with FakeOllama() as fake:

@@ -14,18 +14,12 @@ from forge.cli.options import common
 @click.option(
     "--llama-server",
     "program",
-    help="The Linux server to put in; default: the one on the PATH, else the wheel's.",
+    help="A llama-server of your own to put in; default: the one that forge's wheel carries.",
 )
-@click.option(
-    "--wheel", "wheels", multiple=True, type=click.Path(path_type=Path),
-    help="A wheel of xllamacpp for macOS or Windows to put in.",
-)  # fmt: skip
 @click.option("--context", type=click.IntRange(64), help="Context in tokens.")
 @common
-def command(
-    target: str, out: Path, program: str | None, wheels: tuple[Path, ...], context: int | None
-) -> None:
+def command(target: str, out: Path, program: str | None, context: int | None) -> None:
     """Pack TARGET, a run or a GGUF file, with a server for a computer without network or GPU."""
     from forge.commands.bundle import bundle
 
-    report.result(bundle(target, out, program, wheels, context))
+    report.result(bundle(target, out, program, context))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ def bundle(
     target: str,
     out: Path,
     program: str | None = None,
-    wheels: Sequence[Path] = (),
     context: int | None = None,
 ) -> dict[str, Any]:
     """Write the archive; gives the contract's fields. The smoke question is the run's own first."""
@@ -44,7 +42,6 @@ def bundle(
         question=question,
         expect=expect,
         files={path.name: path for path in modelfiles if path.is_file()},
-        wheels=wheels,
     )
     size = write_bundle(contents, out.absolute(), program=program)
     report.success(f"wrote {out}: {size / 1e6:.1f} MB")

@@ -1,7 +1,7 @@
 """One archive for a computer without network or GPU: model, server, start scripts, checksums, a smoke test.
 
-For Linux the server is a native program with every library that it needs, the loader among them,
-so that nothing has to be installed. For macOS and Windows it is a Python wheel that is put in.
+The server is for Linux, with every library that it needs, the loader among them, so that nothing has to
+be installed. On macOS and Windows the model is opened in what people have there; the README says how.
 
 Not covered: a GPU, processors of another kind than this one's, signing.
 """
@@ -14,13 +14,12 @@ import json
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge.errors import DataError, MissingToolError, RecipeError
 from forge.serve import bundle_files, bundle_python
-from forge.serve.llama_server import PROGRAM
 from forge.serve.runtime import ServerSettings
 from forge.tools.native import backends, libraries
 
@@ -43,22 +42,17 @@ class Contents:
     question: str
     expect: str = ""
     files: Mapping[str, Path] = field(default_factory=dict)
-    wheels: Sequence[Path] = ()
     adapter: Path | None = None
 
 
 def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -> int:
     """Write the archive and give its size in bytes; it appears whole or not at all.
 
-    `program` is the llama-server for Linux; default: the one on the PATH, else the server that the wheel
-    carries; left out where there is none but there are wheels. Raises `RecipeError`, `DataError`, or
-    `MissingToolError` without a server.
+    `program` is a llama-server to put in; default: the server that the wheel carries, behind forge's front
+    door. Raises `RecipeError`, `DataError`, or `MissingToolError` without a server.
     """
     if not out.name.endswith(SUFFIXES):
         raise RecipeError(f"--out {out}: a bundle is a {' or '.join(SUFFIXES[:2])} file")
-    wrong = [one for one in contents.wheels if one.suffix != ".whl" or not one.is_file()]
-    if wrong:
-        raise RecipeError(f"--wheel {wrong[0]}: not a wheel that is there")
     adapter = contents.adapter
     weights = {path.name: path for path in (contents.model, adapter) if path}
     for name in weights:
@@ -69,12 +63,10 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
     settings = ServerSettings(
         contents.model, contents.name, contents.context_tokens, parallel=1, adapter=adapter
     )
-    loader, server = _add_server(files, settings, program, needed=not contents.wheels)
-    files |= {f"wheels/{one.name}": one for one in contents.wheels}
-    files |= bundle_files.texts(
-        settings, loader=loader, server=server, wheels=bool(contents.wheels)
-    )  # fmt: skip
-    files["LICENCES.txt"] = bundle_files.licences(contents.licence, loader=loader)
+    served, loader = _program(program) if program else bundle_python.files(settings)
+    files |= served
+    files |= bundle_files.texts(settings, contents.files, loader=loader, is_program=program is not None)
+    files["LICENCES.txt"] = bundle_files.licences(contents.licence)
     files["smoke.json"] = json.dumps(
         {"messages": [{"role": "user", "content": contents.question}], "max_tokens": 64, "temperature": 0}
     )
@@ -91,34 +83,23 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
     return out.stat().st_size
 
 
-def _add_server(
-    files: dict[str, Path | str], settings: ServerSettings, program: str | None, *, needed: bool
-) -> tuple[str, str]:
-    """Put a server for Linux and its libraries in; give the loader's name, and what it starts.
-
-    The program that is named or on the PATH, else the one that the wheel carries. Both names are empty where
-    there are wheels for other systems and no program was named or found.
-    """
-    path = shutil.which(program or PROGRAM)
-    if path is None and program is not None:
-        raise MissingToolError(
-            f"there is no program {program} to put into the bundle",
-            hint="name a llama-server, or leave it out",
-        )
+def _program(name: str) -> tuple[dict[str, Path | str], str]:
+    """The llama-server `name` with its libraries, by their places in the bundle; and the loader's name."""
+    path = shutil.which(name)
     if path is None:
-        if not needed:
-            return "", ""
-        more, loader = bundle_python.files(settings)
-        files |= more
-        return loader, "python"
+        raise MissingToolError(
+            f"there is no program {name} to put into the bundle", hint="name a llama-server, or leave it out"
+        )
     real = Path(path).resolve()
     needs = libraries(real)
-    loaders = [name for name in needs if name.startswith(_LOADER)]
+    loaders = [library for library in needs if library.startswith(_LOADER)]
     if len(loaders) != 1:
         raise DataError(f"{real} is no Linux program with shared libraries", hint="give another llama-server")
-    files["linux/llama-server"] = real
-    files |= {f"linux/lib/{name}": one.resolve() for name, one in {**backends(real, needs), **needs}.items()}
-    return loaders[0], "llama-server"
+    brought = {**backends(real, needs), **needs}
+    inside: dict[str, Path | str] = {
+        f"linux/lib/{library}": one.resolve() for library, one in brought.items()
+    }
+    return {"linux/llama-server": real, **inside}, loaders[0]
 
 
 def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
@@ -134,7 +115,7 @@ def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
 
 def _add(archive: tarfile.TarFile, inside: str, source: Path | str) -> None:
     member = tarfile.TarInfo(inside)
-    runs = inside.endswith((".sh", ".command", "llama-server", "bin/python3")) or "/linux/lib/" in inside
+    runs = inside.endswith((".sh", "llama-server", "bin/python3")) or "/linux/lib/" in inside
     member.mode = 0o755 if runs else 0o644
     if isinstance(source, str):
         content = source.encode()

@@ -1,14 +1,15 @@
 """The texts of a bundle: how to start it on each system, what it is, and under which licences.
 
-The scripts use what every such system has (`sh`, and curl or wget); those for macOS and Windows need
-Python 3.10 or later, and were not run where forge is tested.
+The scripts are for Linux and use what every such system has (`sh`, and curl or wget).
 """
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Collection, Iterator
 
-from forge.serve.options import arguments, attributes
+from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
+from forge.serve.options import arguments
 from forge.serve.runtime import ServerSettings
 
 _START = """\
@@ -71,52 +72,19 @@ case "$answer" in
 esac
 """
 
-_SERVE = '''\
-"""Serves {name} on this computer alone, with llama-server from the wheel beside; no network is asked."""
-import os
-import time
-from pathlib import Path
-
-import xllamacpp
-
-settings = xllamacpp.CommonParams()
-settings.model.path = str(Path(__file__).parent / "{model}")
-{lora}settings.hostnames = ["127.0.0.1"]
-settings.port = int(os.environ.get("PORT", "8080"))
-{attributes}
-server = xllamacpp.Server(settings)
-print(f"{name} answers at {{server.listening_address}}; Ctrl-C stops it", flush=True)
-while True:
-    time.sleep(3600)
-'''
-
-_COMMAND = """\
-#!/bin/sh
-# macOS (not run where forge is tested): needs Python 3.10 or later.
-set -eu
-cd "$(dirname "$0")"
-[ -d .venv ] || { python3 -m venv .venv && .venv/bin/pip install --no-index --find-links wheels xllamacpp; }
-exec .venv/bin/python serve.py
-"""
-
-_BATCH = """\
-@echo off
-rem Windows (not run where forge is tested): needs Python 3.10 or later.
-cd /d "%~dp0"
-if not exist .venv py -3 -m venv .venv
-.venv\\Scripts\\pip install --quiet --no-index --find-links wheels xllamacpp
-.venv\\Scripts\\python serve.py
-"""
-
 _README = """\
 {name}: a chat model that runs on this computer, without network and without GPU.
 
-{ways}
-Then open http://127.0.0.1:8080 in a browser, or ask as OpenAI's API is asked:
+Linux
+  ./start.sh         serves it; nothing has to be installed. Then open http://127.0.0.1:8080 in a browser,
+                     or ask as OpenAI's API is asked:
   curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json' -d @smoke.json
+  ./smoke.sh         checks every file against SHA256SUMS, then the running server's answer.
 
-On Linux and macOS smoke.sh checks every file against SHA256SUMS, then the running server's answer.
-With Ollama: ollama create {name} -f Modelfile (where there is one).
+macOS and Windows, with one of these (forge does not test there)
+{elsewhere}
+./smoke.sh files checks the files on macOS too.
+
 LICENCES.txt says what may be done with the model and with the server.
 """
 
@@ -142,40 +110,37 @@ CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 _SYSTEM = """
 The libraries in linux/lib are those of the system that packed this: the GNU C library (LGPL 2.1),
 GCC's run-time libraries (GPL 3 with the run-time exception) and what else the server asks for. They
-are separate files, unchanged, and may be replaced.
+are separate files, unchanged, and may be replaced. Where there is a linux/bin/python3, it and its standard
+library are under the licence of the Python Software Foundation; its packages bring theirs.
 """
 
 
-_LORA_OF_WHEEL = """\
-adapter = str(Path(__file__).parent / "{adapter}")
-settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
-"""
-
-
-def texts(settings: ServerSettings, *, loader: str, server: str, wheels: bool) -> dict[str, str]:
-    """File name -> text. `loader` is empty without a server for Linux: `llama-server`, or this Python."""
-    files: dict[str, str] = {"smoke.sh": _SMOKE}
-    ways = ""
-    if loader:
-        start = _START if server == "llama-server" else _START_PYTHON
-        files["start.sh"] = start.format(
+def texts(
+    settings: ServerSettings, modelfiles: Collection[str], *, loader: str, is_program: bool
+) -> dict[str, str]:
+    """File name -> text. The server is a llama-server program, or this Python with the wheel's."""
+    start = _START if is_program else _START_PYTHON
+    return {
+        "smoke.sh": _SMOKE,
+        "start.sh": start.format(
             name=settings.alias, loader=loader, flags=_flags(settings), waiting=_WAITING
-        )
-        ways += "Linux:    ./start.sh\n"
-    if wheels:
-        lora = _LORA_OF_WHEEL.format(adapter=settings.adapter.name) if settings.adapter else ""
-        files["serve.py"] = _SERVE.format(
-            name=settings.alias, model=settings.model.name, lora=lora, attributes=_attributes(settings)
-        )
-        files |= {"start.command": _COMMAND, "start.bat": _BATCH.replace("\n", "\r\n")}
-        ways += "macOS:    ./start.command   (Python 3.10 or later)\n"
-        ways += "Windows:  start.bat         (Python 3.10 or later)\n"
-    else:
-        ways += "macOS, Windows: open the GGUF in Ollama (below), LM Studio, or llama.cpp's own release:\n"
-        ways += f"  llama-server -m {settings.model.name} -c {settings.context_tokens}"
-        ways += f" --lora {settings.adapter.name}\n" if settings.adapter else "\n"
-    files["README.txt"] = _README.format(name=settings.alias, ways=ways)
-    return files
+        ),
+        "README.txt": _README.format(
+            name=settings.alias, elsewhere="\n".join(_elsewhere(settings, modelfiles))
+        ),
+    }  # fmt: skip
+
+
+def _elsewhere(settings: ServerSettings, modelfiles: Collection[str]) -> Iterator[str]:
+    """How the programs that people have open the model."""
+    name, model = settings.alias, settings.model.name
+    for file, versions in ((MODELFILE_JINJA, "0.30 and later"), (MODELFILE, "before that")):
+        if file in modelfiles:
+            yield f"  Ollama, {versions}: ollama create {name} -f {file}; ollama run {name}"
+    lora = f" --lora {settings.adapter.name}" if settings.adapter else ""
+    yield f"  llama.cpp's own release: llama-server -m {model} -c {settings.context_tokens}{lora}"
+    if not settings.adapter:
+        yield f"  LM Studio: lms import --user-repo forge/{name} {model}"
 
 
 def _flags(settings: ServerSettings) -> str:
@@ -185,14 +150,6 @@ def _flags(settings: ServerSettings) -> str:
     return " ".join(f'"{flag}"' if flag.startswith("$here/") else shlex.quote(flag) for flag in flags)
 
 
-def _attributes(settings: ServerSettings) -> str:
-    lines = []
-    for name, value in attributes(settings):
-        shown = f"set({value!r})" if name == "model_alias" else repr(value)
-        lines.append(f"settings.{name} = {shown}")
-    return "\n".join(lines)
-
-
-def licences(model: str, *, loader: str) -> str:
+def licences(model: str) -> str:
     """Under which licences the model and the server are."""
-    return f"The model: {model}\n\n{_MIT}{_SYSTEM if loader else ''}"
+    return f"The model: {model}\n\n{_MIT}{_SYSTEM}"
