@@ -310,7 +310,7 @@ def test_a_password_in_the_url_is_sent_and_never_shown(
 MEASURE = """
 import sys, time
 from pathlib import Path
-from forge.export.memory import peak_memory
+from forge.model.memory import peak_memory
 from forge.serve import generate as module
 from forge.serve.endpoint import Endpoint
 began = time.process_time()  # what it takes, whatever else the machine does

@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": "Answer a file of prompts through an endpoint.",
     "show": "Show what a run holds.",
     "runs": "List the runs.",
+    "compare": "Show two runs side by side.",
     "gc": "Show, and with --delete remove, what no run uses.",
     "setup": "Fetch what an install does not bring.",
     "doctor": "Look at this machine, or explain a message of a tool.",

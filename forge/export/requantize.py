@@ -14,7 +14,6 @@ from pathlib import Path
 from forge import report
 from forge.errors import DataError, StageError
 from forge.export.importance import as_parameter, read_importance
-from forge.export.memory import peak_memory
 from forge.export.types import (
     UNQUANTIZED,
     file_type,
@@ -25,6 +24,7 @@ from forge.export.types import (
     type_name,
 )
 from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.model.memory import peak_memory
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from forge.export.adapter_only import refuse_impure, why_merged, write_adapter
 from forge.export.describe import describe, own_conversations, template_in
 from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
-from forge.export.memory import peak_memory
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.request import Exported, ExportRequest, Ingredients, Mode
@@ -36,6 +35,7 @@ from forge.model.checkpoint import Checkpoint, open_checkpoint, refuse_packed
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
+from forge.model.memory import peak_memory
 from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"

@@ -119,10 +119,64 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class TrainFacts:
+    """Of the stage *train*: nothing of an adapter that was adopted.
+
+    `peak_memory_bytes` are the GPU's, else the process's; `seconds` those of a run that was not stopped.
+    """
+
+    trainable_parameters: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """A figure of the base, and of the tuned model."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class HeldoutAnswer:
+    """A held-out question and its answers; `served` is the shipped file's behind its server."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    expected: str
+    before: str
+    after: str
+    served: str | None = None
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Answers to short held-out questions; how many of the `rows` were exact."""
+
+    rows: int
+    before: int
+    after: int
+    answers: tuple[HeldoutAnswer, ...] = ()
+
+
+@dataclass(frozen=True)
+class EvaluateFacts:
+    """Of the stage *evaluate*: nothing where no row was held out."""
+
+    rows: int = 0
+    loss: BeforeAfter | None = None
+    perplexity: BeforeAfter | None = None
+    exact: Exact | None = None
+
+
+@dataclass(frozen=True)
 class ExportFacts:
     """Of the stage *export*: merged or adapter."""
 
     mode: str = "merged"
+    quant: str | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,10 +194,18 @@ class DeployFacts:
 
 
 @dataclass(frozen=True)
+class ServedAnswers:
+    """The held-out questions as they were put to the server."""
+
+    answers: tuple[HeldoutAnswer, ...] = ()
+
+
+@dataclass(frozen=True)
 class SmokeFacts:
     """Of the stage *smoke*."""
 
     smoke: tuple[Asked, ...] = ()
+    heldout: ServedAnswers | None = None
 
 
 @dataclass(frozen=True)
@@ -151,10 +213,34 @@ class RunFacts:
     """Of the stages' facts those that are read after the ship."""
 
     data: DataFacts = DataFacts()
+    train: TrainFacts = TrainFacts()
+    evaluate: EvaluateFacts = EvaluateFacts()
     export: ExportFacts = ExportFacts()
     modelfile: ModelfileFacts = ModelfileFacts()
     deploy: DeployFacts = DeployFacts()
     smoke: SmokeFacts = SmokeFacts()
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How far the file's logits are from the reference's."""
+
+    nmse: float | None = None
+    kl_mean: float | None = None
+    kl_max: float | None = None
+    top1: float | None = None
+    perplexity_reference: float | None = None
+    perplexity_gguf: float | None = None
+
+
+@dataclass(frozen=True)
+class Certified:
+    """Of a certificate the verdict and the figures of the file as a whole."""
+
+    ok: bool
+    verdict: str
+    broken_stage: str | None = None
+    logits: Logits = Logits()
 
 
 @dataclass(frozen=True)
@@ -193,6 +279,10 @@ class Manifest:
     def read_facts(self) -> RunFacts:
         """The stages' facts that are read after the ship; raises `ValueError` for others than they are."""
         return from_plain(RunFacts, self.facts, is_strict=False)
+
+    def read_certificate(self) -> Certified | None:
+        """The certificate's verdict and figures; raises `ValueError` for another shape than it has."""
+        return from_plain(Certified, self.certificate, is_strict=False) if self.certificate else None
 
     def read_recipe(self) -> Recipe | None:
         """The recipe that was shipped."""

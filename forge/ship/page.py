@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from forge.pipeline.stage import Result, Step
 from forge.ship.pictures import ids_that_differ, kl_by_position, kl_by_size, loss_curve, top1_by_stage
@@ -22,12 +23,19 @@ _PICTURES = {
 }
 
 
+def page_environment(**values: object) -> jinja2.Environment:
+    """What makes a page of a template: it escapes what it writes, and knows `values` and the `style`."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    environment.globals |= {**values, "style": Markup(style)}
+    return environment
+
+
 def write_page(
     path: Path, manifest: Mapping[str, Any], stages: Sequence[Step], results: Mapping[str, Result]
 ) -> None:
     """Write the report of `stages`, those that have a result."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {**_PICTURES, "manifest": manifest}
+    environment = page_environment(**_PICTURES, manifest=manifest)
     shown = sorted((stage for stage in stages if stage.name in results), key=lambda stage: stage.rank)
     sections = [
         environment.from_string(stage.section()).render(

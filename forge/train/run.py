@@ -35,7 +35,7 @@ from forge.train.lora import (
 from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
 from forge.train.save import save_adapter
-from forge.train.watch import Best, watcher
+from forge.train.watch import Best, peak_bytes, watcher
 
 LOG_FILE = "logs/training.jsonl"
 _INITIAL = "initial"
@@ -120,6 +120,8 @@ def train(
         "best_step": best,
         "stopped_early": watch.is_patience_spent,
         "resumed_from": checkpoint.name if checkpoint else None,
+        "seconds": None if checkpoint else watch.seconds,
+        "peak_memory_bytes": peak_bytes(),
     }
 
 

@@ -18,6 +18,7 @@ import psutil
 
 from forge import report
 from forge.errors import StageError
+from forge.model.memory import peak_memory
 from forge.train.checkpoints import seal
 from forge.train.live import LivePage
 
@@ -102,6 +103,7 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
             self.saved = time.monotonic()
             self.losses = Losses(vocabulary)
             self.pace = _Pace()
+            self.seconds = 0.0
 
         @property
         def is_patience_spent(self) -> bool:
@@ -111,8 +113,10 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
             _forget_later_steps(log, state.global_step)
             best.go_on_from(state.global_step)
             page.begin(state, _lines(log), best.evaluations)
+            self.began = time.monotonic()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.seconds = round(time.monotonic() - self.began, 2)
             page.end(state, best.evaluations)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -221,11 +225,19 @@ class _Pace:
 
 def _memory() -> int:
     """Bytes in use: the GPU's at their peak, else this process's."""
+    return _gpu_bytes() or int(psutil.Process().memory_info().rss)
+
+
+def peak_bytes() -> int:
+    """The most that was in use at any moment: of the GPU, else of this process."""
+    return _gpu_bytes() or peak_memory()
+
+
+def _gpu_bytes() -> int:
+    """The most that was taken of the GPU; 0 where nothing was."""
     import torch
 
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_reserved())
-    return int(psutil.Process().memory_info().rss)
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else 0
 
 
 def _lines(log: Path) -> Sequence[dict[str, float]]:
