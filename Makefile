@@ -58,7 +58,7 @@ $(LLAMA_SERVER): tests/llama_server/CMakeLists.txt | $(READY)
 	cmake -S tests/llama_server -B $(FORGE_HOME)/llama-server -DCMAKE_CXX_FLAGS_RELEASE=-O0 \
 	    -DTREE=$(FORGE_HOME)/llama-server/tree/vendor/llama.cpp \
 	    -DLIBRARIES=$$($(BIN)/python -c 'import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parent / "lib")')
-	cmake --build $(FORGE_HOME)/llama-server --target llama-server llama-imatrix --parallel
+	cmake --build $(FORGE_HOME)/llama-server --target llama-server llama-imatrix --parallel $$(nproc)
 
 # Libraries of others that ask a server, in an environment of their own.
 clients: $(FORGE_HOME)/clients/.ready
