@@ -128,11 +128,16 @@ def _requests(place: Path, *overrides: str) -> Mapping[str, str]:
     return {name: json.dumps(params, sort_keys=True) for name, params in made.items()}
 
 
+@pytest.fixture(scope="module")
+def before(place: Path) -> Mapping[str, str]:
+    return _requests(place)
+
+
 @pytest.mark.parametrize(("field", "value", "stages"), TABLE, ids=[row[0] for row in TABLE])
 def test_a_field_enters_the_requests_of_its_stages_only(
-    field: str, value: str, stages: tuple[str, ...], place: Path
+    field: str, value: str, stages: tuple[str, ...], place: Path, before: Mapping[str, str]
 ) -> None:
-    before, after = _requests(place), _requests(place, f"{field}={value}")
+    after = _requests(place, f"{field}={value}")
     assert tuple(name for name in after if after[name] != before.get(name)) == stages
 
 

@@ -1,0 +1,177 @@
+"""What *deploy* proves of a server is proved: a real one on a real file, and a fault for each proof."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forge.chat.stops import StopContract
+from forge.chat.template import ChatTemplate
+from forge.errors import CheckError, MissingToolError
+from forge.export.run import GGUF_FILE
+from forge.pipeline.stage import Result
+from forge.recipe.load import load
+from forge.resolve.recipe import resolve_recipe
+from forge.resolve.resolved import Resolved
+from forge.stages.deploy import DeployAction
+from forge.stages.smoke import SmokeAction
+from forge.store.artifacts import Artifact, Store
+from tests.conftest import copy_of_tiny
+from tests.fake_ollama import FakeOllama
+from tests.stand_in_server import StandIn
+from tests.tiny_gguf import END_OF_TURN, REPLY, SPECIAL, SPELLING, write_tiny_gguf
+
+pytestmark = [pytest.mark.network, pytest.mark.programs]
+# As `write_tiny_gguf` numbers them: what its model says first, and a character that it does not say.
+CHARACTERS = [*SPECIAL, "\n", *(chr(code) for code in range(32, 127))]
+FIRST, ANOTHER = len(CHARACTERS), CHARACTERS.index("x")
+SERVED = {"type": "f16", "sampling": {}}
+
+
+def ship_of(directory: Path, deploy: str, expect: str = ".*") -> Resolved:
+    """A ship of a base whose tokenizer is that of the file."""
+    base = copy_of_tiny(directory / "base")
+    described = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in described["added_tokens"]:
+        token["id"] = SPECIAL.index(token["content"])
+    words = [word if index == 0 else f" {word}" for index, word in enumerate(REPLY.split(" "))]
+    spelt = [*SPECIAL, *(text.translate(SPELLING) for text in [*CHARACTERS[len(SPECIAL) :], *words])]
+    described["model"] |= {"vocab": {text: number for number, text in enumerate(spelt)}, "merges": []}
+    (base / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": END_OF_TURN}))
+    (directory / "recipe.yaml").write_text(
+        "name: mini\nbase: ./base\ndata: {source: builtin:yoda}\n"
+        f"deploy: {{{deploy}, context_tokens: 512}}\n"
+        f"smoke: [{{prompt: Hello?, max_tokens: 16, expect: {expect}}}]\n"
+    )
+    store = Store(directory / "home")
+    return resolve_recipe(load(directory / "recipe.yaml"), store, directory / "runs" / "mini", offline=True)
+
+
+def measured(ship: Resolved, token: int) -> Mapping[str, Any]:
+    """What *verify* would have kept of a file that answers `token` first, and hardly anything else."""
+    prompt = ship.template.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    expected = {"ids": ship.prompt_format.ids(prompt), "top": [[token, 0.0]], "shift": 0.0}
+    return {"live": [expected] * 4, "file": SERVED}
+
+
+def deployed(ship: Resolved, directory: Path, verify: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    exported = directory / "exported"
+    exported.mkdir()
+    ship.run_directory.mkdir(parents=True)
+    write_tiny_gguf(exported / GGUF_FILE)
+    artifact = Artifact("export", "key", "digest", exported, {"mode": "merged", "quant": "f16"})
+    results = {"export": Result("export", False, 0.0, artifact.facts, artifact)}
+    if verify:
+        results["verify"] = Result("verify", False, 0.0, verify)
+    with ExitStack() as stack:
+        return DeployAction(ship).act(results, stack)
+
+
+def test_a_sound_server(tmp_path: Path) -> None:
+    ship = ship_of(tmp_path, "runtime: embedded")
+    facts = deployed(ship, tmp_path, measured(ship, FIRST))
+    assert facts["prompts_compared"] == 2  # a greeting, and the smoke query
+    assert (facts["runtime"], facts["model"], facts["context_tokens"]) == ("embedded", "mini", 512)
+    assert facts["live"]["problems"] == [] and facts["live"]["handover"]["prompts"] == 4
+    assert facts["live"]["finish_reasons"] == {"stop": 1}
+    assert DeployAction(ship).verdict(facts) is None
+
+
+def test_a_server_of_another_file(tmp_path: Path) -> None:
+    ship = ship_of(tmp_path, "runtime: embedded")
+    facts = deployed(ship, tmp_path, measured(ship, ANOTHER))
+    failure = DeployAction(ship).verdict(facts)
+    assert failure is not None and failure.code == 5
+    assert "the server's probabilities are not the file's" in failure.message
+
+
+def test_a_server_with_other_ids(tmp_path: Path) -> None:
+    ship = ship_of(tmp_path, "runtime: embedded")
+    ids = ship.prompt_format.ids
+    ship.__dict__["prompt_format"] = SimpleNamespace(ids=lambda text: [*ids(text), ANOTHER])
+    with pytest.raises(CheckError, match="deploy: the server's token ids differ from training's at token"):
+        deployed(ship, tmp_path)
+
+
+def test_into_ollama(tmp_path: Path, fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    facts = deployed(ship_of(tmp_path, "runtime: ollama"), tmp_path)
+    assert (facts["prompts_compared"], facts["live"]) == (2, None)
+    assert list(fake_ollama.models) == ["mini:latest"]
+
+
+def _other_stops(ship: Resolved) -> None:
+    ship.__dict__["stops"] = StopContract(SPECIAL[1], {SPECIAL[1]: 1})
+
+
+def _other_prompts(ship: Resolved) -> None:
+    ship.__dict__["template"] = ChatTemplate(ship.template.source + "!", ship.template.special_tokens)
+
+
+def _other_counts(ship: Resolved) -> None:
+    form = ship.prompt_format
+    ship.__dict__["prompt_format"] = SimpleNamespace(ids=lambda text: form.ids(text)[1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "expect", "said"),
+    [
+        (_other_stops, ".*", "['<|im_end|>'] instead of ['<|im_start|>']"),
+        (_other_prompts, ".*", "assistant\\n!"),
+        (_other_counts, ".*", "24 tokens"),
+        (lambda ship: None, "^never$", "expected ^never$"),
+    ],
+    ids=["stops", "prompts", "tokens", "smoke"],
+)
+def test_what_is_wrong_in_ollama_keeps_it_out(
+    change: Any,
+    expect: str,
+    said: str,
+    tmp_path: Path,
+    fake_ollama: FakeOllama,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its own import compares the file with itself; training's template, stops and ids are the stage's."""
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    ship = ship_of(tmp_path, "runtime: ollama", expect)
+    change(ship)
+    with pytest.raises(CheckError) as caught:
+        deployed(ship, tmp_path)
+    assert said in " ".join(map(str, caught.value.problems))
+    assert not fake_ollama.models
+
+
+def test_an_ollama_that_does_not_answer_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingToolError):
+        DeployAction(ship_of(tmp_path, "runtime: ollama")).require_tools()
+
+
+def test_the_smoke_queries_and_the_held_out_rows_are_asked_of_what_is_served(tmp_path: Path) -> None:
+    ship = ship_of(tmp_path, "runtime: embedded")
+    asked = [[{"role": "user", "content": text}] for text in ("say hi", "say no")]
+    rows = [{"messages": messages, "expected": "SAY HI"} for messages in asked]
+    exact = {"rows": 2, "before": 0, "after": 1, "answers": rows}
+    with StandIn() as server, ExitStack() as stack:
+        where = {"endpoint": server.endpoint.url, "model": server.endpoint.model}
+        results = {"deploy": Result("deploy", False, 0.0, where)}
+        results["evaluate"] = Result("evaluate", False, 0.0, {"exact": exact})
+        facts = SmokeAction(ship).act(results, stack)
+    served = [{**row, "served": row["messages"][0]["content"].upper()} for row in rows]  # type: ignore[index]
+    answers = [{**row, "finish_reason": "stop"} for row in served]
+    assert facts["heldout"] == {"rows": 2, "exact": 1, "stopped": 2, "answers": answers}
+    assert [(one["prompt"], one["answer"].strip(), one["ok"]) for one in facts["smoke"]] == [
+        ("Hello?", "HELLO?", True)
+    ]
+    assert facts["stops"] == [] and SmokeAction(ship).verdict(facts) is None
+    assert [body["max_tokens"] for body in server.asked] == [16, 128, 128]

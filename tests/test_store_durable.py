@@ -1,0 +1,44 @@
+"""A file is there whole or as it was before, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from forge.store.durable import write_text
+from tests.conftest import tree
+
+
+def test_the_text_is_on_the_disk_before_it_has_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fsync` sees the new text beside the old file, then the directory with the new one."""
+    path, seen, fsync = tmp_path / "manifest.json", list[tuple[str, str]](), os.fsync
+    path.write_text("old")
+
+    def watched(handle: int) -> None:
+        flushed = Path(f"/proc/self/fd/{handle}").readlink()
+        seen.append((flushed.read_text() if flushed.is_file() else flushed.name, path.read_text()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_text(path, "new ü")
+    assert seen == [("new ü", "old"), (tmp_path.name, "new ü")]
+    assert tree(tmp_path) == {"manifest.json": "new ü".encode()}
+
+
+def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "manifest.json"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert tree(tmp_path) == {"manifest.json": b"old"}
