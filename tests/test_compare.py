@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +11,7 @@ import pytest
 from forge import report
 from forge.cli.main import run
 from forge.errors import ForgeError
-from forge.recipe.load import load
-
-RECIPE: Mapping[str, Any] = {
-    "base": "builtin:tiny",
-    "data": {"source": "builtin:yoda", "columns": {"prompt": "sentence", "completion": "translation_extra"}},
-}
-QUESTION = {"role": "user", "content": "The sky is blue."}
-CERTIFICATE: Mapping[str, Any] = {
-    "ok": True,
-    "verdict": "the q4_k_m file is base and adapter",
-    "logits": {"nmse": 1e-4, "kl_mean": 0.02, "kl_max": 0.5, "top1": 0.97, "perplexity_gguf": 4.5},
-}
-
-
-def write_run(name: str, *overrides: str, rank: int = 16, **changes: Any) -> Path:
-    """A run's manifest as a ship leaves it, in the working directory."""
-    recipe = load(
-        Path("recipe"), (f"name={name}", f"train.lora.r={rank}", *overrides), text=json.dumps(RECIPE)
-    )
-    answer = {"messages": [QUESTION], "expected": "Blue, the sky is.", "before": "", "after": "x"}
-    exact = {"rows": 1, "before": 0, "after": 0, "answers": [answer]}
-    manifest = {
-        "name": name,
-        "outcome": "shipped",
-        "written": "2026-11-29T12:00:00+0000",
-        "recipe": recipe.recipe.as_json(),
-        "base": {"spec": "builtin:tiny", "digest": "d1"},
-        "artifacts": {
-            "export": {
-                "key": "k", "digest": "d", "files": {"model.gguf": {"sha256": "s", "bytes": 3_000_000}}
-            }
-        },
-        "facts": {
-            "train": {"trainable_parameters": 1000 * rank, "seconds": 3.5, "peak_memory_bytes": 2 * 10**9},
-            "evaluate": {
-                "rows": 8, "loss": {"before": 3.0, "after": 20 / (rank + 1)},
-                "perplexity": {"before": 20.0, "after": 2.0}, "exact": exact,
-            },
-            "export": {"mode": "merged", "quant": "q4_k_m", "seconds": 1.25},
-            "smoke": {
-                "smoke": [{"prompt": "Hello <b>", "answer": f"{name}: hi", "ok": True}],
-                "heldout": {"answers": [{**answer, "served": "Blue, the sky is." if rank > 8 else "It is."}]},
-            },
-        },
-        "certificate": CERTIFICATE,
-        "certificate_reason": None,
-        "learned": {"metric": "exact_match", "before": 0.0, "after": 1.0, "rows": 1, "served": True},
-        "stages": [{"name": "train", "cached": False, "seconds": 4.0}],
-        **changes,
-    }  # fmt: skip
-    directory = Path("runs", name)
-    directory.mkdir(parents=True)
-    (directory / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return directory
+from tests.finished_runs import CERTIFICATE, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +31,8 @@ def compared(
 
 
 def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    write_run("small", rank=8)
-    write_run("large", "train.epochs=5", rank=16)
+    write_run("small", "train.lora.r=8")
+    write_run("large", "train.epochs=5")
     fields, said = compared(capsys, "small", "runs/large")
     assert fields["recipe"] == [
         {"field": "train.epochs", "first": 3.0, "second": 5.0},
@@ -114,15 +60,15 @@ def test_two_runs_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [" ".join(line.split()) for line in said.splitlines()]
     for line in (
         "field small large", "train.lora.r 8 16", "trainable parameters 8,000 16,000",
-        "held-out loss 2.2222 1.1765", "file 3.00 MB 3.00 MB", "KL mean 0.02 0.02", "top-1 97.00% 97.00%",
-        "training memory 2.00 GB 2.00 GB", "training 3.5 s 3.5 s", "small → It is.",
-        "large → Blue, the sky is.",
+        "held-out loss 2.2222 1.1765", "file size 3.00 MB 3.00 MB", "KL mean 0.02 0.02",
+        "top-1 97.00% 97.00%", "training memory 2.00 GB 2.00 GB", "training time 3.5 s 3.5 s",
+        "small → It is.", "large → Blue, the sky is.",
     ):  # fmt: skip
         assert line in lines
 
 
 def test_the_page_stands_alone_and_escapes_what_models_say(capsys: pytest.CaptureFixture[str]) -> None:
-    write_run("small", rank=8)
+    write_run("small", "train.lora.r=8")
     write_run("large", "smoke=[{prompt: '<script>'}]")
     fields, _ = compared(capsys, "small", "large", "--html", "pages.html")
     page = Path("pages.html").read_text(encoding="utf-8")

@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": "Answer a file of prompts through an endpoint.",
     "show": "Show what a run holds.",
     "runs": "List the runs.",
+    "sweep": "Ship a recipe with several values of its fields, and compare.",
     "compare": "Show two runs side by side.",
     "gc": "Show, and with --delete remove, what no run uses.",
     "setup": "Fetch what an install does not bring.",

@@ -51,7 +51,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) 
     With `text` that is the recipe, and `path` only says where it would lie. Raises `RecipeError` with every
     problem of the file, in its order, then those of the overrides.
     """
-    root, problems = _parse(path, _read(path) if text is None else text)
+    root, problems = read_tree(path, text)
     translation = old_names.translate(root)
     problems += translation.problems
     warnings = translation.warnings
@@ -101,9 +101,13 @@ def _read(path: Path) -> str:
         raise _unreadable(path, f"cannot be read: {failure.strerror}", "check its permissions") from None
 
 
-def _parse(path: Path, text: str) -> tuple[Node, list[Problem]]:
+def read_tree(path: Path, text: str | None = None) -> tuple[Node, list[Problem]]:
+    """The mapping in the file at `path`, or in `text`, and what is wrong with it as YAML.
+
+    Raises `RecipeError` for what is no mapping at all.
+    """
     reader = Reader(str(path))
-    root = reader.read(text)
+    root = reader.read(_read(path) if text is None else text)
     if root is None and reader.problems:
         raise _failure(path, reader.problems)
     if root is None or root.empty:

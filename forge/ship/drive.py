@@ -156,13 +156,23 @@ def plan(
     recipe: Path | Loaded, overrides: Sequence[str] = (), *, fetch: bool = False
 ) -> tuple[Resolved, Plan]:
     """What a ship would run, and why. Writes nothing; asks the hub only with `fetch`."""
-    loaded = _load(recipe, overrides)
-    store, directory = open_store(read_only=True), run_directory(loaded)
-    pins = read_manifest(directory).pins
-    target = resolve_recipe(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
-    stages = stages_for(target)
-    planned = plan_stages(stages, store, runs.requests(store, directory))
+    target, stages, planned = _planned(_load(recipe, overrides), fetch=fetch)
     for stage in stages:
         if stage.name in planned.running:
             stage.look()
     return target, planned
+
+
+def plan_quietly(loaded: Loaded, until: str | None = None) -> Plan:
+    """What a ship up to `until` would run, with nothing said and no row read; raises what `plan` raises."""
+    return _planned(loaded, until=until)[2]
+
+
+def _planned(
+    loaded: Loaded, *, fetch: bool = False, until: str | None = None
+) -> tuple[Resolved, tuple[Step, ...], Plan]:
+    store, directory = open_store(read_only=True), run_directory(loaded)
+    pins = read_manifest(directory).pins
+    target = resolve_recipe(loaded, store, directory, pins=pins, fetch="headers" if fetch else "nothing")
+    stages = stages_for(target)
+    return target, stages, plan_stages(stages, store, runs.requests(store, directory), until=until)

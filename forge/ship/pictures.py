@@ -9,6 +9,7 @@ from typing import Any
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 220, 44
 _COLOURS = ("#0969da", "#bf8700", "#8250df")
+_MOST_OF_A_NAME = 36
 _FLOOR = 1e-9
 """Below this KL is rounding; a logarithm needs a floor."""
 
@@ -123,6 +124,40 @@ def top1_by_stage(handovers: Sequence[Mapping[str, object]]) -> str:
         drawn.append(f'<rect x="240" y="{y}" width="{share * wide:.1f}" height="18" fill="{fill}"/>')
         drawn.append(f'<text x="{246 + share * wide:.1f}" y="{y + 13}">{share:.2%}</text>')
     return _picture(16 + step * len(known), "share of positions with the same top token, by stage", drawn)
+
+
+def bars(rows: Sequence[tuple[str, float, str]], title: str) -> str:
+    """A bar from zero for each name, with its value in words; empty for no rows."""
+    if not rows:
+        return ""
+    step, left = 26, 230
+    longest = max(value for _, value, _ in rows) or 1.0
+    drawn = []
+    for number, (name, value, words) in enumerate(rows):
+        y, wide = 8 + number * step, max(value, 0.0) / longest * (_WIDTH - left - 100)
+        label = name if len(name) <= _MOST_OF_A_NAME else f"{name[: _MOST_OF_A_NAME - 1]}…"
+        drawn.append(f'<text x="{left - 10}" y="{y + 13}" text-anchor="end">{escape(label)}</text>')
+        drawn.append(f'<rect x="{left}" y="{y}" width="{wide:.1f}" height="18" fill="{_COLOURS[0]}"/>')
+        drawn.append(f'<text x="{left + 6 + wide:.1f}" y="{y + 13}">{escape(words)}</text>')
+    return _picture(16 + step * len(rows), title, drawn)
+
+
+def points(places: Sequence[tuple[float, float, str]], axis: str, title: str) -> str:
+    """A named point for each (x, y, name); `axis` is x. Neither axis begins at zero."""
+    across, up = [place[0] for place in places], [place[1] for place in places]
+    (first, last), (low, high) = (min(across), max(across)), (min(up), max(up))
+    wide, tall, floor = _WIDTH - 2 * _MARGIN - 60, _HEIGHT - 2 * _MARGIN, _HEIGHT - _MARGIN
+    drawn = [f'<path d="M{_MARGIN} {_MARGIN} V{floor} H{_WIDTH - _MARGIN}" class="axis"/>']
+    for x, y, name in places:
+        right = _MARGIN + 12 + (x - first) / max(last - first, 1e-9) * (wide - 12)
+        down = floor - 12 - (y - low) / max(high - low, 1e-9) * (tall - 12)
+        drawn.append(f'<circle cx="{right:.1f}" cy="{down:.1f}" r="4" fill="{_COLOURS[0]}"/>')
+        drawn.append(f'<text x="{right + 7:.1f}" y="{down - 5:.1f}">{escape(name)}</text>')
+    for value, down in ((low, floor - 12), (high, _MARGIN)):
+        drawn.append(f'<text x="{_MARGIN - 6}" y="{down + 4}" text-anchor="end">{value:.3f}</text>')
+    drawn.append(f'<text x="{_MARGIN}" y="{floor + 18}">{escape(axis)} {first:,.0f}</text>')
+    drawn.append(f'<text x="{_WIDTH - _MARGIN}" y="{floor + 18}" text-anchor="end">{last:,.0f}</text>')
+    return _picture(_HEIGHT, title, drawn)
 
 
 def ids_that_differ(equal: int, different: int) -> str:

@@ -1,0 +1,266 @@
+"""Several ships, one after another, and one table and page of what came of them.
+
+Each run shares the store with the others: what two of them have in common is made once, and a sweep that is
+started again finds what is finished. Not covered: runs side by side, on one device or several.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from forge import report
+from forge.codec import to_plain
+from forge.errors import ForgeError, InterruptedByUserError, Problem, RecipeError, StageError
+from forge.recipe.sweep import Combination, Sweep, load_sweep
+from forge.runs.figures import SHOWN, Figures, Shown, figures_of
+from forge.runs.files import RUNS
+from forge.runs.manifest import read_manifest
+from forge.ship.drive import plan_quietly, run_directory, ship
+from forge.ship.page import page_environment
+from forge.ship.pictures import bars, points
+from forge.store import durable
+
+_FIGURES = (
+    "trainable_parameters", "loss_after", "exact_after", "peak_memory_bytes", "training_seconds",
+    "gguf_bytes", "kl_mean", "top1",
+)  # fmt: skip
+_AGAIN = "run the same command again: what is finished comes from the store"
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run: what makes it another, how it ended, and its figures as far as they were measured.
+
+    `outcome` is None of a run that was not begun; `ok`: it ended without an error.
+    """
+
+    name: str
+    directory: Path
+    values: Mapping[str, Any]
+    outcome: str | None = None
+    ok: bool = False
+    figures: Figures = field(default_factory=Figures)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The runs of a sweep; `table` is this as a JSON file, `plot` a page with its pictures."""
+
+    name: str
+    runs: tuple[SweepRun, ...]
+    table: Path
+    plot: Path
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep is called: see `load_sweep`. `overrides` are `key=value` or `key=[value, ...]`."""
+
+    overrides: tuple[str, ...] = ()
+    recipe: Path | None = None
+    until: str | None = None
+    is_sure: bool = False
+
+
+def plan_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
+    """Show the runs of a sweep and what each would run; nothing is written. Raises as `run_sweep`."""
+    sweep = _load(path, options)
+    plans = _plans(sweep)
+    rows = []
+    for one, stages in zip(sweep.combinations, plans, strict=True):
+        made = [name for name, cached in stages.items() if not cached]
+        rows.append((one.name, one.label, ", ".join(made) or "nothing", len(stages) - len(made)))
+    report.table(f"{sweep.name}: {len(rows)} runs", ("run", "", "makes", "from the store"), rows)
+    runs = [
+        {"name": one.name, "values": dict(one.values), "stages": stages}
+        for one, stages in zip(sweep.combinations, plans, strict=True)
+    ]
+    return {"name": sweep.name, "runs": to_plain(runs), "table": None, "plot": None}
+
+
+def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
+    """Ship every run of a sweep; returns `SweepResult` as JSON, and leaves it in `runs/` after each run.
+
+    Raises `RecipeError` before anything runs, with what is wrong with any of them; the error of the runs that
+    failed when all had their turn; `InterruptedByUserError` when it is stopped.
+    """
+    sweep = _load(path, options)
+    _plans(sweep)
+    kept = Path(RUNS).absolute()
+    begun = tuple(_run_of(one) for one in sweep.combinations)
+    result = SweepResult(
+        sweep.name, begun, kept / f"{sweep.name}.sweep.json", kept / f"{sweep.name}.sweep.html"
+    )
+    failures: dict[str, ForgeError] = {}
+    for number, one in enumerate(sweep.combinations):
+        report.info(f"run {number + 1} of {len(begun)}: {one.name}: {one.label}")
+        try:
+            done, failure = _ship(one, sweep.until)
+        except (KeyboardInterrupt, InterruptedByUserError) as stop:
+            _keep(result)
+            raise _stopped(result, one.name) from stop
+        runs = (*result.runs[:number], done, *result.runs[number + 1 :])
+        result = replace(result, runs=runs)
+        _keep(result)
+        if failure:
+            failures[one.name] = failure
+    _show(result)
+    plain: dict[str, Any] = to_plain(result)
+    if failures:
+        raise _failed(failures, plain)
+    return plain
+
+
+def _load(path: Path, options: SweepOptions) -> Sweep:
+    return load_sweep(
+        path,
+        options.overrides,
+        recipe=options.recipe,
+        until=options.until,
+        is_sure=options.is_sure,
+    )
+
+
+def _plans(sweep: Sweep) -> list[dict[str, bool]]:
+    """Of each run its stages, and which of them are in the store; raises what a plan of any raises."""
+    plans = []
+    problems: dict[Problem, str] = {}
+    hints: dict[str, None] = {}
+    for one in sweep.combinations:
+        try:
+            planned = plan_quietly(one.loaded, sweep.until).stages
+            plans.append({stage.name: stage.cached for stage in planned})
+        except ForgeError as failure:
+            # What is wrong with all of them is told once.
+            told = failure.problems or (Problem(failure.message),)
+            problems = {**dict.fromkeys(told, one.name), **problems}
+            hints[failure.hint] = None
+    if problems:
+        listed = [
+            replace(problem, message=f"{name}: {problem.message}") for problem, name in problems.items()
+        ]
+        raise RecipeError(
+            f"the sweep {sweep.name} cannot be run: nothing was", problems=listed, hint="; ".join(hints)
+        )
+    return plans
+
+
+def _run_of(one: Combination) -> SweepRun:
+    return SweepRun(one.name, run_directory(one.loaded), one.values)
+
+
+def _ship(one: Combination, until: str | None) -> tuple[SweepRun, ForgeError | None]:
+    """Ship one run; what is wrong with it is no error of the sweep yet."""
+    run, failure = _run_of(one), None
+    try:
+        ship(one.loaded, until=until)
+    except InterruptedByUserError:
+        raise
+    except ForgeError as wrong:
+        failure = wrong
+        for problem in wrong.problems:
+            report.warning(f"{one.name}: {problem}")
+        report.warning(f"{one.name} failed: {wrong.message}")
+    manifest = read_manifest(run.directory)
+    if failure and manifest.outcome != failure.message:
+        # It failed before its manifest was written: what lies there is of an earlier ship.
+        return replace(run, outcome=failure.message), failure
+    return replace(run, outcome=manifest.outcome, ok=failure is None, figures=figures_of(manifest)), failure
+
+
+def _stopped(result: SweepResult, name: str) -> InterruptedByUserError:
+    done = sum(run.outcome is not None for run in result.runs)
+    stop = InterruptedByUserError(
+        f"the sweep was stopped in {name}; {done} of {len(result.runs)} runs are done", hint=_AGAIN
+    )
+    stop.fields = to_plain(result)
+    return stop
+
+
+def _failed(failures: Mapping[str, ForgeError], plain: Mapping[str, Any]) -> ForgeError:
+    """One error of all that failed, of their own kind where they have one."""
+    kinds = {type(failure) for failure in failures.values()}
+    kind = kinds.pop() if len(kinds) == 1 else StageError
+    failure = kind(
+        f"{len(failures)} of {len(plain['runs'])} runs failed",
+        hint=f"correct what failed; {_AGAIN}",
+        problems=[Problem(failure.message, name) for name, failure in failures.items()],
+    )
+    failure.fields = plain
+    return failure
+
+
+def _shown(result: SweepResult) -> list[Shown]:
+    """The figures that one of the runs has."""
+    return [
+        one
+        for one in SHOWN
+        if one.figure in _FIGURES and any(one.number(run.figures) is not None for run in result.runs)
+    ]
+
+
+def _table(result: SweepResult) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows: what makes each run another, its figures, and how it ended."""
+    varied = list(dict.fromkeys(name for run in result.runs for name in run.values))
+    shown = _shown(result)
+    heads = [*(name.rpartition(".")[2] for name in varied), *(one.label for one in shown), "outcome"]
+    rows = [
+        [
+            *(_word(run.values.get(name)) for name in varied),
+            *(one.of(run.figures) for one in shown),
+            run.outcome or "not run",
+        ]
+        for run in result.runs
+    ]
+    return heads, rows
+
+
+def _word(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return "+".join(map(_word, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _show(result: SweepResult) -> None:
+    report.table(result.name, *_table(result))
+    report.info(f"plots: {result.plot}")
+
+
+def _keep(result: SweepResult) -> None:
+    """The table and the page, so far."""
+    result.table.parent.mkdir(parents=True, exist_ok=True)
+    durable.write_text(result.table, json.dumps(to_plain(result), indent=2, ensure_ascii=False) + "\n")
+    heads, rows = _table(result)
+    text = Path(__file__).with_name("sweep.html.jinja").read_text(encoding="utf-8")
+    page = page_environment().from_string(text)
+    written = page.render(
+        name=result.name, runs=result.runs, heads=heads, rows=rows, pictures=_pictures(result)
+    )
+    durable.write_text(result.plot, written)
+
+
+def _pictures(result: SweepResult) -> Sequence[tuple[str, str]]:
+    """Title and SVG of each: the loss over what was trained, and each figure by run."""
+    named = [(_label(run), run.figures) for run in result.runs]
+    both = [
+        (float(one.trainable_parameters), one.loss_after, name)
+        for name, one in named
+        if one.trainable_parameters and one.loss_after is not None
+    ]
+    title = "held-out loss by trainable parameters"
+    drawn = [(title, points(both, "trainable parameters", title))] if len({x for x, _, _ in both}) > 1 else []
+    for figure in _shown(result):
+        values = [(name, figure.number(one), figure.of(one)) for name, one in named]
+        known = [(name, value, words) for name, value, words in values if value is not None]
+        drawn.append((figure.label, bars(known, f"{figure.label} of each run")))
+    return drawn
+
+
+def _label(run: SweepRun) -> str:
+    return ", ".join(f"{name.rpartition('.')[2]} {_word(value)}" for name, value in run.values.items())
