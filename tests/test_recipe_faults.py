@@ -133,6 +133,12 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
             "export: {quant: {}}",
             "export.quant.max_kl: is required: mean KL divergence (nats) from F16 on held-out rows, at most",
         ),
+        ("export: {quant: [q8_0, Q8_0]}", "export.quant: names a type twice"),
+        ("export: {quant: []}", "export.quant: must hold at least 1 (got a list)"),
+        (
+            "export: {quant: [q4_k_m, iq2_m]}",
+            "export.quant: iq2_m needs an importance matrix; set export.imatrix: true",
+        ),
         (
             "export: {quant: iq2_m}",
             "export.quant: iq2_m needs an importance matrix; set export.imatrix: true",

@@ -208,6 +208,7 @@ def test_an_adapter_made_elsewhere(tmp_path: Path) -> None:
     ("written", "field", "value"),
     [
         ("export: {quant: Q5_K_M}", "export.quant", "q5_k_m"),
+        ("export: {quant: [Q5_K_M, f16]}", "export.quant", ["q5_k_m", "f16"]),
         ("verify: {learned: off}", "verify.learned", "off"),
         ("train: {learning_rate: 3e-4}", "train.learning_rate", 3e-4),
         ("train: {gradient_checkpointing: true}", "train.gradient_checkpointing", True),

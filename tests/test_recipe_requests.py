@@ -89,6 +89,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("export.merge_base", "nf4", ("export",)),
     ("export.mode", "adapter", ("export",)),
     ("export.quant", "q8_0", ("export", "modelfile")),
+    ("export.quant", "[q4_k_m, q8_0]", ("export-q8_0", "modelfile-q8_0", "verify-q8_0")),
     ("deploy.context_tokens", "256", ("modelfile",)),
     ("deploy.host", "0.0.0.0", NOWHERE),
     ("deploy.keep", "true", NOWHERE),

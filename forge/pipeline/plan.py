@@ -55,9 +55,10 @@ def plan(
         if isinstance(stage, Action):
             planned.append(Planned(stage.name, False, ("looks at the world: always runs",)))
             continue
-        request = request_of(stage, {name: known[name].digest for name in stage.needs if name in known})
+        inputs = [known[name] for name in stage.needs if name in known]
+        request = request_of(stage, {artifact.stage: artifact.digest for artifact in inputs})
         waits = [name for name in stage.needs if name not in known]
-        found = None if waits else store.find(stage.name, digest(request))
+        found = None if waits else store.find(stage.kind, digest(request))
         forced = selection.forced.get(stage.name)
         if found and not forced:
             known[stage.name] = found
@@ -80,7 +81,7 @@ def why(
     """The reasons for making a stage, never empty."""
     reasons = [forced] if forced else changes(request, previous)
     reasons += [f"waits for {name}" for name in waits]
-    if stage.goes_on(store.work(stage.name, digest(request))):
+    if stage.goes_on(store.work(stage.kind, digest(request))):
         reasons = [reason for reason in reasons if reason != FIRST_TIME]
         reasons.append("goes on from where it was stopped")
     return tuple(reasons) or ("no longer in the store",)

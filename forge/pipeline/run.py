@@ -102,10 +102,10 @@ def _act(stage: Action, results: Mapping[str, Result], stack: ExitStack, label: 
 def _make(stage: Stage, session: _Session, label: str) -> tuple[Artifact, Result]:
     """Find or build a pure stage's artifact."""
     started = time.monotonic()
-    inputs = {name: _artifact(session.results[name]) for name in stage.needs}
+    inputs = {one.stage: one for one in (_artifact(session.results[name]) for name in stage.needs)}
     request = request_of(stage, {name: artifact.digest for name, artifact in inputs.items()})
     forced = session.forced.get(stage.name)
-    artifact = None if forced else session.store.find(stage.name, digest(request))
+    artifact = None if forced else session.store.find(stage.kind, digest(request))
     built = False
     if artifact is None:
         reasons = why(stage, request, session.store, session.previous.get(stage.name), forced)
@@ -132,7 +132,7 @@ def _build(
 
     try:
         artifact = session.store.build(
-            stage.name,
+            stage.kind,
             digest(request),
             request,
             build,

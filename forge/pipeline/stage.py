@@ -37,11 +37,17 @@ class Described(Protocol):
     """What every stage says of itself, for those who plan a ship, record it and show it."""
 
     name: str
+    """Its own within a ship."""
     needs: tuple[str, ...] = ()
     rank: int = 50
     """Where its section stands in the report; the conclusions come first."""
     lists_facts: bool = True
     """Whether the manifest lists its facts as they are."""
+
+    @property
+    def kind(self) -> str:
+        """What it does: stages of one kind with equal requests are one artifact, whatever their names."""
+        return self.name
 
     def packages(self) -> Collection[str]:
         """The Python packages that it imports, looked for before anything runs."""
@@ -77,7 +83,7 @@ class Described(Protocol):
 class Stage(Described, Protocol):
     """A pure stage: its result depends only on its request and is kept in the store.
 
-    `name` is also its directory in the store; `version` goes up when its code changes the bytes
+    `kind` is also its directory in the store; `version` goes up when its code changes the bytes
     that it makes; `needs` are names of earlier stages.
     """
 
@@ -115,7 +121,7 @@ class Stage(Described, Protocol):
         """Make the outputs in the directory `out`; return facts, plain JSON.
 
         `out` is empty but for what a stopped run left in `out/work`, where resumable state goes.
-        Logs go to `out/logs`. Both are no outputs. `inputs` holds the stages of `needs`.
+        Logs go to `out/logs`. Both are no outputs. `inputs` holds the stages of `needs`, by their kinds.
         """
         ...
 
@@ -157,12 +163,12 @@ class Selection:
 
 
 def request_of(stage: Stage, inputs: Mapping[str, str]) -> Request:
-    """The request of a stage; `inputs` gives the digest of each stage that it needs.
+    """The request of a stage; `inputs` gives the digest of each kind of stage that it needs.
 
     A plan leaves out those that are not known yet; the request is then good for comparing only.
     """
     return {
-        "stage": stage.name,
+        "stage": stage.kind,
         "version": stage.version,
         "params": dict(stage.params()),
         "tools": dict(stage.tools()),
@@ -178,6 +184,8 @@ def select(
 ) -> Selection:
     """The stages up to `until`; forced are those from `from_stage` on and those in `force`.
 
+    Several stages of one kind go together: from the first of them, or until the last.
+
     Raises `RecipeError` for a name that is no stage, ValueError for stages in an impossible order.
     """
     names = [stage.name for stage in stages]
@@ -188,6 +196,7 @@ def select(
             raise ValueError(f"{stage.name}: needs {stage.needs}, may need {sorted(allowed)}, must be unique")
     first = _position(names, from_stage, "--from") if from_stage else len(names)
     last = _position(names, until, "--until") if until else len(names) - 1
+    last = max([last, *(number for number, stage in enumerate(stages) if stage.kind == until)])
     if from_stage and first > last:
         raise RecipeError(f"--from {from_stage} comes after --until {until}: nothing would run")
     forced = dict.fromkeys(names[first : last + 1], f"forced by --from {from_stage}")

@@ -172,10 +172,11 @@ def _without_gguf(recipe: Recipe) -> Iterator[Finding]:
 
 def _calibration(recipe: Recipe) -> Iterator[Finding]:
     export = recipe.export
-    if export.quant in NEED_IMATRIX and not export.imatrix:
-        yield "export.quant", f"{export.quant} needs an importance matrix; set export.imatrix: true"
-    if export.imatrix and export.quant in ("f16", "bf16", "f32"):
-        yield "export.imatrix", f"{export.quant} is not rounded by importance; leave it out"
+    for quant in export.types:
+        if quant in NEED_IMATRIX and not export.imatrix:
+            yield "export.quant", f"{quant} needs an importance matrix; set export.imatrix: true"
+        if export.imatrix and quant in ("f16", "bf16", "f32"):
+            yield "export.imatrix", f"{quant} is not rounded by importance; leave it out"
     if export.is_calibrated:
         asked = "export.imatrix" if export.imatrix else "export.quant"
         if recipe.data is None:

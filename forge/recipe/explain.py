@@ -35,6 +35,7 @@ _WORDS: Mapping[str, str] = {
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
+    "too_short": "must hold at least {min_length}",
 }
 
 
@@ -106,7 +107,8 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def _choice(path: tuple[str | int, ...], value: Any) -> str:
-    field = _field(path)
+    # An item of a list has the list's words.
+    field = _field(path[:-1] if isinstance(path[-1], int) else path)
     words = [
         str(word).lower() if isinstance(word, bool) else str(word)
         for word in choices(field.annotation if field else None)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from forge.recipe.section import Section as Section
 from forge.recipe.training import Lora as Lora
@@ -182,6 +182,12 @@ class Budget(Section):
     max_kl: float = Field(gt=0, description="mean KL divergence (nats) from F16 on held-out rows, at most")
 
 
+def _quant_kind(value: Any) -> str:
+    if isinstance(value, Budget | dict):
+        return "budget"
+    return "types" if isinstance(value, list | tuple) else "type"
+
+
 class Export(Section):
     """The GGUF file; `export: none` ends with the merged checkpoint, of a base that has no GGUF form."""
 
@@ -191,9 +197,15 @@ class Export(Section):
         "the merged checkpoint without a GGUF, for transformers and vLLM",
     )
     quant: Annotated[
-        Annotated[Quant, Tag("type")] | Annotated[Budget, Tag("budget")],
-        Discriminator(lambda value: "budget" if isinstance(value, Budget | dict) else "type"),
-    ] = Field("q4_k_m", description="type of the weights, capitals do not matter; or `{max_kl: LOSS}`")
+        Annotated[Quant, Tag("type")]
+        | Annotated[tuple[Quant, ...], Field(min_length=1), Tag("types")]
+        | Annotated[Budget, Tag("budget")],
+        Discriminator(_quant_kind),
+    ] = Field(
+        "q4_k_m",
+        description="type of the weights, capitals do not matter; a list of them makes a file and a "
+        "certificate of each and serves the first; or `{max_kl: LOSS}`",
+    )
     imatrix: bool = Field(False, description="round by an importance matrix of the training rows")
     merge_base: Literal["auto", "original", "nf4", "measured"] = Field(
         "auto",
@@ -207,6 +219,20 @@ class Export(Section):
     @classmethod
     def _from_word(cls, value: Any) -> Any:
         return {"mode": "none"} if value == "none" else value
+
+    @field_validator("quant")
+    @classmethod
+    def _each_once(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and len({*value}) < len(value):
+            raise ValueError("names a type twice")
+        return value
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The types that are named, the one that is served first; none where a budget chooses."""
+        if isinstance(self.quant, Budget):
+            return ()
+        return (self.quant,) if isinstance(self.quant, str) else self.quant
 
     @property
     def makes_gguf(self) -> bool:

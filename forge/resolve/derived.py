@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from forge.recipe.quants import BUDGETED
 from forge.recipe.schema import Train
 from forge.resolve.resolved import Resolved
+from forge.runs.files import run_gguf
 from forge.store.digest import Json
 
 
 def gguf_name(ship: Resolved, exported: Mapping[str, Any]) -> str:
     """What the GGUF is called in the run; `exported` are the facts of the stage *export*."""
-    return f"{ship.recipe.name}-{exported['quant']}.gguf"
+    return run_gguf(ship.recipe.name, exported["quant"])
 
 
 def prompt_params(ship: Resolved) -> dict[str, Json]:
@@ -25,10 +27,24 @@ def prompt_params(ship: Resolved) -> dict[str, Json]:
     }
 
 
+def of_each_type(ship: Resolved) -> tuple[Resolved, ...]:
+    """The ship as the stages of each type see it, the served one first."""
+    return (ship, *(replace(ship, further_type=quant) for quant in ship.recipe.export.types[1:]))
+
+
+def quant_named(ship: Resolved) -> str | None:
+    """The type that the recipe names, the first of several; None where a budget chooses."""
+    return ship.further_type or next(iter(ship.recipe.export.types), None)
+
+
 def quant_asked(ship: Resolved) -> str:
     """The type in a stage's request; one that a budget chose is known by *calibrate*'s digest."""
-    quant = ship.recipe.export.quant
-    return quant if isinstance(quant, str) else "within a budget"
+    return quant_named(ship) or "within a budget"
+
+
+def keeps_merged(ship: Resolved) -> bool:
+    """Whether the merged checkpoint stays: once, whatever the number of types."""
+    return ship.recipe.export.keep_merged and ship.further_type is None
 
 
 def merge_base(ship: Resolved) -> str:
@@ -48,8 +64,7 @@ def merge_base(ship: Resolved) -> str:
 
 def largest_type(ship: Resolved) -> str:
     """The type, or the largest that a budget may choose: what there must be room for."""
-    quant = ship.recipe.export.quant
-    return quant if isinstance(quant, str) else BUDGETED[0]
+    return quant_named(ship) or BUDGETED[0]
 
 
 def context_tokens(ship: Resolved, data_facts: Mapping[str, Any]) -> int:

@@ -12,6 +12,7 @@ from forge.codec import from_plain, to_plain
 from forge.export.rehearsal import Header, RehearsalRequest, Rehearsed
 from forge.export.rehearsal import rehearse as lay_out
 from forge.export.request import Ingredients
+from forge.resolve.derived import quant_named
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import installed
 from forge.store.digest import Json, digest, file_digest
@@ -40,8 +41,7 @@ def rehearse(ship: Resolved, *, log: Path | None = None) -> Rehearsed:
 
 def _quant(ship: Resolved) -> str | None:
     """The type that is asked for, where it can be tried without an importance matrix."""
-    export = ship.recipe.export
-    return export.quant if isinstance(export.quant, str) and not export.is_calibrated else None
+    return None if ship.recipe.export.is_calibrated else quant_named(ship)
 
 
 def _request(ship: Resolved) -> dict[str, Json]:

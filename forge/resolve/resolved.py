@@ -59,6 +59,8 @@ class Resolved:
     heldout: float | int | Path
     headers: Mapping[str, TensorSpec] | None = None
     """The base's tensors, where a plan read their headers alone and the weights are not here."""
+    further_type: str | None = None
+    """The type of the file that the stages of this one are about, where it is not the first of several."""
 
     @property
     def recipe(self) -> Recipe:

@@ -10,6 +10,7 @@ from pathlib import Path
 from forge.export.request import Ingredients, MergeBase
 from forge.pipeline.stage import Stage
 from forge.resolve.resolved import Resolved
+from forge.runs.files import of_type
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
 
 
@@ -26,6 +27,26 @@ class OfShip:
 
 class ShipStage(OfShip, Stage):
     """A pure stage of one ship."""
+
+
+class OfType(OfShip):
+    """A stage about the file of one type; of a further type's its name says which.
+
+    The report and the fields of the ship's JSON are the first type's.
+    """
+
+    name: str
+
+    def __init__(self, ship: Resolved) -> None:
+        super().__init__(ship)
+        self.name = of_type(self.name, ship.further_type)
+
+    @property
+    def kind(self) -> str:
+        return type(self).name
+
+    def section(self) -> str:
+        return "" if self.ship.further_type else super().section()
 
 
 class GgufStage(ShipStage):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from forge import report
 from forge.errors import DataError
-from forge.runs.files import ADAPTER_SUFFIX, MANIFEST, RUNS, adapter_beside
+from forge.runs.files import ADAPTER_SUFFIX, MANIFEST, RUNS, adapter_beside, run_gguf
 from forge.runs.manifest import read_manifest
 from forge.store import runs
 from forge.store.artifacts import open_store
@@ -33,8 +33,8 @@ def find_run(name: str) -> Path:
 def find_model(name: str) -> tuple[Path, Path | None]:
     """The GGUF that a run or a path stands for, and a run's own adapter to serve with it.
 
-    A path is that file alone. Raises `DataError`, also for a run whose adapter is gone: the base that is left
-    is not what was trained.
+    Of a run with several types it is the one that its recipe names first. A path is that file alone. Raises
+    `DataError`, also for a run whose adapter is gone: the base that is left is not what was trained.
     """
     path = Path(name)
     if path.suffix == ".gguf" or path.is_file():
@@ -42,7 +42,10 @@ def find_model(name: str) -> tuple[Path, Path | None]:
             report.warning(f"{path.name} is taken alone, without {adapter_beside(path).name} beside it")
         return path.absolute(), None
     directory = find_run(name)
-    found = sorted(directory.glob("*.gguf"))
+    manifest = read_manifest(directory)
+    exported = manifest.read_facts().export
+    served = directory / run_gguf(manifest.name, exported.quant or "")
+    found = [served] if served.is_file() else sorted(directory.glob("*.gguf"))
     model = next((one for one in found if not one.name.endswith(ADAPTER_SUFFIX)), None)
     if model is None:
         raise DataError(
@@ -51,7 +54,7 @@ def find_model(name: str) -> tuple[Path, Path | None]:
     adapter = adapter_beside(model)
     if adapter.is_file():
         return model, adapter
-    if read_manifest(directory).read_facts().export.mode == "adapter":
+    if exported.mode == "adapter":
         raise DataError(
             f"{adapter} is gone, and {model.name} without it is the base",
             hint="forge ship its recipe again; or name the file, for the base alone",

@@ -172,7 +172,7 @@ class EvaluateFacts:
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """Of the stage *export*: merged or adapter."""
+    """Of the stage *export*: merged or adapter, and the type of the file that is served."""
 
     mode: str = "merged"
     quant: str | None = None

@@ -15,6 +15,7 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
     Up to *verify* each is pure and kept in the store; *deploy* and *smoke* look at the world.
     """
     from forge.recipe.schema import Adopted, Train
+    from forge.resolve.derived import of_each_type
     from forge.stages.adopt import AdoptStage
     from forge.stages.calibrate import CalibrateStage
     from forge.stages.data import DataStage
@@ -28,7 +29,7 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
     from forge.stages.validate import ValidateStage
     from forge.stages.verify import VerifyStage
 
-    recipe = ship.recipe
+    recipe, types = ship.recipe, of_each_type(ship)
     has_data = recipe.data is not None
     is_adapted = recipe.train is not None
     makes_gguf = recipe.export.makes_gguf
@@ -40,9 +41,10 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
         ValidateStage(ship) if is_adapted else None,
         EvaluateStage(ship) if is_adapted and has_data and ship.heldout else None,
         CalibrateStage(ship) if recipe.export.is_calibrated else None,
-        ExportStage(ship) if makes_gguf else MergeStage(ship),
-        ModelfileStage(ship) if makes_gguf else None,
-        VerifyStage(ship) if makes_gguf else None,
+        MergeStage(ship) if not makes_gguf else None,
+        *(ExportStage(one) for one in types if makes_gguf),
+        *(ModelfileStage(one) for one in types if makes_gguf),
+        *(VerifyStage(one) for one in types if makes_gguf),
         DeployAction(ship) if is_deployed else None,
         SmokeAction(ship) if is_deployed else None,
     )

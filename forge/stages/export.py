@@ -17,11 +17,11 @@ from forge.export.run import export as make_gguf
 from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result
-from forge.resolve.derived import gguf_name, largest_type, merge_base, quant_asked
+from forge.resolve.derived import gguf_name, keeps_merged, largest_type, merge_base, quant_asked, quant_named
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows, certificate_rows_are
-from forge.resolve.stage import GgufStage
-from forge.runs.files import BESIDE, adapter_beside
+from forge.resolve.stage import GgufStage, OfType
+from forge.runs.files import BESIDE, adapter_beside, of_type, run_gguf
 from forge.runs.publish import place
 from forge.stages.calibrate import CALIBRATION_STAGE, importance_in, quant_chosen, withdraw
 from forge.stages.data import DATA_STAGE
@@ -40,7 +40,7 @@ def adapter_in(export: Artifact) -> Path | None:
     return path if path.is_file() else None
 
 
-class ExportStage(GgufStage):
+class ExportStage(OfType, GgufStage):
     """One GGUF in one pass, with the token ids proved before."""
 
     name = EXPORT_STAGE
@@ -62,7 +62,7 @@ class ExportStage(GgufStage):
             "export.mode": export.mode,
             "export.quant": quant_asked(self.ship),
             "export.merge_base": merge_base(self.ship),
-            "export.keep_merged": export.keep_merged,
+            "export.keep_merged": keeps_merged(self.ship),
             "chat template": self.ship.template_digest,
         }
 
@@ -71,8 +71,10 @@ class ExportStage(GgufStage):
 
     def bytes_kept(self) -> Mapping[str, int]:
         """The GGUF, and the merged checkpoint (float32 where the adapter touches it) if it is kept."""
-        keep_merged = self.ship.recipe.export.keep_merged
-        return export_disk(self.ship.parameters, largest_type(self.ship), keep_merged=keep_merged).parts
+        parts = export_disk(
+            self.ship.parameters, largest_type(self.ship), keep_merged=keeps_merged(self.ship)
+        ).parts
+        return {of_type(part, self.ship.further_type): size for part, size in parts.items()}
 
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """An adapter of its own is written twice, in float32."""
@@ -89,11 +91,11 @@ class ExportStage(GgufStage):
             self.ingredients(adapter_of(inputs), chosen),
             out=out,
             name=self.ship.recipe.name,
-            quant=export.quant if isinstance(export.quant, str) else quant_chosen(inputs),
+            quant=quant_named(self.ship) or quant_chosen(inputs),
             mode=export.mode,
             data=inputs[DATA_STAGE].path if DATA_STAGE in inputs else None,
             importance=importance_in(inputs),
-            keep_merged=export.keep_merged,
+            keep_merged=keeps_merged(self.ship),
         )
         try:
             exported = worker.perform(make_gguf, request, log=self.ship.log)
@@ -112,9 +114,15 @@ class ExportStage(GgufStage):
         return None
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
+        target = run / gguf_name(self.ship, artifact.facts)
+        if self.ship.further_type:
+            _publish_gguf(target, artifact, published, set(run.glob("*.gguf")))
+            return
         if CALIBRATION_STAGE not in self.needs:
             withdraw(run)
-        _publish_gguf(run / gguf_name(self.ship, artifact.facts), artifact, published)
+        # What lies beside a file that is new was made with the one before.
+        kept = self._further_files(run) if published == artifact.digest else set()
+        _publish_gguf(target, artifact, published, kept)
         if (artifact.path / MERGED_DIRECTORY).is_dir():
             publish(artifact.path / MERGED_DIRECTORY, run / MERGED_DIRECTORY)
         else:
@@ -124,10 +132,17 @@ class ExportStage(GgufStage):
         """The model's GGUF; its adapter's where it has one, or why it has none where it was to have one."""
         artifact = result.artifact
         assert artifact is not None
+        if self.ship.further_type:
+            return {}
         gguf = run / gguf_name(self.ship, artifact.facts)
         adapter = {"adapter_gguf": str(adapter_beside(gguf))} if adapter_in(artifact) else {}
         reasons = artifact.facts["merged_because"]
         return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
+
+    def _further_files(self, run: Path) -> set[Path]:
+        """The files of the recipe's further types."""
+        models = [run / run_gguf(self.ship.recipe.name, quant) for quant in self.ship.recipe.export.types[1:]]
+        return {*models, *map(adapter_beside, models)}
 
     def _measured_base(self, inputs: Mapping[str, Artifact], out: Path) -> ChosenBase | None:
         """What the held-out rows say of the two bases, where they are asked."""
@@ -145,16 +160,17 @@ class ExportStage(GgufStage):
         return worker.perform(choose_base, request, log=self.ship.log)
 
 
-def _publish_gguf(target: Path, artifact: Artifact, published: str | None) -> None:
-    """The model as `target`, its adapter beside it, and no GGUF of an earlier recipe, which would mislead.
+def _publish_gguf(target: Path, artifact: Artifact, published: str | None, others: set[Path]) -> None:
+    """The model as `target`, its adapter beside it; `others` stay, and no GGUF of an earlier recipe, which
+    would mislead.
 
     Of two files the model comes last and the one before goes first: whenever this is killed, nobody finds
     a base without its adapter, or an adapter on a model that has it already.
     """
     adapter = {ADAPTER_FILE: adapter_beside(target)} if adapter_in(artifact) else {}
-    kept = {*adapter.values(), target}
+    kept = {*others, *adapter.values(), target}
     if published != artifact.digest and (adapter or adapter_beside(target).exists()):
-        kept.remove(target)
+        kept.discard(target)
     # The model goes before its adapter.
     for old in sorted(set(target.parent.glob("*.gguf")) - kept, key=lambda one: one.name.endswith(BESIDE)):
         old.unlink()

@@ -23,8 +23,8 @@ from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result
 from forge.resolve.derived import context_tokens, gguf_name, longest_reply, prompt_params, quant_asked
 from forge.resolve.resolved import Resolved
-from forge.resolve.stage import ShipStage
-from forge.runs.files import adapter_beside
+from forge.resolve.stage import OfType, ShipStage
+from forge.runs.files import adapter_beside, of_type, withdraw_types
 from forge.stages.data import DATA_STAGE
 from forge.stages.export import EXPORT_STAGE, adapter_in
 from forge.store.artifacts import Artifact
@@ -32,7 +32,7 @@ from forge.store.digest import Json
 from forge.store.runs import publish
 
 
-class ModelfileStage(ShipStage):
+class ModelfileStage(OfType, ShipStage):
     """Modelfile and Modelfile.jinja, for Ollama; prompts and stops held against the GGUF's own."""
 
     name = "modelfile"
@@ -41,7 +41,8 @@ class ModelfileStage(ShipStage):
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
-        self.needs = ((DATA_STAGE,) if ship.recipe.data else ()) + (EXPORT_STAGE,)
+        export = of_type(EXPORT_STAGE, ship.further_type)
+        self.needs = (*((DATA_STAGE,) if ship.recipe.data else ()), export)
 
     def params(self) -> Mapping[str, Json]:
         return {
@@ -89,12 +90,17 @@ class ModelfileStage(ShipStage):
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         for name in (MODELFILE, MODELFILE_JINJA):
+            if self.ship.further_type is None:
+                withdraw_types(name, run)
+            target = run / of_type(name, self.ship.further_type)
             if name in artifact.outputs:
-                publish(artifact.path / name, run / name)
+                publish(artifact.path / name, target)
             else:
-                (run / name).unlink(missing_ok=True)
+                target.unlink(missing_ok=True)
 
     def summary(self, result: Result, run: Path) -> Mapping[str, object]:
+        if self.ship.further_type:
+            return {}
         written = result.facts.get("modelfile")
         return {
             "modelfile": str(run / MODELFILE) if written else None,

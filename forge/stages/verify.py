@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from forge import report, worker
+from forge.chat.hand_over import MODELFILE_JINJA
 from forge.codec import from_plain, to_plain
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
 from forge.pipeline.stage import Result
 from forge.resolve.certified import basis_of
-from forge.resolve.derived import gguf_name, largest_type
+from forge.resolve.derived import gguf_name, largest_type, of_each_type
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows
-from forge.resolve.stage import GgufStage, installed
-from forge.runs.files import ADAPTER, CALIBRATION, CERTIFICATE, adapter_beside
+from forge.resolve.stage import GgufStage, OfType, installed
+from forge.runs.files import ADAPTER, CALIBRATION, CERTIFICATE, adapter_beside, of_type, withdraw_types
 from forge.stages.calibrate import CALIBRATION_STAGE, importance_in
 from forge.stages.data import DATA_STAGE
 from forge.stages.export import EXPORT_STAGE, adapter_in
+from forge.stages.modelfile import ModelfileStage
 from forge.stages.train import ADAPTER_STAGE
 from forge.store import durable
 from forge.store.artifacts import Artifact
@@ -38,7 +40,7 @@ VERIFY_STAGE = "verify"
 _EVIDENCE = "evidence.json"
 
 
-class VerifyStage(GgufStage):
+class VerifyStage(OfType, GgufStage):
     """Measures the file; the measurement is kept, the verdict is not."""
 
     name = VERIFY_STAGE
@@ -51,7 +53,7 @@ class VerifyStage(GgufStage):
         data = (DATA_STAGE,) if ship.recipe.data else ()
         calibrated = (CALIBRATION_STAGE,) if ship.recipe.export.is_calibrated else ()
         adapted = (ADAPTER_STAGE,) if ship.recipe.train is not None else ()
-        self.needs = (*data, *adapted, *calibrated, EXPORT_STAGE)
+        self.needs = (*data, *adapted, *calibrated, of_type(EXPORT_STAGE, ship.further_type))
 
     def params(self) -> Mapping[str, Json]:
         return {
@@ -73,7 +75,11 @@ class VerifyStage(GgufStage):
         return {"files to compare with": needed}
 
     def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
-        return {"certificate": certificate(self.ship, results[self.name].facts), "certificate_reason": None}
+        if self.ship.further_type:
+            return {}
+        verdict = certificate(self.ship, results[self.name].facts)
+        types = [_of_type(one, results) for one in of_each_type(self.ship)]
+        return {"certificate": verdict, "certificate_reason": None, "types": types}
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
         export = inputs[EXPORT_STAGE].path
@@ -125,7 +131,9 @@ class VerifyStage(GgufStage):
         """The certificate with its rows, for whoever wants to repeat it."""
         evidence = from_plain(Evidence, json.loads((artifact.path / _EVIDENCE).read_text(encoding="utf-8")))
         text = certificate_text(certificate(self.ship, artifact.facts), evidence)
-        durable.write_text(run / CERTIFICATE, text)
+        if self.ship.further_type is None:
+            withdraw_types(CERTIFICATE, run)
+        durable.write_text(run / of_type(CERTIFICATE, self.ship.further_type), text)
 
     def goes_on(self, work: Path) -> bool:
         return holds_any(work)
@@ -134,6 +142,25 @@ class VerifyStage(GgufStage):
         verdict = _certificate(self.ship, artifact.facts)
         tell(verdict)
         return failure_of(verdict)
+
+
+def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, object]:
+    """One type's files, by their names in the run, and its verdict; None for what is not there."""
+    quant = ship.further_type
+    exported, handed, verified = (
+        results.get(of_type(stage, quant)) for stage in (EXPORT_STAGE, ModelfileStage.name, VERIFY_STAGE)
+    )
+    verdict = certificate(ship, verified.facts) if verified else None
+    modelfile = handed and handed.facts["modelfile"]
+    return {
+        "quant": exported.facts["quant"] if exported else quant,
+        "gguf": gguf_name(ship, exported.facts) if exported else None,
+        "bytes": exported.facts["bytes"] if exported else None,
+        "modelfile": of_type(modelfile, quant) if modelfile else None,
+        "modelfile_jinja": of_type(MODELFILE_JINJA, quant) if handed else None,
+        "certificate": of_type(CERTIFICATE, quant) if verdict else None,
+        **{name: verdict[name] if verdict else None for name in ("ok", "verdict", "logits")},
+    }
 
 
 def certificate(
