@@ -14,6 +14,8 @@ import pytest
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, StageError
 from forge.export import pretokenizer, proof
+from forge.export.request import ExportRequest, Ingredients
+from forge.export.run import _choose
 from forge.export.upstream import Choices
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
@@ -145,6 +147,24 @@ def test_a_bos_that_training_had_not_is_caught(tmp_path: Path) -> None:
     directory = directory_of(tmp_path / "base", "llama-spm")
     with pytest.raises(CheckError, match=r"other ids for (\d+) of \1 texts"):
         compare(directory, convert(directory, adds_bos=None))
+
+
+@pytest.mark.parametrize(
+    ("before", "adds_bos"),
+    [("", False), ("{{ bos_token }}", True), (None, None)],
+    ids=["no", "yes", "nothing"],
+)
+def test_an_export_adds_bos_where_the_template_writes_it(
+    before: str | None, adds_bos: bool | None, tmp_path: Path
+) -> None:
+    """Whatever the tokenizer's files say: Llama-2's say that it adds one. Without a template they hold."""
+    directory = directory_of(tmp_path / "base", "llama-spm")
+    path = directory / "chat_template.jinja"
+    path.write_text(f"{before}{path.read_text(encoding='utf-8')}", encoding="utf-8")
+    rendered = proof.cases(template_of(directory), ["a"], []) if before is not None else None
+    model = Ingredients(directory, None, directory, None, converters(), end_of_turn_id=2)
+    name, choices = _choose(directory, rendered, ExportRequest(model, tmp_path, "yoda", "f16"))
+    assert (name, choices) == ("yoda", Choices("", adds_bos, space_prefix=True, end_of_turn=2))
 
 
 def test_sentencepiece_with_a_prefix_at_the_start_only(tmp_path: Path) -> None:

@@ -238,9 +238,10 @@ def test_a_second_bos_shows_in_the_count(
     with Ollama(fake_ollama.url) as server:
         import_model(server, "yoda", path, hand_over_of(path))
         right = server.chat("yoda", user, options={"num_predict": 1})["prompt_eval_count"]
-        prove_prompts(
+        proved = prove_prompts(
             server, "yoda", template, [user] * 3, writes_bos=None, count=lambda texts: [right] * len(texts)
         )
+        assert (proved.prompts, proved.counted) == (3, 3)
         with pytest.raises(CheckError, match="the prompt is another") as caught:
             prove_prompts(server, "yoda", template, [user], writes_bos=None, count=lambda texts: [right - 1])
     assert str(caught.value.problems[1]).startswith("Ollama: ")

@@ -38,8 +38,10 @@ from forge.stages.verify import VerifyStage
 from forge.store.artifacts import Artifact, Store
 from forge.train.memory import choose_batch
 from forge.verify.bases import BaseLosses, ChosenBase
+from forge.verify.basis import read_certificate, write_rows
 from forge.verify.calibrate import IMPORTANCE_FILE
 from forge.verify.calibration import Calibrated, Importance
+from forge.verify.measurement import Gates
 from tests.conftest import copy_of_tiny, link_converters
 from tests.test_verify_maths import _measurement as measurement
 
@@ -373,5 +375,13 @@ def test_a_certificate_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
         "lora": "mini-q8_0-adapter.gguf", "merged": "merged", "imatrix": f"calibration/{IMPORTANCE_FILE}",
     }  # fmt: skip
     VerifyStage(place.ship).publish(Artifact("verify", "k", "d", place.out, facts), tmp_path, None)
-    kept = json.loads((tmp_path / "certificate.json").read_text(encoding="utf-8"))
-    assert kept["ok"] is True
+    path = tmp_path / "certificate.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for part in ("basis", "gates", "evidence"):
+        content[part]["of a later forge"] = 1
+    path.write_text(json.dumps(content))
+    kept = read_certificate(path)
+    assert to_plain(kept.basis) == facts["basis"] and kept.gates == Gates(0.5, 0.75, True)
+    held_out = (tmp_path / "data" / HELDOUT_FILE).read_text(encoding="utf-8").splitlines()
+    again = write_rows(kept.evidence.rows, tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(row) for row in again] == [json.loads(row) for row in held_out]

@@ -52,6 +52,7 @@ def _compare(handed: HandOver, served: ChatTemplate, go: go_interpreter.GoTempla
             f"only {len(chosen)} generated conversations can be compared, and {CONVERSATIONS} are the proof",
             hint="the chat template refuses nearly all of them: forge template shows what it takes",
         )
+    compared = 0
     for conversation in chosen:
         trained = handed.template.render(conversation, add_generation_prompt=True)
         found = {"the GGUF's Jinja": served.render(conversation, add_generation_prompt=True)}
@@ -62,7 +63,8 @@ def _compare(handed: HandOver, served: ChatTemplate, go: go_interpreter.GoTempla
         for place, prompt in found.items():
             if prompt != trained:
                 raise _differs(place, trained, prompt)
-    return len(chosen)
+        compared += 1
+    return compared
 
 
 def as_served(source: str, trained: ChatTemplate) -> ChatTemplate:

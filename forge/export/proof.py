@@ -103,37 +103,38 @@ def compare_ids(
     served = ServedVocabulary(vocabulary)
     try:
         kept, limits = _without_limits(tried, directory / "tokenizer.json", reference, served)
-        problems = list(_differences(kept, reference, served))
+        compared = [_difference(case, reference, served) for case in kept]
         stops = end_of_turn is None or served.ends_reply(end_of_turn)
     finally:
         served.close()
-    if not kept:
+    problems = list(filter(None, compared))
+    if not compared:
         raise CheckError("no prompt could be compared: the chat template refuses all that were tried")
     if problems:
         failure = CheckError(
-            f"the GGUF's tokenizer gives other ids for {len(problems)} of {len(kept)} texts: "
+            f"the GGUF's tokenizer gives other ids for {len(problems)} of {len(compared)} texts: "
             "the model would be served other tokens than it was trained on",
             hint="llama.cpp has no pre-tokenizer equal to this tokenizer's; choose a base that it knows",
             problems=problems[:5],
         )
-        failure.fields = {"compared": len(kept), "different": len(problems)}
+        failure.fields = {"compared": len(compared), "different": len(problems)}
         raise failure
     if not stops:
         raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
-    return Compared(len(kept), limits)
+    return Compared(len(compared), limits)
 
 
-def _differences(tried: Sequence[Case], reference: Tokenizer, served: ServedVocabulary) -> Iterator[Problem]:
-    for case in tried:
-        expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
-        found = served.ids(case.text)
-        if found != expected:
-            at = first_difference(expected, found)
-            here = slice(max(0, at - 2), at + 6)
-            yield Problem(
-                f"trained on {expected[here]}, served {found[here]} (from token {here.start})",
-                repr(case.content[:60]),
-            )
+def _difference(case: Case, reference: Tokenizer, served: ServedVocabulary) -> Problem | None:
+    expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
+    found = served.ids(case.text)
+    if found == expected:
+        return None
+    at = first_difference(expected, found)
+    here = slice(max(0, at - 2), at + 6)
+    return Problem(
+        f"trained on {expected[here]}, served {found[here]} (from token {here.start})",
+        repr(case.content[:60]),
+    )
 
 
 class ServedVocabulary:

@@ -43,6 +43,14 @@ Used = Way | Literal["guessed"]
 
 
 @dataclass(frozen=True)
+class Proved:
+    """How many prompts are the same, and of how many of them the tokens were counted."""
+
+    prompts: int
+    counted: int
+
+
+@dataclass(frozen=True)
 class Imported:
     """`digest` is the manifest's. `prompts` were compared, and of `counted` the tokens too.
 
@@ -152,13 +160,14 @@ def import_model(
                 chosen = choose(handed, way, count)
                 prove = partial(prove_prompts, server, made, handed.template)
                 writes_bos = None if way == "jinja" else not handed.add_bos
-                prove(chosen.usual, writes_bos=writes_bos)
-                counted = prove(chosen.usual[:PLAIN], writes_bos=writes_bos, count=count) if count else 0
-                differ = _differing(chosen.odd, partial(prove, writes_bos=writes_bos))
+                usual = prove(chosen.usual, writes_bos=writes_bos)
+                plain = chosen.usual[:PLAIN] if count else ()
+                counted = prove(plain, writes_bos=writes_bos, count=count).counted
+                odd, differ = _differing(chosen.odd, partial(prove, writes_bos=writes_bos))
                 if ask:
                     ask(Endpoint(server.url, made, is_ollama=True))
                 server.copy(made, name)
-            compared = len(chosen.usual) + len(chosen.odd)
+            compared = usual.prompts + odd
             digest = server.digest(name) or ""
             return Imported(name, digest, used, compared, counted, differ, chosen.left_out)
         except PromptsDifferError as wrong:
@@ -257,8 +266,8 @@ def prove_prompts(
     *,
     writes_bos: bool | None,
     count: Count | None = None,
-) -> int:
-    """Of how many prompts the tokens were counted; raises `PromptsDifferError` at the first that differs.
+) -> Proved:
+    """Raises `PromptsDifferError` at the first prompt that differs.
 
     `writes_bos`: whether its text begins with the template's BOS; None where either may be, since
     llama-server sees to one BOS. `count` tells how many tokens each prompt should have: then the server
@@ -269,6 +278,7 @@ def prove_prompts(
     bos = template.special_tokens.get("bos_token", "")
     rendered = [template.render(messages, add_generation_prompt=True) for messages in conversations]
     counts = count(rendered) if count else []
+    compared = counted = 0
     if counts:
         server.unload(name)
     for number, (messages, whole) in enumerate(zip(conversations, rendered, strict=True), 1):
@@ -279,25 +289,28 @@ def prove_prompts(
         if shown not in right:
             # Of the two with and without BOS the nearer: the difference shown is then the difference.
             raise _differs(messages, max(right, key=partial(first_difference, shown)), shown)
+        compared += 1
         if counts:
             wanted = counts[number - 1]
-            counted = server.chat(name, messages, options={"num_predict": 1}).get("prompt_eval_count") or 0
-            if counted > wanted or (number == 1 and counted != wanted):
-                raise _differs(messages, f"{wanted} tokens", f"{counted} tokens")
-    return len(counts)
+            tokens = server.chat(name, messages, options={"num_predict": 1}).get("prompt_eval_count") or 0
+            if tokens > wanted or (number == 1 and tokens != wanted):
+                raise _differs(messages, f"{wanted} tokens", f"{tokens} tokens")
+            counted += 1
+    return Proved(compared, counted)
 
 
 def _differing(
-    odd: Sequence[tuple[Message, ...]], prove: Callable[[Sequence[tuple[Message, ...]]], int]
-) -> tuple[str, ...]:
-    """What the server writes otherwise of texts that hardly anybody writes."""
-    found = []
+    odd: Sequence[tuple[Message, ...]], prove: Callable[[Sequence[tuple[Message, ...]]], Proved]
+) -> tuple[int, tuple[str, ...]]:
+    """Of texts that hardly anybody writes: how many were compared, and those the server writes otherwise."""
+    compared, found = 0, []
     for one in odd:
         try:
-            prove([one])
+            compared += prove([one]).prompts
         except PromptsDifferError as wrong:
+            compared += 1
             found.append(wrong.message.removesuffix(_ANOTHER))
-    return tuple(found)
+    return compared, tuple(found)
 
 
 _ANOTHER = " the prompt is another"

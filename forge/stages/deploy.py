@@ -189,4 +189,4 @@ def prove_in_ollama(ship: Resolved, conversations: Sequence[Sequence[Message]], 
             count=lambda texts: [len(form.ids(text)) for text in texts],
         )
     smoke_passes(ship.recipe, endpoint)
-    return proved
+    return proved.counted

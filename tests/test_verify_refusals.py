@@ -1,0 +1,94 @@
+"""What cannot be compared is refused before anything long: a fault for each refusal of a measurement."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from forge.errors import DataError
+from forge.export.importance import write_importance
+from forge.model.estimate import Available
+from forge.verify import measure as measuring
+from forge.verify.measure import measure
+from forge.verify.measurement import VerifyRequest
+from tests.test_stages_deployed import ship_of
+from tests.tiny_gguf import CONTEXT, WIDTH, write_tiny_gguf
+from tests.vocabularies import converters
+
+pytestmark = pytest.mark.training
+
+Change = Callable[[Path, pytest.MonkeyPatch], dict[str, Any]]
+
+
+def _configuration(**fields: Any) -> Change:
+    def change(place: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
+        path = place / "base" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        return {}
+
+    return change
+
+
+def _rows(*rows: list[int]) -> Change:
+    def change(place: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
+        lines = [json.dumps({"input_ids": ids, "labels": ids}) for ids in rows]
+        (place / "rows.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        return {}
+
+    return change
+
+
+def _other_importance(place: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
+    import numpy as np
+
+    values: dict[str, Any] = {
+        "blk.7.attn_q.weight": (np.ones((1, WIDTH), np.float32), np.ones(1, np.float32))
+    }
+    write_importance(place / "matrix.gguf", values, 1, 64)
+    return {"importance": place / "matrix.gguf"}
+
+
+def _no_memory(_: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    patch.setattr(measuring, "available", lambda: Available(1000, 1000))
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_configuration(num_hidden_layers=2), "is another model's: llama"),
+        (_other_importance, "is another model's importance matrix"),
+        (_no_memory, "the base does not fit even in pieces"),
+        (_rows([5] * (CONTEXT + 1)), f"every row is longer than the context of {CONTEXT} tokens"),
+        (_rows([5, 6, 1000]), "the file is of another vocabulary"),
+        (_rows(), "holds no rows: there is nothing to compare on"),
+    ],
+    ids=["model", "matrix", "memory", "length", "vocabulary", "no rows"],
+)
+def test_what_cannot_be_compared(
+    change: Change, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship = ship_of(tmp_path, "runtime: none")
+    _configuration(num_hidden_layers=1, hidden_size=WIDTH, max_position_embeddings=None)(
+        tmp_path, monkeypatch
+    )
+    _rows([5, 6, 7])(tmp_path, monkeypatch)
+    (tmp_path / "scratch").mkdir()
+    request = VerifyRequest(
+        base=tmp_path / "base",
+        gguf=write_tiny_gguf(tmp_path / "model.gguf"),
+        tokenizer=tmp_path / "base",
+        chat_template=ship.template.pinned_source(),
+        rows=tmp_path / "rows.jsonl",
+        converters=converters(),
+        scratch=tmp_path / "scratch",
+    )
+    request = replace(request, **change(tmp_path, monkeypatch))
+    with pytest.raises(DataError) as refused:
+        measure(request)
+    assert said in refused.value.message
