@@ -31,7 +31,7 @@ __all__ = [
 
 AnyPath: TypeAlias = "str | PathLike[str]"
 Recipe: TypeAlias = "str | PathLike[str] | Mapping[str, Any] | Loaded"
-Fields: TypeAlias = dict[str, Any]
+Fields: TypeAlias = Mapping[str, Any]
 """What the command prints with `--json`."""
 
 

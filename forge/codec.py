@@ -1,13 +1,15 @@
 """Frozen dataclasses to plain JSON values and back: at the worker's pipe, the store and a run's manifest.
 
-Fields may be str, int, float, bool, None, `Path`, `Literal`, other dataclasses, unions of these, tuples,
-`Sequence`, `Mapping[str, ...]` and `Any` (JSON as it is). A key that the class does not have is refused,
-and so is one that is missing and has no default: a misspelt key is never a value that was left out.
+Fields may be str, int, float, bool, None, `Path`, `Literal`, other dataclasses, sections of a recipe
+(pydantic models), unions of these, tuples, `Sequence`, `Mapping[str, ...]` and `Any` or `object` (JSON as it
+is). A key that the class does not have is refused, and so is one that is missing and has no default: a
+misspelt key is never a value that was left out.
 Not covered: classes that JSON cannot tell apart; of a union the first that fits is taken.
 """
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -24,6 +26,8 @@ def to_plain(value: object) -> Any:
         return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Path):
         return str(value)
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", by_alias=True)
     if isinstance(value, Mapping):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -51,6 +55,9 @@ def _read(kind: Any, value: Any, where: str, is_strict: bool) -> Any:
         return value
     if is_dataclass(kind):
         return _read_fields(kind, value, where, is_strict)
+    if hasattr(kind, "model_validate_json"):
+        # Of JSON text: a strict model takes a list for a tuple there only. Its own errors are ValueErrors.
+        return value if isinstance(value, kind) else kind.model_validate_json(json.dumps(value))
     if origin in (Union, types.UnionType):
         return _read_union(get_args(kind), value, where, is_strict)
     if origin is Literal:

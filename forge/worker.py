@@ -2,9 +2,9 @@
 
 `call` starts `python -m forge.worker`, writes one JSON line (the task and its arguments) and reads
 JSON lines back: what `report` says, then one result or one error. The library's own prints, on
-standard output or error, end in the log, never in the protocol. Arguments and results are plain
-JSON; large things are passed as paths. `perform` sends a dataclass and gives one back, read by `codec`
-on both sides: a misspelt field is a type error here and refused there.
+standard output or error, end in the log, never in the protocol. A task takes one dataclass and gives one
+back, and large things are passed as paths. `perform` sends and reads them through `codec`: a misspelt field
+is a type error here and refused there.
 
 A worker that is asked to stop (SIGTERM) raises KeyboardInterrupt in its task, unless the task
 handles the signal itself, as training does.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
-import inspect
 import json
 import os
 import signal
@@ -25,7 +24,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import is_dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar, get_type_hints
 
@@ -71,8 +69,8 @@ def perform(task: Callable[[Request], Answer], request: Request, *, log: Path | 
     return from_plain(answer, call(name, to_plain(request), log=log))
 
 
-def call(task: str, arguments: Mapping[str, Any], *, log: Path | None = None) -> dict[str, Any]:
-    """Run `task` in a worker process and return its result.
+def call(task: str, arguments: Mapping[str, object], *, log: Path | None = None) -> Mapping[str, Any]:
+    """Run the task of that name on its request as plain JSON, and return its result as such.
 
     Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word;
     `InterruptedByUserError` or KeyboardInterrupt when it was stopped. What the worker printed is in
@@ -100,7 +98,7 @@ def _log(path: Path | None) -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
-def _outcome(child: process.Child, task: str, log: Path | None) -> dict[str, Any]:
+def _outcome(child: process.Child, task: str, log: Path | None) -> Mapping[str, Any]:
     """Read the worker's messages to the end, and let it exit by itself."""
     where = f"see the end of {log}" if log else "-v shows its last lines"
     for line in child.lines():
@@ -137,9 +135,9 @@ def _stop(child: process.Child, task: str) -> None:
         killer.cancel()
 
 
-def _receive(line: str) -> dict[str, Any] | None:
+def _receive(line: str) -> Mapping[str, Any] | None:
     try:
-        message: dict[str, Any] = json.loads(line)
+        message: Mapping[str, Any] = json.loads(line)
     except ValueError:
         return None  # cut off: the worker was killed while it spoke
     match message["event"]:
@@ -152,7 +150,7 @@ def _receive(line: str) -> dict[str, Any] | None:
         case "error":
             raise from_json(message["error"])
         case "result":
-            value: dict[str, Any] = message["value"]
+            value: Mapping[str, Any] = message["value"]
             return value
     return None
 
@@ -239,13 +237,9 @@ def _answer(request: Mapping[str, Any], sink: ParentSink) -> int:
     return failure.code
 
 
-def _perform(task: Callable[..., object], arguments: Mapping[str, Any]) -> object:
-    """A task that takes one dataclass is given its request; another the arguments by name."""
-    parameters = list(inspect.signature(task).parameters)
-    kind = get_type_hints(task)[parameters[0]] if len(parameters) == 1 else None
-    if is_dataclass(kind) and isinstance(kind, type):
-        return task(from_plain(kind, arguments))
-    return task(**arguments)
+def _perform(task: Callable[..., object], arguments: Mapping[str, object]) -> object:
+    [kind] = [kind for name, kind in get_type_hints(task).items() if name != "return"]
+    return task(from_plain(kind, arguments))
 
 
 if __name__ == "__main__":

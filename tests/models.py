@@ -7,8 +7,10 @@ so only tests marked `training` call this.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from forge.chat.template import ChatTemplate
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.prompt_format import prompt_format
 from forge.data.reading import Source
+from forge.train.arithmetic import Arithmetic
+from forge.train.evaluate import Change, Evaluated, EvaluateRequest
+from forge.train.model import BaseSettings
 from tests.vocabularies import write_tokenizer
 
 # peft (github.com/huggingface/peft) asks transformers for a name that it deprecates.
@@ -208,15 +213,32 @@ def prepare_rows(base: Path, directory: Path) -> Path:
     return directory
 
 
-def evaluation(base: Path, adapter: Path, data: Path, *, quantize: bool = False) -> dict[str, Any]:
-    """Arguments of `forge.train.evaluate`, as the stage gives them, for the home-made vocabulary."""
-    dtype = "bf16" if quantize else "fp32"
-    facts = {
-        "device": "cpu",
-        "dtype": dtype,
-        "method": "qlora" if quantize else "lora",
-        "trust_remote_code": False,
-        "seed": 0,
-    }
-    facts |= {"pad_token_id": 0, "end_of_turn_id": 2, "tokenizer": str(base)}
-    return {"base": str(base), "adapter": str(adapter), "data": str(data), "settings": facts}
+def evaluation(base: Path, adapter: Path, data: Path, *, quantize: bool = False) -> EvaluateRequest:
+    """As the stage asks for it, for the home-made vocabulary."""
+    return EvaluateRequest(
+        base,
+        adapter,
+        data,
+        tokenizer=base,
+        loading=BaseSettings("qlora" if quantize else "lora"),
+        device="cpu",
+        dtype="bf16" if quantize else "fp32",
+        end_of_turn_id=2,
+        pad_token_id=0,
+    )
+
+
+def evaluated(before: float = 2.0, after: float = 1.0, **others: Any) -> Evaluated:
+    """Held-out figures with these losses."""
+    measured = Evaluated(
+        rows=20,
+        vocabulary=1456,
+        device="cpu",
+        compute="float32",
+        arithmetic=Arithmetic("float32", "float32"),
+        loss=Change(before, after),
+        loss_error=0.01,
+        perplexity=Change(math.exp(before), math.exp(after)),
+        exact=None,
+    )
+    return replace(measured, **others)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from forge.adapter.read import read_adapter, scale_of
-from forge.adapter.status import validate
+from forge.adapter.status import ValidateRequest, validate
+from forge.codec import to_plain
 from forge.errors import CheckError, DataError, ForgeError
 from tests.models import PEFT_WARNS, change_json, change_tensors, make_adapter, make_model
 
@@ -40,23 +41,25 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sound_adapter(base: Path, plain: Path) -> None:
     """C5, K6, K7: parameters are the sum of r x (in + out); it may be exported both ways."""
-    told = validate(str(base), str(plain))
+    told = validate(ValidateRequest(base, plain))
     each = sum(8 * (256 + out) for out in LINEAR.values()) + sum(8 * (a + b) for a, b in MLP.values())
     modules = {f"self_attn.{name}" for name in LINEAR} | {f"mlp.{name}" for name in MLP}
-    assert told["trainable_parameters"] == 2 * each
-    assert told["adapted_modules"] == sorted(f"model.layers.{n}.{name}" for n in (0, 1) for name in modules)
-    assert (told["ok"], told["pure"], told["impurities"], told["problems"]) == (True, True, [], [])
-    assert told["exports"] == ["merged", "adapter"]
-    assert told["scale"] == 2.0
-    status = told["status"]
+    assert told.trainable_parameters == 2 * each
+    assert told.adapted_modules == tuple(
+        sorted(f"model.layers.{n}.{name}" for n in (0, 1) for name in modules)
+    )
+    assert (told.ok, told.pure, told.impurities, told.problems) == (True, True, (), ())
+    assert told.exports == ("merged", "adapter")
+    assert told.scale == 2.0
+    status = told.status
     assert (status["enabled"], status["active_adapters"], status["merged_adapters"]) == (
         True,
         ["default"],
         [],
     )
     assert status["num_adapter_layers"] == 14
-    assert {layer["module_type"] for layer in told["layers"]} == {"lora.Linear"}
-    json.dumps(told)
+    assert {layer["module_type"] for layer in told.layers} == {"lora.Linear"}
+    json.dumps(to_plain(told))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def test_a_sound_adapter(base: Path, plain: Path) -> None:
 def test_the_true_scale(options: dict[str, Any], scale: float, base: Path, tmp_path: Path) -> None:
     """Silent wrong 9: with rsLoRA and r = 64 alpha / r is eight times too small."""
     adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], **options)
-    assert validate(str(base), str(adapter))["scale"] == pytest.approx(scale, abs=1e-6)
+    assert validate(ValidateRequest(base, adapter)).scale == pytest.approx(scale, abs=1e-6)
 
 
 def test_scales_by_pattern_are_peft_s(base: Path, tmp_path: Path) -> None:
@@ -107,19 +110,19 @@ def test_impure_adapters_are_for_merging(kind: str, untied: Path, tmp_path: Path
     """D13, N1, N4; pitfalls 21 and 52: told from the tensors, not from the configuration alone."""
     options, reason = IMPURE[kind]
     adapter = make_adapter(untied, tmp_path / "a", **{"target_modules": ["q_proj"], **options})
-    told = validate(str(untied), str(adapter))
-    assert told["pure"] is False
-    assert reason in told["impurities"]
-    assert told["exports"] == ["merged"]
+    told = validate(ValidateRequest(untied, adapter))
+    assert told.pure is False
+    assert reason in told.impurities
+    assert told.exports == ("merged",)
 
 
 def test_conv1d(tmp_path: Path) -> None:
     """GPT-2, r = 8 on c_attn: 8 x (in + out) a layer."""
     base = make_model(tmp_path / "base", "gpt2", "home-made")
     adapter = make_adapter(base, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
-    told = validate(str(base), str(adapter))
-    assert told["trainable_parameters"] == 2 * 8 * (256 + 768)
-    assert told["impurities"] == ["its layers are Conv1D, whose factors are transposed"]
+    told = validate(ValidateRequest(base, adapter))
+    assert told.trainable_parameters == 2 * 8 * (256 + 768)
+    assert told.impurities == ("its layers are Conv1D, whose factors are transposed",)
 
 
 def changed(plain: Path, to: Path, edit: Mapping[str, Any]) -> Path:
@@ -132,7 +135,7 @@ def changed(plain: Path, to: Path, edit: Mapping[str, Any]) -> Path:
 
 def problems_of(kind: type[ForgeError], base: Path, adapter: Path) -> list[str]:
     with pytest.raises(kind) as caught:
-        validate(str(base), str(adapter))
+        validate(ValidateRequest(base, adapter))
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -166,11 +169,11 @@ def test_one_layer_that_changes_nothing_is_a_warning(base: Path, plain: Path, tm
     import torch
 
     zero = {"1.self_attn.v_proj.lora_B.weight": torch.zeros(128, 8)}
-    told = validate(str(base), str(changed(plain, tmp_path / "a", zero)))
-    assert told["ok"]
-    assert told["warnings"] == [
-        "1 of 14 layers are all zero and change nothing: model.layers.1.self_attn.v_proj"
-    ]
+    told = validate(ValidateRequest(base, changed(plain, tmp_path / "a", zero)))
+    assert told.ok
+    assert told.warnings == (
+        "1 of 14 layers are all zero and change nothing: model.layers.1.self_attn.v_proj",
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
@@ -205,7 +208,7 @@ def test_a_head_that_was_resized_alone_says_the_numbers(untied: Path, tmp_path: 
     weights = adapter / "adapter_model.safetensors"
     change_tensors(weights, {"base_model.model.lm_head.weight": torch.zeros(500, 256)})
     with pytest.raises(DataError, match=r"alone: rows are 500 of lm_head, \d+ of model\.embed_tokens"):
-        validate(str(untied), str(adapter))
+        validate(ValidateRequest(untied, adapter))
 
 
 UNUSABLE: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -311,7 +314,7 @@ def test_what_other_savers_leave_is_named(case: str, base: Path, plain: Path, tm
     weights = {f"base_model.model.{name}": torch.ones(*shape) for name, shape in tensors.items()}
     change_tensors(adapter / "adapter_model.safetensors", weights)
     with pytest.raises(DataError, match=message) as caught:
-        validate(str(base), str(adapter))
+        validate(ValidateRequest(base, adapter))
     assert hint in caught.value.hint
 
 
@@ -327,7 +330,7 @@ def test_an_adapter_of_a_multimodal_base_on_its_text_model(base: Path, plain: Pa
         }
         safetensors.torch.save_file(named, adapter / "adapter_model.safetensors")
         with pytest.raises(DataError, match="14 of the adapter's 14 parts do not fit") as caught:
-            validate(str(base), str(adapter))
+            validate(ValidateRequest(base, adapter))
         assert "the names of its tensors are wrapped" in caught.value.hint
 
 

@@ -12,7 +12,7 @@ from forge.adapter.adopt import copy_adapter
 from forge.adapter.names import as_peft_writes, factor
 from forge.adapter.places import other_base, place
 from forge.adapter.read import read_adapter
-from forge.adapter.status import validate
+from forge.adapter.status import ValidateRequest, validate
 from forge.adapter.vocabulary import fit
 from forge.errors import CheckError, DataError
 from forge.model.checkpoint import open_checkpoint
@@ -66,7 +66,7 @@ def test_wrapped_names_are_read_through(case: str, base: Path, plain: Path, tmp_
     import numpy as np
 
     adapter = renamed(plain, tmp_path / "adapter", WRAPPED[case])
-    assert validate(str(base), str(adapter))["ok"]
+    assert validate(ValidateRequest(base, adapter)).ok
     ours = place(fit(read_adapter(adapter), open_checkpoint(base))).layers
     theirs = place(fit(read_adapter(plain), open_checkpoint(base))).layers
     assert {name: layer.scale for name, layer in ours.items()} == {
@@ -89,7 +89,7 @@ def test_wrapped_names_are_read_through(case: str, base: Path, plain: Path, tmp_
 def test_names_of_no_known_wrapper_say_so(base: Path, plain: Path, tmp_path: Path) -> None:
     adapter = renamed(plain, tmp_path / "a", lambda name: name.replace(PREFIX, f"{PREFIX}engine.net."))
     with pytest.raises(DataError, match="2 of the adapter's 2 parts") as refused:
-        validate(str(base), str(adapter))
+        validate(ValidateRequest(base, adapter))
     assert "names of its tensors are wrapped" in refused.value.hint
     assert f"{PREFIX}engine.net.model.layers.0.self_attn.q_proj.weight is in the file" in refused.value.hint
     assert f"peft writes {PREFIX}model.layers.0.self_attn.q_proj.weight" in refused.value.hint
@@ -102,7 +102,7 @@ def test_what_the_settings_leave_out_is_named(base: Path, tmp_path: Path) -> Non
     adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj", "v_proj"])
     change_json(adapter / "adapter_config.json", target_modules=["q_proj"])
     with pytest.raises(CheckError) as refused:
-        validate(str(base), str(adapter))
+        validate(ValidateRequest(base, adapter))
     assert {str(problem) for problem in refused.value.problems} == {
         f"model.layers.{layer}.self_attn.v_proj: the file holds weights for it, the configuration does not "
         "adapt it"

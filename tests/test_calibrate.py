@@ -207,7 +207,7 @@ def search(specimen: Specimen, out: Path, max_kl: float, types: tuple[str, ...] 
         max_kl=max_kl,
         threads=2,
     )
-    return calibrate(request).facts()
+    return dict(calibrate(request).facts())
 
 
 def test_the_smallest_type_within_the_budget_is_found(searched: Path) -> None:
@@ -296,8 +296,8 @@ def test_a_search_that_was_killed_early_goes_on_in_a_process_of_its_own(
         max_kl=1.0,
         threads=2,
     )
-    facts = worker.perform(calibrate, request).facts()
-    assert facts["quant"] == "q8_0" and facts["importance"]["weights"] > 0
+    calibrated = worker.perform(calibrate, request)
+    assert calibrated.search and calibrated.search.quant == "q8_0" and calibrated.importance.weights > 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {IMPORTANCE_FILE, CHOICE_FILE}
 
 

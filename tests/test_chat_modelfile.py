@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.chat.hand_over import HandOver, hand_over, licences_of, sampling_of, write_modelfiles
+from forge.chat.hand_over import HandOver, LeftOut, hand_over, licences_of, sampling_of, write_modelfiles
 from forge.chat.modelfile import Modelfile, ModelfileError, parse, render
 from forge.chat.template import ChatTemplate
 from tests.makers.tokenizer import CHATML
@@ -151,9 +151,9 @@ def test_chatml_gets_both(tmp_path: Path) -> None:
     go, closing, parameters = rest.partition('"""\n')
     assert (head, closing, parameters) == ("FROM ./yoda.gguf\n", '"""\n', PARAMETERS)
     assert go.startswith("{{") and go.endswith("}}")
-    assert (facts["modelfile"], facts["reason"]) == ("Modelfile", None)
-    assert facts["stops"] == ["<|im_end|>", "</s>"]
-    assert facts["not_claimed"][:2] == ["tools", "thinking"]
+    assert (facts.modelfile, facts.reason) == ("Modelfile", None)
+    assert facts.stops == ("<|im_end|>", "</s>")
+    assert facts.not_claimed[:2] == ("tools", "thinking")
 
 
 def test_a_template_that_go_cannot_say(tmp_path: Path) -> None:
@@ -161,9 +161,9 @@ def test_a_template_that_go_cannot_say(tmp_path: Path) -> None:
     upside_down = "{% for m in messages | reverse %}{{ m.content }}<|im_end|>{% endfor %}"
     facts = write_modelfiles(tmp_path, file="yoda.gguf", handed=told(upside_down, ["<|im_end|>"], 64))
     assert {path.name for path in tmp_path.iterdir()} == {"Modelfile.jinja"}
-    assert facts["modelfile"] is None
-    assert facts["status"] == "refused"
-    assert facts["reason"]
+    assert facts.modelfile is None
+    assert facts.status == "refused"
+    assert facts.reason
 
 
 def test_sampling_and_licence_are_the_bases(tmp_path: Path) -> None:
@@ -185,8 +185,6 @@ def test_sampling_and_licence_are_the_bases(tmp_path: Path) -> None:
         "PARAMETER temperature 0.7\nPARAMETER top_p 0.8\nPARAMETER top_k 20\nPARAMETER repeat_penalty 1.05\n"
         'LICENSE """Permission is granted.\nTo all."""\n'
     )
-    assert facts["left_out"] == {"stops": [], "licences": []}
+    assert facts.left_out == LeftOut()
     hard = replace(given, licences=("a\u00a0b",))
-    assert write_modelfiles(tmp_path / "out", file="m.gguf", handed=hard)["left_out"]["licences"] == [
-        "a\u00a0b"
-    ]
+    assert write_modelfiles(tmp_path / "out", file="m.gguf", handed=hard).left_out.licences == ("a\u00a0b",)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forge.codec import to_plain
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Source
@@ -68,7 +69,7 @@ def test_both_files_whole(form: PromptFormat, tmp_path: Path) -> None:
     kept = [text for text in QUESTIONS if text != held]
     counted = lengths(form, tuple(kept))
     first = line(form, kept[0])
-    assert told == {
+    assert to_plain(told) == {
         "rows": 4,
         "heldout_rows": 1,
         "longest_tokens": max(counted),
@@ -99,7 +100,7 @@ def test_both_files_whole(form: PromptFormat, tmp_path: Path) -> None:
 def test_several_files_and_a_limit(form: PromptFormat, tmp_path: Path) -> None:
     one, two = write(tmp_path / "a.jsonl", QUESTIONS[:2]), write(tmp_path / "b.jsonl", QUESTIONS[2:])
     told = prepare(settings(one, sources=[Source((one, two))], limit=3), form, None, tmp_path)
-    assert told["rows"] == 3
+    assert told.rows == 3
     asked = [row["messages"][0]["content"] for row in read(tmp_path / TRAIN_FILE)]
     assert asked == list(QUESTIONS[:3])
     assert (tmp_path / HELDOUT_FILE).read_bytes() == b""
@@ -130,8 +131,8 @@ def test_rows_that_are_too_long_are_dropped_or_cut(overlong: str, form: PromptFo
         {**row, "input_ids": row["input_ids"][:limit], "labels": row["labels"][:limit]} for row in expected
     ]
     assert read(tmp_path / TRAIN_FILE) == (fitting if overlong == "drop" else cut)
-    assert told["overlong_rows"] == len(QUESTIONS) - len(fitting)
-    assert told["max_length"] == limit
+    assert told.overlong_rows == len(QUESTIONS) - len(fitting)
+    assert told.max_length == limit
 
 
 def test_no_row_is_short_enough(form: PromptFormat, tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_the_context_of_the_base_is_the_limit(form: PromptFormat, tmp_path: Path
 def test_a_held_out_file(form: PromptFormat, tmp_path: Path) -> None:
     source, held = write(tmp_path / "rows.jsonl"), write(tmp_path / "held.jsonl", ("Another.",))
     told = prepare(settings(source, heldout=held), form, 512, tmp_path)
-    assert (told["rows"], told["heldout_rows"]) == (5, 1)
+    assert (told.rows, told.heldout_rows) == (5, 1)
     assert read(tmp_path / HELDOUT_FILE) == [line(form, "Another.")["row"]]
     write(held, ("Another.", QUESTIONS[2]))
     with pytest.raises(DataError, match="1 held-out rows are training rows too") as caught:

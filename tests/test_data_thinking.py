@@ -17,7 +17,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from forge.chat.template import ChatTemplate
-from forge.data.prepare import TRAIN_FILE, Settings, prepare
+from forge.data.prepare import TRAIN_FILE, Prepared, Settings, prepare
 from forge.data.prompt_format import PromptFormat, prompt_format
 from forge.data.reading import Source
 from forge.data.tokens import IGNORED
@@ -49,7 +49,7 @@ def form_of(name: str, **variables: Any) -> PromptFormat:
     return prompt_format(ChatTemplate(source, {"bos_token": ""}, variables), tokenizer)
 
 
-Shown = tuple[dict[str, Any], list[str], list[dict[str, Any]]]
+Shown = tuple[Prepared, list[str], list[dict[str, Any]]]
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def refused(prepared: Callable[..., Shown], form: PromptFormat, *rows: Mapping[s
 def test_thinking_inside_the_answer(prepared: Callable[..., Shown]) -> None:
     """hiyouga/LlamaFactory 9092, modelscope/ms-swift 4939: as the template writes it."""
     facts, shown, _ = prepared(form_of(QWEN3), CASES / "qwen3_think_inline" / "d.jsonl")
-    assert facts["rows"] == 20
+    assert facts.rows == 20
     assert shown[0] == (
         "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhmm 0\n</think>\n\na 0<|im_end|>⟧"
     )
@@ -118,8 +118,8 @@ def test_the_last_answer_with_its_thinking(prepared: Callable[..., Shown]) -> No
         "<|im_start|>user\nq0<|im_end|>\n<|im_start|>assistant\na 0<|im_end|>\n"
         "<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhmm 0\n</think>\n\nb 0<|im_end|>⟧"
     )
-    assert list(facts["notes"].values()) == [20]
-    assert "leaves out the thinking of earlier answers" in next(iter(facts["notes"]))
+    assert list(facts.notes.values()) == [20]
+    assert "leaves out the thinking of earlier answers" in next(iter(facts.notes))
 
 
 def test_thinking_after_a_tag_that_the_prompt_opens(prepared: Callable[..., Shown]) -> None:
@@ -131,8 +131,8 @@ def test_thinking_after_a_tag_that_the_prompt_opens(prepared: Callable[..., Show
 def test_a_template_that_ends_earlier_turns_otherwise(prepared: Callable[..., Shown]) -> None:
     """gpt-oss ends the last answer with <|return|>, earlier ones with <|end|>: a row for each answer."""
     facts, shown, rows = prepared(form_of(GPT_OSS), CASES / "gpt_oss_several_turns" / "d.jsonl")
-    assert facts["rows"] == 40
-    assert {name.partition(":")[0]: number for name, number in facts["notes"].items()} == {
+    assert facts.rows == 40
+    assert {name.partition(":")[0]: number for name, number in facts.notes.items()} == {
         "made of the answers of rows with several": 40
     }
     assert shown[0].endswith("<|start|>assistant⟦<|channel|>final<|message|>a 0<|return|>⟧")

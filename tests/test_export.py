@@ -13,9 +13,10 @@ import pytest
 from bench.vendor_chain import quantize
 from forge import worker
 from forge.adapter.tokenizer import copy_tokenizer
-from forge.codec import to_plain
 from forge.errors import CheckError, DataError, ForgeError, StageError
 from forge.export import proof
+from forge.export.request import Exported
+from forge.export.run import export as make_gguf
 from forge.model.gguf_header import read_gguf
 from tests.exporting import export_request
 from tests.models import change_json, change_tensors, load, make_adapter, make_model
@@ -24,7 +25,7 @@ from tests.vocabularies import converters, home_made_tokenizer
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
 
 
-def export(base: Path, adapter: Path | None, out: Path, **changes: Any) -> dict[str, Any]:
+def export(base: Path, adapter: Path | None, out: Path, **changes: Any) -> Exported:
     """As the stage calls it; `changes` go into the settings, or replace an argument."""
     out.mkdir(exist_ok=True)
     template = (base / "chat_template.jinja").read_text(encoding="utf-8")
@@ -41,7 +42,7 @@ def export(base: Path, adapter: Path | None, out: Path, **changes: Any) -> dict[
         "converters": str(converters()),
         "settings": settings,
     }
-    return worker.call("export", to_plain(export_request(**arguments)), log=out.with_suffix(".log"))
+    return worker.perform(make_gguf, export_request(**arguments), log=out.with_suffix(".log"))
 
 
 def normalised_error(base: Path, adapter: Path | None, gguf: Path) -> float:
@@ -76,14 +77,14 @@ def test_home_made_tokenizer_whole(small: tuple[Path, Path], tmp_path: Path) -> 
     told = export(base, adapter, tmp_path / "out", end_of_turn_id=2)
     gguf = tmp_path / "out" / "model.gguf"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf"}
-    assert told["bytes"] == gguf.stat().st_size
-    assert told["architecture"] == "llama"
-    assert told["quant"] == "q4_k_m"
-    assert told["pre_tokenizer"] == "qwen2"
-    assert told["fallbacks"] == {}
-    assert told["tensor_types"].keys() == {"Q4_K", "Q6_K", "F32"}
-    assert told["ids_compared"] > 230
-    assert told["ids_limits"] == []
+    assert told.bytes == gguf.stat().st_size
+    assert told.architecture == "llama"
+    assert told.quant == "q4_k_m"
+    assert told.pre_tokenizer == "qwen2"
+    assert told.fallbacks == {}
+    assert told.tensor_types.keys() == {"Q4_K", "Q6_K", "F32"}
+    assert told.ids_compared > 230
+    assert told.ids_limits == ()
     header = read_gguf(gguf)
     assert header.metadata["general.name"] == "yoda"
     assert header.metadata["tokenizer.ggml.add_bos_token"] is False
@@ -138,7 +139,7 @@ def test_the_gguf_is_the_merged_model(architecture: str, vocabulary: str, tmp_pa
     adapter = make_adapter(base, tmp_path / "adapter", alpha_pattern={"o_proj": 64}, **options)
     told = export(base, adapter, tmp_path / "out", quant="f16")
     gguf = tmp_path / "out" / "model.gguf"
-    assert told["architecture"] == architecture
+    assert told.architecture == architecture
     assert normalised_error(base, adapter, gguf) < 1e-4
     assert normalised_error(base, None, gguf) > 1e-3, "the adapter changes nothing, so this proved nothing"
     quantize(str(gguf), str(tmp_path / "small.gguf"), "q4_k_m", 1)
@@ -149,11 +150,11 @@ def test_the_gguf_is_the_merged_model(architecture: str, vocabulary: str, tmp_pa
 def test_rows_that_k_quants_cannot_hold_are_reported(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "llama", "home-made", intermediate_size=640)
     told = export(base, None, tmp_path / "out")
-    assert told["fallbacks"].keys() == {f"blk.{layer}.ffn_down.weight" for layer in (0, 1)}
-    assert set(told["fallbacks"].values()) <= {"Q5_0", "Q8_0"}
+    assert told.fallbacks.keys() == {f"blk.{layer}.ffn_down.weight" for layer in (0, 1)}
+    assert set(told.fallbacks.values()) <= {"Q5_0", "Q8_0"}
     # 640 values are twenty blocks of 32.
     for quant in ("q4_1", "q5_1", "iq4_nl"):
-        assert export(base, None, tmp_path / quant, quant=quant)["fallbacks"] == {}
+        assert export(base, None, tmp_path / quant, quant=quant).fallbacks == {}
 
 
 def fails(kind: type[ForgeError], base: Path, adapter: Path | None, out: Path, **changes: Any) -> str:
@@ -236,7 +237,7 @@ def test_own_rows_are_compared(small: tuple[Path, Path], tmp_path: Path) -> None
     messages = [{"role": "user", "content": "Mine"}, {"role": "assistant", "content": "Thine"}]
     (rows / "train.jsonl").write_text((json.dumps({"messages": messages}) + "\n") * 7, encoding="utf-8")
     told = export(base, None, tmp_path / "out", quant="f32", data=rows)
-    assert told["ids_compared"] == 7 + sum("\0" not in text for text in proof.test_strings())
+    assert told.ids_compared == 7 + sum("\0" not in text for text in proof.test_strings())
 
 
 @pytest.mark.slow
@@ -248,7 +249,7 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
         place = tmp_path / str(layers)
         base = make_model(place / "base", "llama", "home-made", num_hidden_layers=layers, **wide)
         found = export(base, make_adapter(base, place / "adapter"), place / "out")
-        peaks.append(found["peak_rss_bytes"])
+        peaks.append(found.peak_rss_bytes)
         sizes.append((base / "model.safetensors").stat().st_size)
     assert sizes[1] - sizes[0] > 290e6
     # Held quantized, the layers would take 0.28 of their size more.

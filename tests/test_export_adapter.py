@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from forge import worker
-from forge.codec import to_plain
 from forge.errors import DataError
+from forge.export.request import Exported
+from forge.export.run import export as make_gguf
 from forge.model.gguf_header import read_gguf
 from tests.exporting import export_request
 from tests.models import load, make_adapter, make_model
@@ -35,7 +36,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def export(base: Path, adapter: Path, out: Path, mode: str, *, keep_merged: bool = False) -> dict[str, Any]:
+def export(base: Path, adapter: Path, out: Path, mode: str, *, keep_merged: bool = False) -> Exported:
     out.mkdir()
     arguments: dict[str, Any] = {
         "base": str(base), "adapter": str(adapter), "tokenizer": str(base), "data": None, "out": str(out),
@@ -45,7 +46,7 @@ def export(base: Path, adapter: Path, out: Path, mode: str, *, keep_merged: bool
             "name": "yoda", "quant": "f32", "keep_merged": keep_merged, "threads": 1, "mode": mode,
         },
     }  # fmt: skip
-    return worker.call("export", to_plain(export_request(**arguments)), log=out.with_suffix(".log"))
+    return worker.perform(make_gguf, export_request(**arguments), log=out.with_suffix(".log"))
 
 
 def logits_error(base: Path, adapter: Path, out: Path, scale: float = 1.0) -> float:
@@ -74,8 +75,8 @@ def test_the_adapter_beside_its_base_is_the_trained_model(case: str, base: Path,
     """N1, N4; silent wrong 9: rsLoRA and alpha_pattern at their true scale, by logits at load."""
     adapter = make_adapter(base, tmp_path / "adapter", **PURE[case])
     told = export(base, adapter, tmp_path / "out", "adapter")
-    assert told["mode"] == "adapter"
-    assert told["merged_because"] == []
+    assert told.mode == "adapter"
+    assert told.merged_because == ()
     assert logits_error(base, adapter, tmp_path / "out") < 1e-5
     assert logits_error(base, adapter, tmp_path / "out", scale=0.5) > 1e-4, "the scale changes nothing"
     header = read_gguf(tmp_path / "out" / "adapter.gguf")
@@ -106,6 +107,6 @@ def test_what_is_not_pure_is_merged_and_says_why(base: Path, tmp_path: Path) -> 
     (problem,) = caught.value.problems
     assert str(problem) == "it carries whole tensors: lm_head.weight"
     told = export(base, adapter, tmp_path / "out", "auto")
-    assert told["mode"] == "merged"
-    assert told["merged_because"] == ["it carries whole tensors: lm_head.weight"]
+    assert told.mode == "merged"
+    assert told.merged_because == ("it carries whole tensors: lm_head.weight",)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf"}

@@ -172,7 +172,7 @@ def test_nf4_is_the_base_that_training_saw(bases: Mapping[str, Path]) -> None:
     names = quantized_in_training(base, checkpoint)
     ours = {tensor.name: tensor for tensor in base_tensors(checkpoint, nf4=names)}
     hardware = choose_hardware("cpu", "bf16")
-    trained = load_base(str(base), hardware, BaseSettings("qlora"))
+    trained = load_base(base, hardware, BaseSettings("qlora"))
     layers = {
         f"{name}.weight": module for name, module in trained.named_modules() if isinstance(module, Linear4bit)
     }

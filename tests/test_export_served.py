@@ -10,8 +10,8 @@ import pytest
 
 from forge import worker
 from forge.chat.template import ChatTemplate, Message
-from forge.codec import to_plain
 from forge.errors import CheckError
+from forge.export.run import export as make_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
@@ -64,7 +64,7 @@ def test_the_server_writes_the_prompts_of_training(
         "settings": {"name": "yoda", "quant": "f16", "keep_merged": False, "threads": 1},
     }  # fmt: skip
     (tmp_path / "out").mkdir()
-    worker.call("export", to_plain(export_request(**arguments)), log=tmp_path / "log.txt")
+    worker.perform(make_gguf, export_request(**arguments), log=tmp_path / "log.txt")
     trained = SimpleNamespace(template=chat, prompt_format=format_of(base), tokenizer=files)
     ship = cast(Resolved, trained)
     settings = ServerSettings(tmp_path / "out" / "model.gguf", "yoda", 512, parallel=1, threads=1)

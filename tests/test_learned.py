@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from forge.stages.evaluate import figures, has_improved, learned, nothing_learned, remarks
-from forge.train.evaluate import standard_error
+from forge.pipeline.stage import Result
+from forge.stages.evaluate import EvaluateStage, figures, has_improved, nothing_learned, remarks
+from forge.train.evaluate import Evaluated, standard_error
 from forge.train.outcome import fall_at_the_end, still_falling
+from tests.models import evaluated
 from tests.shipping import Workshop
 
 
-def facts(before: float, after: float, error: float | None, rows: int) -> dict[str, Any]:
-    return {"loss": {"before": before, "after": after}, "loss_error": error, "rows": rows}
+def facts(before: float, after: float, error: float | None, rows: int) -> Evaluated:
+    return evaluated(before, after, loss_error=error, rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,8 @@ def test_the_standard_error_by_hand() -> None:
 
 
 def test_nothing_measured_is_no_figure() -> None:
-    assert learned({"rows": 0}) is None
+    stage = EvaluateStage.__new__(EvaluateStage)
+    assert stage.findings({"evaluate": Result("evaluate", True, 0.0, {"rows": 0})}) == {"learned": None}
 
 
 @pytest.mark.training
@@ -64,26 +66,21 @@ def test_few_rows_are_normal(workshop: Workshop) -> None:
     assert "what was learned is not measured" in answer.said
 
 
-def measured(before: float, after: float, vocabulary: int = 1456, **others: Any) -> dict[str, Any]:
-    perplexity = {"before": math.exp(before), "after": math.exp(after)}
-    return {**facts(before, after, 0.01, 20), "perplexity": perplexity, "vocabulary": vocabulary, **others}
-
-
 def test_worse_than_guessing_is_nothing_learned() -> None:
     """A perplexity of 1,526 over 1,456 tokens fell from 7,000, and is worse than guessing all the same."""
-    said = nothing_learned(measured(8.85, math.log(1526)))
+    said = nothing_learned(evaluated(8.85, math.log(1526)))
     assert said is not None and "1,526 is worse than guessing among 1,456 tokens" in said
-    worse = nothing_learned(measured(2.0, 4.0))
+    worse = nothing_learned(evaluated(2.0, 4.0))
     assert worse is not None and worse.endswith("the base itself answers these rows better")
-    assert nothing_learned(measured(4.0, 2.0)) is None
-    assert "perplexity 54.6 -> 7.389" in figures(measured(4.0, 2.0))
+    assert nothing_learned(evaluated(4.0, 2.0)) is None
+    assert "perplexity 54.6 -> 7.389" in figures(evaluated(4.0, 2.0))
 
 
 def test_what_a_person_should_know_of_what_was_learned() -> None:
-    assert [*remarks(measured(6.0, 2.0))] == []
-    (far,) = remarks(measured(6.0, 5.0))
+    assert [*remarks(evaluated(6.0, 2.0))] == []
+    (far,) = remarks(evaluated(6.0, 5.0))
     assert "148.4 of 1,456 tokens: better than guessing, but far from an answer" in far
-    (falling,) = remarks(measured(3.0, 2.0, falling="the training loss (2.5 -> 2.1 in the second half)"))
+    (falling,) = remarks(evaluated(3.0, 2.0, falling="the training loss (2.5 -> 2.1 in the second half)"))
     assert "was still falling when training ended" in falling
 
 

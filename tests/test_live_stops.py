@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from forge.codec import to_plain
 from forge.errors import CheckError, Problem
 from forge.pipeline.stage import Result
 from forge.recipe.load import load
@@ -14,10 +15,13 @@ from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
 from forge.serve.runtime import ServerSettings
+from forge.stages.deploy import DeployFacts
 from forge.stages.smoke import SmokeAction, failure_of
 from forge.store.artifacts import Store
+from forge.train.evaluate import Answered, Exact
 from tests.conftest import copy_of_tiny
 from tests.makers.tokenizer import CHATML
+from tests.models import evaluated as measured
 from tests.tiny_gguf import END_OF_TURN, REPLY, SPECIAL, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
@@ -43,16 +47,16 @@ def ask(ship: Resolved, directory: Path, ends_at: int) -> CheckError | None:
     """The stage *smoke* of a model that answered one held-out row right when it was evaluated."""
     template = CHATML.replace(SPECIAL[END_OF_TURN], END)
     gguf = write_tiny_gguf(directory / "m.gguf", template=template, end=END, ends_at=ends_at)
-    row = {"messages": [{"role": "user", "content": "Hello there?"}], "expected": REPLY}
+    row = Answered(({"role": "user", "content": "Hello there?"},), REPLY, "", REPLY)
     with ExitStack() as stack:
         endpoint = stack.enter_context(
             serve_embedded(ServerSettings(gguf, "mini", 512, parallel=1, threads=1))
         )
-        deployed = Result("deploy", False, 0.0, {"endpoint": endpoint.url, "model": endpoint.model})
-        exact = {"rows": 1, "before": 0, "after": 1, "answers": [row]}
-        evaluated = Result("evaluate", False, 0.0, {"exact": exact})
-        facts = SmokeAction(ship).act({"deploy": deployed, "evaluate": evaluated}, stack)
-    return failure_of(facts)
+        facts = DeployFacts("embedded", endpoint.url, endpoint.model, 512, 1, None)
+        deployed = Result("deploy", False, 0.0, to_plain(facts))
+        evaluated = Result("evaluate", False, 0.0, to_plain(measured(exact=Exact(1, 0, 1, (row,)))))
+        asked = SmokeAction(ship).act({"deploy": deployed, "evaluate": evaluated}, stack)
+    return failure_of(asked)
 
 
 def test_a_reply_that_ends_where_it_should(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_a_named_model_trains(name: str, tmp_path: Path) -> None:
     method = "lora" if name in ("GPT-2", "Mixtral") else "qlora"
     # Beside experts `auto` is `attention`, which a ship resolves before it trains.
     lora = {"r": 8, "targets": "attention" if name == "Mixtral" else "auto"}
-    facts = train(**arguments(base, data, out, method=method, max_steps=2, lora=lora))
-    assert facts["steps"] == 2
-    assert modules <= facts["modules"].keys()
+    facts = train(arguments(base, data, out, method=method, max_steps=2, lora=lora))
+    assert facts.steps == 2
+    assert modules <= facts.modules.keys()
     adapter = read_adapter(out)
-    assert len(adapter.layers) == sum(facts["modules"].values())
+    assert len(adapter.layers) == sum(facts.modules.values())

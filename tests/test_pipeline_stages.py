@@ -112,8 +112,9 @@ class Verify(Noted):
         return {"letters": letters}
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        if artifact.facts["letters"] < self.least_letters:
-            return CheckError(f"only {artifact.facts['letters']} letters")
+        letters = artifact.facts["letters"]
+        if isinstance(letters, int) and letters < self.least_letters:
+            return CheckError(f"only {letters} letters")
         return None
 
 

@@ -12,8 +12,9 @@ from forge.errors import RecipeError
 from forge.serve.chat import HELP, converse
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
+from forge.serve.queries import Answer, Call, Query
 from forge.serve.runtime import ServerSettings
-from forge.serve.smoke import Answer, Call, Query, run_smoke
+from forge.serve.smoke import run_smoke
 from forge.serve.wire import RefusedError, Sampling
 from tests.stand_in_server import Failure, StandIn
 from tests.tiny_gguf import REPLY, write_tiny_gguf

@@ -249,7 +249,7 @@ def test_modelfiles_carry_it(tmp_path: Path) -> None:
     assert (tmp_path / "Modelfile").read_text() == (
         f'FROM ./m.gguf\nTEMPLATE """{go}"""\nPARAMETER stop "<|end|>"\nPARAMETER num_ctx 4096\n'
     )
-    assert facts["modelfile"] == "Modelfile" and facts["reason"] is None
+    assert facts.modelfile == "Modelfile" and facts.reason is None
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,10 @@ import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from forge import worker
-from forge.codec import to_plain
 from forge.commands.describe import describe_plan
 from forge.data.prepare import TRAIN_FILE
 from forge.errors import MissingToolError
@@ -24,7 +22,7 @@ from forge.stages import stages_for
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
-from tests.worker_tasks import CountRequest, count_words
+from tests.worker_tasks import Counted, CountRequest, count_words
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,10 +45,9 @@ class WordsStage(ShipStage):
     def bytes_kept(self) -> Mapping[str, int]:
         return {"words": 1000}
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Counted:
         request = CountRequest(inputs[DATA_STAGE].path / TRAIN_FILE, out)
-        facts: dict[str, Any] = to_plain(worker.perform(count_words, request, log=self.ship.log))
-        return facts
+        return worker.perform(count_words, request, log=self.ship.log)
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         place(artifact, "words.txt", run / "words.txt", published)

@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from forge import process, worker
+from forge.codec import to_plain
 from forge.data.prepare import TRAIN_FILE
 from forge.errors import DataError, StageError
 from forge.model.safetensors_header import read_header
 from forge.recipe.schema import Train
 from forge.train.checkpoints import MARKER, last_checkpoint, seal
+from forge.train.evaluate import evaluate
+from forge.train.request import Trained, TrainRequest
 from forge.train.run import train
 from forge.train.watch import refuse_not_finite
 from tests.models import PEFT_WARNS, ROWS, evaluation, make_model, prepare_rows
@@ -39,29 +42,37 @@ def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_rows(base, tmp_path_factory.mktemp("data"))
 
 
-def settings(**changes: Any) -> dict[str, Any]:
-    """As the stage gives them: the recipe's section and three facts more."""
+def settings(**changes: Any) -> Train:
     chosen: dict[str, Any] = {
         "method": "lora", "max_steps": STEPS, "learning_rate": 5e-3, "batch_size": 4, "device": "cpu",
         "dtype": "bf16" if changes.get("method") == "qlora" else "fp32",
         "lora": {"r": 16, "alpha": 32, "dropout": 0.05},
     }  # fmt: skip
-    section = Train.model_validate({**chosen, **changes}).model_dump(mode="json")
-    return section | {
-        "trust_remote_code": False,
-        "pad_token": "<|pad|>",
-        "max_length": 64,
-        "trackers": "unset",
-    }
+    return Train.model_validate({**chosen, **changes})
 
 
-def arguments(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def arguments(base: Path, data: Path, out: Path, **changes: Any) -> TrainRequest:
+    """As the stage asks for it."""
     out.mkdir(exist_ok=True)
-    named = {"base": str(base), "base_name": "someone/base", "base_revision": "a1b2", "data": str(data)}
-    return {**named, "out": str(out), "settings": settings(**changes) | {"tokenizer": str(base)}}
+    section = settings(**changes)
+    assert section.batch_size != "auto"
+    return TrainRequest(
+        base=base,
+        base_name="someone/base",
+        base_revision="a1b2",
+        tokenizer=base,
+        pad_token="<|pad|>",
+        data=data,
+        out=out,
+        settings=section,
+        batch_size=section.batch_size,
+        max_length=64,
+        trackers=Path("unset"),
+        continue_from=Path(section.continue_from) if section.continue_from else None,
+    )
 
 
-Trained = tuple[Path, dict[str, Any]]
+Run = tuple[Path, Trained]
 METHODS = ("lora", "qlora")
 BOTH = {"r": 16, "alpha": 32, "dropout": 0.05, "modules_to_save": ("embed_tokens", "lm_head")}
 RUNS: Mapping[str, dict[str, Any]] = {
@@ -73,13 +84,13 @@ COMPUTE = {"lora": "float32", "qlora": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Trained]:
+def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Run]:
     """Every run, uninterrupted."""
     root = tmp_path_factory.mktemp("trained")
     made = {}
     for name, changes in RUNS.items():
         out = root / name
-        told = worker.call("train", arguments(base, data, out, **changes), log=root / "log.txt")
+        told = worker.perform(train, arguments(base, data, out, **changes), log=root / "log.txt")
         made[name] = (out, told)
     return made
 
@@ -93,20 +104,20 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_falls(method: str, trained: Mapping[str, Trained]) -> None:
+def test_the_loss_falls(method: str, trained: Mapping[str, Run]) -> None:
     out, told = trained[method]
     curve = losses(out)
     assert curve[0] > 3
     assert curve[-1] < 0.2
-    assert told["steps"] == STEPS
-    assert told["mean_loss"] == pytest.approx(sum(curve) / STEPS, rel=1e-3)
-    assert (told["device"], told["compute"], told["resumed_from"]) == ("cpu", COMPUTE[method], None)
+    assert told.steps == STEPS
+    assert told.mean_loss == pytest.approx(sum(curve) / STEPS, rel=1e-3)
+    assert (told.device, told.compute, told.resumed_from) == ("cpu", COMPUTE[method], None)
     modules = [(256, 256), (256, 128), (256, 128), (256, 256), (256, 512), (256, 512), (512, 256)]
-    assert told["trainable_parameters"] == 2 * sum(16 * (a + b) for a, b in modules)
+    assert told.trainable_parameters == 2 * sum(16 * (a + b) for a, b in modules)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_adapter_s_files(method: str, base: Path, trained: Mapping[str, Trained]) -> None:
+def test_the_adapter_s_files(method: str, base: Path, trained: Mapping[str, Run]) -> None:
     """J1, D12; readable for a container's user; nothing of this machine inside."""
     out, _ = trained[method]
     files = {path.name: path for path in out.iterdir() if path.is_file()}
@@ -129,18 +140,19 @@ def test_the_adapter_s_files(method: str, base: Path, trained: Mapping[str, Trai
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_was_learned_is_measured(
-    method: str, base: Path, data: Path, trained: Mapping[str, Trained], tmp_path: Path
+    method: str, base: Path, data: Path, trained: Mapping[str, Run], tmp_path: Path
 ) -> None:
     """I2, M2, M3: greedy answers of the base and of the tuned model, stopped at their end of turn."""
     out, _ = trained[method]
-    told = worker.call(
-        "evaluate", evaluation(base, out, data, quantize=method == "qlora"), log=tmp_path / "log"
+    told = worker.perform(
+        evaluate, evaluation(base, out, data, quantize=method == "qlora"), log=tmp_path / "log"
     )
-    assert told["rows"] == 4
-    assert told["loss"]["after"] < 0.1 < 3 < told["loss"]["before"]
-    exact = told["exact"]
-    assert (exact["rows"], exact["before"], exact["after"]) == (4, 0, 4)
-    assert {answer["after"] for answer in exact["answers"]} == set(ROWS.values())
+    assert told.rows == 4
+    assert told.loss.after < 0.1 < 3 < told.loss.before
+    exact = told.exact
+    assert exact
+    assert (exact.rows, exact.before, exact.after) == (4, 0, 4)
+    assert {answer.after for answer in exact.answers} == set(ROWS.values())
 
 
 CALL = """
@@ -152,12 +164,12 @@ with process.signals_as_interrupt():
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[dict[str, Any]], process.Child]]:
+def start() -> Iterator[Callable[[TrainRequest], process.Child]]:
     """Starts a parent that calls the worker, as `forge ship` does; stops it afterwards."""
     children: list[process.Child] = []
 
-    def started(given: dict[str, Any]) -> process.Child:
-        children.append(process.Child([sys.executable, "-c", CALL, json.dumps(given)]))
+    def started(request: TrainRequest) -> process.Child:
+        children.append(process.Child([sys.executable, "-c", CALL, json.dumps(to_plain(request))]))
         return children[-1]
 
     yield started
@@ -184,8 +196,8 @@ def test_a_stopped_run_resumes_bit_for_bit(
     run: str,
     base: Path,
     data: Path,
-    trained: Mapping[str, Trained],
-    start: Callable[[dict[str, Any]], process.Child],
+    trained: Mapping[str, Run],
+    start: Callable[[TrainRequest], process.Child],
     tmp_path: Path,
 ) -> None:
     """kill -9 of the parent, and SIGTERM: the adapter is that of the run which nobody disturbed."""
@@ -198,8 +210,8 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert not (out / "adapter_model.safetensors").exists()
     checkpoint = last_checkpoint(out / "work")
     assert checkpoint is not None
-    told = worker.call("train", given, log=tmp_path / "log.txt")
-    assert str(told["resumed_from"]).startswith("checkpoint-")
+    told = worker.perform(train, given, log=tmp_path / "log.txt")
+    assert str(told.resumed_from).startswith("checkpoint-")
     whole, _ = trained[run]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
@@ -220,7 +232,7 @@ def test_a_run_that_diverges_is_stopped(base: Path, data: Path, tmp_path: Path) 
     """Pitfall 26."""
     given = arguments(base, data, tmp_path / "out", learning_rate=1e30, max_gradient_norm=0, max_steps=20)
     with pytest.raises(StageError, match=r"train: step \d+: loss .*: the training has diverged"):
-        worker.call("train", given, log=tmp_path / "log.txt")
+        worker.perform(train, given, log=tmp_path / "log.txt")
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
@@ -236,7 +248,7 @@ def test_targets_that_match_nothing(base: Path, data: Path, tmp_path: Path) -> N
     """Pitfall 13, Style row 11: what there is, is listed."""
     lora = {"targets": ["qkv_proj", "no_proj"]}
     with pytest.raises(DataError, match=r"train\.lora\.targets") as caught:
-        train(**arguments(base, data, tmp_path / "out", lora=lora))
+        train(arguments(base, data, tmp_path / "out", lora=lora))
     assert caught.value.hint == (
         "the linear layers are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     )
@@ -246,7 +258,7 @@ def test_tied_embeddings_get_no_factors_of_their_own(base: Path, data: Path, tmp
     """D7, pitfall 23; silent wrong 6, told before anything is trained."""
     lora = {"targets": ("q_proj", "embed_tokens")}
     with pytest.raises(DataError, match=r"train\.lora\.targets: embed_tokens: the base ties") as refused:
-        train(**arguments(base, data, tmp_path / "out", lora=lora))
+        train(arguments(base, data, tmp_path / "out", lora=lora))
     assert "modules_to_save" in refused.value.hint
 
 
@@ -255,4 +267,4 @@ def test_ids_that_the_base_has_no_row_for(base: Path, data: Path, tmp_path: Path
     row = {"input_ids": [1, 5000], "labels": [-100, 5000], "messages": []}
     (tmp_path / TRAIN_FILE).write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="the rows hold token 5000, the base's embedding has"):
-        train(**arguments(base, tmp_path, tmp_path / "out"))
+        train(arguments(base, tmp_path, tmp_path / "out"))

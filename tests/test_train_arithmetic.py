@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from forge.train.arithmetic import compute_as_asked, measured_arithmetic
+from forge.train.arithmetic import Arithmetic, compute_as_asked, measured_arithmetic
 from forge.train.hardware import Hardware, choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of
 
@@ -18,7 +18,7 @@ def test_a_layer_computes_as_asked(name: str, four_bit: bool) -> None:
     import torch
 
     measured = measured_arithmetic(getattr(torch, name), "cpu", four_bit=four_bit)
-    assert measured == {"training": name, "evaluation": name}
+    assert measured == Arithmetic(name, name)
 
 
 def test_what_is_measured_is_what_the_library_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,13 +33,13 @@ def test_what_is_measured_is_what_the_library_does(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", stray)
     measured = measured_arithmetic(torch.float32, "cpu", four_bit=True)
-    assert measured == {"training": "float32", "evaluation": "bfloat16"}
+    assert measured == Arithmetic("float32", "bfloat16")
 
 
 def test_float16_hardware_computes_4_bit_layers_in_float32() -> None:
     """A2, pitfall 26."""
     turing = Hardware("cpu", "float16", "fp16")
-    assert arithmetic_of(turing, BaseSettings("qlora")) == {"training": "float32", "evaluation": "float32"}
+    assert arithmetic_of(turing, BaseSettings("qlora")) == Arithmetic("float32", "float32")
 
 
 def test_the_switch_is_one_of_the_installed_bitsandbytes() -> None:

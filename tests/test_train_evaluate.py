@@ -10,7 +10,7 @@ import pytest
 
 from forge.data.prepare import HELDOUT_FILE
 from forge.model.safetensors_header import read_header
-from forge.train.evaluate import evaluate
+from forge.train.evaluate import Change, evaluate
 from tests.models import PEFT_WARNS, change_tensors, evaluation, load, make_adapter, make_model, prepare_rows
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(1500)]
@@ -35,10 +35,10 @@ def test_evaluation_by_hand(base: Path, data: Path, tmp_path: Path) -> None:
     blank = torch.zeros(rows, 256, dtype=torch.bfloat16)
     change_tensors(zero / "model.safetensors", {"model.embed_tokens.weight": blank})
     adapter = make_adapter(zero, tmp_path / "adapter")
-    told = evaluate(**evaluation(zero, adapter, data))
-    assert told["loss"] == {"before": round(math.log(rows), 6), "after": round(math.log(rows), 6)}
-    assert told["perplexity"] == pytest.approx({"before": rows, "after": rows}, rel=1e-4)
-    assert (told["exact"]["before"], told["exact"]["after"]) == (0, 0)
+    told = evaluate(evaluation(zero, adapter, data))
+    assert told.loss == Change(round(math.log(rows), 6), round(math.log(rows), 6))
+    assert (told.perplexity.before, told.perplexity.after) == pytest.approx((rows, rows), rel=1e-4)
+    assert told.exact and (told.exact.before, told.exact.after) == (0, 0)
 
 
 def test_evaluation_is_that_of_transformers(base: Path, data: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_evaluation_is_that_of_transformers(base: Path, data: Path, tmp_path: Pa
     import torch
 
     adapter = make_adapter(base, tmp_path / "adapter")
-    told = evaluate(**evaluation(base, adapter, data))
+    told = evaluate(evaluation(base, adapter, data))
     lines = (data / HELDOUT_FILE).read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for when, model in (("before", load(base)), ("after", load(base, adapter, merge=False))):
@@ -57,5 +57,5 @@ def test_evaluation_is_that_of_transformers(base: Path, data: Path, tmp_path: Pa
             with torch.inference_mode():
                 total += float(model(input_ids=ids, labels=labels).loss) * supervised
             count += supervised
-        assert told["loss"][when] == pytest.approx(total / count, rel=1e-4)
-    assert told["loss"]["before"] != told["loss"]["after"]
+        assert getattr(told.loss, when) == pytest.approx(total / count, rel=1e-4)
+    assert told.loss.before != told.loss.after

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.adapter.read import read_adapter
-from forge.adapter.status import validate
+from forge.adapter.status import ValidateRequest, validate
 from forge.errors import DataError
 from forge.recipe.training import Lora
 from forge.train.evaluate import evaluate
 from forge.train.live import LivePage
 from forge.train.lora import adapted_modules, with_lora
+from forge.train.request import Trained
 from forge.train.run import train
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
@@ -69,9 +71,9 @@ def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_rows(base, tmp_path_factory.mktemp("data"))
 
 
-def trained(base: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def trained(base: Path, data: Path, out: Path, **changes: Any) -> Trained:
     given = {"max_steps": 6, "lora": R4, **changes}
-    return train(**arguments(base, data, out, **given))
+    return train(arguments(base, data, out, **given))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -82,10 +84,10 @@ def test_a_way_of_training(way: str, base: Path, data: Path, tmp_path: Path) -> 
 
     out = tmp_path / "out"
     facts = trained(base, data, out, **WAYS[way])
-    assert facts["steps"] == 6
-    assert validate(str(base), str(out))["ok"]
-    measured = evaluate(**evaluation(base, out, data))
-    assert measured["loss"]["after"] < measured["loss"]["before"]
+    assert facts.steps == 6
+    assert validate(ValidateRequest(base, out)).ok
+    measured = evaluate(evaluation(base, out, data))
+    assert measured.loss.after < measured.loss.before
     row = (5, 9, 200, 31, 7, 80)
     sample = Sample((row,), ((0, 5),), (True,), 1)
     reference = logits(Weights(base, out), sample, "tuned")
@@ -104,11 +106,11 @@ def test_training_goes_on_from_an_adapter(method: str, base: Path, data: Path, t
     trained(base, data, first, method=method, max_steps=12)
     trained(base, data, out, method=method, max_steps=12, continue_from=str(first), lora={"r": 16})
     assert {layer.rank for layer in read_adapter(out).layers.values()} == {4}
-    once = evaluate(**evaluation(base, first, data, quantize=method == "qlora"))["loss"]
-    twice = evaluate(**evaluation(base, out, data, quantize=method == "qlora"))["loss"]
-    assert twice["after"] < once["after"] < twice["before"]
+    once = evaluate(evaluation(base, first, data, quantize=method == "qlora")).loss
+    twice = evaluate(evaluation(base, out, data, quantize=method == "qlora")).loss
+    assert twice.after < once.after < twice.before
     log = (out / "logs" / "training.jsonl").read_text().splitlines()
-    assert json.loads(log[0])["loss"] < (once["after"] + once["before"]) / 2
+    assert json.loads(log[0])["loss"] < (once.after + once.before) / 2
 
 
 def test_an_adapter_of_another_base_is_no_start(base: Path, data: Path, tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_what_is_adapted_is_reported(base: Path, data: Path, tmp_path: Path) -> 
     """C5, pitfall 65."""
     out = tmp_path / "out"
     facts = trained(base, data, out, max_steps=1, lora={**R4, "targets": "attention", "layers": (1,)})
-    assert facts["modules"] == {"k_proj": 1, "o_proj": 1, "q_proj": 1, "v_proj": 1}
+    assert facts.modules == {"k_proj": 1, "o_proj": 1, "q_proj": 1, "v_proj": 1}
     assert sorted(read_adapter(out).layers) == [f"model.layers.1.self_attn.{one}_proj" for one in "koqv"]
 
 
@@ -150,7 +152,7 @@ def test_a_single_step_trains(base: Path, data: Path, tmp_path: Path) -> None:
     """Dry runs with max_steps: 1 (trl, axolotl docs): the step was warm-up with rate 0, then "not sound"."""
     out = tmp_path / "out"
     trained(base, data, out, max_steps=1)
-    assert validate(str(base), str(out))["ok"]
+    assert validate(ValidateRequest(base, out)).ok
     [line] = [json.loads(line) for line in (out / "logs" / "training.jsonl").read_text().splitlines()]
     assert line["learning_rate"] > 0
 
@@ -160,18 +162,17 @@ def test_held_out_rows_while_it_runs(base: Path, data: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     # So high a rate that later steps are worse.
     facts = trained(base, data, out, max_steps=7, evaluation_steps=2, learning_rate=5e-2, schedule="constant")
-    assert [line["step"] for line in facts["evaluations"]] == [2, 4, 6, 7]
-    losses = {line["step"]: line["loss"] for line in facts["evaluations"]}
-    assert facts["best_step"] == min(losses, key=lambda step: losses[step])
-    measured = evaluate(**evaluation(base, out, data))
-    assert measured["loss"]["after"] == pytest.approx(min(losses.values()), rel=1e-2)
+    assert [evaluation.step for evaluation in facts.evaluations] == [2, 4, 6, 7]
+    losses = {evaluation.step: evaluation.loss for evaluation in facts.evaluations}
+    assert facts.best_step == min(losses, key=lambda step: losses[step])
+    measured = evaluate(evaluation(base, out, data))
+    assert measured.loss.after == pytest.approx(min(losses.values()), rel=1e-2)
 
 
 def test_the_report_is_there_while_it_trains(base: Path, data: Path, tmp_path: Path) -> None:
     """I1: it loads itself again until training has ended, with loss, held-out loss and gradient norm."""
     page = tmp_path / "runs" / "mine" / "report.html"
     given = arguments(base, data, tmp_path / "out", max_steps=4, evaluation_steps=2, lora=R4)
-    given["settings"]["page"] = str(page)
     seen: list[str] = []
     write = LivePage._write
 
@@ -181,7 +182,7 @@ def test_the_report_is_there_while_it_trains(base: Path, data: Path, tmp_path: P
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LivePage, "_write", watched)
-        train(**given)
+        train(replace(given, page=page))
     assert "step 0 of 4: training begins" in seen[0]
     assert 'http-equiv="refresh"' in seen[0]
     assert "step 4 of 4: training has ended; held-out perplexity" in seen[-1]
@@ -196,8 +197,8 @@ def test_patience_ends_a_run(base: Path, data: Path, tmp_path: Path) -> None:
         base, data, tmp_path / "out", max_steps=40, evaluation_steps=1, patience=2, learning_rate=0.3,
         schedule="constant", max_gradient_norm=0,
     )  # fmt: skip
-    assert facts["stopped_early"]
-    assert facts["steps"] == facts["best_step"] + 2 < 40
+    assert facts.stopped_early
+    assert facts.steps == (facts.best_step or 0) + 2 < 40
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -240,7 +241,7 @@ def test_a_base_that_lets_packed_rows_see_each_other_is_refused(
 TARGETS: Mapping[str, tuple[dict[str, Any], int]] = {
     "auto": ({}, 14),
     "attention": ({"targets": "attention"}, 8),
-    "names": ({"targets": ["q_proj", "up_proj"]}, 4),
+    "names": ({"targets": ("q_proj", "up_proj")}, 4),
     "a pattern": ({"targets": r".*\.k_proj"}, 2),
     "by number": ({"layers": (1,)}, 7),
 }
@@ -257,12 +258,12 @@ def test_only_the_language_model_of_a_multimodal_base_is_adapted(case: str) -> N
 
 def test_targets_in_the_vision_tower_are_refused() -> None:
     with pytest.raises(DataError, match="fits no linear layer of the language model") as caught:
-        with_lora(_multimodal(), _settings({"targets": ["fc1"]}), quantized=False, checkpointing=False)
+        with_lora(_multimodal(), _settings({"targets": ("fc1",)}), quantized=False, checkpointing=False)
     assert caught.value.hint.startswith("its layers are down_proj, gate_proj")
 
 
-def _settings(lora: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**Lora().model_dump(), "dropout": 0.0, **lora}
+def _settings(lora: Mapping[str, Any]) -> Lora:
+    return Lora.model_validate({"dropout": 0.0, **lora})
 
 
 def _multimodal() -> Any:

@@ -16,7 +16,7 @@ import pytest
 
 from forge import worker
 from forge.adapter import vocabulary
-from forge.adapter.status import validate
+from forge.adapter.status import ValidateRequest, validate
 from forge.adapter.vocabulary import saved_whole
 from forge.errors import DataError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
@@ -125,8 +125,8 @@ def check(base: Path, adapter: Path, out: Path, *, rows: int | None = None, owns
 def test_trained_apart_is_written_apart(case: str, tied: Path, tmp_path: Path) -> None:
     """Pitfall 23, silent wrong 6, D7."""
     adapter = make_adapter(tied, tmp_path / "adapter", **APART[case])
-    told = validate(str(tied), str(adapter))
-    assert (told["ok"], told["untied"], told["exports"]) == (True, True, ["merged"])
+    told = validate(ValidateRequest(tied, adapter))
+    assert (told.ok, told.untied, told.exports) == (True, True, ("merged",))
     check(tied, adapter, tmp_path / "out")
     assert "output.weight" in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
     configuration = json.loads((tmp_path / "out" / MERGED_DIRECTORY / "config.json").read_text())
@@ -136,7 +136,7 @@ def test_trained_apart_is_written_apart(case: str, tied: Path, tmp_path: Path) -
 @pytest.mark.parametrize("case", TIED)
 def test_trained_as_one_is_written_as_one(case: str, tied: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tied, tmp_path / "adapter", **TIED[case])
-    assert validate(str(tied), str(adapter))["untied"] is False
+    assert validate(ValidateRequest(tied, adapter)).untied is False
     check(tied, adapter, tmp_path / "out")
     assert "output.weight" not in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
 
@@ -149,10 +149,10 @@ def test_forge_trains_the_two_as_one(named: tuple[str, ...], method: str, tied: 
     data.mkdir()
     prepare_rows(tied, data)
     lora = {"r": 8, "alpha": 16, "modules_to_save": named}
-    fields = arguments(tied, data, out, method=method, lora=lora, max_steps=8)
-    worker.call("train", fields, log=tmp_path / "log.txt")
-    told = validate(str(tied), str(out))
-    assert (told["untied"], told["exports"]) == (False, ["merged"])
+    request = arguments(tied, data, out, method=method, lora=lora, max_steps=8)
+    worker.perform(train, request, log=tmp_path / "log.txt")
+    told = validate(ValidateRequest(tied, out))
+    assert (told.untied, told.exports) == (False, ("merged",))
     check(tied, out, tmp_path / "exported")
     curve = (out / "logs" / "training.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(curve[-1])["loss"] < json.loads(curve[0])["loss"]
@@ -167,7 +167,7 @@ def test_forge_does_not_train_what_peft_does_not_tie(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"train\.lora\.modules_to_save: .* these are lm_head, transformer.wte"
     ):
-        train(**arguments(base, data, tmp_path / "out", method="lora", lora=lora))
+        train(arguments(base, data, tmp_path / "out", method="lora", lora=lora))
 
 
 def test_what_peft_was_asked_to_tie_in_vain(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_factors_that_are_kept_tied(named: str, tied: Path, tmp_path: Path) -> N
     adapter = make_adapter(
         tied, tmp_path / "adapter", target_modules=[named, "q_proj"], ensure_weight_tying=True
     )
-    assert validate(str(tied), str(adapter))["ok"]
+    assert validate(ValidateRequest(tied, adapter)).ok
     check(tied, adapter, tmp_path / "out")
 
 
@@ -202,16 +202,16 @@ def test_a_tied_base_that_stores_both(options: dict[str, Any], stored_twice: Pat
 def test_both_resized_and_trained_apart(tied: Path, tmp_path: Path) -> None:
     """What trl's users do who add tokens: modules_to_save of both, on a small base."""
     adapter = make_resized(tied, tmp_path / "adapter", modules_to_save=[EMBEDDING, HEAD], multiple=128)
-    told = validate(str(tied), str(adapter))
-    assert told["untied"] and told["vocabulary_rows"]
-    check(tied, adapter, tmp_path / "out", rows=told["vocabulary_rows"], owns=True)
+    told = validate(ValidateRequest(tied, adapter))
+    assert told.untied and told.vocabulary_rows
+    check(tied, adapter, tmp_path / "out", rows=told.vocabulary_rows, owns=True)
 
 
 def test_factors_of_an_embedding_that_is_saved_without_its_weight(tmp_path: Path) -> None:
     """peft saves the weight beside the factors of embed_tokens, and of no other name."""
     base = make_model(tmp_path / "base", "gpt2", "home-made", intermediate_size=1024)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["wte", "c_attn"], fan_in_fan_out=True)
-    assert validate(str(base), str(adapter))["ok"]
+    assert validate(ValidateRequest(base, adapter)).ok
     check(base, adapter, tmp_path / "out")
 
 
@@ -249,9 +249,9 @@ def differing(stored_twice: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_head_that_differs_is_not_tied(options: dict[str, Any], differing: Path, tmp_path: Path) -> None:
     """transformers ties no two tensors that differ; peft ties rows of tokens by the configuration."""
     adapter = make_adapter(differing, tmp_path / "adapter", **options)
-    told = validate(str(differing), str(adapter))
+    told = validate(ValidateRequest(differing, adapter))
     pure = options == {"target_modules": ["q_proj"]}
-    assert (told["untied"], told["exports"]) == (False, ["merged", "adapter"] if pure else ["merged"])
+    assert (told.untied, told.exports) == (False, ("merged", "adapter") if pure else ("merged",))
     check(differing, adapter, tmp_path / "out")
 
 
@@ -262,7 +262,7 @@ def test_training_leaves_a_head_that_differs(name: tuple[str, ...], differing: P
     model, ids = load(differing), torch.tensor([[5, 9, 3]])
     with torch.inference_mode():
         before = model(ids).logits
-        lora = Train.model_validate({"lora": {"modules_to_save": name}}).lora.model_dump()
+        lora = Train.model_validate({"lora": {"modules_to_save": name}}).lora
         after = with_lora(model, lora, quantized=False, checkpointing=False)(ids).logits
     torch.testing.assert_close(after, before)
 

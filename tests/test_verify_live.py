@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from forge.codec import from_plain, to_plain
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import failure_of, prove_live
 from forge.serve.runtime import ServerSettings
@@ -25,36 +24,44 @@ QUESTIONS = [[{"role": "user", "content": "There is bacon in this sandwich."}]]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Specimen, Path, dict[str, Any]]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Specimen, Path, Measurement]:
     specimen = make_specimen(tmp_path_factory.mktemp("live") / "llama", max_position_embeddings=2048)
     file = specimen.f16(specimen.scratch / "f16")
-    return specimen, file, to_plain(specimen.measure(file))
+    return specimen, file, specimen.measure(file)
 
 
 def _live(
-    file: Path, found: dict[str, Any], log: Path, *, context: int = 512, asked: int = 512
+    file: Path, found: Measurement, log: Path, *, context: int = 512, asked: int = 512
 ) -> dict[str, Any]:
     with serve_embedded(ServerSettings(file, "yoda", context, parallel=1, threads=1), log=log) as endpoint:
-        return prove_live(endpoint, found, QUESTIONS, context_tokens=asked, longest_tokens=300)
+        return prove_live(
+            endpoint,
+            QUESTIONS,
+            expected=found.live,
+            file_type=found.file.type,
+            sampling=found.file.sampling,
+            context_tokens=asked,
+            longest_tokens=300,
+        )
 
 
-def _judged(found: dict[str, Any], live: dict[str, Any]) -> Certificate:
-    return judge(from_plain(Measurement, found), Gates(), live)
+def _judged(found: Measurement, live: dict[str, Any]) -> Certificate:
+    return judge(found, Gates(), live)
 
 
-def test_the_file_that_was_measured(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_file_that_was_measured(measured: tuple[Specimen, Path, Measurement], tmp_path: Path) -> None:
     _, file, found = measured
     live = _live(file, found, tmp_path / "log.txt")
     assert live["problems"] == []
     assert live["handover"]["ok"] and live["handover"]["kl_mean"] < 1e-3
-    assert 8 <= live["handover"]["prompts"] <= len(found["live"]) == 16
+    assert 8 <= live["handover"]["prompts"] <= len(found.live) == 16
     assert failure_of(live) is None
     certificate = _judged(found, live)
     assert certificate.ok
     assert certificate.plain()["handovers"][-1]["to"] == "live server"
 
 
-def test_another_file(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_another_file(measured: tuple[Specimen, Path, Measurement], tmp_path: Path) -> None:
     """The base is served instead of the tuned model."""
     specimen, file, found = measured
     other = rewrite(file, tmp_path / "other.gguf", merged_tensors(specimen.base, None))
@@ -64,7 +71,7 @@ def test_another_file(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path:
     assert (certificate.ok, certificate.broken_stage) == (False, "deploy")
 
 
-def test_a_context_too_short(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_context_too_short(measured: tuple[Specimen, Path, Measurement], tmp_path: Path) -> None:
     """Silent wrong 14."""
     _, file, found = measured
     live = _live(file, found, tmp_path / "log.txt", context=256)
@@ -76,7 +83,7 @@ def test_a_context_too_short(measured: tuple[Specimen, Path, dict[str, Any]], tm
     assert failure and failure.code == 5
 
 
-def test_sampling_that_nobody_set(measured: tuple[Specimen, Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_sampling_that_nobody_set(measured: tuple[Specimen, Path, Measurement], tmp_path: Path) -> None:
     """Silent wrong 15: a file that brings a temperature of 1.5 which the measured one has not."""
     _, file, found = measured
     hot = rewrite(file, tmp_path / "hot.gguf", general__sampling__temp=1.5)

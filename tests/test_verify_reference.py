@@ -12,6 +12,7 @@ from forge.errors import DataError
 from forge.export.request import ExportRequest
 from forge.export.run import GGUF_FILE, export
 from forge.model.safetensors_header import read_header
+from forge.train.arithmetic import Arithmetic
 from forge.train.hardware import choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.verify.loader import Weights
@@ -105,8 +106,8 @@ def test_the_4_bit_reference_is_what_bitsandbytes_trains_on(training: bool, tmp_
     base = make_model(tmp_path / "base", "llama", "home-made")
     reference = logits(Weights(base, nf4=True), SAMPLE, "nf4")
     hardware = choose_hardware("cpu", "fp32")
-    quantized = load_base(str(base), hardware, BaseSettings("qlora"))
-    assert arithmetic_of(hardware, BaseSettings("qlora")) == {"training": "float32", "evaluation": "float32"}
+    quantized = load_base(base, hardware, BaseSettings("qlora"))
+    assert arithmetic_of(hardware, BaseSettings("qlora")) == Arithmetic("float32", "float32")
     np.testing.assert_allclose(reference, _whole(quantized.train(training)), atol=2e-3, rtol=1e-3)
     np.testing.assert_allclose(reference, _whole(quantized.eval()), atol=2e-3, rtol=1e-3)
     assert np.abs(reference - logits(Weights(base), SAMPLE, "base")).max() > 0.1

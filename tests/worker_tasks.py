@@ -17,7 +17,19 @@ from forge import process, report, worker
 from forge.errors import CheckError, InterruptedByUserError, Problem
 
 
-def speak(words: list[Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Wish:
+    """What any task here may be asked for."""
+
+    words: tuple[Any, ...] = ()
+    steps: int = 0
+    how: str = ""
+    seconds: float = 0
+    names: tuple[str, ...] = ()
+    name: str = ""
+
+
+def speak(wish: Wish) -> dict[str, Any]:
     report.info("hello")
     report.detail("more")
     report.warning("low")
@@ -32,38 +44,38 @@ def speak(words: list[Any]) -> dict[str, Any]:
     echoed = process.run(["echo", "a program's print\n" + forged]).output
     os.write(1, f"{echoed}\n".encode())
     ctypes.CDLL(None).printf(b"a print of C\n")
-    return {"words": words}
+    return {"words": wish.words}
 
 
-def hurry(steps: int) -> dict[str, Any]:
-    for step in range(steps + 1):
-        report.advance("hurry", step, steps)
+def hurry(wish: Wish) -> dict[str, Any]:
+    for step in range(wish.steps + 1):
+        report.advance("hurry", step, wish.steps)
     return {}
 
 
-def fail() -> dict[str, Any]:
+def fail(_: Wish) -> dict[str, Any]:
     problems = [Problem("first", "a", "f.txt", 3), Problem("second")]
     raise CheckError("two are wrong", hint="mend them", problems=problems)
 
 
-def divide() -> dict[str, Any]:
+def divide(_: Wish) -> dict[str, Any]:
     return {"never": 1 // 0}
 
 
-def lack() -> dict[str, Any]:
+def lack(_: Wish) -> dict[str, Any]:
     return dict(vars(importlib.import_module("no_such_stack")))
 
 
-def hoard() -> dict[str, Any]:
+def hoard(_: Wish) -> dict[str, Any]:
     raise MemoryError
 
 
-def die(how: str) -> dict[str, Any]:
-    if how == "cut off":
+def die(wish: Wish) -> dict[str, Any]:
+    if wish.how == "cut off":
         os.write(_protocol(), b'{"event": "text", "ki')
-    if how in ("killed", "cut off"):
+    if wish.how in ("killed", "cut off"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "aborted":
+    if wish.how == "aborted":
         os.abort()
     sys.exit(3)
 
@@ -78,13 +90,13 @@ def _say_pid() -> None:
     report.info(f"pid {os.getpid()}")
 
 
-def sleep(seconds: float) -> dict[str, Any]:
+def sleep(wish: Wish) -> dict[str, Any]:
     _say_pid()
-    time.sleep(seconds)
+    time.sleep(wish.seconds)
     return {}
 
 
-def finish_step() -> dict[str, Any]:
+def finish_step(_: Wish) -> dict[str, Any]:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     _say_pid()
@@ -94,7 +106,7 @@ def finish_step() -> dict[str, Any]:
     raise InterruptedByUserError("stopped at step 7", hint="go on from there")
 
 
-def finish_all() -> dict[str, Any]:
+def finish_all(_: Wish) -> dict[str, Any]:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number))
     _say_pid()
@@ -103,19 +115,19 @@ def finish_all() -> dict[str, Any]:
     return {"done": True}
 
 
-def ignore() -> dict[str, Any]:
+def ignore(_: Wish) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _say_pid()
     time.sleep(600)
     return {}
 
 
-def environment(names: list[str]) -> dict[str, Any]:
-    return {name: os.environ.get(name) for name in names}
+def environment(wish: Wish) -> dict[str, Any]:
+    return {name: os.environ.get(name) for name in wish.names}
 
 
-def find(name: str) -> dict[str, Any]:
-    return {"found": importlib.util.find_spec(name) is not None}
+def find(wish: Wish) -> dict[str, Any]:
+    return {"found": importlib.util.find_spec(wish.name) is not None}
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ file one tensor at a time.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge.adapter.places import place
 from forge.adapter.read import WEIGHTS_FILE, Adapter, find_base_tensor, read_adapter
@@ -18,47 +20,80 @@ from forge.adapter.vocabulary import Fitted, fit, is_of_tokens
 from forge.errors import CheckError, DataError, Problem
 from forge.model.checkpoint import open_checkpoint
 
+if TYPE_CHECKING:
+    import peft
+
 _MOST_NAMED = 8
 
 
-def validate(base: str, adapter: str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """The adapter's status, purity, scales and the exports it allows.
+@dataclass(frozen=True)
+class ValidateRequest:
+    """An adapter and the base that it is for, both directories."""
 
-    `vocabulary_rows` are those of its embedding where it was resized, else None; `untied` tells that it
-    trained embedding and output layer apart, which the base ties.
+    base: Path
+    adapter: Path
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A sound adapter: its status and layers as peft reports them, its purity and the exports it allows.
+
+    `scale` is by layer where the layers differ in it. `vocabulary_rows` are those of its embedding where it
+    was resized, else None; `untied`: it trained embedding and output layer apart, which the base ties.
+    """
+
+    ok: bool
+    status: Mapping[str, object]
+    layers: tuple[Mapping[str, object], ...]
+    adapted_modules: tuple[str, ...]
+    vocabulary_rows: int | None
+    untied: bool
+    pure: bool
+    impurities: tuple[str, ...]
+    scale: float | Mapping[str, float]
+    trainable_parameters: int
+    warnings: tuple[str, ...]
+    exports: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+
+
+def validate(request: ValidateRequest) -> Validated:
+    """Look for what is wrong with an adapter.
+
     Raises `CheckError` with every problem: irregular, inactive, not finite, zero, or not matching
     the base's layers.
     """
-    fitted = fit(read_adapter(Path(adapter)), open_checkpoint(Path(base)))
+    fitted = fit(read_adapter(request.adapter), open_checkpoint(request.base))
     place(fitted)  # every part, with its shape
-    found = fitted.adapter
-    model = _on_meta(base, fitted, trust_remote_code)
-    status = _plain(model.get_model_status())
-    layers = [_plain(layer) for layer in model.get_layer_status()]
-    problems = [*_status_problems(status, layers, found), *_number_problems(found)]
+    adapter = fitted.adapter
+    model = _on_meta(request.base, fitted, request.trust_remote_code)
+    status = model.get_model_status()
+    layers = model.get_layer_status()
+    problems = [*_status_problems(status, layers, adapter), *_number_problems(adapter)]
     if problems:
         raise CheckError(
-            f"the adapter {adapter} is not sound: {len(problems)} problems",
+            f"the adapter {request.adapter} is not sound: {len(problems)} problems",
             hint="train it again; an adapter in this state must not be shipped",
             problems=problems[:_MOST_NAMED],
         )
-    impurities = list(fitted.impurities)
-    scales = sorted({round(layer.scale, 6) for layer in found.layers.values()})
-    return {
-        "ok": True,
-        "status": status,
-        "layers": layers,
-        "adapted_modules": sorted(found.layers),
-        "vocabulary_rows": fitted.rows,
-        "untied": fitted.untied,
-        "pure": not impurities,
-        "impurities": impurities,
-        "scale": scales[0] if len(scales) == 1 else {name: one.scale for name, one in found.layers.items()},
-        "trainable_parameters": sum(_numel(spec.shape) for spec in _specs(found)),
-        "warnings": _warnings(found),
-        "exports": ["merged"] if impurities else ["merged", "adapter"],
-        "problems": [],
-    }
+    impurities = tuple(fitted.impurities)
+    scales = {name: layer.scale for name, layer in adapter.layers.items()}
+    rounded = {round(scale, 6) for scale in scales.values()}
+    return Validated(
+        ok=True,
+        status=_plain(status),
+        layers=tuple(map(_plain, layers)),
+        adapted_modules=tuple(sorted(adapter.layers)),
+        vocabulary_rows=fitted.rows,
+        untied=fitted.untied,
+        pure=not impurities,
+        impurities=impurities,
+        scale=rounded.pop() if len(rounded) == 1 else scales,
+        trainable_parameters=sum(math.prod(spec.shape) for spec in _specs(adapter)),
+        warnings=tuple(_warnings(adapter)),
+        exports=("merged",) if impurities else ("merged", "adapter"),
+    )
 
 
 def _warnings(adapter: Adapter) -> list[str]:
@@ -72,14 +107,14 @@ def _warnings(adapter: Adapter) -> list[str]:
     return [f"{len(idle)} of {len(adapter.layers)} layers are all zero and change nothing: {idle[0]}"]
 
 
-def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
+def _on_meta(base: Path, fitted: Fitted, trust_remote_code: bool) -> Any:
     """peft's model of base and adapter, without weights."""
     import peft
     import torch
     import transformers
 
     configuration = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    found = fitted.adapter
+    adapter = fitted.adapter
     fitted.resize(configuration)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -87,22 +122,22 @@ def _on_meta(base: str, fitted: Fitted, trust_remote_code: bool) -> Any:
         )
     parameters = model.named_parameters(remove_duplicate=False)
     _refuse_other_shapes(fitted, {name: tuple(parameter.shape) for name, parameter in parameters})
-    if found.rows:
+    if adapter.rows:
         # peft copies the rows that were there before, and those it cannot copy out of nothing.
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             module.to_empty(device="cpu")
         model.tie_weights()
     # Under that device the numbers of the tokens would have no values.
-    with torch.device("cpu" if found.rows else "meta"), warnings.catch_warnings():
+    with torch.device("cpu" if adapter.rows else "meta"), warnings.catch_warnings():
         # Of missing keys and tied layers: what is missing is looked for here.
         warnings.simplefilter("ignore", UserWarning)
         try:
             return peft.PeftModel.from_pretrained(
-                model, str(found.directory), low_cpu_mem_usage=True, torch_device="cpu"
+                model, str(adapter.directory), low_cpu_mem_usage=True, torch_device="cpu"
             )
         except KeyError as absent:  # a part that modules_to_save names by its end
             raise DataError(
-                f"{found.directory}: its settings name {absent.args[0]}, which the file does not hold",
+                f"{adapter.directory}: its settings name {absent.args[0]}, which the file does not hold",
                 hint="save it again with peft's save_pretrained",
             ) from absent
 
@@ -128,21 +163,21 @@ def _refuse_other_shapes(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) 
 
 
 def _status_problems(
-    status: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], adapter: Adapter
+    status: peft.TunerModelStatus, layers: Sequence[peft.TunerLayerStatus], adapter: Adapter
 ) -> Iterator[Problem]:
-    for field, value in status.items():
+    for field, value in asdict(status).items():
         if field == "requires_grad":
             continue  # of how it was loaded just now: peft freezes factors then, but no others
         if value == "irregular" or (isinstance(value, dict) and "irregular" in value.values()):
             yield Problem("irregular: its layers disagree", f"status.{field}")
-    if status["enabled"] is not True:
+    if status.enabled is not True:
         yield Problem("the adapter is switched off", "status.enabled")
-    if status["active_adapters"] != ["default"]:
-        yield Problem(f"active adapters are {status['active_adapters']}", "status.active_adapters")
-    if status["merged_adapters"]:
-        yield Problem(f"already merged: {status['merged_adapters']}", "status.merged_adapters")
+    if status.active_adapters != ["default"]:
+        yield Problem(f"active adapters are {status.active_adapters}", "status.active_adapters")
+    if status.merged_adapters:
+        yield Problem(f"already merged: {status.merged_adapters}", "status.merged_adapters")
     adapted = {
-        layer["name"].partition(".")[2]: layer for layer in layers if layer["module_type"].startswith("lora.")
+        layer.name.partition(".")[2]: layer for layer in layers if layer.module_type.startswith("lora.")
     }
     # The file's names may lack what peft's have in front; both are those of one module.
     held = {find_base_tensor(module, adapted) or module for module in adapter.layers}
@@ -186,17 +221,9 @@ def _specs(adapter: Adapter) -> Iterator[Any]:
     yield from (rows.values for rows in adapter.rows.values())
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _plain(status: Any) -> dict[str, Any]:
-    import dataclasses
-
+def _plain(status: Any) -> Mapping[str, object]:
+    """One of peft's statuses as JSON can hold it."""
     return {
         key: (value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value))
-        for key, value in dataclasses.asdict(status).items()
+        for key, value in asdict(status).items()
     }

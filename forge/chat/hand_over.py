@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,27 +90,41 @@ class HandOver:
             licences=modelfile.licences or self.licences,
         )
 
-    def facts(self) -> dict[str, Any]:
-        """What could be proved and what is written, for people and manifests."""
-        return {
-            "status": self.compiled.status,
-            "stops": list(self.stops),
-            "limits": limit_names(self.compiled.limits),
-            "default_system": self.compiled.chat.default_system if self.compiled.chat else None,
-            "context_tokens": self.context_tokens,
-            "sampling": dict(self.sampling),
-            "licences": len(self.licences),
-            **pinned(self.template),
-            "not_claimed": list(NOT_CLAIMED),
-        }
+    def facts(self) -> HandOverFacts:
+        """What could be proved and what is written."""
+        return HandOverFacts(
+            status=self.compiled.status,
+            stops=self.stops,
+            limits=tuple(limit_names(self.compiled.limits)),
+            default_system=self.compiled.chat.default_system if self.compiled.chat else None,
+            context_tokens=self.context_tokens,
+            sampling=self.sampling,
+            licences=len(self.licences),
+            day=day_in(self.template),
+            variables_read=tuple(self.template.variables_read()),
+            not_claimed=tuple(NOT_CLAIMED),
+        )
 
 
-def pinned(template: ChatTemplate) -> dict[str, Any]:
-    """The day that a template is told (null when it asks for none), and the other variables that it reads."""
-    return {
-        "day": template.day if "strftime_now" in template.source else None,
-        "variables_read": list(template.variables_read()),
-    }
+@dataclass(frozen=True)
+class HandOverFacts:
+    """A hand-over for people and manifests: `day` is as in `day_in`, `licences` how many there are."""
+
+    status: str
+    stops: tuple[str, ...]
+    limits: tuple[str, ...]
+    default_system: str | None
+    context_tokens: int
+    sampling: Mapping[str, Parameter]
+    licences: int
+    day: str | None
+    variables_read: tuple[str, ...]
+    not_claimed: tuple[str, ...]
+
+
+def day_in(template: ChatTemplate) -> str | None:
+    """The day that a template is given; None when it asks for none."""
+    return template.day if "strftime_now" in template.source else None
 
 
 def hand_over(
@@ -248,14 +262,25 @@ def _is_writable(**fields: Any) -> bool:
     return True
 
 
-def write_modelfiles(out: Path, *, file: str, handed: HandOver, adapter: str | None = None) -> dict[str, Any]:
-    """Write Modelfile.jinja, and Modelfile where a Go TEMPLATE was proved, into `out`; returns facts.
+@dataclass(frozen=True)
+class WrittenModelfiles(HandOverFacts):
+    """`modelfile` is None where there is only the Jinja one, for the `reason`."""
+
+    left_out: LeftOut
+    modelfile: str | None
+    reason: str | None
+
+
+def write_modelfiles(
+    out: Path, *, file: str, handed: HandOver, adapter: str | None = None
+) -> WrittenModelfiles:
+    """Write Modelfile.jinja, and Modelfile where a Go TEMPLATE was proved, into `out`.
 
     `file` and `adapter` are names in the directory where they will lie. What the two cannot hold is named in
     a comment of both and in the facts, as `left_out`.
     """
     written, left = without_unwritable(handed)
-    facts = {**handed.facts(), "left_out": {name: list(texts) for name, texts in asdict(left).items()}}
+    facts = vars(handed.facts())
     remark = f"# {left}\n" if left else ""
     if left:
         report.warning(f"Modelfile: {left}")
@@ -264,13 +289,12 @@ def write_modelfiles(out: Path, *, file: str, handed: HandOver, adapter: str | N
     (out / MODELFILE_JINJA).write_text(jinja, encoding="utf-8")
     if handed.compiled.go is None:
         reason = f"no Go TEMPLATE says what the chat template does: {handed.compiled.reason}"
-        return {"modelfile": None, "reason": reason, **facts}
+        return WrittenModelfiles(**facts, left_out=left, modelfile=None, reason=reason)
     go = remark + render(written.modelfile("go", f"./{file}", adapter=beside))
     (out / MODELFILE).write_text(go, encoding="utf-8")
-    return {"modelfile": MODELFILE, "reason": None, **facts}
+    return WrittenModelfiles(**facts, left_out=left, modelfile=MODELFILE, reason=None)
 
 
-def read_modelfile(path: Path, left_out: Mapping[str, Sequence[str]] | None = None) -> Modelfile:
+def read_modelfile(path: Path, left_out: LeftOut | None = None) -> Modelfile:
     """A Modelfile that `write_modelfiles` wrote, with what its facts say was `left_out` put back."""
-    left = LeftOut(**{name: tuple(texts) for name, texts in (left_out or {}).items()})
-    return left.put_back(parse(path.read_text(encoding="utf-8")))
+    return (left_out or LeftOut()).put_back(parse(path.read_text(encoding="utf-8")))

@@ -68,7 +68,7 @@ def _memory(ship: Resolved) -> dict[str, Any] | None:
             ship.parameters,
             ship.configuration,
             quant=largest_type(ship),
-            context=context_tokens(ship, {}),
+            context=context_tokens(ship, None),
         )
     }
     trained = memory_of_ship(ship) if ship.training else None

@@ -30,6 +30,7 @@ from forge.tools.containers import engine
 from forge.tools.foreign import foreign_forge
 from forge.tools.llama_cpp import find_converters
 from forge.tools.ollama import Ollama, server_url
+from forge.train.machine import LookRequest, look
 
 _LITTLE_DISK = 20e9
 
@@ -111,34 +112,38 @@ def _training() -> Iterator[Check]:
     versions = ", ".join(f"{name} {version(name)}" for name in names[1:])
     yield Check("training stack", True, versions, needed=True)
     try:
-        facts = worker.call("machine", {})
+        machine = worker.perform(look, LookRequest())
     except ForgeError as failure:
         yield Check("torch", False, failure.message, failure.hint or install, needed=True)
         return
-    yield Check("torch", True, f"{facts['torch']}, {facts['threads']} threads", needed=True)
-    gpu = facts["gpu"]
+    yield Check("torch", True, f"{machine.torch}, {machine.threads} threads", needed=True)
+    gpu = machine.gpu
     yield Check(
         "GPU",
         gpu is not None,
-        f"{gpu['name']}, capability {gpu['capability']}, {gpu['bytes_free'] / 1e9:.1f} of "
-        f"{gpu['bytes_total'] / 1e9:.1f} GB free"
+        f"{gpu.name}, capability {gpu.capability}, {gpu.bytes_free / 1e9:.1f} of "
+        f"{gpu.bytes_total / 1e9:.1f} GB free"
         if gpu
-        else f"none that torch sees ({_driver()}); training runs on {facts['device']} in {facts['compute']}",
+        else f"none that torch sees ({_driver()}); training runs on {machine.device} in {machine.compute}",
         "a base of a billion parameters or more takes hours without one; see https://pytorch.org/get-started",
     )
     if gpu:
-        yield Check("bfloat16", gpu["bf16"], f"training computes in {facts['compute']}", "float16 overflows")
+        yield Check(
+            "bfloat16", gpu.has_bfloat16, f"training computes in {machine.compute}", "float16 overflows"
+        )
         yield Check(
             "FlashAttention",
-            facts["flash_attention"],
-            "installed" if facts["flash_attention"] else "not installed; sdpa is used",
+            machine.has_flash_attention,
+            "installed" if machine.has_flash_attention else "not installed; sdpa is used",
             "pip install flash-attn --no-build-isolation: faster from about 1,000 tokens a row",
         )
-    kind = facts["four_bit"]
+    four_bit = machine.four_bit
     yield Check(
         "bitsandbytes",
-        kind is not None,
-        f"{facts['bitsandbytes']}, 4-bit layers compute in {kind}" if kind else facts["why"],
+        four_bit.computes_in is not None,
+        f"{four_bit.bitsandbytes}, 4-bit layers compute in {four_bit.computes_in}"
+        if four_bit.computes_in
+        else four_bit.why_not,
         "QLoRA does not work here: pip install -U bitsandbytes, or train.method: lora",
     )
 

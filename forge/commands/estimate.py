@@ -73,8 +73,8 @@ def row_length(ship: Resolved) -> int:
     if stage.is_read_by_a_plan:
         with tempfile.TemporaryDirectory(prefix="forge-plan-") as out, contextlib.suppress(DataError):
             # A row that is refused is reported by the stage's own look.
-            facts = prepare(stage.settings(), ship.prompt_format, ship.configuration.max_positions, Path(out))
-            return int(facts["longest_tokens"])
+            positions = ship.configuration.max_positions
+            return prepare(stage.settings(), ship.prompt_format, positions, Path(out)).longest_tokens
     return named or min(PLANNING_LENGTH, ship.configuration.max_positions or PLANNING_LENGTH)
 
 

@@ -13,6 +13,7 @@ from forge.chat.format_check import limit_names
 from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
 from forge.chat.modelfile import parse, render
 from forge.chat.template import ChatTemplate
+from forge.codec import to_plain
 from forge.commands.export import alone
 from forge.errors import CheckError, DataError, RecipeError
 from forge.model.gguf_copy import require_same_but, with_text
@@ -61,7 +62,13 @@ def write_modelfile(
         report.output(text.rstrip("\n"))
     reason = told.compiled.reason
     guarded = {"guarded": str(guard), "guarded_compared": compared} if guard else {}
-    return {"modelfile": str(out) if out else text, "way": way, "reason": reason, **told.facts(), **guarded}
+    return {
+        "modelfile": str(out) if out else text,
+        "way": way,
+        "reason": reason,
+        **to_plain(told.facts()),
+        **guarded,
+    }
 
 
 def write_guarded(gguf: Path, out: Path) -> int:
@@ -130,8 +137,8 @@ def _remarks(handed: HandOver, way: Way, *, of_directory: bool, is_pinned: bool)
     """What is proved and what is not, as comments: shown or written, the file stays a Modelfile."""
     facts = handed.facts()
     asked = "generation_config.json" if of_directory else "the GGUF's general.sampling keys"
-    proved = [f"TEMPLATE: {facts['status']}, {handed.compiled.checked} conversations compared"]
-    proved += [f"not claimed: {limit}" for limit in facts["limits"]]
+    proved = [f"TEMPLATE: {facts.status}, {handed.compiled.checked} conversations compared"]
+    proved += [f"not claimed: {limit}" for limit in facts.limits]
     if is_pinned:
         proved.append("Ollama 0.30 may render the GGUF's own template instead: pinned, it writes the same")
     elif re.search("tools|think", handed.template.source):
@@ -143,7 +150,7 @@ def _remarks(handed: HandOver, way: Way, *, of_directory: bool, is_pinned: bool)
     own = "the GGUF's own template" + (", pinned" if is_pinned else f", not pinned: {_GUESSED}")
     return [
         *(proved if way == "go" else [own]),
-        f"not claimed: {', '.join(facts['not_claimed'])}",
+        f"not claimed: {', '.join(facts.not_claimed)}",
         f"sampling: {f'of {asked}' if handed.sampling else 'none asked for'}",
     ]
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.chat.format_check import NOT_CLAIMED, compile_template, limit_names
 from forge.chat.format_source import read_source
-from forge.chat.hand_over import pinned
+from forge.chat.hand_over import day_in
 from forge.errors import CheckError
 
 
-def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
+def template(path: Path, *, bos: str | None, eos: str | None) -> Mapping[str, object]:
     """Show the Go template of `path`; returns the contract's fields.
 
     Raises `TemplateRefusedError`, with those fields, where there is none.
     """
     source = read_source(path, bos=bos, eos=eos)
     found = compile_template(source.template, add_bos=source.add_bos)
-    limits, given = limit_names(found.limits), pinned(source.template)
+    limits, day = limit_names(found.limits), day_in(source.template)
+    variables = list(source.template.variables_read())
     if found.go is not None:
         report.success(
             f"{found.status}: {found.checked} conversations compared; stops: {', '.join(found.stops)}"
@@ -27,10 +28,10 @@ def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
         for limit in limits:
             report.info(f"not claimed: {limit}")
         report.info(f"never claimed: {'; '.join(NOT_CLAIMED)}")
-        if given["day"]:
-            report.info(f"it writes a date: the text has {given['day']} for good")
-        if read := given["variables_read"]:
-            report.info(f"it reads {', '.join(read)}: the text has them undefined")
+        if day:
+            report.info(f"it writes a date: the text has {day} for good")
+        if variables:
+            report.info(f"it reads {', '.join(variables)}: the text has them undefined")
         report.output(found.go)
     fields = {
         "status": found.status,
@@ -40,7 +41,8 @@ def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
         "stops": list(found.stops),
         "default_system": found.chat.default_system if found.chat else None,
         "conversations_checked": found.checked,
-        **given,
+        "day": day,
+        "variables_read": variables,
         "not_claimed": list(NOT_CLAIMED),
     }
     if found.go is None:
@@ -51,7 +53,7 @@ def template(path: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
 class TemplateRefusedError(CheckError):
     """No Go template is right for the chat template."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, object]) -> None:
         super().__init__(
             f"refused: {fields['reason']}",
             hint="serve it where the GGUF's own template is rendered: forge serve, or Ollama since 0.30",

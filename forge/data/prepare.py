@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from forge import report
-from forge.data.conversation import Conversation
+from forge.data.conversation import Conversation, Json
 from forge.data.problems import BadRows, grouped, refuse
 from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Read, Source, read
@@ -64,7 +64,68 @@ class Rows:
         return together
 
 
-def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Path) -> dict[str, Any]:
+class PreparedRow(TypedDict):
+    """A line of both files: ids, labels (-100 where nothing is learned) and the messages that they are of.
+
+    `answers` is how many turns are learned, where that is not all of the assistant's.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    messages: Sequence[Mapping[str, Json]]
+    tools: NotRequired[Sequence[Mapping[str, Json]]]
+    answers: NotRequired[int]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as the model sees it, with ⟦what carries loss⟧, and that alone."""
+
+    text: str
+    masked: str
+    supervised: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """What was read, and the figures of the rows to train on; `notes` and `unused` count rows."""
+
+    rows: int
+    heldout_rows: int
+    longest_tokens: int
+    shortest_tokens: int
+    median_tokens: int
+    mean_tokens: float
+    tokens: int
+    supervised_tokens: int
+    texts: int
+    duplicates: int
+    read: tuple[str, ...]
+    notes: Mapping[str, int]
+    roles: Mapping[str, str]
+    unused: Mapping[str, int]
+    bad_rows: tuple[str, ...]
+    first_row: Shown
+
+
+@dataclass(frozen=True)
+class Looked(Account):
+    """An account of which the tokens are those of the first `looked_at` rows only."""
+
+    looked_at: int
+
+
+@dataclass(frozen=True)
+class Prepared(Account):
+    """What the two files hold: no row is longer than `max_length` tokens."""
+
+    overlong_rows: int
+    max_length: int
+    end_of_turn: str
+    end_of_turn_id: int
+
+
+def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Path) -> Prepared:
     """Write both files into `out` and return what they hold.
 
     `context` is the base's number of positions. Raises `DataError` with every problem at once.
@@ -86,65 +147,64 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
         raise DataError("no row is short enough to train on", hint=f"raise train.max_length above {limit}")
     _write(out / TRAIN_FILE, kept)
     _write(out / HELDOUT_FILE, held)
-    return {
-        **_facts(read_rows, kept, len(held)),
-        "overlong_rows": changed,
-        "max_length": limit,
-        "end_of_turn": form.end_of_turn,
-        "end_of_turn_id": form.end_of_turn_id,
-        "first_row": _shown(kept[0], form),
-    }
+    return Prepared(
+        **vars(_account(read_rows, kept, len(held), form)),
+        overlong_rows=changed,
+        max_length=limit,
+        end_of_turn=form.end_of_turn,
+        end_of_turn_id=form.end_of_turn_id,
+    )
 
 
-def _facts(rows: Rows, kept: Sequence[Encoded], heldout: int) -> dict[str, Any]:
+def _account(rows: Rows, kept: Sequence[Encoded], heldout: int, form: PromptFormat) -> Account:
     """The account of what was read, and the figures of the rows that are `kept`."""
     lengths = sorted(len(row.input_ids) for row in kept)
     notes = rows.notes
     notes.counts.update(note for row in kept for note in row.notes)
-    return {
-        "rows": len(kept),
-        "heldout_rows": heldout,
-        "longest_tokens": lengths[-1],
-        "shortest_tokens": lengths[0],
-        "median_tokens": lengths[len(lengths) // 2],
-        "mean_tokens": round(sum(lengths) / len(lengths), 1),
-        "tokens": sum(lengths),
-        "supervised_tokens": sum(row.supervised for row in kept),
-        "texts": sum(not row.conversation.turns for row in kept),
-        "duplicates": len({id(one) for one in rows.training})
-        - len({one.fingerprint for one in rows.training}),
-        "read": [one.line for one in rows.reads],
-        "notes": dict(notes.counts),
-        "roles": notes.roles,
-        "unused": dict(notes.unused),
-        "bad_rows": [str(problem) for problem in grouped(rows.bad.skipped)],
-    }
-
-
-def account(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What was read and made of it, in a few lines."""
-    yield from (f"read {line}" for line in facts["read"])
-    same = f", {facts['duplicates']:,} of them the same as another" if facts["duplicates"] else ""
-    yield f"rows: {facts['rows']:,} to train on{same}; {facts['heldout_rows']:,} held out"
-    share = facts["supervised_tokens"] / facts["tokens"]
-    yield (
-        f"tokens a row: {facts['shortest_tokens']:,} to {facts['longest_tokens']:,}, "
-        f"median {facts['median_tokens']:,}; {share:.0%} of {facts['tokens']:,} carry loss"
+    return Account(
+        rows=len(kept),
+        heldout_rows=heldout,
+        longest_tokens=lengths[-1],
+        shortest_tokens=lengths[0],
+        median_tokens=lengths[len(lengths) // 2],
+        mean_tokens=round(sum(lengths) / len(lengths), 1),
+        tokens=sum(lengths),
+        supervised_tokens=sum(row.supervised for row in kept),
+        texts=sum(not row.conversation.turns for row in kept),
+        duplicates=len({id(row) for row in rows.training}) - len({row.fingerprint for row in rows.training}),
+        read=tuple(part.line for part in rows.reads),
+        notes=dict(notes.counts),
+        roles=notes.roles,
+        unused=dict(notes.unused),
+        bad_rows=tuple(str(problem) for problem in grouped(rows.bad.skipped)),
+        first_row=_shown(kept[0], form),
     )
-    if facts["texts"]:
+
+
+def lines_of(account: Account) -> Iterator[str]:
+    """What was read and made of it, in a few lines."""
+    yield from (f"read {line}" for line in account.read)
+    same = f", {account.duplicates:,} of them the same as another" if account.duplicates else ""
+    yield f"rows: {account.rows:,} to train on{same}; {account.heldout_rows:,} held out"
+    share = account.supervised_tokens / account.tokens
+    yield (
+        f"tokens a row: {account.shortest_tokens:,} to {account.longest_tokens:,}, "
+        f"median {account.median_tokens:,}; {share:.0%} of {account.tokens:,} carry loss"
+    )
+    if account.texts:
         yield "plain text is learned whole: it teaches to go on with such a text, not to answer in a chat"
-    if facts.get("looked_at", facts["rows"]) < facts["rows"]:
-        yield f"(tokens are those of the first {facts['looked_at']} rows)"
-    yield from (f"{number:,} rows: {note}" for note, number in facts["notes"].items())
-    if facts["roles"]:
-        yield "roles: " + ", ".join(f"{name} is the {role}" for name, role in facts["roles"].items())
-    if facts["unused"]:
-        yield "not used: " + ", ".join(facts["unused"])
-    if facts["rows"] < _FEW_ROWS:
+    if isinstance(account, Looked) and account.looked_at < account.rows:
+        yield f"(tokens are those of the first {account.looked_at} rows)"
+    yield from (f"{number:,} rows: {note}" for note, number in account.notes.items())
+    if account.roles:
+        yield "roles: " + ", ".join(f"{name} is the {role}" for name, role in account.roles.items())
+    if account.unused:
+        yield "not used: " + ", ".join(account.unused)
+    if account.rows < _FEW_ROWS:
         yield f"under {_FEW_ROWS} rows teach a format or a tone at most; some hundred good ones teach a task"
 
 
-def look(settings: Settings, form: PromptFormat) -> dict[str, Any]:
+def look(settings: Settings, form: PromptFormat) -> Looked:
     """What was read and the first row as the model will see it, for a plan: writes nothing.
 
     All rows are read, the first few encoded. Raises `DataError` as `prepare` would of those.
@@ -153,8 +213,8 @@ def look(settings: Settings, form: PromptFormat) -> dict[str, Any]:
     some = encode_all(rows.training[:_LOOKED_AT], form, supervise=settings.supervise, bad=rows.bad)
     if not some:
         raise DataError("no row is left to train on", hint="see what was left out above")
-    facts = _facts(rows, some, len(rows.heldout))
-    return {**facts, "rows": len(rows.training), "looked_at": len(some), "first_row": _shown(some[0], form)}
+    account = dataclasses.replace(_account(rows, some, len(rows.heldout), form), rows=len(rows.training))
+    return Looked(**vars(account), looked_at=len(some))
 
 
 def read_all(settings: Settings) -> Rows:
@@ -220,11 +280,9 @@ def _pieces(row: Encoded, limit: int) -> Iterator[Encoded]:
 def _write(path: Path, rows: Sequence[Encoded]) -> None:
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
-            line: dict[str, Any] = {
-                "input_ids": row.input_ids,
-                "labels": row.labels,
-                "messages": row.conversation.messages(),
-            }
+            line = PreparedRow(
+                input_ids=row.input_ids, labels=row.labels, messages=row.conversation.messages()
+            )
             if row.conversation.tools:
                 line["tools"] = row.conversation.tools
             if any(turn.trained is False for turn in row.conversation.turns):
@@ -234,15 +292,15 @@ def _write(path: Path, rows: Sequence[Encoded]) -> None:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _shown(row: Encoded, form: PromptFormat) -> dict[str, str]:
+def _shown(row: Encoded, form: PromptFormat) -> Shown:
     """The first row as the model sees it, and the part that carries loss (requirement F9)."""
     decode = form.tokenizer.decode
     pieces = []
     for learned, run in groupby(zip(row.input_ids, row.labels, strict=True), lambda pair: pair[1] >= 0):
         text = decode([number for number, _ in run], skip_special_tokens=False)
         pieces.append(f"⟦{text}⟧" if learned else text)
-    return {
-        "text": decode(list(row.input_ids), skip_special_tokens=False),
-        "masked": "".join(pieces),
-        "supervised": decode([label for label in row.labels if label >= 0], skip_special_tokens=False),
-    }
+    return Shown(
+        text=decode(list(row.input_ids), skip_special_tokens=False),
+        masked="".join(pieces),
+        supervised=decode([label for label in row.labels if label >= 0], skip_special_tokens=False),
+    )

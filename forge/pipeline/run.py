@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge import report
+from forge.codec import to_plain
 from forge.errors import StageError
 from forge.pipeline.plan import why
 from forge.pipeline.reasons import other_versions
 from forge.pipeline.stage import Action, Result, Stage, Step, request_of, select
 from forge.store import runs
-from forge.store.artifacts import Artifact, Facts, Request, Store
+from forge.store.artifacts import Artifact, Made, Request, Store
 from forge.store.digest import digest
 
 
@@ -93,7 +94,7 @@ class _Session:
 def _act(stage: Action, results: Mapping[str, Result], stack: ExitStack, label: str) -> Result:
     started = time.monotonic()
     report.detail(f"{label}: starts")
-    facts = stage.act(results, stack)
+    facts = to_plain(stage.act(results, stack))
     seconds = time.monotonic() - started
     report.info(f"{label}: {_duration(seconds)}")
     return Result(stage.name, False, seconds, facts)
@@ -124,7 +125,7 @@ def _build(
     """Build, unless another process did so while we waited for it; whether it was us."""
     built = False
 
-    def build(out: Path) -> Facts:
+    def build(out: Path) -> Made:
         nonlocal built
         built = True
         _check_space(stage, session.store.root, stage.bytes_needed(inputs))

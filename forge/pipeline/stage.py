@@ -15,11 +15,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
+from forge.codec import from_plain
 from forge.errors import ForgeError, RecipeError
-from forge.store.artifacts import Artifact, Facts, Request
+from forge.store.artifacts import Artifact, Facts, Made, Request
 from forge.store.digest import Json
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Result:
     seconds: float
     facts: Facts
     artifact: Artifact | None = None
+
+    def read(self, kind: type[T]) -> T:
+        """The facts as the dataclass that the stage made; raises `ValueError` where they are none."""
+        return from_plain(kind, self.facts, is_strict=False)
 
 
 class Described(Protocol):
@@ -117,8 +124,8 @@ class Stage(Described, Protocol):
         """The most free disk that `build` takes at any moment; checked before it starts."""
         return sum(self.bytes_kept().values()) + sum(self.bytes_beside().values())
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Facts:
-        """Make the outputs in the directory `out`; return facts, plain JSON.
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Made:
+        """Make the outputs in the directory `out`; return facts, which are kept as plain JSON.
 
         `out` is empty but for what a stopped run left in `out/work`, where resumable state goes.
         Logs go to `out/logs`. Both are no outputs. `inputs` holds the stages of `needs`, by their kinds.
@@ -142,7 +149,7 @@ class Stage(Described, Protocol):
 class Action(Described, Protocol):
     """A stage that acts on the world (starts a server, asks it, writes a report): never cached."""
 
-    def act(self, results: Mapping[str, Result], stack: ExitStack) -> Facts:
+    def act(self, results: Mapping[str, Result], stack: ExitStack) -> Made:
         """Act on the results so far. What must live on for later stages (a server) enters `stack`."""
         ...
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
+from forge.data.prepare import Prepared
 from forge.recipe.quants import BUDGETED
 from forge.recipe.schema import Train
 from forge.resolve.resolved import Resolved
@@ -13,9 +12,9 @@ from forge.runs.files import run_gguf
 from forge.store.digest import Json
 
 
-def gguf_name(ship: Resolved, exported: Mapping[str, Any]) -> str:
-    """What the GGUF is called in the run; `exported` are the facts of the stage *export*."""
-    return run_gguf(ship.recipe.name, exported["quant"])
+def gguf_name(ship: Resolved, quant: str) -> str:
+    """What the GGUF is called in the run."""
+    return run_gguf(ship.recipe.name, quant)
 
 
 def prompt_params(ship: Resolved) -> dict[str, Json]:
@@ -67,11 +66,11 @@ def largest_type(ship: Resolved) -> str:
     return quant_named(ship) or BUDGETED[0]
 
 
-def context_tokens(ship: Resolved, data_facts: Mapping[str, Any]) -> int:
+def context_tokens(ship: Resolved, data: Prepared | None) -> int:
     """The context to serve with: what was asked, else min(model's, max(4096, training + reply))."""
     asked = ship.recipe.deploy.context_tokens
     most = ship.configuration.max_positions or 4096
-    wanted = max(4096, int(data_facts.get("max_length", 0)) + longest_reply(ship))
+    wanted = max(4096, (data.max_length if data else 0) + longest_reply(ship))
     return asked or min(most, wanted)
 
 

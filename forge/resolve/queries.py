@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from forge.recipe.schema import Recipe
 from forge.serve.endpoint import Endpoint
-
-if TYPE_CHECKING:
-    from forge.serve.smoke import Query
+from forge.serve.queries import Call, Query
 
 # The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
 
 
 def queries_in(recipe: Recipe) -> list[Query]:
     """The recipe's smoke queries."""
-    from forge.serve.smoke import Call, Query
-
     queries = []
     for query in recipe.smoke:
         if query.messages is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from forge.data.conversations import to_conversations
 from forge.data.files import read_rows
 from forge.data.layout import Shape
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared, Settings, prepare
 from forge.data.reading import Source
 from forge.data.sources import locate
 from forge.errors import DataError
@@ -32,14 +32,19 @@ def certificate_rows(ship: Resolved, inputs: Mapping[str, Artifact], out: Path) 
     if "data" not in inputs:
         return builtin_rows(ship.prompt_format, ship.configuration.max_positions, out)
     data = inputs["data"]
-    return data.path / (HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE)
+    return data.path / measured_file(data)
 
 
 def certificate_rows_are(inputs: Mapping[str, Artifact]) -> str:
     """What `certificate_rows` gives, in a word."""
     if "data" not in inputs:
         return "built-in"
-    return "held-out" if inputs["data"].facts["heldout_rows"] else "training"
+    return "held-out" if measured_file(inputs["data"]) == HELDOUT_FILE else "training"
+
+
+def measured_file(data: Artifact) -> str:
+    """The file of held-out rows, where there are any; else that of the training rows."""
+    return HELDOUT_FILE if data.read(Prepared).heldout_rows else TRAIN_FILE
 
 
 def builtin_rows(form: PromptFormat, context: int | None, out: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from forge import report
-from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
+from forge.chat.hand_over import MODELFILE_JINJA, LeftOut, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.codec import from_plain, to_plain
 from forge.runs.files import MANIFEST
@@ -183,7 +183,7 @@ class ExportFacts:
 class ModelfileFacts:
     """Of the stage *modelfile*: what the files cannot hold."""
 
-    left_out: Mapping[str, tuple[str, ...]] | None = None
+    left_out: LeftOut | None = None
 
 
 @dataclass(frozen=True)

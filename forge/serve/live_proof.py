@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from forge import report
 from forge.chat.hand_over import SAMPLING_IN_GGUF
@@ -28,26 +28,43 @@ _CHOSEN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repea
 """llama.cpp's defaults, which hold where the file sets none (`general.sampling.*`)."""
 
 
+class Expected(Protocol):
+    """What a server should say after `ids`: its `top` tokens with their log-probabilities.
+
+    `shift`: the KL divergence of what its settings alone move.
+    """
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+    @property
+    def top(self) -> Sequence[tuple[int, float]]: ...
+    @property
+    def shift(self) -> float: ...
+
+
 def prove_live(
     endpoint: Endpoint,
-    measured: Mapping[str, Any],
     questions: Sequence[Sequence[Message]],
     *,
+    expected: Sequence[Expected],
+    file_type: str,
+    sampling: Mapping[str, float | str],
     context_tokens: int,
     longest_tokens: int,
     is_adapted: bool = False,
 ) -> dict[str, Any]:
     """Ask the server; returns the hand-over, what was asked, and `problems`, empty when all is well.
 
-    `measured` is *verify*'s; `context_tokens` is what was asked for, `longest_tokens` the longest row;
+    `expected`, `file_type` and `sampling`, what the file itself sets, are *verify*'s; `context_tokens` is
+    what was asked for, `longest_tokens` the longest row;
     `is_adapted`: the model is a base with an adapter of its own.
     """
     with Client(endpoint) as client:
-        handover = _compare(client, measured["live"], measured["file"]["type"])
+        handover = _compare(client, expected, file_type)
         problems = [
             *_adapters(client, [1.0] if is_adapted else []),
             *_context(client, context_tokens, longest_tokens),
-            *_sampling(client, measured["file"]["sampling"]),
+            *_sampling(client, sampling),
         ]
         if not handover["ok"]:
             problems.append(
@@ -70,18 +87,18 @@ def failure_of(live: Mapping[str, Any] | None) -> CheckError | None:
     )
 
 
-def _compare(client: Client, expected: Sequence[Mapping[str, Any]], kind: str | None) -> dict[str, Any]:
+def _compare(client: Client, expected: Sequence[Expected], file_type: str) -> dict[str, Any]:
     """KL over the most likely tokens of each prompt; what the server does not list counts as its least."""
     divergences, shifts, same = [], [], 0
     for number, one in enumerate(expected, 1):
-        found = client.next_tokens(one["ids"], 2 * len(one["top"]))
+        found = client.next_tokens(one.ids, 2 * len(one.top))
         if not found:
             continue
         known, least = dict(found), min(value for _, value in found)
-        divergence = sum(math.exp(p) * (p - known.get(token, least)) for token, p in one["top"])
+        divergence = sum(math.exp(p) * (p - known.get(token, least)) for token, p in one.top)
         divergences.append(max(divergence, 0.0))
-        shifts.append(one["shift"])
-        same += found[0][0] == one["top"][0][0]
+        shifts.append(one.shift)
+        same += found[0][0] == one.top[0][0]
         report.advance("compare the server's probabilities", number, len(expected))
     compared = len(divergences)
     if 2 * compared < len(expected):
@@ -92,7 +109,7 @@ def _compare(client: Client, expected: Sequence[Mapping[str, Any]], kind: str | 
     mean, shift = (sum(values) / max(compared, 1) for values in (divergences, shifts))
     limit = max(LEAST_KL, MOST_SHIFTS * shift)
     return {
-        "from": f"GGUF {kind or 'file'}",
+        "from": f"GGUF {file_type}",
         "to": "live server",
         "ok": bool(compared) and mean <= limit,
         "nmse": None,
@@ -128,7 +145,7 @@ def _context(client: Client, asked: int, longest: int) -> Iterator[str]:
     yield f"the server cuts a prompt of more than {context} tokens without a word"
 
 
-def _sampling(client: Client, in_file: Mapping[str, Any]) -> Iterator[str]:
+def _sampling(client: Client, in_file: Mapping[str, float | str]) -> Iterator[str]:
     """The server's defaults are the file's own or llama.cpp's: nobody asked for others."""
     expected = dict(_CHOSEN)
     for key, value in in_file.items():

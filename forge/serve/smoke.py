@@ -5,47 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from forge.errors import CheckError, Problem, RecipeError
 from forge.serve.client import Client
-from forge.serve.endpoint import Endpoint, Message
+from forge.serve.endpoint import Endpoint
+from forge.serve.queries import Answer, Call, Query
 from forge.serve.wire import Reply, Sampling
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a tool that an answer must make; `arguments` None: any JSON object."""
-
-    name: str
-    arguments: Mapping[str, Any] | None = None
-
-    def __str__(self) -> str:
-        said = "any arguments" if self.arguments is None else json.dumps(self.arguments, ensure_ascii=False)
-        return f"a call of {self.name} with {said}"
-
-
-@dataclass(frozen=True)
-class Query:
-    """A conversation that ends with the user's turn; the pattern and the call its answer must hold."""
-
-    messages: tuple[Message, ...]
-    expect: str | None = None
-    max_tokens: int = 256
-    tools: tuple[Mapping[str, Any], ...] = ()
-    expect_call: Call | None = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came back. `prompt` is the user's last turn; `finish_reason` `length`: it was cut."""
-
-    prompt: str
-    answer: str
-    ok: bool
-    finish_reason: str
-    expect: str | None
 
 
 def run_smoke(endpoint: Endpoint, queries: Sequence[Query], *, seed: int = 0) -> list[Answer]:

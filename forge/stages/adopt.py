@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forge.adapter.adopt import copy_adapter
 from forge.adapter.read import read_adapter
@@ -15,6 +15,17 @@ from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 
 
+@dataclass(frozen=True)
+class AdoptedFacts:
+    """Where the adapter is from; `names_unwrapped` is how many tensors have lost a wrapper's prefix."""
+
+    adopted_from: str
+    revision: str | None
+    trained_on: str | None
+    layers: int
+    names_unwrapped: int
+
+
 class AdoptStage(AdapterStage):
     """An adapter that another tool made, checked and taken into the store."""
 
@@ -23,7 +34,7 @@ class AdoptStage(AdapterStage):
     def params(self) -> Mapping[str, Json]:
         return {"train.from": self.ship.adapter_digest, "base": self.ship.base_digest}
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> AdoptedFacts:
         adopted = self.ship.adopted
         assert adopted is not None
         if adopted.directory is None:
@@ -31,10 +42,4 @@ class AdoptStage(AdapterStage):
         adapter = read_adapter(adopted.directory)
         renamed = copy_adapter(adopted.directory, out)
         copy_tokenizer(adopted.directory, out)
-        return {
-            "adopted_from": adopted.spec,
-            "revision": adopted.revision,
-            "trained_on": adapter.base_name,
-            "layers": len(adapter.layers),
-            "names_unwrapped": renamed,
-        }
+        return AdoptedFacts(adopted.spec, adopted.revision, adapter.base_name, len(adapter.layers), renamed)

@@ -8,16 +8,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
+from forge.data.prepare import TRAIN_FILE
 from forge.errors import CheckError, ForgeError
 from forge.model.estimate import certificate_disk
 from forge.pipeline.stage import Result
 from forge.recipe.quants import BUDGETED
 from forge.resolve.derived import merge_base
 from forge.resolve.resolved import Resolved
+from forge.resolve.rows import measured_file
 from forge.resolve.stage import GgufStage
 from forge.runs.files import CALIBRATION
 from forge.runs.publish import place
@@ -78,13 +78,12 @@ class CalibrateStage(GgufStage):
         tried = "f16" if self.ship.recipe.export.max_kl is None else BUDGETED[0]
         return {"files to try types on": certificate_disk(self.ship.parameters, tried).total}
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Mapping[str, object]:
         data, max_kl = inputs[DATA_STAGE], self.ship.recipe.export.max_kl
-        held = HELDOUT_FILE if data.facts["heldout_rows"] else TRAIN_FILE
         request = CalibrationRequest(
             self.ingredients(adapter_of(inputs), "nf4" if merge_base(self.ship) == "nf4" else "original"),
             rows=data.path / TRAIN_FILE,
-            measured_rows=data.path / held,
+            measured_rows=data.path / measured_file(data),
             out=out,
             name=self.ship.recipe.name,
             types=() if max_kl is None else tuple(BUDGETED),

@@ -7,11 +7,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.chat.stops import require
-from forge.data.prepare import TRAIN_FILE, Settings, account, look, prepare, read_all
+from forge.data.prepare import TRAIN_FILE, Account, Prepared, Settings, lines_of, look, prepare, read_all
 from forge.data.reading import Source
 from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params
@@ -52,12 +51,12 @@ class DataStage(ShipStage):
             **prompt_params(self.ship),
         }
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Prepared:
         data = self.ship.recipe.data
         assert data is not None
         settings = self.settings()
-        facts = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
-        self._report(facts)
+        prepared = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
+        self._report(prepared)
         with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
             broken = self.ship.stops.in_mask(
                 map(json.loads, rows),
@@ -65,7 +64,7 @@ class DataStage(ShipStage):
                 every_turn=settings.supervise == "all",
             )
             require(broken)
-        return facts
+        return prepared
 
     def look(self) -> None:
         """Rows that a ship would refuse are refused by its plan, where reading them takes no time."""
@@ -85,18 +84,18 @@ class DataStage(ShipStage):
         small = sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN
         return bool(ship.data_files) and light and small
 
-    def _report(self, facts: Mapping[str, Any]) -> None:
+    def _report(self, account: Account) -> None:
         """What was read, how long that trains, and one row with what carries loss."""
-        for line in account(facts):
+        for line in lines_of(account):
             report.info(line)
         training = self.ship.training
         if training and training.batch_size != "auto":
             at_once = training.batch_size * training.gradient_accumulation
-            whole = math.ceil(training.epochs * math.ceil(facts["rows"] / at_once))
+            whole = math.ceil(training.epochs * math.ceil(account.rows / at_once))
             steps = training.max_steps or whole
             packed = " at most, with packing" if training.packing and not training.max_steps else ""
             report.info(f"training: {steps:,} steps of {at_once} rows{packed}")
-        report.masked(facts["first_row"]["masked"][:_SHOWN])
+        report.masked(account.first_row.masked[:_SHOWN])
 
     def settings(self) -> Settings:
         """What the recipe says of the data."""

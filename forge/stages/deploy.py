@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from forge.chat.difference import first_difference
 from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
+from forge.codec import from_plain
+from forge.data.prepare import Prepared
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
@@ -19,19 +21,33 @@ from forge.recipe.schema import Recipe
 from forge.resolve.derived import context_tokens
 from forge.resolve.queries import queries_in, smoke_passes
 from forge.resolve.resolved import Resolved
+from forge.resolve.rows import measured_file
 from forge.resolve.stage import OfShip
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.runtimes import check_runtime
 from forge.stages.data import DATA_STAGE
-from forge.stages.export import EXPORT_STAGE, adapter_in
-from forge.stages.modelfile import ModelfileStage
+from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
+from forge.stages.modelfile import ModelfileFacts, ModelfileStage
 from forge.stages.verify import VERIFY_STAGE, certificate
 from forge.store.artifacts import Facts
+from forge.verify.measurement import Measurement
 
 # The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
 DEPLOY_STAGE = "deploy"
 _OWN_PROMPTS = 50
 _ASKED = 8
+
+
+@dataclass(frozen=True)
+class DeployFacts:
+    """Where the model is served, how many prompts were proved, and what was measured of the server."""
+
+    runtime: str
+    endpoint: str
+    model: str
+    context_tokens: int
+    prompts_compared: int
+    live: Mapping[str, Any] | None
 
 
 class DeployAction(OfShip, Action):
@@ -49,15 +65,15 @@ class DeployAction(OfShip, Action):
         """The certificate with the server's leg in it."""
         if VERIFY_STAGE not in results:
             return {}
-        live = results[self.name].facts["live"]
-        return {"certificate": certificate(self.ship, results[VERIFY_STAGE].facts, live)}
+        live = results[self.name].read(DeployFacts).live
+        return {"certificate": certificate(self.ship, results[VERIFY_STAGE].read(Measurement), live)}
 
     def verdict(self, facts: Facts) -> ForgeError | None:
         from forge.serve.live_proof import failure_of
 
-        return failure_of(facts["live"])
+        return failure_of(from_plain(DeployFacts, facts).live)
 
-    def act(self, results: Mapping[str, Result], stack: ExitStack) -> dict[str, Any]:
+    def act(self, results: Mapping[str, Result], stack: ExitStack) -> DeployFacts:
         from forge.serve.live_proof import prove_live
         from forge.serve.runtime import ServerSettings
         from forge.serve.runtimes import runtime_for
@@ -65,7 +81,7 @@ class DeployAction(OfShip, Action):
         deploy = self.ship.recipe.deploy
         artifact = results[EXPORT_STAGE].artifact
         assert artifact is not None
-        data = results[DATA_STAGE].facts if DATA_STAGE in results else {}
+        data = results[DATA_STAGE].read(Prepared) if DATA_STAGE in results else None
         conversations = _conversations(self.ship.recipe, results)
         in_ollama = deploy.runtime == "ollama"
         compared: list[int] = []
@@ -92,27 +108,27 @@ class DeployAction(OfShip, Action):
         if not in_ollama:
             compared.append(prove_prompts(self.ship, endpoint, conversations))
         if not in_ollama and VERIFY_STAGE in results:
+            measured = results[VERIFY_STAGE].read(Measurement)
             live = prove_live(
                 endpoint,
-                results[VERIFY_STAGE].facts,
                 conversations[1 : 1 + _ASKED],
+                expected=measured.live,
+                file_type=measured.file.type,
+                sampling=measured.file.sampling,
                 context_tokens=settings.context_tokens,
-                longest_tokens=int(data.get("longest_tokens", 0)),
-                is_adapted=artifact.facts["mode"] == "adapter",
+                longest_tokens=data.longest_tokens if data else 0,
+                is_adapted=artifact.read(ExportFacts).mode == "adapter",
             )
-        return {
-            "runtime": deploy.runtime,
-            "endpoint": endpoint.url,
-            "model": endpoint.model,
-            "context_tokens": settings.context_tokens,
-            "prompts_compared": sum(compared),
-            "live": live,
-        }
+        return DeployFacts(
+            deploy.runtime, endpoint.url, endpoint.model, settings.context_tokens, sum(compared), live
+        )
 
 
 def _modelfile(results: Mapping[str, Result]) -> Modelfile | None:
     artifact = results[ModelfileStage.name].artifact if ModelfileStage.name in results else None
-    return read_modelfile(artifact.path / MODELFILE_JINJA, artifact.facts["left_out"]) if artifact else None
+    if artifact is None:
+        return None
+    return read_modelfile(artifact.path / MODELFILE_JINJA, artifact.read(ModelfileFacts).left_out)
 
 
 def _conversations(recipe: Recipe, results: Mapping[str, Result]) -> list[Sequence[Message]]:
@@ -126,8 +142,7 @@ def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
     artifact = results[DATA_STAGE].artifact if DATA_STAGE in results else None
     if artifact is None:
         return []
-    name = HELDOUT_FILE if artifact.facts["heldout_rows"] else TRAIN_FILE
-    with (artifact.path / name).open(encoding="utf-8") as stream:
+    with (artifact.path / measured_file(artifact)).open(encoding="utf-8") as stream:
         rows = [json.loads(line)["messages"][:-1] for line in islice(stream, _OWN_PROMPTS)]
     return [messages for messages in rows if messages]  # a plain text has none
 

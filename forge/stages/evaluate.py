@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
+from forge.data.prepare import Prepared
 from forge.errors import CheckError, ForgeError
 from forge.pipeline.stage import Result
 from forge.resolve.stage import ShipStage, installed
@@ -16,8 +16,11 @@ from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, BASE_FIELDS, TRAINING_STACK
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
+from forge.train.evaluate import Evaluated, EvaluateRequest, evaluate
+from forge.train.log import LOG_FILE, Step, read_log
+from forge.train.model import BaseSettings
 from forge.train.outcome import fall_at_the_end, is_far, is_guessing, still_falling
-from forge.train.run import LOG_FILE
+from forge.train.request import Trained
 
 # Below this share of itself a loss differs by rounding: measured again on other hardware, or another batch.
 _ARITHMETIC = 1e-4
@@ -50,51 +53,46 @@ class EvaluateStage(ShipStage):
         return ("torch", "transformers", "peft")
 
     def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
-        return {"learned": learned(results[self.name].facts)}
+        measured = evaluated(results[self.name])
+        return {"learned": learned(measured) if measured else None}
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        if not inputs[DATA_STAGE].facts["heldout_rows"]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Evaluated | Mapping[str, object]:
+        if not inputs[DATA_STAGE].read(Prepared).heldout_rows:
             return {"rows": 0}
-        training = self.ship.training
-        settings = {
-            "device": training.device if training else "auto",
-            "dtype": training.dtype if training else "auto",
-            "method": training.method if training else "lora",
-            **({name: getattr(training, name) for name in BASE_FIELDS} if training else {}),
-            "trust_remote_code": self.ship.runs_own_code,
-            "seed": training.seed if training else 0,
-            "end_of_turn_id": self.ship.prompt_format.end_of_turn_id,
-            "pad_token_id": self.ship.pad_token_id,
-            "tokenizer": str(self.ship.tokenizer.directory),
-        }
-        arguments = {
-            "base": str(self.ship.base_directory),
-            "adapter": str(inputs[ADAPTER_STAGE].path),
-            "data": str(inputs[DATA_STAGE].path),
-            "settings": settings,
-        }
-        measured = worker.call("evaluate", arguments, log=self.ship.log)
-        return {**measured, "falling": _falling(inputs[ADAPTER_STAGE], measured["loss"]["after"])}
+        ship, training = self.ship, self.ship.training
+        request = EvaluateRequest(
+            base=ship.base_directory,
+            adapter=inputs[ADAPTER_STAGE].path,
+            data=inputs[DATA_STAGE].path,
+            tokenizer=ship.tokenizer.directory,
+            loading=BaseSettings.of(training, trust_remote_code=ship.runs_own_code),
+            device=training.device if training else "auto",
+            dtype=training.dtype if training else "auto",
+            end_of_turn_id=ship.prompt_format.end_of_turn_id,
+            pad_token_id=ship.pad_token_id,
+        )
+        measured = worker.perform(evaluate, request, log=ship.log)
+        return replace(measured, falling=_falling(inputs[ADAPTER_STAGE], measured.loss.after))
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        wanted, facts = self.ship.recipe.verify.learned, artifact.facts
-        if not facts["rows"]:
+        wanted, measured = self.ship.recipe.verify.learned, evaluated(artifact)
+        if measured is None:
             report.warning(
                 "what was learned is not measured: the rows are so few that none was held out; "
                 "data.eval: 1 holds one out, or names a file of its own"
             )
             return None
-        report.info(figures(facts))
-        message = nothing_learned(facts)
+        report.info(figures(measured))
+        message = nothing_learned(measured)
         if message is None:
-            for remark in remarks(facts):
+            for remark in remarks(measured):
                 report.warning(remark)
         if message is None or wanted == "off":
             return None
         if wanted == "warn":
             report.warning(message)
             return None
-        worse = facts["loss"]["after"] > facts["loss"]["before"]
+        worse = measured.loss.after > measured.loss.before
         way = (
             "a lower learning rate or fewer epochs"
             if worse
@@ -107,92 +105,93 @@ class EvaluateStage(ShipStage):
         )
 
 
+def evaluated(stage: Artifact | Result) -> Evaluated | None:
+    """What was measured; None where no rows were held out."""
+    return stage.read(Evaluated) if stage.facts["rows"] else None
+
+
 def _falling(training: Artifact, heldout: float) -> str | None:
     """What still fell when the training ended; None where nothing did, or an adapter was adopted."""
-    evaluations = [one["loss"] for one in training.facts.get("evaluations") or ()]
+    if "adopted_from" in training.facts:
+        return None
+    evaluations = [evaluation.loss for evaluation in training.read(Trained).evaluations]
     if evaluations:
         ends = f"{evaluations[-2]:.3g} -> {evaluations[-1]:.3g}" if len(evaluations) > 1 else ""
         return f"the held-out loss ({ends})" if still_falling(evaluations) else None
-    log = training.path / LOG_FILE
-    if not log.is_file():
-        return None
-    lines = log.read_text(encoding="utf-8").splitlines()
-    falls = fall_at_the_end([json.loads(line)["loss"] for line in lines], heldout)
+    falls = fall_at_the_end([step.loss for step in read_log(training.path / LOG_FILE, Step)], heldout)
     return f"the training loss ({falls[0]:.3g} -> {falls[1]:.3g} in the second half)" if falls else None
 
 
-def figures(facts: Mapping[str, Any]) -> str:
+def figures(measured: Evaluated) -> str:
     """Held-out loss, perplexity and exact answers, before and after."""
-    loss, perplexity, exact = facts["loss"], facts["perplexity"], facts.get("exact")
-    answers = f", exact answers {exact['before']} -> {exact['after']} of {exact['rows']}" if exact else ""
+    loss, perplexity, exact = measured.loss, measured.perplexity, measured.exact
+    answers = f", exact answers {exact.before} -> {exact.after} of {exact.rows}" if exact else ""
     return (
-        f"held-out rows ({facts['rows']}): loss {loss['before']:.4f} -> {loss['after']:.4f} a token, "
-        f"perplexity {perplexity['before']:.4g} -> {perplexity['after']:.4g}{answers}"
+        f"held-out rows ({measured.rows}): loss {loss.before:.4f} -> {loss.after:.4f} a token, "
+        f"perplexity {perplexity.before:.4g} -> {perplexity.after:.4g}{answers}"
     )
 
 
-def nothing_learned(facts: Mapping[str, Any]) -> str | None:
+def nothing_learned(measured: Evaluated) -> str | None:
     """Why these figures show that nothing was learned; None where they show that something was."""
-    loss, vocabulary = facts["loss"], facts["vocabulary"]
-    said = (
-        f"nothing was learned: the held-out loss is {loss['after']:.6g} after training, "
-        f"{loss['before']:.6g} before"
+    loss, vocabulary = measured.loss, measured.vocabulary
+    nothing = (
+        f"nothing was learned: the held-out loss is {loss.after:.6g} after training, {loss.before:.6g} before"
     )
-    if is_guessing(loss["after"], vocabulary):
-        perplexity = facts["perplexity"]["after"]
-        return f"{said}: perplexity {perplexity:,.0f} is worse than guessing among {vocabulary:,} tokens"
-    if has_improved(facts):
+    if is_guessing(loss.after, vocabulary):
+        perplexity = measured.perplexity.after
+        return f"{nothing}: perplexity {perplexity:,.0f} is worse than guessing among {vocabulary:,} tokens"
+    if has_improved(measured):
         return None
-    doubt = least_improvement(facts)
-    if loss["after"] < loss["before"]:
-        return f"{said}, and {facts['rows']} rows cannot tell an improvement under {doubt:.2g} from none"
-    if loss["after"] - loss["before"] > doubt:
-        return f"{said}: better than guessing, but the base itself answers these rows better"
-    return said
+    doubt = least_improvement(measured)
+    if loss.after < loss.before:
+        return f"{nothing}, and {measured.rows} rows cannot tell an improvement under {doubt:.2g} from none"
+    if loss.after - loss.before > doubt:
+        return f"{nothing}: better than guessing, but the base itself answers these rows better"
+    return nothing
 
 
-def remarks(facts: Mapping[str, Any]) -> Iterator[str]:
+def remarks(measured: Evaluated) -> Iterator[str]:
     """What a person should know of a model that did learn something."""
-    if is_far(facts["loss"]["after"], facts["vocabulary"]):
+    if is_far(measured.loss.after, measured.vocabulary):
         yield (
-            f"perplexity {facts['perplexity']['after']:,.4g} of {facts['vocabulary']:,} tokens: better than "
+            f"perplexity {measured.perplexity.after:,.4g} of {measured.vocabulary:,} tokens: better than "
             "guessing, but far from an answer; take a base that knows the language, or more rows or epochs"
         )
-    if falling := facts.get("falling"):
-        yield f"{falling} was still falling when training ended: more train.epochs may teach it more"
+    if measured.falling:
+        yield (
+            f"{measured.falling} was still falling when training ended: more train.epochs may teach it more"
+        )
 
 
-def has_improved(facts: Mapping[str, Any]) -> bool:
+def has_improved(measured: Evaluated) -> bool:
     """Whether the held-out loss fell by more than its own uncertainty."""
-    loss = facts["loss"]
-    return bool(loss["before"] - loss["after"] > least_improvement(facts))
+    return measured.loss.before - measured.loss.after > least_improvement(measured)
 
 
-def least_improvement(facts: Mapping[str, Any]) -> float:
+def least_improvement(measured: Evaluated) -> float:
     """The least fall of the loss (nats a token) that the rows can tell from none.
 
     Of one row only the arithmetic's part is known.
     """
-    error, rows = facts.get("loss_error"), facts["rows"]
+    error, rows = measured.loss_error, measured.rows
     of_rows = 0.0 if error is None else error * _STUDENT[min(rows - 2, len(_STUDENT) - 1)]
-    return max(of_rows, _ARITHMETIC * float(facts["loss"]["before"]))
+    return max(of_rows, _ARITHMETIC * measured.loss.before)
 
 
-def learned(facts: Mapping[str, Any], served: Mapping[str, Any] | None = None) -> Learned | None:
+def learned(measured: Evaluated, served_exact: int | None = None) -> Learned:
     """The figures before and after: exact answers where there are short ones, else held-out loss.
 
-    `after` is of the tuned model, or of the shipped file behind its server: `served`, what it answered.
+    `after` is of the tuned model, or of the shipped file behind its server where that gave `served_exact`
+    exact answers.
     """
-    if not facts["rows"]:
-        return None
-    exact = facts.get("exact")
+    exact = measured.exact
     if not exact:
-        return Learned("heldout_loss", facts["loss"]["before"], facts["loss"]["after"], facts["rows"])
-    rows = exact["rows"]
+        return Learned("heldout_loss", measured.loss.before, measured.loss.after, measured.rows)
     return Learned(
         "exact_match",
-        before=round(exact["before"] / rows, 4),
-        after=round((served["exact"] if served else exact["after"]) / rows, 4),
-        rows=rows,
-        served=served is not None,
+        before=round(exact.before / exact.rows, 4),
+        after=round((exact.after if served_exact is None else served_exact) / exact.rows, 4),
+        rows=exact.rows,
+        served=served_exact is not None,
     )

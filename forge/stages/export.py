@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
-from forge.codec import to_plain
 from forge.errors import ForgeError
 from forge.export.cost import cost_of
-from forge.export.request import ExportRequest, MergeBase
+from forge.export.request import Exported, ExportRequest, MergeBase
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.export.run import export as make_gguf
 from forge.model.estimate import export_disk
@@ -32,6 +31,14 @@ from forge.store.runs import publish
 from forge.verify.bases import BasesRequest, ChosenBase, choose_base
 
 EXPORT_STAGE = "export"
+
+
+@dataclass(frozen=True)
+class ExportFacts(Exported):
+    """The file, and the base that the adapter was merged into, with the figures where it was measured."""
+
+    merge_base: MergeBase
+    merge_base_measured: ChosenBase | None
 
 
 def adapter_in(export: Artifact) -> Path | None:
@@ -82,7 +89,7 @@ class ExportStage(OfType, GgufStage):
         of_adapter = sum(one.bytes for one in inputs[ADAPTER_STAGE].outputs.values()) if beside else 0
         return super().bytes_needed(inputs) + 2 * of_adapter
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> ExportFacts:
         export, measured = self.ship.recipe.export, self._measured_base(inputs, out)
         assert export.mode != "none"  # that recipe has no such stage
         asked = measured.chosen if measured else merge_base(self.ship)
@@ -106,15 +113,15 @@ class ExportStage(OfType, GgufStage):
         if measured:
             placed = "merged into" if exported.mode == "merged" else "the adapter is on"
             report.info(f"{placed} the {chosen} base: {measured.why}")
-        return {**to_plain(exported), "merge_base": chosen, "merge_base_measured": to_plain(measured)}
+        return ExportFacts(**vars(exported), merge_base=chosen, merge_base_measured=measured)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         """Says what the type costs and saves on this model; nothing of it is an error."""
-        report.info(cost_of(read_gguf(artifact.path / GGUF_FILE), artifact.facts["quant"]))
+        report.info(cost_of(read_gguf(artifact.path / GGUF_FILE), artifact.read(ExportFacts).quant))
         return None
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
-        target = run / gguf_name(self.ship, artifact.facts)
+        target = run / gguf_name(self.ship, artifact.read(ExportFacts).quant)
         if self.ship.further_type:
             _publish_gguf(target, artifact, published, set(run.glob("*.gguf")))
             return
@@ -134,9 +141,10 @@ class ExportStage(OfType, GgufStage):
         assert artifact is not None
         if self.ship.further_type:
             return {}
-        gguf = run / gguf_name(self.ship, artifact.facts)
+        exported = artifact.read(ExportFacts)
+        gguf = run / gguf_name(self.ship, exported.quant)
         adapter = {"adapter_gguf": str(adapter_beside(gguf))} if adapter_in(artifact) else {}
-        reasons = artifact.facts["merged_because"]
+        reasons = list(exported.merged_because)
         return {"gguf": str(gguf), **adapter, **({"merged_because": reasons} if reasons else {})}
 
     def _further_files(self, run: Path) -> set[Path]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
-from forge.codec import to_plain
-from forge.export.checkpoint import MergeRequest
+from forge.export.checkpoint import Merged, MergeRequest
 from forge.export.checkpoint import merge as make_checkpoint
 from forge.export.run import MERGED_DIRECTORY
 from forge.pipeline.stage import Result
@@ -43,7 +41,7 @@ class MergeStage(ShipStage):
         """Float32 where the adapter touches it: the most that it can be."""
         return {"merged checkpoint": 4 * self.ship.parameters}
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Merged:
         request = MergeRequest(
             base=self.ship.base_directory,
             adapter=inputs[ADAPTER_STAGE].path,
@@ -52,8 +50,7 @@ class MergeStage(ShipStage):
             out=out,
             merge_base="nf4" if merge_base(self.ship) == "nf4" else "original",
         )
-        plain: dict[str, Any] = to_plain(worker.perform(make_checkpoint, request, log=self.ship.log))
-        return plain
+        return worker.perform(make_checkpoint, request, log=self.ship.log)
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         for old in run.glob("*.gguf"):

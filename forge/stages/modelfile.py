@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.chat.hand_over import (
     MODELFILE,
     MODELFILE_JINJA,
+    WrittenModelfiles,
     hand_over,
     licences_of,
     read_modelfile,
     sampling_of,
     write_modelfiles,
 )
-from forge.chat.same_prompts import compare
+from forge.chat.same_prompts import Compared, compare
 from forge.chat.stops import require
+from forge.data.prepare import Prepared
 from forge.export.run import GGUF_FILE
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result
@@ -26,10 +28,26 @@ from forge.resolve.resolved import Resolved
 from forge.resolve.stage import OfType, ShipStage
 from forge.runs.files import adapter_beside, of_type, withdraw_types
 from forge.stages.data import DATA_STAGE
-from forge.stages.export import EXPORT_STAGE, adapter_in
+from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.store.runs import publish
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Those that the template reads, and those that the recipe pins."""
+
+    read: tuple[str, ...]
+    pinned: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class ModelfileFacts(WrittenModelfiles):
+    """The files, and of how many conversations the prompts were the same through every template."""
+
+    same_prompts: Compared
+    variables: Variables
 
 
 class ModelfileStage(OfType, ShipStage):
@@ -46,7 +64,7 @@ class ModelfileStage(OfType, ShipStage):
 
     def params(self) -> Mapping[str, Json]:
         return {
-            "file": gguf_name(self.ship, {"quant": quant_asked(self.ship)}),
+            "file": gguf_name(self.ship, quant_asked(self.ship)),
             "chat template": self.ship.template_digest,
             "base": self.ship.base_digest,
             "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
@@ -54,39 +72,33 @@ class ModelfileStage(OfType, ShipStage):
             **prompt_params(self.ship),
         }
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> ModelfileFacts:
         header, stops = read_gguf(inputs[EXPORT_STAGE].path / GGUF_FILE), self.ship.stops
-        told = hand_over(
+        handed = hand_over(
             self.ship.template,
             # Whether the GGUF itself writes BOS; the tokenizer's files may say otherwise.
             add_bos=header.adds_bos,
             stops=stops.texts,
             context_tokens=context_tokens(
-                self.ship, inputs[DATA_STAGE].facts if DATA_STAGE in inputs else {}
+                self.ship, inputs[DATA_STAGE].read(Prepared) if DATA_STAGE in inputs else None
             ),
             sampling=sampling_of(self.ship.base_directory),
             licences=licences_of(self.ship.base_directory),
         )
-        file = gguf_name(self.ship, inputs[EXPORT_STAGE].facts)
+        file = gguf_name(self.ship, inputs[EXPORT_STAGE].read(ExportFacts).quant)
         adapter = adapter_beside(Path(file)).name if adapter_in(inputs[EXPORT_STAGE]) else None
-        facts = write_modelfiles(out, file=file, handed=told, adapter=adapter)
+        facts = write_modelfiles(out, file=file, handed=handed, adapter=adapter)
         written = {
-            name: read_modelfile(out / name, facts["left_out"])
+            name: read_modelfile(out / name, facts.left_out)
             for name in (MODELFILE, MODELFILE_JINJA)
             if (out / name).exists()
         }
         broken = [problem for name, one in written.items() for problem in stops.in_modelfile(one, name)]
         require([*stops.in_gguf(header), *broken])
-        same = compare(told, header.chat_template or "", written.get(MODELFILE))
+        same = compare(handed, header.chat_template or "", written.get(MODELFILE))
         report.info(f"{same.conversations} conversations: the same prompts through {', '.join(same.through)}")
-        return {
-            **facts,
-            "same_prompts": {"conversations": same.conversations, "through": list(same.through)},
-            "variables": {
-                "read": list(self.ship.template.variables_read()),
-                "pinned": dict(self.ship.template.variables),
-            },
-        }
+        variables = Variables(tuple(self.ship.template.variables_read()), self.ship.template.variables)
+        return ModelfileFacts(**vars(facts), same_prompts=same, variables=variables)
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         for name in (MODELFILE, MODELFILE_JINJA):
@@ -101,8 +113,8 @@ class ModelfileStage(OfType, ShipStage):
     def summary(self, result: Result, run: Path) -> Mapping[str, object]:
         if self.ship.further_type:
             return {}
-        written = result.facts.get("modelfile")
+        facts = result.read(ModelfileFacts)
         return {
-            "modelfile": str(run / MODELFILE) if written else None,
-            "modelfile_reason": result.facts.get("reason"),
+            "modelfile": str(run / MODELFILE) if facts.modelfile else None,
+            "modelfile_reason": facts.reason,
         }

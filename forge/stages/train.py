@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
 from forge.adapter.vocabulary import saved_whole
+from forge.data.prepare import Prepared
 from forge.errors import MissingToolError
 from forge.model.estimate import lora_parameters
 from forge.pipeline.stage import Result
@@ -22,9 +21,11 @@ from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
 from forge.store.digest import Json
 from forge.train.checkpoints import MARKER
+from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import moves_base
 from forge.train.memory import choose_batch
-from forge.train.run import LOG_FILE
+from forge.train.request import Trained, TrainRequest
+from forge.train.run import train
 
 ADAPTER_STAGE = "train"
 TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
@@ -69,10 +70,7 @@ class TrainStage(AdapterStage):
     def section_values(self, result: Result) -> Mapping[str, object]:
         """The loss by step, of the training log in the store."""
         log = result.artifact.path / LOG_FILE if result.artifact else None
-        if log is None or not log.exists():
-            return {"losses": []}
-        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-        return {"losses": [(line["step"], line["loss"]) for line in lines]}
+        return {"losses": [(step.step, step.loss) for step in read_log(log, Step)] if log else []}
 
     @property
     def _train(self) -> Train:
@@ -136,30 +134,28 @@ class TrainStage(AdapterStage):
     def goes_on(self, work: Path) -> bool:
         return any(work.glob(f"*/{MARKER}"))
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Trained:
         rehearse(self.ship, log=self.ship.log)  # what is not whole, or cannot be exported, is not trained
-        train = self._train
-        if train.batch_size == "auto":
-            longest = inputs[DATA_STAGE].facts["longest_tokens"]
-            batch = choose_batch(train, self.ship.tensors, self.ship.configuration, longest)
+        ship, data = self.ship, inputs[DATA_STAGE].read(Prepared)
+        batch = self._train.batch_size
+        if batch == "auto":
+            batch = choose_batch(self._train, ship.tensors, ship.configuration, data.longest_tokens)
             report.info(f"train.batch_size: auto means {batch} here")
-            train = train.model_copy(update={"batch_size": batch})
-        settings = train.model_dump(mode="json") | {
-            "trust_remote_code": self.ship.runs_own_code,
-            "max_length": inputs[DATA_STAGE].facts["max_length"],
-            "continue_from": str(self.ship.continued) if self.ship.continued else None,
-            "pad_token": self.ship.pad_token,
-            "rows": self.ship.rows_to_add_to,
-            "tokenizer": str(self.ship.tokenizer.directory),
-            "page": str(self.ship.run_directory / REPORT),
-            "trackers": str(self.ship.run_directory / "trackers"),
-        }
-        arguments = {
-            "base": str(self.ship.base_directory),
-            "base_name": self.ship.base.spec,
-            "base_revision": self.ship.base.revision,
-            "data": str(inputs[DATA_STAGE].path),
-            "out": str(out),
-            "settings": settings,
-        }
-        return worker.call("train", arguments, log=self.ship.log)
+        request = TrainRequest(
+            base=ship.base_directory,
+            base_name=ship.base.spec,
+            base_revision=ship.base.revision,
+            tokenizer=ship.tokenizer.directory,
+            pad_token=ship.pad_token,
+            data=inputs[DATA_STAGE].path,
+            out=out,
+            settings=self._train,
+            batch_size=batch,
+            max_length=data.max_length,
+            trackers=ship.run_directory / "trackers",
+            continue_from=ship.continued,
+            rows=ship.rows_to_add_to,
+            page=ship.run_directory / REPORT,
+            trust_remote_code=ship.runs_own_code,
+        )
+        return worker.perform(train, request, log=ship.log)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import worker
+from forge.adapter.status import Validated, ValidateRequest, validate
 from forge.resolve.stage import ShipStage, installed
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
@@ -29,10 +29,8 @@ class ValidateStage(ShipStage):
     def tools(self) -> Mapping[str, str]:
         return {"peft": installed("peft")}
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
-        arguments = {
-            "base": str(self.ship.base_directory),
-            "adapter": str(inputs[ADAPTER_STAGE].path),
-            "trust_remote_code": self.ship.runs_own_code,
-        }
-        return worker.call("validate", arguments, log=self.ship.log)
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Validated:
+        request = ValidateRequest(
+            self.ship.base_directory, inputs[ADAPTER_STAGE].path, self.ship.runs_own_code
+        )
+        return worker.perform(validate, request, log=self.ship.log)

@@ -22,8 +22,8 @@ from forge.resolve.stage import GgufStage, OfType, installed
 from forge.runs.files import ADAPTER, CALIBRATION, CERTIFICATE, adapter_beside, of_type, withdraw_types
 from forge.stages.calibrate import CALIBRATION_STAGE, importance_in
 from forge.stages.data import DATA_STAGE
-from forge.stages.export import EXPORT_STAGE, adapter_in
-from forge.stages.modelfile import ModelfileStage
+from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
+from forge.stages.modelfile import ModelfileFacts, ModelfileStage
 from forge.stages.train import ADAPTER_STAGE
 from forge.store import durable
 from forge.store.artifacts import Artifact
@@ -77,11 +77,11 @@ class VerifyStage(OfType, GgufStage):
     def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
         if self.ship.further_type:
             return {}
-        verdict = certificate(self.ship, results[self.name].facts)
+        verdict = certificate(self.ship, results[self.name].read(Measurement))
         types = [_of_type(one, results) for one in of_each_type(self.ship)]
         return {"certificate": verdict, "certificate_reason": None, "types": types}
 
-    def build(self, inputs: Mapping[str, Artifact], out: Path) -> dict[str, Any]:
+    def build(self, inputs: Mapping[str, Artifact], out: Path) -> Measurement:
         export = inputs[EXPORT_STAGE].path
         merged, lora = export / MERGED_DIRECTORY, adapter_in(inputs[EXPORT_STAGE])
         work = out / "work"
@@ -98,7 +98,7 @@ class VerifyStage(OfType, GgufStage):
             rows=certificate_rows(self.ship, inputs, work),
             converters=find_converters(self.ship.store.root),
             scratch=work,
-            merge_base=inputs[EXPORT_STAGE].facts["merge_base"],
+            merge_base=inputs[EXPORT_STAGE].read(ExportFacts).merge_base,
             trained_in_4bit=bool(self.ship.training and self.ship.training.method == "qlora"),
             end_of_turn_id=self.ship.prompt_format.end_of_turn_id,
             trust_remote_code=self.ship.runs_own_code,
@@ -111,12 +111,11 @@ class VerifyStage(OfType, GgufStage):
         basis = basis_of(request, self._names(inputs), self.ship.store.digests)
         evidence = to_plain(evidence_of(request.rows, measured.sample))
         durable.write_text(out / _EVIDENCE, json.dumps(evidence, ensure_ascii=False))
-        plain: dict[str, Any] = to_plain(measured.of(basis))
-        return plain
+        return measured.of(basis)
 
     def _names(self, inputs: Mapping[str, Artifact]) -> dict[str, str]:
         """Where each item of the certificate is in the run, beside `certificate.json`."""
-        base, gguf = self.ship.base, gguf_name(self.ship, inputs[EXPORT_STAGE].facts)
+        base, gguf = self.ship.base, gguf_name(self.ship, inputs[EXPORT_STAGE].read(ExportFacts).quant)
         hub = f"{base.spec.partition('@')[0]}@{base.revision}" if base.revision else None
         return {
             "base": hub or (base.spec if base.spec.startswith("builtin:") else str(self.ship.base_directory)),
@@ -130,7 +129,7 @@ class VerifyStage(OfType, GgufStage):
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         """The certificate with its rows, for whoever wants to repeat it."""
         evidence = from_plain(Evidence, json.loads((artifact.path / _EVIDENCE).read_text(encoding="utf-8")))
-        text = certificate_text(certificate(self.ship, artifact.facts), evidence)
+        text = certificate_text(certificate(self.ship, artifact.read(Measurement)), evidence)
         if self.ship.further_type is None:
             withdraw_types(CERTIFICATE, run)
         durable.write_text(run / of_type(CERTIFICATE, self.ship.further_type), text)
@@ -139,7 +138,7 @@ class VerifyStage(OfType, GgufStage):
         return holds_any(work)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        verdict = _certificate(self.ship, artifact.facts)
+        verdict = _certificate(self.ship, artifact.read(Measurement))
         tell(verdict)
         return failure_of(verdict)
 
@@ -150,12 +149,13 @@ def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, obje
     exported, handed, verified = (
         results.get(of_type(stage, quant)) for stage in (EXPORT_STAGE, ModelfileStage.name, VERIFY_STAGE)
     )
-    verdict = certificate(ship, verified.facts) if verified else None
-    modelfile = handed and handed.facts["modelfile"]
+    verdict = certificate(ship, verified.read(Measurement)) if verified else None
+    export = exported.read(ExportFacts) if exported else None
+    modelfile = handed.read(ModelfileFacts).modelfile if handed else None
     return {
-        "quant": exported.facts["quant"] if exported else quant,
-        "gguf": gguf_name(ship, exported.facts) if exported else None,
-        "bytes": exported.facts["bytes"] if exported else None,
+        "quant": export.quant if export else quant,
+        "gguf": gguf_name(ship, export.quant) if export else None,
+        "bytes": export.bytes if export else None,
         "modelfile": of_type(modelfile, quant) if modelfile else None,
         "modelfile_jinja": of_type(MODELFILE_JINJA, quant) if handed else None,
         "certificate": of_type(CERTIFICATE, quant) if verdict else None,
@@ -164,18 +164,16 @@ def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, obje
 
 
 def certificate(
-    ship: Resolved, measured: Mapping[str, Any], live: Mapping[str, Any] | None = None
+    ship: Resolved, measured: Measurement, live: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any]:
     """The verdict on this ship's file as plain JSON, with the server's leg `live` where one was asked."""
     return _certificate(ship, measured, live).plain()
 
 
-def _certificate(
-    ship: Resolved, measured: Mapping[str, Any], live: Mapping[str, Any] | None = None
-) -> Certificate:
+def _certificate(ship: Resolved, measured: Measurement, live: Mapping[str, Any] | None = None) -> Certificate:
     verify = ship.recipe.verify
     gates = Gates(verify.max_kl, verify.min_top1, verify.as_trained == "required")
-    return judge(from_plain(Measurement, measured), gates, live)
+    return judge(measured, gates, live)
 
 
 def tell(certificate: Certificate) -> None:

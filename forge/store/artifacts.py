@@ -23,8 +23,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
+from forge.codec import from_plain
 from forge.errors import DataError
 from forge.store import durable
 from forge.store.digest import DigestCache, Json, digest, names_digest
@@ -33,24 +34,24 @@ from forge.store.publication import (
     MANIFEST,
     PARTIAL,
     WORK,
+    Output,
     fill,
     finish_replacement,
     publish,
 )
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
+
 FORMAT = 1
 
-Facts: TypeAlias = Mapping[str, Any]
+Facts: TypeAlias = Mapping[str, Json]
 Request: TypeAlias = Mapping[str, Json]
-Build: TypeAlias = Callable[[Path], Facts]
-
-
-@dataclass(frozen=True)
-class Output:
-    """One file of an artifact."""
-
-    sha256: str
-    bytes: int
+# What a build gives of its artifact: a dataclass, or values by name.
+Made: TypeAlias = "DataclassInstance | Mapping[str, object]"
+Build: TypeAlias = Callable[[Path], Made]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Artifact:
     outputs: Mapping[str, Output] = field(default_factory=dict)
     recorded: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+
+    def read(self, kind: type[T]) -> T:
+        """The facts as the dataclass that the stage made; raises `ValueError` where they are none."""
+        return from_plain(kind, self.facts, is_strict=False)
 
 
 def open_store(*, read_only: bool = False) -> Store:

@@ -11,9 +11,10 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from forge.codec import to_plain
 from forge.store import durable
 from forge.store.digest import Json, canonical, file_digest, names_digest
 
@@ -24,10 +25,18 @@ PARTIAL = ".partial"
 REPLACED = ".replaced"
 
 
+@dataclass(frozen=True)
+class Output:
+    """One file of an artifact."""
+
+    sha256: str
+    bytes: int
+
+
 def fill(
     partial: Path,
     head: Mapping[str, Json],
-    build: Callable[[Path], Mapping[str, Any]],
+    build: Callable[[Path], object],
     recorded: Mapping[str, str],
 ) -> None:
     """Call `build` with `partial`, empty but for `work/`, then hash its outputs and write the manifest.
@@ -39,7 +48,7 @@ def fill(
     partial.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     try:
-        facts = build(partial)
+        facts = to_plain(build(partial))
         canonical(facts)  # before anything is hashed: a fact that is not JSON is the stage's fault
         outputs = _seal(partial)
         manifest = {
@@ -48,8 +57,8 @@ def fill(
             "recorded": dict(recorded),
             "seconds": round(time.monotonic() - started, 3),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "outputs": outputs,
-            "digest": names_digest({name: entry["sha256"] for name, entry in outputs.items()}),
+            "outputs": to_plain(outputs),
+            "digest": names_digest({name: output.sha256 for name, output in outputs.items()}),
         }
         durable.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     except BaseException:
@@ -57,9 +66,9 @@ def fill(
         raise
 
 
-def _seal(partial: Path) -> dict[str, dict[str, Any]]:
+def _seal(partial: Path) -> Mapping[str, Output]:
     """Read back every output, flush it to the disk, make it readable to all and writable to none."""
-    outputs: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, Output] = {}
     for path in sorted(partial.rglob("*")):
         name = path.relative_to(partial)
         if name.parts[0] in (WORK, LOGS, MANIFEST):
@@ -69,7 +78,7 @@ def _seal(partial: Path) -> dict[str, dict[str, Any]]:
         durable.sync(path)
         if path.is_file():
             path.chmod(0o444)
-            outputs[name.as_posix()] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+            outputs[name.as_posix()] = Output(file_digest(path), path.stat().st_size)
     return outputs
 
 

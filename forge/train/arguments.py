@@ -3,57 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from forge.errors import DataError
+from forge.recipe.training import Train
 from forge.train.hardware import Hardware
+from forge.train.request import TrainRequest
 
 
-def arguments(settings: Mapping[str, Any], hardware: Hardware, work: Path, checkpointing: bool) -> Any:
+def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> Any:
     """trl's SFTConfig; raises `DataError` for an option that transformers does not take."""
     import trl
 
+    settings = request.settings
     # An 8-bit base has its own number types, and float32 around them (A4, A6).
-    autocast = "" if settings["method"] == "int8" else hardware.autocast
+    autocast = "" if settings.method == "int8" else hardware.autocast
     try:
         return trl.SFTConfig(
-            output_dir=str(work),
-            num_train_epochs=settings["epochs"],
-            max_steps=settings["max_steps"] or -1,
-            learning_rate=settings["learning_rate"],
-            lr_scheduler_type=settings["schedule"],
-            lr_scheduler_kwargs=dict(settings["schedule_options"]) or None,
-            per_device_train_batch_size=settings["batch_size"],
-            per_device_eval_batch_size=settings["batch_size"],
-            gradient_accumulation_steps=settings["gradient_accumulation"],
-            optim=settings["optimizer"],
-            adam_beta1=settings["adam_beta1"],
-            adam_beta2=settings["adam_beta2"],
-            adam_epsilon=settings["adam_epsilon"],
-            weight_decay=settings["weight_decay"],
-            max_grad_norm=settings["max_gradient_norm"],
-            neftune_noise_alpha=settings["neftune_alpha"],
+            output_dir=str(request.out / "work"),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.max_steps or -1,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule,
+            lr_scheduler_kwargs=dict(settings.schedule_options) or None,
+            per_device_train_batch_size=request.batch_size,
+            per_device_eval_batch_size=request.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation,
+            optim=settings.optimizer,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_epsilon=settings.adam_epsilon,
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_gradient_norm,
+            neftune_noise_alpha=settings.neftune_alpha,
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             bf16=autocast == "bf16",
             fp16=autocast == "fp16",
             use_cpu=hardware.device == "cpu",
-            max_length=settings["max_length"] if settings["packing"] else None,
-            packing=settings["packing"],
-            eval_packing=False if settings["evaluation_steps"] else None,
-            train_sampling_strategy="group_by_length" if settings["length_groups"] else "random",
-            seed=settings["seed"],
-            data_seed=settings["seed"],
+            max_length=request.max_length if settings.packing else None,
+            packing=settings.packing,
+            eval_packing=False if settings.evaluation_steps else None,
+            train_sampling_strategy="group_by_length" if settings.length_groups else "random",
+            seed=settings.seed,
+            data_seed=settings.seed,
             logging_steps=1,
             logging_nan_inf_filter=False,
-            report_to=list(settings["report_to"]),
+            report_to=list(settings.report_to),
             disable_tqdm=True,
             save_strategy="no",
             save_total_limit=2,
-            eval_strategy="steps" if settings["evaluation_steps"] else "no",
-            eval_steps=settings["evaluation_steps"],
+            eval_strategy="steps" if settings.evaluation_steps else "no",
+            eval_steps=settings.evaluation_steps,
             prediction_loss_only=True,
             dataloader_num_workers=0,
         )
@@ -61,12 +62,12 @@ def arguments(settings: Mapping[str, Any], hardware: Hardware, work: Path, check
         raise DataError(f"train: transformers refuses these settings: {error}") from error
 
 
-def warmup_steps(settings: Mapping[str, Any], steps: int) -> int:
+def warmup_steps(settings: Train, steps: int) -> int:
     """How many of `steps` warm up: at least one trains, the first of a warm-up has no learning rate.
 
     Raises `DataError` where the recipe names as many as there are.
     """
-    named: int | None = settings["warmup_steps"]
+    named = settings.warmup_steps
     if named is not None:
         if named >= steps:
             raise DataError(
@@ -74,5 +75,4 @@ def warmup_steps(settings: Mapping[str, Any], steps: int) -> int:
                 hint="name fewer, or leave it out",
             )
         return named
-    fraction: float = settings["warmup_fraction"]
-    return min(math.ceil(steps * fraction), steps - 1)
+    return min(math.ceil(steps * settings.warmup_fraction), steps - 1)

@@ -10,12 +10,20 @@ Not covered: the order of sums, which differs between processors in the last bit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 _SIZE = 64
 # Relative errors of a product of 64 terms: about 1e-7, 3e-4 and 3e-3.
 _FLOAT32_ERROR, _FLOAT16_ERROR = 1e-5, 1e-3
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The number types that a layer multiplies in: torch's names, or int8."""
+
+    training: str
+    evaluation: str
 
 
 def compute_as_asked(model: Any) -> None:
@@ -25,7 +33,7 @@ def compute_as_asked(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def measured_arithmetic(compute: Any, device: str, *, four_bit: bool) -> Mapping[str, str]:
+def measured_arithmetic(compute: Any, device: str, *, four_bit: bool) -> Arithmetic:
     """The number type of a product (`float32`, `float16` or `bfloat16`) in training and in evaluation.
 
     `compute` is the torch dtype that was asked for. A layer of 64 x 64 as `load_base` makes them is
@@ -38,12 +46,13 @@ def measured_arithmetic(compute: Any, device: str, *, four_bit: bool) -> Mapping
     rows = torch.randn(_SIZE, _SIZE, generator=generator)
     layer, kept = _four_bit(weights, compute, device) if four_bit else _plain(weights, compute, device)
     expected = rows.double() @ kept.double().T
-    measured = {}
-    for phase, training in (("training", True), ("evaluation", False)):
+
+    def measured(*, training: bool) -> str:
         with torch.no_grad():
             product = layer.train(training)(rows.to(device, torch.float32 if four_bit else compute))
-        measured[phase] = _named((product.cpu().double() - expected).norm() / expected.norm())
-    return measured
+        return _named((product.cpu().double() - expected).norm() / expected.norm())
+
+    return Arithmetic(measured(training=True), measured(training=False))
 
 
 def _named(error: float) -> str:

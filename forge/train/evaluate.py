@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forge import report
 from forge.adapter.vocabulary import rows_beside
-from forge.data.prepare import HELDOUT_FILE
+from forge.data.prepare import HELDOUT_FILE, PreparedRow
 from forge.data.tokens import IGNORED
+from forge.train.arithmetic import Arithmetic
 from forge.train.hardware import choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of, load_base
 
@@ -25,48 +27,112 @@ _SHORT_TOKENS = 64
 _MOST_ANSWERS = 100
 _BATCH = 16
 
-Row = Mapping[str, Any]
 RowLoss = tuple[float, int]
 
 
-def evaluate(base: str, adapter: str, data: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """The held-out rows in `data`, asked of `base` as `loading` holds it, with and without `adapter`."""
+
+    base: Path
+    adapter: Path
+    data: Path
+    tokenizer: Path
+    loading: BaseSettings
+    device: str
+    dtype: str
+    end_of_turn_id: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of the base and of the tuned model."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A held-out question, the answer that its row has, and those of the base and of the tuned model."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Of the rows with short answers: how many were given to the letter before and after."""
+
+    rows: int
+    before: int
+    after: int
+    answers: tuple[Answered, ...]
+
+
+@dataclass(frozen=True)
+class Evaluated:
     """Held-out figures before and after, and the answers behind them.
 
-    `settings`: device, dtype, those of `BaseSettings`, end_of_turn_id, pad_token_id, tokenizer.
-    Loss is the mean negative log-likelihood per supervised token, in nats.
+    Loss is the mean negative log-likelihood per supervised token, in nats; `loss_error` is the standard error
+    of its change, None for one row. `falling` says what still fell when training ended.
     """
+
+    rows: int
+    vocabulary: int
+    device: str
+    compute: str
+    arithmetic: Arithmetic
+    loss: Change
+    loss_error: float | None
+    perplexity: Change
+    exact: Exact | None
+    falling: str | None = None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    loss: float
+    rows: Sequence[RowLoss]
+    answers: Sequence[str]
+
+
+def evaluate(request: EvaluateRequest) -> Evaluated:
+    """Measure base and tuned model on the held-out rows."""
     import peft
     from tokenizers import Tokenizer
 
-    with (Path(data) / HELDOUT_FILE).open(encoding="utf-8") as stream:
-        rows: list[Row] = [json.loads(line) for line in stream]
-    hardware = choose_hardware(settings["device"], settings["dtype"])
-    loading = BaseSettings.of(settings)
-    model = load_base(base, hardware, loading)
-    resized = rows_beside(Path(base), Path(adapter))
+    with (request.data / HELDOUT_FILE).open(encoding="utf-8") as stream:
+        rows: list[PreparedRow] = [json.loads(line) for line in stream]
+    hardware = choose_hardware(request.device, request.dtype)
+    model = load_base(request.base, hardware, request.loading)
+    resized = rows_beside(request.base, request.adapter)
     if resized is not None:
         # peft loads the adapter's rows into these, so that the base is measured with them too.
         model.resize_token_embeddings(resized, mean_resizing=False)
-    model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    model = peft.PeftModel.from_pretrained(model, str(request.adapter)).eval()
     model.config.use_cache = True
-    tokenizer = Tokenizer.from_file(str(Path(settings["tokenizer"]) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(request.tokenizer / "tokenizer.json"))
     # A plain text asks nothing, so nothing answers it.
     asked = [row for row in rows if row["messages"]]
     short = [row for row in asked if len(_expected(row)) <= _SHORT_TOKENS][:_MOST_ANSWERS]
     with model.disable_adapter():
-        before = _measure(model, rows, short, tokenizer, settings, "evaluate the base")
-    after = _measure(model, rows, short, tokenizer, settings, "evaluate the tuned model")
-    return {
-        "rows": len(rows),
-        "vocabulary": int(model.config.get_text_config().vocab_size),
-        "device": hardware.device,
-        "compute": hardware.compute,
-        "arithmetic": arithmetic_of(hardware, loading),
-        "loss": {"before": before["loss"], "after": after["loss"]},
-        "loss_error": standard_error(before["rows"], after["rows"]),
-        "perplexity": {"before": _perplexity(before["loss"]), "after": _perplexity(after["loss"])},
-        "exact": _exact(short, before["answers"], after["answers"], tokenizer),
-    }
+        before = _measure(model, rows, short, tokenizer, request, "evaluate the base")
+    after = _measure(model, rows, short, tokenizer, request, "evaluate the tuned model")
+    return Evaluated(
+        rows=len(rows),
+        vocabulary=int(model.config.get_text_config().vocab_size),
+        device=hardware.device,
+        compute=hardware.compute,
+        arithmetic=arithmetic_of(hardware, request.loading),
+        loss=Change(before.loss, after.loss),
+        loss_error=standard_error(before.rows, after.rows),
+        perplexity=Change(_perplexity(before.loss), _perplexity(after.loss)),
+        exact=_exact(short, before.answers, after.answers, tokenizer),
+    )
 
 
 def standard_error(before: Sequence[RowLoss], after: Sequence[RowLoss]) -> float | None:
@@ -90,39 +156,37 @@ def _perplexity(loss: float) -> float:
 
 def _measure(
     model: Any,
-    rows: Sequence[Row],
-    short: Sequence[Row],
+    rows: Sequence[PreparedRow],
+    short: Sequence[PreparedRow],
     tokenizer: Any,
-    settings: Mapping[str, Any],
+    request: EvaluateRequest,
     label: str,
-) -> dict[str, Any]:
+) -> _Measured:
     losses: list[RowLoss] = []
     answers: list[str] = []
     for batch in _batches(rows):
-        losses += _loss(model, batch, settings["pad_token_id"])
+        losses += _loss(model, batch, request.pad_token_id)
         report.advance(label, len(losses), len(rows) + len(short))
     for batch in _batches(short):
-        answers += _answers(model, batch, tokenizer, settings)
+        answers += _answers(model, batch, tokenizer, request)
         report.advance(label, len(rows) + len(answers), len(rows) + len(short))
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
-    return {"loss": round(total / max(tokens, 1), 6), "rows": losses, "answers": answers}
+    return _Measured(round(total / max(tokens, 1), 6), losses, answers)
 
 
-def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+def _batches(rows: Sequence[PreparedRow]) -> Iterator[Sequence[PreparedRow]]:
     for start in range(0, len(rows), _BATCH):
         yield rows[start : start + _BATCH]
 
 
-def _loss(model: Any, batch: Sequence[Row], pad: int) -> list[RowLoss]:
+def _loss(model: Any, batch: Sequence[PreparedRow], pad: int) -> list[RowLoss]:
     """Of each row the summed loss over its supervised tokens, and how many there are."""
     import torch
 
     width = max(len(row["input_ids"]) for row in batch)
-    ids = torch.tensor([row["input_ids"] + [pad] * (width - len(row["input_ids"])) for row in batch])
-    labels = torch.tensor([row["labels"] + [IGNORED] * (width - len(row["labels"])) for row in batch])
-    mask = torch.tensor(
-        [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in batch]
-    )
+    ids = torch.tensor([_filled(row["input_ids"], pad, width) for row in batch])
+    labels = torch.tensor([_filled(row["labels"], IGNORED, width) for row in batch])
+    mask = torch.tensor([_filled([1] * len(row["input_ids"]), 0, width) for row in batch])
     with torch.inference_mode():
         logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
         loss = torch.nn.functional.cross_entropy(
@@ -136,7 +200,11 @@ def _loss(model: Any, batch: Sequence[Row], pad: int) -> list[RowLoss]:
     return list(zip(sums, counts, strict=True))
 
 
-def _prompt_length(row: Row) -> int:
+def _filled(values: Sequence[int], filler: int, width: int) -> list[int]:
+    return [*values, *[filler] * (width - len(values))]
+
+
+def _prompt_length(row: PreparedRow) -> int:
     """Where the last answer starts: the first position of the last supervised run."""
     labels = row["labels"]
     position = len(labels) - 1
@@ -147,25 +215,24 @@ def _prompt_length(row: Row) -> int:
     return position + 1
 
 
-def _expected(row: Row) -> Sequence[int]:
-    ids: list[int] = row["input_ids"]
-    return ids[_prompt_length(row) :]
+def _expected(row: PreparedRow) -> Sequence[int]:
+    return row["input_ids"][_prompt_length(row) :]
 
 
-def _answers(model: Any, batch: Sequence[Row], tokenizer: Any, settings: Mapping[str, Any]) -> list[str]:
+def _answers(model: Any, batch: Sequence[PreparedRow], tokenizer: Any, request: EvaluateRequest) -> list[str]:
     """Greedy answers; prompts are padded on the left, as generation needs (pitfall 29)."""
     import torch
     import transformers
 
-    prompts = [row["input_ids"][: _prompt_length(row)] for row in batch]
+    prompts = [list(row["input_ids"][: _prompt_length(row)]) for row in batch]
     width = max(map(len, prompts))
-    pad = settings["pad_token_id"]
+    pad = request.pad_token_id
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     greedy = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max(len(_expected(row)) for row in batch) + 8,
-        eos_token_id=settings["end_of_turn_id"],
+        eos_token_id=request.end_of_turn_id,
         pad_token_id=pad,
     )
     with torch.inference_mode():
@@ -176,23 +243,18 @@ def _answers(model: Any, batch: Sequence[Row], tokenizer: Any, settings: Mapping
 
 
 def _exact(
-    short: Sequence[Row], before: Sequence[str], after: Sequence[str], tokenizer: Any
-) -> dict[str, Any] | None:
+    short: Sequence[PreparedRow], before: Sequence[str], after: Sequence[str], tokenizer: Any
+) -> Exact | None:
     if not short:
         return None
     expected = tokenizer.decode_batch([list(_expected(row)) for row in short], skip_special_tokens=True)
-    answers = [
-        {
-            "messages": row["messages"][:-1],
-            "expected": want.strip(),
-            "before": was.strip(),
-            "after": now.strip(),
-        }
+    answers = tuple(
+        Answered(tuple(row["messages"][:-1]), want.strip(), was.strip(), now.strip())
         for row, want, was, now in zip(short, expected, before, after, strict=True)
-    ]
-    return {
-        "rows": len(answers),
-        "before": sum(answer["before"] == answer["expected"] for answer in answers),
-        "after": sum(answer["after"] == answer["expected"] for answer in answers),
-        "answers": answers,
-    }
+    )
+    return Exact(
+        rows=len(answers),
+        before=sum(answer.before == answer.expected for answer in answers),
+        after=sum(answer.after == answer.expected for answer in answers),
+        answers=answers,
+    )

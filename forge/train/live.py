@@ -9,9 +9,11 @@ import html
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from forge.train.log import Evaluation, Step
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
 _SECONDS_BETWEEN = 3.0
@@ -27,7 +29,6 @@ polyline {{ fill: none; stroke-width: 1.5; }} text {{ font: 11px sans-serif; fil
 _AGAIN = '<meta http-equiv="refresh" content="5">'
 
 Points = Sequence[tuple[float, float]]
-Line = Mapping[str, Any]
 
 
 class LivePage:
@@ -35,18 +36,18 @@ class LivePage:
 
     def __init__(self, path: Path | None) -> None:
         self._path, self._written = path, 0.0
-        self._lines: list[Line] = []
+        self._steps: list[Step] = []
         self._began = (0.0, 0)
 
-    def begin(self, state: Any, lines: Sequence[Line], evaluations: Sequence[Line]) -> None:
-        """`lines` are those of the training log so far; `state` is the trainer's."""
-        self._lines = list(lines)
+    def begin(self, state: Any, steps: Sequence[Step], evaluations: Sequence[Evaluation]) -> None:
+        """`steps` are those of the training log so far; `state` is the trainer's."""
+        self._steps = list(steps)
         self._began = (time.monotonic(), state.global_step)
         self._write(state, evaluations, "training begins")
 
-    def add(self, state: Any, line: Line, evaluations: Sequence[Line], note: str) -> None:
+    def add(self, state: Any, step: Step, evaluations: Sequence[Evaluation], note: str) -> None:
         """A step more; `note` is what the console says of it."""
-        self._lines.append(line)
+        self._steps.append(step)
         if time.monotonic() - self._written < _SECONDS_BETWEEN:
             return
         began, first = self._began
@@ -54,22 +55,24 @@ class LivePage:
         minutes = step_seconds * (state.max_steps - state.global_step) / 60
         self._write(state, evaluations, f"{note}, {minutes:.0f} min left")
 
-    def end(self, state: Any, evaluations: Sequence[Line]) -> None:
+    def end(self, state: Any, evaluations: Sequence[Evaluation]) -> None:
         """The page stays as it is from here on."""
         self._write(state, evaluations, "training has ended", again="")
 
-    def _write(self, state: Any, evaluations: Sequence[Line], note: str, *, again: str = _AGAIN) -> None:
+    def _write(
+        self, state: Any, evaluations: Sequence[Evaluation], note: str, *, again: str = _AGAIN
+    ) -> None:
         if self._path is None:
             return
         self._written = time.monotonic()
         text = f"step {state.global_step} of {state.max_steps}: {note}"
-        heldout = [(line["step"], line["loss"]) for line in evaluations]
+        heldout = [(entry.step, entry.loss) for entry in evaluations]
         if heldout:
             text += f"; held-out perplexity {math.exp(min(heldout[-1][1], 50)):.4g}"
         pictures = [
-            _picture("loss (blue) and held-out loss (brown)", _column(self._lines, "loss"), heldout),
-            _picture("gradient norm", _column(self._lines, "gradient_norm")),
-            _picture("learning rate", _column(self._lines, "learning_rate")),
+            _picture("loss (blue) and held-out loss (brown)", self._curve(lambda step: step.loss), heldout),
+            _picture("gradient norm", self._curve(lambda step: step.gradient_norm)),
+            _picture("learning rate", self._curve(lambda step: step.learning_rate)),
         ]
         page = _PAGE.format(
             refresh=again,
@@ -82,12 +85,12 @@ class LivePage:
         half.write_text(page, encoding="utf-8")
         half.replace(self._path)
 
-
-def _column(lines: Sequence[Line], name: str) -> Points:
-    """The values by step, thinned to what a picture shows; the last always."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    every = -(-len(points) // _MOST_POINTS) or 1
-    return points[:-1:every] + points[-1:]
+    def _curve(self, value_of: Callable[[Step], float | None]) -> Points:
+        """A value by step, thinned to what a picture shows; the last always."""
+        values = ((step.step, value_of(step)) for step in self._steps)
+        points = [(step, value) for step, value in values if value is not None]
+        every = -(-len(points) // _MOST_POINTS) or 1
+        return points[:-1:every] + points[-1:]
 
 
 def _picture(title: str, *curves: Points) -> str:

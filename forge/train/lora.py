@@ -7,11 +7,12 @@ start, so that `save` can subtract it: the adapter that is saved fits the base a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.errors import DataError
+from forge.recipe.training import Lora
 
 _HEAD = "lm_head"
 # What peft.utils.constants.EMBEDDING_LAYER_NAMES has.
@@ -30,7 +31,7 @@ def moves_base(initial: str) -> bool:
     return initial.startswith(("pissa", "olora"))
 
 
-def with_lora(model: Any, lora: Mapping[str, Any], *, quantized: bool, checkpointing: bool) -> Any:
+def with_lora(model: Any, lora: Lora, *, quantized: bool, checkpointing: bool) -> Any:
     """The model with fresh LoRA layers in float32, everything else frozen.
 
     An embedding that the base ties to its output layer stays tied when it is trained whole.
@@ -40,24 +41,24 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantized: bool, checkpoin
     import peft
 
     tied = _tied_names(model)
-    _refuse_factors(lora["targets"], tied)
-    _refuse_tied_rows(lora["token_indices"], tied)
-    _refuse_absent_layers(model, lora["layers"])
-    whole = _trained_whole(lora["modules_to_save"], tied)
+    _refuse_factors(lora.targets, tied)
+    _refuse_tied_rows(lora.token_indices, tied)
+    _refuse_absent_layers(model, lora.layers)
+    whole = _trained_whole(lora.modules_to_save, tied)
     if quantized:
         model = _prepared(model, checkpointing)
     configuration = peft.LoraConfig(
-        r=lora["r"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=_targets(model, lora["targets"], lora["layers"]),
-        use_rslora=lora["rslora"],
-        use_dora=lora["dora"],
-        init_lora_weights=_INITIAL.get(lora["init"], lora["init"]),
-        rank_pattern=dict(lora["rank_pattern"]),
-        alpha_pattern=dict(lora["alpha_pattern"]),
-        layers_to_transform=list(lora["layers"]) or None,
-        trainable_token_indices=list(lora["token_indices"]) or None,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=_targets(model, lora.targets, lora.layers),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=_INITIAL.get(lora.init, lora.init),
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        layers_to_transform=list(lora.layers) or None,
+        trainable_token_indices=list(lora.token_indices) or None,
         modules_to_save=whole or None,
         ensure_weight_tying=bool(tied) and _HEAD in whole,
         task_type="CAUSAL_LM",
@@ -73,7 +74,7 @@ def with_lora(model: Any, lora: Mapping[str, Any], *, quantized: bool, checkpoin
     return made
 
 
-def continued(model: Any, adapter: str, *, quantized: bool, checkpointing: bool) -> Any:
+def continued(model: Any, adapter: Path, *, quantized: bool, checkpointing: bool) -> Any:
     """The model with the adapter in the directory `adapter`, to be trained further in its own shape.
 
     Raises `DataError` where the adapter does not fit the base, or leaves a factor without weights.
@@ -81,7 +82,7 @@ def continued(model: Any, adapter: str, *, quantized: bool, checkpointing: bool)
     import peft
     from peft.utils import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-    configuration = peft.PeftConfig.from_pretrained(adapter)
+    configuration = peft.PeftConfig.from_pretrained(str(adapter))
     if not isinstance(configuration, peft.LoraConfig):
         raise DataError(f"train.continue_from: {adapter} is not a LoRA adapter")
     if configuration.init_lora_weights not in _LEAVE_BASE:
@@ -97,7 +98,7 @@ def continued(model: Any, adapter: str, *, quantized: bool, checkpointing: bool)
         model = _prepared(model, checkpointing)
     try:
         made = peft.get_peft_model(model, configuration)
-        weights = load_peft_weights(adapter, device="cpu")
+        weights = load_peft_weights(str(adapter), device="cpu")
         set_peft_model_state_dict(made, weights)
     except (ValueError, RuntimeError) as error:
         raise DataError(
@@ -221,13 +222,13 @@ def _inner_targets(model: Any, targets: str | Sequence[str], inner: str) -> list
     return sorted(inside)
 
 
-def _refuse_idle(model: Any, lora: Mapping[str, Any]) -> None:
+def _refuse_idle(model: Any, lora: Lora) -> None:
     """A pattern that changes nothing is a mistake."""
     modules = adapted_modules(model)
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         idle = [
             pattern
-            for pattern in lora[field]
+            for pattern in patterns
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules)
         ]
         if idle:

@@ -3,45 +3,80 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from dataclasses import dataclass
 
 from forge.train.arithmetic import measured_arithmetic
 from forge.train.hardware import Hardware, choose_hardware
 
 
-def look() -> dict[str, Any]:
-    """torch's version, the device that would train, and what 4-bit layers compute in.
+@dataclass(frozen=True)
+class LookRequest:
+    """Nothing is asked but to look."""
 
-    `four_bit` is the number type that a 4-bit product was measured to have; None where bitsandbytes does
-    not work, with `why`.
-    """
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that would train; `has_bfloat16` counts no emulation."""
+
+    name: str
+    capability: str
+    bytes_free: int
+    bytes_total: int
+    has_bfloat16: bool
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """bitsandbytes' version and the number type that a 4-bit product has; else why it does not work."""
+
+    bitsandbytes: str | None = None
+    computes_in: str | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """torch's version, the device that would train, and what 4-bit layers compute in."""
+
+    torch: str
+    device: str
+    compute: str
+    threads: int
+    gpu: Gpu | None
+    has_flash_attention: bool
+    four_bit: FourBit
+
+
+def look(_: LookRequest) -> Machine:
+    """Import torch and measure; takes some seconds."""
     import torch
 
     hardware = choose_hardware("auto", "auto")
-    facts: dict[str, Any] = {
-        "torch": str(torch.__version__),
-        "built_for_cuda": torch.version.cuda,
-        "device": hardware.device,
-        "compute": hardware.compute,
-        "threads": torch.get_num_threads(),
-        "gpu": None,
-        "flash_attention": importlib.util.find_spec("flash_attn") is not None,
-    }
-    if hardware.device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        facts["gpu"] = {
-            "name": torch.cuda.get_device_name(),
-            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-            "bytes_free": free,
-            "bytes_total": total,
-            "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
-            "count": torch.cuda.device_count(),
-        }
-    return facts | _four_bits(hardware)
+    return Machine(
+        torch=str(torch.__version__),
+        device=hardware.device,
+        compute=hardware.compute,
+        threads=torch.get_num_threads(),
+        gpu=_gpu() if hardware.device == "cuda" else None,
+        has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
+        four_bit=_four_bit(hardware),
+    )
 
 
-def _four_bits(hardware: Hardware) -> dict[str, Any]:
-    """What bitsandbytes' 4-bit layer computes in, measured; `four_bit` is None where it does not work."""
+def _gpu() -> Gpu:
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return Gpu(
+        name=torch.cuda.get_device_name(),
+        capability=".".join(map(str, torch.cuda.get_device_capability())),
+        bytes_free=free,
+        bytes_total=total,
+        has_bfloat16=torch.cuda.is_bf16_supported(including_emulation=False),
+    )
+
+
+def _four_bit(hardware: Hardware) -> FourBit:
     import torch
 
     try:
@@ -49,5 +84,5 @@ def _four_bits(hardware: Hardware) -> dict[str, Any]:
 
         measured = measured_arithmetic(getattr(torch, hardware.compute), hardware.device, four_bit=True)
     except (ImportError, RuntimeError, AttributeError, NotImplementedError, OSError) as failure:
-        return {"bitsandbytes": None, "four_bit": None, "why": str(failure).partition("\n")[0]}
-    return {"bitsandbytes": str(bitsandbytes.__version__), "four_bit": measured["training"], "why": ""}
+        return FourBit(why_not=str(failure).partition("\n")[0])
+    return FourBit(str(bitsandbytes.__version__), measured.training)

@@ -6,14 +6,14 @@ weights in float32 and no autocast: in 16 bits its loss is not a number (A4).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forge.errors import DataError, MissingToolError
 from forge.model.loading import configuration_in
-from forge.train.arithmetic import compute_as_asked, measured_arithmetic
+from forge.recipe.training import Train
+from forge.train.arithmetic import Arithmetic, compute_as_asked, measured_arithmetic
 from forge.train.hardware import Hardware
 
 
@@ -30,16 +30,26 @@ class BaseSettings:
     attention: str = "auto"
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> BaseSettings:
-        """From a worker's settings, which hold more."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls) if field.name in settings})
+    def of(cls, section: Train | None, *, trust_remote_code: bool) -> BaseSettings:
+        """As the recipe's section has it; without one the base is held as it is."""
+        if section is None:
+            return cls("lora", trust_remote_code)
+        return cls(
+            section.method,
+            trust_remote_code,
+            section.seed,
+            section.four_bit_type,
+            section.double_quantization,
+            section.quant_storage,
+            section.attention,
+        )
 
     @property
     def is_quantized(self) -> bool:
         return self.method in ("qlora", "int8")
 
 
-def load_base(directory: str, hardware: Hardware, settings: BaseSettings) -> Any:
+def load_base(directory: Path, hardware: Hardware, settings: BaseSettings) -> Any:
     """The base for training; quantized where the method is qlora (4 bits) or int8.
 
     Raises `MissingToolError` where the attention's package is not installed, `DataError` where the family
@@ -50,7 +60,7 @@ def load_base(directory: str, hardware: Hardware, settings: BaseSettings) -> Any
 
     transformers.set_seed(settings.seed)
     options: dict[str, Any] = {
-        "config": configuration_in(Path(directory), trust_remote_code=settings.trust_remote_code),
+        "config": configuration_in(directory, trust_remote_code=settings.trust_remote_code),
         "dtype": getattr(torch, hardware.compute),
         "trust_remote_code": settings.trust_remote_code,
     }
@@ -65,7 +75,7 @@ def load_base(directory: str, hardware: Hardware, settings: BaseSettings) -> Any
     if hardware.device != "cpu":
         options["device_map"] = {"": 0 if hardware.device == "cuda" else hardware.device}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(directory), **options)
     except ImportError as error:
         if settings.attention == "auto":
             raise
@@ -94,7 +104,7 @@ def _quantization(hardware: Hardware, settings: BaseSettings) -> Any:
     )
 
 
-def arithmetic_of(hardware: Hardware, settings: BaseSettings) -> Mapping[str, str]:
+def arithmetic_of(hardware: Hardware, settings: BaseSettings) -> Arithmetic:
     """What the layers of `load_base` multiply in, in training and in evaluation, as measured.
 
     Of an 8-bit base it is bitsandbytes' own scheme: int8 products, outliers in float16.
@@ -102,7 +112,7 @@ def arithmetic_of(hardware: Hardware, settings: BaseSettings) -> Mapping[str, st
     import torch
 
     if settings.method == "int8":
-        return {"training": "int8", "evaluation": "int8"}
+        return Arithmetic("int8", "int8")
     compute = getattr(torch, _compute_type(hardware, settings))
     return measured_arithmetic(compute, hardware.device, four_bit=settings.method == "qlora")
 

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, PreparedRow
 from forge.errors import DataError, InterruptedByUserError, StageError
 from forge.train.arguments import arguments, warmup_steps
 from forge.train.checkpoints import last_checkpoint
 from forge.train.hardware import Hardware, choose_hardware
 from forge.train.live import LivePage
+from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import (
     adapted_modules,
     add_rows,
@@ -32,39 +33,34 @@ from forge.train.lora import (
     whole_model,
     with_lora,
 )
-from forge.train.model import BaseSettings, arithmetic_of, load_base
+from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
+from forge.train.request import Trained, TrainRequest
 from forge.train.save import save_adapter
 from forge.train.watch import Best, peak_bytes, watcher
 
-LOG_FILE = "logs/training.jsonl"
 _INITIAL = "initial"
 # Of the packages that follow a run, where each is told to leave its files.
 _TRACKER_DIRECTORIES = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR"}
 
 
-def train(
-    base: str, base_name: str, base_revision: str | None, data: str, out: str, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Train an adapter on `data` and save it in `out`; returns what was done.
+def train(request: TrainRequest) -> Trained:
+    """Train an adapter on the rows and save it.
 
-    `settings` is the recipe's `train` section and `trust_remote_code`, `max_length`, `pad_token`,
-    `tokenizer` (its directory) and `trackers` (where they leave their files). Checkpoints live in
-    `out/work`, which the store keeps when the run is killed. Raises `StageError` on divergence or lack
-    of memory or disk, `InterruptedByUserError` on SIGTERM, after a checkpoint.
+    Checkpoints live in `out/work`, which the store keeps when the run is killed. Raises `StageError` on
+    divergence or lack of memory or disk, `InterruptedByUserError` on SIGTERM, after a checkpoint.
     """
     import torch
 
-    target = Path(out)
-    (target / "work").mkdir(exist_ok=True)
+    settings, out = request.settings, request.out
+    (out / "work").mkdir(exist_ok=True)
     for name, variable in _TRACKER_DIRECTORIES.items():
-        os.environ.setdefault(variable, str(Path(settings["trackers"]) / name))
-    hardware = choose_hardware(settings["device"], settings["dtype"])
-    loading = BaseSettings.of(settings)
-    arithmetic = arithmetic_of(hardware, loading)
-    report.info(f"train: {settings['method']} on {hardware.device}, computing in {arithmetic['training']}")
-    trainer, watch = _trainer(base, Path(data), target, settings, hardware)
-    checkpoint = last_checkpoint(target / "work")
+        os.environ.setdefault(variable, str(request.trackers / name))
+    hardware = choose_hardware(settings.device, settings.dtype)
+    arithmetic = arithmetic_of(hardware, request.loading)
+    report.info(f"train: {settings.method} on {hardware.device}, computing in {arithmetic.training}")
+    trainer, watch = _trainer(request, hardware)
+    checkpoint = last_checkpoint(out / "work")
     if checkpoint:
         report.info(f"train: going on from {checkpoint.name}")
     try:
@@ -89,82 +85,80 @@ def train(
             "the checkpoint is kept",
             hint="run the same command again to go on from there",
         )
-    best = watch.best.restore(trainer.model) if settings["keep"] == "best" else None
-    initial = target / "work" / _INITIAL
+    best = watch.best.restore(trainer.model) if settings.keep == "best" else None
+    initial = out / "work" / _INITIAL
     save_adapter(
         trainer.model,
-        Path(settings["tokenizer"]),
-        target,
-        base_name=base_name,
-        base_revision=base_revision,
+        request.tokenizer,
+        out,
+        base_name=request.base_name,
+        base_revision=request.base_revision,
         initial=initial if initial.is_dir() else None,
     )
-    (target / LOG_FILE).parent.mkdir(exist_ok=True)
-    shutil.copyfile(watch.log, target / LOG_FILE)
+    (out / LOG_FILE).parent.mkdir(exist_ok=True)
+    shutil.copyfile(watch.log, out / LOG_FILE)
     trainable, total = trainer.model.get_nb_trainable_parameters()
-    return {
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0, 3),
-        "mean_loss": _mean_loss(watch.log),
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "modules": _short_names(adapted_modules(trainer.model)),
-        "method": settings["method"],
-        "device": hardware.device,
-        "compute": hardware.compute,
-        "arithmetic": arithmetic,
-        "attention": trainer.model.config.get_text_config()._attn_implementation,
-        "threads": torch.get_num_threads(),
-        "processor": torch.backends.cpu.get_cpu_capability(),
-        "evaluations": watch.best.evaluations,
-        "best_step": best,
-        "stopped_early": watch.is_patience_spent,
-        "resumed_from": checkpoint.name if checkpoint else None,
-        "seconds": None if checkpoint else watch.seconds,
-        "peak_memory_bytes": peak_bytes(),
-    }
+    return Trained(
+        steps=trainer.state.global_step,
+        epochs=round(trainer.state.epoch or 0, 3),
+        mean_loss=_mean_loss(watch.log),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        modules=_short_names(adapted_modules(trainer.model)),
+        method=settings.method,
+        device=hardware.device,
+        compute=hardware.compute,
+        arithmetic=arithmetic,
+        attention=trainer.model.config.get_text_config()._attn_implementation,
+        threads=torch.get_num_threads(),
+        processor=torch.backends.cpu.get_cpu_capability(),
+        evaluations=tuple(watch.best.evaluations),
+        best_step=best,
+        stopped_early=watch.is_patience_spent,
+        resumed_from=checkpoint.name if checkpoint else None,
+        seconds=None if checkpoint else watch.seconds,
+        peak_memory_bytes=peak_bytes(),
+    )
 
 
 def _mean_loss(log: Path) -> float:
-    losses: list[float] = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    losses = [step.loss for step in read_log(log, Step)]
     return sum(losses) / len(losses)
 
 
-def _short_names(modules: Sequence[str]) -> dict[str, int]:
+def _short_names(modules: Sequence[str]) -> Mapping[str, int]:
     """How many modules of each name carry factors."""
     names = [module.rpartition(".")[2] for module in modules]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def _trainer(
-    base: str, data: Path, out: Path, settings: Mapping[str, Any], hardware: Hardware
-) -> tuple[Any, Any]:
+def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     import transformers
     import trl
 
-    checkpointing = settings["gradient_checkpointing"]
+    settings = request.settings
+    checkpointing = settings.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = hardware.device == "cuda"
-    model = _model(base, out, settings, hardware, checkpointing)
+    model = _model(request, hardware, checkpointing)
     # The rows are ids already: it only pads, and no class of the base's own is needed for that.
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(Path(settings["tokenizer"]) / "tokenizer.json"), pad_token=settings["pad_token"]
+        tokenizer_file=str(request.tokenizer / "tokenizer.json"), pad_token=request.pad_token
     )
-    rows = _rows(data / TRAIN_FILE)
+    rows = _rows(request.data / TRAIN_FILE)
     _refuse_foreign_ids(rows, model.get_input_embeddings().weight.shape[0])
-    if settings["packing"]:
+    if settings.packing:
         refuse_leaks(model, rows)
-    heldout = _rows(data / HELDOUT_FILE) if settings["evaluation_steps"] else []
-    if settings["evaluation_steps"] and not heldout:
+    heldout = _rows(request.data / HELDOUT_FILE) if settings.evaluation_steps else []
+    if settings.evaluation_steps and not heldout:
         raise DataError("train.evaluation_steps: there are no held-out rows", hint="set data.eval")
-    work = out / "work"
-    page = Path(settings["page"]) if settings.get("page") else None
+    work = request.out / "work"
     watch = watcher(
         work / "training.jsonl",
-        settings["checkpoint_minutes"] * 60,
-        Best(work, settings["patience"]),
+        settings.checkpoint_minutes * 60,
+        Best(work, settings.patience),
         vocabulary=model.config.get_text_config().vocab_size,
-        page=LivePage(page),
+        page=LivePage(request.page),
     )
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]
@@ -175,12 +169,12 @@ def _trainer(
             except TypeError as error:
                 raise DataError(
                     f"train.schedule_options: {error}",
-                    hint=f"transformers' documentation says what {settings['schedule']} takes",
+                    hint=f"transformers' documentation says what {settings.schedule} takes",
                 ) from error
 
     trainer = Trainer(
         model=model,
-        args=arguments(settings, hardware, work, checkpointing),
+        args=arguments(request, hardware, checkpointing),
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(heldout) if heldout else None,
         processing_class=tokenizer,
@@ -191,39 +185,36 @@ def _trainer(
     return trainer, watch
 
 
-def _model(base: str, out: Path, settings: Mapping[str, Any], hardware: Hardware, checkpointing: bool) -> Any:
-    loading = BaseSettings.of(settings)
-    model = load_base(base, hardware, loading)
-    if settings.get("rows"):
-        add_rows(model, settings["rows"])
-    if settings["method"] == "full":
+def _model(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> Any:
+    model = load_base(request.base, hardware, request.loading)
+    if request.rows:
+        add_rows(model, request.rows)
+    if request.settings.method == "full":
         return whole_model(model)
-    lora = settings["lora"]
-    if settings.get("continue_from"):
-        return continued(
-            model, settings["continue_from"], quantized=loading.is_quantized, checkpointing=checkpointing
-        )
-    model = with_lora(model, lora, quantized=loading.is_quantized, checkpointing=checkpointing)
+    lora, quantized = request.settings.lora, request.loading.is_quantized
+    if request.continue_from:
+        return continued(model, request.continue_from, quantized=quantized, checkpointing=checkpointing)
+    model = with_lora(model, lora, quantized=quantized, checkpointing=checkpointing)
     counts = _short_names(adapted_modules(model))
     report.info("train: factors on " + ", ".join(f"{count} x {name}" for name, count in counts.items()))
-    if moves_base(lora["init"]):
-        keep_initial(model, out / "work" / _INITIAL)
+    if moves_base(lora.init):
+        keep_initial(model, request.out / "work" / _INITIAL)
     return model
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> list[PreparedRow]:
     with path.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
-def _dataset(rows: Sequence[Mapping[str, Any]]) -> Any:
+def _dataset(rows: Sequence[PreparedRow]) -> Any:
     import datasets
 
-    columns = {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
+    columns = {"input_ids": [row["input_ids"] for row in rows], "labels": [row["labels"] for row in rows]}
     return datasets.Dataset.from_dict(columns)
 
 
-def _refuse_foreign_ids(rows: Sequence[Mapping[str, Any]], embeddings: int) -> None:
+def _refuse_foreign_ids(rows: Sequence[PreparedRow], embeddings: int) -> None:
     """An id past the embedding is a crash without words on a GPU (pitfall 4)."""
     largest = max(max(row["input_ids"]) for row in rows)
     if largest >= embeddings:

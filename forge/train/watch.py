@@ -5,12 +5,11 @@ Runs in a worker. The class is made in a function because its parent comes from 
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from forge.errors import StageError
 from forge.model.memory import peak_memory
 from forge.train.checkpoints import seal
 from forge.train.live import LivePage
+from forge.train.log import Evaluation, Step, append, keep_until
 
 PROGRESS = "train"
 _TRY = (
@@ -38,29 +38,27 @@ class Best:
     def __init__(self, directory: Path, patience: int | None) -> None:
         self._directory, self._patience = directory, patience
         self._log = directory / "evaluations.jsonl"
-        self.evaluations: list[dict[str, float]] = []
+        self.evaluations: list[Evaluation] = []
 
     @property
     def step(self) -> int | None:
         """Of the lowest held-out loss, the first of equals."""
-        best = min(self.evaluations, key=lambda line: line["loss"], default=None)
-        return None if best is None else int(best["step"])
+        best = min(self.evaluations, key=lambda evaluation: evaluation.loss, default=None)
+        return None if best is None else best.step
 
     @property
     def is_patience_spent(self) -> bool:
-        since = [line for line in self.evaluations if line["step"] > (self.step or 0)]
+        since = [evaluation for evaluation in self.evaluations if evaluation.step > (self.step or 0)]
         return self._patience is not None and len(since) >= self._patience
 
     def go_on_from(self, step: int) -> None:
         """A resumed run repeats what came after its checkpoint."""
-        self.evaluations = [line for line in _lines(self._log) if line["step"] <= step]
-        self._log.write_text("".join(json.dumps(line) + "\n" for line in self.evaluations))
+        self.evaluations = keep_until(self._log, step, Evaluation)
 
     def add(self, step: int, loss: float, model: Any) -> bool:
         """Note an evaluation; whether it is the best. Its weights are kept, and those of the best before."""
-        self.evaluations.append({"step": step, "loss": round(loss, 6)})
-        with self._log.open("a") as stream:
-            stream.write(json.dumps(self.evaluations[-1]) + "\n")
+        self.evaluations.append(Evaluation(step, round(loss, 6)))
+        append(self._log, self.evaluations[-1])
         if self.step != step:
             return False
         from safetensors.torch import save_file
@@ -110,9 +108,8 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
             return best.is_patience_spent
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            _forget_later_steps(log, state.global_step)
             best.go_on_from(state.global_step)
-            page.begin(state, _lines(log), best.evaluations)
+            page.begin(state, keep_until(log, state.global_step, Step), best.evaluations)
             self.began = time.monotonic()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -153,12 +150,18 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
                 return
             refuse_not_finite(state.global_step, loss, logs.get("grad_norm"))
             self.losses.add(state.global_step, loss)
-            line = _line(state, loss, logs)
-            with log.open("a") as stream:
-                stream.write(json.dumps(line) + "\n")
-            note = f"loss {self.losses.smoothed:.4f}, rate {line['learning_rate'] or 0:.2g}"
+            step = Step(
+                state.global_step,
+                round(state.epoch, 4),
+                loss,
+                logs.get("learning_rate"),
+                logs.get("grad_norm"),
+                round(time.time(), 3),
+            )
+            append(log, step)
+            note = f"loss {self.losses.smoothed:.4f}, rate {step.learning_rate or 0:.2g}"
             note += self.pace.note(logs.get("num_tokens"))
-            page.add(state, line, best.evaluations, note)
+            page.add(state, step, best.evaluations, note)
             report.advance(PROGRESS, state.global_step, state.max_steps, note)
 
     made = Watcher()
@@ -168,18 +171,6 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
 
     signal.signal(signal.SIGTERM, stop)
     return made
-
-
-def _line(state: Any, loss: float, logs: Mapping[str, Any]) -> dict[str, Any]:
-    """One of the training log."""
-    return {
-        "step": state.global_step,
-        "epoch": round(state.epoch, 4),
-        "loss": loss,
-        "learning_rate": logs.get("learning_rate"),
-        "gradient_norm": logs.get("grad_norm"),
-        "time": round(time.time(), 3),
-    }
 
 
 class Losses:
@@ -238,18 +229,6 @@ def _gpu_bytes() -> int:
     import torch
 
     return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else 0
-
-
-def _lines(log: Path) -> Sequence[dict[str, float]]:
-    """The whole lines of a log of JSON objects; a line that was cut off is left out."""
-    if not log.exists():
-        return []
-    return [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
-
-
-def _forget_later_steps(log: Path, step: int) -> None:
-    """A resumed run repeats what came after its checkpoint."""
-    log.write_text("".join(json.dumps(line) + "\n" for line in _lines(log) if line["step"] <= step))
 
 
 def refuse_not_finite(step: int, loss: float, norm: float | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forge.codec import from_plain, to_plain
 from forge.export.request import Ingredients
@@ -80,13 +79,12 @@ class Calibrated:
     importance: Importance
     search: Search | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Mapping[str, object]:
         """As the manifest and `--json` have it: the search's fields beside `importance`."""
-        search: dict[str, Any] = to_plain(self.search) if self.search else {}
-        return {"importance": to_plain(self.importance), **search}
+        return {"importance": to_plain(self.importance), **(to_plain(self.search) if self.search else {})}
 
     @staticmethod
-    def of_facts(facts: Mapping[str, Any]) -> Calibrated:
+    def of_facts(facts: Mapping[str, object]) -> Calibrated:
         search = {name: value for name, value in facts.items() if name != "importance"}
         importance = from_plain(Importance, facts["importance"])
         return Calibrated(importance, from_plain(Search, search) if search else None)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from forge.codec import to_plain
 from forge.export.run import GGUF_FILE
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import prove_live
@@ -50,5 +49,13 @@ def test_sound(dtype: str, method: str, quant: str, tmp_path: Path) -> None:
     assert measured.greedy.same or quant != "f16"
     served = ServerSettings(file, "real", 1024, parallel=1, threads=1)
     with serve_embedded(served, log=tmp_path / "log.txt") as endpoint:
-        live = prove_live(endpoint, to_plain(measured), [], context_tokens=1024, longest_tokens=300)
+        live = prove_live(
+            endpoint,
+            [],
+            expected=measured.live,
+            file_type=measured.file.type,
+            sampling=measured.file.sampling,
+            context_tokens=1024,
+            longest_tokens=300,
+        )
     assert live["problems"] == [], live["handover"]

@@ -1,0 +1,59 @@
+"""The logs of a training run: a JSON object a line, appended as it goes, read again by a run that goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from forge.codec import from_plain, to_plain
+
+LOG_FILE = "logs/training.jsonl"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of training; `time` is in seconds since 1970."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float | None = None
+    gradient_norm: float | None = None
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out loss after a step, in nats a token."""
+
+    step: int
+    loss: float
+
+
+Entry = TypeVar("Entry", Step, Evaluation)
+
+
+def read_log(path: Path, kind: type[Entry]) -> list[Entry]:
+    """The whole lines of a log; one that was cut off is left out, and no file is no lines."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [from_plain(kind, json.loads(line), is_strict=False) for line in lines]
+
+
+def append(path: Path, entry: Step | Evaluation) -> None:
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(_line(entry))
+
+
+def keep_until(path: Path, step: int, kind: type[Entry]) -> list[Entry]:
+    """Forget what came after `step`, which a resumed run repeats; returns what is kept."""
+    kept = [entry for entry in read_log(path, kind) if entry.step <= step]
+    path.write_text("".join(map(_line, kept)), encoding="utf-8")
+    return kept
+
+
+def _line(entry: Step | Evaluation) -> str:
+    return json.dumps(to_plain(entry)) + "\n"
