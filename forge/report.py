@@ -298,7 +298,9 @@ def close() -> None:
 def result(fields: Mapping[str, object]) -> None:
     """The command's result: with `--json` the last line of standard output, else nothing."""
     if _json:
-        print(json.dumps(fields), file=sys.stdout, flush=True)
+        from forge.codec import to_plain  # loaded by no command that shows help only
+
+        print(json.dumps(to_plain(fields)), file=sys.stdout, flush=True)
 
 
 def output(text: str) -> None:

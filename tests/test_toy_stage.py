@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,10 +85,10 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.programs
 def test_a_toy_stage_is_planned_run_recorded_published_and_shown(recipe: Path) -> None:
     resolved, planned = plan(recipe)
-    described = describe_plan(resolved, planned)
+    described: Mapping[str, Any] = describe_plan(resolved, planned)
     assert [stage["name"] for stage in described["stages"]][:2] == ["data", "words"]
     assert described["disk"]["parts"]["words"] == 1000
-    fields = ship(recipe, until="words")
+    fields: Mapping[str, Any] = ship(recipe, until="words")
     run = Path(fields["run"])
     assert [(stage["name"], stage["cached"]) for stage in fields["stages"]] == [
         ("data", False),
@@ -99,7 +100,7 @@ def test_a_toy_stage_is_planned_run_recorded_published_and_shown(recipe: Path) -
     assert manifest["facts"]["words"] == {"words": len(words)}
     assert list(manifest["artifacts"]["words"]["files"]) == ["words.txt"]
     assert f"<h2>Words</h2><p>{len(words)} words of toy</p>" in (run / "report.html").read_text("utf-8")
-    again = ship(recipe, until="words")
+    again: Mapping[str, Any] = ship(recipe, until="words")
     assert all(stage["cached"] for stage in again["stages"])
 
 

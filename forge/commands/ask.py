@@ -27,7 +27,7 @@ def chat(
     api_key_file: Path | None = None,
     sampling: Mapping[str, Any] | None = None,
     model: str | None = None,
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Talk to a run, a GGUF or a URL in the terminal; `model` is which of a URL's."""
     from forge.serve.chat import converse
     from forge.serve.wire import Sampling
@@ -62,7 +62,7 @@ def _reach(
     return open_runtime(wish, settings(wish), stack)
 
 
-def smoke(run: str) -> dict[str, Any]:
+def smoke(run: str) -> Mapping[str, object]:
     """Ask a run's smoke queries again, of its file; raises `CheckError` when one fails."""
     from forge.serve.smoke import failure_of, run_smoke
 
@@ -93,7 +93,7 @@ def generate(
     model: str | None = None,
     raw: bool = False,
     retry_failed: bool = False,
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """`forge generate`; raises `CheckError` when rows failed."""
     from dataclasses import asdict
 
@@ -153,7 +153,7 @@ def _endpoints(urls: Sequence[str], model: str | None, key: str | None) -> list[
     return found
 
 
-def _schema(path: Path | None) -> dict[str, Any] | None:
+def _schema(path: Path | None) -> Mapping[str, Any] | None:
     if path is None:
         return None
     try:

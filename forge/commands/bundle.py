@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
@@ -25,7 +25,7 @@ def bundle(
     out: Path,
     program: str | None = None,
     context: int | None = None,
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Write the archive; gives the contract's fields. The smoke question is the run's own first."""
     chosen = settings(Wish(target, context=context))
     ready.check(chosen)

@@ -80,7 +80,7 @@ class Comparison:
     page: Path | None = None
 
 
-def compare_runs(first: str, second: str, page: Path | None = None) -> dict[str, Any]:
+def compare_runs(first: str, second: str, page: Path | None = None) -> Mapping[str, object]:
     """Show two runs side by side, and write a page of it; returns the `Comparison` as JSON.
 
     Raises `DataError` for what is no run, `RecipeError` for one run named twice.
@@ -98,7 +98,7 @@ def compare_runs(first: str, second: str, page: Path | None = None) -> dict[str,
     if page is not None:
         _write_page(comparison, page)
         report.success(f"wrote {page}")
-    plain: dict[str, Any] = to_plain(comparison)
+    plain: Mapping[str, object] = to_plain(comparison)
     return plain
 
 
@@ -130,7 +130,7 @@ def _compared(directory: Path, manifest: Manifest) -> Compared:
     )
 
 
-def _leaves(manifest: Manifest) -> dict[str, Any]:
+def _leaves(manifest: Manifest) -> Mapping[str, object]:
     """Every field of the recipe but the name, which is another for every run."""
     try:
         recipe = manifest.read_recipe()
@@ -142,7 +142,7 @@ def _leaves(manifest: Manifest) -> dict[str, Any]:
     return {field: value for field, value in leaves.items() if field != "name"}
 
 
-def _inputs(manifest: Manifest) -> dict[str, Any]:
+def _inputs(manifest: Manifest) -> Mapping[str, object]:
     """What names in the recipe stood for: the same name may have other files by now."""
     return {
         "base.revision": manifest.base.revision,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.codec import to_plain
@@ -24,9 +25,10 @@ from forge.stages import stages_for
 from forge.store import collect as garbage_collection
 from forge.store import runs as store_runs
 from forge.store.artifacts import open_store
+from forge.train.memory import Memory
 
 
-def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[str, Any]:
+def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mapping[str, object]:
     """Show a plan; returns the contract's fields.
 
     With `deep` the model is laid out without weights, as before a training; raises what `rehearse` raises.
@@ -38,9 +40,9 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[
     rows = [(one.name, "cached" if one.cached else "runs", "; ".join(one.reasons)) for one in planned.stages]
     report.table(f"{ship.recipe.name}: {ship.base.spec}", ("stage", "", "why"), rows)
     memory, disk = _memory(ship), _disk(ship, planned)
-    for label, needed in (("memory", memory), ("disk", disk)):
-        if needed:
-            report.info(f"{label}: {_size(needed['needed'])} needed, {_size(needed['free'])} free")
+    for label, space in (("memory", memory), ("disk", disk)):
+        if space:
+            report.info(f"{label}: {_size(space.needed)} needed, {_size(space.free)} free")
     problems = [str(problem) for problem in ship.base.problems]
     for problem in problems:
         report.warning(problem)
@@ -51,8 +53,8 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[
         "stages": [
             {"name": one.name, "cached": one.cached, "reasons": list(one.reasons)} for one in planned.stages
         ],
-        "memory": memory,
-        "disk": disk,
+        "memory": memory.as_json() if memory else None,
+        "disk": to_plain(disk),
         "downloads": _downloads(ship),
         "problems": problems,
         "notes": notes,
@@ -60,7 +62,33 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> dict[
     }
 
 
-def _memory(ship: Resolved) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class _MemoryNeeded:
+    """What serving and training take, and the training run against its device."""
+
+    needed: int
+    free: int
+    parts: Mapping[str, Estimate]
+    trained: Memory | None
+
+    def as_json(self) -> Mapping[str, object]:
+        return {
+            "needed": self.needed,
+            "free": self.free,
+            **{name: {"bytes": part.total, "parts": dict(part.parts)} for name, part in self.parts.items()},
+            **(self.trained.as_json() if self.trained else {}),
+        }
+
+
+@dataclass(frozen=True)
+class _DiskNeeded:
+    needed: int
+    free: int
+    parts: Mapping[str, int]
+    store: Path
+
+
+def _memory(ship: Resolved) -> _MemoryNeeded | None:
     if ship.base.directory is None:
         return None
     parts: dict[str, Estimate] = {
@@ -76,12 +104,7 @@ def _memory(ship: Resolved) -> dict[str, Any] | None:
         parts["training"] = trained.estimate
         show_fit(trained)
     needed = max(part.total for part in parts.values())
-    return {
-        "needed": needed,
-        "free": trained.device.free if trained else available().free,
-        **{name: {"bytes": part.total, "parts": dict(part.parts)} for name, part in parts.items()},
-        **(trained.as_json() if trained else {}),
-    }
+    return _MemoryNeeded(needed, trained.device.free if trained else available().free, parts, trained)
 
 
 def _downloads(ship: Resolved) -> str | int:
@@ -91,16 +114,11 @@ def _downloads(ship: Resolved) -> str | int:
     return sum(tensor.bytes for tensor in (ship.headers or {}).values())
 
 
-def _disk(ship: Resolved, planned: Plan) -> dict[str, Any] | None:
+def _disk(ship: Resolved, planned: Plan) -> _DiskNeeded | None:
     if ship.base.directory is None:
         return None
     estimate = space_needed([stage for stage in stages_for(ship) if stage.name in planned.running])
-    return {
-        "needed": estimate.total,
-        "free": free_space(ship.store.root),
-        "parts": dict(estimate.parts),
-        "store": str(ship.store.root),
-    }
+    return _DiskNeeded(estimate.total, free_space(ship.store.root), estimate.parts, ship.store.root)
 
 
 def _size(count: int) -> str:
@@ -110,7 +128,7 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def describe_run(name: str) -> dict[str, Any]:
+def describe_run(name: str) -> Mapping[str, object]:
     """Show a run's manifest in short; a recipe stands for the run of its name."""
     directory = find_run(load(Path(name)).recipe.name if name.endswith((".yaml", ".yml")) else name)
     manifest = read_manifest(directory)
@@ -133,29 +151,34 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def describe_runs() -> list[dict[str, Any]]:
-    """Every run that the store knows."""
-    found = []
+@dataclass(frozen=True)
+class KnownRun:
+    """A run that the store knows, by what its manifest says."""
+
+    name: str
+    directory: Path
+    base: str | None
+    outcome: str | None
+    written: str | None
+
+
+def describe_runs() -> Sequence[KnownRun]:
+    """Show every run that the store knows."""
+    known = []
     for run in store_runs.runs(open_store(read_only=True)):
         manifest = read_manifest(run.directory)
-        found.append(
-            {
-                "name": run.name,
-                "directory": str(run.directory),
-                "base": manifest.base.spec,
-                "outcome": manifest.outcome,
-                "written": manifest.written,
-            }
+        known.append(
+            KnownRun(run.name, run.directory, manifest.base.spec, manifest.outcome, manifest.written)
         )
-    if not found:
+    if not known:
         report.info("no runs yet; forge init writes a recipe to start from")
-        return found
-    columns = ("name", "base", "outcome", "written", "directory")
-    report.table("", columns, [tuple(one[column] for column in columns) for one in found])
-    return found
+        return known
+    rows = [(run.name, run.base, run.outcome, run.written, str(run.directory)) for run in known]
+    report.table("", ("name", "base", "outcome", "written", "directory"), rows)
+    return known
 
 
-def describe_garbage(*, delete: bool, adapters: bool, partials: bool) -> dict[str, Any]:
+def describe_garbage(*, delete: bool, adapters: bool, partials: bool) -> Mapping[str, object]:
     """What no run uses; removed with `delete`."""
     store = open_store(read_only=not delete)
     garbage = garbage_collection.plan(store)

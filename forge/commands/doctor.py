@@ -10,11 +10,10 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -46,7 +45,7 @@ class Check:
     needed: bool = False
 
 
-def doctor() -> dict[str, Any]:
+def doctor() -> Mapping[str, object]:
     """Look at the machine and show each check; takes some seconds, since torch is imported once.
 
     Raises `MissingToolError` when something that every ship needs is not there.
@@ -214,7 +213,7 @@ def _surroundings() -> Iterator[Check]:
     )
 
 
-def explain(message: str) -> dict[str, Any]:
+def explain(message: str) -> Mapping[str, object]:
     """Cause and remedy of a message, or of every message in a log file.
 
     Raises `DataError` when nothing in it is known.

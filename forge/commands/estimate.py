@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from forge import report
 from forge.data.prepare import prepare
@@ -17,7 +17,15 @@ from forge.recipe.schema import Train
 from forge.resolve.bases import find_base_headers
 from forge.resolve.resolved import Resolved
 from forge.stages.data import DataStage
-from forge.train.memory import PLANNING_LENGTH, Memory, gpus_that_fit, job_of, memory_of, training_device
+from forge.train.memory import (
+    PLANNING_LENGTH,
+    Memory,
+    Setting,
+    gpus_that_fit,
+    job_of,
+    memory_of,
+    training_device,
+)
 
 _QUANT = "q4_k_m"
 _CONTEXT = 4096
@@ -31,7 +39,7 @@ def estimate_base(
     batch: int,
     rank: int = 16,
     offline: bool = False,
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Of a base by its name; the hub is asked for headers where it is not here."""
     here, tensors = find_base_headers(base, offline=offline)
     assert here.directory is not None
@@ -48,7 +56,7 @@ def estimate_base(
     return _shown(base, memory, serving.total)
 
 
-def estimate_recipe(ship: Resolved) -> dict[str, Any]:
+def estimate_recipe(ship: Resolved) -> Mapping[str, object]:
     """Of a recipe that trains; the length is that of its rows, where they were prepared before."""
     memory = memory_of_ship(ship)
     serving = inference(ship.parameters, ship.configuration, quant=_QUANT, context=_CONTEXT)
@@ -78,7 +86,7 @@ def row_length(ship: Resolved) -> int:
     return named or min(PLANNING_LENGTH, ship.configuration.max_positions or PLANNING_LENGTH)
 
 
-def _shown(title: str, memory: Memory, serving: int) -> dict[str, Any]:
+def _shown(title: str, memory: Memory, serving: int) -> Mapping[str, object]:
     rows = [(name, f"{count / 1e6:,.1f} MB") for name, count in memory.estimate.parts.items() if count]
     job = memory.job
     report.table(
@@ -106,10 +114,10 @@ def show_fit(memory: Memory) -> None:
     if memory.cheapest_change is None:
         report.warning("no setting makes it fit: take a smaller base or a larger device")
     else:
-        report.info(f"it would fit with {_said(memory.cheapest_change)}")
+        report.info(f"it would fit with {_in_words(memory.cheapest_change)}")
 
 
-def _said(change: Mapping[str, Any]) -> str:
+def _in_words(change: Mapping[str, Setting]) -> str:
     return ", ".join(
         f"{name}: {str(value).lower() if isinstance(value, bool) else value}"
         for name, value in change.items()

@@ -7,9 +7,8 @@ import fcntl
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
 from forge.chat.template import ChatTemplate
@@ -46,7 +45,7 @@ def export(
     plain: bool = False,
     keep_merged: bool = False,
     merge_base: MergeBase = "original",
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Write the GGUF `out`, and beside it what `mode` and `keep_merged` ask for.
 
     It is rounded by an importance matrix of the rows in `data`, which `forge verify` asks for; its type is

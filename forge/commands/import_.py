@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
 from forge.chat.hand_over import hand_over_of
@@ -17,7 +16,9 @@ from forge.runs.manifest import read_manifest, read_run_modelfile
 from forge.verify.vocabulary import CountRequest, count
 
 
-def import_into_ollama(target: str, name: str, host: str | None, adapter: Path | None) -> dict[str, Any]:
+def import_into_ollama(
+    target: str, name: str, host: str | None, adapter: Path | None
+) -> Mapping[str, object]:
     """`forge import`: a run or a GGUF file becomes the model `name`; returns the contract's fields."""
     from forge.runs.find import find_model
     from forge.serve.ollama import import_model, named

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.recipe.starters import kinds, write, write_text
 
 
-def init(name: str, kind: str, directory: Path) -> dict[str, Any]:
+def init(name: str, kind: str, directory: Path) -> Mapping[str, object]:
     """Write `name`.yaml of a kind; raises `RecipeError` for one that there is not."""
     path = write(name, kind, directory)
     report.success(f"wrote {path}; next: forge plan {path}")
     return {"path": str(path)}
 
 
-def init_for(name: str, base: str, data: str, directory: Path) -> dict[str, Any]:
+def init_for(name: str, base: str, data: str, directory: Path) -> Mapping[str, object]:
     """Write the recipe that fits a base and some rows; raises `DataError` where none would."""
     from forge.commands.first_recipe import first_recipe
 
@@ -25,6 +25,6 @@ def init_for(name: str, base: str, data: str, directory: Path) -> dict[str, Any]
     return {"path": str(path)}
 
 
-def list_kinds() -> dict[str, Any]:
+def list_kinds() -> Mapping[str, object]:
     report.output("\n".join(kinds()))
     return {"kinds": list(kinds())}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.chat import same_prompts
@@ -26,7 +26,7 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 def write_modelfile(
     target: Path, *, adapter: str | None, jinja: bool, out: Path | None, guard: Path | None = None
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """The Modelfile of a directory or a GGUF file, written to `out` or shown; returns the contract's fields.
 
     With `guard` it is that of a copy of the file, written there, whose template is pinned. What no
@@ -155,7 +155,9 @@ def _remarks(handed: HandOver, way: Way, *, of_directory: bool, is_pinned: bool)
     ]
 
 
-def check_modelfile(target: Path, modelfile: Path, *, bos: str | None, eos: str | None) -> dict[str, Any]:
+def check_modelfile(
+    target: Path, modelfile: Path, *, bos: str | None, eos: str | None
+) -> Mapping[str, object]:
     """`forge template --check`: somebody's Modelfile beside the model's template and stops.
 
     Raises `CheckError` with what differs, the smallest conversation first.

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
 from forge.errors import CheckError, DataError, Problem
@@ -42,7 +41,7 @@ class Elsewhere:
     imatrix: Path | None = None
 
 
-def recheck(certificate: Path, elsewhere: Elsewhere) -> dict[str, Any]:
+def recheck(certificate: Path, elsewhere: Elsewhere) -> Mapping[str, object]:
     """Measure again and compare the verdicts; the JSON is the new certificate and what differs.
 
     Raises `DataError` for another file or base than the certificate's, `CheckError` for another verdict, or

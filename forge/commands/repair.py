@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
 from forge.codec import to_plain
@@ -26,7 +26,7 @@ from forge.verify.verdict import Certificate
 SUFFIX = "-repaired.gguf"
 
 
-def repair_file(files: Files, out: Path | None = None) -> dict[str, Any]:
+def repair_file(files: Files, out: Path | None = None) -> Mapping[str, object]:
     """Write a verified copy to `out`, whole or not at all; nothing where the file is sound as it is.
 
     Raises `RecipeError` for an `out` that cannot be, `DataError` for what cannot be read, and `CheckError`

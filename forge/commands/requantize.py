@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _OF_A_BASE = ("data", "max_kl", "plain", "keep_merged")
 
 def requantize_file(
     gguf: Path, out: Path, *, imatrix: Path | None, adapter: Path | None, quant: str | None, **options: Any
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Write `out`, whole or not at all; gives the fields of `forge export`.
 
     Raises `RecipeError` for options of an export from a base, and what `requantize` raises.

@@ -8,7 +8,6 @@ import webbrowser
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from typing import Any
 
 from forge import report
 from forge.errors import InterruptedByUserError, RecipeError, StageError
@@ -94,7 +93,7 @@ def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int
     report.output(manifest(kind, chosen, model_url=model_url, replicas=replicas).rstrip("\n"))
 
 
-def ps() -> dict[str, Any]:
+def ps() -> Mapping[str, object]:
     """`forge ps`."""
     found = detached.running(served_directory())
     if found:
@@ -105,7 +104,7 @@ def ps() -> dict[str, Any]:
     return {"running": [asdict(one) for one in found]}
 
 
-def stop(name: str | None) -> dict[str, Any]:
+def stop(name: str | None) -> Mapping[str, object]:
     """`forge stop`."""
     stopped: Sequence[detached.Served] = detached.stop(served_directory(), name)
     for one in stopped:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.errors import MissingToolError
@@ -13,7 +13,7 @@ from forge.tools.foreign import warn_of_foreign_forge
 from forge.tools.llama_cpp import install_converters
 
 
-def setup(archive: Path | None) -> dict[str, Any]:
+def setup(archive: Path | None) -> Mapping[str, object]:
     """Get llama.cpp's converters, of `archive` or fetched, and compile the kernels where a compiler is."""
     warn_of_foreign_forge()
     directory = install_converters(open_store().root, archive)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from forge import report, worker
 from forge.adapter.read import read_adapter
@@ -60,7 +61,7 @@ def certify(
     min_top1: float | None = None,
     minutes: float | None = None,
     certificate: Path | None = None,
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Measure and judge; the certificate goes to `--json` whatever it says, and to the file `certificate`.
 
     Raises `RecipeError` for limits that cannot be, `CheckError` for a file that is not base and adapter,

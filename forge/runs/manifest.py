@@ -294,7 +294,7 @@ class Manifest:
         """This manifest with what a stage found in the ship: fields of this class, or others."""
         return manifest_of({**self.as_json(), **findings})
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Mapping[str, object]:
         """What stands in the file."""
         plain = to_plain(self)
         others = plain.pop("others")

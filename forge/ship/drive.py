@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.errors import ForgeError
@@ -40,7 +39,7 @@ def ship(
     from_stage: str | None = None,
     until: str | None = None,
     retrain: bool = False,
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """Run the pipeline and return what `--json` prints; whatever way it ends, the run is recorded.
 
     Raises `CheckError` when a smoke query fails, and whatever a stage raises.
@@ -79,7 +78,7 @@ def ship(
             raise
         finally:
             manifest = record(target, stages, results, failure)
-        fields = summary(target, stages, results, manifest)
+        fields = dict(summary(target, stages, results, manifest))
         _report_end(target, manifest.learned)
         if failure:
             raise failure
@@ -89,10 +88,10 @@ def ship(
     return fields
 
 
-def ship_until(recipe: Path | Loaded, overrides: Sequence[str], stage: str) -> dict[str, Any]:
+def ship_until(recipe: Path | Loaded, overrides: Sequence[str], stage: str) -> Mapping[str, object]:
     """Ship up to and with `stage`; its facts stand beside the summary of the ship."""
     fields = ship(recipe, overrides, until=stage)
-    return {**fields, **read_manifest(Path(fields["run"])).facts.get(stage, {})}
+    return {**fields, **read_manifest(Path(str(fields["run"]))).facts.get(stage, {})}
 
 
 def _open(loaded: Loaded, store: Store, directory: Path) -> Resolved:

@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
 
 from forge.errors import ForgeError
 from forge.pipeline.stage import Action, Result, Step
@@ -32,11 +31,11 @@ _NOT_VERIFIED = "the ship did not get as far as verify"
 
 def summary(
     ship: Resolved, stages: Sequence[Step], results: Mapping[str, Result], manifest: Manifest
-) -> dict[str, Any]:
+) -> Mapping[str, object]:
     """The JSON result of `forge ship`; whoever leaves a server running puts its address in."""
     recorded = manifest.as_json()
     shown = ("certificate", "certificate_reason", "learned", *manifest.others, "stages")
-    fields: dict[str, Any] = {
+    fields: dict[str, object] = {
         "run": str(ship.run_directory), "adapter": None, "gguf": None, "modelfile": None,
         "modelfile_reason": None, **{name: recorded[name] for name in shown}, "endpoint": None, "smoke": [],
     }  # fmt: skip

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from forge import process
 from forge.errors import ForgeError
@@ -28,6 +28,9 @@ GPUS: Mapping[str, int] = {
     "GTX 1060": 6, "RTX 3080": 10, "RTX 3060": 12, "T4": 15, "RTX 4080": 16, "RTX 3090": 24, "RTX 4090": 24,
     "A10G": 24, "A5000": 24, "A100 40 GB": 40, "A100 80 GB": 80, "H100": 80,
 }  # fmt: skip
+
+Setting: TypeAlias = str | int | bool
+"""The value of a recipe's field."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,13 @@ class Memory:
     estimate: Estimate
     device: Device
     job: Job
-    cheapest_change: Mapping[str, Any] | None
+    cheapest_change: Mapping[str, Setting] | None
 
     @property
     def fits(self) -> bool:
         return self.estimate.total <= self.device.free
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Mapping[str, object]:
         change = dict(self.cheapest_change) if self.cheapest_change is not None else None
         return {
             "train_bytes": self.estimate.total,
@@ -180,9 +183,9 @@ def memory_of(
     return Memory(estimate, device, job, None)
 
 
-def _changes(job: Job) -> Iterator[tuple[dict[str, Any], Job]]:
+def _changes(job: Job) -> Iterator[tuple[Mapping[str, Setting], Job]]:
     """From what costs nothing to what changes the result, each on top of those before."""
-    fields: dict[str, Any] = {}
+    fields: dict[str, Setting] = {}
     if job.attention == "eager":
         job, fields = replace(job, attention="sdpa"), fields | {"train.attention": "sdpa"}
         yield fields, job

@@ -150,14 +150,7 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
                 return
             refuse_not_finite(state.global_step, loss, logs.get("grad_norm"))
             self.losses.add(state.global_step, loss)
-            step = Step(
-                state.global_step,
-                round(state.epoch, 4),
-                loss,
-                logs.get("learning_rate"),
-                logs.get("grad_norm"),
-                round(time.time(), 3),
-            )
+            step = _step(state, loss, logs)
             append(log, step)
             note = f"loss {self.losses.smoothed:.4f}, rate {step.learning_rate or 0:.2g}"
             note += self.pace.note(logs.get("num_tokens"))
@@ -171,6 +164,11 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
 
     signal.signal(signal.SIGTERM, stop)
     return made
+
+
+def _step(state: Any, loss: float, logs: Mapping[str, Any]) -> Step:
+    rate, norm = logs.get("learning_rate"), logs.get("grad_norm")
+    return Step(state.global_step, round(state.epoch, 4), loss, rate, norm, round(time.time(), 3))
 
 
 class Losses:
