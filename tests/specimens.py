@@ -43,7 +43,7 @@ class Specimen:
     rows: Path
     scratch: Path
 
-    def verify(self, gguf: Path, **changes: Any) -> dict[str, Any]:
+    def verify(self, gguf: Path, **changes: Any) -> Mapping[str, Any]:
         """The certificate of `gguf`; `changes` replace arguments or settings of the measurement."""
         gates = changes.pop("gates", Gates())
         return judge(self.measure(gguf, **changes), gates).plain()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def test_the_file_that_was_measured(measured: tuple[Specimen, Path, Measurement]
     assert failure_of(live) is None
     certificate = _judged(found, live)
     assert certificate.ok
-    assert certificate.plain()["handovers"][-1]["to"] == "live server"
+    plain: Mapping[str, Any] = certificate.plain()
+    assert plain["handovers"][-1]["to"] == "live server"
 
 
 def test_another_file(measured: tuple[Specimen, Path, Measurement], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def _measurement(**legs: dict[str, Any] | float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _judged(measured: dict[str, Any], gates: Gates) -> dict[str, Any]:
+def _judged(measured: dict[str, Any], gates: Gates) -> Mapping[str, Any]:
     return judge(from_plain(Measurement, measured), gates).plain()
 
 

@@ -30,7 +30,7 @@ def plain_messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     rest = [_part(block) for block in blocks if not _call(block) and not _result(block)]
     yield from results
     if rest or calls or not results:
-        made: dict[str, Any] = {**message, str(key): rest}
+        made: dict[str, object] = {**message, str(key): rest}
         yield {**made, "tool_calls": [*(message.get("tool_calls") or ()), *calls]} if calls else made
 
 

@@ -67,11 +67,12 @@ class Rows:
 class PreparedRow(TypedDict):
     """A line of both files: ids, labels (-100 where nothing is learned) and the messages that they are of.
 
-    `answers` is how many turns are learned, where that is not all of the assistant's.
+    Rows to compare a base on, without a chat template, have no labels. `answers` is how many turns are
+    learned, where that is not all of the assistant's.
     """
 
     input_ids: Sequence[int]
-    labels: Sequence[int]
+    labels: NotRequired[Sequence[int]]
     messages: Sequence[Mapping[str, Json]]
     tools: NotRequired[Sequence[Mapping[str, Json]]]
     answers: NotRequired[int]

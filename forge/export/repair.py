@@ -10,10 +10,9 @@ Not covered: files in several parts, an adapter's own GGUF, tensors that are mis
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from forge import report
 from forge.adapter.read import read_adapter
@@ -24,7 +23,7 @@ from forge.export.merge import base_tensors, merged_tensors
 from forge.export.request import ExportRequest, Ingredients
 from forge.export.run import lay_out
 from forge.export.tensors import one_thread
-from forge.export.upstream import Converted, without_collection
+from forge.export.upstream import Converted, Metadata, without_collection
 from forge.export.write import check_space, writing
 from forge.model.checkpoint import open_checkpoint, refuse_packed
 from forge.model.gguf_header import GgufHeader, GgufTensor, read_gguf
@@ -125,7 +124,7 @@ def _beyond(header: GgufHeader, converted: Converted) -> list[str]:
     return problems
 
 
-def _metadata(path: Path) -> dict[str, Any]:
+def _metadata(path: Path) -> Metadata:
     """The metadata of a GGUF as gguf-py's writer takes it."""
     import gguf
     from gguf.gguf_writer import GGUFValue
@@ -137,7 +136,7 @@ def _metadata(path: Path) -> dict[str, Any]:
     }
 
 
-def _mended(theirs: Mapping[str, Any], ours: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+def _mended(theirs: Metadata, ours: Metadata, architecture: str) -> Metadata:
     """The file's metadata in its order, with what the base decides as the base has it."""
     decided = (*_OURS, *{f"{name}." for name in (architecture, ours["general.architecture"].value)})
 
@@ -153,7 +152,7 @@ def _mended(theirs: Mapping[str, Any], ours: Mapping[str, Any], architecture: st
     return {**kept, **same, **{name: ours[name] for name in ours if is_ours(name) and name not in kept}}
 
 
-def _changes(theirs: Mapping[str, Any], mended: Mapping[str, Any]) -> list[Change]:
+def _changes(theirs: Metadata, mended: Metadata) -> list[Change]:
     names = [name for name in {**theirs, **mended} if name != _LAID_OUT_ANEW]
     found = []
     for name in names:
@@ -181,7 +180,7 @@ def _short(value: object) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(str(value))} characters)"
 
 
-def _write(converted: Converted, header: GgufHeader, out: Path, metadata: Mapping[str, Any]) -> None:
+def _write(converted: Converted, header: GgufHeader, out: Path, metadata: Metadata) -> None:
     tensors = sorted(header.tensors.values(), key=lambda tensor: tensor.start)
     alignment: int = converted.writer.data_alignment
     with writing(out.parent):

@@ -13,7 +13,6 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from forge import report
 from forge.adapter.read import read_adapter
@@ -29,7 +28,7 @@ from forge.export.nf4 import quantized_in_training
 from forge.export.request import Exported, ExportRequest, Ingredients, Mode
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
-from forge.export.upstream import Choices, Converted, convert, without_collection
+from forge.export.upstream import Choices, Converted, Metadata, convert, without_collection
 from forge.export.write import Rounding, write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint, refuse_packed
 from forge.model.estimate import usable_cores
@@ -246,7 +245,7 @@ def _write(
     return written, list(kernels)
 
 
-def _metadata(converted: Converted, quant: str) -> dict[str, Any]:
+def _metadata(converted: Converted, quant: str) -> Metadata:
     """As llama_model_quantize leaves it: the same values, with those of the new type at the end."""
     found = dict(converted.metadata)
     if quant not in UNQUANTIZED:

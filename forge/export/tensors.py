@@ -151,7 +151,7 @@ def write_safetensors(
     """Write `tensors` in order; `on_progress` gets the bytes written and their total."""
     import torch
 
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         header[tensor.name] = {

@@ -20,11 +20,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forge.errors import DataError, StageError, UnexportableError
 from forge.export.tensors import LazyTensor
 from forge.model.gguf_header import NUMBERS, TYPES
+
+if TYPE_CHECKING:
+    from gguf.gguf_writer import GGUFValue, TensorInfo
+
+Metadata: TypeAlias = "Mapping[str, GGUFValue]"
+"""A GGUF's metadata as gguf-py's writer takes it."""
 
 # What the converters raise for a model or an adapter that they cannot convert; some call sys.exit.
 REFUSALS = (
@@ -85,13 +91,13 @@ class Converted:
     types: Mapping[str, str]
 
     @property
-    def tensors(self) -> Mapping[str, Any]:
-        infos: dict[str, Any] = self.writer.tensors[0]
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        infos: Mapping[str, TensorInfo] = self.writer.tensors[0]
         return infos
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        values: dict[str, Any] = self.writer.kv_data[0]
+    def metadata(self) -> Metadata:
+        values: Metadata = self.writer.kv_data[0]
         return values
 
 
@@ -216,7 +222,7 @@ def _kind(conversion: Any, description: Path, tensors: Sequence[LazyTensor]) -> 
 def _streamed(base: Any, tensors: Sequence[LazyTensor]) -> Iterator[None]:
     """Every converter reads `tensors` instead of files; its own way of indexing them goes on above that."""
 
-    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, Any]:
+    def index_tensors(self: Any, remote_hf_model_id: str | None = None) -> dict[str, object]:
         lazy = ((tensor.name, partial(_lazy, base.LazyTorchTensor, tensor)) for tensor in tensors)
         return dict(kept for item in lazy if (kept := self.filter_tensors(item)))
 

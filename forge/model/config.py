@@ -75,7 +75,7 @@ def no_base(directory: Path) -> DataError | None:
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON object from a file of the base; raises `DataError` that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -142,10 +142,10 @@ def check_unquantized(configuration: Configuration, where: str) -> None:
     )
 
 
-def with_vocabulary(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def with_vocabulary(raw: Mapping[str, Any], rows: int) -> Mapping[str, object]:
     """A parsed configuration with an embedding of `rows` rows, in the part that says it now."""
 
-    def changed(part: Mapping[str, Any]) -> dict[str, Any]:
+    def changed(part: Mapping[str, Any]) -> dict[str, object]:
         found = {name: rows if name in _VOCABULARY else value for name, value in part.items()}
         if isinstance(pad := found.get("pad_token_id"), int) and pad >= rows:
             found["pad_token_id"] = None  # transformers builds no embedding with such a one
@@ -158,7 +158,7 @@ def with_vocabulary(raw: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return found
 
 
-def with_own_head(raw: Mapping[str, Any]) -> dict[str, Any]:
+def with_own_head(raw: Mapping[str, Any]) -> Mapping[str, object]:
     """A parsed configuration whose output layer is not tied to the embedding."""
     parts = {name: {**part} for name in _TEXT_PARTS if isinstance(part := raw.get(name), dict)}
     for part in parts.values():

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from forge.errors import DataError
 
@@ -114,8 +114,8 @@ def _truncated(path: Path, size: int, promised: int) -> NoReturn:
     )
 
 
-def _refuse_doubles(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _refuse_doubles(pairs: Iterable[tuple[str, object]]) -> Mapping[str, object]:
+    found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
             raise ValueError(f"{name!r} stands there twice")
@@ -123,7 +123,7 @@ def _refuse_doubles(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entries(path: Path, header: bytes) -> dict[str, Any]:
+def _entries(path: Path, header: bytes) -> Mapping[str, object]:
     try:
         entries = json.loads(header, object_pairs_hook=_refuse_doubles)
     except (ValueError, RecursionError) as error:

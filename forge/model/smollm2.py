@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def _as_transformers(name: str, values: Any) -> Any:
     )
 
 
-def _write_tokenizer(out: Path, fields: dict[str, Any]) -> None:
+def _write_tokenizer(out: Path, fields: Mapping[str, Any]) -> None:
     """The tokenizer as the hub has it: byte-level BPE, digits one by one."""
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     control = [number for number, kind in enumerate(kinds) if kind == 3]

@@ -144,7 +144,7 @@ def _without_tokenizer_json(directory: Path) -> DataError:
     )
 
 
-def _optional(path: Path) -> dict[str, Any]:
+def _optional(path: Path) -> Mapping[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 

@@ -62,7 +62,7 @@ def all_names() -> tuple[str, ...]:
     return tuple(f"{path}.{name}".removeprefix(".") for path in sections() for name in names_in(path))
 
 
-def values(recipe: Recipe) -> dict[str, Any]:
+def values(recipe: Recipe) -> dict[str, object]:
     """Every leaf of a recipe: dotted name to JSON value, in the schema's order.
 
     A list of sections is numbered (`smoke.0.prompt`); an empty one, and `train: none`, are leaves.

@@ -10,6 +10,7 @@ Not covered: whether a base exists on the hub, what a data file holds, whether i
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -354,11 +355,11 @@ class Recipe(Section):
     deploy: Deploy = Field(Deploy(), description="where the model is served")
     smoke: tuple[SmokeQuery, ...] = Field((), description="questions that the served model is asked")
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Mapping[str, object]:
         """The recipe as plain JSON values under the names of the file; `from_json` reads it back."""
         return self.model_dump(mode="json", by_alias=True)
 
 
-def from_json(values: dict[str, Any]) -> Recipe:
+def from_json(values: Mapping[str, object]) -> Recipe:
     """The inverse of `Recipe.as_json`, for a recipe that was valid when it was written."""
     return Recipe.model_validate_json(json.dumps(values))

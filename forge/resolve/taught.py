@@ -81,8 +81,8 @@ def with_template(source: Path, template: str) -> Path:
     directory = _copy(source)
     (directory / "chat_template.json").unlink(missing_ok=True)
     fields = _fields(directory / "tokenizer_config.json")
-    fields.pop("chat_template", None)
-    _write(directory / "tokenizer_config.json", fields)
+    kept = {name: value for name, value in fields.items() if name != "chat_template"}
+    _write(directory / "tokenizer_config.json", kept)
     (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     return directory
 
@@ -111,7 +111,7 @@ def with_tokens(source: Path, added: Sequence[str], pad: str | None) -> Path:
     entries = [{"id": number, "content": token, **flags} for token, number in ids.items()]
     together = [*(stated.get("added_tokens") or []), *entries]
     _write(directory / "tokenizer.json", {**stated, "added_tokens": together})
-    configuration = _fields(directory / "tokenizer_config.json")
+    configuration = {**_fields(directory / "tokenizer_config.json")}
     if entries and isinstance(decoder := configuration.get("added_tokens_decoder"), dict):
         new = {str(number): {"content": token, **flags} for token, number in ids.items()}
         configuration["added_tokens_decoder"] = {**decoder, **new}
@@ -136,8 +136,8 @@ def _copy(source: Path) -> Path:
     return directory
 
 
-def _fields(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _fields(path: Path) -> Mapping[str, Any]:
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content
 
 

@@ -140,7 +140,7 @@ class Client:
         with wire.as_expected(self.endpoint, "prompt"):
             return str(told["prompt"])
 
-    def _ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> dict[str, Any]:
+    def _ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Mapping[str, Any]:
         with wire.failures_of(self.endpoint):
             response = self._http.request(method, self.endpoint.route(path), json=body)
         return wire.read_json(self.endpoint, response)

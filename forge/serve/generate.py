@@ -17,7 +17,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -358,7 +358,7 @@ async def _require_whole(row: Row, endpoint: Endpoint, client: httpx.AsyncClient
             native.require_whole(texts, told)
 
 
-def _reply(endpoint: Endpoint, path: str, payload: dict[str, Any]) -> wire.Reply | None:
+def _reply(endpoint: Endpoint, path: str, payload: Mapping[str, Any]) -> wire.Reply | None:
     is_native = path in (native.CHAT, native.GENERATE)
     return native.read_reply(endpoint, payload) if is_native else wire.read_answer(endpoint, path, payload)
 

@@ -137,7 +137,7 @@ def import_model(
     # Ollama checks neither: a wrong one fails when it is loaded, without a reason.
     ready.check_kinds(gguf, read_gguf(gguf), [adapter] if adapter else [])
     _check_bos(gguf, handed)
-    fields: dict[str, Any] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
+    fields: dict[str, object] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
     if adapter:
         fields["adapters"] = {adapter.name: server.push(adapter, adapter.name)}
     fields["parameters"] = {
@@ -240,7 +240,7 @@ def named(way: Used) -> str:
 
 
 @contextlib.contextmanager
-def _scratch(server: Ollama, fields: dict[str, Any]) -> Iterator[str]:
+def _scratch(server: Ollama, fields: Mapping[str, object]) -> Iterator[str]:
     """A model that is gone when the block ends; its blobs are shared with the name it was copied to."""
     made = f"forge-import-{secrets.token_hex(4)}"
     try:

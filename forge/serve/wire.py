@@ -200,7 +200,7 @@ def as_expected(endpoint: Endpoint, what: str) -> Iterator[None]:
         raise GarbledError(f"{endpoint.url} answered with something that is no {what}") from wrong
 
 
-def read_json(endpoint: Endpoint, response: httpx.Response) -> dict[str, Any]:
+def read_json(endpoint: Endpoint, response: httpx.Response) -> Mapping[str, Any]:
     """The JSON object of a successful answer. The whole body must have been read.
 
     Raises `BusyError` or `RefusedError` for an error answer, `GarbledError` for what is not a JSON object.

@@ -136,7 +136,7 @@ class Ollama:
         if last != "success":
             raise OllamaError(f"Ollama broke off while it {doing}: its last word was {last!r}")
 
-    def show(self, name: str) -> dict[str, Any]:
+    def show(self, name: str) -> Mapping[str, Any]:
         """Its facts: `template`, `parameters` (lines of text), `license`, ...; see `stops_in`."""
         return self._ask("POST", "/api/show", {"model": name}, doing=f"showed {name}")
 
@@ -159,7 +159,7 @@ class Ollama:
             )
         return str(shown["rendered_template"])
 
-    def chat(self, name: str, messages: Sequence[Mapping[str, str]], **fields: Any) -> dict[str, Any]:
+    def chat(self, name: str, messages: Sequence[Mapping[str, str]], **fields: Any) -> Mapping[str, Any]:
         """The answer to a conversation, with `message`, `done_reason`, `prompt_eval_count`."""
         body = {"model": name, "messages": [dict(one) for one in messages], "stream": False, **fields}
         return self._ask("POST", "/api/chat", body, doing=f"answered as {name}")
@@ -178,7 +178,7 @@ class Ollama:
 
     def _ask(
         self, method: str, route: str, body: Mapping[str, Any] | None = None, *, doing: str
-    ) -> dict[str, Any]:
+    ) -> Mapping[str, Any]:
         with self._failures(doing):
             answer = self._http.request(method, route, json=body)
         _raise_for(answer.status_code, answer.content, doing)
@@ -277,7 +277,7 @@ def _sha256(path: Path, label: str) -> str:
     return found.hexdigest()
 
 
-def _object(content: bytes) -> dict[str, Any]:
+def _object(content: bytes) -> Mapping[str, Any]:
     try:
         told = json.loads(content)
     except (ValueError, RecursionError):

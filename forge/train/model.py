@@ -59,7 +59,7 @@ def load_base(directory: Path, hardware: Hardware, settings: BaseSettings) -> An
     import transformers
 
     transformers.set_seed(settings.seed)
-    options: dict[str, Any] = {
+    options: dict[str, object] = {
         "config": configuration_in(directory, trust_remote_code=settings.trust_remote_code),
         "dtype": getattr(torch, hardware.compute),
         "trust_remote_code": settings.trust_remote_code,

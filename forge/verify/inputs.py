@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.data.prepare import PreparedRow
 from forge.errors import DataError, Problem
 from forge.export.importance import weights_in
 from forge.export.types import UNQUANTIZED, is_made_by_importance, type_name
@@ -23,9 +24,9 @@ _COARSEST = {"Q3_K": "q3_k_s", "Q4_K": "q4_k_s", "Q5_K": "q5_k_s"}
 _LAYER = re.compile(r"\.\d+\.")
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[PreparedRow]:
     with path.open(encoding="utf-8") as stream:
-        rows = [json.loads(line) for line in stream]
+        rows: list[PreparedRow] = [json.loads(line) for line in stream]
     if not rows:
         raise DataError(f"{path} holds no rows: there is nothing to compare on", hint="give --data rows")
     return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 FIGURES = ("nmse", "kl_mean", "kl_max", "top1")
 
@@ -199,6 +199,14 @@ class FileFacts:
 
 
 @dataclass(frozen=True)
+class UnlikeIds:
+    """A text of which the file makes other ids, and how they differ."""
+
+    text: str
+    difference: str
+
+
+@dataclass(frozen=True)
 class TokenCheck:
     """Texts whose ids were compared; `limits` are what could not be."""
 
@@ -207,7 +215,7 @@ class TokenCheck:
     different: int = 0
     message: str = ""
     limits: tuple[str, ...] = ()
-    examples: tuple[Mapping[str, Any], ...] = ()
+    examples: tuple[UnlikeIds, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +226,7 @@ class PromptCheck:
     compared: int
     message: str = ""
     reason: str = ""
-    examples: tuple[Mapping[str, Any], ...] = ()
+    examples: tuple[Mapping[str, object], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -356,7 +364,7 @@ class Handover:
     vendor: Leg | None = None
     beyond_vendor: float | None = None
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Mapping[str, object]:
         """With the names of the contract."""
         figures = {name: getattr(self, name) for name in FIGURES}
         found = {"from": self.before, "to": self.after, "ok": self.ok, **figures}

@@ -66,7 +66,7 @@ class Certificate:
     gates: Gates
     live: Mapping[str, Any] | None = None
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Mapping[str, object]:
         """Plain JSON with the fields of the contract."""
         found, final = self.measurement, self.measurement.legs.file
         handovers = [handover.plain() for handover in self.handovers]

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from forge.chat.template import DAY_VARIABLE, ChatTemplate, Message
 from forge.errors import CheckError, DataError
 from forge.export import proof
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import open_tokenizer
-from forge.verify.measurement import PromptCheck, StopCheck, TokenCheck, Vocabulary
+from forge.verify.measurement import PromptCheck, StopCheck, TokenCheck, UnlikeIds, Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -82,7 +82,7 @@ def _tokens(gguf: Path, tokenizer: Path, tried: Sequence[proof.Case]) -> TokenCh
     try:
         compared = proof.compare_ids(tokenizer, gguf, tried)
     except CheckError as differ:
-        examples = tuple({"text": one.field, "difference": one.message} for one in differ.problems)
+        examples = tuple(UnlikeIds(problem.field, problem.message) for problem in differ.problems)
         counted = {name: value for name, value in differ.fields.items() if isinstance(value, int)}
         texts, different = (counted.get(name, len(tried)) for name in ("compared", "different"))
         return TokenCheck(False, texts, different, differ.message, examples=examples)
@@ -107,7 +107,7 @@ def _prompts(
         own, later = ChatTemplate(source, tokens), ChatTemplate(source, tokens, {DAY_VARIABLE: _ANOTHER_DAY})
     except DataError as broken:
         return _unlike(f"the file's {broken.message.removeprefix('the ')}")
-    examples: list[dict[str, Any]] = []
+    examples: list[Mapping[str, object]] = []
     compared = twice = 0
     for messages in conversations:
         expected = _rendered(template, messages)
