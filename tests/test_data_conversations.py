@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from forge import report
-from forge.data.conversation import Conversation, Json, Row
+from forge.codec import Json
+from forge.data.conversation import Conversation, Row
 from forge.data.conversations import to_conversations
 from forge.data.layout import Shape
 from forge.data.problems import BadRows

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from forge import report
+from forge.codec import Json
 from forge.pipeline.run import run
 from forge.pipeline.stage import Stage
 from forge.process import Child
 from forge.store.artifacts import Artifact, Facts, Store
-from forge.store.digest import Json
 
 STAGES = ("train", "validate", "export")
 

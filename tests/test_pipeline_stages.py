@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from forge import report
+from forge.codec import Json
 from forge.errors import CheckError, ForgeError, RecipeError
 from forge.pipeline.stage import Action, Result, Stage, Step, select
 from forge.store.artifacts import Artifact, Facts
-from forge.store.digest import Json
 
 
 def note(journal: Path, name: str) -> None:

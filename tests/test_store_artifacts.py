@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from forge.codec import Json
 from forge.errors import DataError
 from forge.store.artifacts import Artifact, Facts, Store, open_store
-from forge.store.digest import Json, digest, tree_digest
+from forge.store.digest import digest, tree_digest
 from forge.store.lock import hold
 from tests.test_pipeline_stages import listen
 

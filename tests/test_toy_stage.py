@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from forge import worker
+from forge.codec import Json
 from forge.commands.describe import describe_plan
 from forge.data.prepare import TRAIN_FILE
 from forge.errors import MissingToolError
@@ -22,7 +23,6 @@ from forge.ship.drive import plan, ship
 from forge.stages import stages_for
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from tests.worker_tasks import Counted, CountRequest, count_words
 
 ROOT = Path(__file__).parent.parent

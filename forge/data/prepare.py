@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from forge import report
-from forge.data.conversation import Conversation, Json
+from forge.codec import Json
+from forge.data.conversation import Conversation
 from forge.data.problems import BadRows, grouped, refuse
 from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Read, Source, read

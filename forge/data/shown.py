@@ -12,7 +12,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 
 from forge.chat.template import ChatTemplate
-from forge.data.conversation import Conversation, Json, Turn
+from forge.codec import Json
+from forge.data.conversation import Conversation, Turn
 from forge.errors import DataError
 
 OPENS, CLOSES = "<think>", "</think>"

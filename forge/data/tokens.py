@@ -17,8 +17,9 @@ from typing import Any
 
 from forge.chat.renderer import Prompts
 from forge.chat.template import ChatTemplate
+from forge.codec import Json
 from forge.data import shown
-from forge.data.conversation import Conversation, Json, Turn
+from forge.data.conversation import Conversation, Turn
 from forge.data.problems import BadRows
 from forge.data.prompt_format import PromptFormat
 from forge.errors import DataError, Problem

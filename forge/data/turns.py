@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from forge.codec import Json
 from forge.data import blocks, fields
-from forge.data.conversation import Json, ToolCall, Turn
+from forge.data.conversation import ToolCall, Turn
 
 _LONGEST_LITERAL = 10_000_000
 

@@ -17,10 +17,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
-from forge.codec import from_plain
+from forge.codec import Json, from_plain
 from forge.errors import ForgeError, RecipeError
 from forge.store.artifacts import Artifact, Facts, Made, Request
-from forge.store.digest import Json
 
 T = TypeVar("T")
 

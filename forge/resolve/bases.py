@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from forge import report, worker
-from forge.codec import to_plain
+from forge.codec import Json, to_plain
 from forge.errors import Problem
 from forge.model import base as bases
 from forge.model.base import ResolvedBase
@@ -18,7 +18,7 @@ from forge.model.checkpoint import open_checkpoint
 from forge.model.safetensors_header import TensorSpec
 from forge.model.smollm2 import PACKAGE, VERSION, MakeRequest, make, packaged_gguf
 from forge.store.artifacts import Artifact, Store, open_store
-from forge.store.digest import Json, digest
+from forge.store.digest import digest
 
 SMOLLM2 = "builtin:smollm2"
 _STAGE = "base"

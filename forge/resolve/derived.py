@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from forge.codec import Json
 from forge.data.prepare import Prepared
 from forge.recipe.quants import BUDGETED
 from forge.recipe.schema import Train
 from forge.resolve.resolved import Resolved
 from forge.runs.files import run_gguf
-from forge.store.digest import Json
 
 
 def gguf_name(ship: Resolved, quant: str) -> str:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from forge import report, worker
-from forge.codec import from_plain, to_plain
+from forge.codec import Json, from_plain, to_plain
 from forge.export.rehearsal import Header, RehearsalRequest, Rehearsed
 from forge.export.rehearsal import rehearse as lay_out
 from forge.export.request import Ingredients
 from forge.resolve.derived import quant_named
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import installed
-from forge.store.digest import Json, digest, file_digest
+from forge.store.digest import digest, file_digest
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
 
 _NAME = "rehearse"

@@ -9,10 +9,10 @@ from pathlib import Path
 from forge.adapter.adopt import copy_adapter
 from forge.adapter.read import read_adapter
 from forge.adapter.tokenizer import copy_tokenizer
+from forge.codec import Json
 from forge.errors import DataError
 from forge.stages.train import AdapterStage
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from forge import report, worker
+from forge.codec import Json
 from forge.data.prepare import TRAIN_FILE
 from forge.errors import CheckError, ForgeError
 from forge.model.estimate import certificate_disk
@@ -24,7 +25,6 @@ from forge.runs.publish import place
 from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, adapter_of
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from forge.verify.calibrate import IMPORTANCE_FILE, calibrate
 from forge.verify.calibration import Calibrated, CalibrationRequest
 

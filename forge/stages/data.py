@@ -10,13 +10,13 @@ from pathlib import Path
 
 from forge import report
 from forge.chat.stops import require
+from forge.codec import Json
 from forge.data.prepare import TRAIN_FILE, Account, Prepared, Settings, lines_of, look, prepare, read_all
 from forge.data.reading import Source
 from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params
 from forge.resolve.stage import ShipStage
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 
 DATA_STAGE = "data"
 _READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from forge import report, worker
+from forge.codec import Json
 from forge.data.prepare import Prepared
 from forge.errors import CheckError, ForgeError
 from forge.pipeline.stage import Result
@@ -15,7 +16,6 @@ from forge.runs.manifest import Learned
 from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, BASE_FIELDS, TRAINING_STACK
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from forge.train.evaluate import Evaluated, EvaluateRequest, evaluate
 from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.model import BaseSettings

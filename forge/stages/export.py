@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge import report, worker
+from forge.codec import Json
 from forge.errors import ForgeError
 from forge.export.cost import cost_of
 from forge.export.request import Exported, ExportRequest, MergeBase
@@ -26,7 +27,6 @@ from forge.stages.calibrate import CALIBRATION_STAGE, importance_in, quant_chose
 from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, adapter_of
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from forge.store.runs import publish
 from forge.verify.bases import BasesRequest, ChosenBase, choose_base
 

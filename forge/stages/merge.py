@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from forge import report, worker
+from forge.codec import Json
 from forge.export.checkpoint import Merged, MergeRequest
 from forge.export.checkpoint import merge as make_checkpoint
 from forge.export.run import MERGED_DIRECTORY
@@ -14,7 +15,6 @@ from forge.resolve.derived import merge_base
 from forge.resolve.stage import ShipStage
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from forge.store.runs import publish
 
 

@@ -19,6 +19,7 @@ from forge.chat.hand_over import (
 )
 from forge.chat.same_prompts import Compared, compare
 from forge.chat.stops import require
+from forge.codec import Json
 from forge.data.prepare import Prepared
 from forge.export.run import GGUF_FILE
 from forge.model.gguf_header import read_gguf
@@ -30,7 +31,6 @@ from forge.runs.files import adapter_beside, of_type, withdraw_types
 from forge.stages.data import DATA_STAGE
 from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from forge.store.runs import publish
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from forge import report, worker
 from forge.adapter.vocabulary import saved_whole
+from forge.codec import Json
 from forge.data.prepare import Prepared
 from forge.errors import MissingToolError
 from forge.model.estimate import lora_parameters
@@ -19,7 +20,6 @@ from forge.runs.files import ADAPTER, REPORT
 from forge.runs.publish import place
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from forge.train.checkpoints import MARKER
 from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import moves_base

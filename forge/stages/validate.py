@@ -7,10 +7,10 @@ from pathlib import Path
 
 from forge import worker
 from forge.adapter.status import Validated, ValidateRequest, validate
+from forge.codec import Json
 from forge.resolve.stage import ShipStage, installed
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 
 
 class ValidateStage(ShipStage):

@@ -9,7 +9,7 @@ from typing import Any
 
 from forge import report, worker
 from forge.chat.hand_over import MODELFILE_JINJA
-from forge.codec import from_plain, to_plain
+from forge.codec import Json, from_plain, to_plain
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
 from forge.model.estimate import certificate_disk
@@ -27,7 +27,6 @@ from forge.stages.modelfile import ModelfileFacts, ModelfileStage
 from forge.stages.train import ADAPTER_STAGE
 from forge.store import durable
 from forge.store.artifacts import Artifact
-from forge.store.digest import Json
 from forge.tools.llama_cpp import find_converters
 from forge.verify.basis import Evidence, certificate_text, evidence_of
 from forge.verify.calibrate import IMPORTANCE_FILE

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
-from forge.codec import from_plain
+from forge.codec import Json, from_plain
 from forge.errors import DataError
 from forge.store import durable
-from forge.store.digest import DigestCache, Json, digest, names_digest
+from forge.store.digest import DigestCache, digest, names_digest
 from forge.store.lock import hold
 from forge.store.publication import (
     MANIFEST,

@@ -16,15 +16,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
 from forge import report
+from forge.codec import Json
 from forge.errors import DataError
 from forge.store import durable
-
-Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 # A file changed again within the clock's resolution keeps its modification time; what is younger
 # than this is not remembered. Two seconds is the coarsest clock of a file system in use (FAT).

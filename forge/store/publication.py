@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge.codec import to_plain
+from forge.codec import Json, to_plain
 from forge.store import durable
-from forge.store.digest import Json, canonical, file_digest, names_digest
+from forge.store.digest import canonical, file_digest, names_digest
 
 MANIFEST = "artifact.json"
 WORK = "work"
