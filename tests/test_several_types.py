@@ -14,7 +14,10 @@ from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.runs.find import find_model
 from forge.stages import stages_for, verify
-from forge.store.artifacts import Artifact, Output, Store
+from forge.store.artifacts import Artifact, Store
+from forge.store.publication import Output
+from tests.test_stages_asking import EXPORT_FACTS, MODELFILE_FACTS
+from tests.test_verify_maths import _measurement as measurement
 
 RECIPE = (
     "name: mini\nbase: builtin:tiny\n"
@@ -74,7 +77,9 @@ def test_a_run_holds_the_files_of_its_last_recipe_only(tmp_path: Path, mode: str
     def publish(stages: Mapping[str, Any], digest: str, before: str | None, *names: str) -> set[str]:
         for name in names:
             quant = stages[name].ship.further_type or "q4_k_m"
-            artifact = _made(tmp_path, stages[name], GGUF_FILE, *adapter, digest=digest, quant=quant)
+            artifact = _made(
+                tmp_path, stages[name], GGUF_FILE, *adapter, digest=digest, **EXPORT_FACTS | {"quant": quant}
+            )
             stages[name].publish(artifact, run, before)
         return {path.name for path in run.glob("*.gguf") if not path.name.endswith("-adapter.gguf")}
 
@@ -103,9 +108,9 @@ def test_each_type_has_its_modelfiles(tmp_path: Path) -> None:
         for name in (one for one in stages if one.startswith("modelfile")):
             artifact = _made(tmp_path, stages[name], "Modelfile", "Modelfile.jinja")
             stages[name].publish(artifact, run, None)
-            assert stages[name].summary(Result(name, False, 0, {"modelfile": "Modelfile"}), run).get(
-                "modelfile"
-            ) == (str(run / "Modelfile") if name == "modelfile" else None)
+            assert stages[name].summary(Result(name, False, 0, MODELFILE_FACTS), run).get("modelfile") == (
+                str(run / "Modelfile") if name == "modelfile" else None
+            )
         assert {path.name for path in run.iterdir()} == {*expected, "Modelfile-mine"}
 
 
@@ -116,16 +121,17 @@ def test_the_manifest_lists_all_types(tmp_path: Path, monkeypatch: pytest.Monkey
         return Result(name, False, 0, facts, _made(tmp_path, stages[name], **facts))
 
     made = (
-        result("export", quant="q4_k_m", bytes=1),
-        result("export-q8_0", quant="q8_0", bytes=2),
-        result("modelfile", modelfile="Modelfile"),
-        result("modelfile-q8_0", modelfile=None),
-        result("verify", ok=True, verdict="is base and adapter", logits={"kl_mean": 0.1}),
+        result("export", **EXPORT_FACTS | {"quant": "q4_k_m", "bytes": 1}),
+        result("export-q8_0", **EXPORT_FACTS | {"quant": "q8_0", "bytes": 2}),
+        result("modelfile", **MODELFILE_FACTS),
+        result("modelfile-q8_0", **MODELFILE_FACTS | {"modelfile": None}),
+        result("verify", **measurement()),
     )
     results = {one.name: one for one in made}
-    monkeypatch.setattr(verify, "certificate", lambda ship, facts, live=None: facts)
+    verdict = {"ok": True, "verdict": "is base and adapter", "logits": {"kl_mean": 0.1}}
+    monkeypatch.setattr(verify, "certificate", lambda ship, measured, live=None: verdict)
     fields = stages["verify"].findings(results)
-    assert fields["certificate"] == results["verify"].facts
+    assert fields["certificate"] == verdict
     assert fields["types"] == [
         {
             "quant": "q4_k_m", "gguf": "mini-q4_k_m.gguf", "bytes": 1, "modelfile": "Modelfile",

@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 
 from forge import worker
+from forge.adapter.status import Validated
+from forge.chat.hand_over import LeftOut
+from forge.chat.same_prompts import Compared
 from forge.codec import to_plain
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared
 from forge.errors import CheckError, MissingToolError
 from forge.export.checkpoint import Merged
 from forge.export.rehearsal import Rehearsed
@@ -32,17 +35,21 @@ from forge.stages.data import DataStage
 from forge.stages.evaluate import EvaluateStage
 from forge.stages.export import ExportStage
 from forge.stages.merge import MergeStage
+from forge.stages.modelfile import ModelfileFacts, Variables
 from forge.stages.train import TrainStage
 from forge.stages.validate import ValidateStage
 from forge.stages.verify import VerifyStage
 from forge.store.artifacts import Artifact, Store
+from forge.train.arithmetic import Arithmetic
 from forge.train.memory import choose_batch
+from forge.train.request import Trained
 from forge.verify.bases import BaseLosses, ChosenBase
 from forge.verify.basis import read_certificate, write_rows
 from forge.verify.calibrate import IMPORTANCE_FILE
 from forge.verify.calibration import Calibrated, Importance
 from forge.verify.measurement import Gates
 from tests.conftest import copy_of_tiny, link_converters
+from tests.models import evaluated
 from tests.test_verify_maths import _measurement as measurement
 
 WIDTH = 256
@@ -56,12 +63,23 @@ data: {SAMPLE}
 train: {{method: qlora, batch_size: 4, seed: 3, max_length: 64}}
 """
 EXPORTED = Exported("llama", "q8_0", 1, {}, {}, 8.5, "merged", (), 1, (), 40, (), None, 1, 0.1)
+EXPORT_FACTS: dict[str, Any] = {**to_plain(EXPORTED), "merge_base": "nf4", "merge_base_measured": None}
+MODELFILE_FACTS: dict[str, Any] = to_plain(
+    ModelfileFacts(
+        "proved", ("<|im_end|>",), (), None, 512, {}, 0, None, (), (), LeftOut(), "Modelfile", None,
+        Compared(200, ("the training tokenizer",)), Variables((), {}),
+    )
+)  # fmt: skip
 CALIBRATED = Calibrated(Importance(1, 20, 400, 0))
+TRAINED = Trained(
+    1, 1.0, 2.0, 10, 100, {}, "qlora", "cpu", "float32", Arithmetic("float32", "float32"), "sdpa", 1, "AVX2",
+    (), None, False, None,
+)  # fmt: skip
 ANSWERS: Mapping[str, Any] = {
     "rehearse": Rehearsed(1, 1, 40),
-    "train": {"steps": 1},
-    "validate": {"ok": True},
-    "evaluate": {"rows": 4, "loss": {"before": 3.0, "after": 1.0}},
+    "train": TRAINED,
+    "validate": Validated(True, {}, (), (), None, False, True, (), 2.0, 1, (), ("merged",)),
+    "evaluate": evaluated(3.0, 1.0),
     "calibrate": CALIBRATED,
     "choose_base": ChosenBase("nf4", "it answers better", BaseLosses(2.0, 1.0), 0.1, 0.1, 4, 40),
     "export": EXPORTED,
@@ -108,15 +126,14 @@ class Place:
         data, facts = self.directory / "data", {}
         if self.ship.recipe.data is not None and not data.exists():
             data.mkdir()
-            (data / "facts.json").write_text(json.dumps(DataStage(self.ship).build({}, data)))
+            (data / "facts.json").write_text(json.dumps(to_plain(DataStage(self.ship).build({}, data))))
         if data.exists():
             facts = json.loads((data / "facts.json").read_text())
-        exported = {**to_plain(EXPORTED), "merge_base": "nf4"}
         made = {
             "data": ("data", facts),
-            "train": ("adapter", {}),
+            "train": ("adapter", {"adopted_from": "elsewhere"}),
             "calibrate": ("matrix", CALIBRATED.facts()),
-            "export": ("exported", exported),
+            "export": ("exported", EXPORT_FACTS),
         }
         return {
             name: Artifact(name, "key", "digest", self.directory / path, facts)
@@ -183,13 +200,13 @@ def place(tmp_path: Path) -> Place:
 
 def test_training_is_rehearsed_and_asked_for_whole(place: Place, asked: Asked) -> None:
     stage = TrainStage(place.ship)
-    assert stage.build(place.inputs, place.out) == {"steps": 1}
+    assert stage.build(place.inputs, place.out) == TRAINED
     assert list(asked.requests) == ["rehearse", "train"] and asked.logs == {place.ship.log}
     assert asked.requests["rehearse"]["trust_remote_code"] is True
-    arguments = dict(asked.requests["train"])
     assert place.ship.training is not None
-    assert arguments.pop("settings") == {
-        **place.ship.training.model_dump(mode="json"),
+    assert asked.requests["train"] == {
+        "settings": place.ship.training.model_dump(mode="json"),
+        "batch_size": 4,
         "trust_remote_code": True,
         "max_length": place.inputs["data"].facts["max_length"],
         "continue_from": None,
@@ -198,8 +215,6 @@ def test_training_is_rehearsed_and_asked_for_whole(place: Place, asked: Asked) -
         "tokenizer": str(place.ship.tokenizer.directory),
         "page": str(place.directory / "runs" / "mini" / "report.html"),
         "trackers": str(place.directory / "runs" / "mini" / "trackers"),
-    }
-    assert arguments == {
         "base": str(place.directory / "base"),
         "base_name": place.ship.base.spec,
         "base_revision": None,
@@ -213,10 +228,10 @@ def test_a_batch_that_is_left_to_the_machine_is_chosen_by_the_longest_row(
 ) -> None:
     place = place_of(tmp_path, RECIPE.replace("batch_size: 4", "batch_size: auto"))
     TrainStage(place.ship).build(place.inputs, place.out)
-    training, longest = place.ship.training, place.inputs["data"].facts["longest_tokens"]
+    training, longest = place.ship.training, place.inputs["data"].read(Prepared).longest_tokens
     assert training is not None
     batch = choose_batch(training, place.ship.tensors, place.ship.configuration, longest)
-    assert asked.requests["train"]["settings"]["batch_size"] == batch
+    assert asked.requests["train"]["batch_size"] == batch
 
 
 def test_training_goes_on_from_the_adapter_that_is_named(tmp_path: Path, asked: Asked) -> None:
@@ -225,7 +240,7 @@ def test_training_goes_on_from_the_adapter_that_is_named(tmp_path: Path, asked: 
     place = place_of(tmp_path, continued)
     stage = TrainStage(place.ship)
     stage.build(place.inputs, place.out)
-    assert asked.requests["train"]["settings"]["continue_from"] == str(tmp_path / "earlier")
+    assert asked.requests["train"]["continue_from"] == str(tmp_path / "earlier")
     before = stage.params()["train.continue_from"]
     write_adapter(tmp_path / "earlier", value=2.0)
     assert TrainStage(place_of(tmp_path, continued).ship).params()["train.continue_from"] != before
@@ -244,14 +259,15 @@ def test_validation_and_evaluation_are_asked_for_whole(place: Place, asked: Aske
     EvaluateStage(place.ship).build(place.inputs, place.out)
     here = {"base": str(place.directory / "base"), "adapter": str(place.directory / "adapter")}
     assert asked.requests["validate"] == {**here, "trust_remote_code": True}
-    settings = {
-        "device": "auto", "dtype": "auto", "method": "qlora", "four_bit_type": "nf4",
-        "double_quantization": True, "quant_storage": "uint8", "attention": "auto", "trust_remote_code": True,
-        "seed": 3, "end_of_turn_id": place.ship.prompt_format.end_of_turn_id,
-        "pad_token_id": place.ship.pad_token_id, "tokenizer": str(place.ship.tokenizer.directory),
+    loading = {
+        "method": "qlora", "four_bit_type": "nf4", "double_quantization": True, "quant_storage": "uint8",
+        "attention": "auto", "trust_remote_code": True, "seed": 3,
     }  # fmt: skip
-    data = str(place.directory / "data")
-    assert asked.requests["evaluate"] == {**here, "data": data, "settings": settings}
+    assert asked.requests["evaluate"] == {
+        **here, "data": str(place.directory / "data"), "loading": loading, "device": "auto", "dtype": "auto",
+        "end_of_turn_id": place.ship.prompt_format.end_of_turn_id, "pad_token_id": place.ship.pad_token_id,
+        "tokenizer": str(place.ship.tokenizer.directory),
+    }  # fmt: skip
     assert asked.logs == {place.ship.log}
 
 
@@ -300,8 +316,7 @@ def test_an_export_asks_which_base_answers_better_and_merges_into_that(place: Pl
         "quant": "q4_k_m", "mode": "merged", "data": str(place.directory / "data"), "importance": None,
         "keep_merged": False, "plain": False, "threads": None,
     }  # fmt: skip
-    measured = to_plain(ANSWERS["choose_base"])
-    assert facts == {**to_plain(EXPORTED), "merge_base": "nf4", "merge_base_measured": measured}
+    assert to_plain(facts) == {**EXPORT_FACTS, "merge_base_measured": to_plain(ANSWERS["choose_base"])}
 
 
 def test_without_rows_the_bases_are_measured_on_built_in_ones(tmp_path: Path, asked: Asked) -> None:
@@ -342,7 +357,7 @@ def test_what_a_failed_export_left_is_cleared(
 def test_a_merged_checkpoint_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
     place = place_of(tmp_path, RECIPE + "export: {mode: none, merge_base: nf4}\n")
     stage = MergeStage(place.ship)
-    assert stage.build(place.inputs, place.out) == to_plain(Merged(1, 1, 0.1))
+    assert stage.build(place.inputs, place.out) == Merged(1, 1, 0.1)
     of_gguf = {"converters", "end_of_turn_id"}
     expected = {name: value for name, value in place.ingredients.items() if name not in of_gguf}
     assert asked.requests["merge"] == {**expected, "merge_base": "nf4", "out": str(place.out)}
@@ -361,7 +376,7 @@ def test_a_certificate_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
     for path in (tmp_path / "base").glob("*.safetensors"):
         (exported / MERGED_DIRECTORY / path.name).write_bytes(path.read_bytes())
     (exported / MERGED_DIRECTORY / "config.json").write_bytes((tmp_path / "base/config.json").read_bytes())
-    facts = VerifyStage(place.ship).build(place.inputs, place.out)
+    facts: Mapping[str, Any] = to_plain(VerifyStage(place.ship).build(place.inputs, place.out))
     assert asked.requests["verify"] == {
         **place.ingredients, "merge_base": "nf4", "gguf": str(exported / GGUF_FILE),
         "lora": str(exported / ADAPTER_FILE), "merged": str(exported / MERGED_DIRECTORY),

@@ -13,25 +13,29 @@ import pytest
 
 from forge.chat.stops import StopContract
 from forge.chat.template import ChatTemplate
+from forge.codec import to_plain
 from forge.errors import CheckError, MissingToolError
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Result
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
-from forge.stages.deploy import DeployAction
-from forge.stages.smoke import SmokeAction
+from forge.stages.deploy import DeployAction, DeployFacts
+from forge.stages.smoke import Heldout, Served, SmokeAction
 from forge.store.artifacts import Artifact, Store
+from forge.train.evaluate import Answered, Exact
 from tests.conftest import copy_of_tiny
 from tests.fake_ollama import FakeOllama
+from tests.models import evaluated
 from tests.stand_in_server import StandIn
+from tests.test_stages_asking import EXPORT_FACTS
+from tests.test_verify_maths import _measurement as measurement
 from tests.tiny_gguf import END_OF_TURN, REPLY, SPECIAL, SPELLING, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
 # As `write_tiny_gguf` numbers them: what its model says first, and a character that it does not say.
 CHARACTERS = [*SPECIAL, "\n", *(chr(code) for code in range(32, 127))]
 FIRST, ANOTHER = len(CHARACTERS), CHARACTERS.index("x")
-SERVED = {"type": "f16", "sampling": {}}
 
 
 def ship_of(directory: Path, deploy: str, expect: str = ".*") -> Resolved:
@@ -58,15 +62,16 @@ def measured(ship: Resolved, token: int) -> Mapping[str, Any]:
     """What *verify* would have kept of a file that answers `token` first, and hardly anything else."""
     prompt = ship.template.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     expected = {"ids": ship.prompt_format.ids(prompt), "top": [[token, 0.0]], "shift": 0.0}
-    return {"live": [expected] * 4, "file": SERVED}
+    whole = measurement()
+    return {**whole, "live": [expected] * 4, "file": {**whole["file"], "type": "f16", "sampling": {}}}
 
 
-def deployed(ship: Resolved, directory: Path, verify: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def deployed(ship: Resolved, directory: Path, verify: Mapping[str, Any] | None = None) -> DeployFacts:
     exported = directory / "exported"
     exported.mkdir()
     ship.run_directory.mkdir(parents=True)
     write_tiny_gguf(exported / GGUF_FILE)
-    artifact = Artifact("export", "key", "digest", exported, {"mode": "merged", "quant": "f16"})
+    artifact = Artifact("export", "key", "digest", exported, {**EXPORT_FACTS, "quant": "f16"})
     results = {"export": Result("export", False, 0.0, artifact.facts, artifact)}
     if verify:
         results["verify"] = Result("verify", False, 0.0, verify)
@@ -77,17 +82,17 @@ def deployed(ship: Resolved, directory: Path, verify: Mapping[str, Any] | None =
 def test_a_sound_server(tmp_path: Path) -> None:
     ship = ship_of(tmp_path, "runtime: embedded")
     facts = deployed(ship, tmp_path, measured(ship, FIRST))
-    assert facts["prompts_compared"] == 2  # a greeting, and the smoke query
-    assert (facts["runtime"], facts["model"], facts["context_tokens"]) == ("embedded", "mini", 512)
-    assert facts["live"]["problems"] == [] and facts["live"]["handover"]["prompts"] == 4
-    assert facts["live"]["finish_reasons"] == {"stop": 1}
-    assert DeployAction(ship).verdict(facts) is None
+    assert facts.prompts_compared == 2  # a greeting, and the smoke query
+    assert (facts.runtime, facts.model, facts.context_tokens) == ("embedded", "mini", 512)
+    assert facts.live and facts.live["problems"] == [] and facts.live["handover"]["prompts"] == 4
+    assert facts.live["finish_reasons"] == {"stop": 1}
+    assert DeployAction(ship).verdict(to_plain(facts)) is None
 
 
 def test_a_server_of_another_file(tmp_path: Path) -> None:
     ship = ship_of(tmp_path, "runtime: embedded")
     facts = deployed(ship, tmp_path, measured(ship, ANOTHER))
-    failure = DeployAction(ship).verdict(facts)
+    failure = DeployAction(ship).verdict(to_plain(facts))
     assert failure is not None and failure.code == 5
     assert "the server's probabilities are not the file's" in failure.message
 
@@ -103,7 +108,7 @@ def test_a_server_with_other_ids(tmp_path: Path) -> None:
 def test_into_ollama(tmp_path: Path, fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
     facts = deployed(ship_of(tmp_path, "runtime: ollama"), tmp_path)
-    assert (facts["prompts_compared"], facts["live"]) == (2, None)
+    assert (facts.prompts_compared, facts.live) == (2, None)
     assert list(fake_ollama.models) == ["mini:latest"]
 
 
@@ -160,18 +165,17 @@ def test_an_ollama_that_does_not_answer_is_said_before_anything_runs(
 def test_the_smoke_queries_and_the_held_out_rows_are_asked_of_what_is_served(tmp_path: Path) -> None:
     ship = ship_of(tmp_path, "runtime: embedded")
     asked = [[{"role": "user", "content": text}] for text in ("say hi", "say no")]
-    rows = [{"messages": messages, "expected": "SAY HI"} for messages in asked]
-    exact = {"rows": 2, "before": 0, "after": 1, "answers": rows}
+    rows = [Answered(tuple(messages), "SAY HI", "", "SAY HI") for messages in asked]
+    measured = evaluated(exact=Exact(2, 0, 1, tuple(rows)))
     with StandIn() as server, ExitStack() as stack:
-        where = {"endpoint": server.endpoint.url, "model": server.endpoint.model}
-        results = {"deploy": Result("deploy", False, 0.0, where)}
-        results["evaluate"] = Result("evaluate", False, 0.0, {"exact": exact})
+        where = DeployFacts("embedded", server.endpoint.url, server.endpoint.model, 512, 1, None)
+        results = {"deploy": Result("deploy", False, 0.0, to_plain(where))}
+        results["evaluate"] = Result("evaluate", False, 0.0, to_plain(measured))
         facts = SmokeAction(ship).act(results, stack)
-    served = [{**row, "served": row["messages"][0]["content"].upper()} for row in rows]  # type: ignore[index]
-    answers = [{**row, "finish_reason": "stop"} for row in served]
-    assert facts["heldout"] == {"rows": 2, "exact": 1, "stopped": 2, "answers": answers}
-    assert [(one["prompt"], one["answer"].strip(), one["ok"]) for one in facts["smoke"]] == [
-        ("Hello?", "HELLO?", True)
+    answers = [
+        Served(**vars(row), served=row.messages[0]["content"].upper(), finish_reason="stop") for row in rows
     ]
-    assert facts["stops"] == [] and SmokeAction(ship).verdict(facts) is None
+    assert facts.heldout == Heldout(2, exact=1, stopped=2, answers=tuple(answers))
+    assert [(one.prompt, one.answer.strip(), one.ok) for one in facts.smoke] == [("Hello?", "HELLO?", True)]
+    assert facts.stops == () and SmokeAction(ship).verdict(to_plain(facts)) is None
     assert [body["max_tokens"] for body in server.asked] == [16, 128, 128]

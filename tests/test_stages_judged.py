@@ -9,31 +9,33 @@ from typing import Any
 
 import pytest
 
+from forge.codec import to_plain
 from forge.errors import CheckError
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Result
 from forge.stages.calibrate import CalibrateStage
-from forge.stages.deploy import DeployAction
+from forge.stages.deploy import DeployAction, DeployFacts
 from forge.stages.evaluate import EvaluateStage
 from forge.stages.export import ExportStage
-from forge.stages.smoke import SmokeAction
+from forge.stages.smoke import Heldout, SmokeAction, SmokeFacts
 from forge.stages.train import TrainStage
 from forge.stages.verify import VerifyStage
 from forge.store.artifacts import Artifact
-from forge.train.run import LOG_FILE
+from forge.train.evaluate import Exact
+from forge.train.log import LOG_FILE
 from forge.verify.calibration import MeasuredOn, Search, TypeRow
+from tests.models import evaluated
 from tests.test_pipeline_stages import Said, listen
-from tests.test_stages_asking import CALIBRATED, RECIPE, Place, place_of
+from tests.test_stages_asking import CALIBRATED, EXPORT_FACTS, RECIPE, Place, place_of
 from tests.test_verify_maths import _leg as leg
 from tests.test_verify_maths import _measurement as measurement
 from tests.tiny_gguf import write_tiny_gguf
 
-LEARNED: Mapping[str, Any] = {
-    "rows": 20, "vocabulary": 1000, "loss": {"before": 3.0, "after": 1.0}, "loss_error": 0.01,
-    "perplexity": {"before": 20.1, "after": 2.7}, "exact": {"rows": 10, "before": 0, "after": 7},
-}  # fmt: skip
+LEARNED: Mapping[str, Any] = to_plain(evaluated(3.0, 1.0, exact=Exact(10, 0, 7, ())))
 NOT_LEARNED: Mapping[str, Any] = {**LEARNED, "loss": {"before": 3.0, "after": 3.2}}
-LIVE = {
+DEPLOYED: Mapping[str, Any] = to_plain(DeployFacts("embedded", "http://here", "mini", 512, 2, None))
+NOTHING_ASKED = SmokeFacts((), ())
+LIVE: Mapping[str, Any] = {
     "handover": {
         "from": "GGUF q4_k_m", "to": "live server", "ok": False, "nmse": None, "kl_mean": 2.0, "kl_max": 3.0,
         "top1": 0.5, "perplexity": None, "prompts": 8, "limit": 0.005,
@@ -63,7 +65,9 @@ def result(facts: Mapping[str, Any]) -> Result:
 def test_what_was_learned_is_judged_as_the_recipe_says(place: Place, said: Said, tmp_path: Path) -> None:
     assert EvaluateStage(place.ship).judge(of(LEARNED)) is None
     [line] = said.lines
-    assert line.startswith("held-out rows (20): loss 3.0000 -> 1.0000 a token, perplexity 20.1 -> 2.7, exact")
+    assert line.startswith(
+        "held-out rows (20): loss 3.0000 -> 1.0000 a token, perplexity 20.09 -> 2.718, exact"
+    )
     failure = EvaluateStage(place.ship).judge(of(NOT_LEARNED))
     assert isinstance(failure, CheckError) and failure.message.startswith("nothing was learned")
     assert failure.hint.startswith("a lower learning rate or fewer epochs; look at")
@@ -88,10 +92,13 @@ def test_what_a_person_should_know_of_a_model_that_learned_is_a_warning(place: P
 def test_what_was_learned_is_the_served_file_s_where_that_was_asked(place: Place) -> None:
     found = EvaluateStage(place.ship).findings({"evaluate": result(LEARNED)})["learned"]
     assert found is not None and (found.before, found.after, found.served) == (0.0, 0.7, False)  # type: ignore[attr-defined]
-    asked = {"smoke": result({"heldout": {"exact": 5}}), "evaluate": result(LEARNED)}
+    asked = {
+        "smoke": result(to_plain(replace(NOTHING_ASKED, heldout=Heldout(10, 5, 10, ())))),
+        "evaluate": result(LEARNED),
+    }
     served = SmokeAction(place.ship).findings(asked)["learned"]
     assert (served.after, served.served, served.rows) == (0.5, True, 10)  # type: ignore[attr-defined]
-    assert SmokeAction(place.ship).findings({"smoke": result({})}) == {}
+    assert SmokeAction(place.ship).findings({"smoke": result(to_plain(NOTHING_ASKED))}) == {}
 
 
 def test_a_budget_that_no_type_meets_is_an_error_with_the_table(place: Place, said: Said) -> None:
@@ -133,17 +140,17 @@ def test_the_certificate_has_the_server_s_leg_where_one_was_asked(place: Place) 
     verified = {"verify": result(measurement())}
     alone = VerifyStage(place.ship).findings(verified)
     assert alone["certificate_reason"] is None and alone["certificate"]["ok"] is True  # type: ignore[index]
-    action, deployed = DeployAction(place.ship), {"deploy": result({"live": LIVE})}
+    action, deployed = DeployAction(place.ship), {"deploy": result({**DEPLOYED, "live": LIVE})}
     assert action.findings(deployed) == {}
     served = action.findings({**verified, **deployed})["certificate"]
     assert served["ok"] is False and served["broken_stage"] == "deploy"  # type: ignore[index]
-    failure = action.verdict({"live": LIVE})
+    failure = action.verdict({**DEPLOYED, "live": LIVE})
     assert failure is not None and failure.code == 5
 
 
 def test_the_export_says_what_its_type_costs(place: Place, said: Said, tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / GGUF_FILE)
-    assert ExportStage(place.ship).judge(of({"quant": "f16"}, tmp_path)) is None
+    assert ExportStage(place.ship).judge(of({**EXPORT_FACTS, "quant": "f16"}, tmp_path)) is None
     assert len(said.lines) == 1 and "f16" in said.lines[0].lower()
 
 
@@ -152,5 +159,7 @@ def test_the_page_of_a_training_has_the_losses_of_its_log(place: Place, tmp_path
     assert stage.section_values(result({})) == {"losses": []}
     assert stage.section_values(replace(result({}), artifact=made)) == {"losses": []}
     (tmp_path / "logs").mkdir()
-    (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 3.5}\n{"step": 2, "loss": 2.5}\n')
+    (tmp_path / LOG_FILE).write_text(
+        '{"step": 1, "epoch": 0.5, "loss": 3.5}\n{"step": 2, "epoch": 1, "loss": 2.5}\n'
+    )
     assert stage.section_values(replace(result({}), artifact=made)) == {"losses": [(1, 3.5), (2, 2.5)]}

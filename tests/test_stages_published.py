@@ -14,19 +14,20 @@ from forge.errors import CheckError, DataError
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.pipeline.stage import Result
 from forge.stages import stages_for
-from forge.stages.adopt import AdoptStage
+from forge.stages.adopt import AdoptedFacts, AdoptStage
 from forge.stages.calibrate import CalibrateStage
 from forge.stages.data import DataStage
 from forge.stages.export import ExportStage
 from forge.stages.merge import MergeStage
 from forge.stages.modelfile import ModelfileStage
 from forge.stages.train import TrainStage
-from forge.store.artifacts import Artifact, Output
+from forge.store.artifacts import Artifact
+from forge.store.publication import Output
 from forge.verify.calibrate import IMPORTANCE_FILE
 from tests.conftest import tree
 from tests.makers.tokenizer import CHATML
 from tests.test_pipeline_stages import listen
-from tests.test_stages_asking import RECIPE, SAMPLE, Place, place_of, write_adapter
+from tests.test_stages_asking import EXPORT_FACTS, RECIPE, SAMPLE, Place, place_of, write_adapter
 from tests.test_stages_deployed import ship_of
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -64,7 +65,7 @@ def files(run: Path) -> dict[str, str]:
 
 
 def test_one_model_takes_the_place_of_all_earlier_ones(place: Place, run: Path, tmp_path: Path) -> None:
-    made = artifact(tmp_path / "a", "new", GGUF_FILE, quant="q4_k_m", merged_because=[])
+    made = artifact(tmp_path / "a", "new", GGUF_FILE, **EXPORT_FACTS | {"quant": "q4_k_m"})
     ExportStage(place.ship).publish(made, run, None)
     assert files(run) == {"mini-q4_k_m.gguf": f"new {GGUF_FILE}", "Modelfile": "earlier"}
     result = Result("export", False, 0.0, made.facts, made)
@@ -73,7 +74,7 @@ def test_one_model_takes_the_place_of_all_earlier_ones(place: Place, run: Path, 
 
 def test_a_model_its_adapter_its_checkpoint_and_its_matrix(tmp_path: Path, run: Path) -> None:
     stage, merged = ExportStage(place_of(tmp_path, RECIPE + IMATRIX).ship), f"{MERGED_DIRECTORY}/config.json"
-    names, facts = (GGUF_FILE, ADAPTER_FILE, merged), {"quant": "q8_0", "merged_because": ["it has a bias"]}
+    names, facts = (GGUF_FILE, ADAPTER_FILE, merged), {**EXPORT_FACTS, "merged_because": ["it has a bias"]}
     made = artifact(tmp_path / "a", "new", *names, **facts)
     stage.publish(made, run, None)
     assert files(run) == {
@@ -94,17 +95,17 @@ def test_an_adapter_of_the_same_size_is_replaced_where_its_digest_is_another(
     place: Place, run: Path, tmp_path: Path
 ) -> None:
     stage = ExportStage(place.ship)
-    stage.publish(artifact(tmp_path / "a", "1st", GGUF_FILE, ADAPTER_FILE, quant="q8_0"), run, None)
-    stage.publish(artifact(tmp_path / "b", "2nd", GGUF_FILE, ADAPTER_FILE, quant="q8_0"), run, "1st")
+    stage.publish(artifact(tmp_path / "a", "1st", GGUF_FILE, ADAPTER_FILE, **EXPORT_FACTS), run, None)
+    stage.publish(artifact(tmp_path / "b", "2nd", GGUF_FILE, ADAPTER_FILE, **EXPORT_FACTS), run, "1st")
     shipped = {"mini-q8_0.gguf": f"2nd {GGUF_FILE}", "mini-q8_0-adapter.gguf": f"2nd {ADAPTER_FILE}"}
     assert files(run) == {**shipped, "Modelfile": "earlier"}
-    stage.publish(artifact(tmp_path / "c", "3rd", GGUF_FILE, quant="q8_0"), run, "2nd")
+    stage.publish(artifact(tmp_path / "c", "3rd", GGUF_FILE, **EXPORT_FACTS), run, "2nd")
     assert files(run) == {"mini-q8_0.gguf": f"3rd {GGUF_FILE}", "Modelfile": "earlier"}
 
 
 def test_a_model_goes_before_its_adapter_does(place: Place, run: Path, tmp_path: Path) -> None:
     """What stops in the middle leaves no base without its adapter, nor an adapter on another model."""
-    made = artifact(tmp_path / "a", "new", GGUF_FILE, ADAPTER_FILE, quant="f16")
+    made = artifact(tmp_path / "a", "new", GGUF_FILE, ADAPTER_FILE, **EXPORT_FACTS | {"quant": "f16"})
     in_the_middle = replace(made, outputs={GGUF_FILE: made.outputs[GGUF_FILE]})
     with pytest.raises(KeyError, match=ADAPTER_FILE):
         ExportStage(place.ship).publish(in_the_middle, run, None)
@@ -146,10 +147,7 @@ def test_an_adapter_of_another_tool_is_taken_in_with_its_tokenizer(tmp_path: Pat
     place = place_of(tmp_path, f"name: mini\nbase: ./base\ndata: {SAMPLE}\ntrain: {{from: ./theirs}}\n")
     stage = AdoptStage(place.ship)
     facts = stage.build({}, place.out)
-    assert facts == {
-        "adopted_from": "./theirs", "revision": None, "trained_on": read_adapter(theirs).base_name,
-        "layers": 1, "names_unwrapped": False,
-    }  # fmt: skip
+    assert facts == AdoptedFacts("./theirs", None, read_adapter(theirs).base_name, 1, names_unwrapped=False)
     assert tree(place.out) == tree(theirs)
     assert place.ship.adopted is not None
     adopted = replace(place.ship.adopted, spec="someone/theirs", directory=None)
@@ -167,10 +165,10 @@ def test_a_modelfile_of_a_gguf_with_another_template_is_refused(tmp_path: Path) 
     for name, template in templates.items():
         (tmp_path / name).mkdir()
         write_tiny_gguf(tmp_path / name / GGUF_FILE, template=template)
-        exported[name] = {"export": Artifact("export", "k", "d", tmp_path / name, {"quant": "q8_0"})}
+        exported[name] = {"export": Artifact("export", "k", "d", tmp_path / name, EXPORT_FACTS)}
     (tmp_path / "out").mkdir()
     facts = stage.build(exported["right"], tmp_path / "out")
-    assert facts["same_prompts"]["conversations"] == 200
+    assert facts.same_prompts.conversations == 200
     with pytest.raises(CheckError, match="prompt"):
         stage.build(exported["wrong"], tmp_path / "out")
 

@@ -17,13 +17,13 @@ from forge.store.artifacts import Artifact
 
 @dataclass(frozen=True)
 class AdoptedFacts:
-    """Where the adapter is from; `names_unwrapped` is how many tensors have lost a wrapper's prefix."""
+    """Where the adapter is from; `names_unwrapped`: its tensors lost the prefix of a wrapper."""
 
     adopted_from: str
     revision: str | None
     trained_on: str | None
     layers: int
-    names_unwrapped: int
+    names_unwrapped: bool
 
 
 class AdoptStage(AdapterStage):
