@@ -15,6 +15,10 @@ SEEDED = {
     "the export request": ("forge/export/run.py", "model.merge_base", "model.merge_bsae"),
     "a measurement": ("forge/verify/cause.py", "measured.legs", "measured.lges"),
     "the manifest": ("forge/commands/bundle.py", "manifest.base.licence", "manifest.base.licenec"),
+    "a training request": ("forge/train/run.py", "request.pad_token", "request.pad_toekn"),
+    "a recipe's section": ("forge/train/arguments.py", "settings.neftune_alpha", "settings.neftnue_alpha"),
+    "what evaluation measured": ("forge/stages/evaluate.py", "measured.loss_error", "measured.loss_erorr"),
+    "a stage's facts": ("forge/stages/deploy.py", "data.longest_tokens", "data.longest_tokesn"),
     "a leg": ("forge/verify/compare.py", "leg.nmse ", "leg.nmes "),
 }
 

@@ -18,6 +18,7 @@ from forge.stages.export import EXPORT_STAGE
 from forge.stages.modelfile import ModelfileStage
 from forge.store.artifacts import Artifact, Store
 from tests.conftest import copy_of_tiny
+from tests.test_stages_asking import EXPORT_FACTS
 from tests.tiny_gguf import write_tiny_gguf
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -60,7 +61,7 @@ def test_a_gguf_that_ends_otherwise_gets_no_modelfile(ship: Resolved, tmp_path: 
     exported = tmp_path / "exported"
     exported.mkdir()
     write_tiny_gguf(exported / GGUF_FILE)
-    made = {EXPORT_STAGE: Artifact(EXPORT_STAGE, "key", "digest", exported, {"quant": "f16"})}
+    made = {EXPORT_STAGE: Artifact(EXPORT_STAGE, "key", "digest", exported, {**EXPORT_FACTS, "quant": "f16"})}
     (tmp_path / "out").mkdir()
     _ends_otherwise(ship)
     with pytest.raises(CheckError, match="what ends a reply is not the same everywhere: broken at the GGUF"):
