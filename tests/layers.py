@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-_EVERYONE = {"errors", "report", "codec"}
+_EVERYONE = {"errors", "report", "codec", "files"}
 _BELOW_RESOLVE = {
     "process", "worker", "recipe", "store", "pipeline", "model", "chat", "data", "adapter", "train",
     "export", "verify", "tools", "serve",
@@ -20,6 +20,7 @@ ARROWS: Mapping[str, set[str]] = {
     "errors": set(),
     "report": set(),
     "codec": set(),
+    "files": set(),
     "process": set(),
     "diagnosis": set(),
     "worker": {"process"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
-import hashlib
 import json
 import lzma
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 from forge.data.conversation import Row
 from forge.data.files import read_file, read_rows, slice_of
 from forge.data.problems import BadRows, refuse
-from forge.data.sources import BUILTIN, digest_of, locate, locate_all
+from forge.data.sources import BUILTIN, locate, locate_all
 from forge.errors import DataError, Problem
 
 ROWS = [
@@ -394,8 +393,3 @@ def test_locate(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=message):
             locate(source, tmp_path)
-
-
-def test_digest(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", "{}")
-    assert digest_of(path) == hashlib.sha256(b"{}").hexdigest()

@@ -263,12 +263,10 @@ def test_r5_inference_counts_weights_and_cache(llama: Configuration) -> None:
     assert estimate.cache_bytes(grouped, context=4096) * 4 == estimate.cache_bytes(llama, context=4096)
 
 
-def test_an_export_needs_room_for_its_file_alone(tensors: Models) -> None:
+def test_an_export_needs_room_for_its_file_alone() -> None:
     assert estimate.export_disk(1_000_000_000, "q8_0").parts == {"GGUF": 1_062_500_000}
     kept = estimate.export_disk(1_000_000_000, "q8_0", keep_merged=True)
     assert kept.parts == {"GGUF": 1_062_500_000, "merged checkpoint": 4_000_000_000}
-    # The largest tensor is what counts, not the model: 7B must not need 28 GB.
-    assert estimate.export_memory(tensors["llama-2-7b"]).total < 3e9
 
 
 def test_available_memory_is_that_of_the_container(tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from forge import report
 from forge.codec import to_plain
 from forge.errors import DataError, RecipeError
+from forge.files import write_text
 from forge.pipeline.reasons import short
 from forge.recipe.fields import values
 from forge.runs.figures import SHOWN, Figures, figures_of, read_whole_manifest
 from forge.runs.find import find_run
 from forge.runs.manifest import Certified, Learned, Manifest, RunFacts
 from forge.ship.page import page_environment
-from forge.store import durable
 
 _MOST_ANSWERS = 10
 """So many questions are shown on the terminal; the page and `--json` have all."""
@@ -265,7 +265,7 @@ def _write_page(comparison: Comparison, path: Path) -> None:
         answers=comparison.answers, asked_of_one=comparison.asked_of_one,
     )  # fmt: skip
     try:
-        durable.write_text(path, written)
+        write_text(path, written)
     except OSError as failure:
         raise DataError(f"--html: {path} cannot be written: {failure.strerror}") from failure
 

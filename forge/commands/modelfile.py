@@ -16,10 +16,10 @@ from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
 from forge.commands.export import alone
 from forge.errors import CheckError, DataError, RecipeError
+from forge.files import sync, write_text
 from forge.model.gguf_copy import require_same_but, with_text
 from forge.model.gguf_header import read_gguf
 from forge.runs.files import BESIDE, adapter_beside
-from forge.store import durable
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 
@@ -56,7 +56,7 @@ def write_modelfile(
     if way == "jinja" and not jinja:
         report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
     if out:
-        durable.write_text(out, text)
+        write_text(out, text)
         report.success(f"wrote {out}")
     else:
         report.output(text.rstrip("\n"))
@@ -98,7 +98,7 @@ def write_guarded(gguf: Path, out: Path) -> int:
         except OSError as error:
             raise DataError(f"{out}: cannot be written: {error.strerror}") from error
         require_same_but(header, made, TEMPLATE_KEY, pinned)
-        durable.sync(made)
+        sync(made)
         made.replace(out)
     report.success(f"wrote {out}: {gguf.name} with its chat template pinned, {compared} prompts compared")
     return compared

@@ -15,6 +15,7 @@ from typing import Any
 from forge import report
 from forge.codec import to_plain
 from forge.errors import ForgeError, InterruptedByUserError, Problem, RecipeError, StageError
+from forge.files import write_text
 from forge.recipe.sweep import Combination, Sweep, load_sweep
 from forge.runs.figures import SHOWN, Figures, Shown, figures_of
 from forge.runs.files import RUNS
@@ -22,7 +23,6 @@ from forge.runs.manifest import read_manifest
 from forge.ship.drive import plan_quietly, run_directory, ship
 from forge.ship.page import page_environment
 from forge.ship.pictures import bars, points
-from forge.store import durable
 
 _FIGURES = (
     "trainable_parameters", "loss_after", "exact_after", "peak_memory_bytes", "training_seconds",
@@ -235,14 +235,14 @@ def _show(result: SweepResult) -> None:
 def _keep(result: SweepResult) -> None:
     """The table and the page, so far."""
     result.table.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(result.table, json.dumps(to_plain(result), indent=2, ensure_ascii=False) + "\n")
+    write_text(result.table, json.dumps(to_plain(result), indent=2, ensure_ascii=False) + "\n")
     heads, rows = _table(result)
     text = Path(__file__).with_name("sweep.html.jinja").read_text(encoding="utf-8")
     page = page_environment().from_string(text)
     written = page.render(
         name=result.name, runs=result.runs, heads=heads, rows=rows, pictures=_pictures(result)
     )
-    durable.write_text(result.plot, written)
+    write_text(result.plot, written)
 
 
 def _pictures(result: SweepResult) -> Sequence[tuple[str, str]]:

@@ -14,6 +14,7 @@ from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError, RecipeError
 from forge.export.importance import weights_in
+from forge.files import write_text
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.estimate import certificate_disk
@@ -24,7 +25,6 @@ from forge.resolve.certified import basis_of
 from forge.resolve.rows import builtin_rows, own_rows, plain_rows
 from forge.resolve.taught import trained_tokenizer
 from forge.stages.verify import failure_of, tell
-from forge.store import durable
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
 from forge.tools.scratch import scratch
@@ -71,7 +71,7 @@ def certify(
     judged, evidence = judged_of(files, data=data, gates=Gates(max_kl, min_top1), minutes=minutes)
     plain = judged.plain()
     if certificate:
-        durable.write_text(certificate, certificate_text(plain, evidence))
+        write_text(certificate, certificate_text(plain, evidence))
         report.info(f"the certificate is in {certificate}; it holds the rows that were compared")
     if failure := failure_of(judged):
         raise failure

@@ -35,7 +35,6 @@ _PAIRS: Mapping[str, tuple[str, str, str]] = {
     "dolly": ("instruction", "context", "response"),
     "question": ("question", "context", "answer"),
 }
-FORMATS = (AUTO, MESSAGES, SHAREGPT, PROMPT, "alpaca", "dolly", "question", PREFERENCE, TEXT)
 EMPTY: tuple[object, ...] = (None, "", [], {}, ())
 
 

@@ -5,7 +5,6 @@ Not covered: the hub (`model.base` fetches; what it gives is a directory).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,12 +105,6 @@ def _split_of(path: Path) -> str:
     ]
     named = next((word.partition(".")[0] for word in words if word.partition(".")[0] in SPLITS), "")
     return _SAME_SPLIT.get(named, named)
-
-
-def digest_of(path: Path) -> str:
-    """sha256 of the file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def shown(paths: Sequence[Path]) -> str:

@@ -33,11 +33,6 @@ class Checkpoint:
     files: tuple[Path, ...]
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors (the files are longer by their headers)."""
-        return sum(tensor.bytes for tensor in self.tensors.values())
-
-    @property
     def numel(self) -> int:
         """Parameters stored; a tied head that is not stored is not counted."""
         return sum(tensor.numel for tensor in self.tensors.values())

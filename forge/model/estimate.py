@@ -42,8 +42,8 @@ QUANT_BITS: Mapping[str, float] = {
     "iq3_xxs": 3.06, "iq2_m": 2.7, "iq2_s": 2.5, "iq2_xs": 2.31, "iq2_xxs": 2.06,
 }  # fmt: skip
 
-# Resident size of a worker that has imported torch, transformers, peft and trl; of the converter.
-TRAINING_START_BYTES, EXPORT_START_BYTES, SERVER_START_BYTES = 900_000_000, 550_000_000, 100_000_000
+# Resident size of a worker that has imported torch, transformers, peft and trl; of a server without a model.
+TRAINING_START_BYTES, SERVER_START_BYTES = 900_000_000, 100_000_000
 
 # What a CUDA process holds before its first tensor: the context, cuBLAS's workspace, loaded kernels.
 CUDA_CONTEXT_BYTES = 600_000_000
@@ -260,12 +260,6 @@ def certificate_disk(parameters: int, quant: str) -> Estimate:
     """
     quantized = {} if quant in ("f16", "f32") else {"vendor's file": gguf_bytes(parameters, quant)}
     return Estimate({"vendor's f16 file": gguf_bytes(parameters, "f16"), **quantized})
-
-
-def export_memory(tensors: Mapping[str, TensorSpec]) -> Estimate:
-    """Main memory of the export: the largest tensor in fp32 as it came and as it was turned, and start-up."""
-    largest = max((tensor.numel * 4 for tensor in tensors.values()), default=0)
-    return Estimate({"largest tensor": 2 * largest, "libraries": EXPORT_START_BYTES})
 
 
 def stored_bytes(parameters: int, dtype: str) -> int:

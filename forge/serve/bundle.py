@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge.errors import DataError, MissingToolError, RecipeError
+from forge.files import sha256_of
 from forge.serve import bundle_files, bundle_python
 from forge.serve.runtime import ServerSettings
 from forge.tools.native import backends, libraries
@@ -130,5 +131,4 @@ def _add(archive: tarfile.TarFile, inside: str, source: Path | str) -> None:
 def _digest(source: Path | str) -> str:
     if isinstance(source, str):
         return hashlib.sha256(source.encode()).hexdigest()
-    with source.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(source)

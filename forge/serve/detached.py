@@ -20,6 +20,7 @@ import psutil
 
 from forge import process
 from forge.errors import DataError, RecipeError, StageError, from_json
+from forge.files import write_text
 
 _SECONDS_BETWEEN = 0.05
 _SECONDS_TO_STOP = 40.0
@@ -97,9 +98,7 @@ def announced(directory: Path, name: str) -> Iterator[Callable[[Served], None]]:
         ) from None
 
     def tell(served: Served) -> None:
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(served)), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, json.dumps(asdict(served)))
 
     try:
         path.unlink(missing_ok=True)  # of one that was killed

@@ -11,13 +11,13 @@ Not covered: an ingress, TLS, several machines' worth of one model. The key is a
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from pathlib import Path
 
 from forge import process
 from forge.errors import RecipeError
+from forge.files import sha256_of
 from forge.model.gguf_header import read_gguf
 from forge.serve import front_nginx
 from forge.serve.container import IMAGE, MOST_PROCESSES, PORT, uses_gpu
@@ -137,7 +137,7 @@ def _fetch(settings: ServerSettings, url: str) -> list[str]:
             hint="leave it out and put both on the volume claim, or ship with export.mode: merged",
         )
     file = _literal(_inside(settings.model))
-    return ["sh", "-c", _FETCH, "fetch", file, _literal(url), _digest(settings.model)]
+    return ["sh", "-c", _FETCH, "fetch", file, _literal(url), sha256_of(settings.model)]
 
 
 def _label(name: str) -> str:
@@ -147,8 +147,3 @@ def _label(name: str) -> str:
 
 def _mebibytes(count: int) -> int:
     return math.ceil(count / (1 << 20))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

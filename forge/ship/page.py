@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from forge.files import write_text
 from forge.pipeline.stage import Result, Step
 from forge.ship.pictures import ids_that_differ, kl_by_position, kl_by_size, loss_curve, top1_by_stage
-from forge.store import durable
 
 # What a section may draw.
 _PICTURES = {
@@ -44,4 +44,4 @@ def write_page(
         for stage in shown
     ]
     page = environment.from_string(Path(__file__).with_name("page.html.jinja").read_text("utf-8"))
-    durable.write_text(path, page.render(sections=[section for section in sections if section.strip()]))
+    write_text(path, page.render(sections=[section for section in sections if section.strip()]))

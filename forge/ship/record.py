@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from forge.errors import ForgeError
+from forge.files import write_text
 from forge.pipeline.stage import Action, Result, Step
 from forge.resolve.resolved import Resolved
 from forge.runs.files import MANIFEST, REPORT
@@ -23,7 +24,6 @@ from forge.runs.manifest import (
     read_manifest,
 )
 from forge.ship.page import write_page
-from forge.store import durable
 from forge.store.artifacts import Artifact
 
 _NOT_VERIFIED = "the ship did not get as far as verify"
@@ -62,7 +62,7 @@ def record(
             stage.publish(artifact, directory, published.digest if published else None)
     manifest = _manifest(ship, stages, results, failure)
     plain = manifest.as_json()
-    durable.write_text(directory / MANIFEST, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    write_text(directory / MANIFEST, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
     write_page(directory / REPORT, plain, stages, results)
     return manifest
 

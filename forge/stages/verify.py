@@ -12,6 +12,7 @@ from forge.chat.hand_over import MODELFILE_JINJA
 from forge.codec import Json, from_plain, to_plain
 from forge.errors import CheckError, ForgeError, Problem
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
+from forge.files import write_text
 from forge.model.estimate import certificate_disk
 from forge.pipeline.stage import Result
 from forge.resolve.certified import basis_of
@@ -25,7 +26,6 @@ from forge.stages.data import DATA_STAGE
 from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
 from forge.stages.modelfile import ModelfileFacts, ModelfileStage
 from forge.stages.train import ADAPTER_STAGE
-from forge.store import durable
 from forge.store.artifacts import Artifact
 from forge.tools.llama_cpp import find_converters
 from forge.verify.basis import Evidence, certificate_text, evidence_of
@@ -109,7 +109,7 @@ class VerifyStage(OfType, GgufStage):
         measured = worker.perform(measure, request, log=self.ship.log)
         basis = basis_of(request, self._names(inputs), self.ship.store.digests)
         evidence = to_plain(evidence_of(request.rows, measured.sample))
-        durable.write_text(out / _EVIDENCE, json.dumps(evidence, ensure_ascii=False))
+        write_text(out / _EVIDENCE, json.dumps(evidence, ensure_ascii=False))
         return measured.of(basis)
 
     def _names(self, inputs: Mapping[str, Artifact]) -> dict[str, str]:
@@ -131,7 +131,7 @@ class VerifyStage(OfType, GgufStage):
         text = certificate_text(certificate(self.ship, artifact.read(Measurement)), evidence)
         if self.ship.further_type is None:
             withdraw_types(CERTIFICATE, run)
-        durable.write_text(run / of_type(CERTIFICATE, self.ship.further_type), text)
+        write_text(run / of_type(CERTIFICATE, self.ship.further_type), text)
 
     def goes_on(self, work: Path) -> bool:
         return holds_any(work)

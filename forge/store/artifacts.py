@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from forge.codec import Json, from_plain
 from forge.errors import DataError
-from forge.store import durable
+from forge.files import write_text
 from forge.store.digest import DigestCache, digest, names_digest
 from forge.store.lock import hold
 from forge.store.publication import (
@@ -169,7 +169,7 @@ class Store:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not (self.root / "FORMAT").exists():
-                durable.write_text(self.root / "FORMAT", f"{FORMAT}\n")
+                write_text(self.root / "FORMAT", f"{FORMAT}\n")
         except OSError as failure:
             raise DataError(
                 f"the store {self.root} cannot be written: {failure.strerror}",

@@ -23,7 +23,7 @@ from typing import TypeAlias
 from forge import report
 from forge.codec import Json
 from forge.errors import DataError
-from forge.store import durable
+from forge.files import sha256_of, write_text
 
 # A file changed again within the clock's resolution keeps its modification time; what is younger
 # than this is not remembered. Two seconds is the coarsest clock of a file system in use (FAT).
@@ -70,9 +70,9 @@ def file_digest(path: Path, cache: DigestCache | None = None) -> str:
 
 def _read(path: Path, size: int) -> str:
     """The SHA-256 of a file, with its progress shown where reading it takes seconds."""
+    if size < _SHOWN_BYTES:
+        return sha256_of(path)
     with path.open("rb") as stream:
-        if size < _SHOWN_BYTES:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
         found, done = hashlib.sha256(), 0
         while block := stream.read(_BLOCK):
             found.update(block)
@@ -145,7 +145,7 @@ class DigestCache:
             # costs reading one file once more.
             with contextlib.suppress(OSError):
                 text = b"".join(_line(real, *entry) for real, entry in known.items()).decode()
-                durable.write_text(self.path, text)
+                write_text(self.path, text)
         return known
 
 

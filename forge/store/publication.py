@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from forge.codec import Json, to_plain
-from forge.store import durable
+from forge.files import sync, write_text
 from forge.store.digest import canonical, file_digest, names_digest
 
 MANIFEST = "artifact.json"
@@ -60,7 +60,7 @@ def fill(
             "outputs": to_plain(outputs),
             "digest": names_digest({name: output.sha256 for name, output in outputs.items()}),
         }
-        durable.write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     except BaseException:
         clear(partial)
         raise
@@ -75,7 +75,7 @@ def _seal(partial: Path) -> Mapping[str, Output]:
             continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ValueError(f"{name.as_posix()}: an output must be a file, not a link or a device")
-        durable.sync(path)
+        sync(path)
         if path.is_file():
             path.chmod(0o444)
             outputs[name.as_posix()] = Output(file_digest(path), path.stat().st_size)
@@ -102,12 +102,12 @@ def holds_something(directory: Path) -> bool:
 def publish(partial: Path, final: Path) -> None:
     """Give `partial` its final name. What was there before steps aside first, and is then removed."""
     shutil.rmtree(partial / WORK, ignore_errors=True)
-    durable.sync(partial)
+    sync(partial)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
         final.rename(replaced)
     partial.rename(final)
-    durable.sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

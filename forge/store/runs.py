@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from forge.store import durable
+from forge.files import write_text
 from forge.store.artifacts import Request, Store
 from forge.store.digest import digest
 from forge.store.lock import hold as hold_lock
@@ -64,7 +64,7 @@ def remember(store: Store, directory: Path, requests: Mapping[str, Request]) -> 
     record = _record(store, directory)
     record.parent.mkdir(exist_ok=True)
     content = {"directory": str(directory.resolve()), "requests": dict(requests)}
-    durable.write_text(record, json.dumps(content, indent=1) + "\n")
+    write_text(record, json.dumps(content, indent=1) + "\n")
 
 
 def requests(store: Store, directory: Path) -> Mapping[str, Request]:

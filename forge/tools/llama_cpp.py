@@ -6,7 +6,6 @@ version, checks its sha256, and unpacks only the converters. Nothing is compiled
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from forge import process, report
 from forge.errors import DataError, MissingToolError
+from forge.files import sha256_of
 
 PACKAGE = "llama-cpp-python"
 VERSION = "0.3.36"
@@ -91,8 +91,7 @@ def _download(directory: Path) -> Path:
 def _check(archive: Path) -> None:
     if not archive.is_file():
         raise DataError(f"{archive} does not exist")
-    with archive.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of(archive)
     if found != SDIST_SHA256:
         raise DataError(
             f"{archive} is not the source archive of {PACKAGE} {VERSION}: its sha256 is {found}",

@@ -6,20 +6,20 @@ or damaged since, is told from a whole one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from forge import report
+from forge.files import sha256_of
 
 MARKER = "complete"
 
 
 def seal(directory: Path) -> None:
     """Write the marker of a checkpoint that is complete."""
-    digests = {path.name: _digest(path) for path in sorted(directory.iterdir()) if path.is_file()}
+    digests = {path.name: sha256_of(path) for path in sorted(directory.iterdir()) if path.is_file()}
     (directory / MARKER).write_text(json.dumps(digests))
 
 
@@ -45,11 +45,6 @@ def _fault(directory: Path) -> str:
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
-        if _digest(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} has other bytes than were written"
     return ""
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

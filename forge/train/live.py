@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import html
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge.files import write_text
 from forge.train.log import Evaluation, Step
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
@@ -81,9 +81,7 @@ class LivePage:
             pictures="\n".join(pictures),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        half = self._path.with_name(f".{self._path.name}.{os.getpid()}")
-        half.write_text(page, encoding="utf-8")
-        half.replace(self._path)
+        write_text(self._path, page)
 
     def _curve(self, value_of: Callable[[Step], float | None]) -> Points:
         """A value by step, thinned to what a picture shows; the last always."""

@@ -1,10 +1,14 @@
-"""Writing so that a file is there whole or not at all, also after a power cut.
+"""The one way to write a file, and to hash one.
+
+A file is there whole or not at all, also after a power cut. `store.digest` hashes with a cache and a progress
+line, for files of gigabytes.
 
 Not covered: file systems that lie about fsync.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -29,3 +33,9 @@ def write_text(path: Path, text: str) -> None:
     finally:
         beside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of the file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.store.durable import write_text
+from forge.files import sha256_of, write_text
 from tests.conftest import tree
 
 
@@ -42,3 +42,8 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(
     with pytest.raises(OSError, match="No space left"):
         write_text(path, "new")
     assert tree(tmp_path) == {"manifest.json": b"old"}
+
+
+def test_the_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert sha256_of(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
