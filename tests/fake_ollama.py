@@ -14,7 +14,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import ThreadingHTTPServer
@@ -182,12 +182,22 @@ class FakeOllama:
 
     # Answers
 
-    def prompt(self, model: Model, messages: Messages, context: int, *, cuts: bool = True) -> str:
+    def prompt(
+        self,
+        model: Model,
+        messages: Messages,
+        context: int,
+        *,
+        cuts: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The prompt; the oldest turns are dropped in silence until it fits, unless it `cuts` none."""
         system = [one for one in messages if one["role"] == "system"]
         for start in range(len(messages)):
             kept = [*(one for one in system if one not in messages[start:]), *messages[start:]]
-            text = prompt_of(model, kept, self.go, has_jinja=self.has_jinja, honours_go=self.honours_go)
+            text = prompt_of(
+                model, kept, self.go, has_jinja=self.has_jinja, honours_go=self.honours_go, tools=tools
+            )
             if not cuts or start == len(messages) - 1 or len(text.encode()) < context:
                 break
             if len(self._llama(model, context, "/tokenize", content=text)["tokens"]) <= context:
@@ -206,7 +216,7 @@ class FakeOllama:
     def _answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
         model = self.find(body["model"])
         for asked in ("tools", "think"):
-            if body.get(asked):
+            if body.get(asked) and not (self.has_jinja and model.uses_jinja and model.has_more_than_go):
                 what = "thinking" if asked == "think" else "tools"
                 raise RefusedError(400, f'"{body["model"]}" does not support {what}')
         options = {**model.parameters, **(body.get("options") or {})}
@@ -220,7 +230,7 @@ class FakeOllama:
         collate(model, messages)
         context = int(options.get("num_ctx", DEFAULT_CONTEXT))
         cuts = not self.hears_truncate or body.get("truncate", True)
-        prompt = self.prompt(model, messages, context, cuts=cuts)
+        prompt = self.prompt(model, messages, context, cuts=cuts, tools=body.get("tools") or ())
         if body.get("_debug_render_only") and self._is_since(0, 11, 5):
             return done | {
                 "_debug_info": {"rendered_template": prompt},

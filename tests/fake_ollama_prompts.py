@@ -4,7 +4,8 @@ Rules and order are those measured on a live server 0.33; one test each in `test
 real one with what the server sets by itself (thinking on, today's date); Go is forge's interpreter,
 or real Go where a test gives it.
 
-Not covered: native renderers, images, tool calls.
+Not covered: native renderers, images; in which order a real server writes the keys of a tool's schema,
+and what it makes of calls: they go to the Jinja as they come.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from forge.chat import go_interpreter
 from forge.chat.template import DAY_VARIABLE, ChatTemplate
 from tests.makers.tokenizer import CHATML
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 # Go template text and its data -> text.
 GoRenderer = Callable[[str, Mapping[str, Any]], str]
 CHATML_GO = """{{- range .Messages }}<|im_start|>{{ .Role }}
@@ -81,12 +82,12 @@ def is_near(one: str, other: str) -> bool:
     return row[-1] < _NEAR
 
 
-def collate(model: Model, messages: Messages) -> tuple[str, list[dict[str, str]]]:
+def collate(model: Model, messages: Messages) -> tuple[str, list[dict[str, Any]]]:
     """The system text, and the messages with neighbours of one role merged (not those of tools)."""
     whole = [*model.messages, *messages]
     if model.system and messages[0]["role"] != "system":
         whole.insert(0, {"role": "system", "content": model.system})
-    merged: list[dict[str, str]] = []
+    merged: list[dict[str, Any]] = []
     for message in whole:
         if merged and merged[-1]["role"] == message["role"] != "tool":
             merged[-1]["content"] += "\n\n" + message["content"]
@@ -96,12 +97,18 @@ def collate(model: Model, messages: Messages) -> tuple[str, list[dict[str, str]]
 
 
 def prompt_of(
-    model: Model, messages: Messages, go: GoRenderer, *, has_jinja: bool, honours_go: bool = False
+    model: Model,
+    messages: Messages,
+    go: GoRenderer,
+    *,
+    has_jinja: bool,
+    honours_go: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The text that goes to the tokenizer; `honours_go` is OLLAMA_GO_TEMPLATE=1."""
     system, merged = collate(model, messages)
     if has_jinja and (model.template is None or (model.has_more_than_go and not honours_go)):
-        return _of_jinja(model, merged)
+        return _of_jinja(model, merged, tools)
     template = model.template or "{{ .Prompt }}"
     if ".Messages" not in template:
         text = _legacy(template, merged, go)
@@ -110,13 +117,15 @@ def prompt_of(
     return text.removeprefix("<bos>") if model.add_bos else text
 
 
-def _of_jinja(model: Model, messages: Messages) -> str:
+def _of_jinja(model: Model, messages: Messages, tools: Sequence[Mapping[str, Any]]) -> str:
     """llama-server's way: ChatML where there is none; one BOS, whoever writes it."""
+    names = {"thinking": "reasoning_content", "tool_name": "name"}
+    messages = [{names.get(key, key): value for key, value in one.items()} for one in messages]
     source = model.jinja if model.jinja is not None else CHATML
     today = datetime.now(UTC).date().isoformat()
     given = {DAY_VARIABLE: today, "enable_thinking": True, "date_string": today}
     template = ChatTemplate(source, model.tokens, given)
-    text = template.render(messages, add_generation_prompt=True)
+    text = template.render(messages, add_generation_prompt=True, tools=tools)
     return text.removeprefix(model.tokens.get("bos_token", "")) if model.add_bos else text
 
 

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from forge import report
 from forge.chat.stops import StopContract
 from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
+from forge.data.prepare import HELDOUT_FILE, Prepared, Shown
 from forge.errors import CheckError, MissingToolError
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Result
 from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
+from forge.serve.client import Client
+from forge.serve.ollama import prove_kinds
+from forge.serve.talk import OfKind, Talk
 from forge.stages.deploy import DeployAction, DeployFacts
 from forge.stages.smoke import Heldout, Served, SmokeAction
 from forge.store.artifacts import Artifact, Store
+from forge.tools.ollama import Ollama
 from forge.train.evaluate import Answered, Exact
 from tests.conftest import copy_of_tiny
 from tests.fake_ollama import FakeOllama
+from tests.makers.tokenizer import CHATML
 from tests.models import evaluated
 from tests.stand_in_server import StandIn
 from tests.test_stages_asking import EXPORT_FACTS
@@ -35,10 +44,13 @@ from tests.tiny_gguf import END_OF_TURN, REPLY, SPECIAL, SPELLING, write_tiny_gg
 pytestmark = [pytest.mark.network, pytest.mark.programs]
 # As `write_tiny_gguf` numbers them: what its model says first, and a character that it does not say.
 CHARACTERS = [*SPECIAL, "\n", *(chr(code) for code in range(32, 127))]
+DATA = Prepared(
+    0, 0, 1, 1, 1, 1.0, 1, 1, 0, 0, (), {}, {}, {}, (), Shown("", "", ""), 0, 512, "<|im_end|>", 2
+)  # fmt: skip
 FIRST, ANOTHER = len(CHARACTERS), CHARACTERS.index("x")
 
 
-def ship_of(directory: Path, deploy: str, expect: str = ".*") -> Resolved:
+def ship_of(directory: Path, deploy: str, expect: str = ".*", template: str = "") -> Resolved:
     """A ship of a base whose tokenizer is that of the file."""
     base = copy_of_tiny(directory / "base")
     described = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
@@ -50,7 +62,8 @@ def ship_of(directory: Path, deploy: str, expect: str = ".*") -> Resolved:
     (base / "tokenizer.json").write_text(json.dumps(described), encoding="utf-8")
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": END_OF_TURN}))
     (directory / "recipe.yaml").write_text(
-        "name: mini\nbase: ./base\ndata: {source: builtin:yoda}\n"
+        f"name: mini\nbase: {json.dumps({'id': './base', 'chat_template': template or None})}\n"
+        "data: {source: builtin:yoda}\n"
         f"deploy: {{{deploy}, context_tokens: 512}}\n"
         f"smoke: [{{prompt: Hello?, max_tokens: 16, expect: {expect}}}]\n"
     )
@@ -66,13 +79,22 @@ def measured(ship: Resolved, token: int) -> Mapping[str, Any]:
     return {**whole, "live": [expected] * 4, "file": {**whole["file"], "type": "f16", "sampling": {}}}
 
 
-def deployed(ship: Resolved, directory: Path, verify: Mapping[str, Any] | None = None) -> DeployFacts:
+def deployed(
+    ship: Resolved,
+    directory: Path,
+    verify: Mapping[str, Any] | None = None,
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> DeployFacts:
     exported = directory / "exported"
     exported.mkdir()
     ship.run_directory.mkdir(parents=True)
-    write_tiny_gguf(exported / GGUF_FILE)
+    (exported / HELDOUT_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_tiny_gguf(exported / GGUF_FILE, template=ship.template.pinned_source() if rows else CHATML)
     artifact = Artifact("export", "key", "digest", exported, {**EXPORT_FACTS, "quant": "f16"})
+    data = Artifact("data", "key", "digest", exported, to_plain(replace(DATA, heldout_rows=len(rows))))
     results = {"export": Result("export", False, 0.0, artifact.facts, artifact)}
+    if rows:
+        results["data"] = Result("data", False, 0.0, data.facts, data)
     if verify:
         results["verify"] = Result("verify", False, 0.0, verify)
     with ExitStack() as stack:
@@ -151,6 +173,102 @@ def test_what_is_wrong_in_ollama_keeps_it_out(
         deployed(ship, tmp_path)
     assert said in " ".join(map(str, caught.value.problems))
     assert not fake_ollama.models
+
+
+CALLED = {"type": "function", "function": {"name": "look", "arguments": {"at": "sky", "long": True}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
+# Tools, calls and thinking, as short as they can be written.
+TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
+    "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+    "{{ message.content }}{% for call in message.tool_calls or [] %}"
+    "<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>{% endfor %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ANSWER = {"role": "assistant", "content": "a"}
+ROWS: tuple[Mapping[str, Any], ...] = (
+    {"messages": [{"role": "user", "content": "q"}, ANSWER], "tools": [TOOL]},
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "", "tool_calls": [CALLED]},
+            {"role": "tool", "content": "blue", "name": "look"},
+            ANSWER,
+        ],
+        "tools": [TOOL],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "b", "reasoning_content": "r"},
+            {"role": "user", "content": "why"},
+            ANSWER,
+        ]
+    },
+)
+KINDS = [("text", 2, 2, ""), ("tools", 1, 1, ""), ("tool calls", 1, 1, ""), ("thinking", 1, 1, "")]
+
+
+def _kinds(facts: DeployFacts) -> list[tuple[str, int, int, str]]:
+    return [(one.kind, one.prompts, one.same, one.why) for one in facts.prompts]
+
+
+def test_prompts_with_tools_calls_and_thinking_are_compared_with_all_of_it(tmp_path: Path) -> None:
+    ship = ship_of(tmp_path, "runtime: embedded", template=TOOLS)
+    facts = deployed(ship, tmp_path, rows=ROWS)
+    assert (_kinds(facts), facts.prompts_compared) == (KINDS, 5)
+
+
+def test_a_server_that_is_not_told_the_tools_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Client.apply_template
+    monkeypatch.setattr(Client, "apply_template", lambda self, messages, tools=(): told(self, messages))
+    with pytest.raises(CheckError, match="the server's prompt differs from training's"):
+        deployed(ship_of(tmp_path, "runtime: embedded", template=TOOLS), tmp_path, rows=ROWS[:1])
+
+
+def test_ollamas_prompts_with_tools_calls_and_thinking(
+    tmp_path: Path, fake_ollama: FakeOllama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Ollama makes of them is its own: it is said how far they are training's, and nothing fails."""
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+    ship = ship_of(tmp_path, "runtime: ollama", template=TOOLS)
+    fake_ollama.spoil = lambda text: text.replace('"look"', '"peek"')
+    said = io.StringIO()
+    with report.copied_to(said):
+        facts = deployed(ship, tmp_path, rows=ROWS)
+    assert list(fake_ollama.models) == ["mini:latest"]
+    text, tools, calls, thinking = _kinds(facts)
+    assert (text, thinking) == (KINDS[0], KINDS[3])
+    assert (tools[2], calls[2], facts.prompts_compared) == (0, 0, 3)
+    assert "Ollama writes" in tools[3] and "peek" in tools[3]
+    assert f"warning: Ollama: prompts with tools: 0 of 1 are training's: {tools[3]}" in said.getvalue()
+    assert "Ollama: prompts with thinking: 1 of 1 are training's" in said.getvalue()
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "0.29.0"])
+def test_ollama_writes_them_where_it_renders_the_jinja(
+    version: str, tmp_path: Path, fake_ollama: FakeOllama
+) -> None:
+    fake_ollama.version = version
+    template = ChatTemplate(TOOLS)
+    file = write_tiny_gguf(tmp_path / "m.gguf", template=template.pinned_source())
+    talks = [Talk(row["messages"][:-1], row.get("tools", ())) for row in ROWS]
+    with Ollama(fake_ollama.url) as server:
+        fields = {"files": {"m.gguf": server.push(file, "m")}, "parameters": {"num_ctx": 4096}}
+        server.create("m", fields | {"template": "{{ range .Messages }}{{ .Content }}{{ end }}"})
+        found = prove_kinds(server, "m", template, talks)
+    if version == "0.33.0":  # a TEMPLATE is ignored for such a file
+        assert found == [OfKind(one.kind, 1, 1) for one in talks]
+        return
+    assert [(one.kind, one.prompts, one.same) for one in found] == [(one.kind, 1, 0) for one in talks]
+    assert "the server writes none" in found[0].why and "does not support tools" in found[1].why
+    assert "Ollama writes" in found[2].why  # what a TEMPLATE of texts leaves out
 
 
 def test_an_ollama_that_does_not_answer_is_said_before_anything_runs(

@@ -88,6 +88,15 @@ class ChatTemplate:
             raise text
         return text
 
+    def as_read(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """The messages, with the thinking by the name that the template reads it by (gpt-oss: `thinking`)."""
+        read = [dict(message) for message in messages]
+        if ".thinking" in self.source:
+            for message in read:
+                if message.get("reasoning_content"):
+                    message["thinking"] = message["reasoning_content"]
+        return read
+
     def render_all(self, prompts: Sequence[renderer.Prompts]) -> list[list[str | DataError]]:
         """The texts of many prompts at once, or the refusal of one; raises `TemplateLimitError`."""
         given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}

@@ -16,10 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forge.chat.renderer import Prompts
-from forge.chat.template import ChatTemplate
-from forge.codec import Json
 from forge.data import shown
-from forge.data.conversation import Conversation, Turn
+from forge.data.conversation import Conversation
 from forge.data.problems import BadRows
 from forge.data.prompt_format import PromptFormat
 from forge.errors import DataError, Problem
@@ -135,7 +133,7 @@ def _next(batches: Iterator[list[_Asked]]) -> list[list[_Asked]]:
 
 def _rendered(batch: Sequence[_Asked], form: PromptFormat) -> list[_Texts]:
     prompts = [
-        replace(one.prompts, messages=_messages(one.conversation.turns, form.template)) for one in batch
+        replace(one.prompts, messages=form.template.as_read(one.conversation.messages())) for one in batch
     ]
     texts = form.template.render_all(prompts)
     return [dict(zip(one.cuts, made, strict=True)) for one, made in zip(prompts, texts, strict=True)]
@@ -364,16 +362,6 @@ def _answer(conversation: Conversation, index: int, texts: _Texts, form: PromptF
             hint="leave these rows out, or use a template that ends every answer alike",
         )
     return _Answer(index, prompt, answer[: closing_at + len(form.end_of_turn)])
-
-
-def _messages(turns: Sequence[Turn], template: ChatTemplate) -> list[dict[str, Json]]:
-    """What the template is given; some (gpt-oss) read the thinking by another name."""
-    messages = [turn.as_message() for turn in turns]
-    if ".thinking" in template.source:
-        for turn, message in zip(turns, messages, strict=True):
-            if turn.reasoning:
-                message["thinking"] = turn.reasoning
-    return messages
 
 
 def _begins(text: str, prompt: str, form: PromptFormat) -> bool:

@@ -133,9 +133,12 @@ class Client:
         with wire.as_expected(self.endpoint, "list of adapters"):
             return [float(one["scale"]) for one in response.json()]
 
-    def apply_template(self, messages: Sequence[Message]) -> str:
+    def apply_template(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The prompt that the server would give to the model."""
-        body = {"messages": [dict(message) for message in messages]}
+        body: dict[str, object] = {"messages": [dict(message) for message in messages]}
+        body |= {"tools": [dict(tool) for tool in tools]} if tools else {}
         told = self._ask("POST", "/apply-template", body)
         with wire.as_expected(self.endpoint, "prompt"):
             return str(told["prompt"])

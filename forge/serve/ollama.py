@@ -6,7 +6,8 @@ new model's, by a copy, which writes one small manifest; whatever fails before l
 it was. Servers since 0.30 get the GGUF's own Jinja first; where that differs, or on older ones, a
 Go TEMPLATE. A server built from source says 0.0.0 and is taken for a current one.
 
-Not covered: safetensors, which Ollama converts by itself and not always rightly; tools, thinking.
+Not covered: safetensors, which Ollama converts by itself and not always rightly. Of tools and thinking
+`prove_kinds` says how far the server's prompts are the template's; they choose no way.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from forge.serve.endpoint import Endpoint, Message
 from forge.serve.ollama_talks import PLAIN, Count, choose
 from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import refuse_foreign
-from forge.tools.ollama import Ollama, address_of, server_url, stops_in
+from forge.serve.talk import OfKind, Talk, by_kind
+from forge.tools.ollama import Ollama, OllamaError, address_of, server_url, stops_in
 from forge.tools.ollama_server import reach, watch
 
 # More than any model has.
@@ -297,6 +299,39 @@ def prove_prompts(
                 raise _differs(messages, f"{wanted} tokens", f"{tokens} tokens")
             counted += 1
     return Proved(compared, counted)
+
+
+def prove_kinds(server: Ollama, name: str, template: ChatTemplate, talks: Sequence[Talk]) -> list[OfKind]:
+    """How far the server writes prompts with tools, calls and thinking as the template does.
+
+    Nothing of it is an error: what the server makes of them is its own, and no template of ours reaches it.
+    """
+    bos = template.special_tokens.get("bos_token", "")
+    found = []
+    for kind, ones in by_kind(talks).items():
+        compared, same, why = 0, 0, ""
+        for talk in ones:
+            compared += 1
+            whole = talk.prompt(template)
+            tools = {"tools": [dict(tool) for tool in talk.tools]} if talk.tools else {}
+            try:
+                shown = server.prompt(name, [_as_sent(one) for one in talk.messages], **tools)
+            except OllamaError as refused:
+                why = why or f"the server writes none: {refused.message}"
+                continue
+            if shown in (whole, whole.removeprefix(bos)):
+                same += 1
+            elif not why:
+                at = max(0, first_difference(whole, shown) - 30)
+                why = f"trained on {whole[at : at + 70]!r}, Ollama writes {shown[at : at + 70]!r}"
+        found.append(OfKind(kind, compared, same, why))
+    return found
+
+
+def _as_sent(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message under Ollama's names; its arguments of calls are JSON, not text, as a template's."""
+    names = {"reasoning_content": "thinking", "name": "tool_name"}
+    return {names.get(key, key): value for key, value in message.items()}
 
 
 def _differing(

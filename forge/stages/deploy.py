@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from forge import report
 from forge.chat.difference import first_difference
 from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
@@ -23,8 +25,9 @@ from forge.resolve.queries import queries_in, smoke_passes
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import measured_file
 from forge.resolve.stage import OfShip
-from forge.serve.endpoint import Endpoint, Message
+from forge.serve.endpoint import Endpoint
 from forge.serve.runtimes import check_runtime
+from forge.serve.talk import Kind, OfKind, Talk
 from forge.stages.data import DATA_STAGE
 from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
 from forge.stages.modelfile import ModelfileFacts, ModelfileStage
@@ -40,7 +43,7 @@ _ASKED = 8
 
 @dataclass(frozen=True)
 class DeployFacts:
-    """Where the model is served, how many prompts were proved, and what was measured of the server."""
+    """Where the model is served, how many prompts were proved, and of each kind, and what was measured."""
 
     runtime: str
     endpoint: str
@@ -48,6 +51,7 @@ class DeployFacts:
     context_tokens: int
     prompts_compared: int
     live: Mapping[str, Any] | None
+    prompts: tuple[OfKind, ...] = ()
 
 
 class DeployAction(OfShip, Action):
@@ -82,9 +86,9 @@ class DeployAction(OfShip, Action):
         artifact = results[EXPORT_STAGE].artifact
         assert artifact is not None
         data = results[DATA_STAGE].read(Prepared) if DATA_STAGE in results else None
-        conversations = _conversations(self.ship.recipe, results)
+        talks = _talks(self.ship.recipe, results)
         in_ollama = deploy.runtime == "ollama"
-        compared: list[int] = []
+        compared: list[OfKind] = []
         settings = ServerSettings(
             model=artifact.path / GGUF_FILE,
             adapter=adapter_in(artifact),
@@ -99,19 +103,19 @@ class DeployAction(OfShip, Action):
             gpu_layers=deploy.gpu_layers,
             without_key=deploy.without_key,
             modelfile=_modelfile(results),
-            proof=(lambda one: compared.append(prove_in_ollama(self.ship, conversations, one)))
+            proof=(lambda one: compared.extend(prove_in_ollama(self.ship, talks, one)))
             if in_ollama
             else None,
         )
         endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
         live = None
         if not in_ollama:
-            compared.append(prove_prompts(self.ship, endpoint, conversations))
+            compared += prove_prompts(self.ship, endpoint, talks)
         if not in_ollama and VERIFY_STAGE in results:
             measured = results[VERIFY_STAGE].read(Measurement)
             live = prove_live(
                 endpoint,
-                conversations[1 : 1 + _ASKED],
+                [talk.messages for talk in talks[1 : 1 + _ASKED]],
                 expected=measured.live,
                 file_type=measured.file.type,
                 sampling=measured.file.sampling,
@@ -120,7 +124,13 @@ class DeployAction(OfShip, Action):
                 is_adapted=artifact.read(ExportFacts).mode == "adapter",
             )
         return DeployFacts(
-            deploy.runtime, endpoint.url, endpoint.model, settings.context_tokens, sum(compared), live
+            deploy.runtime,
+            endpoint.url,
+            endpoint.model,
+            settings.context_tokens,
+            sum(one.same for one in compared),
+            live,
+            tuple(compared),
         )
 
 
@@ -131,41 +141,43 @@ def _modelfile(results: Mapping[str, Result]) -> Modelfile | None:
     return read_modelfile(artifact.path / MODELFILE_JINJA, artifact.read(ModelfileFacts).left_out)
 
 
-def _conversations(recipe: Recipe, results: Mapping[str, Result]) -> list[Sequence[Message]]:
+def _talks(recipe: Recipe, results: Mapping[str, Result]) -> list[Talk]:
     """Whose prompts are compared: a greeting, the smoke queries, the user's own rows."""
-    asked = [query.messages for query in queries_in(recipe)]
-    return [({"role": "user", "content": "Hello!"},), *asked, *_some_rows(results)]
+    asked = [Talk(query.messages, query.tools) for query in queries_in(recipe)]
+    return [Talk(({"role": "user", "content": "Hello!"},)), *asked, *_some_rows(results)]
 
 
-def _some_rows(results: Mapping[str, Result]) -> list[Sequence[Message]]:
+def _some_rows(results: Mapping[str, Result]) -> list[Talk]:
     """Prompts of the user's own held-out rows, else of training rows."""
     artifact = results[DATA_STAGE].artifact if DATA_STAGE in results else None
     if artifact is None:
         return []
     with (artifact.path / measured_file(artifact)).open(encoding="utf-8") as stream:
-        rows = [json.loads(line)["messages"][:-1] for line in islice(stream, _OWN_PROMPTS)]
-    return [messages for messages in rows if messages]  # a plain text has none
+        rows = [json.loads(line) for line in islice(stream, _OWN_PROMPTS)]
+    talks = [Talk(row["messages"][:-1], row.get("tools", ())) for row in rows]
+    return [talk for talk in talks if talk.messages]  # a plain text has none
 
 
-def prove_prompts(ship: Resolved, endpoint: Endpoint, conversations: Sequence[Sequence[Message]]) -> int:
-    """The server writes each prompt as training did, in text and in ids; returns of how many that is proved.
+def prove_prompts(ship: Resolved, endpoint: Endpoint, talks: Sequence[Talk]) -> list[OfKind]:
+    """The server writes each prompt as training did, tools and all, in text and in ids.
 
     Where the GGUF adds BOS, llama-server takes it off the text and puts it back as a token. Raises
     `CheckError` with the first difference.
     """
     from forge.serve.client import Client
 
-    form, bos, proved = ship.prompt_format, ship.tokenizer.tokens.get("bos", ""), 0
+    form, bos = ship.prompt_format, ship.tokenizer.tokens.get("bos", "")
+    proved: Counter[Kind] = Counter()
     with Client(endpoint) as client:
-        for messages in conversations:
-            expected = ship.template.render(messages, add_generation_prompt=True)
-            found = client.apply_template(messages)
+        for talk in talks:
+            expected = talk.prompt(ship.template)
+            found = client.apply_template(talk.messages, talk.tools)
             if expected not in (found, bos + found):
                 raise _differs("prompt differs from training's at character", expected, found)
             if (ids := client.tokenize(found, add_special=True)) != (trained := form.ids(expected)):
                 raise _differs("token ids differ from training's at token", trained, ids)
-            proved += 1
-    return proved
+            proved[talk.kind] += 1
+    return [OfKind(kind, count, count) for kind, count in proved.items()]
 
 
 def _differs(what: str, expected: Sequence[object], served: Sequence[object]) -> CheckError:
@@ -181,27 +193,32 @@ def _differs(what: str, expected: Sequence[object], served: Sequence[object]) ->
     )
 
 
-def prove_in_ollama(ship: Resolved, conversations: Sequence[Sequence[Message]], endpoint: Endpoint) -> int:
+def prove_in_ollama(ship: Resolved, talks: Sequence[Talk], endpoint: Endpoint) -> list[OfKind]:
     """The model that `endpoint` names writes each prompt as training did, with as many tokens, and answers.
 
-    Returns of how many prompts that is proved.
     Its runtime has compared it with the GGUF's own template; this holds it against the tokenizer that
-    trained. Raises `CheckError` with the first difference, or the smoke queries
-    that failed.
+    trained. Raises `CheckError` with the first difference of texts, or the smoke queries that failed; how
+    far prompts with tools, calls and thinking are training's it says.
     """
-    from forge.serve.ollama import prove_prompts, prove_stops
+    from forge.serve.ollama import prove_kinds, prove_prompts, prove_stops
     from forge.tools.ollama import Ollama
 
     form = ship.prompt_format
+    texts = [talk.messages for talk in talks if talk.kind == "text"]
     with Ollama(endpoint.url) as server:
         prove_stops(server, endpoint.model, ship.stops.texts)
         proved = prove_prompts(
             server,
             endpoint.model,
             ship.template,
-            conversations,
+            texts,
             writes_bos=None,
             count=lambda texts: [len(form.ids(text)) for text in texts],
         )
+        others = [talk for talk in talks if talk.kind != "text"]
+        kinds = prove_kinds(server, endpoint.model, ship.template, others)
+    for one in kinds:
+        said = f"Ollama: prompts with {one.kind}: {one.same} of {one.prompts} are training's"
+        report.info(said) if one.same == one.prompts else report.warning(f"{said}: {one.why}")
     smoke_passes(ship.recipe, endpoint)
-    return proved.counted
+    return [OfKind("text", proved.prompts, proved.counted), *kinds]

@@ -1,7 +1,8 @@
 """A client of Ollama's own API: what an import and its proof need, over httpx.
 
 Not PyPI's `ollama`: it shows no progress, does not ask whether a blob is there already, and cannot pass
-`_debug_render_only`; the tests hold this client and that one to the same server. Errors come as
+`_debug_render_only`; with it for the rest this file has as many lines (docs/decisions.md). The tests hold
+this client and that one to the same server. Errors come as
 early answers (400, 404, 500) and late, inside a stream that began with 200; both are raised here.
 https://docs.ollama.com/api.
 
@@ -148,9 +149,9 @@ class Ollama:
         with _as_expected("listed its models"):
             return next((str(one["digest"]) for one in listed if one["name"] == tagged), None)
 
-    def prompt(self, name: str, messages: Sequence[Mapping[str, str]]) -> str:
+    def prompt(self, name: str, messages: Sequence[Mapping[str, Any]], **fields: Any) -> str:
         """The text that it would give to the model, by `_debug_render_only` (0.11.5 and later)."""
-        told = self.chat(name, messages, _debug_render_only=True)
+        told = self.chat(name, messages, _debug_render_only=True, **fields)
         shown = told.get("_debug_info")
         if not isinstance(shown, dict) or "rendered_template" not in shown:
             raise OllamaError(
@@ -159,7 +160,7 @@ class Ollama:
             )
         return str(shown["rendered_template"])
 
-    def chat(self, name: str, messages: Sequence[Mapping[str, str]], **fields: Any) -> Mapping[str, Any]:
+    def chat(self, name: str, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Mapping[str, Any]:
         """The answer to a conversation, with `message`, `done_reason`, `prompt_eval_count`."""
         body = {"model": name, "messages": [dict(one) for one in messages], "stream": False, **fields}
         return self._ask("POST", "/api/chat", body, doing=f"answered as {name}")
