@@ -12,12 +12,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCE := $(FORGE_HOME)/downloads/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz
 WHEELS ?= $(FORGE_HOME)/wheels
 READY := .venv/.ready
-NOW := not slow and not docker and not gpu and not ollama and not training and not programs and not network
-QUICK := not slow and not docker and not gpu and not ollama
-ALL := not gpu and not ollama
+NOW := not slow and not campaign and not docker and not gpu and not ollama and not training and not programs and not network
+QUICK := not slow and not campaign and not docker and not gpu and not ollama
+ALL := not campaign and not gpu and not ollama
+CAMPAIGN := campaign and not gpu and not ollama
 # Two files of tests at a time, each with one thread: most of what they run cannot use two.
 JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# In the order of tests/conftest.py: the long files first, so that both end together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # What depends on the processor, once more as on one without AVX2: torch, oneDNN and forge's own kernels
 # can be told so; ggml and bitsandbytes have no such switch.
@@ -27,7 +29,7 @@ BY_PROCESSOR := $(addprefix tests/test_,train_arithmetic.py train_evaluate.py ve
 
 LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
 
-.PHONY: documents setup ship quick test test-all release llama-server clients lint bench clean
+.PHONY: documents setup ship quick test test-all campaign release llama-server clients lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -48,6 +50,11 @@ test: lint
 test-all: lint llama-server clients
 	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(ALL)"
 	$(OLD_PROCESSOR) $(PYTEST) -m "$(QUICK)" $(BY_PROCESSOR)
+
+# What is too much for every change: kills by the dozen, real models in every type. An hour and more.
+campaign: llama-server clients
+	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(CAMPAIGN)"
+	FORGE_KILLS=20 $(PYTEST) tests/test_ship_kills.py
 
 # What the container and the bundle are tested with; needs cmake. The library's own build is linked to.
 llama-server: $(LLAMA_SERVER)

@@ -55,6 +55,23 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, by the time that those may take: what is short fills up the end."""
+    longest: dict[Path, float] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            limit = item.get_closest_marker("timeout")
+            longest[item.path] = max(longest.get(item.path, 0), limit.args[0] if limit else 900)
+    items.sort(key=lambda item: -longest.get(item.path, 0))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """The name of what failed, at once: a run that is stopped has no summary."""
+    if report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        sys.stderr.write(f"\nFAILED {report.nodeid} ({report.when})\n")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With FORGE_NO_SKIPS (continuous integration) only what needs a GPU or a live Ollama may be skipped."""

@@ -80,7 +80,13 @@ STARTERS: dict[str, tuple[str, str, dict[str, str], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", STARTERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.campaign) if kind in ("mistral", "falcon") else kind
+        for kind in STARTERS
+    ],
+)
 def test_the_starter_of_a_base_that_cannot_chat(workshop: Workshop, kind: str) -> None:
     """N4: each learns from its starter recipe; what llama.cpp does not run ends as a checkpoint."""
     hub, vocabulary, special, changes = STARTERS[kind]

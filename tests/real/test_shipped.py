@@ -21,7 +21,7 @@ from tests.shipping import Answer, Workshop, processes_of
 
 pytestmark = [
     pytest.mark.training, pytest.mark.programs, pytest.mark.network, pytest.mark.slow,
-    pytest.mark.timeout(3600), PEFT_WARNS,
+    pytest.mark.campaign, pytest.mark.timeout(3600), PEFT_WARNS,
 ]  # fmt: skip
 
 _QUESTION = "What does `shutil.copy` do?"
