@@ -209,7 +209,7 @@ SETTINGS: Mapping[str, Setting] = {
         _unset("each layer got a bias, which forge does not merge"), MERGE),
     # The layer's kind is the base's word: peft overrides this one, with a warning.
     "fan_in_fan_out": Setting("harmless", "whether the base stores W transposed, as it itself says", _BOOL),
-    # Of training alone.
+    # Of training only.
     "lora_dropout": Setting("harmless", "dropout while training", _dropout),
     "init_lora_weights": Setting("supported", "what the factors started from", _start, CONVERT),
     "loftq_config": Setting("harmless", f"of LoftQ; {_START}", _OBJECT),

@@ -90,7 +90,7 @@ class Fitted:
 def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fitted:
     """`adapter` on the base `checkpoint`, as it is in its files.
 
-    Of a checkpoint without files, a plan's, the headers alone are read. Raises `DataError` when the embedding
+    Of a checkpoint without files, a plan's, only the headers are read. Raises `DataError` when the embedding
     and the output layer would not have the same number of rows.
     """
     base = checkpoint.tensors

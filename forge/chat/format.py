@@ -2,7 +2,7 @@
 
 A conversation's prompt is: lead, then for each message prefix + content + suffix, then the generation
 prompt. The suffix of a role is what follows its text everywhere; the rest of the text between two
-messages is the next one's prefix and may depend on three things alone: whether the message is the
+messages is the next one's prefix and may depend on three things only: whether the message is the
 first of its role, the last of its role, and whether the conversation has a system message.
 
 Covered: text chat with an optional system message at the start, then user and assistant in turn,

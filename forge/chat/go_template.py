@@ -1,6 +1,6 @@
 """A ChatFormat as a Go template for Ollama's TEMPLATE.
 
-It ranges over `.Messages` alone (Ollama sets `.System` beside them: using both writes the system text
+It ranges over `.Messages` only (Ollama sets `.System` beside them: using both writes the system text
 twice). Every literal is a quoted Go string, so that braces, quotes and trim markers in it mean
 nothing; characters that a Modelfile drops are written as escapes. Conditions ask only for a
 message's role and place. https://pkg.go.dev/text/template, Ollama's `template/template.go`.

@@ -5,7 +5,7 @@ in the order of the pipeline: the loss mask before training, generation_config.j
 and eot ids, the Modelfiles, the replies of the live server. Each check returns problems whose field
 names the place.
 
-Not covered: stops that one request alone asks for.
+Not covered: stops that only one request asks for.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class StopContract:
         return found
 
     def in_generation_config(self, fields: Mapping[str, Any]) -> list[Problem]:
-        """transformers and vLLM stop at `eos_token_id` alone; a file without it leaves the tokenizer's."""
+        """transformers and vLLM stop at `eos_token_id` only; a file without it leaves the tokenizer's."""
         told = fields.get("eos_token_id")
         listed = told if isinstance(told, list) else [told]
         if told is None or self.ids[self.end_of_turn] in listed:

@@ -11,8 +11,8 @@ from forge.cli.options import common
 @click.command()
 @click.argument("target")
 @click.option("--system", help="A system prompt.")
-@click.option("--context", type=click.IntRange(64), help="Context in tokens; up to 4096 unless told.")
-@click.option("--model", help="Which of a URL's models, an adapter's name too; the first listed unless told.")
+@click.option("--context", type=click.IntRange(64), help="Context in tokens; default: up to 4096.")
+@click.option("--model", help="Which of a URL's models, an adapter's name too; default: the first listed.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a URL's key.")
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
 @click.option(

@@ -35,7 +35,7 @@ def command(
 ) -> None:
     """Say how much memory training takes: of RECIPE, or of --base with --method, --length and --batch.
 
-    From headers and config.json alone, against the device that would train here. Says whether it fits, on
+    From headers and config.json only, against the device that would train here. Says whether it fits, on
     which GPUs it would, and the cheapest change that makes it fit.
     """
     from forge.commands.estimate import estimate_base, estimate_recipe

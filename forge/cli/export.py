@@ -44,7 +44,7 @@ from forge.errors import RecipeError
     help="One model; the base and the adapter as two files; or the second where it can be.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The GGUF file to write.")
-@click.option("--threads", type=click.IntRange(1), help="Threads; all cores unless told.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; default: all cores.")
 @merge_base_option
 @click.option("--keep-merged", is_flag=True, help="Write the merged checkpoint too, beside the file.")
 @click.option("--plain", is_flag=True, help="Write the bytes of llama.cpp's own chain; ids are not compared.")

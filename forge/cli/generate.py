@@ -16,19 +16,17 @@ from forge.cli.options import common
     "--endpoint", "urls", required=True, multiple=True,
     help="URL of an OpenAI-compatible server; several share the rows.",
 )  # fmt: skip
-@click.option("--model", help="Which of its models, an adapter's name too; the first listed unless told.")
+@click.option("--model", help="Which of its models, an adapter's name too; default: the first listed.")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with the servers' key.")
 @click.option("--concurrency", default="auto", show_default=True, help="Requests at once: a number, or auto.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option(
     "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token."
 )
+@click.option("--top-p", type=click.FloatRange(0, 1), help="Share of likely tokens; default: the server's.")
+@click.option("--top-k", type=click.IntRange(0), help="Most tokens to choose from; default: the server's.")
 @click.option(
-    "--top-p", type=click.FloatRange(0, 1), help="Share of likely tokens; the server's unless told."
-)
-@click.option("--top-k", type=click.IntRange(0), help="Most tokens to choose from; the server's unless told.")
-@click.option(
-    "--min-p", type=click.FloatRange(0, 1), help="Least share of the likeliest; the server's unless told."
+    "--min-p", type=click.FloatRange(0, 1), help="Least share of the likeliest; default: the server's."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--stop", multiple=True, help="Text that ends an answer.")

@@ -11,7 +11,7 @@ from forge.cli.options import common
 @click.command("import")
 @click.argument("target")
 @click.option("--name", required=True, help="The model's name in Ollama; one that is taken is replaced.")
-@click.option("--host", help="Ollama's address; OLLAMA_HOST, or 127.0.0.1:11434, unless told.")
+@click.option("--host", help="Ollama's address; default: OLLAMA_HOST, or 127.0.0.1:11434.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A GGUF LoRA adapter for TARGET.")
 @common
 def command(target: str, name: str, host: str | None, adapter: Path | None) -> None:

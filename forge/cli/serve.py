@@ -15,9 +15,9 @@ from forge.cli.options import common, named_files
 @click.option(
     "--runtime", default="embedded", show_default=True, help="embedded, llama-server, container or ollama."
 )
-@click.option("--host", help="Address to listen on, or Ollama's; 127.0.0.1, or OLLAMA_HOST, unless told.")
+@click.option("--host", help="Address to listen on, or Ollama's; default: 127.0.0.1, or OLLAMA_HOST.")
 @click.option(
-    "--port", type=click.IntRange(0, 65535), help="8080, or Ollama's own, unless told; 0: any free one."
+    "--port", type=click.IntRange(0, 65535), help="Default: 8080, or Ollama's own; 0: any free one."
 )
 @click.option("--context", type=click.IntRange(64), help="Context of each request, in tokens.")
 @click.option("--parallel", type=click.IntRange(1), help="Requests answered at once.")
@@ -34,8 +34,8 @@ from forge.cli.options import common, named_files
 )  # fmt: skip
 @click.option("--control-routes", is_flag=True, help="Open /slots, /lora-adapters and what else changes it.")
 @click.option("--embeddings", is_flag=True, help="Answer /v1/embeddings too.")
-@click.option("--llama-server", "program", help="The llama-server program; from the PATH unless told.")
-@click.option("--image", help="The container's image; forge's own unless told.")
+@click.option("--llama-server", "program", help="The llama-server program; default: the one on the PATH.")
+@click.option("--image", help="The container's image; default: forge's own.")
 @click.option(
     "--lora", multiple=True, callback=named_files, metavar="NAME=FILE",
     help="A GGUF adapter that requests choose by the model's NAME.",

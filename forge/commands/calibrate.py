@@ -1,4 +1,4 @@
-"""An importance matrix, and a type within a budget, for `forge export` on files alone."""
+"""An importance matrix, and a type within a budget, for `forge export` on files, without a ship."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Two runs side by side: what their recipes differ in, and what came of it. Nothing is run or asked.
 
-Not covered: runs of other machines than this, of which a manifest alone is here.
+Not covered: runs of other machines than this, of which only a manifest is here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`forge estimate`: the memory that training and serving take, from headers alone."""
+"""`forge estimate`: the memory that training and serving take, from headers only."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def serve(
     # Once: the key may come out of a pipe, which gives it a single time.
     chosen = ServerSettings.from_json(handed_over) if handed_over else settings(wish)
     if wish.runtime == "embedded" and not chosen.parallel and not chosen.gpu_layers:
-        # For many clients, where nobody says how many; forge knows the memory of a CPU alone.
+        # For many clients, where nobody says how many; forge knows the memory of a CPU only.
         chosen = replace(chosen, parallel=slots_for(chosen))
     if wish.runtime != "ollama":
         chosen = ready.with_threads(chosen)

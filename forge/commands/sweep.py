@@ -149,8 +149,8 @@ def _plans(sweep: Sweep) -> list[dict[str, bool]]:
     return plans
 
 
-def _run_of(one: Combination) -> SweepRun:
-    return SweepRun(one.name, run_directory(one.loaded), one.values)
+def _run_of(combination: Combination) -> SweepRun:
+    return SweepRun(combination.name, run_directory(combination.loaded), combination.values)
 
 
 def _ship(one: Combination, until: str | None) -> tuple[SweepRun, ForgeError | None]:

@@ -1,4 +1,4 @@
-"""`forge verify` on files alone: anybody's GGUF against the base and adapter that it should be."""
+"""`forge verify` on files, without a ship: anybody's GGUF against the base and adapter that it should be."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def split(
 def weighted(rows: Sequence[Conversation], seed: int) -> list[Conversation]:
     """The rows as often as their source's weight says: 2.5 is each twice, and half of them once more.
 
-    Which half depends on the text and the seed alone.
+    Which half depends only on the text and the seed.
     """
     chosen: list[Conversation] = []
     for row in rows:

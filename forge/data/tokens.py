@@ -82,7 +82,7 @@ def encode_all(
     (bad or BadRows()).settle(
         problems,
         f"{len(problems)} of {len(conversations)} rows cannot be encoded with this base's template",
-        "; ".join(dict.fromkeys(hints)) or "mend these rows, or leave them out",
+        "; ".join(dict.fromkeys(hints)) or "fix these rows, or leave them out",
     )
     return encoded
 

@@ -71,7 +71,7 @@ class Repaired:
 
 
 def repair(request: Repair) -> Repaired:
-    """Write the copy, if it would differ in its metadata alone.
+    """Write the copy, if it would differ only in its metadata.
 
     Raises what an export of the model raises, and `StageError` for a full disk.
     """

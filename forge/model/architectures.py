@@ -91,7 +91,7 @@ def check_trainable(configuration: Configuration, *, trust_remote_code: bool) ->
 
 
 def own_code_note(configuration: Configuration, *, trust_remote_code: bool) -> str | None:
-    """What to tell of a base that carries code which is not run."""
+    """What to say of a base that carries code which is not run."""
     if not configuration.remote_code or needs_own_code(configuration):
         return None
     asked = " (trust_remote_code changes nothing)" if trust_remote_code else ""
@@ -179,7 +179,7 @@ def _text_models(source: str) -> dict[str, str]:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "TEXT_MODEL_MAP" and node.value:
             table: dict[str, str] = ast.literal_eval(node.value)
             return table
-    raise DataError("the converters have no TEXT_MODEL_MAP", hint="llama.cpp changed: mend `registered`")
+    raise DataError("the converters have no TEXT_MODEL_MAP", hint="llama.cpp changed: fix `registered`")
 
 
 def _decorated(source: str) -> Iterator[str]:

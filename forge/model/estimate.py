@@ -1,4 +1,4 @@
-"""How much memory and disk a recipe will take, from headers and config.json alone.
+"""How much memory and disk a recipe will take, from headers and config.json only.
 
 Weights, adapter and optimizer are exact; activations follow the formula of Korthikanti et al.
 (https://arxiv.org/abs/2205.05198): layers x (34 h b s + 5 heads b s^2) bytes in 16 bits, without the

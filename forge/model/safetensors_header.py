@@ -1,6 +1,6 @@
 """The header of a safetensors file: which tensors it holds and where their bytes lie.
 
-Read with `struct` and `json` alone, and believed only after every extent was checked against the
+Read with `struct` and `json` only, and believed only after every extent was checked against the
 file: a lying or truncated file is an error here, not a crash in the middle of an export. The
 format: https://huggingface.co/docs/safetensors/index#format.
 

@@ -1,6 +1,6 @@
 """What a base's tokenizer files say: special tokens, BOS, context, chat templates, end tokens.
 
-Read from JSON alone, so that a plan or a Modelfile needs neither transformers nor tokenizers.
+Read from JSON only, so that a plan or a Modelfile needs neither transformers nor tokenizers.
 Where the files disagree, what transformers does at load time counts.
 
 Not covered: encoding text (`open_tokenizer` gives what does that); slow tokenizers without a

@@ -1,6 +1,6 @@
 """The types that a model's file may have, by llama.cpp's names, lower case.
 
-Apart from the recipe's other words, which need pydantic: a command on files alone starts without it.
+Apart from the recipe's other words, which need pydantic: a command on files only starts without it.
 """
 
 from __future__ import annotations

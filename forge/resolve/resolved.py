@@ -58,7 +58,7 @@ class Resolved:
     sources: tuple[Source, ...]
     heldout: float | int | Path
     headers: Mapping[str, TensorSpec] | None = None
-    """The base's tensors, where a plan read their headers alone and the weights are not here."""
+    """The base's tensors, where a plan read only their headers and the weights are not here."""
     further_type: str | None = None
     """The type of the file that the stages of this one are about, where it is not the first of several."""
 
@@ -142,7 +142,7 @@ class Resolved:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The base's, without files where its headers alone are here; `DataError` where it is not whole."""
+        """The base's, without files where only its headers are here; `DataError` where it is not whole."""
         if self.headers is not None:
             return Checkpoint(self.base_directory, self.headers, ())
         return open_checkpoint(self.base_directory)

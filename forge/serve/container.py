@@ -1,6 +1,6 @@
 """The container runtime: llama-server in a container that cannot write, published on one port.
 
-The model is mounted read-only. Its port is one of loopback, for the front alone, which has a key for
+The model is mounted read-only. Its port is one of loopback, for the front only, which has a key for
 it. Leaving the block removes the container; `kill -9` of forge leaves it running, as docker knows nothing
 of us (`docker ps --filter label=forge` shows it). Not covered: images whose entry point is not llama-server.
 """

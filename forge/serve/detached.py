@@ -117,7 +117,7 @@ def detach(directory: Path, name: str, command: Sequence[str], *, typed: str = "
     running(directory)  # takes away the files of what has died
     if _is_held(directory / f"{name}.lock"):
         raise RecipeError(f"{name} is being served already", hint=f"forge stop {name} ends it")
-    # Of this command alone: another may be starting the same name, and loading takes minutes.
+    # Of this command only: another may be starting the same name, and loading takes minutes.
     out, log = (directory / f"{name}.{os.getpid()}.{kind}" for kind in ("out", "log"))
     server = process.start_detached(command, output=out, log=log, typed=typed)
     try:

@@ -1,6 +1,6 @@
 """The front door: the one thing that clients reach of a server that forge starts.
 
-llama-server listens behind it on a socket that only forge reaches; the front alone knows the key,
+llama-server listens behind it on a socket that only forge reaches; only the front knows the key,
 the names that it goes by, the web pages that may ask and the adapters by name (`front_rules`). A
 request's body is read whole, and written anew for the server behind; answers stream through as they
 come, and who goes away stops the work that was done for him.
@@ -44,7 +44,7 @@ _PASSED = (
     b"if-none-match",
     b"anthropic-version",
 )
-# Of one connection alone (RFC 9110, 7.6.1), or the front's own affair.
+# Of one connection only (RFC 9110, 7.6.1), or the front's own affair.
 _KEPT_BACK = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"trailer", b"server"}
 )

@@ -49,7 +49,7 @@ def _program(settings: ServerSettings) -> str:
     if shutil.which(program) is None:
         raise MissingToolError(
             f"there is no program {program}",
-            hint="install llama.cpp's llama-server and mend the PATH, or name it with --llama-server FILE",
+            hint="install llama.cpp's llama-server and fix the PATH, or name it with --llama-server FILE",
         )
     return program
 

@@ -75,7 +75,7 @@ def serve_ollama(settings: ServerSettings, *, log: Path | None = None) -> Iterat
 
     Its name is the new model's only when that has answered: to `settings.proof`, else to a tiny chat.
     The server is the one of OLLAMA_HOST, or at `settings.host` and `settings.port` where one of them is
-    told: of another host than the default alone its port is Ollama's usual one.
+    set; with another host than the default the port is Ollama's usual one.
     """
     _refuse(settings)
     ready.check_files(settings)  # the address is a server's that is there already, not a door of ours

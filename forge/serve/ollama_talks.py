@@ -92,8 +92,8 @@ def _fitting(
     return fitting
 
 
-def _prompt(handed: HandOver, one: Sequence[Message]) -> str:
-    return handed.template.render(one, add_generation_prompt=True)
+def _prompt(handed: HandOver, messages: Sequence[Message]) -> str:
+    return handed.template.render(messages, add_generation_prompt=True)
 
 
 def _is_usual(content: str, tokens: Sequence[str]) -> bool:

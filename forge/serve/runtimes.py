@@ -17,7 +17,7 @@ RUNTIMES: Mapping[str, tuple[str, str]] = {
     "container": ("forge.serve.container", "serve_container"),
     "ollama": ("forge.serve.ollama", "serve_ollama"),
 }
-# ServerSettings that one runtime alone understands.
+# ServerSettings that only one runtime understands.
 _OWN = {"program": "llama-server", "image": "container"}
 
 

@@ -58,7 +58,7 @@ class ServerProcess:
 
 
 def last_lines(texts: Sequence[str]) -> list[str]:
-    """The last of a server's lines, the errors alone if there are any."""
+    """The last of a server's lines, only the errors if there are any."""
     # llama.cpp writes time, level and place: `0.00.006.790 E llama_model_load: ...`.
     errors = [line for line in texts if line.split(" ")[1:2] == ["E"]]
     return list(errors or texts)[-LAST_LINES:]

@@ -28,8 +28,8 @@ class Streamed:
         self._ended = False
 
     def feed(self, chunk: bytes) -> Iterator[str]:
-        """The pieces of text that `chunk` completes. Raises the error that an event tells of."""
-        # Split at line feeds alone: httpx's `iter_lines` also splits at U+2028 and its like, which a
+        """The pieces of text that `chunk` completes. Raises the error that an event reports."""
+        # Split at line feeds only: httpx's `iter_lines` also splits at U+2028 and its like, which a
         # JSON text may hold as they are.
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         for line in lines:

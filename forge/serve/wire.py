@@ -131,7 +131,7 @@ def chat_request(
 def completion_request(endpoint: Endpoint, prompt: str, sampling: Sampling) -> dict[str, object]:
     """The body of a completion: `prompt` goes to the model as it is, without a chat template.
 
-    A schema works with llama-server alone here.
+    A schema works with llama-server only.
     """
     body = {"prompt": prompt, **_sampled(endpoint, sampling)}
     return body if sampling.schema is None else body | {"json_schema": dict(sampling.schema)}
@@ -222,7 +222,7 @@ def read_json(endpoint: Endpoint, response: httpx.Response) -> Mapping[str, Any]
 
 
 def check_error(endpoint: Endpoint, payload: Mapping[str, Any]) -> None:
-    """Raise the error that an answer tells of whose status was 200: a stream's event, or a proxy's."""
+    """Raise the error that an answer of status 200 reports: a stream's event, or a proxy's."""
     if not (error := payload.get("error")):
         return
     code = error.get("code") if isinstance(error, dict) else None

@@ -22,7 +22,7 @@ from forge.store.artifacts import open_store
 from forge.tools.hosts import DEFAULT_HOST
 
 _DEFAULT_CONTEXT = 4096
-# What `forge serve` listens on unless told.
+# The default address of `forge serve`.
 PORT = 8080
 
 
@@ -52,7 +52,7 @@ class Wish:
 def settings(wish: Wish) -> ServerSettings:
     """How to serve a run or a GGUF file; a run has the name and the context that it was shipped with.
 
-    A file has the context min(model's, 4096) unless told. Raises `RecipeError` and `DataError`.
+    The default context of a file is min(model's, 4096). Raises `RecipeError` and `DataError`.
     """
     path, adapter = find_model(wish.target)
     header = read_gguf(path)

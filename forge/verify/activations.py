@@ -1,6 +1,6 @@
 """What the weights of a GGUF are multiplied by, as llama.cpp computes it. Runs in a worker.
 
-llama.cpp tells of every operation before and after it; of those that multiply a layer's weight, the
+llama.cpp reports every operation before and after it; of those that multiply a layer's weight, the
 squares of the inputs are summed column by column, as llama-imatrix does (tools/imatrix): the same
 products, of an expert only the tokens that came to it, and neither the embedding nor the head. In
 float64, and of every token: llama-imatrix leaves out what comes in batches of fewer than 16.

@@ -105,23 +105,23 @@ def distances(reference: Any, candidate: Any, other: Any, sample: Sample) -> Dis
     return Distances(far, near, power)
 
 
-def times_as_far(found: Distances, sample: Sample) -> float:
+def times_as_far(apart: Distances, sample: Sample) -> float:
     """How many times as far as the other is the candidate from the reference, by single positions' NMSE.
 
     Where rounding turns near ties in the one and not in the other, means say little: it is the middle
     position's ratio, or a stretch's, as `compare` has them. What no conversion leaves (a hundredth of
     `FAR_NMSE`) counts as no distance.
     """
-    least = FAR_NMSE / 100 * found.power + 1e-300
-    return _middle(found.far / (found.near + least), _stretches(sample))
+    least = FAR_NMSE / 100 * apart.power + 1e-300
+    return _middle(apart.far / (apart.near + least), _stretches(sample))
 
 
-def excess(found: Distances, times: float) -> Excess:
+def excess(apart: Distances, times: float) -> Excess:
     """By how much the candidate is further from the reference than `times` as far as the other is.
 
     Errors of two files of one type go up and down together: their difference is known sooner than either.
     """
-    difference, mean = found.far - times * found.near, max(float(found.power.mean()), 1e-300)
+    difference, mean = apart.far - times * apart.near, max(float(apart.power.mean()), 1e-300)
     return Excess(
         float(difference.mean() / mean), float(difference.std() / math.sqrt(len(difference)) / mean)
     )

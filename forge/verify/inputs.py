@@ -33,7 +33,7 @@ def read_rows(path: Path) -> list[PreparedRow]:
 
 
 def refuse_other_model(header: GgufHeader, facts: Configuration) -> None:
-    """A file of another size can be told from its header alone."""
+    """The header is enough to recognise a file of another size."""
     names = {"block_count": facts.layers, "embedding_length": facts.hidden_size}
     problems = []
     for key, expected in names.items():
