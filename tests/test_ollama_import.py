@@ -13,6 +13,7 @@ from forge.chat.hand_over import hand_over_of, write_modelfiles
 from forge.chat.modelfile import Modelfile, parse
 from forge.cli.main import run
 from forge.cli.serve import command
+from forge.codec import to_plain
 from forge.errors import CheckError, DataError, RecipeError
 from forge.serve.client import Client
 from forge.serve.ollama import import_model, prove_prompts
@@ -416,7 +417,7 @@ def test_what_no_modelfile_can_hold_goes_over_http(
             '# left out, since no Modelfile can hold it: PARAMETER stop "no\\u00a0more", LICENSE'
         )
         assert (parse(text).stops, parse(text).licences) == (("<|im_end|>",), ("MIT",))
-    (tmp_path / "manifest.json").write_text(json.dumps({"facts": {"modelfile": facts}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"facts": {"modelfile": to_plain(facts)}}))
     monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
     assert run(["import", str(path), "--name", "yoda", "--json"]) == 0
     model = fake_ollama.models["yoda:latest"]
