@@ -232,7 +232,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ('deploy: {host: "\\ud800"}', "deploy.host: holds half of a character"),
         (
             '"a\\nb": 1',
-            "a\\nb: unknown key; known here: name, base, data, train, export, verify, deploy, smoke",
+            "a\\nb: unknown key; known here: name, base, data, train, model, export, verify, deploy, smoke",
         ),
         ("1: x", "keys must be text (got 1); put it in quotes"),
         ("deploy: {threads: !int x}", "deploy.threads: the tag !int is not used in recipes; leave it out"),

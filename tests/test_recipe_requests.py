@@ -23,6 +23,8 @@ RECIPE = (
     "data: {source: builtin:yoda, columns: {prompt: sentence, completion: translation_extra}, eval: 4}\n"
 )
 NOWHERE: tuple[str, ...] = ()
+# Those of whatever changes the chat template.
+TEMPLATE = ("data", "train", "export", "modelfile", "verify")
 # Field, another value than RECIPE's, and the stages whose requests it enters.
 TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("name", "other", ("export", "modelfile")),
@@ -84,6 +86,13 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.warmup_fraction", "0.3", ("train",)),
     ("train.warmup_steps", "3", ("train",)),
     ("train.weight_decay", "0.3", ("train",)),
+    ("model.messages", "[{role: user, content: a}, {role: assistant, content: b}]", TEMPLATE),
+    ("model.sampling.min_p", "0.1", ("export", "modelfile")),
+    ("model.sampling.repetition_penalty", "1.1", ("export", "modelfile")),
+    ("model.sampling.temperature", "0.3", ("export", "modelfile")),
+    ("model.sampling.top_k", "9", ("export", "modelfile")),
+    ("model.sampling.top_p", "0.3", ("export", "modelfile")),
+    ("model.system", "Speak like Yoda.", TEMPLATE),
     ("export.imatrix", "true", ("calibrate", "export")),
     ("export.keep_merged", "true", ("export",)),
     ("export.merge_base", "nf4", ("export",)),
@@ -109,8 +118,8 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 ELSEWHERE = (
     "base", "base.chat_template", "base.id", "base.revision", "base.tokens", "data", "data.columns",
     "data.revision", "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export",
-    "export.quant.max_kl", "smoke", "train", "train.continue_from", "train.from", "train.lora",
-    "train.objective", "train.report_to", "train.revision", "verify",
+    "export.quant.max_kl", "model", "model.sampling", "smoke", "train", "train.continue_from", "train.from",
+    "train.lora", "train.objective", "train.report_to", "train.revision", "verify",
 )  # fmt: skip
 
 

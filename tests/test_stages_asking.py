@@ -61,6 +61,7 @@ name: mini
 base: {{id: ./base, trust_remote_code: true}}
 data: {SAMPLE}
 train: {{method: qlora, batch_size: 4, seed: 3, max_length: 64}}
+model: {{sampling: {{temperature: 0.5}}}}
 """
 EXPORTED = Exported("llama", "q8_0", 1, {}, {}, 8.5, "merged", (), 1, (), 40, (), None, 1, 0.1)
 EXPORT_FACTS: dict[str, Any] = {**to_plain(EXPORTED), "merge_base": "nf4", "merge_base_measured": None}
@@ -155,6 +156,7 @@ class Place:
             "converters": str(next((self.directory / "home" / "tools").glob("llama.cpp-*"))),
             "end_of_turn_id": ship.prompt_format.end_of_turn_id,
             "merge_base": "original",
+            "sampling": {"temperature": 0.5},
         }
 
 
@@ -378,7 +380,8 @@ def test_a_certificate_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
     (exported / MERGED_DIRECTORY / "config.json").write_bytes((tmp_path / "base/config.json").read_bytes())
     facts: Mapping[str, Any] = to_plain(VerifyStage(place.ship).build(place.inputs, place.out))
     assert asked.requests["verify"] == {
-        **place.ingredients, "merge_base": "nf4", "gguf": str(exported / GGUF_FILE),
+        **{name: value for name, value in place.ingredients.items() if name != "sampling"},
+        "merge_base": "nf4", "gguf": str(exported / GGUF_FILE),
         "lora": str(exported / ADAPTER_FILE), "merged": str(exported / MERGED_DIRECTORY),
         "importance": str(matrix / IMPORTANCE_FILE), "rows": str(tmp_path / "data" / HELDOUT_FILE),
         "scratch": str(place.out / "work"), "f16": None, "trained_in_4bit": True, "trust_remote_code": True,

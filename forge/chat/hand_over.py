@@ -1,9 +1,9 @@
 """All that Ollama is told of a model, as one value: for its Modelfiles and for the import over HTTP.
 
 Two ways, both with every stop and the context written out: `go`, a TEMPLATE where `format_check` proved
-one, for any server; `jinja`, the GGUF's own template, for servers since 0.30. Sampling is what the
-base's generation_config.json asks for, or the GGUF's own keys, or nothing. A stop or a licence that no
-Modelfile can hold is left out of it, with a remark, and goes to the server over HTTP.
+one, for any server; `jinja`, the GGUF's own template, for servers since 0.30. Sampling is what the recipe
+asks for, else the base's generation_config.json, or the GGUF's own keys, or nothing. A stop or a licence
+that no Modelfile can hold is left out of it, with a remark, and goes to the server over HTTP.
 
 Not covered: tools and thinking: neither template is claimed to write them (`NOT_CLAIMED` says so).
 """
@@ -11,6 +11,7 @@ Not covered: tools and thinking: neither template is claimed to write them (`NOT
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from forge.chat.format_check import NOT_CLAIMED, CompiledTemplate, compile_templ
 from forge.chat.format_source import read_source
 from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, parse, render
 from forge.chat.template import ChatTemplate
-from forge.errors import DataError
+from forge.errors import CheckError, DataError, Problem
 from forge.model.config import read_configuration, read_json
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import read_tokenizer
@@ -57,6 +58,8 @@ class HandOver:
     context_tokens: int
     sampling: Mapping[str, Parameter] = field(default_factory=dict)
     licences: tuple[str, ...] = ()
+    system: str | None = None
+    """The template writes it where a conversation has none; for Ollama, which shows it and lets it change."""
 
     @property
     def bos(self) -> str:
@@ -73,6 +76,7 @@ class HandOver:
             base=file,
             adapter=adapter,
             template=self.compiled.go if way == "go" else None,
+            system=self.system if _is_writable(system=self.system) else None,
             parameters=self.parameters,
             licences=self.licences,
             requires=_REQUIRES if way == "jinja" else None,
@@ -88,6 +92,7 @@ class HandOver:
             context_tokens=context if isinstance(context, int) else self.context_tokens,
             sampling=others,
             licences=modelfile.licences or self.licences,
+            system=modelfile.system or self.system,
         )
 
     def facts(self) -> HandOverFacts:
@@ -135,11 +140,14 @@ def hand_over(
     context_tokens: int,
     sampling: Mapping[str, Parameter] | None = None,
     licences: Sequence[str] = (),
+    system: str | None = None,
 ) -> HandOver:
-    """Compile the template; `stops` are what ends a reply, none twice."""
+    """Compile the template, which writes `system` by itself; `stops` are what ends a reply, none twice."""
     compiled = compile_template(template, add_bos=add_bos)
     unique = tuple(dict.fromkeys(stop for stop in stops if stop))
-    return HandOver(template, add_bos, compiled, unique, context_tokens, sampling or {}, tuple(licences))
+    return HandOver(
+        template, add_bos, compiled, unique, context_tokens, sampling or {}, tuple(licences), system
+    )
 
 
 def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) -> HandOver:
@@ -185,12 +193,14 @@ def end_tokens(header: GgufHeader) -> dict[str, str]:
     }
 
 
-def sampling_of(directory: Path) -> dict[str, Parameter]:
-    """What generation_config.json asks for where it samples; else nothing, and the server's own holds."""
+def sampling_of(directory: Path, asked: Mapping[str, int | float] | None = None) -> dict[str, Parameter]:
+    """What generation_config.json asks for where it samples, with what is `asked` over it.
+
+    Else nothing, and the server's own holds.
+    """
     path = directory / "generation_config.json"
     told = read_json(path) if path.is_file() else {}
-    if not told.get("do_sample"):
-        return {}
+    told = {**(told if told.get("do_sample") else {}), **(asked or {})}
     return {
         ours: told[name]
         for name, ours in _SAMPLING.items()
@@ -207,6 +217,28 @@ def sampling_in(header: GgufHeader) -> dict[str, Parameter]:
         for name, value in told.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def refuse_other_sampling(header: GgufHeader, asked: Mapping[str, int | float]) -> None:
+    """Raise `CheckError` where the GGUF, from which servers take their defaults, says other than `asked`."""
+    written = sampling_in(header)
+    found = {name: written.get(_SAMPLING[name]) for name in asked}
+    other = [
+        Problem(f"the GGUF says {found[name]}, asked for is {value}", f"model.sampling.{name}")
+        for name, value in asked.items()
+        if not _is_near(found[name], value)
+    ]
+    if other:
+        raise CheckError(
+            "the GGUF does not carry the sampling that was asked for",
+            hint="this should not be: please report it",
+            problems=other,
+        )
+
+
+def _is_near(found: Parameter | None, asked: float) -> bool:
+    """Whether it is that number, as float32 has it."""
+    return isinstance(found, int | float) and math.isclose(found, asked, rel_tol=1e-6)
 
 
 def licences_of(directory: Path) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from forge import report
@@ -34,6 +35,7 @@ class MergeRequest:
     chat_template: str
     out: Path
     merge_base: MergeBase = "original"
+    sampling: Mapping[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def merge(request: MergeRequest) -> Merged:
     work = request.out / "work" / MERGED_DIRECTORY
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    describe(request.base, request.tokenizer, request.chat_template, work, fitted)
+    describe(request.base, request.tokenizer, request.chat_template, work, fitted, sampling=request.sampling)
     nf4 = quantized_in_training(request.base, checkpoint) if request.merge_base == "nf4" else ()
     tensors = merged_tensors(fitted, nf4=nf4)
     with writing(work), one_thread():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -25,11 +26,13 @@ def describe(
     fitted: Fitted | None = None,
     *,
     rows: int | None = None,
+    sampling: Mapping[str, int | float] | None = None,
 ) -> None:
     """Write everything of a checkpoint but its weights into `out`.
 
     `tokenizer` is the directory whose tokenizer counts; `chat_template` the pinned text; `fitted` the adapter
-    on this base, whose embedding may be another; `rows` those of the embedding, where it has not its own.
+    on this base, whose embedding may be another; `rows` those of the embedding, where it has not its own;
+    `sampling` stands over what the base's generation_config.json says.
     """
     described = json.loads((base / "config.json").read_text(encoding="utf-8"))
     rows = fitted.rows if fitted and fitted.rows is not None else rows
@@ -51,6 +54,8 @@ def describe(
     _drop(out / "tokenizer_config.json", "auto_map")
     for note in repair(out, configuration_of(described).vocabulary_size):
         report.warning(note)
+    if sampling:
+        _sample(out / "generation_config.json", sampling)
     if chat_template is not None:
         # Only the pinned template: an older file beside it might be preferred.
         (out / "chat_template.json").unlink(missing_ok=True)
@@ -58,6 +63,14 @@ def describe(
         _drop(out / "tokenizer_config.json", "chat_template")
     elif (out / "tokenizer.json").is_file():
         _leave_out_named(out)
+
+
+def _sample(path: Path, sampling: Mapping[str, int | float]) -> None:
+    """Write it where transformers and the converter look for it."""
+    stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    samples = sampling.get("temperature", stated.get("temperature", 1.0)) > 0
+    fields = {**stated, "do_sample": samples, **sampling}
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
 def _leave_out_named(out: Path) -> None:

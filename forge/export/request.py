@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,7 +16,8 @@ class Ingredients:
     """What a GGUF is made of, whoever asks for it.
 
     `tokenizer` is the directory whose tokenizer was trained with, `chat_template` the pinned text that the
-    GGUF is to carry, `merge_base` what the adapter is merged into, `converters` llama.cpp's own.
+    GGUF is to carry, `merge_base` what the adapter is merged into, `converters` llama.cpp's own, `sampling`
+    what stands over the base's generation_config.json.
     """
 
     base: Path
@@ -26,6 +27,7 @@ class Ingredients:
     converters: Path
     end_of_turn_id: int | None = None
     merge_base: MergeBase = "original"
+    sampling: Mapping[str, int | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

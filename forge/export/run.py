@@ -56,7 +56,9 @@ def export(request: ExportRequest) -> Exported:
     description.mkdir(parents=True)
     checkpoint, found = _open(model)
     try:
-        describe(model.base, model.tokenizer, model.chat_template, description, found)
+        describe(
+            model.base, model.tokenizer, model.chat_template, description, found, sampling=model.sampling
+        )
         mode, reasons = _mode(request.mode, found)
         # Matched against the base in either mode: an adapter that fits nothing is refused here.
         nf4 = quantized_in_training(model.base, checkpoint) if model.merge_base == "nf4" else ()

@@ -68,7 +68,7 @@ _INITIAL: Mapping[Any, Any] = {
 
 OLD_NAMES: Mapping[str, Old] = {
     # Whole sections.
-    **_all("base", "base_model", "base_model_name_or_path", "model", "model_id"),
+    **_all("base", "base_model", "base_model_name_or_path", "model_id"),
     **_all("base", "model_name", "model_name_or_path", "pretrained_model_name_or_path"),
     **_all("base.revision", "base_model_revision", "model_revision", "revision_of_model"),
     **_all("base.trust_remote_code", "trust_remote_code"),
@@ -311,6 +311,15 @@ def rename(
     return f"{said} is now {old.new}", None
 
 
+def _base_called_model(path: tuple[str, ...], key: str, node: Node) -> Old | None:
+    """`model: NAME`, or with a base's fields: before the section of that name it was the base."""
+    if path or key != "model":
+        return None
+    held = node.value.keys() if isinstance(node.value, dict) else set()
+    is_base = isinstance(node.value, str) or (held and not held & set(names_in("model")))
+    return Old("base") if is_base else None
+
+
 def _both_off(section: str, holder: Node) -> str:
     """`bf16: false` and `fp16: false` together ask for float32; a warning when that was so."""
     pair = [holder.value.get(name) for name in ("bf16", "fp16")]
@@ -336,7 +345,7 @@ def translate(root: Node) -> Translation:
         if warning := _both_off(section, holder):
             found.warnings.append(warning)
         for key in list(holder.value):
-            old = look_up((*path, key))
+            old = look_up((*path, key)) or _base_called_model(path, key, holder.value[key])
             if old is None:
                 continue
             node = holder.value.pop(key)

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from forge.recipe.model import Message as Message
+from forge.recipe.model import Model as Model
 from forge.recipe.section import Section as Section
 from forge.recipe.training import Lora as Lora
 from forge.recipe.training import Train as Train
@@ -286,13 +288,6 @@ class Deploy(Section):
     gpu_layers: int | None = Field(None, ge=-1, description="layers on the GPU; -1: all")
 
 
-class Message(Section):
-    """One turn of a conversation."""
-
-    role: Literal["system", "user", "assistant"] = Field(description="who speaks")
-    content: Text = Field(description="what is said")
-
-
 class ExpectedCall(Section):
     """A call of a tool."""
 
@@ -350,6 +345,7 @@ class Recipe(Section):
     train: Training = Field(
         Train(), description="a training run; `{from: ADAPTER}` adopts one; `none` ships the base"
     )
+    model: Model = Field(Model(), description="how the model meets people")
     export: Export = Field(Export(), description="the GGUF file")
     verify: Verify = Field(Verify(), description="what must hold before anything is deployed")
     deploy: Deploy = Field(Deploy(), description="where the model is served")

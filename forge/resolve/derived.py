@@ -36,6 +36,12 @@ def quant_named(ship: Resolved) -> str | None:
     return ship.further_type or next(iter(ship.recipe.export.types), None)
 
 
+def sampling_params(ship: Resolved) -> dict[str, Json]:
+    """How servers are to draw tokens, in the requests of what carries it; nothing where nothing is asked."""
+    asked = dict(ship.recipe.model.sampling.asked())
+    return {"model.sampling": asked} if asked else {}
+
+
 def quant_asked(ship: Resolved) -> str:
     """The type in a stage's request; one that a budget chose is known by *calibrate*'s digest."""
     return quant_named(ship) or "within a budget"

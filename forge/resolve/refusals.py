@@ -12,6 +12,7 @@ from forge import report
 from forge.adapter.places import other_base, place
 from forge.adapter.read import EMBEDDINGS, Adapter
 from forge.adapter.vocabulary import check_tokenizer
+from forge.chat.beginning import refuse_unwritten
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, Problem, RecipeError
 from forge.export.adapter_only import refuse_impure, why_merged
@@ -48,6 +49,8 @@ def check(ship: Resolved) -> None:
     _check_linear(ship)
     _check_generation(ship)
     _check_tokens(ship)
+    if ship.beginning != (None, ()):
+        refuse_unwritten(ship.template, *ship.beginning)
     if ship.fitted:
         place(ship.fitted)
         _warn_of_other_base(ship, ship.fitted.adapter)

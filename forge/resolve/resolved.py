@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from forge import report
 from forge.adapter.read import read_adapter
 from forge.adapter.vocabulary import Fitted, fit, is_of_tokens
+from forge.chat.beginning import with_beginning
 from forge.chat.stops import StopContract
 from forge.chat.template import DAY_VARIABLE, ChatTemplate
 from forge.errors import DataError
@@ -174,10 +175,19 @@ class Resolved:
         if asked := self.recipe.base.chat_template:
             text = template_text(asked, self.loaded.directory, own.templates)
             own = read_tokenizer(with_template(own.directory, text), max_positions=limit)
+        if self.beginning != (None, ()) and own.chat_template is not None:
+            text = with_beginning(own.chat_template, *self.beginning)
+            own = read_tokenizer(with_template(own.directory, text), max_positions=limit)
         tokens = self.recipe.base.tokens
         if tokens.add or tokens.pad:
             own = read_tokenizer(with_tokens(own.directory, tokens.add, tokens.pad), max_positions=limit)
         return own
+
+    @property
+    def beginning(self) -> tuple[str | None, tuple[Mapping[str, str], ...]]:
+        """The system prompt and the exchanges that stand in front of every conversation."""
+        model = self.recipe.model
+        return model.system, tuple({"role": one.role, "content": one.content} for one in model.messages)
 
     @cached_property
     def template(self) -> ChatTemplate:

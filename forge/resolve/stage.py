@@ -65,6 +65,7 @@ class GgufStage(ShipStage):
             converters=find_converters(self.ship.store.root),
             end_of_turn_id=self.ship.prompt_format.end_of_turn_id,
             merge_base=merge_base,
+            sampling=self.ship.recipe.model.sampling.asked(),
         )
 
     def tools(self) -> Mapping[str, str]:

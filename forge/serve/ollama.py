@@ -145,6 +145,8 @@ def import_model(
     fields["parameters"] = {
         key: list(value) if isinstance(value, tuple) else value for key, value in handed.parameters.items()
     }
+    if handed.system:
+        fields["system"] = handed.system
     if handed.licences:
         fields["license"] = list(handed.licences)
     failures: list[Problem] = []

@@ -17,7 +17,15 @@ from forge.export.run import export as make_gguf
 from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result
-from forge.resolve.derived import gguf_name, keeps_merged, largest_type, merge_base, quant_asked, quant_named
+from forge.resolve.derived import (
+    gguf_name,
+    keeps_merged,
+    largest_type,
+    merge_base,
+    quant_asked,
+    quant_named,
+    sampling_params,
+)
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows, certificate_rows_are
 from forge.resolve.stage import GgufStage, OfType
@@ -71,6 +79,7 @@ class ExportStage(OfType, GgufStage):
             "export.merge_base": merge_base(self.ship),
             "export.keep_merged": keeps_merged(self.ship),
             "chat template": self.ship.template_digest,
+            **sampling_params(self.ship),
         }
 
     def packages(self) -> Collection[str]:

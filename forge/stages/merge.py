@@ -11,7 +11,7 @@ from forge.export.checkpoint import Merged, MergeRequest
 from forge.export.checkpoint import merge as make_checkpoint
 from forge.export.run import MERGED_DIRECTORY
 from forge.pipeline.stage import Result
-from forge.resolve.derived import merge_base
+from forge.resolve.derived import merge_base, sampling_params
 from forge.resolve.stage import ShipStage
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
@@ -32,6 +32,7 @@ class MergeStage(ShipStage):
             "base.tokenizer": self.ship.tokenizer_digest,
             "export.merge_base": merge_base(self.ship),
             "chat template": self.ship.template_digest,
+            **sampling_params(self.ship),
         }
 
     def packages(self) -> Collection[str]:
@@ -49,6 +50,7 @@ class MergeStage(ShipStage):
             chat_template=self.ship.template.pinned_source(),
             out=out,
             merge_base="nf4" if merge_base(self.ship) == "nf4" else "original",
+            sampling=self.ship.recipe.model.sampling.asked(),
         )
         return worker.perform(make_checkpoint, request, log=self.ship.log)
 

@@ -14,6 +14,7 @@ from forge.chat.hand_over import (
     hand_over,
     licences_of,
     read_modelfile,
+    refuse_other_sampling,
     sampling_of,
     write_modelfiles,
 )
@@ -24,7 +25,14 @@ from forge.data.prepare import Prepared
 from forge.export.run import GGUF_FILE
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result
-from forge.resolve.derived import context_tokens, gguf_name, longest_reply, prompt_params, quant_asked
+from forge.resolve.derived import (
+    context_tokens,
+    gguf_name,
+    longest_reply,
+    prompt_params,
+    quant_asked,
+    sampling_params,
+)
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import OfType, ShipStage
 from forge.runs.files import adapter_beside, of_type, withdraw_types
@@ -70,6 +78,7 @@ class ModelfileStage(OfType, ShipStage):
             "deploy.context_tokens": self.ship.recipe.deploy.context_tokens,
             "smoke.max_tokens": longest_reply(self.ship),
             **prompt_params(self.ship),
+            **sampling_params(self.ship),
         }
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> ModelfileFacts:
@@ -82,7 +91,8 @@ class ModelfileStage(OfType, ShipStage):
             context_tokens=context_tokens(
                 self.ship, inputs[DATA_STAGE].read(Prepared) if DATA_STAGE in inputs else None
             ),
-            sampling=sampling_of(self.ship.base_directory),
+            sampling=sampling_of(self.ship.base_directory, self.ship.recipe.model.sampling.asked()),
+            system=self.ship.recipe.model.system,
             licences=licences_of(self.ship.base_directory),
         )
         file = gguf_name(self.ship, inputs[EXPORT_STAGE].read(ExportFacts).quant)
@@ -95,6 +105,7 @@ class ModelfileStage(OfType, ShipStage):
         }
         broken = [problem for name, one in written.items() for problem in stops.in_modelfile(one, name)]
         require([*stops.in_gguf(header), *broken])
+        refuse_other_sampling(header, self.ship.recipe.model.sampling.asked())
         same = compare(handed, header.chat_template or "", written.get(MODELFILE))
         report.info(f"{same.conversations} conversations: the same prompts through {', '.join(same.through)}")
         variables = Variables(tuple(self.ship.template.variables_read()), self.ship.template.variables)
