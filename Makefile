@@ -29,7 +29,7 @@ BY_PROCESSOR := $(addprefix tests/test_,train_arithmetic.py train_evaluate.py ve
 
 LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
 
-.PHONY: documents setup ship quick test test-all campaign release llama-server clients lint bench clean
+.PHONY: documents setup ship quick test test-all campaign mutants release llama-server clients lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -55,6 +55,10 @@ test-all: lint llama-server clients
 campaign: llama-server clients
 	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(CAMPAIGN)"
 	FORGE_KILLS=20 $(PYTEST) tests/test_ship_kills.py
+
+# Do the tests notice a fault? Half an hour of one core; writes docs/mutants.md.
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants
 
 # What the container and the bundle are tested with; needs cmake. The library's own build is linked to.
 llama-server: $(LLAMA_SERVER)

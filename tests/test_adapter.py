@@ -6,15 +6,19 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from forge.adapter.read import read_adapter, scale_of
+from forge.adapter.places import place
+from forge.adapter.read import TokenRows, read_adapter, scale_of
 from forge.adapter.status import ValidateRequest, validate
+from forge.adapter.vocabulary import fit
 from forge.codec import to_plain
 from forge.errors import CheckError, DataError, ForgeError
+from forge.model.checkpoint import open_checkpoint
 from tests.models import PEFT_WARNS, change_json, change_tensors, make_adapter, make_model
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(1500)]
@@ -102,6 +106,10 @@ IMPURE: Mapping[str, tuple[dict[str, Any], str]] = {
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "it carries whole tensors: lm_head.weight"),
     "dora": ({"use_dora": True}, "DoRA magnitudes have no place in a GGUF adapter"),
     "embedding": ({"target_modules": ["embed_tokens"]}, "it adapts the embedding"),
+    "rows": (
+        {"trainable_token_indices": {"embed_tokens": [3]}},
+        "it carries rows of tokens: model.embed_tokens.weight",
+    ),
 }
 
 
@@ -114,6 +122,28 @@ def test_impure_adapters_are_for_merging(kind: str, untied: Path, tmp_path: Path
     assert told.pure is False
     assert reason in told.impurities
     assert told.exports == ("merged",)
+
+
+def test_rows_of_tokens_have_a_place(base: Path, tmp_path: Path) -> None:
+    """Up to the last row of the base, and as wide as that."""
+    made = make_adapter(
+        base, tmp_path / "a", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3]}
+    )
+    adapter, checkpoint = read_adapter(made), open_checkpoint(base)
+    [(name, rows)] = adapter.rows.items()
+    count, width = checkpoint.tensors[name].shape
+
+    def placed(rows: TokenRows) -> list[str]:
+        try:
+            place(fit(replace(adapter, rows={name: rows}), checkpoint))
+        except DataError as refused:
+            return [problem.message for problem in refused.problems]
+        return []
+
+    assert placed(replace(rows, tokens=(count - 1,))) == []
+    assert placed(replace(rows, tokens=(count,))) == [f"token {count} has no row, there are {count}"]
+    other = replace(rows, values=replace(rows.values, shape=(1, width + 1)))
+    assert placed(other) == [f"rows of ({width + 1},) do not fit the base's ({count}, {width})"]
 
 
 def test_conv1d(tmp_path: Path) -> None:

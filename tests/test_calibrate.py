@@ -250,6 +250,7 @@ def test_a_stopped_search_goes_on_with_the_next_type(searched: Path, tmp_path: P
     kept = json.loads((searched / "facts.json").read_text(encoding="utf-8"))["types"][0]
     work = tmp_path / "out" / "work"
     work.mkdir(parents=True)
+    (work / "f16").mkdir()  # of an F16 file that was not finished
     whole = json.dumps(kept | {"kl_mean": 0.009})
     (work / "measured.jsonl").write_text(f'{whole}\n{{"quant": "q6_k", "by')
     facts = search(specimen, tmp_path / "out", 0.01, ("q8_0", "q6_k"))

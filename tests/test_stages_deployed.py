@@ -103,11 +103,13 @@ def deployed(
 
 def test_a_sound_server(tmp_path: Path) -> None:
     ship = ship_of(tmp_path, "runtime: embedded")
-    facts = deployed(ship, tmp_path, measured(ship, FIRST))
-    assert facts.prompts_compared == 2  # a greeting, and the smoke query
+    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user", "assistant")]
+    rows = [{"messages": turns[:2]}, {"messages": turns}, {"messages": turns[1:2]}]
+    facts = deployed(ship, tmp_path, measured(ship, FIRST), rows)
+    assert facts.prompts_compared == 4  # a greeting, the smoke query, and the rows that have a prompt
     assert (facts.runtime, facts.model, facts.context_tokens) == ("embedded", "mini", 512)
     assert facts.live and facts.live["problems"] == [] and facts.live["handover"]["prompts"] == 4
-    assert facts.live["finish_reasons"] == {"stop": 1}
+    assert facts.live["finish_reasons"] == {"stop": 3}
     assert DeployAction(ship).verdict(to_plain(facts)) is None
 
 

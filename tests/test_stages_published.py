@@ -189,6 +189,14 @@ def test_the_data_stage_says_how_long_training_is(place: Place, monkeypatch: pyt
     assert {TRAIN_FILE, HELDOUT_FILE} <= tree(place.out).keys()
 
 
+def test_the_sections_of_the_report_begin_with_what_a_reader_asks_first(tmp_path: Path) -> None:
+    stages = stages_for(place_of(tmp_path, RECIPE + IMATRIX).ship)
+    assert [stage.name for stage in sorted(stages, key=lambda stage: stage.rank)] == [
+        "verify", "evaluate", "train", "data", "validate", "calibrate", "export", "deploy", "modelfile",
+        "smoke",
+    ]  # fmt: skip
+
+
 def test_what_each_stage_needs(tmp_path: Path) -> None:
     def needs(recipe: str) -> dict[str, tuple[str, ...]]:
         return {stage.name: stage.needs for stage in stages_for(place_of(tmp_path, recipe).ship)}

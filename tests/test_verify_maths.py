@@ -349,6 +349,28 @@ def test_rows_that_the_file_lost_are_those_that_llama_cpps_own_has() -> None:
     assert (found["broken_stage"], "2 rows of token_embd.weight" in found["verdict"]) == ("convert", True)
 
 
+@pytest.mark.parametrize(
+    ("file", "wrong", "wrong_trained", "stage", "words"),
+    [
+        ("file", [5, 6, 7, 8], [5], "merge", "of the file 4 of 9 rows"),
+        ("file", [5, 6, 7, 8], [], "convert", "the untouched tokens' 5, 6, 7, ..."),
+        ("f16", [5, 6], [5, 6], "merge", "of the f16 made here 2 of 9 rows"),
+        ("file", [], [], None, ""),
+    ],
+)
+def test_rows_of_tokens_that_are_not_pefts(
+    file: str, wrong: list[int], wrong_trained: list[int], stage: str | None, words: str
+) -> None:
+    """Whatever the logits say: no text of the sample may have that token."""
+    rows = {"compared": 9, "trained": 2, "wrong": wrong, "wrong_trained": wrong_trained}
+    measured = _measurement()
+    fits = measured["weights"]
+    fits[file] = {**fits[file], "rows": {"token_embd.weight": rows}}
+    found = _judged(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (stage is None, stage)
+    assert words in " ".join([found["verdict"], *found["problems"]])
+
+
 @pytest.mark.parametrize(("difference", "ok"), [(-0.019, True), (-0.021, False), (0.5, True)])
 def test_a_shift_that_makes_answers_worse_than_as_trained_is_a_fault(difference: float, ok: bool) -> None:
     """Pitfall 22: the loss is that of the model as trained less that of the exported one, ± 0.01."""

@@ -1,0 +1,86 @@
+"""Which quick tests are about which module: a mutant is shown to these, not to the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+ROOMS = ("forge/stages", "forge/verify", "forge/adapter")
+_STAGE = (
+    "test_stages_asking.py", "test_stages_published.py", "test_stages_judged.py", "test_stages_checks.py",
+    "test_recipe_requests.py",
+)  # fmt: skip
+_ADAPTER = ("test_adapter.py", "test_adapter_names.py", "test_adapter_settings.py", "test_refusals.py")
+_CAUGHT = "test_verify_misreadings.py::test_the_certificate_catches_it"
+_MATHS = "test_verify_maths.py"
+_REFUSED = "test_verify_refusals.py"
+# Whole certificates of small models, sound ones and a faulty one.
+_WHOLE = (
+    _MATHS, f"{_CAUGHT}[none]", f"{_CAUGHT}[dropped layer]",
+    "test_verify_faults.py::test_a_sound_file_passes_and_its_quantized_one_too",
+)  # fmt: skip
+_REFERENCE = ("test_verify_reference.py", "test_resized.py::test_the_tuned_model_is_peft_s")
+_ROWS = ("test_resized.py", "test_untied.py::test_a_head_that_differs_is_not_tied")
+_CALIBRATED = (
+    "test_calibrate.py::test_it_holds_the_mean_square_of_what_each_linear_layer_reads",
+    "test_calibrate.py::test_each_expert_has_its_own",
+)  # fmt: skip
+_SEARCHED = tuple(
+    f"test_calibrate.py::test_{name}"
+    for name in (
+        "the_smallest_is_chosen_by_bytes_and_not_by_place",
+        "another_file_is_no_importance_matrix",
+        "the_smallest_type_within_the_budget_is_found",
+        "a_stopped_search_goes_on_with_the_next_type",
+        "a_search_that_was_killed_early_goes_on_in_a_process_of_its_own",
+        "a_full_disk_ends_the_search",
+        "a_type_that_cannot_be_made_is_left_out_with_the_reason",
+    )
+)
+TESTS: Mapping[str, tuple[str, ...]] = {
+    "forge/adapter/adopt.py": ("test_adapter_names.py",),
+    "forge/adapter/names.py": _ADAPTER,
+    "forge/adapter/places.py": _ADAPTER,
+    "forge/adapter/read.py": (*_ADAPTER, "test_resized.py::test_the_tuned_model_is_peft_s"),
+    "forge/adapter/settings.py": _ADAPTER,
+    "forge/adapter/status.py": _ADAPTER,
+    "forge/adapter/tokenizer.py": ("test_stages_published.py",),
+    "forge/adapter/vocabulary.py": (*_ADAPTER, *_ROWS),
+    "forge/stages/__init__.py": ("test_stages_published.py", "test_several_types.py"),
+    "forge/stages/adopt.py": _STAGE,
+    "forge/stages/calibrate.py": _STAGE,
+    "forge/stages/data.py": (*_STAGE, "test_data_preflight.py"),
+    "forge/stages/deploy.py": ("test_stages_deployed.py", "test_stages_judged.py"),
+    "forge/stages/evaluate.py": (*_STAGE, "test_learned.py::test_an_improvement_beyond_its_uncertainty"),
+    "forge/stages/export.py": (*_STAGE, "test_several_types.py"),
+    "forge/stages/merge.py": _STAGE,
+    "forge/stages/modelfile.py": (*_STAGE, "test_several_types.py"),
+    "forge/stages/smoke.py": ("test_live_stops.py", "test_stages_deployed.py", "test_stages_judged.py"),
+    "forge/stages/train.py": _STAGE,
+    "forge/stages/validate.py": _STAGE,
+    "forge/stages/verify.py": (*_STAGE, "test_several_types.py"),
+    "forge/verify/activations.py": _CALIBRATED,
+    "forge/verify/asked.py": ("test_verify_asked.py",),
+    "forge/verify/bases.py": ("test_verify_bases.py",),
+    "forge/verify/basis.py": ("test_verify_recheck.py", "test_stages_asking.py"),
+    "forge/verify/calibrate.py": _SEARCHED,
+    "forge/verify/calibration.py": ("test_stages_asking.py", "test_stages_judged.py"),
+    "forge/verify/cause.py": (*_WHOLE, f"{_CAUGHT}[scale]", f"{_CAUGHT}[wrong layer]"),
+    "forge/verify/compare.py": _WHOLE,
+    "forge/verify/decide.py": (_MATHS,),
+    "forge/verify/inputs.py": (_MATHS, _REFUSED),
+    "forge/verify/kept.py": ("test_verify_thrift.py", *_WHOLE),
+    "forge/verify/loader.py": _REFERENCE,
+    "forge/verify/measure.py": (*_WHOLE, _REFUSED),
+    "forge/verify/measurement.py": (_MATHS,),
+    "forge/verify/reference.py": _REFERENCE,
+    "forge/verify/rounding.py": ("test_verify_thrift.py", *_WHOLE),
+    "forge/verify/sample.py": (_MATHS, "test_verify_recheck.py", "test_verify_asked.py"),
+    "forge/verify/served.py": ("test_verify_asked.py", *_WHOLE),
+    "forge/verify/session.py": _WHOLE,
+    "forge/verify/token_rows.py": ("test_resized.py", f"{_CAUGHT}[token rows]"),
+    "forge/verify/tuned.py": _REFERENCE,
+    "forge/verify/verdict.py": _WHOLE,
+    "forge/verify/vocabulary.py": _WHOLE,
+    "forge/verify/weights.py": _WHOLE,
+    "forge/verify/yardstick.py": _WHOLE,
+}
