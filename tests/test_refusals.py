@@ -126,6 +126,7 @@ FAULTY: Mapping[str, Case] = {
     ),
     "an adapter with more tokens": Case(_more_tokens, ADOPTED, "tokens, the embedding 1456 rows"),
     "an adapter with a setting unknown": Case(_settings(what_is_this=1), ADOPTED, "what_is_this"),
+    "an adapter of rank nought": Case(_settings(r=0), ADOPTED, "must be a whole number above 0 (got 0)"),
     "an impure adapter of its own": Case(
         _impure, ADOPTED + "export: {mode: adapter}\n", "no GGUF form of its own"
     ),

@@ -289,6 +289,9 @@ def test_calibration_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
         "types": list(BUDGETED), "max_kl": 0.01, "plain": False, "threads": None,
     }  # fmt: skip
     assert asked.logs == {place.ship.log}
+    before = CalibrateStage(place.ship).params()
+    original = place_of(tmp_path, RECIPE + "export: {quant: {max_kl: 0.01}, merge_base: original}\n")
+    assert CalibrateStage(original.ship).params() != before
 
 
 def test_a_matrix_without_a_budget_is_measured_on_its_own_rows_where_none_is_held_out(
