@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from forge.pipeline.stage import Result
-from forge.stages.evaluate import EvaluateStage, figures, has_improved, nothing_learned, remarks
+from forge.stages.evaluate import (
+    EvaluateStage,
+    figures,
+    has_improved,
+    least_improvement,
+    nothing_learned,
+    remarks,
+)
 from forge.train.evaluate import Evaluated, standard_error
 from forge.train.outcome import fall_at_the_end, still_falling
 from tests.models import evaluated
@@ -44,6 +51,13 @@ def test_the_standard_error_by_hand() -> None:
     assert standard_error([(2.0, 1)], [(1.0, 1)]) is None
     assert standard_error([(2.0, 1), (4.0, 1)], [(1.0, 1), (1.0, 1)]) == pytest.approx(1.0)
     assert standard_error([(2.0, 2), (4.0, 4)], [(1.0, 2), (2.0, 4)]) == pytest.approx(0.0)
+
+
+def test_more_rows_tell_a_smaller_improvement() -> None:
+    """Student's t falls with every row, from 6.31 for two to the normal distribution's 1.645."""
+    least = [least_improvement(facts(3.0, 1.0, 1.0, rows)) for rows in range(2, 16)]
+    assert least[:-1] == sorted(set(least), reverse=True)
+    assert (least[0], least[-2], least[-1]) == (6.31, 1.645, 1.645)
 
 
 def test_nothing_measured_is_no_figure() -> None:

@@ -30,6 +30,7 @@ from forge.recipe.load import load
 from forge.recipe.quants import BUDGETED
 from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
+from forge.runs.files import of_type
 from forge.stages.calibrate import CalibrateStage
 from forge.stages.data import DataStage
 from forge.stages.evaluate import EvaluateStage
@@ -395,7 +396,10 @@ def test_a_certificate_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
         "base": str(tmp_path / "base"), "gguf": "mini-q8_0.gguf", "adapter": "adapter",
         "lora": "mini-q8_0-adapter.gguf", "merged": "merged", "imatrix": f"calibration/{IMPORTANCE_FILE}",
     }  # fmt: skip
+    further = tmp_path / of_type("certificate.json", "q8_0")
+    further.write_text("of an earlier recipe")
     VerifyStage(place.ship).publish(Artifact("verify", "k", "d", place.out, facts), tmp_path, None)
+    assert not further.exists()
     path = tmp_path / "certificate.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     for part in ("basis", "gates", "evidence"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from forge import report
 from forge.codec import to_plain
 from forge.errors import CheckError
 from forge.export.run import GGUF_FILE
@@ -163,3 +164,15 @@ def test_the_page_of_a_training_has_the_losses_of_its_log(place: Place, tmp_path
         '{"step": 1, "epoch": 0.5, "loss": 3.5}\n{"step": 2, "epoch": 1, "loss": 2.5}\n'
     )
     assert stage.section_values(replace(result({}), artifact=made)) == {"losses": [(1, 3.5), (2, 2.5)]}
+
+
+def test_a_file_that_answers_otherwise_more_often_than_not_is_a_warning(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warned: list[str] = []
+    listen(monkeypatch)
+    monkeypatch.setattr(report, "warning", warned.append)
+    for same in (3, 4):
+        facts = {**measurement(), "greedy": {"prompts": 8, "same": same}}
+        assert VerifyStage(place.ship).judge(of(facts)) is None
+    assert warned == ["3 of 8 greedy answers are the reference's, token by token"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ from forge.verify.calibrate import IMPORTANCE_FILE
 from tests.conftest import tree
 from tests.makers.tokenizer import CHATML
 from tests.test_pipeline_stages import listen
-from tests.test_stages_asking import EXPORT_FACTS, RECIPE, SAMPLE, Place, place_of, write_adapter
+from tests.test_stages_asking import (
+    EXPORT_FACTS,
+    MODELFILE_FACTS,
+    RECIPE,
+    SAMPLE,
+    Place,
+    place_of,
+    write_adapter,
+)
 from tests.test_stages_deployed import ship_of
 from tests.tiny_gguf import write_tiny_gguf
 
@@ -121,6 +130,9 @@ def test_a_modelfile_that_is_not_written_any_more_goes(place: Place, run: Path, 
     )
     stage.publish(artifact(tmp_path / "b", "newer", "Modelfile.jinja"), run, None)
     assert files(run)["Modelfile.jinja"] == "newer Modelfile.jinja" and "Modelfile" not in files(run)
+    facts = {**MODELFILE_FACTS, "modelfile": None, "reason": "it reverses the turns"}
+    summary = stage.summary(Result("modelfile", False, 0.0, facts), run)
+    assert summary == {"modelfile": None, "modelfile_reason": "it reverses the turns"}
 
 
 def test_a_merged_checkpoint_leaves_no_model_of_an_earlier_recipe(run: Path, tmp_path: Path) -> None:
@@ -180,6 +192,25 @@ def test_a_plan_refuses_the_rows_that_a_ship_would(is_here: bool, tmp_path: Path
     ship = place.ship if is_here else replace(place.ship, base=replace(place.ship.base, directory=None))
     with pytest.raises(DataError):
         DataStage(ship).look()
+
+
+def test_a_row_of_which_the_last_turn_is_learned_ends_there_only(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant", "user", "assistant")]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    recipe = "name: mini\nbase: ./base\ndata: {source: rows.jsonl}\ntrain: {supervise: last}\n"
+    place = place_of(tmp_path, recipe)
+    DataStage(place.ship).build({}, place.out)
+    [row] = (place.out / TRAIN_FILE).read_text(encoding="utf-8").splitlines()
+    assert sum(label >= 0 for label in json.loads(row)["labels"]) < len(json.loads(row)["labels"]) / 2
+
+
+def test_a_merged_checkpoint_that_is_kept_takes_its_room(tmp_path: Path) -> None:
+    def kept(lines: str) -> int:
+        return sum(ExportStage(place_of(tmp_path, RECIPE + lines).ship).bytes_kept().values())
+
+    assert kept("export: {keep_merged: true}\n") > 2 * kept("")
+    whole = place_of(tmp_path, RECIPE.replace("qlora", "full")).ship
+    assert TrainStage(whole).bytes_kept() == {"adapter": 4 * whole.parameters}
 
 
 def test_the_data_stage_says_how_long_training_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
