@@ -24,8 +24,8 @@ from forge.train.request import Trained
 
 # Below this share of itself a loss differs by rounding: measured again on other hardware, or another batch.
 _ARITHMETIC = 1e-4
-# One-sided 95 % points of Student's t for 2, 3, ... rows; the last for all that are more.
-_STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89, 1.86, 1.83, 1.81, 1.75, 1.70, 1.645)
+# One-sided 95 % points: of Student's t for 2, 3, ... rows, and of the normal distribution.
+_STUDENT, _NORMAL = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943), 1.645
 
 
 class EvaluateStage(ShipStage):
@@ -175,8 +175,16 @@ def least_improvement(measured: Evaluated) -> float:
     Of one row only the arithmetic's part is known.
     """
     error, rows = measured.loss_error, measured.rows
-    of_rows = 0.0 if error is None else error * _STUDENT[min(rows - 2, len(_STUDENT) - 1)]
+    of_rows = 0.0 if error is None else error * _students_t(rows)
     return max(of_rows, _ARITHMETIC * measured.loss.before)
+
+
+def _students_t(rows: int) -> float:
+    """The one-sided 95 % point of `rows` - 1 degrees of freedom; of many by Fisher's expansion, to 0.004."""
+    if rows - 2 < len(_STUDENT):
+        return _STUDENT[rows - 2]
+    z, freedom = _NORMAL, rows - 1
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def learned(measured: Evaluated, served_exact: int | None = None) -> Learned:
