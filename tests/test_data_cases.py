@@ -84,6 +84,15 @@ def supervised(row: Mapping[str, Any]) -> int:
     return sum(label >= 0 for label in row["labels"])
 
 
+def test_a_csv_with_one_long_field(run: Run, tmp_path: Path) -> None:
+    """biolab/orange3 2404, pytorch/text 549: Python's reader stops at 131,072 characters; the row is dropped."""
+    short = "".join(f'"q{n}, ""quoted""\nsecond line",a{n}\n' for n in range(8))
+    (tmp_path / "d.csv").write_text(f"prompt,completion\n{short}long,{'word ' * 32_000}\n", encoding="utf-8")
+    read = run(tmp_path / "d.csv", train={"max_length": 128}, overlong="drop")
+    assert [row["messages"][1]["content"] for row in read.rows] == [f"a{n}" for n in range(8)]
+    assert read.rows[0]["messages"][0]["content"] == 'q0, "quoted"\nsecond line'
+
+
 def test_content_parts(run: Run) -> None:
     """yaolinli/TimeChat-Online 3, lm-sys/FastChat 3017: text parts are joined."""
     assert run(CASES / "content_parts" / "d.jsonl").messages(0) == [("user", "q0"), ("assistant", "a0")]
