@@ -85,7 +85,7 @@ def supervised(row: Mapping[str, Any]) -> int:
 
 
 def test_a_csv_with_one_long_field(run: Run, tmp_path: Path) -> None:
-    """biolab/orange3 2404, pytorch/text 549: Python's reader stops at 131,072 characters; the row is dropped."""
+    """biolab/orange3 2404, pytorch/text 549: Python's reader stops at 131,072 characters."""
     short = "".join(f'"q{n}, ""quoted""\nsecond line",a{n}\n' for n in range(8))
     (tmp_path / "d.csv").write_text(f"prompt,completion\n{short}long,{'word ' * 32_000}\n", encoding="utf-8")
     read = run(tmp_path / "d.csv", train={"max_length": 128}, overlong="drop")

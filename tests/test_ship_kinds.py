@@ -42,7 +42,7 @@ def test_a_merged_checkpoint_of_an_earlier_ship_is_not_left(workshop: Workshop) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.campaign)])
 def test_a_mixture_of_experts_ships_with_the_default_targets(workshop: Workshop, architecture: str) -> None:
     """vllm #41384, unsloth-zoo #1269: factors on experts would be refused after the training."""
     make_model(workshop.directory / "base", architecture, "home-made")
