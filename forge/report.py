@@ -223,11 +223,17 @@ def keep_output_clear() -> None:
 
 
 def _default_sink(stream: IO[str]) -> Sink:
-    if "ipykernel" in sys.modules:
+    if _in_a_notebook():
         return NotebookSink(stream, sys.stderr)
     if stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
         return RichSink(stream)
     return PlainSink(stream, sys.stderr)
+
+
+def _in_a_notebook() -> bool:
+    """Whether this is Jupyter's kernel; its modules are imported elsewhere, too, by what starts kernels."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython and ipython.get_ipython(), "kernel")
 
 
 def _current() -> Sink:

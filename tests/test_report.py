@@ -36,6 +36,19 @@ def plain() -> tuple[report.PlainSink, io.StringIO, io.StringIO]:
     return report.PlainSink(stream, errors), stream, errors
 
 
+def test_a_program_that_imports_a_kernel_is_no_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    """nbclient and jupyter_client import ipykernel where nothing shows what a kernel displays."""
+    import ipykernel.kernelspec
+    import IPython
+
+    assert ipykernel.kernelspec.KERNEL_NAME and IPython.get_ipython() is None
+    report.configure()
+    for done in (0, 1, 1):
+        report.advance("convert", done, 1)
+    report.info("there it is")
+    assert "there it is" in capsys.readouterr().out
+
+
 def test_plain_lines_with_faults_apart() -> None:
     sink, stream, errors = plain()
     report.configure(sink=sink)
