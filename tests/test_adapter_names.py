@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -93,6 +94,43 @@ def test_names_of_no_known_wrapper_say_so(base: Path, plain: Path, tmp_path: Pat
     assert "names of its tensors are wrapped" in refused.value.hint
     assert f"{PREFIX}engine.net.model.layers.0.self_attn.q_proj.weight is in the file" in refused.value.hint
     assert f"peft writes {PREFIX}model.layers.0.self_attn.q_proj.weight" in refused.value.hint
+
+
+@pytest.mark.training
+def test_several_adapters_in_one_file_are_refused(plain: Path, tmp_path: Path) -> None:
+    adapter = renamed(
+        plain,
+        tmp_path / "a",
+        lambda name: name.replace(".weight", f".{'one' if 'lora_A' in name else 'two'}.weight"),
+    )
+    with pytest.raises(DataError, match=r"several adapters \(one, two\)"):
+        read_adapter(adapter)
+
+
+@pytest.mark.training
+def test_learned_lengths_are_where_the_settings_say_dora(base: Path, plain: Path, tmp_path: Path) -> None:
+    """Read either way, the update would be another one than was trained."""
+    dora = make_adapter(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    change_json(dora / "adapter_config.json", use_dora=False)
+    with pytest.raises(DataError, match=r"2 layers have the magnitudes of DoRA, .* but use_dora is not set"):
+        read_adapter(dora)
+    shutil.copytree(plain, tmp_path / "plain")
+    change_json(tmp_path / "plain" / "adapter_config.json", use_dora=True)
+    with pytest.raises(DataError, match="use_dora is set, and 2 layers have no magnitude"):
+        read_adapter(tmp_path / "plain")
+
+
+@PEFT_WARNS
+@pytest.mark.training
+def test_a_configuration_of_other_weights_is_named(base: Path, plain: Path, tmp_path: Path) -> None:
+    """peft would put factors of another shape in than the merge does."""
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    heads = json.loads((other / "config.json").read_text())["num_attention_heads"]
+    change_json(other / "config.json", num_attention_heads=2 * heads)
+    with pytest.raises(DataError, match=r"config\.json is not that of the weights: 2 layers") as refused:
+        validate(ValidateRequest(other, plain))
+    assert "self_attn.q_proj" in refused.value.problems[0].field
 
 
 @PEFT_WARNS
