@@ -42,7 +42,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/adapter/places.py": _ADAPTER,
     "forge/adapter/read.py": (*_ADAPTER, "test_resized.py::test_the_tuned_model_is_peft_s"),
     "forge/adapter/settings.py": _ADAPTER,
-    "forge/adapter/status.py": _ADAPTER,
+    "forge/adapter/status.py": (*_ADAPTER, *_ROWS),
     "forge/adapter/tokenizer.py": ("test_stages_published.py",),
     "forge/adapter/vocabulary.py": (*_ADAPTER, *_ROWS),
     "forge/stages/__init__.py": ("test_stages_published.py", "test_several_types.py"),
