@@ -91,6 +91,7 @@ def test_a_type_that_needs_an_importance_matrix_ships_with_one(workshop: Worksho
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_files_alone_take_a_budget_and_rows(workshop: Workshop) -> None:
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
     text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -110,6 +111,7 @@ def test_files_alone_take_a_budget_and_rows(workshop: Workshop) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_a_file_that_needs_its_matrix_is_verified_with_it(workshop: Workshop) -> None:
     """What forge exports it can certify, from what lies there; without the matrix it says what is missing."""
     rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}."} for n in range(40)]

@@ -130,14 +130,11 @@ def test_lora_and_messages_and_then_its_adapter_elsewhere(workshop: Workshop) ->
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     ("architecture", "vocabulary", "template"),
-    [
-        pytest.param("phi3", "phi-3", None, marks=pytest.mark.campaign),
-        ("llama", "llama-bpe", "llama3_2"),
-        pytest.param("qwen2", "qwen2", None, marks=pytest.mark.campaign),
-    ],
+    [("phi3", "phi-3", None), ("llama", "llama-bpe", "llama3_2"), ("qwen2", "qwen2", None)],
 )
 def test_the_same_recipe_ships_other_families_with_their_real_vocabularies(
     architecture: str, vocabulary: str, template: str | None, workshop: Workshop
