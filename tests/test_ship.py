@@ -61,7 +61,10 @@ def test_the_json_has_the_fields_of_the_contract(shipped: tuple[Workshop, Answer
     directory = workshop.run
     fields = dict(answer.fields)
     stages, learned, smoke = (fields.pop(name) for name in ("stages", "learned", "smoke"))
-    certificate = fields.pop("certificate")
+    certificate, [shipped_type] = fields.pop("certificate"), fields.pop("types")
+    assert (shipped_type["quant"], shipped_type["gguf"], shipped_type["ok"]) == (
+        "q4_k_m", "mini-q4_k_m.gguf", True,
+    )  # fmt: skip
     assert fields == {
         "run": str(directory),
         "adapter": str(directory / "adapter"),

@@ -86,7 +86,7 @@ def test_what_is_computed_once_is_what_both_would_be(
     """A plain base in a quantized type, with every short cut and without any: the same figures."""
     file = yardstick.make_quantized(plain.scratch / "f16" / "model.gguf", tmp_path / "q8.gguf", "q8_0", 1)
     short = plain.measure(file)
-    monkeypatch.setattr("forge.verify.measure.yardstick.computes_the_same", lambda *_: False)
+    monkeypatch.setattr(yardstick, "computes_the_same", lambda *_: False)
     monkeypatch.setattr("forge.verify.measure.changes_nothing", lambda *_: False)
     whole = plain.measure(file)
     assert short.legs.file == whole.legs.file and short.legs.vendor == whole.legs.vendor
