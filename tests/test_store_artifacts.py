@@ -201,7 +201,7 @@ def test_a_replacement_that_was_cut_short_is_finished(store: Store) -> None:
     assert [name for _, name, _ in store.directories()] == [KEY]
 
 
-@pytest.mark.parametrize("facts", [{"loss": float("nan")}, {"path": Path("x")}])
+@pytest.mark.parametrize("facts", [{"loss": float("nan")}, {"thing": object()}])
 def test_facts_that_are_no_json_are_a_bug_and_lose_no_work(store: Store, facts: Facts) -> None:
     def build(out: Path) -> Facts:
         (out / "work").mkdir()
