@@ -44,7 +44,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Unlike:
+class Difference:
     """A field of the recipe, or what a name in it stood for, with its two values."""
 
     field: str
@@ -71,8 +71,8 @@ class Comparison:
     """Two runs, the first run's part first in each pair; `asked_of_one`: questions put to one only."""
 
     runs: tuple[Compared, Compared]
-    recipe: tuple[Unlike, ...]
-    inputs: tuple[Unlike, ...]
+    recipe: tuple[Difference, ...]
+    inputs: tuple[Difference, ...]
     learned: tuple[Learned | None, Learned | None]
     certificate: tuple[Certified | None, Certified | None]
     answers: tuple[AnswerPair, ...]
@@ -107,8 +107,8 @@ def _comparison(directories: tuple[Path, Path], page: Path | None) -> Comparison
     answers, alone = _answers(first.read_facts(), second.read_facts())
     return Comparison(
         runs=(_compared(directories[0], first), _compared(directories[1], second)),
-        recipe=tuple(_unlike(_leaves(first), _leaves(second))),
-        inputs=tuple(_unlike(_inputs(first), _inputs(second))),
+        recipe=tuple(_differences(_leaves(first), _leaves(second))),
+        inputs=tuple(_differences(_inputs(first), _inputs(second))),
         learned=(first.learned, second.learned),
         certificate=(first.read_certificate(), second.read_certificate()),
         answers=answers,
@@ -152,10 +152,10 @@ def _inputs(manifest: Manifest) -> Mapping[str, object]:
     }
 
 
-def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Unlike]:
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Difference]:
     for field in dict.fromkeys([*first, *second]):
         if first.get(field) != second.get(field):
-            yield Unlike(field, first.get(field), second.get(field))
+            yield Difference(field, first.get(field), second.get(field))
 
 
 def _answers(first: RunFacts, second: RunFacts) -> tuple[tuple[AnswerPair, ...], int]:
@@ -226,7 +226,7 @@ def _verdicts(comparison: Comparison) -> Sequence[tuple[str, bool, str]]:
 
 def _show(comparison: Comparison) -> None:
     names = tuple(run.name for run in comparison.runs)
-    unlike = [(one.field, short(one.first), short(one.second)) for one in _all_unlike(comparison)]
+    unlike = [(one.field, short(one.first), short(one.second)) for one in _all_differences(comparison)]
     if unlike:
         report.table("recipe", ("field", *names), unlike)
     else:
@@ -248,7 +248,7 @@ def _show(comparison: Comparison) -> None:
         report.info(f"questions that only one was asked: {comparison.asked_of_one}")
 
 
-def _all_unlike(comparison: Comparison) -> tuple[Unlike, ...]:
+def _all_differences(comparison: Comparison) -> tuple[Difference, ...]:
     return (*comparison.recipe, *comparison.inputs)
 
 
@@ -258,7 +258,7 @@ def _outcomes(comparison: Comparison) -> Iterator[str]:
 
 def _write_page(comparison: Comparison, path: Path) -> None:
     text = Path(__file__).with_name("compare.html.jinja").read_text(encoding="utf-8")
-    unlike = [(one.field, _whole(one.first), _whole(one.second)) for one in _all_unlike(comparison)]
+    unlike = [(one.field, _whole(one.first), _whole(one.second)) for one in _all_differences(comparison)]
     page = page_environment().from_string(text)
     written = page.render(
         runs=comparison.runs, unlike=unlike, rows=_rows(comparison), verdicts=_verdicts(comparison),
