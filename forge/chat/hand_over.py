@@ -236,9 +236,9 @@ def refuse_other_sampling(header: GgufHeader, asked: Mapping[str, int | float]) 
         )
 
 
-def _is_near(found: Parameter | None, asked: float) -> bool:
+def _is_near(stated: Parameter | None, asked: float) -> bool:
     """Whether it is that number, as float32 has it."""
-    return isinstance(found, int | float) and math.isclose(found, asked, rel_tol=1e-6)
+    return isinstance(stated, int | float) and math.isclose(stated, asked, rel_tol=1e-6)
 
 
 def licences_of(directory: Path) -> tuple[str, ...]:

@@ -153,18 +153,18 @@ def _run_of(combination: Combination) -> SweepRun:
     return SweepRun(combination.name, run_directory(combination.loaded), combination.values)
 
 
-def _ship(one: Combination, until: str | None) -> tuple[SweepRun, ForgeError | None]:
+def _ship(combination: Combination, until: str | None) -> tuple[SweepRun, ForgeError | None]:
     """Ship one run; what is wrong with it is no error of the sweep yet."""
-    run, failure = _run_of(one), None
+    run, failure = _run_of(combination), None
     try:
-        ship(one.loaded, until=until)
+        ship(combination.loaded, until=until)
     except InterruptedByUserError:
         raise
     except ForgeError as wrong:
         failure = wrong
         for problem in wrong.problems:
-            report.warning(f"{one.name}: {problem}")
-        report.warning(f"{one.name} failed: {wrong.message}")
+            report.warning(f"{combination.name}: {problem}")
+        report.warning(f"{combination.name} failed: {wrong.message}")
     manifest = read_manifest(run.directory)
     if failure and manifest.outcome != failure.message:
         # It failed before its manifest was written: what lies there is of an earlier ship.
