@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 
 from forge.codec import Json
 from forge.errors import DataError
-from forge.store.artifacts import Artifact, Facts, Store, open_store
+from forge.pipeline.stage import Result
+from forge.store.artifacts import Artifact, Build, Facts, Store, open_store
 from forge.store.digest import digest, tree_digest
 from forge.store.lock import hold
 from tests.test_pipeline_stages import listen
@@ -36,7 +38,7 @@ def write(out: Path) -> Facts:
     return {"rows": [1, 2], "loss": 0.25}
 
 
-def made(store: Store, build: Callable[[Path], Facts] = write, **options: Any) -> Artifact:
+def made(store: Store, build: Build = write, **options: Any) -> Artifact:
     return store.build("export", KEY, REQUEST, build, **options)
 
 
@@ -211,6 +213,28 @@ def test_facts_that_are_no_json_are_a_bug_and_lose_no_work(store: Store, facts: 
     with pytest.raises((ValueError, TypeError)):
         made(store, build)
     assert files(store.partial("export", KEY)) == {"work/checkpoint"}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The facts of a stage that measures."""
+
+    loss: float
+    rows: int = 0
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [({"loss": 1.0, "row": 4}, "has no row"), ({"rows": 4}, "lacks loss"), ({"loss": "low"}, "str")],
+)
+def test_facts_are_read_as_their_class_or_refused(store: Store, facts: Facts, reason: str) -> None:
+    """A key that the class does not have is no value that was left out."""
+    artifact = made(store, lambda out: facts)
+    with pytest.raises(ValueError, match=reason):
+        artifact.read(Loss)
+    with pytest.raises(ValueError, match=reason):
+        Result("measure", True, 0.0, artifact.facts).read(Loss)
+    assert made(store, lambda out: Loss(1.0, 4), replace=True).read(Loss) == Loss(1.0, 4)
 
 
 def test_an_output_that_is_a_link_is_refused(store: Store, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Result:
 
     def read(self, kind: type[T]) -> T:
         """The facts as the dataclass that the stage made; raises `ValueError` where they are none."""
-        return from_plain(kind, self.facts, is_strict=False)
+        return from_plain(kind, self.facts)
 
 
 class Described(Protocol):

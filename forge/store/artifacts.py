@@ -75,7 +75,7 @@ class Artifact:
 
     def read(self, kind: type[T]) -> T:
         """The facts as the dataclass that the stage made; raises `ValueError` where they are none."""
-        return from_plain(kind, self.facts, is_strict=False)
+        return from_plain(kind, self.facts)
 
 
 def open_store(*, read_only: bool = False) -> Store:
