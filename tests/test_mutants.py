@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.mutants.__main__ import sampled
 from tests.mutants.explained import EXPLAINED
 from tests.mutants.mutations import mutations_of
 from tests.mutants.table import ROOMS, TESTS
@@ -46,6 +47,15 @@ def test_each_fault_that_a_source_can_have() -> None:
     for one in found:
         compile(one.applied(SOURCE.encode()), "f.py", "exec")
     assert 'if x < 1 and "ü" not in names:' in found[8].applied(SOURCE.encode()).decode()
+
+
+def test_a_sample_stays_when_the_source_of_others_changes() -> None:
+    found = mutations_of("f.py", SOURCE)
+    more = mutations_of("f.py", f"# So much for that.\n{SOURCE}    check(x, limit=9.5)\n")
+    drawn = sampled(found, 5, seed=1)
+    assert len(drawn) == 6
+    assert set(drawn) <= set(sampled(more, 5 + len(more) - len(found), seed=1))
+    assert len(set(more)) == len(more)
 
 
 def test_the_tables_are_of_the_sources_and_tests_that_there_are() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -24,10 +24,18 @@ def all_mutations(paths: Iterable[str]) -> list[Mutation]:
 
 
 def sampled(mutations: Sequence[Mutation], size: int, seed: int) -> list[Mutation]:
-    """Every deleted call, since a check may be one, and `size` of the others, in their order."""
-    others = [number for number, one in enumerate(mutations) if one.kind != "call deleted"]
-    chosen = set(random.Random(seed).sample(others, min(size, len(others))))
-    return [one for number, one in enumerate(mutations) if one.kind == "call deleted" or number in chosen]
+    """Every deleted call, since a check may be one, and `size` of the others, in their order.
+
+    Each draws its own lot: a source that changes leaves the sample of the others as it is.
+    """
+
+    def lot(mutation: Mutation) -> bytes:
+        said = (seed, mutation.path, mutation.kind, mutation.context, mutation.change, mutation.number)
+        return hashlib.sha256(repr(said).encode()).digest()
+
+    others = sorted((one for one in mutations if one.kind != "call deleted"), key=lot)
+    chosen = set(others[:size])
+    return [one for one in mutations if one.kind == "call deleted" or one in chosen]
 
 
 def try_all(mutations: Iterable[Mutation], tests: Mapping[str, Sequence[str]]) -> Iterator[Outcome]:

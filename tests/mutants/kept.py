@@ -12,7 +12,7 @@ from tests.mutants.run import Outcome
 
 
 class Kept:
-    """The last outcome of each mutant; of one whose source has changed since, none counts."""
+    """The last outcome of each mutant; of one whose line has changed since, none counts."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -7,8 +7,9 @@ version, and arguments that change nothing on our platforms (`encoding`, zip's `
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 _COMPARISONS: dict[type[ast.cmpop], tuple[str, str]] = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
@@ -20,15 +21,19 @@ _SAID = frozenset({"hint", "encoding", "strict"})
 
 @dataclass(frozen=True)
 class Mutation:
-    """`before`, at byte `start` of the file, becomes `after`."""
+    """`before`, at byte `start` of the file, becomes `after`.
+
+    It is the same mutation when the lines above it have changed.
+    """
 
     path: str
-    line: int
+    line: int = field(compare=False)
     kind: str
-    start: int
+    start: int = field(compare=False)
     before: str
     after: str
     context: str  # the line, wherever in the file it stands
+    number: int = 0  # among those of the file that are alike in all else
 
     @property
     def change(self) -> str:
@@ -45,8 +50,14 @@ class Mutation:
 def mutations_of(path: str, source: str) -> list[Mutation]:
     """Every mutation of one file, in the order of its text."""
     text = _Text(path, source)
-    made = {mutation for node in _mutable(ast.parse(source)) for mutation in _of(node, text)}
-    return sorted(made, key=lambda mutation: (mutation.start, mutation.kind, mutation.after))
+    made = [mutation for node in _mutable(ast.parse(source)) for mutation in _of(node, text)]
+    places = {(one.start, one.kind, one.after, one.before): one for one in made}
+    seen = Counter[Mutation]()
+    numbered = []
+    for _, mutation in sorted(places.items()):
+        numbered.append(replace(mutation, number=seen[mutation]))
+        seen[mutation] += 1
+    return numbered
 
 
 class _Text:
