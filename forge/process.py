@@ -148,12 +148,6 @@ class Child:
             self._process.stdin.write(text)
             self._process.stdin.flush()
 
-    def end_input(self) -> None:
-        """Close its standard input."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-
     def lines(self) -> Iterator[str]:
         """Its output, line by line as it comes, without line ends."""
         assert self._process.stdout is not None

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 from forge import process
-from forge.export.upstream import OWN_KEYS
 from forge.model.gguf_header import GgufHeader, GgufTensor, LongArray, read_gguf
 from tests.models import change_json, make_adapter, make_model
 from tests.test_data_tokens import format_of
@@ -27,6 +26,13 @@ from tests.vocabularies import converters
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.slow, pytest.mark.timeout(3000)]
 
 ROOT = Path(__file__).parent.parent
+# Metadata that may be other than the usual chain's: by `Choices`, the name and the pinned template.
+OWN_KEYS = frozenset(
+    {
+        "general.name", "tokenizer.chat_template", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token",
+        "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,8 @@ def test_answers_go_into_a_pipe(tmp_path: Path, out: str) -> None:
     prompts = CASES / "generate-dev-stdout" / "p.jsonl"
     with StandIn() as server, (tmp_path / "log").open("w") as log:
         forge = [*FORGE, "-" if out == "-" else str(prompts), out, "--endpoint", server.endpoint.url]
-        with process.Child(forge, separate_errors=True, log=log) as child:
-            if out == "-":
-                child.send(prompts.read_text())
-                child.end_input()
+        piped = ["bash", "-c", 'exec "$@" < "$0"', str(prompts), *forge]
+        with process.Child(piped, separate_errors=True, log=log) as child:
             lines = list(child.lines())
             assert child.wait(20) == 0
     assert [json.loads(line)["text"].strip() for line in lines] == ["ONE"]

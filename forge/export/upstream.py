@@ -38,13 +38,6 @@ REFUSALS = (
     RuntimeError, OSError, ImportError, SystemExit,
 )  # fmt: skip
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "float32"}
-OWN_KEYS = frozenset(
-    {
-        "general.name", "tokenizer.chat_template", "tokenizer.ggml.pre", "tokenizer.ggml.add_bos_token",
-        "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
-    }
-)  # fmt: skip
-"""Metadata that may be other than the usual chain's: by `Choices`, the name and the pinned template."""
 
 
 @dataclass(frozen=True)

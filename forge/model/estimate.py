@@ -19,10 +19,7 @@ from typing import Literal
 import psutil
 
 from forge.model.config import Configuration
-from forge.model.safetensors_header import BITS, TensorSpec
-
-# Weights and gradients in 16 bits, and Adam's two moments with its fp32 copy of the weights.
-FULL_TRAINING_BYTES = 2 + 2 + 12
+from forge.model.safetensors_header import TensorSpec
 
 # State of the optimizer, bytes per trained parameter (Adafactor keeps row and column sums).
 OPTIMIZER_BYTES: Mapping[str, float] = {
@@ -218,11 +215,6 @@ def training(
     )
 
 
-def full_training_bytes(parameters: int) -> int:
-    """Full fine-tuning in 16 bits with Adam, without activations: what LoRA is measured against."""
-    return parameters * FULL_TRAINING_BYTES
-
-
 def gguf_bytes(parameters: int, quant: str) -> int:
     """Bytes of a GGUF of `parameters`; raises KeyError for a type that is not in `QUANT_BITS`."""
     return int(parameters * QUANT_BITS[quant.lower()] / 8)
@@ -260,11 +252,6 @@ def certificate_disk(parameters: int, quant: str) -> Estimate:
     """
     quantized = {} if quant in ("f16", "f32") else {"vendor's file": gguf_bytes(parameters, quant)}
     return Estimate({"vendor's f16 file": gguf_bytes(parameters, "f16"), **quantized})
-
-
-def stored_bytes(parameters: int, dtype: str) -> int:
-    """Bytes of `parameters` in a safetensors dtype, such as `BF16`."""
-    return parameters * BITS[dtype] // 8
 
 
 def available(control_group: Path = _CONTROL_GROUP) -> Available:

@@ -58,7 +58,6 @@ _DTYPES = {
     "float32": "fp32",
 }
 
-_BIAS = "it breaks disabling the adapter and its export; leave it out"
 _INITIAL: Mapping[Any, Any] = {
     True: "default",
     **{

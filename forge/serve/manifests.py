@@ -27,7 +27,6 @@ from forge.serve.slots import memory_bytes
 from forge.tools.containers import USER, current_name
 from forge.tools.hosts import in_url
 
-KINDS = ("compose", "kubernetes")
 # Fetches the model; pinned as the server is.
 FETCHER = "curlimages/curl:8.16.0"
 _KEY = "/run/secrets/api-key/api-key"
