@@ -1,17 +1,25 @@
-"""The one way to write a file, and to hash one.
+"""The one way to write a file, to hash one, and to lock one.
 
 A file is there whole or not at all, also after a power cut. `store.digest` hashes with a cache and a progress
-line, for files of gigabytes.
+line, for files of gigabytes. The operating system frees a lock when its holder dies; a child program does
+not inherit it (its descriptor is closed on exec).
 
-Not covered: file systems that lie about fsync.
+Not covered: file systems that lie about fsync, and those without flock.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+from forge.errors import DataError
 
 
 def sync(path: Path) -> None:
@@ -35,7 +43,69 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def try_lock(opened: IO[bytes] | int) -> bool:
+    """Lock an open file or directory until it is closed; False where another process has the lock."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path`, which is made, until the block ends; False where another process does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as opened:
+        yield try_lock(opened)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file `path`."""
+    if not path.exists():
+        return False
+    with lock_file(path) as is_ours:
+        return not is_ours
+
+
 def sha256_of(path: Path) -> str:
     """The digest of the file's bytes, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def work_beside(out: Path) -> Iterator[Path]:
+    """An empty directory beside `out` that only this process works in; it is removed afterwards.
+
+    What a killed process left in it is cleared: it may be of another kind. Raises `DataError` when another
+    process has it, or it cannot be made.
+    """
+    work = out.with_name(f".{out.name}.partial")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        directory = os.open(work, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"{out.parent} cannot be written: {error.strerror}") from error
+    try:
+        if not try_lock(directory):
+            raise DataError(f"another command writes {out} just now", hint="wait for its end")
+        try:
+            _clear(work)
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        os.close(directory)
+
+
+def _clear(directory: Path) -> None:
+    """Remove what is inside; the directory itself is what is locked."""
+    try:
+        for path in directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise DataError(f"{directory} cannot be cleared: {error.strerror}", hint="remove it") from error

@@ -137,7 +137,7 @@ def test_two_exports_into_one_file(place: Workshop) -> None:
     fcntl.flock(lock, fcntl.LOCK_EX)
     told = export(place)
     assert told.code == 2
-    assert told.fields["error"]["message"].startswith("another forge export writes ")
+    assert told.fields["error"]["message"].startswith("another command writes ")
     os.close(lock)
     told = export(place, "--quant", "f16")
     assert told.code == 0 and not {"adapter_gguf", "merged"} & told.fields.keys()

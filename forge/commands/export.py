@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from forge import report, worker
@@ -20,6 +17,7 @@ from forge.export.request import ExportRequest, Ingredients, MergeBase, Mode
 from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
 from forge.export.run import export as make_gguf
 from forge.export.types import UNQUANTIZED
+from forge.files import work_beside
 from forge.model.architectures import check_exportable
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.gguf_header import read_gguf
@@ -60,7 +58,7 @@ def export(
     check_exportable(configuration)
     tokenizer = trained_tokenizer(directory, adapter)
     template, end_of_turn = (tokenizer.chat_template, None) if plain else pinned_template(tokenizer)
-    with alone(out) as scratch:
+    with work_beside(out) as scratch:
         model = Ingredients(
             base=directory,
             adapter=adapter.absolute() if adapter else None,
@@ -143,42 +141,3 @@ def _publish(scratch: Path, out: Path, importance: Path | None) -> dict[str, str
         files["imatrix"] = str(matrix)
     (scratch / GGUF_FILE).replace(out)
     return {"gguf": str(out), **files}
-
-
-def _clear(directory: Path) -> None:
-    """Remove what is inside; the directory itself is what is locked."""
-    try:
-        for path in directory.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-    except OSError as error:
-        raise DataError(f"{directory} cannot be cleared: {error.strerror}", hint="remove it") from error
-
-
-@contextlib.contextmanager
-def alone(out: Path) -> Iterator[Path]:
-    """An empty directory beside `out` to work in, ours alone and gone afterwards.
-
-    What a killed export left in it is cleared: it may be of another mode. Raises `DataError` when another
-    export has it, or it cannot be made.
-    """
-    scratch = out.with_name(f".{out.name}.partial")
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        lock = os.open(scratch, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{out.parent} cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"another forge export writes {out} just now", hint="wait for its end") from error
-        try:
-            _clear(scratch)
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    finally:
-        os.close(lock)

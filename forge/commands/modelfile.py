@@ -14,9 +14,8 @@ from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
 from forge.chat.modelfile import parse, render
 from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
-from forge.commands.export import alone
 from forge.errors import CheckError, DataError, RecipeError
-from forge.files import sync, write_text
+from forge.files import sync, work_beside, write_text
 from forge.model.gguf_copy import require_same_but, with_text
 from forge.model.gguf_header import read_gguf
 from forge.runs.files import BESIDE, adapter_beside
@@ -89,7 +88,7 @@ def write_guarded(gguf: Path, out: Path) -> int:
     pinned = told.template.pinned_source()
     compared = same_prompts.compare(told, pinned, None).conversations
     header = read_gguf(gguf)
-    with alone(out.absolute()) as scratch:
+    with work_beside(out.absolute()) as scratch:
         made = scratch / "model.gguf"
         try:
             with made.open("wb") as stream:

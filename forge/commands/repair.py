@@ -8,11 +8,12 @@ from pathlib import Path
 
 from forge import report, worker
 from forge.codec import to_plain
-from forge.commands.export import alone, pinned_template
+from forge.commands.export import pinned_template
 from forge.commands.verify import Files, judged_of
 from forge.errors import CheckError, Problem, RecipeError
 from forge.export.repair import Change, Repair, repair
 from forge.export.request import Ingredients
+from forge.files import work_beside
 from forge.model.architectures import check_exportable
 from forge.model.config import check_unquantized, read_configuration
 from forge.model.gguf_header import GgufHeader, read_gguf
@@ -39,7 +40,7 @@ def repair_file(files: Files, out: Path | None = None) -> Mapping[str, object]:
         raise RecipeError(f"--out: {out} is {what}", hint="name the copy to write")
     header = read_gguf(gguf)
     model = _ingredients(files)
-    with alone(out) as scratch:
+    with work_beside(out) as scratch:
         made = scratch / gguf.name
         repaired = worker.perform(repair, Repair(model, gguf, made))
         if repaired.beyond:

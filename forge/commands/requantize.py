@@ -8,9 +8,9 @@ from typing import Any
 
 from forge import report, worker
 from forge.codec import to_plain
-from forge.commands.export import alone
 from forge.errors import DataError, RecipeError
 from forge.export.requantize import Requantization, requantize
+from forge.files import work_beside
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import read_gguf
 
@@ -35,7 +35,7 @@ def requantize_file(
     if imatrix is not None and not imatrix.is_file():
         raise DataError(f"{imatrix}: no such file", hint="--imatrix takes a file of llama-imatrix's")
     read_gguf(gguf)
-    with alone(out.absolute()) as scratch:
+    with work_beside(out.absolute()) as scratch:
         made = scratch / "model.gguf"
         request = Requantization(
             gguf.absolute(), made, (quant or "q4_k_m").lower(), options.get("threads") or usable_cores(),

@@ -17,9 +17,10 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from forge.errors import DataError, MissingToolError, RecipeError
-from forge.files import sha256_of
+from forge.files import sha256_of, work_beside
 from forge.serve import bundle_files, bundle_python
 from forge.serve.runtime import ServerSettings
 from forge.tools.native import backends, libraries
@@ -72,15 +73,12 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
         {"messages": [{"role": "user", "content": contents.question}], "max_tokens": 64, "temperature": 0}
     )
     files["smoke.expect"] = contents.expect
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _write(contents.name, files, partial)
-        partial.replace(out)
-    except OSError as failure:
-        raise DataError(f"{out} cannot be written: {failure.strerror}") from failure
-    finally:
-        partial.unlink(missing_ok=True)
+    with work_beside(out) as work:
+        try:
+            _write(contents.name, files, work / out.name)
+            (work / out.name).replace(out)
+        except OSError as failure:
+            raise DataError(f"{out} cannot be written: {failure.strerror}") from failure
     return out.stat().st_size
 
 
@@ -106,8 +104,8 @@ def _program(name: str) -> tuple[dict[str, Path | str], str]:
 def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
     """The files in order, as of no time and nobody's: the same contents give the same bytes."""
     sums: list[str] = []
-    compression = "w" if out.name.removesuffix(".partial").endswith(".tar") else "w:gz"
-    with tarfile.open(out, compression, format=tarfile.PAX_FORMAT) as archive:  # type: ignore[call-overload]
+    mode: Literal["w", "w:gz"] = "w" if out.suffix == ".tar" else "w:gz"
+    with tarfile.open(out, mode, format=tarfile.PAX_FORMAT) as archive:
         for inside, source in sorted(files.items()):
             sums.append(f"{_digest(source)}  {inside}\n")
             _add(archive, f"{name}/{inside}", source)

@@ -15,12 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import filelock
 import psutil
 
 from forge import process
 from forge.errors import DataError, RecipeError, StageError, from_json
-from forge.files import write_text
+from forge.files import is_locked, lock_file, write_text
 
 _SECONDS_BETWEEN = 0.05
 _SECONDS_TO_STOP = 40.0
@@ -43,7 +42,7 @@ def running(directory: Path) -> list[Served]:
     """What runs, by name; records of what has died are taken away."""
     found = []
     for path in sorted(directory.glob("*.json")):
-        if not _is_held(path.with_suffix(".lock")):
+        if not is_locked(path.with_suffix(".lock")):
             _forget(path)
         # A lock that the next one holds, which still loads, says nothing of the one that was killed.
         elif (one := _recorded(path)) and psutil.pid_exists(one.pid):
@@ -55,16 +54,6 @@ def _recorded(path: Path) -> Served | None:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Served(**json.loads(path.read_text(encoding="utf-8")))
     return None
-
-
-def _is_held(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        with filelock.FileLock(path, timeout=0):
-            return False
-    except filelock.Timeout:
-        return True
 
 
 def _forget(path: Path) -> None:
@@ -88,24 +77,21 @@ def announced(directory: Path, name: str) -> Iterator[Callable[[Served], None]]:
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    try:
-        lock = filelock.FileLock(path.with_suffix(".lock"), timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise RecipeError(
-            f"{name} is being served already",
-            hint=f"forge ps shows it, forge stop {name} ends it",
-        ) from None
+    with lock_file(path.with_suffix(".lock")) as is_ours:
+        if not is_ours:
+            raise RecipeError(
+                f"{name} is being served already",
+                hint=f"forge ps shows it, forge stop {name} ends it",
+            )
 
-    def tell(served: Served) -> None:
-        write_text(path, json.dumps(asdict(served)))
+        def announce(served: Served) -> None:
+            write_text(path, json.dumps(asdict(served)))
 
-    try:
         path.unlink(missing_ok=True)  # of one that was killed
-        yield tell
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
+        try:
+            yield announce
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def detach(directory: Path, name: str, command: Sequence[str], *, typed: str = "") -> Mapping[str, object]:
@@ -115,7 +101,7 @@ def detach(directory: Path, name: str, command: Sequence[str], *, typed: str = "
     """
     directory.mkdir(parents=True, exist_ok=True)
     running(directory)  # takes away the files of what has died
-    if _is_held(directory / f"{name}.lock"):
+    if is_locked(directory / f"{name}.lock"):
         raise RecipeError(f"{name} is being served already", hint=f"forge stop {name} ends it")
     # Of this command only: another may be starting the same name, and loading takes minutes.
     out, log = (directory / f"{name}.{os.getpid()}.{kind}" for kind in ("out", "log"))
@@ -158,7 +144,7 @@ def stop(directory: Path, name: str | None = None) -> list[Served]:
         if server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 _end(server)
-        if not _is_held(path.with_suffix(".lock")):
+        if not is_locked(path.with_suffix(".lock")):
             _forget(path)
         # By now the next one of that name may hold the lock, and all but this record is its own.
         elif (left := _recorded(path)) and left.pid == one.pid:

@@ -10,7 +10,6 @@ is started again asks everything again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from forge.errors import DataError, Problem, StageError
+from forge.files import try_lock
 from forge.serve.ids import MOST_PROBLEMS, Id, Ids, is_id, is_stream, parse_object
 
 # How every row that we write begins; what does not is not ours to drop.
@@ -116,13 +116,11 @@ class Output:
             return self.path.open("wb", buffering=0)
         while True:
             stream = self.path.open("ab+", buffering=0)
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as taken:
+            if not try_lock(stream):
                 stream.close()
                 raise StageError(
                     f"another process is writing {self.path}", hint="wait for it, or choose another file"
-                ) from taken
+                )
             # Whoever held it may have put another file in its place before it was locked here.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(stream.fileno()), self.path.stat()):
@@ -181,7 +179,7 @@ class Output:
             new.flush()
             os.fsync(new.fileno())
             shutil.copymode(place, partial)
-            fcntl.flock(new, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try_lock(new)
             partial.replace(place)
             before, self._stream = self._stream, os.fdopen(os.dup(new.fileno()), "ab", buffering=0)
             self._size, self.failed = new.tell(), 0

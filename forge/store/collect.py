@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from forge.files import is_locked, lock_file
 from forge.store.artifacts import Store
 from forge.store.digest import digest
-from forge.store.lock import hold_if_free
 from forge.store.publication import PARTIAL
 from forge.store.runs import runs
 
@@ -66,7 +66,7 @@ def plan(store: Store) -> Garbage:
         elif key in used:
             used_bytes += _bytes(path)
             continue
-        if not _is_held(store.lock(stage, key)):
+        if not is_locked(store.lock(stage, key)):
             items.append(Item(kind, stage, key, path, _bytes(path)))
     return Garbage(tuple(items), used_bytes)
 
@@ -80,8 +80,8 @@ def collect(store: Store, *, adapters: bool = False, partials: bool = False) -> 
 
 
 def _remove(store: Store, item: Item) -> bool:
-    with hold_if_free(store.lock(item.stage, item.key)) as ours:
-        if not ours or not item.path.exists():
+    with lock_file(store.lock(item.stage, item.key)) as is_ours:
+        if not is_ours or not item.path.exists():
             return False
         if item.kind != "partial" and item.key in _used_keys(store):
             return False  # a ship took it up since the plan
@@ -108,13 +108,6 @@ def _keys_in(manifest: Path) -> Iterator[str]:
         for entry in json.loads(manifest.read_text(encoding="utf-8"))["artifacts"].values():
             if isinstance(entry, dict) and isinstance(entry.get("key"), str):
                 yield entry["key"]
-
-
-def _is_held(lock: Path) -> bool:
-    if not lock.exists():
-        return False
-    with hold_if_free(lock) as ours:
-        return not ours
 
 
 def _bytes(directory: Path) -> int:

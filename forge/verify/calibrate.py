@@ -27,6 +27,7 @@ from forge.export import upstream
 from forge.export.importance import write_importance
 from forge.export.request import ExportRequest
 from forge.export.run import GGUF_FILE, export
+from forge.files import write_text
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import sample, served
@@ -100,9 +101,7 @@ def _importance(request: CalibrationRequest, f16: Path, work: Path) -> Importanc
     if idle:
         report.warning(f"no token of the rows came to {idle} matrices of experts: they are rounded evenly")
     importance = Importance(len(found), len(rows), sum(map(len, rows)), idle)
-    unfinished = made.with_suffix(".partial")
-    unfinished.write_text(json.dumps(to_plain(importance)), encoding="utf-8")
-    unfinished.rename(made)
+    write_text(made, json.dumps(to_plain(importance)))
     return importance
 
 
@@ -183,7 +182,7 @@ class _Search:
         """What a stopped search has measured; a line that was cut is removed."""
         text = self._kept.read_text(encoding="utf-8") if self._kept.is_file() else ""
         whole = text[: text.rfind("\n") + 1]
-        self._kept.write_text(whole, encoding="utf-8")
+        write_text(self._kept, whole)
         rows = [from_plain(TypeRow, json.loads(line)) for line in whole.splitlines()]
         return {row.quant: row for row in rows}
 
