@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -181,10 +182,64 @@ def test_faults_of_a_template(fault: str, directories: Mapping[str, Path]) -> No
     assert refusal(form, USER, answer) == message
 
 
-def test_an_answer_that_holds_the_end_of_turn(directories: Mapping[str, Path]) -> None:
+def test_control_tokens_that_end_or_part_turns(directories: Mapping[str, Path]) -> None:
+    """Servers stop at the one, and read the other as the token that it is, wherever it stands in a prompt."""
+    form = format_of(directories["qwen2"])
+    number = form.tokenizer.token_to_id("<|endoftext|>")
+    assert number is not None
+    form = replace(form, eos_ids=[number])
+    assert refusal(form, USER, Turn("assistant", "a<|endoftext|>")) == (
+        "the answer contains <|endoftext|>, which ends a turn"
+    )
     form = format_of(directories["home-made"])
     message = refusal(form, USER, Turn("assistant", "a<|im_end|>b"))
     assert message == "the answer contains <|im_end|>, which ends a turn"
+    message = refusal(form, Turn("user", "What is <|im_end|> for?"), ANSWER)
+    assert message.startswith("message 0 (user) holds <|im_end|>, which the chat template uses")
+    message = refusal(form, SYSTEM, Turn("user", "<|im_start|>user\nHi<|im_end|>"), ANSWER)
+    assert message == "message 1 (user) begins with <|im_start|>: it is written in a chat template already"
+
+
+@pytest.mark.parametrize("supervise", ["all", "last"])
+def test_control_tokens_as_words(supervise: str, directories: Mapping[str, Path]) -> None:
+    """In a prompt as servers read them, in the answer as the text that a model can generate (D10)."""
+    form = format_of(directories["qwen2"])
+    form.tokenizer.add_special_tokens(["<|fim_middle|>"])
+    turns = [Turn("user", "Fill <|fim_middle|>?"), Turn("assistant", "Yes, <|fim_middle|>."), AGAIN, SECOND]
+    rows = encode_all([Conversation(tuple(turns), Place("rows.jsonl", 1))], form, supervise=supervise)
+    token = form.tokenizer.token_to_id("<|fim_middle|>")
+    assert token is not None
+    for row, length in zip(rows, (1, 3)[-len(rows) :], strict=True):
+        messages = [turn.as_message() for turn in turns[:length]]
+        prompt = form.ids(form.template.render(messages, add_generation_prompt=True))
+        assert list(row.input_ids[: len(prompt)]) == prompt
+        assert prompt.count(token) == (length + 1) // 2
+        answer = [label for label in row.labels if label != IGNORED]
+        assert list(row.input_ids[len(prompt) :]) == answer
+        assert (
+            form.tokenizer.decode(answer, skip_special_tokens=False) == turns[length].content + "<|im_end|>"
+        )
+        assert token not in answer
+        assert any("in their prompt" in note for note in row.notes)
+    assert len(rows) == (2 if supervise == "all" else 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "note"),
+    [
+        ("What <|im_start|> is<|im_end|>", 1, "as words"),
+        ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n", 5, "already"),
+        ("A text.<|im_end|>", 1, ""),
+        ("[INST] Hi [/INST] Yes", 1, "another chat template"),
+    ],
+)
+def test_control_tokens_of_a_text(text: str, tokens: int, note: str, directories: Mapping[str, Path]) -> None:
+    """What is rendered already is recognised; words are words; EOS at the end is EOS."""
+    form = format_of(directories["qwen2"])
+    (row,) = encode_all([Conversation((), Place("rows.jsonl", 1), text=text)], form)
+    assert sum(token in form.control for token in row.input_ids) == tokens
+    assert len(row.notes) == bool(note)
+    assert all(note in text for text in row.notes)
 
 
 @pytest.mark.parametrize(

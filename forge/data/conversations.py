@@ -41,8 +41,6 @@ from forge.errors import DataError, Problem
 
 # A column `reasoning` that holds one of these says how the row was made, not what was thought.
 _SWITCHES = ("on", "off", "low", "medium", "high", "none", "true", "false", "yes", "no")
-# What a chat template writes around a user's words: a prompt that has it is rendered already.
-_RENDERED = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<｜User｜>")
 _DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
 
 
@@ -278,7 +276,7 @@ def _exchange(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[
         yield from turns_of(prompt, asked, shape.roles, notes)
     else:
         question = text_of(_said(prompt, row, asked), asked, empty_ok=bool(extra.strip()))
-        if marks := [mark for mark in _RENDERED if mark in question]:
+        if marks := [mark for mark in fields.TEMPLATE_MARKS if mark in question]:
             raise BadRowError(
                 f"has {marks[0]}, a chat template's mark: it is rendered already; give the user's words, "
                 "the template is the base's",

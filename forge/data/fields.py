@@ -102,6 +102,11 @@ MESSAGE_REFUSED: Mapping[str, str] = {
 # Keys that say that the end of turn is not learned, where they are false.
 MESSAGE_ENDS = _names("need_eos_token eot")
 
+# What a chat template writes around a user's words: a prompt that has it is rendered already.
+TEMPLATE_MARKS = (
+    "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<｜User｜>"
+)  # fmt: skip
+
 # Who speaks, under the names that people use. `data.roles` adds more.
 CALL = "function_call"
 """Stands for an assistant's turn whose content is a call."""

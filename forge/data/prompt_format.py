@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _SENTINEL = "Lorem ipsum"
+# Marks that rows write out and mean as the tokens that they are, even where a tokenizer calls them special.
+_MEANT = re.compile(r"</?(think|tool_call|tool_response)>")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class PromptFormat:
     tokenizer: Tokenizer
     end_of_turn: str
     end_of_turn_id: int
+    eos_ids: Sequence[int] = ()
+    """What the base's files say that ends a reply."""
     _ends: dict[str, list[int]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -41,6 +47,51 @@ class PromptFormat:
         """Of the tokens that part a text before anything else does."""
         return frozenset(self.tokenizer.get_added_tokens_decoder())
 
+    @functools.cached_property
+    def control(self) -> Mapping[int, str]:
+        """The control tokens: those of the added ones that are special and not meant where rows have them."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {
+            number: token.content
+            for number, token in added.items()
+            if token.special and token.content and not _MEANT.fullmatch(token.content)
+        }
+
+    @functools.cached_property
+    def structure(self) -> frozenset[str]:
+        """The control tokens that the template writes, or that begin or end a text."""
+        source, bos = self.template.source, self.template.special_tokens.get("bos_token")
+        used = {token for token in self.control.values() if token in source or token == bos}
+        return frozenset({*used, *self.ends})
+
+    @functools.cached_property
+    def ends(self) -> tuple[str, ...]:
+        """What ends a reply, as texts: the end of turn, and every EOS."""
+        eos = [self.template.special_tokens.get("eos_token"), *map(self.tokenizer.id_to_token, self.eos_ids)]
+        return tuple(dict.fromkeys((self.end_of_turn, *(text for text in eos if text))))
+
+    @functools.cached_property
+    def _control_pattern(self) -> tuple[frozenset[str], re.Pattern[str]]:
+        tokens = sorted({*self.control.values(), *self.structure}, key=len, reverse=True)
+        return frozenset(token[:2] for token in tokens), re.compile("|".join(map(re.escape, tokens)))
+
+    def controls_in(self, text: str) -> list[str]:
+        """The control tokens in `text`, in order."""
+        begins, pattern = self._control_pattern
+        # Nearly every text has none: a search for a few pairs of letters is far faster than the pattern.
+        return pattern.findall(text) if any(pair in text for pair in begins) else []
+
+    @functools.cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        plain = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
+    def plain_ids(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Ids of `text` with its control tokens as the words that they are written with."""
+        ids: list[int] = self._plain_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
     def ids_of_end(self, text: str) -> list[int]:
         """Those of the end of a prompt; few are ever different."""
         if text not in self._ends:
@@ -48,7 +99,7 @@ class PromptFormat:
         return self._ends[text]
 
 
-def prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
+def prompt_format(template: ChatTemplate, tokenizer: Tokenizer, eos_ids: Sequence[int] = ()) -> PromptFormat:
     """Find the end-of-turn token by rendering a sentinel answer.
 
     Raises `DataError` when the template closes an answer with no special token: a model trained
@@ -72,4 +123,4 @@ def prompt_format(template: ChatTemplate, tokenizer: Tokenizer) -> PromptFormat:
             hint="use the template of the base's instruct version, or end the turn with the EOS token",
         )
     end = max(matching, key=len)
-    return PromptFormat(template, tokenizer, end, special[end])
+    return PromptFormat(template, tokenizer, end, special[end], eos_ids)

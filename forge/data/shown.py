@@ -71,12 +71,6 @@ def earlier_thinking(turns: Sequence[Turn], prompt: str) -> bool:
     return all(_end_of(_parts(turn)[0], prompt) is not None for turn in turns)
 
 
-def check_ends(turn: Turn, end_of_turn: str) -> None:
-    """Refuse an answer that holds the token which ends it."""
-    if any(end_of_turn in text for text in (turn.content, turn.reasoning, *_of_calls(turn))):
-        raise DataError(f"the answer contains {end_of_turn}, which ends a turn")
-
-
 def check_prompt(conversation: Conversation, text: str, template: ChatTemplate) -> None:
     """Refuse a row whose turns or tools `text` leaves out; the thinking of answers is not looked for."""
     seen = 0

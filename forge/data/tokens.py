@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from forge.chat.renderer import Prompts
-from forge.data import shown
+from forge.data import control, shown
 from forge.data.conversation import Conversation
 from forge.data.problems import BadRows
 from forge.data.prompt_format import PromptFormat
@@ -203,7 +203,7 @@ def _asked(conversation: Conversation, form: PromptFormat, supervise: str) -> _A
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     try:
         for index in answers:
-            shown.check_ends(turns[index], form.end_of_turn)
+            control.check_answer(turns[index], form)
         asked = [
             index
             for index in (answers if supervise == "all" else answers[-1:])
@@ -228,19 +228,25 @@ def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft
     learned = [_answer(conversation, index, texts, form) for index in asked.looked_at]
     shown.check_prompt(conversation, whole, form.template)
     learned = [one for one in learned if one.index in asked.learned]
-    if len(learned) == 1 or all(whole.startswith(one.text) for one in learned):
-        return [_draft(conversation, learned)]
-    return _one_each(conversation, learned)
+    if len(learned) == 1 or all(
+        whole.startswith(one.text) and not control.in_answer(conversation.turns[one.index], form)
+        for one in learned
+    ):
+        return [_draft(conversation, learned, form)]
+    return _one_each(conversation, learned, form)
 
 
-def _one_each(conversation: Conversation, learned: Sequence[_Answer]) -> list[_Draft]:
+def _one_each(conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat) -> list[_Draft]:
     """Each answer as a row of its own."""
-    return [_draft(_up_to(conversation, one.index), [one], _ONE_EACH) for one in learned]
+    return [_draft(_up_to(conversation, one.index), [one], form, _ONE_EACH) for one in learned]
 
 
-def _draft(conversation: Conversation, learned: Sequence[_Answer], *notes: str) -> _Draft:
-    if not shown.earlier_thinking(conversation.turns[: learned[-1].index], learned[-1].prompt):
+def _draft(conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat, *notes: str) -> _Draft:
+    last = learned[-1]
+    if not shown.earlier_thinking(conversation.turns[: last.index], last.prompt):
         notes = (*notes, _CUT_THINKING)
+    if control.in_prompt(conversation, last.index, form):
+        notes = (*notes, control.IN_PROMPT)
     return _Draft(conversation, learned, notes)
 
 
@@ -268,14 +274,16 @@ def _rows(draft: _Draft, encoding: Any, form: PromptFormat) -> list[Encoded]:
         raise DataError("the row begins with BOS twice: the template writes one that is there already")
     labels = [IGNORED] * len(ids)
     for one in draft.learned:
+        if control.in_answer(draft.conversation.turns[one.index], form):
+            return [_in_two_pieces(draft, ids, form, control.IN_ANSWER)]
         start = _tokens_of(one.prompt, encoding, ids, form)
         if start is None and len(draft.learned) > 1:
             # What the server sends of an earlier answer is its text, so only the last can be in two pieces.
-            apart = _one_each(draft.conversation, draft.learned)
+            apart = _one_each(draft.conversation, draft.learned, form)
             texts = form.tokenizer.encode_batch([each.text for each in apart], add_special_tokens=False)
             return [row for each, made in zip(apart, texts, strict=True) for row in _rows(each, made, form)]
         if start is None:
-            return [_in_two_pieces(draft, ids, form)]
+            return [_in_two_pieces(draft, ids, form, _IN_TWO_PIECES)]
         last = encoding.char_to_token(len(one.text) - 1)
         end = start if last is None else last + 1
         if end <= start + 1:
@@ -302,10 +310,11 @@ def _tokens_of(prompt: str, encoding: Any, ids: Sequence[int], form: PromptForma
     return len(alone) if ids[: len(alone)] == alone else None
 
 
-def _in_two_pieces(draft: _Draft, whole: Sequence[int], form: PromptFormat) -> Encoded:
+def _in_two_pieces(draft: _Draft, whole: Sequence[int], form: PromptFormat, why: str) -> Encoded:
     """The prompt's own ids, then the answer's: what a model is given and what it then generates."""
     (one,) = draft.learned
-    prompt, answer = form.ids(one.prompt), form.ids(one.answer)
+    prompt = form.ids(one.prompt)
+    answer = control.answer_ids(one.answer, draft.conversation.turns[one.index], form)
     ids = [*prompt, *answer]
     decode = form.tokenizer.decode
     is_same = decode(ids, skip_special_tokens=False) == decode(whole, skip_special_tokens=False)
@@ -315,18 +324,18 @@ def _in_two_pieces(draft: _Draft, whole: Sequence[int], form: PromptFormat) -> E
             "its last characters merge with the answer's first"
         )
     labels = [*([IGNORED] * len(prompt)), *answer]
-    return Encoded(tuple(ids), tuple(labels), draft.conversation, (*draft.notes, _IN_TWO_PIECES))
+    return Encoded(tuple(ids), tuple(labels), draft.conversation, (*draft.notes, why))
 
 
 def _text(conversation: Conversation, form: PromptFormat) -> Encoded:
     """A plain text: the tokenizer's own BOS, the text, EOS; all of it carries loss."""
-    ids: list[int] = form.tokenizer.encode(conversation.text).ids
+    ids, notes = control.text_ids(conversation.text, form)
     eos = form.tokenizer.token_to_id(form.template.special_tokens.get("eos_token", ""))
     end = form.end_of_turn_id if eos is None else eos
     ids += [end] if ids[-1:] != [end] else []
     if len(ids) < 2:
         raise DataError("the text has no token to predict")
-    return Encoded(tuple(ids), tuple(ids), conversation)
+    return Encoded(tuple(ids), tuple(ids), conversation, notes)
 
 
 def _answer(conversation: Conversation, index: int, texts: _Texts, form: PromptFormat) -> _Answer:

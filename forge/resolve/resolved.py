@@ -225,7 +225,8 @@ class Resolved:
     def prompt_format(self) -> PromptFormat:
         from forge.data.prompt_format import prompt_format
 
-        return prompt_format(self.template, open_tokenizer(self.tokenizer.directory))
+        files = self.tokenizer
+        return prompt_format(self.template, open_tokenizer(files.directory), files.eos_ids)
 
     @property
     def pad_token(self) -> str:
