@@ -2,8 +2,10 @@
 
 Fields may be str, int, float, bool, None, `Path`, `Literal`, other dataclasses, sections of a recipe
 (pydantic models), unions of these, tuples, `Sequence`, `Mapping[str, ...]` and `Any` or `object` (JSON as it
-is). A key that the class does not have is refused, and so is one that is missing and has no default: a
-misspelt key is never a value that was left out.
+is). A field such as `from_`, whose name is Python's own, is the key `from`. A key that the class does not
+have is refused, and so is one that is missing and has no default: a misspelt key is never a value that was
+left out.
+
 Not covered: classes that JSON cannot tell apart; of a union the first that fits is taken.
 """
 
@@ -25,7 +27,7 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 def to_plain(value: object) -> Any:
     """`value` as JSON can hold it: dataclasses become dictionaries, paths text, tuples lists."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name.rstrip("_"): to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "model_dump"):
@@ -86,7 +88,7 @@ def _read_fields(kind: Any, value: Any, where: str, is_strict: bool) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"{where}: {type(value).__name__}, expected {kind.__name__}")
-    known = {field.name: field for field in fields(kind) if field.init}
+    known = {field.name.rstrip("_"): field for field in fields(kind) if field.init}
     if is_strict and (unknown := sorted(value.keys() - known.keys())):
         raise ValueError(f"{where} has no {', '.join(unknown)}")
     missing = [
@@ -99,9 +101,9 @@ def _read_fields(kind: Any, value: Any, where: str, is_strict: bool) -> Any:
     hints = _hints(kind)
     return kind(
         **{
-            name: _read(hints[name], value[name], f"{where}.{name}", is_strict)
-            for name in known
-            if name in value
+            field.name: _read(hints[field.name], value[key], f"{where}.{key}", is_strict)
+            for key, field in known.items()
+            if key in value
         }
     )
 

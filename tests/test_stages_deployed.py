@@ -108,8 +108,8 @@ def test_a_sound_server(tmp_path: Path) -> None:
     facts = deployed(ship, tmp_path, measured(ship, FIRST), rows)
     assert facts.prompts_compared == 4  # a greeting, the smoke query, and the rows that have a prompt
     assert (facts.runtime, facts.model, facts.context_tokens) == ("embedded", "mini", 512)
-    assert facts.live and facts.live["problems"] == [] and facts.live["handover"]["prompts"] == 4
-    assert facts.live["finish_reasons"] == {"stop": 3}
+    assert facts.live and facts.live.problems == () and facts.live.handover.prompts == 4
+    assert facts.live.finish_reasons == {"stop": 3}
     assert DeployAction(ship).verdict(to_plain(facts)) is None
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from forge.serve.embedded import serve_embedded
-from forge.serve.live_proof import failure_of, prove_live
+from forge.serve.live import LiveProof
+from forge.serve.live_proof import prove_live
 from forge.serve.runtime import ServerSettings
 from forge.verify.measurement import Gates, Measurement
 from forge.verify.verdict import Certificate, judge
@@ -31,9 +32,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Specimen, Path, 
     return specimen, file, specimen.measure(file)
 
 
-def _live(
-    file: Path, found: Measurement, log: Path, *, context: int = 512, asked: int = 512
-) -> dict[str, Any]:
+def _live(file: Path, found: Measurement, log: Path, *, context: int = 512, asked: int = 512) -> LiveProof:
     with serve_embedded(ServerSettings(file, "yoda", context, parallel=1, threads=1), log=log) as endpoint:
         return prove_live(
             endpoint,
@@ -46,17 +45,17 @@ def _live(
         )
 
 
-def _judged(found: Measurement, live: dict[str, Any]) -> Certificate:
+def _judged(found: Measurement, live: LiveProof) -> Certificate:
     return judge(found, Gates(), live)
 
 
 def test_the_file_that_was_measured(measured: tuple[Specimen, Path, Measurement], tmp_path: Path) -> None:
     _, file, found = measured
     live = _live(file, found, tmp_path / "log.txt")
-    assert live["problems"] == []
-    assert live["handover"]["ok"] and live["handover"]["kl_mean"] < 1e-3
-    assert 8 <= live["handover"]["prompts"] <= len(found.live) == 16
-    assert failure_of(live) is None
+    assert live.problems == ()
+    assert live.handover.ok and live.handover.kl_mean < 1e-3
+    assert 8 <= live.handover.prompts <= len(found.live) == 16
+    assert live.failure() is None
     certificate = _judged(found, live)
     assert certificate.ok
     plain: Mapping[str, Any] = certificate.plain()
@@ -68,7 +67,7 @@ def test_another_file(measured: tuple[Specimen, Path, Measurement], tmp_path: Pa
     specimen, file, found = measured
     other = rewrite(file, tmp_path / "other.gguf", merged_tensors(specimen.base, None))
     live = _live(other, found, tmp_path / "log.txt")
-    assert "are not the file's" in live["problems"][0]
+    assert "are not the file's" in live.problems[0]
     certificate = _judged(found, live)
     assert (certificate.ok, certificate.broken_stage) == (False, "deploy")
 
@@ -77,11 +76,11 @@ def test_a_context_too_short(measured: tuple[Specimen, Path, Measurement], tmp_p
     """Silent wrong 14."""
     _, file, found = measured
     live = _live(file, found, tmp_path / "log.txt", context=256)
-    assert live["problems"] == [
+    assert live.problems == (
         "the server's context is 256 tokens, 512 were asked for",
         "the server's context of 256 tokens is too short: rows have up to 300; raise deploy.context_tokens",
-    ]
-    failure = failure_of(live)
+    )
+    failure = live.failure()
     assert failure and failure.code == 5
 
 
@@ -90,5 +89,5 @@ def test_sampling_that_nobody_set(measured: tuple[Specimen, Path, Measurement], 
     _, file, found = measured
     hot = rewrite(file, tmp_path / "hot.gguf", general__sampling__temp=1.5)
     live = _live(hot, found, tmp_path / "log.txt")
-    assert live["problems"] == ["the server samples with temperature 1.5, which nobody set (expected 0.8)"]
+    assert live.problems == ("the server samples with temperature 1.5, which nobody set (expected 0.8)",)
     assert _judged(found, live).broken_stage == "deploy"

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from forge import report
 from forge.chat.hand_over import SAMPLING_IN_GGUF
-from forge.errors import CheckError, Problem
 from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint, Message
+from forge.serve.live import LiveHandover, LiveProof
 from forge.serve.wire import RefusedError, Sampling
 
 LEAST_KL = 0.005
@@ -52,8 +52,8 @@ def prove_live(
     context_tokens: int,
     longest_tokens: int,
     is_adapted: bool = False,
-) -> dict[str, Any]:
-    """Ask the server; returns the hand-over, what was asked, and `problems`, empty when all is well.
+) -> LiveProof:
+    """Ask the server.
 
     `expected`, `file_type` and `sampling`, what the file itself sets, are *verify*'s; `context_tokens` is
     what was asked for, `longest_tokens` the longest row;
@@ -66,60 +66,48 @@ def prove_live(
             *_context(client, context_tokens, longest_tokens),
             *_sampling(client, sampling),
         ]
-        if not handover["ok"]:
+        if not handover.ok:
             problems.append(
-                f"the server's probabilities are not the file's (KL {handover['kl_mean']:.2g}, at most "
-                f"{handover['limit']:.2g} is its settings' doing, top-1 "
-                f"{handover['top1']:.1%} of {handover['prompts']} prompts): is it serving this file?"
+                f"the server's probabilities are not the file's (KL {handover.kl_mean:.2g}, at most "
+                f"{handover.limit:.2g} is its settings' doing, top-1 "
+                f"{handover.top1:.1%} of {handover.prompts} prompts): is it serving this file?"
             )
-        reasons = _finish_reasons(client, questions)
-    return {"handover": handover, "finish_reasons": reasons, "problems": problems}
+        return LiveProof(handover, _finish_reasons(client, questions), tuple(problems))
 
 
-def failure_of(live: Mapping[str, Any] | None) -> CheckError | None:
-    """The error of a live proof with problems."""
-    if live is None or not live["problems"]:
-        return None
-    return CheckError(
-        f"deploy: {live['problems'][0]}",
-        hint="the file is sound: look at deploy in the recipe, and at what else runs on that port",
-        problems=[Problem(problem) for problem in live["problems"]],
-    )
-
-
-def _compare(client: Client, expected: Sequence[Expected], file_type: str) -> dict[str, Any]:
+def _compare(client: Client, expected: Sequence[Expected], file_type: str) -> LiveHandover:
     """KL over the most likely tokens of each prompt; what the server does not list counts as its least."""
     divergences, shifts, same = [], [], 0
-    for number, one in enumerate(expected, 1):
-        found = client.next_tokens(one.ids, 2 * len(one.top))
-        if not found:
+    for number, prompt in enumerate(expected, 1):
+        served = client.next_tokens(prompt.ids, 2 * len(prompt.top))
+        if not served:
             continue
-        known, least = dict(found), min(value for _, value in found)
-        divergence = sum(math.exp(p) * (p - known.get(token, least)) for token, p in one.top)
+        known, least = dict(served), min(value for _, value in served)
+        divergence = sum(math.exp(p) * (p - known.get(token, least)) for token, p in prompt.top)
         divergences.append(max(divergence, 0.0))
-        shifts.append(one.shift)
-        same += found[0][0] == one.top[0][0]
+        shifts.append(prompt.shift)
+        same += served[0][0] == prompt.top[0][0]
         report.advance("compare the server's probabilities", number, len(expected))
     compared = len(divergences)
     if 2 * compared < len(expected):
         report.warning(
-            f"the server told its probabilities after {compared} of {len(expected)} prompts alone: "
+            f"the server gave its probabilities after only {compared} of {len(expected)} prompts: "
             "it does not where an answer begins with a part of a character"
         )
     mean, shift = (sum(values) / max(compared, 1) for values in (divergences, shifts))
     limit = max(LEAST_KL, MOST_SHIFTS * shift)
-    return {
-        "from": f"GGUF {file_type}",
-        "to": "live server",
-        "ok": bool(compared) and mean <= limit,
-        "nmse": None,
-        "kl_mean": mean,
-        "kl_max": max(divergences, default=0.0),
-        "top1": same / max(compared, 1),
-        "perplexity": None,
-        "prompts": compared,
-        "limit": limit,
-    }
+    return LiveHandover(
+        from_=f"GGUF {file_type}",
+        to="live server",
+        ok=bool(compared) and mean <= limit,
+        nmse=None,
+        kl_mean=mean,
+        kl_max=max(divergences, default=0.0),
+        top1=same / max(compared, 1),
+        perplexity=None,
+        prompts=compared,
+        limit=limit,
+    )
 
 
 def _adapters(client: Client, expected: Sequence[float]) -> Iterator[str]:
@@ -151,10 +139,10 @@ def _sampling(client: Client, in_file: Mapping[str, float | str]) -> Iterator[st
     for key, value in in_file.items():
         name = key.rpartition(".")[2]
         expected[SAMPLING_IN_GGUF.get(name, name)] = float(value)
-    found = client.properties()["default_generation_settings"]["params"]
+    served = client.properties()["default_generation_settings"]["params"]
     for name, value in expected.items():
-        if name in found and not math.isclose(float(found[name]), value, rel_tol=1e-4, abs_tol=1e-6):
-            yield f"the server samples with {name} {found[name]:g}, which nobody set (expected {value:g})"
+        if name in served and not math.isclose(float(served[name]), value, rel_tol=1e-4, abs_tol=1e-6):
+            yield f"the server samples with {name} {served[name]:g}, which nobody set (expected {value:g})"
 
 
 def _finish_reasons(client: Client, questions: Sequence[Sequence[Message]]) -> dict[str, int]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 from forge import report
 from forge.chat.difference import first_difference
@@ -26,6 +25,7 @@ from forge.resolve.resolved import Resolved
 from forge.resolve.rows import measured_file
 from forge.resolve.stage import OfShip
 from forge.serve.endpoint import Endpoint
+from forge.serve.live import LiveProof
 from forge.serve.runtimes import check_runtime
 from forge.serve.talk import Kind, OfKind, Talk
 from forge.stages.data import DATA_STAGE
@@ -50,7 +50,7 @@ class DeployFacts:
     model: str
     context_tokens: int
     prompts_compared: int
-    live: Mapping[str, Any] | None
+    live: LiveProof | None
     prompts: tuple[OfKind, ...] = ()
 
 
@@ -70,12 +70,12 @@ class DeployAction(OfShip, Action):
         if VERIFY_STAGE not in results:
             return {}
         live = results[self.name].read(DeployFacts).live
-        return {"certificate": certificate(self.ship, results[VERIFY_STAGE].read(Measurement), live)}
+        measured = results[VERIFY_STAGE].read(Measurement)
+        return {"certificate": certificate(self.ship, measured, live).plain()}
 
     def verdict(self, facts: Facts) -> ForgeError | None:
-        from forge.serve.live_proof import failure_of
-
-        return failure_of(from_plain(DeployFacts, facts).live)
+        live = from_plain(DeployFacts, facts).live
+        return live.failure() if live else None
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> DeployFacts:
         from forge.serve.live_proof import prove_live

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from forge import report, worker
 from forge.chat.hand_over import MODELFILE_JINJA
@@ -21,6 +20,7 @@ from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows
 from forge.resolve.stage import GgufStage, OfType, installed
 from forge.runs.files import ADAPTER, CALIBRATION, CERTIFICATE, adapter_beside, of_type, withdraw_types
+from forge.serve.live import LiveProof
 from forge.stages.calibrate import CALIBRATION_STAGE, importance_in
 from forge.stages.data import DATA_STAGE
 from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
@@ -76,7 +76,7 @@ class VerifyStage(OfType, GgufStage):
     def findings(self, results: Mapping[str, Result]) -> Mapping[str, object]:
         if self.ship.further_type:
             return {}
-        verdict = certificate(self.ship, results[self.name].read(Measurement))
+        verdict = certificate(self.ship, results[self.name].read(Measurement)).plain()
         types = [_of_type(one, results) for one in of_each_type(self.ship)]
         return {"certificate": verdict, "certificate_reason": None, "types": types}
 
@@ -128,7 +128,7 @@ class VerifyStage(OfType, GgufStage):
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         """The certificate with its rows, for whoever wants to repeat it."""
         evidence = from_plain(Evidence, json.loads((artifact.path / _EVIDENCE).read_text(encoding="utf-8")))
-        text = certificate_text(certificate(self.ship, artifact.read(Measurement)), evidence)
+        text = certificate_text(certificate(self.ship, artifact.read(Measurement)).plain(), evidence)
         if self.ship.further_type is None:
             withdraw_types(CERTIFICATE, run)
         write_text(run / of_type(CERTIFICATE, self.ship.further_type), text)
@@ -137,7 +137,7 @@ class VerifyStage(OfType, GgufStage):
         return holds_any(work)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        verdict = _certificate(self.ship, artifact.read(Measurement))
+        verdict = certificate(self.ship, artifact.read(Measurement))
         tell(verdict)
         return failure_of(verdict)
 
@@ -148,7 +148,7 @@ def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, obje
     exported, handed, verified = (
         results.get(of_type(stage, quant)) for stage in (EXPORT_STAGE, ModelfileStage.name, VERIFY_STAGE)
     )
-    verdict = certificate(ship, verified.read(Measurement)) if verified else None
+    verdict = certificate(ship, verified.read(Measurement)).plain() if verified else None
     export = exported.read(ExportFacts) if exported else None
     modelfile = handed.read(ModelfileFacts).modelfile if handed else None
     return {
@@ -162,14 +162,8 @@ def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, obje
     }
 
 
-def certificate(
-    ship: Resolved, measured: Measurement, live: Mapping[str, Any] | None = None
-) -> Mapping[str, Any]:
-    """The verdict on this ship's file as plain JSON, with the server's leg `live` where one was asked."""
-    return _certificate(ship, measured, live).plain()
-
-
-def _certificate(ship: Resolved, measured: Measurement, live: Mapping[str, Any] | None = None) -> Certificate:
+def certificate(ship: Resolved, measured: Measurement, live: LiveProof | None = None) -> Certificate:
+    """The verdict on this ship's file, with the server's leg `live` where one was asked."""
     verify = ship.recipe.verify
     gates = Gates(verify.max_kl, verify.min_top1, verify.as_trained == "required")
     return judge(measured, gates, live)

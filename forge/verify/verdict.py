@@ -15,9 +15,9 @@ weights are mostly not looked up; the live server (deploy judges that), and what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol
 
 from forge.codec import to_plain
 from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word, wrong_rows
@@ -49,9 +49,18 @@ class Norm:
     words: str
 
 
+class Live(Protocol):
+    """What deploy measured of the server: a hand-over, and what is wrong."""
+
+    @property
+    def handover(self) -> object: ...
+    @property
+    def problems(self) -> Sequence[str]: ...
+
+
 @dataclass(frozen=True)
 class Certificate:
-    """The verdict on a measurement. `live` is what deploy measured of the server, as plain JSON."""
+    """The verdict on a measurement. `live` is what deploy measured of the server, where it asked one."""
 
     ok: bool
     broken_stage: str | None
@@ -64,7 +73,7 @@ class Certificate:
     top1_at_least: float
     measurement: Measurement
     gates: Gates
-    live: Mapping[str, Any] | None = None
+    live: Live | None = None
 
     def plain(self) -> Mapping[str, object]:
         """Plain JSON with the fields of the contract."""
@@ -83,8 +92,8 @@ class Certificate:
             "tokens": to_plain(found.tokens),
             "prompt": to_plain(found.prompt),
             "stops": to_plain(found.stops),
-            "handovers": [*handovers, self.live["handover"]] if self.live else handovers,
-            "live": self.live,
+            "handovers": [*handovers, to_plain(self.live.handover)] if self.live else handovers,
+            "live": to_plain(self.live),
             "norm": to_plain(self.norm),
             "logits": logits | {"perplexity_gguf": final.perplexity},
             "greedy": to_plain(found.greedy),
@@ -99,7 +108,7 @@ class Certificate:
         }
 
 
-def judge(measured: Measurement, gates: Gates, live: Mapping[str, Any] | None = None) -> Certificate:
+def judge(measured: Measurement, gates: Gates, live: Live | None = None) -> Certificate:
     """The certificate of a measurement; `live` is what deploy measured of the server, where it asked one."""
     handovers = _handovers(measured)
     causes = [*_vocabulary_causes(measured), *_change_causes(measured)]
@@ -110,7 +119,7 @@ def judge(measured: Measurement, gates: Gates, live: Mapping[str, Any] | None = 
         handovers[0] = replace(handovers[0], ok=False)
     causes += [one for one in wrong_rows(measured) if one not in causes]
     causes += _gate_causes(measured, gates)
-    causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live["problems"]] if live else []
+    causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live.problems] if live else []
     first = causes[0] if causes else None
     share = least_share(measured.legs.file.top1, measured.legs.file.positions)
     return Certificate(

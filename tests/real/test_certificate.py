@@ -63,4 +63,4 @@ def test_sound(dtype: str, method: str, quant: str, tmp_path: Path) -> None:
             context_tokens=1024,
             longest_tokens=300,
         )
-    assert live["problems"] == [], live["handover"]
+    assert live.problems == (), live.handover
