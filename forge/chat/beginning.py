@@ -26,7 +26,7 @@ def with_beginning(source: str, system: str | None, messages: Sequence[Mapping[s
         turn = _literal([{"role": "system", "content": system}])
         lines.append(f"{{% if {_NO_SYSTEM} %}}{{% set messages = {turn} + messages %}}{{% endif %}}")
     if messages:
-        turns = _literal([{"role": one["role"], "content": one["content"]} for one in messages])
+        turns = _literal([{"role": message["role"], "content": message["content"]} for message in messages])
         lines.append(
             f"{{% if {_NO_SYSTEM} %}}{{% set messages = {turns} + messages %}}"
             f"{{% else %}}{{% set messages = [messages[0]] + {turns} + messages[1:] %}}{{% endif %}}"
@@ -42,7 +42,7 @@ def refuse_unwritten(
     """Raise `RecipeError` where the template does not write what is to stand in front."""
     parts = {
         "model.system": [system] if system else [],
-        "model.messages": [one["content"] for one in messages],
+        "model.messages": [message["content"] for message in messages],
     }
     question = [{"role": "user", "content": "Hello!"}]
     try:

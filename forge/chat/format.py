@@ -51,11 +51,11 @@ class Choice:
         return 1 + (self.yes.size if self.yes else 0) + (self.no.size if self.no else 0)
 
     def features(self) -> set[str]:
-        below = [one.features() for one in (self.yes, self.no) if one]
+        below = [part.features() for part in (self.yes, self.no) if part]
         return {self.feature, *set().union(*below)} - {""}
 
     def texts(self) -> list[str]:
-        return [text for one in (self.yes, self.no) if one for text in one.texts()] or [self.text]
+        return [text for part in (self.yes, self.no) if part for text in part.texts()] or [self.text]
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _conversation(has_system: bool, turns: int) -> list[Message]:
 
 
 def _system_policy(template: ChatTemplate) -> tuple[SystemPolicy, str]:
-    found = set()
+    marks = set()
     for turns in range(1, _TURNS + 1):
         try:
             text = template.render(_conversation(True, turns), add_generation_prompt=True)
@@ -132,18 +132,18 @@ def _system_policy(template: ChatTemplate) -> tuple[SystemPolicy, str]:
             return "refused", error.message.partition(": ")[2]
         before, shown, after = text.partition(_SENTINEL["system"])
         if not shown:
-            found.add("dropped")
+            marks.add("dropped")
         elif _SENTINEL["system"] in after or _SENTINEL["user"].format(0) in before:
-            found.add("held")
+            marks.add("held")
         else:
-            found.add("turn")
+            marks.add("turn")
     # A system text that is folded into the last user's comes first where there is one turn only.
     policies: tuple[SystemPolicy, ...] = ("held", "turn", "dropped")
-    return next(policy for policy in policies if policy in found), ""
+    return next(policy for policy in policies if policy in marks), ""
 
 
 def _gaps(template: ChatTemplate, policy: SystemPolicy) -> list[_Gap]:
-    found = []
+    gaps = []
     for has_system in (False, True):
         if has_system and policy == "refused":
             continue
@@ -153,23 +153,23 @@ def _gaps(template: ChatTemplate, policy: SystemPolicy) -> list[_Gap]:
             if policy != "turn":
                 text = text.replace(_SENTINEL["system"], HELD)
                 messages = [message for message in messages if message["role"] != "system"]
-            found += _cut(text, messages, has_system, turns)
-    return found
+            gaps += _cut(text, messages, has_system, turns)
+    return gaps
 
 
 def _cut(text: str, messages: Sequence[Message], has_system: bool, turns: int) -> list[_Gap]:
-    found: list[_Gap] = []
+    gaps: list[_Gap] = []
     before, seen = "", {"user": 0, "assistant": 0, "system": 0}
     for message in messages:
         role, content = message["role"], message["content"]
         if text.count(content) != 1:
-            raise NotInferredError(_unseen(role, text, content, found))
+            raise NotInferredError(_unseen(role, text, content, gaps))
         gap, _, text = text.partition(content)
         seen[role] += 1
         number = {"user": turns, "assistant": turns - 1, "system": 1}[role]
-        found.append(_Gap(before, role, gap, _features(seen[role] == 1, seen[role] == number, has_system)))
+        gaps.append(_Gap(before, role, gap, _features(seen[role] == 1, seen[role] == number, has_system)))
         before = role
-    return [*found, _Gap(before, "", text, _features(turns == 1, False, has_system))]
+    return [*gaps, _Gap(before, "", text, _features(turns == 1, False, has_system))]
 
 
 def _features(first: bool, last: bool, system: bool) -> frozenset[str]:

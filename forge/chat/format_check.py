@@ -88,20 +88,20 @@ def check(
     """
     if reason := unseen_bos(template, add_bos=add_bos):
         return CompiledTemplate("refused", reason=reason, chat=chat)
-    told, counts = probe.literals(template), probe.counts(template)
+    literals, counts = probe.literals(template), probe.counts(template)
     takes_system = chat.system != "refused"
     comparison = _Comparison(template, render or go_interpreter.parse(go).render, add_bos)
     limits = [] if takes_system else [Limit(NO_SYSTEM, _has_system)]
     checked = 0
-    for conversation in probe.conversations(told, has_system=takes_system, counts=counts):
+    for conversation in probe.conversations(literals, has_system=takes_system, counts=counts):
         checked += 1
         if any(limit.holds(conversation) for limit in limits) or not comparison.differs(conversation):
             continue
-        smallest = probe.shrink(conversation, lambda one: _unexplained(one, limits, comparison))
-        found = probe.limits_of(smallest, told, counts)
-        if not found or len(limits) == _MOST_LIMITS:
+        smallest = probe.shrink(conversation, lambda talk: _unexplained(talk, limits, comparison))
+        unlike = probe.limits_of(smallest, literals, counts)
+        if not unlike or len(limits) == _MOST_LIMITS:
             return CompiledTemplate("refused", reason=comparison.shown(smallest), checked=checked, chat=chat)
-        limits.append(found[0])
+        limits.append(unlike[0])
     status: Status = "exact-with-limits" if limits else "exact"
     return CompiledTemplate(status, go, None, tuple(limits), checked, chat)
 
@@ -124,12 +124,12 @@ def unseen_bos(template: ChatTemplate, *, add_bos: bool) -> str:
 def limit_names(limits: Sequence[Limit]) -> list[str]:
     """The limits in words; what holds for every role is said once."""
     names = [limit.name for limit in limits]
-    told = []
+    parts = []
     for name in names:
         general = {name.replace(f"{role} ", "", 1) for role in probe.ROLES if f"{role} " in name}
-        shared = [one for one in general if all(_of_role(one, role) in names for role in probe.ROLES)]
-        told.append(shared[0] if shared else name)
-    return list(dict.fromkeys(told))
+        shared = [name for name in general if all(_of_role(name, role) in names for role in probe.ROLES)]
+        parts.append(shared[0] if shared else name)
+    return list(dict.fromkeys(parts))
 
 
 def _of_role(general: str, role: str) -> str:
@@ -168,13 +168,13 @@ class _Comparison:
 
     def shown(self, conversation: Conversation) -> str:
         """The counter-example in words."""
-        said = ", ".join(f"{one['role']} {_short(one['content'])}" for one in conversation)
+        turns = ", ".join(f"{message['role']} {_short(message['content'])}" for message in conversation)
         expected, written = self.expected(conversation), self.served(conversation)
         if expected is None:
-            return f"it refuses some conversations that are not special in any way: {said}"
+            return f"it refuses some conversations that are not special in any way: {turns}"
         at = max(0, first_difference(expected, written) - 10)
         there = f"{_short(expected[at:])}, where its turns elsewhere lead to {_short(written[at:])}"
-        return f"its prompts do not follow from the messages' roles and places: for {said} it writes {there}"
+        return f"its prompts do not follow from the messages' roles and places: for {turns} it writes {there}"
 
 
 def _short(text: str) -> str:

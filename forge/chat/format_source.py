@@ -40,8 +40,8 @@ def read_source(path: Path, *, bos: str | None = None, eos: str | None = None) -
         text, tokens, add_bos = _of_gguf(path)
     else:
         text, tokens, add_bos = _of_file(path), {}, None
-    given = {"bos_token": bos, "eos_token": eos}
-    tokens |= {name: token for name, token in given.items() if token is not None}
+    named = {"bos_token": bos, "eos_token": eos}
+    tokens |= {name: token for name, token in named.items() if token is not None}
     template = ChatTemplate(text, tokens)
     missing = [name for name in ("bos_token", "eos_token") if name in text and name not in tokens]
     if missing and path.suffix == ".jinja":

@@ -43,7 +43,7 @@ class GoTemplate:
     nodes: Sequence[_Node]
 
     def render(self, messages: Sequence[Message]) -> str:
-        listed = tuple({"Role": one["role"], "Content": one["content"]} for one in messages)
+        listed = tuple({"Role": message["role"], "Content": message["content"]} for message in messages)
         return self.run({"Messages": listed})
 
     def run(self, root: Mapping[str, Any]) -> str:
@@ -86,19 +86,19 @@ def _cut(pieces: Sequence[tuple[str, str]], field: str) -> list[tuple[str, str]]
 
 def _pieces(source: str) -> list[tuple[str, str]]:
     """(`text` or `action`, its text), with the trim markers carried out."""
-    found: list[tuple[str, str]] = []
+    pieces: list[tuple[str, str]] = []
     position, trims = 0, False
     for match in _ACTION.finditer(source):
         text = source[position : match.start()]
         text = text.lstrip(" \t\r\n") if trims else text
         text = text.rstrip(" \t\r\n") if match[1] else text
         action = match[2].strip()
-        found += [("text", text)] + ([] if action.startswith("/*") else [("action", action)])
+        pieces += [("text", text)] + ([] if action.startswith("/*") else [("action", action)])
         position, trims = match.end(), bool(match[3])
     rest = source[position:].lstrip(" \t\r\n") if trims else source[position:]
-    if any("{{" in text for kind, text in [*found, ("text", rest)] if kind == "text"):
+    if any("{{" in text for kind, text in [*pieces, ("text", rest)] if kind == "text"):
         raise GoTemplateError("an action is not closed")
-    return [piece for piece in [*found, ("text", rest)] if piece != ("text", "")]
+    return [piece for piece in [*pieces, ("text", rest)] if piece != ("text", "")]
 
 
 class _Reader:
@@ -110,19 +110,19 @@ class _Reader:
 
     def nodes(self, end: Sequence[str]) -> list[_Node]:
         """Nodes up to an action that begins with a word of `end`, which is left in front."""
-        found: list[_Node] = []
+        nodes: list[_Node] = []
         while self.pieces:
             kind, text = self.pieces[0]
             word = re.split(r"\s", text, maxsplit=1)[0]
             if kind == "action" and word in ("end", "else"):
                 if word not in end:
                     raise GoTemplateError(f"unexpected {text}")
-                return found
+                return nodes
             self.pieces.pop(0)
-            found.append(_write(text) if kind == "text" else self._action(word, text))
+            nodes.append(_write(text) if kind == "text" else self._action(word, text))
         if end:
             raise GoTemplateError("a block is not ended")
-        return found
+        return nodes
 
     def _action(self, word: str, text: str) -> _Node:
         rest = text.removeprefix(word).strip()
@@ -229,8 +229,8 @@ def _loop(
             raise GoTemplateError("range goes over lists alone")
         for number, value in enumerate(values):
             written.step()
-            told = {index: number, item: value}
-            variables: dict[str, object] = {name: one for name, one in told.items() if name}
+            bound = {index: number, item: value}
+            variables: dict[str, object] = {name: bound_value for name, bound_value in bound.items() if name}
             try:
                 _run(body, Scope(value, variables, scope), written)
             except _ContinueError:

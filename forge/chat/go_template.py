@@ -30,7 +30,7 @@ def to_go(chat: ChatFormat, *, add_bos: bool) -> str:
     if chat.system == "turn":
         roles.insert(0, "system")
     choices = [*(chat.prefix[role] for role in roles), chat.generation]
-    asked = {(role, one) for role in roles for one in chat.prefix[role].features()}
+    asked = {(role, feature) for role in roles for feature in chat.prefix[role].features()}
     lines = [_literal(chat.lead)] if chat.lead and not add_bos else []
     lines += _opening(chat, any("system" in choice.features() for choice in choices))
     numbered = any(feature in ("first", "last") for _, feature in asked)
@@ -45,15 +45,15 @@ def to_go(chat: ChatFormat, *, add_bos: bool) -> str:
 
 def _opening(chat: ChatFormat, asks_for_system: bool) -> list[str]:
     """Variables: whether there is a system message, and its text where it is written later."""
-    declared, found = "", ""
+    declared, noting = "", ""
     if asks_for_system:
-        declared, found = "{{- $system := false }}", "{{ $system = true }}"
+        declared, noting = "{{- $system := false }}", "{{ $system = true }}"
     if chat.system == "held":
         declared += '{{- $held := "" }}'
-        found += "{{ $held = .Content }}"
+        noting += "{{ $held = .Content }}"
     if not declared:
         return []
-    return [declared, '{{- range .Messages }}{{ if eq .Role "system" }}' + found + "{{ end }}{{ end }}"]
+    return [declared, '{{- range .Messages }}{{ if eq .Role "system" }}' + noting + "{{ end }}{{ end }}"]
 
 
 def _choice(choice: Choice, role: str) -> str:

@@ -153,7 +153,7 @@ def hand_over(
 def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) -> HandOver:
     """That of a GGUF file, a model's directory or a .jinja file; raises `DataError` as `read_source` does."""
     source = read_source(path, bos=bos, eos=eos)
-    found = hand_over(source.template, add_bos=source.add_bos, stops=(), context_tokens=_CONTEXT)
+    handed = hand_over(source.template, add_bos=source.add_bos, stops=(), context_tokens=_CONTEXT)
     if path.is_dir():
         tokenizer = read_tokenizer(path, max_positions=_most_positions(path))
         ends = [tokenizer.tokens.get("eos", "")]
@@ -168,10 +168,10 @@ def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) 
         context = min(most, _CONTEXT) if isinstance(most, int) else _CONTEXT
         named = header.metadata.get("general.license")
         sampling, licences = sampling_in(header), (named,) if isinstance(named, str) else ()
-    stops = tuple(dict.fromkeys(stop for stop in (*found.compiled.stops, *ends) if stop))
+    stops = tuple(dict.fromkeys(stop for stop in (*handed.compiled.stops, *ends) if stop))
     if not stops:
         raise DataError(f"{path}: nothing says what ends a reply, so it would never end")
-    return replace(found, stops=stops, context_tokens=context, sampling=sampling, licences=licences)
+    return replace(handed, stops=stops, context_tokens=context, sampling=sampling, licences=licences)
 
 
 def _most_positions(directory: Path) -> int | None:
@@ -199,22 +199,24 @@ def sampling_of(directory: Path, asked: Mapping[str, int | float] | None = None)
     Else nothing, and the server's own holds.
     """
     path = directory / "generation_config.json"
-    told = read_json(path) if path.is_file() else {}
-    told = {**(told if told.get("do_sample") else {}), **(asked or {})}
+    configured = read_json(path) if path.is_file() else {}
+    configured = {**(configured if configured.get("do_sample") else {}), **(asked or {})}
     return {
-        ours: told[name]
+        ours: configured[name]
         for name, ours in _SAMPLING.items()
-        if isinstance(told.get(name), int | float) and not isinstance(told[name], bool)
+        if isinstance(configured.get(name), int | float) and not isinstance(configured[name], bool)
     }
 
 
 def sampling_in(header: GgufHeader) -> dict[str, Parameter]:
     """The file's own `general.sampling` keys: llama.cpp's server takes these for its defaults."""
-    told = {ours: header.metadata.get(f"general.sampling.{name}") for name, ours in SAMPLING_IN_GGUF.items()}
+    written = {
+        ours: header.metadata.get(f"general.sampling.{name}") for name, ours in SAMPLING_IN_GGUF.items()
+    }
     return {
         # A float32 is written with the digits that it has.
         name: float(f"{value:.7g}") if isinstance(value, float) else value
-        for name, value in told.items()
+        for name, value in written.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
@@ -222,11 +224,11 @@ def sampling_in(header: GgufHeader) -> dict[str, Parameter]:
 def refuse_other_sampling(header: GgufHeader, asked: Mapping[str, int | float]) -> None:
     """Raise `CheckError` where the GGUF, from which servers take their defaults, says other than `asked`."""
     written = sampling_in(header)
-    found = {name: written.get(_SAMPLING[name]) for name in asked}
+    in_file = {name: written.get(_SAMPLING[name]) for name in asked}
     other = [
-        Problem(f"the GGUF says {found[name]}, asked for is {value}", f"model.sampling.{name}")
+        Problem(f"the GGUF says {in_file[name]}, asked for is {value}", f"model.sampling.{name}")
         for name, value in asked.items()
-        if not _is_near(found[name], value)
+        if not _is_near(in_file[name], value)
     ]
     if other:
         raise CheckError(
@@ -243,10 +245,10 @@ def _is_near(stated: Parameter | None, asked: float) -> bool:
 
 def licences_of(directory: Path) -> tuple[str, ...]:
     """The licence files of a base, whole."""
-    found = sorted({*directory.glob("LICENSE*"), *directory.glob("LICENCE*")})
-    contents = [path.read_bytes() for path in found if path.is_file()]
+    paths = sorted({*directory.glob("LICENSE*"), *directory.glob("LICENCE*")})
+    contents = [path.read_bytes() for path in paths if path.is_file()]
     # Other files than text have zeros, as a PDF does.
-    return tuple(one.decode(errors="replace").strip() for one in contents if b"\0" not in one)
+    return tuple(content.decode(errors="replace").strip() for content in contents if b"\0" not in content)
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,9 @@ class LeftOut:
 
     def __str__(self) -> str:
         """One line of printable ASCII, for a comment or a warning."""
-        said = [f"PARAMETER stop {json.dumps(stop)}" for stop in self.stops]
-        said += [f"LICENSE {json.dumps(f'{text[:40]}...')}" for text in self.licences]
-        return f"left out, since no Modelfile can hold it: {', '.join(said)}; forge import hands it over"
+        lines = [f"PARAMETER stop {json.dumps(stop)}" for stop in self.stops]
+        lines += [f"LICENSE {json.dumps(f'{text[:40]}...')}" for text in self.licences]
+        return f"left out, since no Modelfile can hold it: {', '.join(lines)}; forge import hands it over"
 
     def put_back(self, modelfile: Modelfile) -> Modelfile:
         """The Modelfile with all that was meant: nothing to write, all that a server must be told."""

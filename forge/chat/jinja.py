@@ -48,8 +48,8 @@ class _Namespace(jinja2.utils.Namespace):
     """`namespace(...)` that takes no underscored attribute: those lead out of the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # so that `namespace(self=...)` works
-        self, *given = args
-        for name in (attributes := dict(*given, **kwargs)):
+        self, *positional = args
+        for name in (attributes := dict(*positional, **kwargs)):
             _refuse_underscore(name)
         jinja2.utils.Namespace.__init__(self, attributes)
 

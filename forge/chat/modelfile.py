@@ -63,8 +63,8 @@ class Modelfile:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        found = self.parameters.get("stop", ())
-        return found if isinstance(found, tuple) else ()
+        stop = self.parameters.get("stop", ())
+        return stop if isinstance(stop, tuple) else ()
 
 
 def parse(text: str) -> Modelfile:
@@ -211,7 +211,7 @@ def render(modelfile: Modelfile) -> str:
         if value is not None
     ]
     for name, parameter in modelfile.parameters.items():
-        lines += [f"PARAMETER {name} {one}" for one in _parameter_texts(name, parameter)]
+        lines += [f"PARAMETER {name} {text}" for text in _parameter_texts(name, parameter)]
     lines += [f"MESSAGE {role} {_written('MESSAGE', text)}" for role, text in modelfile.messages]
     lines += [f"LICENSE {_written('LICENSE', text)}" for text in modelfile.licences]
     text = "\n".join(lines) + "\n"
@@ -222,7 +222,7 @@ def render(modelfile: Modelfile) -> str:
 
 def _parameter_texts(name: str, value: Parameter) -> Sequence[str]:
     if isinstance(value, tuple):
-        return [_written(f"PARAMETER {name}", one, plain=False) for one in value]
+        return [_written(f"PARAMETER {name}", item, plain=False) for item in value]
     return [str(value).lower() if isinstance(value, bool) else str(value)]
 
 
@@ -237,7 +237,7 @@ def _written(what: str, text: str, *, plain: bool = True) -> str:
                 return form
         except ModelfileError:
             continue
-    lost = sorted({one for one in text if not _survives(one)})
-    shown = ", ".join(f"U+{ord(one):04X}" for one in lost)
+    lost = sorted({character for character in text if not _survives(character)})
+    shown = ", ".join(f"U+{ord(character):04X}" for character in lost)
     why = f"Ollama drops {shown} from it" if lost else 'a line of it ends in """ or the like'
     raise ModelfileError(f"a Modelfile cannot hold this {what}: {why}", hint=_HINT)

@@ -84,8 +84,8 @@ def _by_messages(source: str) -> Callable[[list[dict[str, str]]], str]:
     template = go_interpreter.parse(source)
 
     def render(messages: list[dict[str, str]]) -> str:
-        listed = tuple({"Role": one["role"], "Content": one["content"], **_NO_MORE} for one in messages)
-        system = "\n\n".join(one["content"] for one in messages if one["role"] == "system")
+        listed = tuple({"Role": turn["role"], "Content": turn["content"], **_NO_MORE} for turn in messages)
+        system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
         return template.run({**_NOTHING, "Messages": listed, "System": system})
 
     return render

@@ -57,8 +57,8 @@ class Limit:
 def conversation(texts: Sequence[str], *, system: str | None = None, starts: str = "user") -> Conversation:
     """`texts` by turns, the first one said by `starts`."""
     roles = ("user", "assistant") if starts == "user" else ("assistant", "user")
-    said = [_message(roles[number % 2], text) for number, text in enumerate(texts)]
-    return (*([_message("system", system)] if system is not None else []), *said)
+    turns = [_message(roles[number % 2], text) for number, text in enumerate(texts)]
+    return (*([_message("system", system)] if system is not None else []), *turns)
 
 
 def _message(role: str, content: str) -> Message:
@@ -69,21 +69,20 @@ def literals(template: ChatTemplate) -> tuple[str, ...]:
     """Texts that the template's source may look for in a message, and its special tokens."""
     syntax = template.syntax()
     keys = {id(item.arg) for item in syntax.find_all(jinja2.nodes.Getitem)}
-    found = [
+    texts = [
         constant.value
         for constant in syntax.find_all(jinja2.nodes.Const)
         if isinstance(constant.value, str) and id(constant) not in keys
     ]
-    found += [token for token in template.special_tokens.values() if token]
-    return tuple(sorted({one for one in found if one.strip() and len(one) <= _LONGEST_LITERAL}))
+    texts += [token for token in template.special_tokens.values() if token]
+    return tuple(sorted({text for text in texts if text.strip() and len(text) <= _LONGEST_LITERAL}))
 
 
 def counts(template: ChatTemplate) -> tuple[int, ...]:
     """Whole numbers in the template's source, to which it may count messages or characters."""
-    found = {
-        abs(one.value) for one in template.syntax().find_all(jinja2.nodes.Const) if type(one.value) is int
-    }
-    return tuple(sorted(one for one in found if 1 < one <= _HIGHEST))
+    values = (constant.value for constant in template.syntax().find_all(jinja2.nodes.Const))
+    numbers = {abs(value) for value in values if type(value) is int}
+    return tuple(sorted(number for number in numbers if 1 < number <= _HIGHEST))
 
 
 def conversations(
@@ -100,9 +99,9 @@ def conversations(
     for text in _ODD_TEXTS:
         for system in systems:
             yield from _with_odd_text(text, system)
-    for one in literals:
-        yield from _with_odd_text(f"before {one} after", systems[-1])
-        yield from _with_odd_text(f"{one} amid {one}", None)
+    for literal in literals:
+        yield from _with_odd_text(f"before {literal} after", systems[-1])
+        yield from _with_odd_text(f"{literal} amid {literal}", None)
     for number in counts:
         yield from _as_long(number, systems)
     for system in systems:
@@ -154,12 +153,13 @@ def _random_text(odd: Sequence[str], chance: random.Random) -> str:
 
 def limits_of(talk: Conversation, literals: Sequence[str], counts: Sequence[int] = ()) -> list[Limit]:
     """The limits that would take `talk` out of what is claimed, the most particular first."""
-    long = [*(_long(role, one) for role in ROLES for one in counts[::-1] if one >= _LONG_TEXT)]
-    long += [_many(one) for one in counts[::-1] if one > _SEVERAL]
+    long = [*(_long(role, count) for role in ROLES for count in counts[::-1] if count >= _LONG_TEXT)]
+    long += [_many(count) for count in counts[::-1] if count > _SEVERAL]
+    marks = _telling(literals, talk)
     limits = [
         limit
         for role in ROLES
-        for limit in (_empty(role), _edges(role), *(_contains(role, one) for one in _telling(literals, talk)))
+        for limit in (_empty(role), _edges(role), *(_contains(role, mark) for mark in marks))
     ]
     limits += [
         Limit("a conversation that the assistant begins", _assistant_begins),
@@ -186,7 +186,7 @@ def _edges(role: str) -> Limit:
 def _contains(role: str, text: str) -> Limit:
     return Limit(
         f"{role} text that contains {json.dumps(text, ensure_ascii=False)}",
-        lambda talk: any(text in one for one in _texts(talk, role)),
+        lambda talk: any(text in content for content in _texts(talk, role)),
     )
 
 
@@ -204,8 +204,8 @@ def _many(messages: int) -> Limit:
 def _telling(literals: Sequence[str], talk: Conversation) -> list[str]:
     """Literals in `talk` that people do not write by chance, the longest first."""
     shown = "\n".join(str(message["content"]) for message in talk)
-    marks = {one.strip() for one in literals if _TELLING.search(one.strip())}
-    return sorted((one for one in marks if one in shown), key=lambda one: (-len(one), one))
+    marks = {literal.strip() for literal in literals if _TELLING.search(literal.strip())}
+    return sorted((mark for mark in marks if mark in shown), key=lambda mark: (-len(mark), mark))
 
 
 def _assistant_begins(talk: Conversation) -> bool:
@@ -226,7 +226,7 @@ def _system_later(talk: Conversation) -> bool:
 def shrink(talk: Conversation, fails: Callable[[Conversation], bool]) -> Conversation:
     """The smallest conversation near `talk` for which `fails` still holds."""
     while True:
-        smaller = next((one for one in _smaller(talk) if _takes_turns(one) and fails(one)), None)
+        smaller = next((part for part in _smaller(talk) if _takes_turns(part) and fails(part)), None)
         if smaller is None:
             return talk
         talk = smaller
@@ -235,7 +235,7 @@ def shrink(talk: Conversation, fails: Callable[[Conversation], bool]) -> Convers
 def _takes_turns(talk: Conversation) -> bool:
     """Whether something is claimed of it: the user last, no two neighbours of one role."""
     roles = [message["role"] for message in talk]
-    return roles[-1:] == ["user"] and all(one != other for one, other in pairwise(roles))
+    return roles[-1:] == ["user"] and all(role != other for role, other in pairwise(roles))
 
 
 def _smaller(talk: Conversation) -> Iterator[Conversation]:

@@ -69,14 +69,14 @@ class _Renderer:
                 raise TemplateLimitError(reason, hint=_HINT)
             answer = self._ask(key, values, prompts)
             seconds, count = self._spent.get(key, (0.0, 0))
-            count += sum(len(one.cuts) for one in prompts)
+            count += sum(len(prompt.cuts) for prompt in prompts)
             seconds += answer["seconds"]
             self._spent[key] = seconds, count
             if seconds > max(SECONDS_IN_ALL, SECONDS_ON_AVERAGE * count):
                 self._refuse(key, f"the chat template took {seconds:.0f} seconds to compute {count} prompts")
         return [
-            [text if isinstance(text, str) else _refusal(text["error"]) for text in one]
-            for one in answer["texts"]
+            [text if isinstance(text, str) else _refusal(text["error"]) for text in texts]
+            for texts in answer["texts"]
         ]
 
     def _ask(
@@ -90,8 +90,8 @@ class _Renderer:
                 "values": values,
                 "seconds": SECONDS,
                 "prompts": [
-                    {"messages": one.messages, "tools": one.tools or None, "cuts": one.cuts}
-                    for one in prompts
+                    {"messages": prompt.messages, "tools": prompt.tools or None, "cuts": prompt.cuts}
+                    for prompt in prompts
                 ],
             }
             if number is None:

@@ -55,12 +55,12 @@ def _compare(handed: HandOver, served: ChatTemplate, go: go_interpreter.GoTempla
     compared = 0
     for conversation in chosen:
         trained = handed.template.render(conversation, add_generation_prompt=True)
-        found = {"the GGUF's Jinja": served.render(conversation, add_generation_prompt=True)}
+        written = {"the GGUF's Jinja": served.render(conversation, add_generation_prompt=True)}
         if go is not None:
             # Where the tokenizer writes BOS, the TEMPLATE leaves it out.
             bos = handed.bos if handed.add_bos and trained.startswith(handed.bos) else ""
-            found["the Modelfile's TEMPLATE"] = bos + go.render(conversation)
-        for place, prompt in found.items():
+            written["the Modelfile's TEMPLATE"] = bos + go.render(conversation)
+        for place, prompt in written.items():
             if prompt != trained:
                 raise _differs(place, trained, prompt)
         compared += 1
@@ -79,20 +79,20 @@ def _conversations(handed: HandOver, *, only_claimed: bool) -> Iterator[Conversa
     takes_system = handed.compiled.chat is None or handed.compiled.chat.system != "refused"
     literals = probe.literals(handed.template)
     tried = (
-        one
+        talk
         for seed in range(_MOST_TRIED // CONVERSATIONS)
-        for one in probe.conversations(literals, has_system=takes_system, seed=seed)
+        for talk in probe.conversations(literals, has_system=takes_system, seed=seed)
     )
     seen: set[str] = set()
-    for one in islice(tried, _MOST_TRIED):
-        if (key := repr(one)) in seen or (only_claimed and not handed.compiled.claims(one)):
+    for talk in islice(tried, _MOST_TRIED):
+        if (key := repr(talk)) in seen or (only_claimed and not handed.compiled.claims(talk)):
             continue
         seen.add(key)
         try:
-            handed.template.render(one, add_generation_prompt=True)
+            handed.template.render(talk, add_generation_prompt=True)
         except DataError:
             continue
-        yield one
+        yield talk
 
 
 def _differs(place: str, trained: str, served: str) -> CheckError:

@@ -45,42 +45,42 @@ class StopContract:
         are made before rows are padded.
         """
         end = self.ids[self.end_of_turn]
-        found: list[Problem] = []
+        problems: list[Problem] = []
         for number, row in enumerate(rows, 1):
             supervised = [label for label in row["labels"] if label != _IGNORED]
             if not supervised:
-                found.append(Problem(f"row {number}: nothing is supervised", LOSS_MASK))
+                problems.append(Problem(f"row {number}: nothing is supervised", LOSS_MASK))
                 continue
             if "messages" in row and not row["messages"]:
                 continue  # a plain text: nobody's turn ends in it
             ends = _ends(row["labels"])
-            open_turns = sum(one != end for one in (ends[:-1] if may_be_cut else ends))
-            answers = row.get("answers", sum(one["role"] == "assistant" for one in row.get("messages", ())))
+            open_turns = sum(token != end for token in (ends[:-1] if may_be_cut else ends))
+            answers = row.get("answers", sum(turn["role"] == "assistant" for turn in row.get("messages", ())))
             wanted = answers if every_turn else 0
             if open_turns or (len(ends) < wanted and not may_be_cut):
-                found.append(Problem(f"row {number}: {self.end_of_turn} is not supervised", LOSS_MASK))
-        return found
+                problems.append(Problem(f"row {number}: {self.end_of_turn} is not supervised", LOSS_MASK))
+        return problems
 
     def in_generation_config(self, fields: Mapping[str, Any]) -> list[Problem]:
         """transformers and vLLM stop at `eos_token_id` only; a file without it leaves the tokenizer's."""
-        told = fields.get("eos_token_id")
-        listed = told if isinstance(told, list) else [told]
-        if told is None or self.ids[self.end_of_turn] in listed:
+        eos = fields.get("eos_token_id")
+        listed = eos if isinstance(eos, list) else [eos]
+        if eos is None or self.ids[self.end_of_turn] in listed:
             return []
         wanted = f"{self.end_of_turn} ({self.ids[self.end_of_turn]})"
-        return [Problem(f"eos_token_id is {told}, without the end of turn {wanted}", GENERATION)]
+        return [Problem(f"eos_token_id is {eos}, without the end of turn {wanted}", GENERATION)]
 
     def in_gguf(self, header: GgufHeader) -> list[Problem]:
         """llama.cpp ends a reply at `eos` and `eot` (and at tokens that it knows by name)."""
-        told = {name: header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
-        found = []
-        if self.ids[self.end_of_turn] not in told.values():
-            shown = ", ".join(f"{name} {number}" for name, number in told.items())
+        named = {name: header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")}
+        problems = []
+        if self.ids[self.end_of_turn] not in named.values():
+            shown = ", ".join(f"{name} {number}" for name, number in named.items())
             wanted = f"{self.end_of_turn} ({self.ids[self.end_of_turn]})"
-            found.append(Problem(f"its end ids are {shown}; the end of turn is {wanted}", GGUF))
-        if told["eos"] is None:
-            found.append(Problem("it names no eos id: llama.cpp would take one of its own", GGUF))
-        return found
+            problems.append(Problem(f"its end ids are {shown}; the end of turn is {wanted}", GGUF))
+        if named["eos"] is None:
+            problems.append(Problem("it names no eos id: llama.cpp would take one of its own", GGUF))
+        return problems
 
     def in_modelfile(self, modelfile: Modelfile, name: str) -> list[Problem]:
         """Every text is a PARAMETER stop: those that are set replace all that Ollama would guess."""
@@ -89,20 +89,20 @@ class StopContract:
 
     def in_replies(self, replies: Sequence[tuple[str, str]], *, should_end: bool) -> list[Problem]:
         """`replies` are (text, finish_reason). `should_end`: the tuned model ended its own."""
-        found = [
+        problems = [
             Problem(f"a reply holds {stop} as text: {text[:60]!r}", LIVE)
             for text, _ in replies
             for stop in self.texts
             if stop in text
         ]
         if should_end and replies and all(reason != "stop" for _, reason in replies):
-            found.append(Problem("no reply ends by itself; the tuned model's did", LIVE))
-        return found
+            problems.append(Problem("no reply ends by itself; the tuned model's did", LIVE))
+        return problems
 
 
 def _ends(labels: Sequence[int]) -> list[int]:
     """The last token of every run that is supervised: one run for each assistant turn."""
-    return [one for one, after in pairwise((*labels, _IGNORED)) if one != _IGNORED and after == _IGNORED]
+    return [last for last, after in pairwise((*labels, _IGNORED)) if last != _IGNORED and after == _IGNORED]
 
 
 def failure_of(problems: Sequence[Problem]) -> CheckError | None:

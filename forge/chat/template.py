@@ -99,8 +99,8 @@ class ChatTemplate:
 
     def render_all(self, prompts: Sequence[renderer.Prompts]) -> list[list[str | DataError]]:
         """The texts of many prompts at once, or the refusal of one; raises `TemplateLimitError`."""
-        given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
-        values = {"documents": None, **self.special_tokens, **given}
+        variables = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
+        values = {"documents": None, **self.special_tokens, **variables}
         return renderer.render(self.source, self.day, values, prompts)
 
     def variables_read(self) -> tuple[str, ...]:
@@ -141,9 +141,9 @@ class ChatTemplate:
         training whatever thinking mode or date it would have chosen: what training left undefined
         is made undefined again, by giving it the value of a name that nobody sets.
         """
-        given = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
+        variables = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
         values = dict.fromkeys(self.variables_read(), _UNSET)
-        values |= {name: _literal(value) for name, value in given.items()}
+        values |= {name: _literal(value) for name, value in variables.items()}
         pins = [f"{{% set {name} = {value} %}}" for name, value in sorted(values.items())]
         if "strftime_now" in self.source:
             pins.append(self._pinned_clock())
@@ -168,7 +168,7 @@ def _literal(value: object) -> str:
 
 def _literal_arguments(syntax: jinja2.nodes.Template, function: str) -> set[str]:
     """The constant first arguments with which `function` is called; others cannot be pinned."""
-    found: set[str] = set()
+    names: set[str] = set()
     for call in syntax.find_all(jinja2.nodes.Call):
         if isinstance(call.node, jinja2.nodes.Name) and call.node.name == function:
             if not (call.args and isinstance(call.args[0], jinja2.nodes.Const)):
@@ -176,5 +176,5 @@ def _literal_arguments(syntax: jinja2.nodes.Template, function: str) -> set[str]
                     f"the chat template calls {function} with a computed format, which cannot be pinned",
                     hint="replace the call in chat_template.jinja by the text you want",
                 )
-            found.add(str(call.args[0].value))
-    return found
+            names.add(str(call.args[0].value))
+    return names

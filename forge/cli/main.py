@@ -62,8 +62,8 @@ class LazyGroup(click.Group):
         module = importlib.import_module(
             f"forge.cli.{name}_" if keyword.iskeyword(name) else f"forge.cli.{name}"
         )
-        found: click.Command = module.command
-        return found
+        command: click.Command = module.command
+        return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

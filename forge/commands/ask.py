@@ -55,8 +55,8 @@ def _reach(
         if context is not None:
             raise RecipeError("--context: whoever started that server has chosen its context")
         return find(target, model=model, api_key=read_key(api_key_file))
-    for flag, told in {"--api-key-file": api_key_file, "--model": model}.items():
-        if told is not None:
+    for flag, value in {"--api-key-file": api_key_file, "--model": model}.items():
+        if value is not None:
             raise RecipeError(f"{flag} goes with a URL")
     wish = Wish(target, context=context)
     return open_runtime(wish, settings(wish), stack)
@@ -78,7 +78,7 @@ def smoke(run: str) -> Mapping[str, object]:
         report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))
     if failure := failure_of(answers):
         raise failure
-    return {"smoke": [{"prompt": one.prompt, "answer": one.answer, "ok": one.ok} for one in answers]}
+    return {"smoke": [{"prompt": item.prompt, "answer": item.answer, "ok": item.ok} for item in answers]}
 
 
 def generate(
@@ -139,18 +139,18 @@ def _endpoints(urls: Sequence[str], model: str | None, key: str | None) -> list[
     """What the URLs name; those that are away for now are asked again later, if one answers at all."""
     from forge.serve.generate import FOR_NOW
 
-    found, away = [], []
+    endpoints, away = [], []
     for url in dict.fromkeys(urls):
         try:
-            found.append(find(url, model=model, api_key=key))
+            endpoints.append(find(url, model=model, api_key=key))
         except FOR_NOW as failure:
-            found.append(Endpoint(url, model or "", key, proved=False))
+            endpoints.append(Endpoint(url, model or "", key, proved=False))
             away.append(failure)
-    if len(away) == len(found):
+    if len(away) == len(endpoints):
         raise away[0]
-    for one in away:
-        report.warning(f"{one.message}: it is asked again while others answer")
-    return found
+    for absent in away:
+        report.warning(f"{absent.message}: it is asked again while others answer")
+    return endpoints
 
 
 def _schema(path: Path | None) -> Mapping[str, Any] | None:

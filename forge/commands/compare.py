@@ -103,7 +103,7 @@ def compare_runs(first: str, second: str, page: Path | None = None) -> Mapping[s
 
 
 def _comparison(directories: tuple[Path, Path], page: Path | None) -> Comparison:
-    first, second = (read_whole_manifest(one) for one in directories)
+    first, second = (read_whole_manifest(directory) for directory in directories)
     answers, alone = _answers(first.read_facts(), second.read_facts())
     return Comparison(
         runs=(_compared(directories[0], first), _compared(directories[1], second)),
@@ -164,7 +164,7 @@ def _answers(first: RunFacts, second: RunFacts) -> tuple[tuple[AnswerPair, ...],
     heldout = _paired(_heldout(first), _heldout(second))
     pairs = [AnswerPair("smoke", key[0], *both) for key, both in smoke.items()]
     pairs += [AnswerPair("held out", key[0], was[0], now[0], was[1]) for key, (was, now) in heldout.items()]
-    asked = sum(len(one) for facts in (first, second) for one in (_smoke(facts), _heldout(facts)))
+    asked = sum(len(answers) for facts in (first, second) for answers in (_smoke(facts), _heldout(facts)))
     return tuple(pairs), asked - 2 * len(pairs)
 
 
@@ -173,7 +173,7 @@ _Question = tuple[str, str, int]
 
 
 def _smoke(facts: RunFacts) -> dict[_Question, str]:
-    return _numbered((one.prompt, one.prompt, one.answer) for one in facts.smoke.smoke)
+    return _numbered((asked.prompt, asked.prompt, asked.answer) for asked in facts.smoke.smoke)
 
 
 def _heldout(facts: RunFacts) -> dict[_Question, tuple[str, str]]:
@@ -182,20 +182,20 @@ def _heldout(facts: RunFacts) -> dict[_Question, tuple[str, str]]:
     answers = facts.smoke.heldout.answers if facts.smoke.heldout else exact.answers if exact else ()
     return _numbered(
         (
-            str(one.messages[-1].get("content", "")) if one.messages else "",
-            repr(one.messages),
-            (one.after if one.served is None else one.served, one.expected),
+            str(answer.messages[-1].get("content", "")) if answer.messages else "",
+            repr(answer.messages),
+            (answer.after if answer.served is None else answer.served, answer.expected),
         )
-        for one in answers
+        for answer in answers
     )
 
 
 def _numbered(asked: Iterator[tuple[str, str, Value]]) -> dict[_Question, Value]:
-    found: dict[_Question, Value] = {}
+    numbered: dict[_Question, Value] = {}
     for prompt, whole, answer in asked:
-        number = sum(known[1] == whole for known in found)
-        found[prompt, whole, number] = answer
-    return found
+        number = sum(known[1] == whole for known in numbered)
+        numbered[prompt, whole, number] = answer
+    return numbered
 
 
 def _paired(
@@ -207,7 +207,7 @@ def _paired(
 def _rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     """The figures that one of the two has."""
     first, second = (run.figures for run in comparison.runs)
-    rows = [(one.label, one.of(first), one.of(second)) for one in SHOWN]
+    rows = [(row.label, row.of(first), row.of(second)) for row in SHOWN]
     types = ("type", first.quant or "", second.quant or "")
     return [row for row in (types, *rows) if row[1] or row[2]]
 
@@ -217,16 +217,17 @@ def _verdicts(comparison: Comparison) -> Sequence[tuple[str, bool, str]]:
     return [
         (
             run.name,
-            bool(one and one.ok),
-            one.verdict if one else f"no certificate: {run.certificate_reason}",
+            bool(certificate and certificate.ok),
+            certificate.verdict if certificate else f"no certificate: {run.certificate_reason}",
         )
-        for run, one in zip(comparison.runs, comparison.certificate, strict=True)
+        for run, certificate in zip(comparison.runs, comparison.certificate, strict=True)
     ]
 
 
 def _show(comparison: Comparison) -> None:
     names = tuple(run.name for run in comparison.runs)
-    unlike = [(one.field, short(one.first), short(one.second)) for one in _all_differences(comparison)]
+    differences = _all_differences(comparison)
+    unlike = [(field.field, short(field.first), short(field.second)) for field in differences]
     if unlike:
         report.table("recipe", ("field", *names), unlike)
     else:
@@ -258,7 +259,8 @@ def _outcomes(comparison: Comparison) -> Iterator[str]:
 
 def _write_page(comparison: Comparison, path: Path) -> None:
     text = Path(__file__).with_name("compare.html.jinja").read_text(encoding="utf-8")
-    unlike = [(one.field, _whole(one.first), _whole(one.second)) for one in _all_differences(comparison)]
+    differences = _all_differences(comparison)
+    unlike = [(field.field, _whole(field.first), _whole(field.second)) for field in differences]
     page = page_environment().from_string(text)
     written = page.render(
         runs=comparison.runs, unlike=unlike, rows=_rows(comparison), verdicts=_verdicts(comparison),

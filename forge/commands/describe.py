@@ -37,7 +37,8 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mappi
     for name, value in sorted(values(ship.recipe).items()):
         source = ship.loaded.sources[name]
         report.detail(f"{name}: {value!r}  ({source.where})")
-    rows = [(one.name, "cached" if one.cached else "runs", "; ".join(one.reasons)) for one in planned.stages]
+    stages = planned.stages
+    rows = [(stage.name, "cached" if stage.cached else "runs", "; ".join(stage.reasons)) for stage in stages]
     report.table(f"{ship.recipe.name}: {ship.base.spec}", ("stage", "", "why"), rows)
     memory, disk = _memory(ship), _disk(ship, planned)
     for label, space in (("memory", memory), ("disk", disk)):
@@ -51,7 +52,7 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mappi
         report.info(note)
     return {
         "stages": [
-            {"name": one.name, "cached": one.cached, "reasons": list(one.reasons)} for one in planned.stages
+            {"name": stage.name, "cached": stage.cached, "reasons": list(stage.reasons)} for stage in stages
         ],
         "memory": memory.as_json() if memory else None,
         "disk": to_plain(disk),
@@ -144,7 +145,7 @@ def describe_run(name: str) -> Mapping[str, object]:
         report.info(f"learned: {figures.metric} {figures.before} -> {figures.after} ({figures.rows} rows)")
     if manifest.verdict:
         report.info(f"certificate: {manifest.verdict}")
-    return {"run": str(directory), "manifest": manifest.as_json(), "files": [one[0] for one in files]}
+    return {"run": str(directory), "manifest": manifest.as_json(), "files": [file[0] for file in files]}
 
 
 def _files(directory: Path) -> list[Path]:

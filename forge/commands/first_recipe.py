@@ -48,8 +48,8 @@ def first_recipe(name: str, base: str, data: str, directory: Path) -> str:
     source = Source(_files(data))
     rows = read(source)
     training, heldout = split(rows.conversations, _held_out(len(rows.conversations))[0], _SEED)
-    found = find_base(base, fetch=False, relative_to=Path())
-    fit = _fit(found, training)
+    headers = find_base(base, fetch=False, relative_to=Path())
+    fit = _fit(headers, training)
     return "\n".join(_lines(name, base, _named(data, directory), rows, heldout, fit)) + "\n"
 
 
@@ -123,7 +123,7 @@ def _lines(
         yield "verify:"
         yield "  learned: warn  # so few rows show little"
     asked = [] if is_text else (heldout or rows.conversations)[:2]
-    questions = [line for one in asked for line in _query(one)]
+    questions = [line for conversation in asked for line in _query(conversation)]
     if questions:
         yield f"smoke:  # {'held-out rows' if heldout else 'rows'}, asked of the served model"
         yield from questions
@@ -154,5 +154,5 @@ def _query(conversation: Conversation) -> Iterator[str]:
     else:
         yield "  - messages:"
         for turn in turns:
-            said = json.dumps(turn.content, ensure_ascii=False)
-            yield f"      - {{role: {turn.role}, content: {said}}}"
+            content = json.dumps(turn.content, ensure_ascii=False)
+            yield f"      - {{role: {turn.role}, content: {content}}}"

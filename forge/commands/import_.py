@@ -31,20 +31,20 @@ def import_into_ollama(
             f"--adapter: {target} has one of its own, and Ollama takes one",
             hint=f"name the base to put another on it: forge import {gguf}",
         )
-    told = hand_over_of(gguf)
+    handed = hand_over_of(gguf)
     # The base of a run, without the adapter that was trained on it, is no model of that run's.
     is_bare = own is None and adapter_beside(gguf).is_file()
     written = None if is_bare else read_run_modelfile(gguf.parent)
     # One of another model that lies there by chance says nothing of this one.
     if written and Path(written.base).name == gguf.name:
-        told = told.with_parameters_of(written)
+        handed = handed.with_parameters_of(written)
     recipe = None if is_bare else _recipe_of(gguf)
     with reach(server_url(host)) as server:
         done = import_model(
             server,
             name,
             gguf,
-            told,
+            handed,
             adapter=adapter or own,
             count=partial(_count, gguf),
             ask=partial(smoke_passes, recipe) if recipe else ask_anything,

@@ -35,11 +35,11 @@ def write_modelfile(
     if guard is not None:
         compared = write_guarded(target, guard)
         target = guard
-    told = hand_over_of(target)
-    written, left = without_unwritable(told)
-    way: Way = "jinja" if jinja or told.compiled.go is None else "go"
+    handed = hand_over_of(target)
+    written, left = without_unwritable(handed)
+    way: Way = "jinja" if jinja or handed.compiled.go is None else "go"
     base = _from(target)
-    remarks = _remarks(told, way, of_directory=target.is_dir(), is_pinned=_is_pinned(Path(base)))
+    remarks = _remarks(handed, way, of_directory=target.is_dir(), is_pinned=_is_pinned(Path(base)))
     if left:
         report.warning(str(left))
         remarks.append(str(left))
@@ -53,19 +53,19 @@ def write_modelfile(
     if way == "jinja" and not _is_pinned(Path(base)):
         report.warning(f"{_GUESSED}: --guard OUT.gguf writes a copy of the file that keeps both off")
     if way == "jinja" and not jinja:
-        report.warning(f"no Go TEMPLATE: {told.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
+        report.warning(f"no Go TEMPLATE: {handed.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
     if out:
         write_text(out, text)
         report.success(f"wrote {out}")
     else:
         report.output(text.rstrip("\n"))
-    reason = told.compiled.reason
+    reason = handed.compiled.reason
     guarded = {"guarded": str(guard), "guarded_compared": compared} if guard else {}
     return {
         "modelfile": str(out) if out else text,
         "way": way,
         "reason": reason,
-        **to_plain(told.facts()),
+        **to_plain(handed.facts()),
         **guarded,
     }
 
@@ -82,11 +82,11 @@ def write_guarded(gguf: Path, out: Path) -> int:
         )
     if out.absolute() == gguf.absolute():
         raise RecipeError("--guard names the file itself", hint="choose another name")
-    told = hand_over_of(gguf)
-    if told.template.is_pinned:
+    handed = hand_over_of(gguf)
+    if handed.template.is_pinned:
         raise RecipeError(f"{gguf} has a pinned template already", hint="leave --guard out")
-    pinned = told.template.pinned_source()
-    compared = same_prompts.compare(told, pinned, None).conversations
+    pinned = handed.template.pinned_source()
+    compared = same_prompts.compare(handed, pinned, None).conversations
     header = read_gguf(gguf)
     with work_beside(out.absolute()) as scratch:
         made = scratch / "model.gguf"
@@ -114,13 +114,13 @@ def _from(target: Path) -> str:
     """FROM: the file itself; of a directory the one GGUF in it, or the one that an export would write."""
     if target.is_file():
         return str(target.absolute())
-    found = [path for path in sorted(target.glob("*.gguf")) if not path.name.endswith(BESIDE)]
-    if len(found) == 1:
-        return str(found[0].absolute())
+    files = [path for path in sorted(target.glob("*.gguf")) if not path.name.endswith(BESIDE)]
+    if len(files) == 1:
+        return str(files[0].absolute())
     whole = target.absolute()
     path = whole.with_name(f"{whole.name}.gguf")  # not `with_suffix`: names have dots, as Qwen2.5-0.5B
     report.warning(
-        f"{target} has {'several GGUF files' if found else 'no GGUF file'}: FROM names {path}; make it with "
+        f"{target} has {'several GGUF files' if files else 'no GGUF file'}: FROM names {path}; make it with "
         f"forge export --base {target} --out {path}"
     )
     return str(path)
@@ -167,21 +167,21 @@ def check_modelfile(
         read = parse(modelfile.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{modelfile}: cannot be read: {error}") from error
-    told = hand_over_of(target, bos=bos, eos=eos)
-    found = compare(read, told)
-    for note in found.notes:
+    handed = hand_over_of(target, bos=bos, eos=eos)
+    compared = compare(read, handed)
+    for note in compared.notes:
         report.info(note)
-    limits = limit_names(found.prompts.limits) if found.prompts else []
+    limits = limit_names(compared.prompts.limits) if compared.prompts else []
     for limit in limits:
         report.info(f"not so for: {limit}")
-    if found.problems:
+    if compared.problems:
         raise CheckError(
             f"{modelfile} does not hand over what {target} was made for",
             hint=f"forge modelfile {target} writes one that does",
-            problems=[replace(problem, file=str(modelfile)) for problem in found.problems],
+            problems=[replace(problem, file=str(modelfile)) for problem in compared.problems],
         )
-    status = found.prompts.status if found.prompts else None
-    checked = found.prompts.checked if found.prompts else 0
+    status = compared.prompts.status if compared.prompts else None
+    checked = compared.prompts.checked if compared.prompts else 0
     report.success(f"{modelfile}: {status or 'its stops are right'}; {checked} conversations compared")
     return {
         "status": status,

@@ -86,7 +86,7 @@ def recheck(certificate: Path, elsewhere: Elsewhere) -> Mapping[str, object]:
             hint="the files are the certificate's; look at the versions that differ, and at this machine"
             if others
             else "the files and versions are the certificate's: look at this machine, or at who wrote it",
-            problems=[Problem(one) for one in differences],
+            problems=[Problem(difference) for difference in differences],
         )
         failure.fields = fields_told
         raise failure

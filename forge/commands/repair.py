@@ -44,7 +44,7 @@ def repair_file(files: Files, out: Path | None = None) -> Mapping[str, object]:
         made = scratch / gguf.name
         repaired = worker.perform(repair, Repair(model, gguf, made))
         if repaired.beyond:
-            problems = [Problem(one) for one in repaired.beyond]
+            problems = [Problem(fault) for fault in repaired.beyond]
             raise _beyond_repair(files, header, "its tensors are not the model's", problems)
         _show(repaired.changes)
         copy = Files(**{**vars(files), "gguf": made}) if repaired.changes else files
@@ -89,7 +89,7 @@ def _show(changes: tuple[Change, ...]) -> None:
 
 
 def _unsound(files: Files, header: GgufHeader, judged: Certificate) -> CheckError:
-    failure = _beyond_repair(files, header, judged.verdict, [Problem(one) for one in judged.problems])
+    failure = _beyond_repair(files, header, judged.verdict, [Problem(problem) for problem in judged.problems])
     failure.fields = {"certificate": judged.plain()}
     return failure
 

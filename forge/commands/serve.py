@@ -95,20 +95,20 @@ def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int
 
 def ps() -> Mapping[str, object]:
     """`forge ps`."""
-    found = detached.running(served_directory())
-    if found:
+    servers = detached.running(served_directory())
+    if servers:
         columns = ("name", "endpoint", "runtime", "pid", "since")
-        report.table("", columns, [[getattr(one, name) for name in columns] for one in found])
+        report.table("", columns, [[getattr(served, name) for name in columns] for served in servers])
     else:
         report.info("nothing is being served in the background")
-    return {"running": [asdict(one) for one in found]}
+    return {"running": [asdict(served) for served in servers]}
 
 
 def stop(name: str | None) -> Mapping[str, object]:
     """`forge stop`."""
     stopped: Sequence[detached.Served] = detached.stop(served_directory(), name)
-    for one in stopped:
-        report.success(f"stopped {one.name} ({one.endpoint})")
+    for served in stopped:
+        report.success(f"stopped {served.name} ({served.endpoint})")
     if not stopped:
         report.info("nothing was being served in the background")
-    return {"stopped": [one.name for one in stopped]}
+    return {"stopped": [served.name for served in stopped]}

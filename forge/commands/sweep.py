@@ -71,13 +71,13 @@ def plan_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     sweep = _load(path, options)
     plans = _plans(sweep)
     rows = []
-    for one, stages in zip(sweep.combinations, plans, strict=True):
+    for run, stages in zip(sweep.combinations, plans, strict=True):
         made = [name for name, cached in stages.items() if not cached]
-        rows.append((one.name, one.label, ", ".join(made) or "nothing", len(stages) - len(made)))
+        rows.append((run.name, run.label, ", ".join(made) or "nothing", len(stages) - len(made)))
     report.table(f"{sweep.name}: {len(rows)} runs", ("run", "", "makes", "from the store"), rows)
     runs = [
-        {"name": one.name, "values": dict(one.values), "stages": stages}
-        for one, stages in zip(sweep.combinations, plans, strict=True)
+        {"name": combination.name, "values": dict(combination.values), "stages": stages}
+        for combination, stages in zip(sweep.combinations, plans, strict=True)
     ]
     return {"name": sweep.name, "runs": to_plain(runs), "table": None, "plot": None}
 
@@ -91,23 +91,23 @@ def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     sweep = _load(path, options)
     _plans(sweep)
     kept = Path(RUNS).absolute()
-    begun = tuple(_run_of(one) for one in sweep.combinations)
+    begun = tuple(_run_of(combination) for combination in sweep.combinations)
     result = SweepResult(
         sweep.name, begun, kept / f"{sweep.name}.sweep.json", kept / f"{sweep.name}.sweep.html"
     )
     failures: dict[str, ForgeError] = {}
-    for number, one in enumerate(sweep.combinations):
-        report.info(f"run {number + 1} of {len(begun)}: {one.name}: {one.label}")
+    for number, combination in enumerate(sweep.combinations):
+        report.info(f"run {number + 1} of {len(begun)}: {combination.name}: {combination.label}")
         try:
-            done, failure = _ship(one, sweep.until)
+            done, failure = _ship(combination, sweep.until)
         except (KeyboardInterrupt, InterruptedByUserError) as stop:
             _keep(result)
-            raise _stopped(result, one.name) from stop
+            raise _stopped(result, combination.name) from stop
         runs = (*result.runs[:number], done, *result.runs[number + 1 :])
         result = replace(result, runs=runs)
         _keep(result)
         if failure:
-            failures[one.name] = failure
+            failures[combination.name] = failure
     _show(result)
     plain: dict[str, Any] = to_plain(result)
     if failures:
@@ -130,14 +130,14 @@ def _plans(sweep: Sweep) -> list[dict[str, bool]]:
     plans = []
     problems: dict[Problem, str] = {}
     hints: dict[str, None] = {}
-    for one in sweep.combinations:
+    for combination in sweep.combinations:
         try:
-            planned = plan_quietly(one.loaded, sweep.until).stages
+            planned = plan_quietly(combination.loaded, sweep.until).stages
             plans.append({stage.name: stage.cached for stage in planned})
         except ForgeError as failure:
             # What is wrong with all of them is told once.
-            told = failure.problems or (Problem(failure.message),)
-            problems = {**dict.fromkeys(told, one.name), **problems}
+            faults = failure.problems or (Problem(failure.message),)
+            problems = {**dict.fromkeys(faults, combination.name), **problems}
             hints[failure.hint] = None
     if problems:
         listed = [
@@ -197,9 +197,9 @@ def _failed(failures: Mapping[str, ForgeError], plain: Mapping[str, Any]) -> For
 def _shown(result: SweepResult) -> list[Shown]:
     """The figures that one of the runs has."""
     return [
-        one
-        for one in SHOWN
-        if one.figure in _FIGURES and any(one.number(run.figures) is not None for run in result.runs)
+        figure
+        for figure in SHOWN
+        if figure.figure in _FIGURES and any(figure.number(run.figures) is not None for run in result.runs)
     ]
 
 
@@ -207,11 +207,11 @@ def _table(result: SweepResult) -> tuple[list[str], list[list[str]]]:
     """Heads and rows: what makes each run another, its figures, and how it ended."""
     varied = list(dict.fromkeys(name for run in result.runs for name in run.values))
     shown = _shown(result)
-    heads = [*(name.rpartition(".")[2] for name in varied), *(one.label for one in shown), "outcome"]
+    heads = [*(name.rpartition(".")[2] for name in varied), *(figure.label for figure in shown), "outcome"]
     rows = [
         [
             *(_word(run.values.get(name)) for name in varied),
-            *(one.of(run.figures) for one in shown),
+            *(figure.of(run.figures) for figure in shown),
             run.outcome or "not run",
         ]
         for run in result.runs
@@ -249,14 +249,14 @@ def _pictures(result: SweepResult) -> Sequence[tuple[str, str]]:
     """Title and SVG of each: the loss over what was trained, and each figure by run."""
     named = [(_label(run), run.figures) for run in result.runs]
     both = [
-        (float(one.trainable_parameters), one.loss_after, name)
-        for name, one in named
-        if one.trainable_parameters and one.loss_after is not None
+        (float(figures.trainable_parameters), figures.loss_after, name)
+        for name, figures in named
+        if figures.trainable_parameters and figures.loss_after is not None
     ]
     title = "held-out loss by trainable parameters"
     drawn = [(title, points(both, "trainable parameters", title))] if len({x for x, _, _ in both}) > 1 else []
     for figure in _shown(result):
-        values = [(name, figure.number(one), figure.of(one)) for name, one in named]
+        values = [(name, figure.number(figures), figure.of(figures)) for name, figures in named]
         known = [(name, value, words) for name, value, words in values if value is not None]
         drawn.append((figure.label, bars(known, f"{figure.label} of each run")))
     return drawn

@@ -18,12 +18,13 @@ def template(path: Path, *, bos: str | None, eos: str | None) -> Mapping[str, ob
     Raises `TemplateRefusedError`, with those fields, where there is none.
     """
     source = read_source(path, bos=bos, eos=eos)
-    found = compile_template(source.template, add_bos=source.add_bos)
-    limits, day = limit_names(found.limits), day_in(source.template)
+    compiled = compile_template(source.template, add_bos=source.add_bos)
+    limits, day = limit_names(compiled.limits), day_in(source.template)
     variables = list(source.template.variables_read())
-    if found.go is not None:
+    if compiled.go is not None:
         report.success(
-            f"{found.status}: {found.checked} conversations compared; stops: {', '.join(found.stops)}"
+            f"{compiled.status}: {compiled.checked} conversations compared; "
+            f"stops: {', '.join(compiled.stops)}"
         )
         for limit in limits:
             report.info(f"not claimed: {limit}")
@@ -32,20 +33,20 @@ def template(path: Path, *, bos: str | None, eos: str | None) -> Mapping[str, ob
             report.info(f"it writes a date: the text has {day} for good")
         if variables:
             report.info(f"it reads {', '.join(variables)}: the text has them undefined")
-        report.output(found.go)
+        report.output(compiled.go)
     fields = {
-        "status": found.status,
+        "status": compiled.status,
         "limits": limits,
-        "reason": found.reason,
-        "go": found.go,
-        "stops": list(found.stops),
-        "default_system": found.chat.default_system if found.chat else None,
-        "conversations_checked": found.checked,
+        "reason": compiled.reason,
+        "go": compiled.go,
+        "stops": list(compiled.stops),
+        "default_system": compiled.chat.default_system if compiled.chat else None,
+        "conversations_checked": compiled.checked,
         "day": day,
         "variables_read": variables,
         "not_claimed": list(NOT_CLAIMED),
     }
-    if found.go is None:
+    if compiled.go is None:
         raise TemplateRefusedError(fields)
     return fields
 

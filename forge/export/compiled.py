@@ -50,7 +50,7 @@ def _compile(library: Path) -> None:
         compiler = shlex.split(os.environ.get("CXX", "c++"))
         finished = process.run([*compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(made)])
         if finished.status or not made.is_file():
-            said = finished.output.strip().splitlines()[:1] or [f"status {finished.status}"]
-            raise MissingToolError(f"{compiler[0]} could not compile the kernels: {said[0]}")
+            lines = finished.output.strip().splitlines()[:1] or [f"status {finished.status}"]
+            raise MissingToolError(f"{compiler[0]} could not compile the kernels: {lines[0]}")
         made.chmod(0o755)
         made.rename(library)

@@ -40,13 +40,13 @@ def cost_of(header: GgufHeader, quant: str) -> str:
     half, fine = bytes_as(header, "F16"), bytes_as(header, FINE.upper())
     if quant in ("f16", "bf16", "f32"):
         return f"{quant}: {_megabytes(taken)}; {FINE} would be {_megabytes(fine)}"
-    said = f"{quant}: {_megabytes(taken)}, {taken / half:.0%} of f16's {_megabytes(half)}"
+    words = f"{quant}: {_megabytes(taken)}, {taken / half:.0%} of f16's {_megabytes(half)}"
     if quant == FINE:
-        return said
+        return words
     if taken >= fine:
-        return f"{said}; {FINE} would be no larger, and loses less"
-    said += f"; {FINE} would be {_megabytes(fine - taken)} larger"
-    return f"{said}: on this model {quant} saves little" if taken > _LITTLE * fine else said
+        return f"{words}; {FINE} would be no larger, and loses less"
+    words += f"; {FINE} would be {_megabytes(fine - taken)} larger"
+    return f"{words}: on this model {quant} saves little" if taken > _LITTLE * fine else words
 
 
 def _megabytes(count: int) -> str:

@@ -105,9 +105,9 @@ def template_in(directory: Path) -> ChatTemplate | None:
 
 def own_conversations(data: Path | None) -> list[list[Message]]:
     """The first conversations of each file of prepared rows in the directory `data`."""
-    found: list[list[Message]] = []
+    talks: list[list[Message]] = []
     for path in sorted(data.glob("*.jsonl")) if data else ():
         with path.open(encoding="utf-8") as stream:
             rows = [json.loads(line)["messages"] for line in islice(stream, _OWN_ROWS)]
-            found += [messages for messages in rows if messages]  # a plain text has none
-    return found
+            talks += [messages for messages in rows if messages]  # a plain text has none
+    return talks

@@ -60,13 +60,13 @@ def read_importance(path: Path) -> Importance:
     import numpy as np
 
     tensors = read_gguf(path).tensors
-    found = {}
+    importance = {}
     for name in weights_in(path):
         sums, counts = (_values(path, tensors[name + end]) for end in (_SUMS, _COUNTS))
         sums = sums.reshape(counts.size, -1)
         counts = counts.reshape(-1, 1)
-        found[name] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
-    return found
+        importance[name] = np.where(counts > 0, sums / np.maximum(counts, 1), np.float32(1))
+    return importance
 
 
 def _values(path: Path, tensor: GgufTensor) -> Any:

@@ -116,11 +116,11 @@ def choose_kernels(tools: Path, kinds: Iterable[str]) -> dict[str, Kernel]:
     if not wanted or os.environ.get(CHOICE) == "ggml":
         return {}
     try:
-        found = compiled_kernels(library_file(tools))
+        compiled = compiled_kernels(library_file(tools))
     except OSError:
         report.detail("there are no compiled kernels, so ggml's own take longer; forge setup compiles them")
         return {}
-    chosen = {kind: found[kind] for kind in wanted if _agrees(kind, found[kind])}
+    chosen = {kind: compiled[kind] for kind in wanted if _agrees(kind, compiled[kind])}
     left_out = [kind for kind in wanted if kind not in chosen]
     if left_out:
         report.info(

@@ -58,9 +58,9 @@ def _tensors(model: Any, kept: list[str], checkpoint: Checkpoint) -> Iterator[st
         if isinstance(module, torch.nn.Linear) and not any(
             name == key or name.startswith(f"{key}.") or name.endswith(f".{key}") for key in kept
         ):
-            found = find_base_tensor(f"{name}.weight", checkpoint.tensors)
-            if found:
-                yield found
+            tensor = find_base_tensor(f"{name}.weight", checkpoint.tensors)
+            if tensor:
+                yield tensor
 
 
 def through_nf4(tensor: LazyTensor) -> LazyTensor:

@@ -49,7 +49,7 @@ def model_name(stated: Stated, name: str) -> str:
     strips = any(token.get("rstrip") for token in added)
     if strips and {token["content"] for token in added} >= _STRIPPING_TOKENS:
         return name if _STRIPPING_NAME in name.lower() else f"{name} ({_STRIPPING_NAME})"
-    return _NAMES_WITH_EFFECT.sub(lambda found: " ".join(part for part in found.groups() if part), name)
+    return _NAMES_WITH_EFFECT.sub(lambda match: " ".join(part for part in match.groups() if part), name)
 
 
 def space_prefix(stated: Stated) -> bool | None:

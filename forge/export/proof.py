@@ -73,15 +73,15 @@ def cases(
     if template is None:
         contents = [str(message["content"]) for messages in conversations for message in messages]
         return [Case(text, text) for text in (*texts, *contents)]
-    found = []
+    cases = []
     for messages in (*map(_dialogue, texts), *conversations):
         content = "\n".join(str(message["content"]) for message in messages)
         asks = messages[-1]["role"] != "assistant"
         try:
-            found.append(Case(template.render(messages, add_generation_prompt=asks), content))
+            cases.append(Case(template.render(messages, add_generation_prompt=asks), content))
         except DataError:
             continue
-    return found
+    return cases
 
 
 def _dialogue(text: str) -> list[Message]:
@@ -126,13 +126,13 @@ def compare_ids(
 
 def _difference(case: Case, reference: Tokenizer, served: ServedVocabulary) -> Problem | None:
     expected: list[int] = reference.encode(case.text, add_special_tokens=False).ids
-    found = served.ids(case.text)
-    if found == expected:
+    ids = served.ids(case.text)
+    if ids == expected:
         return None
-    at = first_difference(expected, found)
+    at = first_difference(expected, ids)
     here = slice(max(0, at - 2), at + 6)
     return Problem(
-        f"trained on {expected[here]}, served {found[here]} (from token {here.start})",
+        f"trained on {expected[here]}, served {ids[here]} (from token {here.start})",
         repr(case.content[:60]),
     )
 
@@ -154,8 +154,8 @@ class ServedVocabulary:
 
     def ids(self, text: str) -> list[int]:
         stripped = text.removeprefix(self._bos) if self._bos else text
-        found: list[int] = self._model.tokenize(stripped.encode(), add_bos=True, special=True)
-        return found
+        ids: list[int] = self._model.tokenize(stripped.encode(), add_bos=True, special=True)
+        return ids
 
     def _text(self, token: int) -> str:
         import llama_cpp
@@ -194,13 +194,13 @@ def _without_limits(
     tried: Sequence[Case], tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary
 ) -> tuple[list[Case], tuple[str, ...]]:
     kept = [case for case in tried if case.text and "\0" not in case.text]
-    told = []
+    left_out = []
     for limit in _limits(tokenizer_json, reference, served):
         left = [case for case in kept if not limit.applies(case.content)]
         if len(left) < len(kept):
-            told.append(f"{limit.name} (left out: {len(kept) - len(left)} of {len(tried)})")
+            left_out.append(f"{limit.name} (left out: {len(kept) - len(left)} of {len(tried)})")
         kept = left
-    return kept, tuple(told)
+    return kept, tuple(left_out)
 
 
 def _limits(tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary) -> Iterator[_Limit]:

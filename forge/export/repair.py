@@ -154,12 +154,12 @@ def _mended(theirs: Metadata, ours: Metadata, architecture: str) -> Metadata:
 
 def _changes(theirs: Metadata, mended: Metadata) -> list[Change]:
     names = [name for name in {**theirs, **mended} if name != _LAID_OUT_ANEW]
-    found = []
+    changes = []
     for name in names:
         before, after = theirs.get(name), mended.get(name)
         if before is None or after is None or before.value != after.value:
-            found.append(Change(name, *_shown(before and before.value, after and after.value)))
-    return found
+            changes.append(Change(name, *_shown(before and before.value, after and after.value)))
+    return changes
 
 
 def _shown(before: object, after: object) -> tuple[str | None, str | None]:

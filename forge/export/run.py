@@ -54,25 +54,25 @@ def export(request: ExportRequest) -> Exported:
     shutil.rmtree(work, ignore_errors=True)
     description = work / "description"
     description.mkdir(parents=True)
-    checkpoint, found = _open(model)
+    checkpoint, fitted = _open(model)
     try:
         describe(
-            model.base, model.tokenizer, model.chat_template, description, found, sampling=model.sampling
+            model.base, model.tokenizer, model.chat_template, description, fitted, sampling=model.sampling
         )
-        mode, reasons = _mode(request.mode, found)
+        mode, reasons = _mode(request.mode, fitted)
         # Matched against the base in either mode: an adapter that fits nothing is refused here.
         nf4 = quantized_in_training(model.base, checkpoint) if model.merge_base == "nf4" else ()
-        merged = merged_tensors(found, nf4=nf4) if found else base_tensors(checkpoint, nf4=nf4)
+        merged = merged_tensors(fitted, nf4=nf4) if fitted else base_tensors(checkpoint, nf4=nf4)
         tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
         with without_collection(), one_thread():
-            converted, compared = lay_out(description, work, tensors, request, found)
+            converted, compared = lay_out(description, work, tensors, request, fitted)
     except (DataError, UnexportableError) as failure:
         blame_base(failure, checkpoint)
         raise
     with one_thread():
         written, compiled = _write(converted, work, description, merged, request)
-    if mode == "adapter" and found:
-        written += write_adapter(model.converters, description, found.adapter, request.name, work)
+    if mode == "adapter" and fitted:
+        written += write_adapter(model.converters, description, fitted.adapter, request.name, work)
     header = _publish(work, request.out)
     quant, size = request.quant, (request.out / GGUF_FILE).stat().st_size
     return Exported(
@@ -81,7 +81,7 @@ def export(request: ExportRequest) -> Exported:
         bytes=size,
         tensor_types=header.tensor_types,
         fallbacks=_fallbacks(header, converted, quant),
-        bits_per_weight=round(8 * size / sum(math.prod(one.shape) for one in header.tensors.values()), 2),
+        bits_per_weight=round(8 * size / sum(math.prod(item.shape) for item in header.tensors.values()), 2),
         mode=mode,
         merged_because=reasons,
         bytes_written=written,
@@ -111,9 +111,9 @@ def _open(model: Ingredients) -> tuple[Checkpoint, Fitted | None]:
     refuse_packed(checkpoint)
     if model.adapter is None:
         return checkpoint, None
-    found = fit(read_adapter(model.adapter), checkpoint)
-    check_tokenizer(found, model.tokenizer)
-    return checkpoint, found
+    fitted = fit(read_adapter(model.adapter), checkpoint)
+    check_tokenizer(fitted, model.tokenizer)
+    return checkpoint, fitted
 
 
 def _publish(work: Path, target: Path) -> GgufHeader:
@@ -206,8 +206,8 @@ def _outtype(tensors: Sequence[LazyTensor], quant: str) -> str:
     """
     if quant in UNQUANTIZED:
         return quant
-    found = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
-    return _WHOLE.get(found.pop(), "f32") if len(found) == 1 else "f32"
+    dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
+    return _WHOLE.get(dtypes.pop(), "f32") if len(dtypes) == 1 else "f32"
 
 
 def _write(
@@ -249,12 +249,12 @@ def _write(
 
 def _metadata(converted: Converted, quant: str) -> Metadata:
     """As llama_model_quantize leaves it: the same values, with those of the new type at the end."""
-    found = dict(converted.metadata)
+    metadata = dict(converted.metadata)
     if quant not in UNQUANTIZED:
-        version, kind = found.pop("general.quantization_version"), found.pop("general.file_type")
+        version, kind = metadata.pop("general.quantization_version"), metadata.pop("general.file_type")
         kind.value = file_type(quant)
-        found |= {"general.quantization_version": version, "general.file_type": kind}
-    return found
+        metadata |= {"general.quantization_version": version, "general.file_type": kind}
+    return metadata
 
 
 def _fallbacks(header: GgufHeader, converted: Converted, quant: str) -> Mapping[str, str]:

@@ -53,19 +53,19 @@ def decide(converted: Converted, sparse: Path, quant: str, importance: Importanc
     parameters.dry_run = True
     if importance:
         parameters.imatrix = as_parameter(importance)
-    with listening() as said:
+    with listening() as printed:
         status = llama_cpp.llama_model_quantize(str(sparse).encode(), b"unused", ctypes.byref(parameters))
-    if "will require an imatrix" in "".join(said):
+    if "will require an imatrix" in "".join(printed):
         raise UnmadeTypeError(
             f"{quant} needs an importance matrix",
             hint="set export.imatrix: true in the recipe, or give forge export rows with --data",
         )
     if status:
         raise UnmadeTypeError(
-            f"llama.cpp cannot make {quant} of this model: {last_words(said)}",
+            f"llama.cpp cannot make {quant} of this model: {last_words(printed)}",
             hint="the whole output is in the run's log",
         )
-    types = {name: (new or old).upper() for name, old, new in _TENSOR.findall("".join(said))}
+    types = {name: (new or old).upper() for name, old, new in _TENSOR.findall("".join(printed))}
     if types.keys() != converted.types.keys():
         raise StageError("llama.cpp did not say which type each tensor gets", hint="this is a bug; report it")
     _refuse_unweighted(types, quant, importance)
@@ -104,13 +104,13 @@ def refuse_unloadable(path: Path) -> None:
     parameters.n_gpu_layers = 0
     parameters.no_alloc = True
     parameters.load_mode = 0
-    with listening() as said:
+    with listening() as printed:
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if model:
             llama_cpp.llama_model_free(model)
     if not model:
         raise UnexportableError(
-            f"llama.cpp cannot load the converted model: {last_words(said)}",
+            f"llama.cpp cannot load the converted model: {last_words(printed)}",
             hint="its converter does not cover this configuration of the architecture; use another base",
         )
 
@@ -121,15 +121,15 @@ def listening() -> Iterator[list[str]]:
     import llama_cpp
     from llama_cpp import _logger
 
-    said: list[str] = []
+    printed: list[str] = []
 
     @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
     def log(level: int, text: bytes, user_data: object) -> None:
-        said.append(text.decode(errors="replace"))
+        printed.append(text.decode(errors="replace"))
 
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     try:
-        yield said
+        yield printed
     finally:
         # llama.cpp would call `log` ever after, and it is gone when this function is.
         llama_cpp.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
@@ -139,8 +139,8 @@ def last_words(texts: Sequence[str]) -> str:
     """The last line that speaks of an error, else the last words."""
     lines = [line.strip() for line in "".join(texts).splitlines()]
     for word in ("error", "failed"):
-        if found := [line for line in lines if word in line.lower()]:
-            return found[-1]
+        if matching := [line for line in lines if word in line.lower()]:
+            return matching[-1]
     return " ".join(" ".join(lines).split()[-40:])
 
 

@@ -72,8 +72,8 @@ class Pending:
     def source(self) -> LazyTensor | None:
         """The tensor of the checkpoint, where the converter left its values and their order alone."""
         made_of = getattr(self.data, "_args", ())
-        found: LazyTensor | None = made_of[0].__dict__.get("forge_source") if made_of else None
-        return found
+        source: LazyTensor | None = made_of[0].__dict__.get("forge_source") if made_of else None
+        return source
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _kind(conversion: Any, description: Path, tensors: Sequence[LazyTensor]) -> 
     hparams = base.ModelBase.load_hparams(description, False)
     kind = conversion.get_model_class(base.get_model_architecture(hparams, base.ModelType.TEXT))
     fields = {"model_arch": kind.model_arch}
-    if hasattr(kind, "opt_num_mtp_layers") and not any("mtp" in one.name.split(".") for one in tensors):
+    if hasattr(kind, "opt_num_mtp_layers") and not any("mtp" in tensor.name.split(".") for tensor in tensors):
         # transformers saves no layers that predict further tokens, whatever the configuration says.
         fields["no_mtp"] = True
     return type(kind.__name__, (kind,), fields)

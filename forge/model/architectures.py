@@ -167,11 +167,11 @@ def registered(tree: Path) -> dict[str, str]:
         table = _text_models((conversion / "__init__.py").read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{conversion}: not llama.cpp's converters: {error}") from error
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for module in sorted(set(table.values())):
         source = (conversion / f"{module}.py").read_text(encoding="utf-8")
-        found |= {name: module for name in _decorated(source) if table.get(name) == module}
-    return dict(sorted(found.items()))
+        modules |= {name: module for name in _decorated(source) if table.get(name) == module}
+    return dict(sorted(modules.items()))
 
 
 def _text_models(source: str) -> dict[str, str]:

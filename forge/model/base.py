@@ -84,9 +84,9 @@ def resolve_headers(
 
 def fetch_dataset(spec: str, *, revision: str | None = None, offline: bool = False) -> Path:
     """The directory of a dataset repository's files of rows; raises as `resolve`."""
-    found = _from_hub(spec, _repository(spec, revision, "dataset"), offline=offline, fetch=True)
-    assert found.directory is not None
-    return found.directory
+    base = _from_hub(spec, _repository(spec, revision, "dataset"), offline=offline, fetch=True)
+    assert base.directory is not None
+    return base.directory
 
 
 def local_directory(spec: str, relative_to: Path | None = None) -> Path | None:
@@ -118,7 +118,7 @@ def _builtin(name: str) -> Path:
     known = sorted(path.parent.name for path in BUILTIN.glob("*/config.json"))
     raise DataError(
         f"{_PREFIX}{name}: no such built-in base",
-        hint="there is " + ", ".join(_PREFIX + one for one in (*known, "smollm2")),
+        hint="there is " + ", ".join(_PREFIX + name for name in (*known, "smollm2")),
     )
 
 

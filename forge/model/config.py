@@ -146,16 +146,16 @@ def with_vocabulary(raw: Mapping[str, Any], rows: int) -> Mapping[str, object]:
     """A parsed configuration with an embedding of `rows` rows, in the part that says it now."""
 
     def changed(part: Mapping[str, Any]) -> dict[str, object]:
-        found = {name: rows if name in _VOCABULARY else value for name, value in part.items()}
-        if isinstance(pad := found.get("pad_token_id"), int) and pad >= rows:
-            found["pad_token_id"] = None  # transformers builds no embedding with such a one
-        return found
+        resized = {name: rows if name in _VOCABULARY else value for name, value in part.items()}
+        if isinstance(pad := resized.get("pad_token_id"), int) and pad >= rows:
+            resized["pad_token_id"] = None  # transformers builds no embedding with such a one
+        return resized
 
     parts = {name: changed(part) for name in _TEXT_PARTS if isinstance(part := raw.get(name), dict)}
-    found = {**changed(raw), **parts}
-    if not any(name in part for part in (found, *parts.values()) for name in _VOCABULARY):
-        found["vocab_size"] = rows
-    return found
+    whole = {**changed(raw), **parts}
+    if not any(name in part for part in (whole, *parts.values()) for name in _VOCABULARY):
+        whole["vocab_size"] = rows
+    return whole
 
 
 def with_own_head(raw: Mapping[str, Any]) -> Mapping[str, object]:
@@ -194,9 +194,9 @@ def _key_value_heads(text: Mapping[str, Any], heads: int | None) -> int | None:
 
 
 def _intermediate(text: Mapping[str, Any], hidden: int | None) -> int | None:
-    given = _count(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
+    size = _count(text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff")
     # GPT-2 and its relatives leave it out and mean four times the hidden size.
-    return given or (4 * hidden if hidden else None)
+    return size or (4 * hidden if hidden else None)
 
 
 def ties_embeddings(raw: Mapping[str, Any]) -> bool | None:

@@ -44,18 +44,21 @@ def _pieces(read: Callable[[int], bytes], count: int) -> Iterator[bytes]:
 
 def require_same_but(original: GgufHeader, copy: Path, key: str, text: str) -> None:
     """Read `copy` back: raise `CheckError` where more than the value of `key` is another."""
-    found = read_gguf(copy)
-    keys = {*original.metadata, *found.metadata} - {key}
-    wrong = [name for name in keys if _value(original, name) != _value(found, name)]
-    shapes = {name: (one.type, one.shape, one.end - one.start) for name, one in original.tensors.items()}
-    if shapes != {name: (one.type, one.shape, one.end - one.start) for name, one in found.tensors.items()}:
+    written = read_gguf(copy)
+    keys = {*original.metadata, *written.metadata} - {key}
+    wrong = [name for name in keys if _value(original, name) != _value(written, name)]
+    if _shapes(original) != _shapes(written):
         wrong.append("its tensors")
-    elif not _same_bytes(original, found):
+    elif not _same_bytes(original, written):
         wrong.append("the bytes of its tensors")
-    if found.metadata.get(key) != text:
+    if written.metadata.get(key) != text:
         wrong.append(key)
     if wrong:
         raise CheckError(f"{copy} was not written as it should be: {', '.join(sorted(wrong))}")
+
+
+def _shapes(header: GgufHeader) -> dict[str, object]:
+    return {name: (item.type, item.shape, item.end - item.start) for name, item in header.tensors.items()}
 
 
 def _value(header: GgufHeader, key: str) -> object:
@@ -63,11 +66,11 @@ def _value(header: GgufHeader, key: str) -> object:
 
 
 def _same_bytes(original: GgufHeader, copy: GgufHeader) -> bool:
-    with original.path.open("rb") as one, copy.path.open("rb") as other:
-        one.seek(original.data)
+    with original.path.open("rb") as first, copy.path.open("rb") as other:
+        first.seek(original.data)
         other.seek(copy.data)
         while True:
-            chunk = one.read(_CHUNK)
+            chunk = first.read(_CHUNK)
             if chunk != other.read(_CHUNK):
                 return False
             if not chunk:

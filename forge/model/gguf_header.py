@@ -113,9 +113,9 @@ class GgufHeader:
         model, pre = (self.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
         if model == "gemma4" or (model == "gpt2" and pre in _PRE_TOKENIZERS_ALWAYS_WITH_BOS):
             return True
-        told = self.metadata.get("tokenizer.ggml.add_bos_token")
-        if isinstance(told, bool):
-            return told
+        adds = self.metadata.get("tokenizer.ggml.add_bos_token")
+        if isinstance(adds, bool):
+            return adds
         return model in _MODELS_WITH_BOS or (model == "gpt2" and pre in _PRE_TOKENIZERS_WITH_BOS)
 
     @property

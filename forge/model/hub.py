@@ -57,7 +57,7 @@ def local_snapshot(repository: Repository) -> Snapshot | None:
     """
     names = _known_names(repository)
     try:
-        found = snapshot_download(
+        directory = snapshot_download(
             repository.id,
             repo_type=repository.kind,
             revision=repository.revision,
@@ -79,7 +79,7 @@ def local_snapshot(repository: Repository) -> Snapshot | None:
         return None
     except HFValidationError as error:
         raise not_an_id(repository) from error
-    return Snapshot(Path(found), Path(found).name)
+    return Snapshot(Path(directory), Path(directory).name)
 
 
 def fetch_snapshot(repository: Repository) -> Snapshot:
@@ -178,8 +178,8 @@ def _download(repository: Repository, names: list[str], todo: Mapping[str, int])
             library_name="forge",
         )
 
-    found = download(f"download {repository.id}", total, work)
-    return Snapshot(Path(found), Path(found).name)
+    directory = download(f"download {repository.id}", total, work)
+    return Snapshot(Path(directory), Path(directory).name)
 
 
 def _known_names(repository: Repository) -> list[str] | None:
@@ -201,10 +201,10 @@ def _patterns(names: Iterable[str] | None, kind: Kind) -> list[str] | None:
 
 
 def _is_cached(repository: Repository, commit: str, name: str) -> bool:
-    found = try_to_load_from_cache(
+    cached = try_to_load_from_cache(
         repository.id, name, cache_dir=cache_directory(), revision=commit, repo_type=repository.kind
     )
-    return isinstance(found, str)
+    return isinstance(cached, str)
 
 
 def _check_contents(repository: Repository, sizes: Iterable[str], names: Iterable[str]) -> None:

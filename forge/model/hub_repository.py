@@ -65,8 +65,8 @@ def cache_directory() -> Path:
 
 
 def is_offline() -> bool:
-    told = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return told.upper() in {"1", "ON", "YES", "TRUE"}
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.upper() in {"1", "ON", "YES", "TRUE"}
 
 
 def wanted(names: Iterable[str], kind: Kind = "model") -> list[str]:

@@ -115,12 +115,12 @@ def _truncated(path: Path, size: int, promised: int) -> NoReturn:
 
 
 def _refuse_doubles(pairs: Iterable[tuple[str, object]]) -> Mapping[str, object]:
-    found: dict[str, object] = {}
+    fields: dict[str, object] = {}
     for name, value in pairs:
-        if name in found:
+        if name in fields:
             raise ValueError(f"{name!r} stands there twice")
-        found[name] = value
-    return found
+        fields[name] = value
+    return fields
 
 
 def _entries(path: Path, header: bytes) -> Mapping[str, object]:

@@ -157,13 +157,13 @@ def _content(token: object) -> str | None:
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     older = _optional(directory / "special_tokens_map.json")
-    found = {}
+    tokens = {}
     for name in NAMES:
         field = f"{name}_token"
         token = _content(config[field] if field in config else older.get(field))
         if token is not None:
-            found[name] = token
-    return found
+            tokens[name] = token
+    return tokens
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
@@ -190,34 +190,34 @@ def _first_special(processor: object) -> str | None:
 
 
 def _max_length(config: Mapping[str, Any], max_positions: int | None) -> int | None:
-    told = config.get("model_max_length")
+    length = config.get("model_max_length")
     limits = [
-        limit for limit in (told, max_positions) if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT
+        limit for limit in (length, max_positions) if isinstance(limit, int | float) and 0 < limit < _NO_LIMIT
     ]
     return int(min(limits)) if limits else None
 
 
 def _eos_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int, ...]:
-    told = _optional(directory / "generation_config.json").get("eos_token_id")
-    listed = told if isinstance(told, list) else [told]
-    found = [number for number in [*listed, ids.get("eos")] if isinstance(number, int)]
-    return tuple(dict.fromkeys(found))
+    eos = _optional(directory / "generation_config.json").get("eos_token_id")
+    listed = eos if isinstance(eos, list) else [eos]
+    numbers = [number for number in [*listed, ids.get("eos")] if isinstance(number, int)]
+    return tuple(dict.fromkeys(numbers))
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """All templates by name. Where files of today's form are, transformers ignores the older keys."""
-    found = {
+    templates = {
         path.stem: path.read_text(encoding="utf-8")
         for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))
     }
     today = directory / "chat_template.jinja"
     if today.is_file():
-        found["default"] = today.read_text(encoding="utf-8")
-    if found:
-        return found
-    told = config.get("chat_template") or _optional(directory / "chat_template.json").get("chat_template")
-    if isinstance(told, str):
-        return {"default": told}
-    if isinstance(told, list):
-        return {str(entry["name"]): str(entry["template"]) for entry in told}
-    return {str(name): str(text) for name, text in told.items()} if isinstance(told, dict) else {}
+        templates["default"] = today.read_text(encoding="utf-8")
+    if templates:
+        return templates
+    template = config.get("chat_template") or _optional(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, str):
+        return {"default": template}
+    if isinstance(template, list):
+        return {str(entry["name"]): str(entry["template"]) for entry in template}
+    return {str(name): str(text) for name, text in template.items()} if isinstance(template, dict) else {}

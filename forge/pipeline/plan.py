@@ -58,11 +58,11 @@ def plan(
         inputs = [known[name] for name in stage.needs if name in known]
         request = request_of(stage, {artifact.stage: artifact.digest for artifact in inputs})
         waits = [name for name in stage.needs if name not in known]
-        found = None if waits else store.find(stage.kind, digest(request))
+        kept = None if waits else store.find(stage.kind, digest(request))
         forced = selection.forced.get(stage.name)
-        if found and not forced:
-            known[stage.name] = found
-            remarks = other_versions(found.recorded, stage.recorded())
+        if kept and not forced:
+            known[stage.name] = kept
+            remarks = other_versions(kept.recorded, stage.recorded())
             planned.append(Planned(stage.name, True, tuple(remarks)))
         else:
             reasons = why(stage, request, store, previous.get(stage.name), forced, waits)

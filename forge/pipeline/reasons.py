@@ -26,20 +26,20 @@ def changes(request: Request, previous: Request | None) -> list[str]:
     """
     if previous is None:
         return [FIRST_TIME]
-    found = []
+    reasons = []
     if request["version"] != previous.get("version"):
-        found.append(f"stage version {short(previous.get('version'))} → {short(request['version'])}")
+        reasons.append(f"stage version {short(previous.get('version'))} → {short(request['version'])}")
     before, now = _part(previous, "params"), _part(request, "params")
-    found += [f"`{name}`: {words}" for name, words in _differences(before, now)]
+    reasons += [f"`{name}`: {words}" for name, words in _differences(before, now)]
     before, now = _part(previous, "tools"), _part(request, "tools")
-    found += [f"{name}: {words}" for name, words in _differences(before, now)]
+    reasons += [f"{name}: {words}" for name, words in _differences(before, now)]
     before = _part(previous, "inputs")
     for name, digest in _part(request, "inputs").items():
         if name not in before:
-            found.append(f"now made from {name}")
+            reasons.append(f"now made from {name}")
         elif before[name] != digest:
-            found.append(f"input from {name} changed")
-    return found
+            reasons.append(f"input from {name} changed")
+    return reasons
 
 
 def other_versions(recorded: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

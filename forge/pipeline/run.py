@@ -103,7 +103,8 @@ def _act(stage: Action, results: Mapping[str, Result], stack: ExitStack, label: 
 def _make(stage: Stage, session: _Session, label: str) -> tuple[Artifact, Result]:
     """Find or build a pure stage's artifact."""
     started = time.monotonic()
-    inputs = {one.stage: one for one in (_artifact(session.results[name]) for name in stage.needs)}
+    needed = [_artifact(session.results[name]) for name in stage.needs]
+    inputs = {artifact.stage: artifact for artifact in needed}
     request = request_of(stage, {name: artifact.digest for name, artifact in inputs.items()})
     forced = session.forced.get(stage.name)
     artifact = None if forced else session.store.find(stage.kind, digest(request))

@@ -103,7 +103,7 @@ def choices(annotation: Any) -> tuple[Any, ...]:
     arguments = get_args(annotation)
     if str(annotation).startswith("typing.Literal"):
         return arguments
-    return next((found for argument in arguments if (found := choices(argument))), ())
+    return next((words for argument in arguments if (words := choices(argument))), ())
 
 
 def _choice(path: tuple[str | int, ...], value: Any) -> str:
@@ -133,8 +133,8 @@ def _message(error: ErrorDetails, path: tuple[str | int, ...], root: Node) -> st
     if kind == "literal_error":
         return _choice(path, value)
     if kind == "value_error":
-        said = str(context["error"])
-        return said if isinstance(value, (dict, list, tuple)) else f"{said} (got {shown(value)})"
+        message = str(context["error"])
+        return message if isinstance(value, (dict, list, tuple)) else f"{message} (got {shown(value)})"
     words = _WORDS.get(kind)
     if words is None:
         return f"is not valid (got {shown(value)})"
@@ -152,11 +152,11 @@ def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 def explain(failure: ValidationError, root: Node) -> list[Problem]:
     """One problem for each of the schema's errors."""
-    found = []
+    problems = []
     for error in failure.errors(include_url=False):
         path = _path(error["loc"])
         node, depth = root.follow(path)
         written_short = depth < len(path) and not isinstance(node.value, (dict, list))
         name = ".".join(map(str, path[:depth] if written_short else path))
-        found.append(node.place.problem(name, _message(error, path, root)))
-    return found
+        problems.append(node.place.problem(name, _message(error, path, root)))
+    return problems

@@ -39,10 +39,10 @@ def sections() -> Mapping[str, tuple[type[Section], ...]]:
 
     `train` has two: a training run and an adopted adapter.
     """
-    found: dict[str, tuple[type[Section], ...]] = {}
+    sections: dict[str, tuple[type[Section], ...]] = {}
     for path, section in _walk("", Recipe):
-        found[path] = (*found.get(path, ()), section)
-    return found
+        sections[path] = (*sections.get(path, ()), section)
+    return sections
 
 
 def names_in(path: str) -> tuple[str, ...]:

@@ -56,8 +56,8 @@ def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) 
     problems += translation.problems
     warnings = translation.warnings
     for text in overrides:
-        said, wrong = _override(root, text)
-        warnings += said
+        noted, wrong = _override(root, text)
+        warnings += noted
         problems += wrong
     problems += _fill_empty_sections(root)
     presets.fill(root)
@@ -65,15 +65,15 @@ def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) 
         problems.append(_at(root, "data").problem("data", "is required to train: name its source"))
     recipe, wrong = _validate(root)
     problems += wrong
-    found = list(checks.missing_files(root, path.parent))
+    faults = list(checks.missing_files(root, path.parent))
     if recipe is not None:
-        found += checks.contradictions(recipe)
-    problems += [_at(root, field).problem(field, said) for field, said in found]
+        faults += checks.contradictions(recipe)
+    problems += [_at(root, field).problem(field, message) for field, message in faults]
     if recipe is None or problems:
         for warning in warnings:  # what an old name was taken for is part of what is wrong
             report.warning(warning)
         raise _failure(path, problems)
-    doubts = [str(_at(root, field).problem(field, said)) for field, said in checks.doubts(recipe, root)]
+    doubts = [str(_at(root, field).problem(field, doubt)) for field, doubt in checks.doubts(recipe, root)]
     return Loaded(recipe, path, path.absolute().parent, _sources(recipe, root), (*warnings, *doubts))
 
 
@@ -148,8 +148,8 @@ def _fill_empty_sections(root: Node) -> list[Problem]:
             continue
         if section == "train":
             node.value, node.empty = {}, False
-            said = "is empty; write `train: {}` for the defaults or `train: none` to ship the base as it is"
-            return [node.place.problem("train", said)]
+            hint = "write `train: {}` for the defaults or `train: none` to ship the base as it is"
+            return [node.place.problem("train", f"is empty; {hint}")]
         if section not in ("base", "data", "export.quant"):
             node.value, node.empty = {}, False
     return []
@@ -172,14 +172,14 @@ def _parts(field: str) -> tuple[str | int, ...]:
 
 def _sources(recipe: Recipe, root: Node) -> dict[str, Source]:
     """Where every leaf comes from; `base: SPEC` and its like are the places of all their parts."""
-    found = {}
+    sources = {}
     for field, value in values(recipe).items():
         path = _parts(field)
         node, depth = root.follow(path)
         if depth < len(path) and (value is None or path[-1] not in ("id", "source", "revision")):
-            found[field] = Source("default", "default")
+            sources[field] = Source("default", "default")
             continue
         if depth < len(path):
             node = node.child("id") or node.child("source") or node.child("from") or node
-        found[field] = Source("override" if node.place.is_override else "recipe", str(node.place))
-    return found
+        sources[field] = Source("override" if node.place.is_override else "recipe", str(node.place))
+    return sources

@@ -301,13 +301,13 @@ def rename(
         renamed = _renamed(old, node)
     except ValueError as wanted:
         return "", place.problem(name, f"is now {old.new}; of its values only {wanted} has a counterpart")
-    said = f"{place}: {name}"
+    named = f"{place}: {name}"
     if renamed is None:
-        return f"{said} says what is the case anyway; leave it out", None
+        return f"{named} says what is the case anyway; leave it out", None
     in_the_way = place_at(root, tuple(old.new.split(".")), renamed, replace=replace)
     if in_the_way:
         return "", place.problem(name, f"is now {old.new}, but {in_the_way}")
-    return f"{said} is now {old.new}", None
+    return f"{named} is now {old.new}", None
 
 
 def _base_called_model(path: tuple[str, ...], key: str, node: Node) -> Old | None:
@@ -335,20 +335,20 @@ def _both_off(section: str, holder: Node) -> str:
 
 def translate(root: Node) -> Translation:
     """Rename every old name of a tree in place. Sections first, then what they hold."""
-    found = Translation([], [])
+    translation = Translation([], [])
     for section in _ORDER:
         path = tuple(section.split(".")) if section else ()
         holder, depth = root.follow(path)
         if depth < len(path) or not isinstance(holder.value, dict):
             continue
         if warning := _both_off(section, holder):
-            found.warnings.append(warning)
+            translation.warnings.append(warning)
         for key in list(holder.value):
             old = look_up((*path, key)) or _base_called_model(path, key, holder.value[key])
             if old is None:
                 continue
             node = holder.value.pop(key)
             warning, problem = rename(root, (*path, key), node, old, node.place, replace=False)
-            found.warnings += [warning] if warning else []
-            found.problems += [problem] if problem else []
-    return found
+            translation.warnings += [warning] if warning else []
+            translation.problems += [problem] if problem else []
+    return translation

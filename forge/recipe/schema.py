@@ -155,15 +155,15 @@ class Data(Section):
             DataSource(source=self.source, revision=self.revision) if isinstance(self.source, str) else None
         )
         return tuple(
-            one.model_copy(
+            source.model_copy(
                 update={
-                    "split": one.split or self.split,
-                    "format": one.format or self.format,
-                    "columns": one.columns or self.columns,
+                    "split": source.split or self.split,
+                    "format": source.format or self.format,
+                    "columns": source.columns or self.columns,
                 }
             )
-            for one in ((alone,) if alone else self.source)
-            if isinstance(one, DataSource)
+            for source in ((alone,) if alone else self.source)
+            if isinstance(source, DataSource)
         )
 
 

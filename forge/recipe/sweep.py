@@ -113,8 +113,8 @@ def load_sweep(
     if needs_recipe and any(_RECIPE not in {**run, **draft.fields} for run in draft.runs):
         problems.append(root.place.problem(_RECIPE, "is required: the recipe whose fields are changed"))
     if not NAME.fullmatch(draft.name):
-        said = f"{draft.name!r} must be usable as a file name: letters, digits, '.', '_' and '-'"
-        problems.append(root.place.problem("name", said))
+        message = f"{draft.name!r} must be usable as a file name: letters, digits, '.', '_' and '-'"
+        problems.append(root.place.problem("name", message))
     if problems:
         raise _failure(file, problems)
     _refuse_too_many(draft, is_sure=is_sure)
@@ -137,8 +137,8 @@ def _draft(path: Path, root: Node, problems: list[Problem]) -> _Draft:
     for key, node in root.value.items():
         if key not in _KEYS:
             meant = nearest(key, _KEYS)
-            said = f"did you mean {meant}?" if meant else f"known here: {', '.join(_KEYS)}"
-            problems.append(node.place.problem(key, f"unknown key; {said}"))
+            known = f"did you mean {meant}?" if meant else f"known here: {', '.join(_KEYS)}"
+            problems.append(node.place.problem(key, f"unknown key; {known}"))
         elif key in ("fields", "runs"):
             (_read_fields if key == "fields" else _read_runs)(draft, path, node, problems)
         elif not isinstance(node.value, str) or not node.value.strip():
@@ -167,7 +167,7 @@ def _values_of(name: str, node: Node, problems: list[Problem]) -> list[Any]:
         return [node.plain()]
     if not node.value:
         problems.append(node.place.problem(name, "is an empty list: give at least one value"))
-    values = [one.plain() for one in node.value]
+    values = [value.plain() for value in node.value]
     for number, value in enumerate(values):
         if json.dumps(value) in map(json.dumps, values[:number]):
             problems.append(node.value[number].place.problem(name, f"{_text(value)} is there twice"))
@@ -208,16 +208,16 @@ def _override(draft: _Draft, text: str, problems: list[Problem]) -> None:
 
 def _refuse_too_many(draft: _Draft, *, is_sure: bool) -> None:
     count = sum(math.prod(map(len, _free(draft, run).values())) for run in draft.runs)
-    said = " x ".join(f"{len(values)} of {name}" for name, values in draft.fields.items() if len(values) > 1)
-    said = " x ".join(part for part in (f"{len(draft.runs)} runs" * (len(draft.runs) > 1), said) if part)
+    shape = " x ".join(f"{len(values)} of {name}" for name, values in draft.fields.items() if len(values) > 1)
+    shape = " x ".join(part for part in (f"{len(draft.runs)} runs" * (len(draft.runs) > 1), shape) if part)
     if count > MOST_RUNS:
         raise RecipeError(
-            f"{count:,} runs ({said}): a sweep has at most {MOST_RUNS:,}",
+            f"{count:,} runs ({shape}): a sweep has at most {MOST_RUNS:,}",
             hint="give fewer values, or list the combinations that matter under runs",
         )
     if count > MOST_UNASKED and not is_sure:
         raise RecipeError(
-            f"{count} runs ({said}): more than {MOST_UNASKED} are begun only when you are sure",
+            f"{count} runs ({shape}): more than {MOST_UNASKED} are begun only when you are sure",
             hint="give --yes, or fewer values",
         )
 
@@ -242,7 +242,7 @@ def _combinations(file: Path, draft: _Draft) -> tuple[Combination, ...]:
             loaded.append(load(Path(values[_RECIPE]), words))
         except RecipeError as failure:
             loaded.append(None)
-            problems += [_at_its_line(one, draft.places) for one in failure.problems]
+            problems += [_at_its_line(problem, draft.places) for problem in failure.problems]
     if problems:
         raise _failure(file, problems)
     return tuple(

@@ -73,10 +73,10 @@ def _base(
     revision = loaded.recipe.base.revision or (pins.base_revision if pins.base == spec else None)
     if fetch != "headers":
         whole = fetch == "all"
-        found = find_base(
+        base = find_base(
             spec, revision=revision, offline=offline, fetch=whole, relative_to=loaded.directory, store=store
         )
-        return found, None
+        return base, None
     return find_base_headers(
         spec, revision=revision, offline=offline, relative_to=loaded.directory, store=store
     )

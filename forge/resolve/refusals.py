@@ -84,14 +84,15 @@ def _check_targets(ship: Resolved) -> None:
     if isinstance(named, str):
         return
     modules = {f".{name.removesuffix('.weight')}" for name in ship.tensors if name.endswith(".weight")}
-    absent = [one for one in named if not any(module.endswith(f".{one}") for module in modules)]
+    absent = [target for target in named if not any(module.endswith(f".{target}") for module in modules)]
     if absent:
         linear = sorted({name.split(".")[-2] for name in linear_tensors(ship.tensors) if "." in name})
         raise RecipeError(
             f"train.lora.targets: {ship.base.spec} has no module {', '.join(absent)}",
             hint=f"its linear layers are {', '.join(linear)}",
             problems=[
-                _located(ship.loaded, "train.lora.targets", f"the base has no module {one}") for one in absent
+                _located(ship.loaded, "train.lora.targets", f"the base has no module {target}")
+                for target in absent
             ],
         )
 
@@ -150,7 +151,7 @@ def _check_linear(ship: Resolved) -> None:
         raise RecipeError(
             f"{field}: {'DoRA' if lora.dora else 'an adapter of its own'} is only for linear layers",
             hint=f"leave {field} out, or take other train.lora.targets or another base",
-            problems=[_located(ship.loaded, field, one) for one in problems],
+            problems=[_located(ship.loaded, field, problem) for problem in problems],
         )
 
 

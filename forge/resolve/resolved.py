@@ -187,7 +187,7 @@ class Resolved:
     def beginning(self) -> tuple[str | None, tuple[Mapping[str, str], ...]]:
         """The system prompt and the exchanges that stand in front of every conversation."""
         model = self.recipe.model
-        return model.system, tuple({"role": one.role, "content": one.content} for one in model.messages)
+        return model.system, tuple({"role": turn.role, "content": turn.content} for turn in model.messages)
 
     @cached_property
     def template(self) -> ChatTemplate:

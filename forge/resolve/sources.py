@@ -25,7 +25,7 @@ def data_sources(
     if data is None:
         return (), 0
     sources = tuple(
-        _source(data, one, loaded.directory, offline=offline, fetch=fetch) for one in data.sources
+        _source(data, source, loaded.directory, offline=offline, fetch=fetch) for source in data.sources
     )
     heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
     return sources, heldout

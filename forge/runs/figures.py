@@ -156,5 +156,5 @@ def _exact_after(facts: RunFacts) -> float | None:
     exact, served = facts.evaluate.exact, facts.smoke.heldout
     if exact is None or not exact.rows:
         return None
-    right = sum(one.served == one.expected for one in served.answers) if served else exact.after
+    right = sum(answer.served == answer.expected for answer in served.answers) if served else exact.after
     return right / exact.rows

@@ -18,13 +18,13 @@ def find_run(name: str) -> Path:
         if (candidate / MANIFEST).is_file():
             return candidate.absolute()
     known = runs.runs(open_store(read_only=True))
-    found = [run.directory for run in known if run.name == name and (run.directory / MANIFEST).is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
+    places = [run.directory for run in known if run.name == name and (run.directory / MANIFEST).is_file()]
+    if len(places) == 1:
+        return places[0]
+    if places:
         raise DataError(
-            f"there are {len(found)} runs called {name}",
-            hint="name its directory: " + ", ".join(map(str, found)),
+            f"there are {len(places)} runs called {name}",
+            hint="name its directory: " + ", ".join(map(str, places)),
         )
     names = ", ".join(sorted({run.name for run in known})) or "none yet"
     raise DataError(f"there is no run {name}", hint=f"runs are: {names}")
@@ -45,8 +45,8 @@ def find_model(name: str) -> tuple[Path, Path | None]:
     manifest = read_manifest(directory)
     exported = manifest.read_facts().export
     served = directory / run_gguf(manifest.name, exported.quant or "")
-    found = [served] if served.is_file() else sorted(directory.glob("*.gguf"))
-    model = next((one for one in found if not one.name.endswith(ADAPTER_SUFFIX)), None)
+    files = [served] if served.is_file() else sorted(directory.glob("*.gguf"))
+    model = next((file for file in files if not file.name.endswith(ADAPTER_SUFFIX)), None)
     if model is None:
         raise DataError(
             f"{directory} has no GGUF: its ship did not get that far", hint="forge ship its recipe"

@@ -318,7 +318,7 @@ def read_manifest(directory: Path) -> Manifest:
 def manifest_of(content: object) -> Manifest:
     """The manifest that `Manifest.as_json` gave; raises `ValueError` that names the field."""
     if isinstance(content, Mapping):
-        known = {one.name for one in fields(Manifest)}
+        known = {known_field.name for known_field in fields(Manifest)}
         content = {**content, "others": {name: content[name] for name in content if name not in known}}
     manifest = from_plain(Manifest, content, is_strict=False)
     manifest.read_facts()

@@ -96,7 +96,7 @@ def _program(name: str) -> tuple[dict[str, Path | str], str]:
         raise DataError(f"{real} is no Linux program with shared libraries", hint="give another llama-server")
     brought = {**backends(real, needs), **needs}
     inside: dict[str, Path | str] = {
-        f"linux/lib/{library}": one.resolve() for library, one in brought.items()
+        f"linux/lib/{library}": path.resolve() for library, path in brought.items()
     }
     return {"linux/llama-server": real, **inside}, loaders[0]
 

@@ -110,55 +110,55 @@ def files(settings: ServerSettings) -> tuple[dict[str, Path | str], str]:
     python = Path(os.path.realpath(sys.executable))
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     inside = f"{HOME}/lib/{version}"
-    found: dict[str, Path | str] = {f"{HOME}/bin/python3": python}
-    found |= {f"{inside}/{one.relative_to(standard)}": one for one in _standard(standard)}
+    files: dict[str, Path | str] = {f"{HOME}/bin/python3": python}
+    files |= {f"{inside}/{path.relative_to(standard)}": path for path in _standard(standard)}
     needs = libraries(python)
     roots = {name.partition(".")[0]: Path(file) for name, file in loaded.items() if "." not in name}
     for name, file in roots.items():
         if not _is_in(file, standard) and file.name == "__init__.py":
             package = file.parent
-            found |= {f"{inside}/{name}/{one.relative_to(package)}": one for one in package.rglob("*.py")}
+            files |= {f"{inside}/{name}/{path.relative_to(package)}": path for path in package.rglob("*.py")}
         elif not _is_in(file, standard) and file.suffix == ".py":
-            found[f"{inside}/{file.name}"] = file
+            files[f"{inside}/{file.name}"] = file
     for name, file in ((name, Path(file)) for name, file in loaded.items()):
         if file.suffix == ".so":
             needs |= libraries(file)
             place = (
                 "lib-dynload/"
                 if "lib-dynload" in file.parts
-                else "".join(f"{one}/" for one in name.split(".")[:-1])
+                else "".join(f"{part}/" for part in name.split(".")[:-1])
             )
-            found[f"{inside}/{place}{file.name}"] = file
-    found |= _licences(inside, roots)
+            files[f"{inside}/{place}{file.name}"] = file
+    files |= _licences(inside, roots)
     loaders = [name for name in needs if name.startswith("ld-linux")]
     if len(loaders) != 1:
         raise DataError(f"{python} is no Linux program with shared libraries")
-    found |= {f"{HOME}/lib/{name}": one.resolve() for name, one in needs.items()}
+    files |= {f"{HOME}/lib/{name}": path.resolve() for name, path in needs.items()}
     adapter = f"here / {settings.adapter.name!r}" if settings.adapter else "None"
-    found[f"{HOME}/serve.py"] = _SERVE.format(
+    files[f"{HOME}/serve.py"] = _SERVE.format(
         name=settings.alias, model=settings.model.name, context=settings.context_tokens, adapter=adapter
     )
-    return found, loaders[0]
+    return files, loaders[0]
 
 
 def _standard(root: Path) -> Iterator[Path]:
-    for one in sorted(root.rglob("*.py")):
-        first = one.relative_to(root).parts[0]
+    for path in sorted(root.rglob("*.py")):
+        first = path.relative_to(root).parts[0]
         if first not in _LEFT_OUT and not first.startswith("config-"):
-            yield one
+            yield path
 
 
 def _licences(inside: str, names: Mapping[str, Path]) -> dict[str, Path | str]:
     """The licences of the packages that travel, where their wheels have them."""
-    found: dict[str, Path | str] = {}
+    licences: dict[str, Path | str] = {}
     distributions = importlib.metadata.packages_distributions()
-    for distribution in sorted({one for name in names for one in distributions.get(name, ())}):
-        for one in importlib.metadata.files(distribution) or ():
-            if "licen" in one.name.lower() or one.name == "METADATA":
-                path = Path(str(one.locate()))
-                if ".dist-info" in str(one) and path.is_file():
-                    found[f"{inside}/{one}"] = path
-    return found
+    for distribution in sorted({package for name in names for package in distributions.get(name, ())}):
+        for file in importlib.metadata.files(distribution) or ():
+            if "licen" in file.name.lower() or file.name == "METADATA":
+                path = Path(str(file.locate()))
+                if ".dist-info" in str(file) and path.is_file():
+                    licences[f"{inside}/{file}"] = path
+    return licences
 
 
 def _is_in(file: Path, standard: Path) -> bool:

@@ -81,9 +81,9 @@ class Client:
     def _require_whole(self, messages: Sequence[Message]) -> None:
         """Raise `RefusedError` where Ollama would leave out the oldest turns of a conversation."""
         if self.endpoint.is_ollama and (body := native.render_request(self.endpoint, messages)):
-            told = self._ask("POST", native.CHAT, body)
+            rendered = self._ask("POST", native.CHAT, body)
             with wire.as_expected(self.endpoint, "prompt"):
-                native.require_whole(messages, told)
+                native.require_whole(messages, rendered)
 
     def health(self) -> bool:
         """Whether it is ready: False while it loads its model."""
@@ -104,9 +104,9 @@ class Client:
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
         """The server's token ids of `text`; special tokens in it are recognised."""
         body = {"content": text, "add_special": add_special, "parse_special": True}
-        told = self._ask("POST", "/tokenize", body)
+        answer = self._ask("POST", "/tokenize", body)
         with wire.as_expected(self.endpoint, "list of tokens"):
-            return [int(token) for token in told["tokens"]]
+            return [int(token) for token in answer["tokens"]]
 
     def next_tokens(self, ids: Sequence[int], count: int) -> list[tuple[int, float]]:
         """The most likely next ids after `ids` with their natural log-probabilities, before sampling.
@@ -120,9 +120,9 @@ class Client:
             "temperature": 0.0,
             "cache_prompt": False,
         }
-        told = self._ask("POST", "/completion", body).get("completion_probabilities") or [{}]
+        first, *_ = self._ask("POST", "/completion", body).get("completion_probabilities") or [{}]
         with wire.as_expected(self.endpoint, "list of probabilities"):
-            return [(int(one["id"]), float(one["logprob"])) for one in told[0].get("top_logprobs", ())]
+            return [(int(token["id"]), float(token["logprob"])) for token in first.get("top_logprobs", ())]
 
     def adapter_scales(self) -> list[float]:
         """The scales of llama-server's adapters, for requests that name none."""
@@ -131,7 +131,7 @@ class Client:
         if not response.is_success:
             wire.read_json(self.endpoint, response)
         with wire.as_expected(self.endpoint, "list of adapters"):
-            return [float(one["scale"]) for one in response.json()]
+            return [float(adapter["scale"]) for adapter in response.json()]
 
     def apply_template(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
@@ -139,9 +139,9 @@ class Client:
         """The prompt that the server would give to the model."""
         body: dict[str, object] = {"messages": [dict(message) for message in messages]}
         body |= {"tools": [dict(tool) for tool in tools]} if tools else {}
-        told = self._ask("POST", "/apply-template", body)
+        answer = self._ask("POST", "/apply-template", body)
         with wire.as_expected(self.endpoint, "prompt"):
-            return str(told["prompt"])
+            return str(answer["prompt"])
 
     def _ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Mapping[str, Any]:
         with wire.failures_of(self.endpoint):

@@ -40,14 +40,14 @@ class Served:
 
 def running(directory: Path) -> list[Served]:
     """What runs, by name; records of what has died are taken away."""
-    found = []
+    servers = []
     for path in sorted(directory.glob("*.json")):
         if not is_locked(path.with_suffix(".lock")):
             _forget(path)
         # A lock that the next one holds, which still loads, says nothing of the one that was killed.
-        elif (one := _recorded(path)) and psutil.pid_exists(one.pid):
-            found.append(one)
-    return found
+        elif (server := _recorded(path)) and psutil.pid_exists(server.pid):
+            servers.append(server)
+    return servers
 
 
 def _recorded(path: Path) -> Served | None:
@@ -62,10 +62,12 @@ def _forget(path: Path) -> None:
     What another command that still runs wrote stays: its server may not hold the lock yet.
     """
     written = re.compile(rf"{re.escape(path.stem)}\.(\d+)\.(out|log)")
-    started = {one: int(found[1]) for one in path.parent.iterdir() if (found := written.fullmatch(one.name))}
-    ended = [one for one, pid in started.items() if pid == os.getpid() or not psutil.pid_exists(pid)]
-    for one in (path, path.with_suffix(".lock"), *ended):
-        one.unlink(missing_ok=True)
+    started = {
+        file: int(match[1]) for file in path.parent.iterdir() if (match := written.fullmatch(file.name))
+    }
+    ended = [file for file, pid in started.items() if pid == os.getpid() or not psutil.pid_exists(pid)]
+    for file in (path, path.with_suffix(".lock"), *ended):
+        file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -132,22 +134,22 @@ def _first_line(path: Path) -> str:
 def stop(directory: Path, name: str | None = None) -> list[Served]:
     """Stop one, or all; give what was stopped. Raises `DataError` for a name that does not run."""
     listed = running(directory)
-    chosen = [one for one in listed if name in (None, one.name)]
+    chosen = [served for served in listed if name in (None, served.name)]
     if name is not None and not chosen:
-        names = ", ".join(one.name for one in listed) or "none"
+        names = ", ".join(served.name for served in listed) or "none"
         raise DataError(f"{name} is not running", hint=f"running are: {names}")
     # All of them while their locks are held, so that the pids are their own: psutil signals no other program
     # that has one of them later, however long the first take to stop.
-    processes = [_process_of(one) for one in chosen]
-    for one, server in zip(chosen, processes, strict=True):
-        path = directory / f"{one.name}.json"
+    processes = [_process_of(served) for served in chosen]
+    for served, server in zip(chosen, processes, strict=True):
+        path = directory / f"{served.name}.json"
         if server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 _end(server)
         if not is_locked(path.with_suffix(".lock")):
             _forget(path)
         # By now the next one of that name may hold the lock, and all but this record is its own.
-        elif (left := _recorded(path)) and left.pid == one.pid:
+        elif (left := _recorded(path)) and left.pid == served.pid:
             path.unlink(missing_ok=True)
     return chosen
 

@@ -217,10 +217,10 @@ class Front:
         """Whether the template writes tools: llama-server then holds the answer to a call by itself."""
         if self.knows_tools is None:
             try:
-                told = (await self.client.get("/props")).json()
+                properties = (await self.client.get("/props")).json()
             except (httpx.TransportError, ValueError) as broken:
                 raise _no_answer(broken) from None
-            self.knows_tools = bool((told.get("chat_template_caps") or {}).get("supports_tools"))
+            self.knows_tools = bool((properties.get("chat_template_caps") or {}).get("supports_tools"))
         return self.knows_tools
 
     async def _exchange(
@@ -263,8 +263,8 @@ class Front:
 
 
 def _no_answer(broken: Exception) -> RefusedRequestError:
-    said = f"the server behind does not answer: {broken or type(broken).__name__}"
-    return RefusedRequestError(502, said, "server_error")
+    message = f"the server behind does not answer: {broken or type(broken).__name__}"
+    return RefusedRequestError(502, message, "server_error")
 
 
 def _path_of(request: Request) -> str:
@@ -312,8 +312,8 @@ async def _until_gone(receive: _Receive, work: Any) -> None:
         if working.done():
             await working
     finally:
-        for one in (working, leaving):
-            one.cancel()
+        for task in (working, leaving):
+            task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 

@@ -71,7 +71,7 @@ def front_conf(
         upstream=upstream,
         resolver=resolver,
         names=[*map(_server_name, settings.allow_hosts), *_own_name(settings), *names],
-        origins=[_origin(one) for one in settings.cors_origins.split(",") if one.strip()],
+        origins=[_origin(origin) for origin in settings.cors_origins.split(",") if origin.strip()],
         control=settings.control_routes,
         model=settings.alias if _PLAIN.fullmatch(settings.alias) else "",
         failures=_FAILURES,

@@ -59,11 +59,11 @@ def with_forced_tool(fields: Mapping[str, Any]) -> dict[str, Any]:
     if missing := [name for name in wanted if name not in names]:
         raise RefusedRequestError(400, f"tool_choice: there is no tool {missing[0]!r}")
     chosen = [tool for tool in tools if tool["name"] in wanted]
-    told = _TOLD + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in chosen)
+    instruction = _TOLD + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in chosen)
     if messages and messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
-        messages[0]["content"] += "\n\n" + told
+        messages[0]["content"] += "\n\n" + instruction
     else:
-        messages.insert(0, {"role": "system", "content": told})
+        messages.insert(0, {"role": "system", "content": instruction})
     left_out = ("tools", "tool_choice", "parallel_tool_calls", "stream", "stream_options")
     asked = {name: value for name, value in fields.items() if name not in left_out}
     schema = {"anyOf": [_call_schema(tool) for tool in chosen]}
@@ -155,9 +155,9 @@ def _prompts(prompt: object) -> list[str | list[int]]:
     if isinstance(prompt, str) and prompt:
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(one, int) for one in prompt):
+        if all(isinstance(item, int) for item in prompt):
             return [prompt]
-        if all(isinstance(one, (str, list)) and one for one in prompt):
+        if all(isinstance(item, (str, list)) and item for item in prompt):
             return list(prompt)
     raise RefusedRequestError(400, "echo needs a prompt: a text, token ids, or a list of either")
 
@@ -172,7 +172,7 @@ async def _echoed(fields: Mapping[str, Any], prompt: str | list[int], ask: Ask) 
         kept = []
     if isinstance(prompt, str):
         text, body = prompt, {"content": prompt, "add_special": True, "parse_special": True}
-        ids = [int(one) for one in (await ask("/tokenize", body))["tokens"]]
+        ids = [int(token) for token in (await ask("/tokenize", body))["tokens"]]
     else:
         ids = prompt
         text = str((await ask("/detokenize", {"tokens": ids}))["content"])
@@ -195,8 +195,8 @@ async def _position(
     """What the model, with the adapters of the request, gave `token` after `before`."""
     for most in (_FEW, _ALL):
         body = {"prompt": before, "n_predict": 1, "n_probs": most, "temperature": 0, "cache_prompt": True}
-        told = (await ask("/completion", {**body, **adapters})).get("completion_probabilities") or [{}]
-        top = told[0].get("top_logprobs", [])
+        positions = (await ask("/completion", {**body, **adapters})).get("completion_probabilities") or [{}]
+        top = positions[0].get("top_logprobs", [])
         for entry in top:
             if entry["id"] == token:
                 return {**entry, "top_logprobs": top[:count]}
@@ -204,8 +204,8 @@ async def _position(
 
 
 def _entries(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
-    told = choice.get("logprobs")
-    return list(told.get("content") or ()) if isinstance(told, dict) else []
+    logprobs = choice.get("logprobs")
+    return list(logprobs.get("content") or ()) if isinstance(logprobs, dict) else []
 
 
 def _legacy(entries: Sequence[Mapping[str, Any]], begin: int) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _legacy(entries: Sequence[Mapping[str, Any]], begin: int) -> dict[str, Any]:
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
         "top_logprobs": [
-            {one["token"]: one["logprob"] for one in entry["top_logprobs"]} or None for entry in entries
+            {token["token"]: token["logprob"] for token in entry["top_logprobs"]} or None for entry in entries
         ],
         "text_offset": offsets,
     }

@@ -96,7 +96,7 @@ class Rules:
             models={settings.alias: own, **{name: number for number, name in numbered}},
             api_key=settings.api_key,
             hosts=frozenset(name.lower() for name in (settings.host, *settings.allow_hosts)),
-            origins=tuple(one.strip().rstrip("/").lower() for one in settings.cors_origins.split(",") if one),
+            origins=tuple(url.strip().rstrip("/").lower() for url in settings.cors_origins.split(",") if url),
             control=settings.control_routes,
         )
 
@@ -204,11 +204,11 @@ class Rules:
             name = next(iter(self.models))
         if not isinstance(name, str) or name not in self.models:
             raise self.no_model(name)
-        numbers = [one for one in self.models.values() if one is not None]
+        numbers = [number for number in self.models.values() if number is not None]
         # All of them: an adapter that is not named keeps the scale that it was loaded with.
         if len(self.models) > 1 and "lora" not in fields:
             chosen = self.models[name]
-            fields["lora"] = [{"id": one, "scale": float(one == chosen)} for one in numbers]
+            fields["lora"] = [{"id": number, "scale": float(number == chosen)} for number in numbers]
 
     def no_model(self, name: object) -> RefusedRequestError:
         """The answer to who asks for a model that is not here."""

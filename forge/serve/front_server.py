@@ -57,7 +57,7 @@ class Connection(H11Protocol):
         self.open_ones[self] = None
         if len(self.open_ones) > self.most:
             # The oldest that has not asked yet; where all wait for answers, the new one.
-            waiting = (one for one in self.open_ones if not one._has_asked())
+            waiting = (connection for connection in self.open_ones if not connection._has_asked())
             next(waiting, self).transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:

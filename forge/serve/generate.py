@@ -97,7 +97,7 @@ def generate(
         output = stack.enter_context(Output(out, ids, retry_failed=retry_failed))
         work = iter(rows)
         first = next(work, None)
-        lanes = [Lane(one, concurrency or slots_of(one)) for one in endpoints] if first else []
+        lanes = [Lane(endpoint, concurrency or slots_of(endpoint)) for endpoint in endpoints] if first else []
         batch = _Batch(lanes, output, sampling or Sampling(), rows, patience_seconds)
         try:
             if first:
@@ -190,7 +190,7 @@ class _Batch:
             try:
                 while True:
                     free = max(0, sum(int(lane.pace) for lane in self.lanes) - len(running))
-                    running |= {asyncio.create_task(self._answer(one)) for one in self._next(rows, free)}
+                    running |= {asyncio.create_task(self._answer(asked)) for asked in self._next(rows, free)}
                     if not running:
                         return
                     looked_at = running if checking.done() else running | {checking}
@@ -353,9 +353,9 @@ async def _require_whole(row: Row, endpoint: Endpoint, client: httpx.AsyncClient
     texts = native.texts(row.messages or (row.body or {}).get("messages"))
     if texts and (body := native.render_request(endpoint, texts)):
         response = await client.post(endpoint.route(native.CHAT), json=body)
-        told = wire.read_json(endpoint, response)
+        rendered = wire.read_json(endpoint, response)
         with wire.as_expected(endpoint, "prompt"):
-            native.require_whole(texts, told)
+            native.require_whole(texts, rendered)
 
 
 def _reply(endpoint: Endpoint, path: str, payload: Mapping[str, Any]) -> wire.Reply | None:

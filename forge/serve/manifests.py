@@ -109,7 +109,7 @@ def _flags(settings: ServerSettings) -> list[str]:
     model, *adapters = map(_inside, _files(settings))
     command = arguments(settings, model=model, adapters=tuple(adapters))
     command += ["--api-key-file", _KEY] if settings.api_key else []
-    return [_literal(one) for one in command]
+    return [_literal(argument) for argument in command]
 
 
 def _files(settings: ServerSettings) -> list[Path]:

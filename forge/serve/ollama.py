@@ -175,7 +175,7 @@ def import_model(
             digest = server.digest(name) or ""
             return Imported(name, digest, used, compared, counted, differ, chosen.left_out)
         except PromptsDifferError as wrong:
-            failures += [replace(one, field=f"{named(way)}: {one.field}") for one in wrong.problems]
+            failures += [replace(fault, field=f"{named(way)}: {fault.field}") for fault in wrong.problems]
             report.detail(f"{named(way)}: {wrong.message}")
     raise CheckError(
         f"Ollama's prompts are not those of the model's chat template; {name} is as it was",
@@ -257,8 +257,8 @@ def _scratch(server: Ollama, fields: Mapping[str, object]) -> Iterator[str]:
 
 def prove_stops(server: Ollama, name: str, stops: Sequence[str]) -> None:
     """Raise `PromptsDifferError` when the server would not stop at one of `stops`, or at others too."""
-    if (found := stops_in(server.show(name))) != set(stops):
-        problem = Problem(f"{sorted(found)} instead of {sorted(stops)}", "stops")
+    if (shown := stops_in(server.show(name))) != set(stops):
+        problem = Problem(f"{sorted(shown)} instead of {sorted(stops)}", "stops")
         raise PromptsDifferError("it stops replies at other texts", problems=[problem])
 
 
@@ -309,15 +309,15 @@ def prove_kinds(server: Ollama, name: str, template: ChatTemplate, talks: Sequen
     Nothing of it is an error: what the server makes of them is its own, and no template of ours reaches it.
     """
     bos = template.special_tokens.get("bos_token", "")
-    found = []
-    for kind, ones in by_kind(talks).items():
+    kinds = []
+    for kind, of_kind in by_kind(talks).items():
         compared, same, why = 0, 0, ""
-        for talk in ones:
+        for talk in of_kind:
             compared += 1
             whole = talk.prompt(template)
             tools = {"tools": [dict(tool) for tool in talk.tools]} if talk.tools else {}
             try:
-                shown = server.prompt(name, [_as_sent(one) for one in talk.messages], **tools)
+                shown = server.prompt(name, [_as_sent(message) for message in talk.messages], **tools)
             except OllamaError as refused:
                 why = why or f"the server writes none: {refused.message}"
                 continue
@@ -326,8 +326,8 @@ def prove_kinds(server: Ollama, name: str, template: ChatTemplate, talks: Sequen
             elif not why:
                 at = max(0, first_difference(whole, shown) - 30)
                 why = f"trained on {whole[at : at + 70]!r}, Ollama writes {shown[at : at + 70]!r}"
-        found.append(OfKind(kind, compared, same, why))
-    return found
+        kinds.append(OfKind(kind, compared, same, why))
+    return kinds
 
 
 def _as_sent(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -340,14 +340,14 @@ def _differing(
     odd: Sequence[tuple[Message, ...]], prove: Callable[[Sequence[tuple[Message, ...]]], Proved]
 ) -> tuple[int, tuple[str, ...]]:
     """Of texts that hardly anybody writes: how many were compared, and those the server writes otherwise."""
-    compared, found = 0, []
-    for one in odd:
+    compared, messages = 0, []
+    for talk in odd:
         try:
-            compared += prove([one]).prompts
+            compared += prove([talk]).prompts
         except PromptsDifferError as wrong:
             compared += 1
-            found.append(wrong.message.removesuffix(_ANOTHER))
-    return compared, tuple(found)
+            messages.append(wrong.message.removesuffix(_ANOTHER))
+    return compared, tuple(messages)
 
 
 _ANOTHER = " the prompt is another"
@@ -356,9 +356,9 @@ _ANOTHER = " the prompt is another"
 def _differs(messages: Sequence[Message], expected: str, shown: str) -> PromptsDifferError:
     """The first place where two prompts part."""
     at = max(0, first_difference(expected, shown) - 30)
-    said = ", ".join(f"{one['role']} {one['content'][:40]!r}" for one in messages)
+    turns = ", ".join(f"{message['role']} {message['content'][:40]!r}" for message in messages)
     return PromptsDifferError(
-        f"for {said}{_ANOTHER}",
+        f"for {turns}{_ANOTHER}",
         problems=[
             Problem(repr(expected[at : at + 70]), "trained on"),
             Problem(repr(shown[at : at + 70]), "Ollama"),

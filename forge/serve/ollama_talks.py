@@ -43,17 +43,17 @@ def choose(handed: HandOver, way: Way, count: Count | None = None) -> Chosen:
     limits = handed.compiled.limits if way == "go" else ()
     left: dict[str, None] = {} if takes_system else {"a system message, which the template refuses": None}
     taken = []
-    for one in probe.conversations(probe.literals(handed.template), has_system=takes_system):
-        if not probe.is_ordinary(one):
+    for talk in probe.conversations(probe.literals(handed.template), has_system=takes_system):
+        if not probe.is_ordinary(talk):
             left[NOT_CLAIMED[-1]] = None
-        elif not all(message["content"].strip() for message in one):
+        elif not all(message["content"].strip() for message in talk):
             left["an empty message, which the server drops"] = None
-        elif any(limit.holds(one) for limit in limits):
+        elif any(limit.holds(talk) for limit in limits):
             left |= dict.fromkeys(limit_names(limits))
-        elif not _takes(handed.template, one):
+        elif not _takes(handed.template, talk):
             left["conversations that the template refuses"] = None
-        elif way == "jinja" or handed.compiled.claims(one):
-            taken.append(one)
+        elif way == "jinja" or handed.compiled.claims(talk):
+            taken.append(talk)
     if not taken:
         raise CheckError(
             "the chat template takes none of the generated conversations: nothing would be proved",
@@ -63,8 +63,8 @@ def choose(handed: HandOver, way: Way, count: Count | None = None) -> Chosen:
     if len(fitting) < len(taken):
         left[f"conversations that do not surely fit into {handed.context_tokens} tokens"] = None
     tokens = [token for token in handed.template.special_tokens.values() if token]
-    usual = [one for one in fitting if all(_is_usual(message["content"], tokens) for message in one)]
-    odd = [one for one in fitting if one not in usual]
+    usual = [talk for talk in fitting if all(_is_usual(message["content"], tokens) for message in talk)]
+    odd = [talk for talk in fitting if talk not in usual]
     plain, others = usual[:PLAIN], usual[PLAIN:]
     if not usual:
         plain, odd = odd, []
@@ -77,12 +77,12 @@ def _fitting(
     handed: HandOver, taken: Sequence[tuple[Message, ...]], count: Count | None
 ) -> list[tuple[Message, ...]]:
     """Those that the server would not cut; raises `CheckError` where there are none."""
-    size = {id(one): len(_prompt(handed, one).encode()) for one in taken}
+    size = {id(talk): len(_prompt(handed, talk).encode()) for talk in taken}
     if any(bytes >= handed.context_tokens for bytes in size.values()) and count:
-        long = [one for one in taken if size[id(one)] >= handed.context_tokens]
-        for one, tokens in zip(long, count([_prompt(handed, one) for one in long]), strict=False):
-            size[id(one)] = tokens
-    fitting = [one for one in taken if size[id(one)] < handed.context_tokens]
+        long = [talk for talk in taken if size[id(talk)] >= handed.context_tokens]
+        for talk, tokens in zip(long, count([_prompt(handed, talk) for talk in long]), strict=False):
+            size[id(talk)] = tokens
+    fitting = [talk for talk in taken if size[id(talk)] < handed.context_tokens]
     if not fitting:
         raise CheckError(
             f"no conversation surely fits into a context of {handed.context_tokens} tokens, the shortest has "

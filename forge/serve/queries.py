@@ -18,8 +18,9 @@ class Call:
     arguments: Mapping[str, Any] | None = None
 
     def __str__(self) -> str:
-        said = "any arguments" if self.arguments is None else json.dumps(self.arguments, ensure_ascii=False)
-        return f"a call of {self.name} with {said}"
+        if self.arguments is None:
+            return f"a call of {self.name} with any arguments"
+        return f"a call of {self.name} with {json.dumps(self.arguments, ensure_ascii=False)}"
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ def _busy_cores(cores: int) -> int:
 def device_of(lines: Sequence[str]) -> str:
     """Where the model runs, by what llama.cpp said while it loaded."""
     for line in lines:
-        if (found := _OFFLOADED.search(line)) and int(found[1]):
-            return f"GPU: {found[1]} of {found[2]} layers"
+        if (match := _OFFLOADED.search(line)) and int(match[1]):
+            return f"GPU: {match[1]} of {match[2]} layers"
     return "CPU"
 
 
@@ -164,10 +164,10 @@ def prove(endpoint: Endpoint, settings: ServerSettings) -> None:
     _await_health(endpoint)
     prove_answer(endpoint, settings.model, hint="is its chat template whole?")
     with Client(endpoint) as client:
-        given = int(client.properties()["default_generation_settings"]["n_ctx"])
-    if given < settings.context_tokens:
+        served = int(client.properties()["default_generation_settings"]["n_ctx"])
+    if served < settings.context_tokens:
         raise StageError(
-            f"the server gives each request {given} tokens of context, not {settings.context_tokens}",
+            f"the server gives each request {served} tokens of context, not {settings.context_tokens}",
             hint="ask for a shorter context or fewer parallel requests",
         )
 

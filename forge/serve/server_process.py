@@ -78,15 +78,15 @@ def not_started(settings: ServerSettings, how: str, texts: Sequence[str]) -> Sta
 def started(command: Sequence[str], log: Path | None) -> Iterator[ServerProcess]:
     """Run `command` until the block ends. Its standard error goes to `log`."""
     with contextlib.ExitStack() as stack:
-        said: IO[str]
+        output: IO[str]
         if log:
-            said = stack.enter_context(log.open("a+", encoding="utf-8"))
+            output = stack.enter_context(log.open("a+", encoding="utf-8"))
         else:
             # It has no name, so that not even kill -9 leaves it behind.
-            said = stack.enter_context(tempfile.TemporaryFile("a+", encoding="utf-8"))
-        begin = said.tell()
-        child = stack.enter_context(process.Child(command, log=said, separate_errors=True))
-        server = ServerProcess(child, said, begin)
+            output = stack.enter_context(tempfile.TemporaryFile("a+", encoding="utf-8"))
+        begin = output.tell()
+        child = stack.enter_context(process.Child(command, log=output, separate_errors=True))
+        server = ServerProcess(child, output, begin)
         try:
             yield server
         finally:

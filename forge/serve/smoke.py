@@ -29,14 +29,15 @@ def run_smoke(endpoint: Endpoint, queries: Sequence[Query], *, seed: int = 0) ->
             reply = client.chat(query.messages, sampling)
             prompt = next(turn["content"] for turn in reversed(query.messages) if turn["role"] == "user")
             ok = _is_ok(reply, pattern, query)
-            expected = " and ".join(str(one) for one in (query.expect, query.expect_call) if one is not None)
+            wishes = [str(wish) for wish in (query.expect, query.expect_call) if wish is not None]
+            expected = " and ".join(wishes)
             answers.append(Answer(prompt, _shown(reply), ok, reply.finish_reason, expected or None))
     return answers
 
 
 def failure_of(answers: Sequence[Answer], where: str = "") -> CheckError | None:
     """The error of the queries that failed, each with its answer; `where` says who was asked."""
-    failed = [one for one in answers if not one.ok]
+    failed = [answer for answer in answers if not answer.ok]
     if not failed:
         return None
     return CheckError(
@@ -44,10 +45,10 @@ def failure_of(answers: Sequence[Answer], where: str = "") -> CheckError | None:
         hint="the model is exported all the same; look at its answers, or change smoke in the recipe",
         problems=[
             Problem(
-                f"answered {one.answer!r} ({one.finish_reason}), expected {one.expect or 'an answer'}",
-                one.prompt,
+                f"answered {reply.answer!r} ({reply.finish_reason}), expected {reply.expect or 'an answer'}",
+                reply.prompt,
             )
-            for one in failed
+            for reply in failed
         ],
     )
 

@@ -48,7 +48,7 @@ class OfKind:
 
 def by_kind(talks: Sequence[Talk]) -> dict[Kind, list[Talk]]:
     """The conversations of each kind, those of texts first."""
-    found: dict[Kind, list[Talk]] = {}
-    for talk in sorted(talks, key=lambda one: one.kind != "text"):
-        found.setdefault(talk.kind, []).append(talk)
-    return found
+    kinds: dict[Kind, list[Talk]] = {}
+    for talk in sorted(talks, key=lambda talk: talk.kind != "text"):
+        kinds.setdefault(talk.kind, []).append(talk)
+    return kinds

@@ -330,11 +330,11 @@ def error_answer(
     """The error for an answer that is no success; `payload` is its JSON, if it has any."""
     detail = payload.get("error") if isinstance(payload, dict) else None
     fields = detail if isinstance(detail, dict) else {}
-    said = reason_in(payload) or "no reason given"
+    reason = reason_in(payload) or "no reason given"
     if status in (408, 429) or (status >= 500 and status != 501):
         after = headers.get("retry-after", "")
         seconds = float(after) if after.isdecimal() else None
-        return BusyError(f"{endpoint.url} answered {status}: {said}", status=status, retry_after=seconds)
+        return BusyError(f"{endpoint.url} answered {status}: {reason}", status=status, retry_after=seconds)
     if fields.get("type") == _OVERFLOW:
         size, limit = fields.get("n_prompt_tokens"), fields.get("n_ctx")
         return RefusedError(
@@ -352,7 +352,7 @@ def error_answer(
     if 300 <= status < 400 and (place := headers.get("location")):
         hints[status] = f"it redirects to {place}: if that is the server, give its URL"
     return RefusedError(
-        f"{endpoint.url} answered {status}: {said}", status=status, hint=hints.get(status, "")
+        f"{endpoint.url} answered {status}: {reason}", status=status, hint=hints.get(status, "")
     )
 
 
@@ -370,13 +370,13 @@ def reason_in(payload: object, depth: int = 0) -> str:
     if depth > _DEEPEST_REASON:
         return ""
     if isinstance(payload, list):
-        return "; ".join(filter(None, (reason_in(one, depth + 1) for one in payload)))[:_LONGEST_REASON]
+        return "; ".join(filter(None, (reason_in(part, depth + 1) for part in payload)))[:_LONGEST_REASON]
     if not isinstance(payload, dict):
         return ""
-    said = next(filter(None, (reason_in(payload.get(key), depth + 1) for key in _REASONS)), "")
+    reason = next(filter(None, (reason_in(payload.get(key), depth + 1) for key in _REASONS)), "")
     # FastAPI's list says of each fault where it is.
     place = payload.get("loc")
-    return f"{'.'.join(map(str, place))}: {said}" if said and isinstance(place, list) else said
+    return f"{'.'.join(map(str, place))}: {reason}" if reason and isinstance(place, list) else reason
 
 
 def parse(content: bytes) -> object:

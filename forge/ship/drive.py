@@ -111,7 +111,7 @@ def _keep(target: Resolved) -> str:
 
     deploy = target.recipe.deploy
     name = target.recipe.name
-    if any(one.name == name for one in detached.running(served_directory())):
+    if any(served.name == name for served in detached.running(served_directory())):
         report.info(f"{name} was being served before this ship; it is stopped")
         detached.stop(served_directory(), name)
     # A recipe's host is told where it is another than the usual one; else Ollama is where OLLAMA_HOST says.

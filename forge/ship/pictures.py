@@ -28,9 +28,9 @@ def loss_curve(points: Sequence[tuple[int, float]]) -> str:
 def kl_by_position(legs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     """Mean KL divergence by place in the row, logarithmic; one line a file."""
     lines = {
-        name: [(float(one["position"]), max(float(one["mean"]), _FLOOR)) for one in found]
-        for name, found in legs.items()
-        if len(found) > 1
+        name: [(float(point["position"]), max(float(point["mean"]), _FLOOR)) for point in points]
+        for name, points in legs.items()
+        if len(points) > 1
     }
     if not lines:
         return ""
@@ -48,10 +48,10 @@ def kl_by_position(legs: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
 
 def kl_by_size(types: Sequence[Mapping[str, Any]], max_kl: float, chosen: str | None) -> str:
     """KL divergence of each type over its size in MB, logarithmic, with the budget as a line."""
-    values = [math.log10(max(float(one["kl_mean"]), _FLOOR)) for one in types] + [math.log10(max_kl)]
+    values = [math.log10(max(float(row["kl_mean"]), _FLOOR)) for row in types] + [math.log10(max_kl)]
     low, high = math.floor(min(values)), math.ceil(max(values))
     high += high == low
-    sizes = [one["bytes"] / 1e6 for one in types]
+    sizes = [row["bytes"] / 1e6 for row in types]
     first, last = min(sizes), max(sizes)
     wide, tall, floor = _WIDTH - 2 * _MARGIN, _HEIGHT - 2 * _MARGIN, _HEIGHT - _MARGIN
 
@@ -65,13 +65,13 @@ def kl_by_size(types: Sequence[Mapping[str, Any]], max_kl: float, chosen: str | 
     y = height(values.pop())
     drawn.append(f'<path d="M{_MARGIN} {y:.1f} H{_WIDTH - _MARGIN}" stroke="#cf222e" stroke-dasharray="4"/>')
     drawn.append(f'<text x="{_WIDTH - _MARGIN}" y="{y - 5:.1f}" text-anchor="end">budget {max_kl:g}</text>')
-    for one, value, size in zip(types, values, sizes, strict=True):
+    for row, value, size in zip(types, values, sizes, strict=True):
         x, y = _MARGIN + 12 + (size - first) / max(last - first, 1e-9) * (wide - 60), height(value)
-        fill = "#1a7f37" if one["quant"] == chosen else _COLOURS[0]
+        fill = "#1a7f37" if row["quant"] == chosen else _COLOURS[0]
         drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}"/>')
         # Slanted: neighbouring types are close, and their names would lie on each other.
         place = f'x="{x + 5:.1f}" y="{y - 5:.1f}" transform="rotate(-40 {x + 5:.1f} {y - 5:.1f})"'
-        drawn.append(f"<text {place}>{escape(str(one['quant']))}</text>")
+        drawn.append(f"<text {place}>{escape(str(row['quant']))}</text>")
     for size, x in ((first, _MARGIN + 12), (last, _MARGIN + wide - 48)):
         drawn.append(f'<text x="{x}" y="{floor + 18}" text-anchor="middle">{size:.1f} MB</text>')
     return _picture(_HEIGHT, "KL divergence from F16 by size, one point a type", drawn)
@@ -111,7 +111,7 @@ def _curves(
 
 def top1_by_stage(handovers: Sequence[Mapping[str, object]]) -> str:
     """A bar for each hand-over: the share of positions with the same top token."""
-    bars = [(str(one["to"]), one["top1"], bool(one["ok"])) for one in handovers]
+    bars = [(str(handover["to"]), handover["top1"], bool(handover["ok"])) for handover in handovers]
     known = [(name, share, ok) for name, share, ok in bars if isinstance(share, float)]
     if not known:
         return ""

@@ -42,9 +42,9 @@ def stages_for(ship: Resolved) -> tuple[Step, ...]:
         EvaluateStage(ship) if is_adapted and has_data and ship.heldout else None,
         CalibrateStage(ship) if recipe.export.is_calibrated else None,
         MergeStage(ship) if not makes_gguf else None,
-        *(ExportStage(one) for one in types if makes_gguf),
-        *(ModelfileStage(one) for one in types if makes_gguf),
-        *(VerifyStage(one) for one in types if makes_gguf),
+        *(ExportStage(quant) for quant in types if makes_gguf),
+        *(ModelfileStage(quant) for quant in types if makes_gguf),
+        *(VerifyStage(quant) for quant in types if makes_gguf),
         DeployAction(ship) if is_deployed else None,
         SmokeAction(ship) if is_deployed else None,
     )

@@ -116,11 +116,12 @@ class DataStage(ShipStage):
 def _of_sources(data: Data, sources: Sequence[Source]) -> Mapping[str, Sequence[Json]]:
     """What each source's rows depend on beside its files; a reader of one's own by its own text."""
     readers = [
-        inspect.getsource(inspect.unwrap(one.shape.reader)) if one.shape.reader else "" for one in sources
+        inspect.getsource(inspect.unwrap(source.shape.reader)) if source.shape.reader else ""
+        for source in sources
     ]
     return {
-        "data.format": [f"{one.format}{text}" for one, text in zip(data.sources, readers, strict=True)],
-        "data.columns": [dict(one.shape.columns) for one in sources],
-        "data.split": [one.split for one in sources],
-        "data.source.weight": [one.weight for one in sources],
+        "data.format": [f"{source.format}{text}" for source, text in zip(data.sources, readers, strict=True)],
+        "data.columns": [dict(source.shape.columns) for source in sources],
+        "data.split": [source.split for source in sources],
+        "data.source.weight": [source.weight for source in sources],
     }

@@ -103,7 +103,7 @@ class DeployAction(OfShip, Action):
             gpu_layers=deploy.gpu_layers,
             without_key=deploy.without_key,
             modelfile=_modelfile(results),
-            proof=(lambda one: compared.extend(prove_in_ollama(self.ship, talks, one)))
+            proof=(lambda trial: compared.extend(prove_in_ollama(self.ship, talks, trial)))
             if in_ollama
             else None,
         )
@@ -128,7 +128,7 @@ class DeployAction(OfShip, Action):
             endpoint.url,
             endpoint.model,
             settings.context_tokens,
-            sum(one.same for one in compared),
+            sum(kind.same for kind in compared),
             live,
             tuple(compared),
         )
@@ -171,10 +171,10 @@ def prove_prompts(ship: Resolved, endpoint: Endpoint, talks: Sequence[Talk]) -> 
     with Client(endpoint) as client:
         for talk in talks:
             expected = talk.prompt(ship.template)
-            found = client.apply_template(talk.messages, talk.tools)
-            if expected not in (found, bos + found):
-                raise _differs("prompt differs from training's at character", expected, found)
-            if (ids := client.tokenize(found, add_special=True)) != (trained := form.ids(expected)):
+            prompt = client.apply_template(talk.messages, talk.tools)
+            if expected not in (prompt, bos + prompt):
+                raise _differs("prompt differs from training's at character", expected, prompt)
+            if (ids := client.tokenize(prompt, add_special=True)) != (trained := form.ids(expected)):
                 raise _differs("token ids differ from training's at token", trained, ids)
             proved[talk.kind] += 1
     return [OfKind(kind, count, count) for kind, count in proved.items()]
@@ -217,8 +217,8 @@ def prove_in_ollama(ship: Resolved, talks: Sequence[Talk], endpoint: Endpoint) -
         )
         others = [talk for talk in talks if talk.kind != "text"]
         kinds = prove_kinds(server, endpoint.model, ship.template, others)
-    for one in kinds:
-        said = f"Ollama: prompts with {one.kind}: {one.same} of {one.prompts} are training's"
-        report.info(said) if one.same == one.prompts else report.warning(f"{said}: {one.why}")
+    for kind in kinds:
+        line = f"Ollama: prompts with {kind.kind}: {kind.same} of {kind.prompts} are training's"
+        report.info(line) if kind.same == kind.prompts else report.warning(f"{line}: {kind.why}")
     smoke_passes(ship.recipe, endpoint)
     return [OfKind("text", proved.prompts, proved.counted), *kinds]

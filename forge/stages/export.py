@@ -95,7 +95,7 @@ class ExportStage(OfType, GgufStage):
     def bytes_needed(self, inputs: Mapping[str, Artifact]) -> int:
         """An adapter of its own is written twice, in float32."""
         beside = self.ship.recipe.export.mode != "merged" and ADAPTER_STAGE in inputs
-        of_adapter = sum(one.bytes for one in inputs[ADAPTER_STAGE].outputs.values()) if beside else 0
+        of_adapter = sum(output.bytes for output in inputs[ADAPTER_STAGE].outputs.values()) if beside else 0
         return super().bytes_needed(inputs) + 2 * of_adapter
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> ExportFacts:
@@ -189,7 +189,7 @@ def _publish_gguf(target: Path, artifact: Artifact, published: str | None, other
     if published != artifact.digest and (adapter or adapter_beside(target).exists()):
         kept.discard(target)
     # The model goes before its adapter.
-    for old in sorted(set(target.parent.glob("*.gguf")) - kept, key=lambda one: one.name.endswith(BESIDE)):
+    for old in sorted(set(target.parent.glob("*.gguf")) - kept, key=lambda path: path.name.endswith(BESIDE)):
         old.unlink()
     for name, path in {**adapter, GGUF_FILE: target}.items():
         place(artifact, name, path, published)

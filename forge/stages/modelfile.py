@@ -103,7 +103,7 @@ class ModelfileStage(OfType, ShipStage):
             for name in (MODELFILE, MODELFILE_JINJA)
             if (out / name).exists()
         }
-        broken = [problem for name, one in written.items() for problem in stops.in_modelfile(one, name)]
+        broken = [problem for name, text in written.items() for problem in stops.in_modelfile(text, name)]
         require([*stops.in_gguf(header), *broken])
         refuse_other_sampling(header, self.ship.recipe.model.sampling.asked())
         same = compare(handed, header.chat_template or "", written.get(MODELFILE))

@@ -81,7 +81,7 @@ class TrainStage(AdapterStage):
         fields: dict[str, Json] = {}
         for name, value in self._train.model_dump(mode="json", exclude=_NOT_KEYED).items():
             if name == "lora":
-                fields |= {f"train.lora.{key}": one for key, one in value.items()}
+                fields |= {f"train.lora.{key}": item for key, item in value.items()}
             else:
                 fields[f"train.{name}"] = value
         if self._train.packing:

@@ -77,7 +77,7 @@ class VerifyStage(OfType, GgufStage):
         if self.ship.further_type:
             return {}
         verdict = certificate(self.ship, results[self.name].read(Measurement)).plain()
-        types = [_of_type(one, results) for one in of_each_type(self.ship)]
+        types = [_of_type(ship, results) for ship in of_each_type(self.ship)]
         return {"certificate": verdict, "certificate_reason": None, "types": types}
 
     def build(self, inputs: Mapping[str, Artifact], out: Path) -> Measurement:
@@ -174,12 +174,12 @@ def tell(certificate: Certificate) -> None:
     columns = ("hand-over", "", "NMSE", "KL mean", "KL max", "top-1")
     rows = [
         (
-            f"{one.before} → {one.after}",
-            "ok" if one.ok else "BROKEN",
-            *(f"{figure:.2g}" for figure in (one.nmse, one.kl_mean, one.kl_max)),
-            f"{one.top1:.2%}",
+            f"{handover.before} → {handover.after}",
+            "ok" if handover.ok else "BROKEN",
+            *(f"{figure:.2g}" for figure in (handover.nmse, handover.kl_mean, handover.kl_max)),
+            f"{handover.top1:.2%}",
         )
-        for one in certificate.handovers
+        for handover in certificate.handovers
     ]
     report.table("certificate", columns, rows)
     greedy = certificate.measurement.greedy

@@ -151,9 +151,9 @@ class Store:
         with hold(self.lock(stage, key), what=stage, run=run):
             finish_replacement(final)
             complete = _read(partial, stage, key) is not None  # killed just before its publication
-            found = self.find(stage, key)
-            if found and not (replace or complete):
-                return found
+            kept = self.find(stage, key)
+            if kept and not (replace or complete):
+                return kept
             if not complete:
                 head: dict[str, Json] = {"format": FORMAT, "stage": stage, "key": key, "request": request}
                 fill(partial, head, build, recorded or {})

@@ -73,9 +73,9 @@ def plan(store: Store) -> Garbage:
 
 def collect(store: Store, *, adapters: bool = False, partials: bool = False) -> Garbage:
     """Remove what no run uses, adapters and partial directories only when asked; what was removed."""
-    told = {"artifact", *(["adapter"] if adapters else []), *(["partial"] if partials else [])}
+    kinds = {"artifact", *(["adapter"] if adapters else []), *(["partial"] if partials else [])}
     garbage = plan(store)
-    removed = [item for item in garbage.items if item.kind in told and _remove(store, item)]
+    removed = [item for item in garbage.items if item.kind in kinds and _remove(store, item)]
     return Garbage(tuple(removed), garbage.used_bytes)
 
 

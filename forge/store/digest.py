@@ -57,15 +57,15 @@ def file_digest(path: Path, cache: DigestCache | None = None) -> str:
         known = cache.find(path, before) if cache else None
         if known:
             return known
-        found = _read(path, before.st_size)
+        sha256 = _read(path, before.st_size)
         after = path.stat()
     except OSError as failure:
         raise DataError(f"{path}: cannot be read: {failure.strerror}") from failure
     if _identity(before) != _identity(after):
         raise DataError(f"{path}: changed while it was read", hint="wait until it is written, then try again")
     if cache:
-        cache.remember(path, after, found)
-    return found
+        cache.remember(path, after, sha256)
+    return sha256
 
 
 def _read(path: Path, size: int) -> str:
@@ -73,12 +73,12 @@ def _read(path: Path, size: int) -> str:
     if size < _SHOWN_BYTES:
         return sha256_of(path)
     with path.open("rb") as stream:
-        found, done = hashlib.sha256(), 0
+        sha256, done = hashlib.sha256(), 0
         while block := stream.read(_BLOCK):
-            found.update(block)
+            sha256.update(block)
             done += len(block)
             report.advance(f"read {path.name}", done, max(size, done))
-        return found.hexdigest()
+        return sha256.hexdigest()
 
 
 def tree_digest(root: Path, paths: Iterable[Path | str], cache: DigestCache | None = None) -> str:
@@ -108,8 +108,8 @@ class DigestCache:
         """The digest of `path` if it still is the file it was."""
         if self._known is None:
             self._known = self._load()
-        identity, found = self._known.get(os.path.realpath(path), (None, None))
-        return found if identity == _identity(status) else None
+        identity, sha256 = self._known.get(os.path.realpath(path), (None, None))
+        return sha256 if identity == _identity(status) else None
 
     def remember(self, path: Path, status: os.stat_result, sha256: str) -> None:
         if time.time_ns() - status.st_mtime_ns < _SETTLED_NANOSECONDS:
@@ -134,10 +134,10 @@ class DigestCache:
         broken = 0
         for line in lines:
             try:
-                real, size, modified, inode, found = json.loads(line)
-                if not _SHA256.fullmatch(found):
-                    raise ValueError(found)
-                known[real] = ((int(size), int(modified), int(inode)), found)
+                real, size, modified, inode, sha256 = json.loads(line)
+                if not _SHA256.fullmatch(sha256):
+                    raise ValueError(sha256)
+                known[real] = ((int(size), int(modified), int(inode)), sha256)
             except (ValueError, TypeError):  # not JSON, not UTF-8, not what `_line` writes
                 broken += 1
         if not self.read_only and (broken or len(lines) > 2 * len(known) + 100):

@@ -75,8 +75,8 @@ def requests(store: Store, directory: Path) -> Mapping[str, Request]:
 
 def runs(store: Store) -> list[Run]:
     """All registered runs whose directory is there, by name."""
-    found = (_read(path) for path in (store.root / "runs").glob("*.json"))
-    present = [run for run in found if run and run.directory.is_dir()]
+    records = (_read(path) for path in (store.root / "runs").glob("*.json"))
+    present = [run for run in records if run and run.directory.is_dir()]
     return sorted(present, key=lambda run: (run.name, str(run.directory)))
 
 

@@ -52,8 +52,9 @@ class Engine:
             try:
                 self.api.images.build(path=str(directory), tag=name, rm=True, forcerm=True)
             except BuildError as failure:
-                said = [str(line.get("stream") or line.get("error") or "") for line in failure.build_log]
-                raise StageError(f"{name} was not built: {failure.msg}", hint="".join(said[-8:])) from failure
+                lines = [str(line.get("stream") or line.get("error") or "") for line in failure.build_log]
+                last = "".join(lines[-8:])
+                raise StageError(f"{name} was not built: {failure.msg}", hint=last) from failure
 
     def run(
         self,
@@ -170,10 +171,10 @@ def engine() -> Iterator[Engine]:
 
 
 def _address() -> str:
-    if told := os.environ.get("DOCKER_HOST"):
-        if told.startswith("unix://") and not Path(told.removeprefix("unix://")).is_socket():
-            raise MissingToolError(f"DOCKER_HOST is {told}, and no daemon is there", hint="start it")
-        return told
+    if host := os.environ.get("DOCKER_HOST"):
+        if host.startswith("unix://") and not Path(host.removeprefix("unix://")).is_socket():
+            raise MissingToolError(f"DOCKER_HOST is {host}, and no daemon is there", hint="start it")
+        return host
     own = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
     places = (
         "/var/run/docker.sock",
@@ -201,13 +202,13 @@ def _told() -> Iterator[None]:
     except NotFound:
         raise
     except (DockerException, requests.RequestException) as failure:
-        said = getattr(failure, "explanation", None) or failure
+        reason = getattr(failure, "explanation", None) or failure
         if isinstance(failure, requests.ConnectionError) or "Error while fetching" in str(failure):
             raise MissingToolError(
-                f"the container daemon does not answer: {said}",
+                f"the container daemon does not answer: {reason}",
                 hint="is docker (or podman's socket) running?",
             ) from failure
-        raise StageError(f"the container daemon refused: {said}") from failure
+        raise StageError(f"the container daemon refused: {reason}") from failure
 
 
 def docker_files() -> Path:

@@ -14,10 +14,10 @@ _OURS = "forge-ship"
 
 def foreign_forge() -> Path | None:
     """The `forge` that a shell would start, when that is not this installation's."""
-    found = shutil.which("forge")
-    if found is None or Path(found).resolve() in {script.resolve() for script in _our_scripts()}:
+    program = shutil.which("forge")
+    if program is None or Path(program).resolve() in {script.resolve() for script in _our_scripts()}:
         return None
-    return Path(found)
+    return Path(program)
 
 
 def _our_scripts() -> list[Path]:

@@ -77,24 +77,24 @@ def _download(directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
     command += ["--no-deps", "--no-binary", PACKAGE, f"{PACKAGE}=={VERSION}", "--dest", str(directory)]
     finished = process.run(command, on_line=report.detail)
-    found = sorted(directory.glob("*.tar.gz"))
-    if finished.status or not found:
+    archives = sorted(directory.glob("*.tar.gz"))
+    if finished.status or not archives:
         last = finished.output.strip().splitlines()[-1:] or ["no output"]
         raise MissingToolError(
             f"pip could not fetch {PACKAGE} {VERSION}: {last[0]}",
             hint="on a machine with network: pip download --no-deps --no-binary "
             f"{PACKAGE} {PACKAGE}=={VERSION}; then here: forge setup --from FILE",
         )
-    return found[0]
+    return archives[0]
 
 
 def _check(archive: Path) -> None:
     if not archive.is_file():
         raise DataError(f"{archive} does not exist")
-    found = sha256_of(archive)
-    if found != SDIST_SHA256:
+    digest = sha256_of(archive)
+    if digest != SDIST_SHA256:
         raise DataError(
-            f"{archive} is not the source archive of {PACKAGE} {VERSION}: its sha256 is {found}",
+            f"{archive} is not the source archive of {PACKAGE} {VERSION}: its sha256 is {digest}",
             hint=f"expected {SDIST_SHA256}",
         )
 

@@ -21,18 +21,18 @@ def libraries(program: Path) -> dict[str, Path]:
 
     A static program has none. Raises `DataError` for one of another machine or with a library missing.
     """
-    told = process.run(["ldd", str(program)])
-    if "not a dynamic executable" in told.output or "statically linked" in told.output:
+    listed = process.run(["ldd", str(program)])
+    if "not a dynamic executable" in listed.output or "statically linked" in listed.output:
         return {}
-    if told.status != 0:
-        raise DataError(f"{program} is no program of this machine: {told.output.strip()}")
-    found: dict[str, Path] = {}
-    for line in told.output.splitlines():
+    if listed.status != 0:
+        raise DataError(f"{program} is no program of this machine: {listed.output.strip()}")
+    libraries: dict[str, Path] = {}
+    for line in listed.output.splitlines():
         if match := _LINE.match(line):
             if match[2] == "not found":
                 raise DataError(f"{program} needs {match[1]}, which is not here")
-            found[match[1] or Path(match[2]).name] = Path(match[2])
-    return found
+            libraries[match[1] or Path(match[2]).name] = Path(match[2])
+    return libraries
 
 
 def backends(program: Path, needs: Mapping[str, Path]) -> dict[str, Path]:
@@ -41,15 +41,15 @@ def backends(program: Path, needs: Mapping[str, Path]) -> dict[str, Path]:
     They lie beside the program, or beside ggml's own libraries: one for each kind of processor, and of
     device. One that cannot be opened here, whose driver is missing say, is left out with a warning.
     """
-    found: dict[str, Path] = {}
-    places = {program.parent, *(one.parent for name, one in needs.items() if name.startswith("libggml"))}
+    brought: dict[str, Path] = {}
+    places = {program.parent, *(path.parent for name, path in needs.items() if name.startswith("libggml"))}
     # Distributions keep them in a directory of ggml's own.
     patterns = ("libggml-*.so", "ggml/*/libggml-*.so")
-    for one in sorted(one for place in places for pattern in patterns for one in place.glob(pattern)):
-        if any(name.startswith(one.name) for name in needs):
+    for path in sorted(path for place in places for pattern in patterns for path in place.glob(pattern)):
+        if any(name.startswith(path.name) for name in needs):
             continue  # the link that a linker follows to one that is linked to
         try:
-            found |= {**libraries(one), one.name: one}
+            brought |= {**libraries(path), path.name: path}
         except DataError as missing:
             report.warning(f"left out of what {program.name} brings along: {missing.message}")
-    return {name: path for name, path in found.items() if name not in needs}
+    return {name: path for name, path in brought.items() if name not in needs}

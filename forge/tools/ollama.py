@@ -36,7 +36,7 @@ _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 _SERVE = "start it with: ollama serve (https://ollama.com/download); --host or OLLAMA_HOST says where it is"
 
 
-Told = TypeVar("Told")
+Result = TypeVar("Result")
 
 # A letter, a byte, or a character by its number. https://pkg.go.dev/strconv#Quote
 _GO_ESCAPE = re.compile(r"\\(?:([abfnrtv\\\"'])|x([0-9a-f]{2})|u([0-9a-f]{4})|U(00[0-9a-f]{6}))")
@@ -52,18 +52,18 @@ def server_url(host: str | None = None) -> str:
 
     Raises `RecipeError` for what is no address.
     """
-    told = (host or os.environ.get("OLLAMA_HOST") or "").strip().strip("\"'")
-    scheme, found, rest = told.partition("://")
-    if not found:
-        scheme, rest = "http", told
-    usual = {"http": PORT if not found else 80, "https": 443}.get(scheme)
+    address = (host or os.environ.get("OLLAMA_HOST") or "").strip().strip("\"'")
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        scheme, rest = "http", address
+    usual = {"http": PORT if not separator else 80, "https": 443}.get(scheme)
     try:
         parts = urlsplit(f"//{rest}")
         port = parts.port or usual
     except ValueError:
         usual = None
     if usual is None:
-        raise RecipeError(f"{told!r} is not the address of a server", hint=f"such as 127.0.0.1:{PORT}")
+        raise RecipeError(f"{address!r} is not the address of a server", hint=f"such as 127.0.0.1:{PORT}")
     name = in_url(reachable(parts.hostname or "127.0.0.1"))
     return f"{scheme}://{name}:{port}{parts.path.rstrip('/')}"
 
@@ -100,22 +100,22 @@ class Ollama:
 
     def version(self) -> tuple[int, ...]:
         """Such as (0, 33, 0)."""
-        told = str(self._ask("GET", "/api/version", doing="asked its version").get("version", ""))
-        return tuple(int(number) for number in re.findall(r"\d{1,9}", told.partition("-")[0]))
+        version = str(self._ask("GET", "/api/version", doing="asked its version").get("version", ""))
+        return tuple(int(number) for number in re.findall(r"\d{1,9}", version.partition("-")[0]))
 
     def push(self, path: Path, label: str) -> str:
         """Make sure that it has the bytes of `path`; gives their digest. Shows progress under `label`."""
         digest = f"sha256:{_sha256(path, f'checksum of {label}')}"
         route = f"/api/blobs/{digest}"
         with self._failures(f"looked for {label}"):
-            found = self._http.head(route)
-        if found.status_code == 404:
+            answer = self._http.head(route)
+        if answer.status_code == 404:
             headers = {"Content-Length": str(path.stat().st_size)}
             with self._failures(f"took {label}"):
                 answer = self._http.post(route, content=_chunks(path, f"upload {label}"), headers=headers)
             _raise_for(answer.status_code, answer.content, f"took {label}")
         else:
-            _raise_for(found.status_code, b"", f"looked for {label}")
+            _raise_for(answer.status_code, b"", f"looked for {label}")
         return digest
 
     def create(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -129,10 +129,10 @@ class Ollama:
                 if not answer.is_success:
                     _raise_for(answer.status_code, answer.read(), doing)
                 for line in answer.iter_lines():
-                    told = _object(line.encode())
-                    if "error" in told:
-                        raise _error(200, str(told["error"]), doing)
-                    last = str(told.get("status", last))
+                    event = _object(line.encode())
+                    if "error" in event:
+                        raise _error(200, str(event["error"]), doing)
+                    last = str(event.get("status", last))
                     report.detail(f"ollama: {last}")
         if last != "success":
             raise OllamaError(f"Ollama broke off while it {doing}: its last word was {last!r}")
@@ -147,12 +147,12 @@ class Ollama:
         asked = _past_races(lambda: self._ask("GET", "/api/tags", doing="listed its models"))
         listed = asked.get("models") or []
         with _as_expected("listed its models"):
-            return next((str(one["digest"]) for one in listed if one["name"] == tagged), None)
+            return next((str(model["digest"]) for model in listed if model["name"] == tagged), None)
 
     def prompt(self, name: str, messages: Sequence[Mapping[str, Any]], **fields: Any) -> str:
         """The text that it would give to the model, by `_debug_render_only` (0.11.5 and later)."""
-        told = self.chat(name, messages, _debug_render_only=True, **fields)
-        shown = told.get("_debug_info")
+        answer = self.chat(name, messages, _debug_render_only=True, **fields)
+        shown = answer.get("_debug_info")
         if not isinstance(shown, dict) or "rendered_template" not in shown:
             raise OllamaError(
                 "this Ollama does not show its prompts, so nothing can be proved",
@@ -162,7 +162,7 @@ class Ollama:
 
     def chat(self, name: str, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Mapping[str, Any]:
         """The answer to a conversation, with `message`, `done_reason`, `prompt_eval_count`."""
-        body = {"model": name, "messages": [dict(one) for one in messages], "stream": False, **fields}
+        body = {"model": name, "messages": [dict(message) for message in messages], "stream": False, **fields}
         return self._ask("POST", "/api/chat", body, doing=f"answered as {name}")
 
     def unload(self, name: str) -> None:
@@ -208,7 +208,7 @@ _RACES = ("no such file", "model is required")
 _TRIES, _SECONDS_BETWEEN_TRIES = 6, 0.2
 
 
-def _past_races(ask: Callable[[], Told]) -> Told:
+def _past_races(ask: Callable[[], Result]) -> Result:
     """`ask` again where the server stumbled over what another client was doing."""
     for _ in range(_TRIES - 1):
         try:
@@ -252,9 +252,9 @@ def _unquoted(text: str) -> str:
         return bytes([int(byte, 16)]) if byte else chr(int(numbers[0] or numbers[1], 16)).encode()
 
     pieces, at = [], 1
-    for found in _GO_ESCAPE.finditer(text):
-        pieces += [text[at : found.start()].encode(), written(found)]
-        at = found.end()
+    for escape in _GO_ESCAPE.finditer(text):
+        pieces += [text[at : escape.start()].encode(), written(escape)]
+        at = escape.end()
     # Only bytes that are no text are written as \x80 and above.
     return b"".join([*pieces, text[at:-1].encode()]).decode("utf-8", "replace")
 
@@ -269,36 +269,36 @@ def _chunks(path: Path, label: str) -> Iterator[bytes]:
 
 
 def _sha256(path: Path, label: str) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         for chunk in _chunks(path, label):
-            found.update(chunk)
+            digest.update(chunk)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 def _object(content: bytes) -> Mapping[str, Any]:
     try:
-        told = json.loads(content)
+        payload = json.loads(content)
     except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict):
+        payload = None
+    if not isinstance(payload, dict):
         raise OllamaError(
             f"the server answered with something that is not JSON: {content[:80]!r}",
             hint=_NO_OLLAMA,
         )
-    return told
+    return payload
 
 
 def _raise_for(status: int, content: bytes, doing: str) -> None:
     if 200 <= status < 300:
         return
     try:
-        said = str(_object(content)["error"])
+        reason = str(_object(content)["error"])
     except (OllamaError, KeyError):
-        said = content[:200].decode("utf-8", "replace") or "no reason given"
-    raise _error(status, said, doing)
+        reason = content[:200].decode("utf-8", "replace") or "no reason given"
+    raise _error(status, reason, doing)
 
 
 def _error(status: int, reason: str, doing: str) -> OllamaError:

@@ -101,15 +101,15 @@ def reach(url: str, *, log: Path | None = None) -> Iterator[Ollama]:
 def _started(place: str, log: Path | None) -> Iterator[process.Child]:
     """`ollama serve`; what it says is read all the time, or it would wait for us, and goes to `log`."""
     with contextlib.ExitStack() as stack:
-        said = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
+        output = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
         child = stack.enter_context(
-            process.Child(["ollama", "serve"], log=said, environment={"OLLAMA_HOST": place})
+            process.Child(["ollama", "serve"], log=output, environment={"OLLAMA_HOST": place})
         )
 
         def hear() -> None:
             for line in child.lines():
-                if said:
-                    said.write(f"{line}\n")
+                if output:
+                    output.write(f"{line}\n")
 
         listener = threading.Thread(target=hear, daemon=True, name="ollama-serve")
         listener.start()

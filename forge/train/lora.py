@@ -176,17 +176,17 @@ def _targets(model: Any, targets: str | Sequence[str], layers: Sequence[int]) ->
     if targets in ("auto", "all-linear"):
         return "all-linear"
     if targets == "attention":
-        found = {
+        of_attention = {
             ".".join(name.split(".")[-2:])
             for name, module in model.named_modules()
             if _is_linear(module) and _ATTENTION.search(name.rpartition(".")[0])
         }
-        if not found:
+        if not of_attention:
             raise DataError(
                 "train.lora.targets: attention: no linear layer of this base is in a module of attention",
                 hint=f"name them; the linear layers are {', '.join(linear_names(model))}",
             )
-        return sorted(found)
+        return sorted(of_attention)
     return targets if isinstance(targets, str) else list(targets)
 
 

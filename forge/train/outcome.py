@@ -44,7 +44,7 @@ def fall_at_the_end(losses: Sequence[float], heldout: float) -> tuple[float, flo
     quarter = len(losses) // 4
     before, last = losses[-2 * quarter : -quarter], losses[-quarter:]
     was, now = sum(before) / quarter, sum(last) / quarter
-    spread = sum((one - was) ** 2 for one in before) + sum((one - now) ** 2 for one in last)
+    spread = sum((loss - was) ** 2 for loss in before) + sum((loss - now) ** 2 for loss in last)
     error = math.sqrt(2 * spread / (2 * quarter - 2) / quarter)
     falls = was - now > max(_STANDARD_ERRORS * error, _LEAST_FALL * was)
     return (was, now) if falls and now > _BY_HEART * heldout else None
