@@ -17,6 +17,7 @@ from forge.recipe.training import Lora
 from forge.train.evaluate import evaluate
 from forge.train.live import LivePage
 from forge.train.lora import adapted_modules, with_lora
+from forge.train.questions import Question
 from forge.train.request import Trained
 from forge.train.run import train
 from forge.verify.loader import Weights
@@ -189,6 +190,27 @@ def test_the_report_is_there_while_it_trains(base: Path, data: Path, tmp_path: P
     assert "refresh" not in seen[-1]
     assert seen[-1].count("<polyline") == 4
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
+
+
+def test_questions_are_answered_before_and_at_each_evaluation(
+    base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """I2: on the console, on the live page, and among the facts; asking changes no byte of the adapter."""
+    row = json.loads((data / "train.jsonl").read_text().splitlines()[0])
+    prompt = row["input_ids"][: row["labels"].count(-100)]
+    question = Question("There is bacon.", tuple(prompt), end_of_turn_id=2, pad_token_id=0)
+    changes = {"max_steps": 20, "evaluation_steps": 10, "learning_rate": 5e-3, "lora": R4}
+    given = arguments(base, data, tmp_path / "asked", **changes)
+    page = tmp_path / "report.html"
+    facts = train(replace(given, questions=(question,), page=page))
+    before, *answers = facts.answers
+    assert (before.step, [entry.step for entry in answers]) == (0, [10, 20])
+    assert before.texts[0] != answers[-1].texts[0] == row["messages"][-1]["content"]
+    assert f"train: step 20: There is bacon. → {answers[-1].texts[0]}" in capsys.readouterr().out
+    assert f"<dt>step 20</dt><dd>{answers[-1].texts[0]}</dd>" in page.read_text(encoding="utf-8")
+    train(arguments(base, data, tmp_path / "unasked", **changes))
+    adapters = [tmp_path / name / "adapter_model.safetensors" for name in ("asked", "unasked")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 def test_patience_ends_a_run(base: Path, data: Path, tmp_path: Path) -> None:

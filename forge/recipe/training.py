@@ -155,7 +155,9 @@ class Train(Section):
     )
     length_groups: bool = Field(False, description="batch rows of about one length: less padding")
     evaluation_steps: Positive | None = Field(
-        None, description="measure the held-out rows every so many steps while training; never when unset"
+        None,
+        description="measure the held-out rows, and ask the smoke queries, every so many steps; "
+        "never when unset",
     )
     patience: Positive | None = Field(
         None, description="stop after so many evaluations in a row that are no better; never when unset"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from forge import report, worker
@@ -14,6 +14,7 @@ from forge.errors import MissingToolError
 from forge.model.estimate import lora_parameters
 from forge.pipeline.stage import Result
 from forge.recipe.schema import Train
+from forge.resolve.queries import queries_in
 from forge.resolve.rehearsal import rehearse
 from forge.resolve.stage import ShipStage, installed
 from forge.runs.files import ADAPTER, REPORT
@@ -24,6 +25,7 @@ from forge.train.checkpoints import MARKER
 from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import moves_base
 from forge.train.memory import choose_batch
+from forge.train.questions import Question
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train
 
@@ -157,5 +159,18 @@ class TrainStage(AdapterStage):
             rows=ship.rows_to_add_to,
             page=ship.run_directory / REPORT,
             trust_remote_code=ship.runs_own_code,
+            questions=tuple(self._questions()) if self._train.evaluation_steps else (),
         )
         return worker.perform(train, request, log=ship.log)
+
+    def _questions(self) -> Iterator[Question]:
+        """The smoke queries as the model is prompted with them (I2)."""
+        ship = self.ship
+        for query in queries_in(ship.recipe):
+            prompt = ship.template.render(query.messages, add_generation_prompt=True, tools=query.tools)
+            yield Question(
+                query.messages[-1]["content"],
+                tuple(ship.prompt_format.ids(prompt)),
+                ship.prompt_format.end_of_turn_id,
+                ship.pad_token_id,
+            )

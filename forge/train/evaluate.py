@@ -22,6 +22,7 @@ from forge.data.tokens import IGNORED
 from forge.train.arithmetic import Arithmetic
 from forge.train.hardware import choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of, load_base
+from forge.train.questions import greedy
 
 _SHORT_TOKENS = 64
 _MOST_ANSWERS = 100
@@ -114,7 +115,6 @@ def evaluate(request: EvaluateRequest) -> Evaluated:
         # peft loads the adapter's rows into these, so that the base is measured with them too.
         model.resize_token_embeddings(resized, mean_resizing=False)
     model = peft.PeftModel.from_pretrained(model, str(request.adapter)).eval()
-    model.config.use_cache = True
     tokenizer = Tokenizer.from_file(str(request.tokenizer / "tokenizer.json"))
     # A plain text asks nothing, so nothing answers it.
     asked = [row for row in rows if row["messages"]]
@@ -220,26 +220,14 @@ def _expected(row: PreparedRow) -> Sequence[int]:
 
 
 def _answers(model: Any, batch: Sequence[PreparedRow], tokenizer: Any, request: EvaluateRequest) -> list[str]:
-    """Greedy answers; prompts are padded on the left, as generation needs (pitfall 29)."""
-    import torch
-    import transformers
-
-    prompts = [list(row["input_ids"][: _prompt_length(row)]) for row in batch]
-    width = max(map(len, prompts))
-    pad = request.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    greedy = transformers.GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max(len(_expected(row)) for row in batch) + 8,
-        eos_token_id=request.end_of_turn_id,
-        pad_token_id=pad,
+    answers = greedy(
+        model,
+        [row["input_ids"][: _prompt_length(row)] for row in batch],
+        longest=max(len(_expected(row)) for row in batch) + 8,
+        end_of_turn_id=request.end_of_turn_id,
+        pad_token_id=request.pad_token_id,
     )
-    with torch.inference_mode():
-        out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
-        )
-    return [str(text) for text in tokenizer.decode_batch(out[:, width:].tolist(), skip_special_tokens=True)]
+    return [str(text) for text in tokenizer.decode_batch(answers, skip_special_tokens=True)]
 
 
 def _exact(

@@ -1,6 +1,6 @@
 """The report of a run while it trains: one page that loads itself again, drawn from the training log.
 
-The ship's own report takes its place at the end. Runs in a worker. Not covered: evaluations' answers.
+The ship's own report takes its place at the end. Runs in a worker.
 """
 
 from __future__ import annotations
@@ -8,16 +8,18 @@ from __future__ import annotations
 import html
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.files import write_text
 from forge.train.log import Evaluation, Step
+from forge.train.questions import Asked
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
 _SECONDS_BETWEEN = 3.0
 _MOST_POINTS = 400
+_MOST_ANSWERS = 8
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{refresh}<title>{name}: training</title>
 <style>body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; }}
@@ -34,8 +36,8 @@ Points = Sequence[tuple[float, float]]
 class LivePage:
     """Writes the page at `path`, no more often than every few seconds; nothing where there is no path."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._written = path, 0.0
+    def __init__(self, path: Path | None, asked: Asked) -> None:
+        self._path, self._asked, self._written = path, asked, 0.0
         self._steps: list[Step] = []
         self._began = (0.0, 0)
 
@@ -78,10 +80,20 @@ class LivePage:
             refresh=again,
             name=html.escape(self._path.parent.name),
             state=html.escape(f"{text}; written at {time.strftime('%H:%M:%S')}"),
-            pictures="\n".join(pictures),
+            pictures="\n".join([*pictures, *self._answers()]),
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self._path, page)
+
+    def _answers(self) -> Iterator[str]:
+        """Of each question what was answered before training, and at the last evaluations."""
+        answers = self._asked.answers
+        for number, question in enumerate(self._asked.questions):
+            yield f"<h2>{html.escape(question.text)}</h2>\n<dl>"
+            for entry in [*answers[:1], *answers[1:][-_MOST_ANSWERS:]]:
+                when = f"step {entry.step}" if entry.step else "before training"
+                yield f"<dt>{when}</dt><dd>{html.escape(entry.texts[number])}</dd>"
+            yield "</dl>"
 
     def _curve(self, value_of: Callable[[Step], float | None]) -> Points:
         """A value by step, thinned to what a picture shows; the last always."""

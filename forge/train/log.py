@@ -32,7 +32,15 @@ class Evaluation:
     loss: float
 
 
-Entry = TypeVar("Entry", Step, Evaluation)
+@dataclass(frozen=True)
+class Answers:
+    """What the model answered to each of the recipe's questions after a step; step 0 is before training."""
+
+    step: int
+    texts: tuple[str, ...]
+
+
+Entry = TypeVar("Entry", Step, Evaluation, Answers)
 
 
 def read_log(path: Path, kind: type[Entry]) -> list[Entry]:
@@ -43,7 +51,7 @@ def read_log(path: Path, kind: type[Entry]) -> list[Entry]:
     return [from_plain(kind, json.loads(line), is_strict=False) for line in lines]
 
 
-def append(path: Path, entry: Step | Evaluation) -> None:
+def append(path: Path, entry: Step | Evaluation | Answers) -> None:
     with path.open("a", encoding="utf-8") as stream:
         stream.write(_line(entry))
 
@@ -55,5 +63,5 @@ def keep_until(path: Path, step: int, kind: type[Entry]) -> list[Entry]:
     return kept
 
 
-def _line(entry: Step | Evaluation) -> str:
+def _line(entry: Step | Evaluation | Answers) -> str:
     return json.dumps(to_plain(entry)) + "\n"

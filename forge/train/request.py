@@ -8,8 +8,9 @@ from pathlib import Path
 
 from forge.recipe.training import Train
 from forge.train.arithmetic import Arithmetic
-from forge.train.log import Evaluation
+from forge.train.log import Answers, Evaluation
 from forge.train.model import BaseSettings
+from forge.train.questions import Question
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class TrainRequest:
 
     `batch_size` and `max_length` are numbers here whatever the recipe's section leaves open; `rows` is how
     many the embedding gets where tokens are added; `trackers` is where the trackers leave their files, `page`
-    the report that shows the run while it trains.
+    the report that shows the run while it trains. `questions` are asked before training and at each
+    evaluation.
     """
 
     base: Path
@@ -36,6 +38,7 @@ class TrainRequest:
     rows: int | None = None
     page: Path | None = None
     trust_remote_code: bool = False
+    questions: tuple[Question, ...] = ()
 
     @property
     def loading(self) -> BaseSettings:
@@ -67,3 +70,5 @@ class Trained:
     resumed_from: str | None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    questions: tuple[str, ...] = ()
+    answers: tuple[Answers, ...] = ()

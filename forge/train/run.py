@@ -35,6 +35,7 @@ from forge.train.lora import (
 )
 from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
+from forge.train.questions import Asked
 from forge.train.request import Trained, TrainRequest
 from forge.train.save import save_adapter
 from forge.train.watch import Best, peak_bytes, watcher
@@ -118,6 +119,8 @@ def train(request: TrainRequest) -> Trained:
         resumed_from=checkpoint.name if checkpoint else None,
         seconds=None if checkpoint else watch.seconds,
         peak_memory_bytes=peak_bytes(),
+        questions=tuple(question.text for question in watch.asked.questions),
+        answers=tuple(watch.asked.answers),
     )
 
 
@@ -133,6 +136,7 @@ def _short_names(modules: Sequence[str]) -> Mapping[str, int]:
 
 
 def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
+    import tokenizers
     import transformers
     import trl
 
@@ -153,12 +157,18 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     if settings.evaluation_steps and not heldout:
         raise DataError("train.evaluation_steps: there are no held-out rows", hint="set data.eval")
     work = request.out / "work"
+    asked = Asked(
+        work / "answers.jsonl",
+        request.questions if settings.evaluation_steps else (),
+        tokenizers.Tokenizer.from_file(str(request.tokenizer / "tokenizer.json")),
+    )
     watch = watcher(
         work / "training.jsonl",
         settings.checkpoint_minutes * 60,
         Best(work, settings.patience),
+        asked,
         vocabulary=model.config.get_text_config().vocab_size,
-        page=LivePage(request.page),
+        page=LivePage(request.page, asked),
     )
 
     class Trainer(trl.SFTTrainer):  # type: ignore[misc]

@@ -21,6 +21,7 @@ from forge.model.memory import peak_memory
 from forge.train.checkpoints import seal
 from forge.train.live import LivePage
 from forge.train.log import Evaluation, Step, append, keep_until
+from forge.train.questions import Asked
 
 PROGRESS = "train"
 _TRY = (
@@ -89,7 +90,9 @@ def _trained(model: Any) -> list[tuple[str, Any]]:
     return [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
 
 
-def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int, page: LivePage) -> Any:
+def watcher(
+    log: Path, checkpoint_seconds: float, best: Best, asked: Asked, *, vocabulary: int, page: LivePage
+) -> Any:
     """A `TrainerCallback`: log lines to `log`, a checkpoint every so often, at each best and on SIGTERM."""
     import transformers
 
@@ -97,7 +100,7 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
         stopping = False
 
         def __init__(self) -> None:
-            self.log, self.best = log, best
+            self.log, self.best, self.asked = log, best, asked
             self.saved = time.monotonic()
             self.losses = Losses(vocabulary)
             self.pace = _Pace()
@@ -107,8 +110,9 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
         def is_patience_spent(self) -> bool:
             return best.is_patience_spent
 
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
             best.go_on_from(state.global_step)
+            asked.begin(state.global_step, model)
             page.begin(state, keep_until(log, state.global_step, Step), best.evaluations)
             self.began = time.monotonic()
 
@@ -136,6 +140,7 @@ def watcher(log: Path, checkpoint_seconds: float, best: Best, *, vocabulary: int
                 f"perplexity {math.exp(min(loss, 50)):.4g}"
                 + ("" if best.step == state.global_step else f" (best: step {best.step})")
             )
+            asked.ask(state.global_step, model)
             if best.is_patience_spent:
                 report.info(f"train: no better since step {best.step}: stopping early")
                 control.should_training_stop = True
