@@ -131,7 +131,7 @@ def test_an_output_layer_left_behind_is_refused(bases: Mapping[str, Path], tmp_p
         lambda: validate(ValidateRequest(base, adapter)),
         lambda: export_of(base, adapter, tmp_path / "out"),
     ):
-        with pytest.raises(DataError, match="resized the embedding or the output layer alone") as refused:
+        with pytest.raises(DataError, match="resized only the embedding or only the output layer") as refused:
             of()
         assert "both in modules_to_save" in refused.value.hint
 

@@ -72,7 +72,7 @@ def test_no_daemon_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 def test_layers_on_a_gpu_without_cuda_are_refused_before_an_image_is_made(settings: ServerSettings) -> None:
-    with pytest.raises(RecipeError, match=r"forge-llama-server:.* runs on the CPU alone"):
+    with pytest.raises(RecipeError, match=r"forge-llama-server:.* runs on the CPU only"):
         with serve_container(replace(settings, gpu_layers=5)):
             raise AssertionError("it served")
 

@@ -259,7 +259,7 @@ def test_web_pages_of_others_may_not_ask_unless_told(model: Path, asked: str, al
 def test_layers_on_a_gpu_that_is_not_there_are_refused(model: Path) -> None:
     """A flag that cannot be honoured is refused; the wheel has no GPU code."""
     for layers in (-1, 5):
-        with pytest.raises(RecipeError, match="runs on the CPU alone"):
+        with pytest.raises(RecipeError, match="runs on the CPU only"):
             with serve_embedded(ServerSettings(model, "m", 512, threads=1, gpu_layers=layers)):
                 raise AssertionError("it served")
     with serve_embedded(ServerSettings(model, "m", 512, threads=1, gpu_layers=0)) as endpoint:

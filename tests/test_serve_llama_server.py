@@ -91,7 +91,7 @@ def test_what_goes_wrong_is_told_in_its_own_words(compiled: ServerSettings, tmp_
         server.kill()
         with Client(endpoint) as client, pytest.raises(GoneError, match="killed by signal 9"):
             client.chat(HELLO)
-    with pytest.raises(RecipeError, match="runs on the CPU alone"):
+    with pytest.raises(RecipeError, match="runs on the CPU only"):
         with serve_llama_server(replace(compiled, gpu_layers=5)):
             raise AssertionError("it served")
     assert not own_servers()

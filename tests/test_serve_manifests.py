@@ -129,7 +129,7 @@ def test_layers_on_a_gpu_without_cuda_are_refused(
     settings: ServerSettings, kind: str, image: str | None
 ) -> None:
     assert "nvidia" not in manifest(kind, replace(settings, image=image))
-    with pytest.raises(RecipeError, match="runs on the CPU alone") as refused:
+    with pytest.raises(RecipeError, match="runs on the CPU only") as refused:
         manifest(kind, replace(settings, image=image, gpu_layers=-1))
     assert refused.value.hint.endswith(f"--image {CUDA_IMAGE}")
 

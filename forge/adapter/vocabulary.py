@@ -5,8 +5,8 @@ beside the factors (`save_embedding_layers`, `modules_to_save`), or beside the r
 (`trainable_token_indices`). The tuned model has as many rows as they have, and the tokenizer is the
 adapter's own.
 
-Many small bases have one tensor for embedding and output layer. peft trains a copy of each, or one alone,
-unless it is told to keep them tied and can: the tuned model has two, and is written so. In one tensor both
+Many small bases have one tensor for embedding and output layer. peft trains a copy of each, or only one,
+unless it is asked to keep them tied and can: the tuned model has two, and is written so. In one tensor both
 would change. Rows of tokens it keeps tied, unless the output layer has rows of its own.
 """
 
@@ -127,7 +127,7 @@ def _resized_rows(adapter: Adapter, base: Mapping[str, TensorSpec]) -> int | Non
     if len(set(after.values())) > 1:
         rows = ", ".join(f"{count} of {name.rpartition('.')[0]}" for name, count in after.items())
         raise DataError(
-            f"the adapter resized the embedding or the output layer alone: rows are {rows}", hint=_BOTH
+            f"the adapter resized only the embedding or only the output layer: rows are {rows}", hint=_BOTH
         )
     return next(iter(after.values()))
 

@@ -34,7 +34,7 @@ SystemPolicy = Literal["turn", "held", "dropped", "refused"]
 
 
 class NotInferredError(DataError):
-    """The template does something that a ChatFormat cannot say; the message tells what."""
+    """The template does something that a ChatFormat cannot say; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _suffix(template: ChatTemplate, gaps: Sequence[_Gap], role: str) -> str:
 
 
 def _system_suffix(gaps: Sequence[_Gap], answer_suffix: int) -> str:
-    """What follows a system text; only the user comes after it, whose usual prefix is told by later turns."""
+    """What follows a system text; only the user comes after it, whose usual prefix later turns show."""
     texts = [gap.text for gap in gaps if gap.before == "system"]
     usual = next(gap.text for gap in gaps if (gap.before, gap.after) == ("assistant", "user"))[answer_suffix:]
     if usual and all(text.endswith(usual) for text in texts):

@@ -1,6 +1,6 @@
 """Where a chat template is read from: a model's directory, a GGUF file, or a `.jinja` file.
 
-Of several named templates the default one is taken, and the others are told.
+Of several named templates the default one is taken, and the others are named.
 
 Not covered: hub ids.
 """
@@ -46,7 +46,7 @@ def read_source(path: Path, *, bos: str | None = None, eos: str | None = None) -
     missing = [name for name in ("bos_token", "eos_token") if name in text and name not in tokens]
     if missing and path.suffix == ".jinja":
         raise DataError(
-            f"{path}: the template writes {' and '.join(missing)}, which a .jinja file does not tell",
+            f"{path}: the template writes {' and '.join(missing)}, which a .jinja file does not say",
             hint="give them: --bos '<s>' --eos '</s>' (an empty text for none)",
         )
     if add_bos is None:

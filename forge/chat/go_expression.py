@@ -141,7 +141,7 @@ def _length(value: object) -> int:
     if isinstance(value, str):
         return len(value.encode())
     if not isinstance(value, tuple):
-        raise GoTemplateError("len is taken of texts and lists alone")
+        raise GoTemplateError("len takes only texts and lists")
     return len(value)
 
 

@@ -226,7 +226,7 @@ def _loop(
     def run(scope: Scope, written: _Written) -> None:
         values = over(scope)
         if not isinstance(values, tuple):
-            raise GoTemplateError("range goes over lists alone")
+            raise GoTemplateError("range takes only lists")
         for number, value in enumerate(values):
             written.step()
             bound = {index: number, item: value}

@@ -1,4 +1,4 @@
-"""All that Ollama is told of a model, as one value: for its Modelfiles and for the import over HTTP.
+"""All that Ollama needs to know of a model, as one value: for its Modelfiles and for the import over HTTP.
 
 Two ways, both with every stop and the context written out: `go`, a TEMPLATE where `format_check` proved
 one, for any server; `jinja`, the GGUF's own template, for servers since 0.30. Sampling is what the recipe
@@ -83,7 +83,7 @@ class HandOver:
         )
 
     def with_parameters_of(self, modelfile: Modelfile) -> HandOver:
-        """The same template with the stops, context, sampling and licences that a Modelfile tells."""
+        """The same template with the stops, context, sampling and licences that a Modelfile sets."""
         others = {key: value for key, value in modelfile.parameters.items() if key not in ("stop", "num_ctx")}
         context = modelfile.parameters.get("num_ctx", self.context_tokens)
         return replace(
@@ -175,7 +175,7 @@ def hand_over_of(path: Path, *, bos: str | None = None, eos: str | None = None) 
 
 
 def _most_positions(directory: Path) -> int | None:
-    """The model's; None for a directory that has the tokenizer alone, or a model of no known kind."""
+    """The model's; None for a directory that has only the tokenizer, or a model of no known kind."""
     try:
         return read_configuration(directory).max_positions
     except DataError:
@@ -268,7 +268,7 @@ class LeftOut:
         return f"left out, since no Modelfile can hold it: {', '.join(lines)}; forge import hands it over"
 
     def put_back(self, modelfile: Modelfile) -> Modelfile:
-        """The Modelfile with all that was meant: nothing to write, all that a server must be told."""
+        """The Modelfile with all that was meant: nothing to write, all that a server must know."""
         stops = {"stop": (*modelfile.stops, *self.stops)} if self.stops else {}
         return replace(
             modelfile,

@@ -44,7 +44,7 @@ class ModelfileError(DataError):
 class Modelfile:
     """What a Modelfile says. `base` is its FROM; `parameters` by name, `stop` as a tuple of texts.
 
-    `notes` tell what the reader would do in silence: a parameter that is ignored, a value that a later
+    `notes` say what the reader would do in silence: a parameter that is ignored, a value that a later
     one replaces.
     """
 

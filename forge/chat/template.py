@@ -56,7 +56,7 @@ class ChatTemplate:
     """A Jinja chat template with the special tokens and the variables that it is given.
 
     `variables` are fixed for the model's whole life: the same at training, export and serving.
-    `today` (ISO date) is what `strftime_now` tells.
+    `today` (ISO date) is what `strftime_now` gives.
     """
 
     source: str

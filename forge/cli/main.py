@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluate": "Measure what was learned on held-out rows.",
     "export": "Make the GGUF: a recipe's, or of any base and adapter.",
     "verify": "Prove that a GGUF is its base and adapter: a recipe's, or anybody's.",
-    "repair": "Mend the metadata of somebody's GGUF in a verified copy.",
+    "repair": "Fix the metadata of somebody's GGUF in a verified copy.",
     "modelfile": "Write the Modelfile of any model, or those of a recipe.",
     "template": "Turn a chat template into a Go template, and prove it.",
     "deploy": "Start the server of a recipe and compare its prompts.",

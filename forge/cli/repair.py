@@ -35,7 +35,7 @@ def command(
     imatrix: Path | None,
     out: Path | None,
 ) -> None:
-    """Mend in a copy what the metadata of GGUF has wrong: all that needs no new weights.
+    """Fix in a copy what the metadata of GGUF has wrong: all that needs no new weights.
 
     Chat template, BOS, EOS and EOT, pre-tokenizer, tokens and their types, the architecture's numbers,
     sampling and licence become those of --base (and --adapter). The copy gets its name once it is

@@ -10,8 +10,8 @@ from forge.cli.options import common
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--bos", help="The BOS token, where PATH does not tell.")
-@click.option("--eos", help="The EOS token, where PATH does not tell.")
+@click.option("--bos", help="The BOS token, where PATH does not say.")
+@click.option("--eos", help="The EOS token, where PATH does not say.")
 @click.option("--check", "modelfile", type=click.Path(path_type=Path), help="A Modelfile to hold against it.")
 @common
 def command(path: Path, bos: str | None, eos: str | None, modelfile: Path | None) -> None:

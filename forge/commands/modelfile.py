@@ -46,7 +46,7 @@ def write_modelfile(
     comments = "".join(f"# {line}\n" for line in remarks)
     beside = adapter_beside(Path(base))
     if adapter is None and beside.is_file():
-        # Of a directory both are meant; who names the file alone is told.
+        # Of a directory both are meant; who names only the file gets a note.
         adapter = str(beside) if target.is_dir() else None
         report.warning(f"{beside.name} lies beside it: {'both are' if adapter else 'it is not'} named")
     text = comments + render(written.modelfile(way, base, adapter=adapter))

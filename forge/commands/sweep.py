@@ -135,7 +135,7 @@ def _plans(sweep: Sweep) -> list[dict[str, bool]]:
             planned = plan_quietly(combination.loaded, sweep.until).stages
             plans.append({stage.name: stage.cached for stage in planned})
         except ForgeError as failure:
-            # What is wrong with all of them is told once.
+            # What is wrong with all of them is reported once.
             faults = failure.problems or (Problem(failure.message),)
             problems = {**dict.fromkeys(faults, combination.name), **problems}
             hints[failure.hint] = None

@@ -38,7 +38,7 @@ from forge.verify.verdict import Certificate, judge
 class Files:
     """A GGUF, and what it should have been made of.
 
-    `lora` is the adapter's own GGUF where `gguf` is the base alone; `merge_base` (original or nf4) what the
+    `lora` is the adapter's own GGUF where `gguf` is only the base; `merge_base` (original or nf4) what the
     adapter was merged into; `merged` a merged checkpoint on the way; `imatrix` the importance matrix that
     `gguf` was rounded by. `trained_in_4bit`: the adapter saw the base in NF4.
     """

@@ -1,4 +1,4 @@
-"""Rows of one file, told by its content: JSON in its layouts, tables, Parquet, Arrow, text; packed or not.
+"""Rows of one file, recognized by its content: JSON in its layouts, tables, Parquet, Arrow, text; packed too.
 
 The suffix only decides where the content says nothing. Not covered: streaming; all rows are read into
 memory.

@@ -81,7 +81,7 @@ class PreparedRow(TypedDict):
 
 @dataclass(frozen=True)
 class Shown:
-    """A row as the model sees it, with ⟦what carries loss⟧, and that alone."""
+    """A row as the model sees it, with ⟦what carries loss⟧, and only that."""
 
     text: str
     masked: str

@@ -16,7 +16,7 @@ def split(
     """(training, held-out). `share` under 1 is a fraction of the rows, else their number.
 
     Rows that say the same stay on one side (pitfall 63). Which side depends on the text and the
-    seed alone, so adding a row to the data moves no other row by chance of order. Raises `DataError`
+    seed only, so adding a row to the data moves no other row by chance of order. Raises `DataError`
     when no row is left to train on.
     """
     wanted = round(share * len(conversations)) if share < 1 else int(share)

@@ -59,7 +59,7 @@ def encode_all(
 ) -> list[Encoded]:
     """Encode every row, or raise one `DataError` that names every row which cannot be.
 
-    A row is several where the template rewrites earlier turns (`Encoded.notes` of each tells).
+    A row is several where the template rewrites earlier turns (`Encoded.notes` of each says so).
     `bad` says how many may be left out instead.
     """
     problems: list[Problem] = []
@@ -259,7 +259,7 @@ def _of(texts: _Texts, length: int, begins_answer: bool) -> str:
 
 
 def _up_to(conversation: Conversation, index: int) -> Conversation:
-    """The conversation that ends with the answer at `index`, which alone carries loss."""
+    """The conversation that ends with the answer at `index`, the only one that carries loss."""
     before = (
         replace(turn, trained=False) if turn.role == "assistant" else turn
         for turn in conversation.turns[:index]

@@ -81,11 +81,11 @@ def repair(request: Repair) -> Repaired:
     if beyond := tuple(_beyond(header, converted)):
         return Repaired((), beyond)
     theirs, ours = _metadata(request.gguf), _metadata(work / "header.gguf")
-    mended = _mended(theirs, ours, header.architecture)
-    changes = tuple(_changes(theirs, mended))
+    fixed = _fixed(theirs, ours, header.architecture)
+    changes = tuple(_changes(theirs, fixed))
     if changes:
         report.info(f"{len(changes)} of {len(theirs)} metadata keys are not those of the base")
-        _write(converted, header, request.out, mended)
+        _write(converted, header, request.out, fixed)
         read_gguf(request.out)
     return Repaired(changes, ())
 
@@ -136,7 +136,7 @@ def _metadata(path: Path) -> Metadata:
     }
 
 
-def _mended(theirs: Metadata, ours: Metadata, architecture: str) -> Metadata:
+def _fixed(theirs: Metadata, ours: Metadata, architecture: str) -> Metadata:
     """The file's metadata in its order, with what the base decides as the base has it."""
     decided = (*_OURS, *{f"{name}." for name in (architecture, ours["general.architecture"].value)})
 
@@ -152,11 +152,11 @@ def _mended(theirs: Metadata, ours: Metadata, architecture: str) -> Metadata:
     return {**kept, **same, **{name: ours[name] for name in ours if is_ours(name) and name not in kept}}
 
 
-def _changes(theirs: Metadata, mended: Metadata) -> list[Change]:
-    names = [name for name in {**theirs, **mended} if name != _LAID_OUT_ANEW]
+def _changes(theirs: Metadata, fixed: Metadata) -> list[Change]:
+    names = [name for name in {**theirs, **fixed} if name != _LAID_OUT_ANEW]
     changes = []
     for name in names:
-        before, after = theirs.get(name), mended.get(name)
+        before, after = theirs.get(name), fixed.get(name)
         if before is None or after is None or before.value != after.value:
             changes.append(Change(name, *_shown(before and before.value, after and after.value)))
     return changes

@@ -70,7 +70,7 @@ class Pending:
 
     @property
     def source(self) -> LazyTensor | None:
-        """The tensor of the checkpoint, where the converter left its values and their order alone."""
+        """The tensor of the checkpoint, where the converter left its values and their order as they are."""
         made_of = getattr(self.data, "_args", ())
         source: LazyTensor | None = made_of[0].__dict__.get("forge_source") if made_of else None
         return source

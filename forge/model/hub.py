@@ -1,6 +1,6 @@
 """The one edge with the Hugging Face Hub: a repository's files, pinned to a commit, on this disk.
 
-`huggingface_hub` does the work (its cache, its token, its retries); here it is told which files to
+`huggingface_hub` does the work (its cache, its token, its retries); here it is given which files to
 take, its progress goes to `report`, the disk is checked first, and its exceptions become errors
 that say what to do. A broken connection is resumed where it broke; a later run takes up after the
 last finished file.

@@ -1,4 +1,4 @@
-"""A download that tells `report` how far it is and ends soon after Ctrl-C.
+"""A download that reports how far it is and ends soon after Ctrl-C.
 
 Not covered: limiting the bandwidth.
 """
@@ -32,7 +32,7 @@ def download(label: str, total: int, work: Callable[[type[Any]], str]) -> str:
 
 
 def _bar(label: str, total: int, stopped: threading.Event) -> type[Any]:
-    """A progress bar for huggingface_hub that draws nothing and tells `report` instead."""
+    """A progress bar for huggingface_hub that draws nothing and calls `report` instead."""
     lock = threading.Lock()
     done = 0
 

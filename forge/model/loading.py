@@ -37,7 +37,7 @@ def configuration_in(directory: Path, *, trust_remote_code: bool = False) -> Any
     """transformers' configuration of the base in `directory`, as every model of it is to be made.
 
     A multimodal one that ties embedding and output layer ties them in its text model too: transformers takes
-    the text part alone, which often does not say so, and would start with a random output layer.
+    only the text part, which often does not say so, and would start with a random output layer.
     """
     import transformers
 

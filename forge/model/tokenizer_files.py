@@ -28,11 +28,11 @@ NAMES = ("bos", "eos", "pad", "unk")
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """The tokenizer of a base, as far as its files tell.
+    """The tokenizer of a base, as far as its files say.
 
     `tokens` and `ids` have the keys `bos`, `eos`, `pad`, `unk` (a token that is not set is left out).
     `eos_ids` are all ids that end a reply: those of generation_config.json and the tokenizer's EOS.
-    `model_max_length` is in tokens, never more than the model's positions; None if nothing tells.
+    `model_max_length` is in tokens, never more than the model's positions; None if nothing says.
     `chat_template` is the default one; `templates` has all by name. `vocabulary_size` is
     `len(tokenizer)`. `sentencepiece` is the base's `tokenizer.model`, which some converters need.
     """

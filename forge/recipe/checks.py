@@ -91,7 +91,7 @@ def missing_files(root: Node, directory: Path) -> Iterator[Finding]:
 
 
 def lacks_data(root: Node) -> bool:
-    """Whether something is to be trained and no data is named (told before the schema looks)."""
+    """Whether something is to be trained and no data is named (reported before the schema looks)."""
     train, data = root.child("train"), root.child("data")
     value = {} if train is None else train.value
     trains = isinstance(value, dict) and "from" not in value

@@ -1,6 +1,6 @@
 """The recipe's field table in Markdown, made from the schema.
 
-Not covered: rules that hold between fields; a recipe that breaks one is told so.
+Not covered: rules that hold between fields; a recipe that breaks one is refused.
 """
 
 from __future__ import annotations

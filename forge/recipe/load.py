@@ -78,7 +78,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) 
 
 
 def _failure(path: Path, problems: Iterable[Problem]) -> RecipeError:
-    """The file's problems first and in its order; the same one is told once."""
+    """The file's problems first and in its order; the same one is reported once."""
     ordered = sorted(dict.fromkeys(problems), key=lambda problem: (not problem.line, problem.line))
     count = "1 problem" if len(ordered) == 1 else f"{len(ordered)} problems"
     return RecipeError(f"{count} in the recipe {path}", problems=ordered, hint="correct it and run again")

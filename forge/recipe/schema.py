@@ -114,7 +114,7 @@ class Data(Section):
     format: DataFormat = Field(
         "auto",
         description="shape of the rows: " + ", ".join(DATA_FORMATS) + ", or `module:function` of your own; "
-        "`auto` tells it from their columns",
+        "`auto` reads it off their columns",
     )
     columns: Columns = Field(Columns(), description="which columns play which part")
     roles: dict[str, Literal["system", "user", "assistant", "tool"]] = Field(

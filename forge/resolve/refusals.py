@@ -70,7 +70,7 @@ def _warn_of_other_base(ship: Resolved, adapter: Adapter) -> None:
 
 
 def _check_targets(ship: Resolved) -> None:
-    """Names that fit no module, told before training; matched as peft does, whole or behind a dot.
+    """Names that fit no module, reported before training; matched as peft does, whole or behind a dot.
 
     Left to peft where transformers joins the experts' tensors under names that no file has; those of
     experts and routers are refused.

@@ -2,7 +2,7 @@
 
 Everything that a stage's request depends on is settled here, before anything runs: which base at
 which commit, whose tokenizer, which template with which variables, which data. So bad input is
-told at once, and `forge plan` needs no more than this.
+reported at once, and `forge plan` needs no more than this.
 """
 
 from __future__ import annotations

@@ -33,13 +33,13 @@ def find_run(name: str) -> Path:
 def find_model(name: str) -> tuple[Path, Path | None]:
     """The GGUF that a run or a path stands for, and a run's own adapter to serve with it.
 
-    Of a run with several types it is the one that its recipe names first. A path is that file alone. Raises
+    Of a run with several types it is the one that its recipe names first. A path is only that file. Raises
     `DataError`, also for a run whose adapter is gone: the base that is left is not what was trained.
     """
     path = Path(name)
     if path.suffix == ".gguf" or path.is_file():
         if adapter_beside(path).is_file():
-            report.warning(f"{path.name} is taken alone, without {adapter_beside(path).name} beside it")
+            report.warning(f"{path.name} is taken by itself, without {adapter_beside(path).name} beside it")
         return path.absolute(), None
     directory = find_run(name)
     manifest = read_manifest(directory)
@@ -57,6 +57,6 @@ def find_model(name: str) -> tuple[Path, Path | None]:
     if exported.mode == "adapter":
         raise DataError(
             f"{adapter} is gone, and {model.name} without it is the base",
-            hint="forge ship its recipe again; or name the file, for the base alone",
+            hint="forge ship its recipe again; or name the file, for only the base",
         )
     return model, None

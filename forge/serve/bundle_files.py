@@ -14,7 +14,7 @@ from forge.serve.runtime import ServerSettings
 
 _START = """\
 #!/bin/sh
-# Serves {name} on this computer alone. Another port: PORT=9000 ./start.sh; more: ./start.sh --help
+# Serves {name} on this computer only. Another port: PORT=9000 ./start.sh; more: ./start.sh --help
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 {waiting}
@@ -24,7 +24,7 @@ exec "$here/linux/lib/{loader}" --library-path "$here/linux/lib" "$here/linux/ll
 
 _START_PYTHON = """\
 #!/bin/sh
-# Serves {name} on this computer alone. Another port: PORT=9000 ./start.sh
+# Serves {name} on this computer only. Another port: PORT=9000 ./start.sh
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 {waiting}

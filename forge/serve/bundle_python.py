@@ -56,7 +56,7 @@ print(json.dumps({name: file for name, file in files.items() if file}))
 """
 
 _SERVE = '''\
-"""Serves {name} on this computer alone; PORT=9000 is another port. No network is asked."""
+"""Serves {name} on this computer only; PORT=9000 is another port. No network is asked."""
 
 import os
 import secrets
@@ -77,7 +77,7 @@ settings = ServerSettings(
 )
 key = secrets.token_urlsafe(32)
 with front_server.bound(settings) as listener:
-    # For the front alone, which has the key.
+    # Only for the front, which has the key.
     behind = [("hostnames", ["127.0.0.1"]), ("port", 0), ("api_keys", [key])]
     server = start(
         {{

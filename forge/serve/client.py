@@ -111,7 +111,7 @@ class Client:
     def next_tokens(self, ids: Sequence[int], count: int) -> list[tuple[int, float]]:
         """The most likely next ids after `ids` with their natural log-probabilities, before sampling.
 
-        Empty where the first of them is no whole character: llama-server then tells nothing.
+        Empty where the first of them is no whole character: llama-server then says nothing.
         """
         body = {
             "prompt": list(ids),

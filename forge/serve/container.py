@@ -77,7 +77,7 @@ def uses_gpu(settings: ServerSettings) -> bool:
         return settings.gpu_layers != 0
     if settings.gpu_layers:
         raise RecipeError(
-            f"layers on the GPU are asked for, and the image {image} runs on the CPU alone",
+            f"layers on the GPU are asked for, and the image {image} runs on the CPU only",
             hint=f"leave --gpu-layers out, or name one with CUDA: --image {CUDA_IMAGE}",
         )
     return False
@@ -101,7 +101,7 @@ def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, 
     mounts = {model: settings.model, **adapters}
     command = arguments(ready.with_threads(settings), model=model, adapters=tuple(adapters))
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
-    # Its directory is ours alone; the user inside the container, another one, must read the file.
+    # Only we can enter its directory; the user inside the container, another one, must read the file.
     key_file = private / "api-key"
     key_file.write_text(key + "\n", encoding="utf-8")
     key_file.chmod(0o444)

@@ -1,7 +1,7 @@
 """What OpenAI's clients ask that llama-server answers otherwise, or in silence not at all.
 
 * A tool that must be called (`tool_choice`: `required`, or a function by name) where the model's template
-  knows no tools: the tools are told in the system message, a JSON schema holds the answer to one call, and
+  knows no tools: the tools are listed in the system message, a JSON schema holds the answer to one call, and
   the answer is written as OpenAI writes calls.
 * `/v1/completions` with `logprobs` as a number, in the shape of completions, and with `echo`: the prompt's
   own log-probabilities are asked position by position, which takes the time of one token each.

@@ -31,7 +31,7 @@ _CHOSEN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repea
 class Expected(Protocol):
     """What a server should say after `ids`: its `top` tokens with their log-probabilities.
 
-    `shift`: the KL divergence of what its settings alone move.
+    `shift`: the KL divergence of what its settings cause by themselves.
     """
 
     @property

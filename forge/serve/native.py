@@ -27,7 +27,7 @@ _IGNORED = ("top_k", "min_p")
 
 
 def names_version(payload: object) -> bool:
-    """Whether the answer of `VERSION` is such as Ollama's; others imitate it, `greets` tells."""
+    """Whether the answer of `VERSION` is such as Ollama's; others imitate it; see `greets`."""
     return isinstance(payload, dict) and isinstance(payload.get("version"), str)
 
 

@@ -39,7 +39,7 @@ from forge.tools.ollama_server import reach, watch
 
 # More than any model has.
 _ALL_LAYERS = 999
-_LOOK = "Ollama's own log tells more; too little memory is a common reason"
+_LOOK = "Ollama's own log says more; too little memory is a common reason"
 
 Used = Way | Literal["guessed"]
 
@@ -98,7 +98,7 @@ def serve_ollama(settings: ServerSettings, *, log: Path | None = None) -> Iterat
 
 
 def _refuse(settings: ServerSettings) -> None:
-    """Raise `RecipeError` for what a server that is not ours cannot be told."""
+    """Raise `RecipeError` for what cannot be set in a server that is not ours."""
     refuse_foreign("ollama", settings)
     others = {
         "CORS setting": (settings.cors_origins, "set OLLAMA_ORIGINS where the server starts"),
@@ -274,7 +274,7 @@ def prove_prompts(
     """Raises `PromptsDifferError` at the first prompt that differs.
 
     `writes_bos`: whether its text begins with the template's BOS; None where either may be, since
-    llama-server sees to one BOS. `count` tells how many tokens each prompt should have: then the server
+    llama-server sees to one BOS. `count` gives how many tokens each prompt should have: then the server
     counts them too, where a second BOS would show: of the first prompt after a fresh load exactly as
     many, of the others no more, since it may count only what it had not kept from the one before. It
     gives nothing where it cannot tell.

@@ -25,7 +25,7 @@ _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 # A model of many gigabytes on a slow disk.
 _SECONDS_TO_LOAD = 1800.0
 _SECONDS_BETWEEN = 0.05
-# A load under this is nobody's; above it, this long a look tells.
+# A load under this is nobody's; above it, this long a look decides.
 _BUSY = 0.75
 _SECONDS_TO_LOOK = 0.25
 
@@ -151,7 +151,7 @@ def refuse_cpu(settings: ServerSettings, device: str) -> None:
     """Raise `RecipeError` when layers on a GPU were asked for and none are there."""
     if settings.gpu_layers and device == "CPU":
         raise RecipeError(
-            f"{settings.gpu_layers} layers on the GPU were asked for, but the server runs on the CPU alone",
+            f"{settings.gpu_layers} layers on the GPU were asked for, but the server runs on the CPU only",
             hint="leave --gpu-layers out, or serve with a llama-server that was built for your GPU",
         )
 

@@ -39,7 +39,7 @@ STREAM_HEADERS = {"Connection": "close"}
 _SECONDS_TO_DIE = 2.0
 _SECONDS_BETWEEN = 0.25
 
-# Answers that tell about one request. The rest (401, 403, 404, ...) would meet every other one too.
+# Answers that are about one request. The rest (401, 403, 404, ...) would meet every other one too.
 _ABOUT_THE_REQUEST = frozenset({400, 413, 422})
 _OVERFLOW = "exceed_context_size_error"
 _START_IT = "is it serving? start it with: forge serve MODEL"
@@ -247,7 +247,7 @@ def choose_model(url: str, names: Sequence[str], wanted: str | None) -> str:
         raise MissingToolError(f"{url} serves no model", hint="load one there first")
     if not wanted:
         return names[0]
-    # Ollama's list shows the tag of a name that was told without one.
+    # Ollama's list shows the tag of a name that was given without one.
     for name in (wanted, f"{wanted}:latest"):
         if name in names:
             return name

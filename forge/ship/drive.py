@@ -114,7 +114,7 @@ def _keep(target: Resolved) -> str:
     if any(served.name == name for served in detached.running(served_directory())):
         report.info(f"{name} was being served before this ship; it is stopped")
         detached.stop(served_directory(), name)
-    # A recipe's host is told where it is another than the usual one; else Ollama is where OLLAMA_HOST says.
+    # A recipe's host counts where it is another than the usual one; else Ollama is where OLLAMA_HOST says.
     host = None if deploy.host == DEFAULT_HOST else deploy.host
     wish = Wish(
         str(target.run_directory), runtime=deploy.runtime, host=host, port=deploy.port,

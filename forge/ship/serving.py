@@ -78,7 +78,7 @@ def settings(wish: Wish) -> ServerSettings:
         embeddings=wish.embeddings,
         program=wish.program,
         image=wish.image,
-        # Ollama alone takes one; a file that cannot be read is no reason to serve nothing elsewhere.
+        # Only Ollama takes one; a file that cannot be read is no reason to serve nothing elsewhere.
         modelfile=read_run_modelfile(run) if run and wish.runtime == "ollama" else None,
     )
     refuse_foreign(wish.runtime, chosen)
@@ -91,7 +91,7 @@ def _port_of(wish: Wish) -> int:
     if wish.runtime == "ollama":
         from forge.tools import ollama
 
-        # It listens already: where the host is told on its usual port, else where OLLAMA_HOST says.
+        # It listens already: where the host is set on its usual port, else where OLLAMA_HOST says.
         return wish.port or (ollama.PORT if wish.host else 0)
     return PORT if wish.port is None else wish.port
 

@@ -25,7 +25,7 @@ _SHOWN = 600  # characters of the first row
 
 
 class DataStage(ShipStage):
-    """Rows to ids and loss mask; every problem of the data is told here, before anything long."""
+    """Rows to ids and loss mask; every problem of the data is reported here, before anything long."""
 
     name = DATA_STAGE
     rank = 40

@@ -69,7 +69,7 @@ def server_url(host: str | None = None) -> str:
 
 
 def address_of(host: str, port: int) -> str | None:
-    """For `server_url`, of a host and a port as every runtime has them; 0 is no port told.
+    """For `server_url`, of a host and a port as every runtime has them; 0 is no port.
 
     None, which leaves it to OLLAMA_HOST, where neither is another than the usual one.
     """
@@ -199,7 +199,7 @@ class Ollama:
         except httpx.TransportError as broken:
             raise OllamaError(
                 f"Ollama at {self.url} broke off while it {doing} ({broken})",
-                hint="its own log tells more; a full disk and too little memory are common reasons",
+                hint="its own log says more; a full disk and too little memory are common reasons",
             ) from broken
 
 

@@ -44,7 +44,7 @@ def _can_start(url: str) -> bool:
 
 
 class _Watch:
-    """For `Endpoint.why_gone`: empty while a server is there, however slow, or away for a restart alone."""
+    """For `Endpoint.why_gone`: empty while a server is there, however slow, or away only for a restart."""
 
     def __init__(self, server: Ollama) -> None:
         self._server = server
@@ -67,7 +67,7 @@ class _Watch:
             self._missed += 1
             return
         except StageError:
-            pass  # busy, or just breaking off: the next look tells
+            pass  # busy, or just breaking off: the next look shows
         self._missed = 0
 
 

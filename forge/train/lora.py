@@ -266,7 +266,7 @@ def _tied_names(model: Any) -> Collection[str]:
 
 
 def _refuse_factors(targets: str | Sequence[str], tied: Collection[str]) -> None:
-    """Factors would move one of two tied tensors alone: some families have no place for a second."""
+    """Factors would move only one of two tied tensors: some families have no place for a second."""
     if isinstance(targets, str):
         wrong = [name for name in tied if re.fullmatch(targets, name)]
     else:

@@ -41,7 +41,7 @@ from forge.train.save import save_adapter
 from forge.train.watch import Best, peak_bytes, watcher
 
 _INITIAL = "initial"
-# Of the packages that follow a run, where each is told to leave its files.
+# Of the packages that follow a run, where each is to leave its files.
 _TRACKER_DIRECTORIES = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR"}
 
 

@@ -123,7 +123,7 @@ def watcher(
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.stopping or time.monotonic() - self.saved > checkpoint_seconds:
                 control.should_save = True
-            if self.stopping:  # left alone otherwise: the last step sets it too
+            if self.stopping:  # left as it is otherwise: the last step sets it too
                 control.should_training_stop = True
             elif args.eval_steps and state.global_step >= state.max_steps:
                 control.should_evaluate = True

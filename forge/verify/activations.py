@@ -61,7 +61,7 @@ def squares(path: Path, rows: Sequence[Sequence[int]]) -> Mapping[str, tuple[Any
 
 
 class _Watch:
-    """llama.cpp's callback: it is asked which operations matter, then told that they are done."""
+    """llama.cpp's callback: it is asked which operations matter, then called when they are done."""
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[Any, Any]] = {}

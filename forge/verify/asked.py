@@ -1,4 +1,4 @@
-"""What a GGUF answers to the rows' prompts: as the file alone, and as a server should. Runs in a worker."""
+"""What a GGUF answers to the rows' prompts: the file by itself, and as a server should. Runs in a worker."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ class Greedy:
 class Expected:
     """What a server should say after `ids`: its `top` tokens with their log-probabilities.
 
-    `shift`: the KL divergence of what its settings alone move.
+    `shift`: the KL divergence of what its settings cause by themselves.
     """
 
     ids: tuple[int, ...]

@@ -26,7 +26,7 @@ _AGAIN = "the file is damaged, or another program's: make or download it again"
 
 
 Watch = Callable[[int, bool, object], bool]
-"""Asked of each operation, by the address of its tensor, whether it matters, and told when it is done."""
+"""Asked of each operation, by the address of its tensor, whether it matters, and called when it is done."""
 
 
 class ServedModel:

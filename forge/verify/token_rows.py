@@ -1,6 +1,6 @@
 """Whether a file's rows of tokens are those that peft has, one by one. Runs in a worker.
 
-Logits say little of one row among many: a token that was trained alone is rarely sampled, and moves one of a
+Logits say little of one row among many: a token that alone was trained is rarely sampled, and moves one of a
 hundred thousand probabilities. So rows of the embedding and of the output layer are compared themselves:
 every one that the adapter changed, where these are few, and a spread of all.
 

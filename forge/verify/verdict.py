@@ -9,7 +9,7 @@ A mixture of experts, of whose routers rounding turns near ties, is held to the 
 positions and at a quarter of those of every stretch of the rows, to those of a conversion or to llama.cpp's
 own quantized file position by position; the weights that can be looked up must say nothing else.
 
-Not covered: in a mixture, a fault in few experts alone or at few tokens alone, for the experts' own
+Not covered: in a mixture, a fault in only a few experts or at only a few tokens, for the experts' own
 weights are mostly not looked up; the live server (deploy judges that), and what was learned (evaluate does).
 """
 
@@ -266,7 +266,7 @@ def _warnings(measured: Measurement) -> list[str]:
             f"rounding turned near ties between experts: {leg.beyond:.1%} of the positions are "
             f"beyond NMSE {FAR_NMSE:g} ({leg.nmse:.2g} over all); half of all and a quarter of "
             "every stretch of the rows are within, and the weights that could be looked up are right; the "
-            "experts' mostly could not: a fault in few of them alone would not show"
+            "experts' mostly could not: a fault in only a few of them would not show"
         )
     norm = _norm(measured)
     if norm and norm.worse:
