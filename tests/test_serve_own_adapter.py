@@ -147,7 +147,7 @@ def test_switched_adapters_wait_for_a_request(run: Path) -> None:
 def test_a_bundle_brings_it_and_passes_its_smoke_test(run: Path, tmp_path: Path) -> None:
     """R5: the archive's own start script and smoke test, whose expected answer the base would not give."""
     out = tmp_path / "yoda.tar"
-    bundle(str(run), out, str(llama_server()))
+    bundle(str(run), out)
     with tarfile.open(out) as opened:
         opened.extractall(tmp_path / "there", filter="data")
     root = tmp_path / "there" / "yoda"

@@ -11,15 +11,10 @@ from forge.cli.options import common
 @click.command()
 @click.argument("target")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The archive: .tar or .tar.gz.")
-@click.option(
-    "--llama-server",
-    "program",
-    help="A llama-server of your own to put in; default: the one that forge's wheel carries.",
-)
 @click.option("--context", type=click.IntRange(64), help="Context in tokens.")
 @common
-def command(target: str, out: Path, program: str | None, context: int | None) -> None:
+def command(target: str, out: Path, context: int | None) -> None:
     """Pack TARGET, a run or a GGUF file, with a server for a computer without network or GPU."""
     from forge.commands.bundle import bundle
 
-    report.result(bundle(target, out, program, context))
+    report.result(bundle(target, out, context))

@@ -23,7 +23,6 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ,.;:!?'()-]+")
 def bundle(
     target: str,
     out: Path,
-    program: str | None = None,
     context: int | None = None,
 ) -> Mapping[str, object]:
     """Write the archive; gives the contract's fields. The smoke question is the run's own first."""
@@ -43,7 +42,7 @@ def bundle(
         expect=expect,
         files={path.name: path for path in modelfiles if path.is_file()},
     )
-    size = write_bundle(contents, out.absolute(), program=program)
+    size = write_bundle(contents, out.absolute())
     report.success(f"wrote {out}: {size / 1e6:.1f} MB")
     return {"bundle": str(out.absolute()), "bytes": size}
 

@@ -12,21 +12,18 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from forge.errors import DataError, MissingToolError, RecipeError
+from forge.errors import DataError, RecipeError
 from forge.files import sha256_of, work_beside
 from forge.serve import bundle_files, bundle_python
 from forge.serve.runtime import ServerSettings
-from forge.tools.native import backends, libraries
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_LOADER = "ld-linux"
 
 
 @dataclass(frozen=True)
@@ -47,11 +44,11 @@ class Contents:
     adapter: Path | None = None
 
 
-def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -> int:
+def write_bundle(contents: Contents, out: Path) -> int:
     """Write the archive and give its size in bytes; it appears whole or not at all.
 
-    `program` is a llama-server to put in; default: the server that the wheel carries, behind forge's front
-    door. Raises `RecipeError`, `DataError`, or `MissingToolError` without a server.
+    The server is the one that the wheel carries, behind forge's front door. Raises `RecipeError`,
+    `DataError`, or `MissingToolError` where that server cannot run.
     """
     if not out.name.endswith(SUFFIXES):
         raise RecipeError(f"--out {out}: a bundle is a {' or '.join(SUFFIXES[:2])} file")
@@ -65,9 +62,9 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
     settings = ServerSettings(
         contents.model, contents.name, contents.context_tokens, parallel=1, adapter=adapter
     )
-    served, loader = _program(program) if program else bundle_python.files(settings)
-    files |= served
-    files |= bundle_files.texts(settings, contents.files, loader=loader, is_program=program is not None)
+    server, loader = bundle_python.files(settings)
+    files |= server
+    files |= bundle_files.texts(settings, contents.files, loader=loader)
     files["LICENCES.txt"] = bundle_files.licences(contents.licence)
     files["smoke.json"] = json.dumps(
         {"messages": [{"role": "user", "content": contents.question}], "max_tokens": 64, "temperature": 0}
@@ -80,25 +77,6 @@ def write_bundle(contents: Contents, out: Path, *, program: str | None = None) -
         except OSError as failure:
             raise DataError(f"{out} cannot be written: {failure.strerror}") from failure
     return out.stat().st_size
-
-
-def _program(name: str) -> tuple[dict[str, Path | str], str]:
-    """The llama-server `name` with its libraries, by their places in the bundle; and the loader's name."""
-    path = shutil.which(name)
-    if path is None:
-        raise MissingToolError(
-            f"there is no program {name} to put into the bundle", hint="name a llama-server, or leave it out"
-        )
-    real = Path(path).resolve()
-    needs = libraries(real)
-    loaders = [library for library in needs if library.startswith(_LOADER)]
-    if len(loaders) != 1:
-        raise DataError(f"{real} is no Linux program with shared libraries", hint="give another llama-server")
-    brought = {**backends(real, needs), **needs}
-    inside: dict[str, Path | str] = {
-        f"linux/lib/{library}": path.resolve() for library, path in brought.items()
-    }
-    return {"linux/llama-server": real, **inside}, loaders[0]
 
 
 def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
@@ -114,7 +92,7 @@ def _write(name: str, files: Mapping[str, Path | str], out: Path) -> None:
 
 def _add(archive: tarfile.TarFile, inside: str, source: Path | str) -> None:
     member = tarfile.TarInfo(inside)
-    runs = inside.endswith((".sh", "llama-server", "bin/python3")) or "/linux/lib/" in inside
+    runs = inside.endswith((".sh", "bin/python3")) or "/linux/lib/" in inside
     member.mode = 0o755 if runs else 0o644
     if isinstance(source, str):
         content = source.encode()

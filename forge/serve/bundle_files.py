@@ -5,24 +5,12 @@ The scripts are for Linux and use what every such system has (`sh`, and curl or 
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Collection, Iterator
 
 from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
-from forge.serve.options import arguments
 from forge.serve.runtime import ServerSettings
 
 _START = """\
-#!/bin/sh
-# Serves {name} on this computer only. Another port: PORT=9000 ./start.sh; more: ./start.sh --help
-set -eu
-here=$(cd "$(dirname "$0")" && pwd)
-{waiting}
-exec "$here/linux/lib/{loader}" --library-path "$here/linux/lib" "$here/linux/llama-server" \\
-    {flags} --host 127.0.0.1 --port "${{PORT:-8080}}" "$@"
-"""
-
-_START_PYTHON = """\
 #!/bin/sh
 # Serves {name} on this computer only. Another port: PORT=9000 ./start.sh
 set -eu
@@ -110,25 +98,20 @@ CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 _SYSTEM = """
 The libraries in linux/lib are those of the system that packed this: the GNU C library (LGPL 2.1),
 GCC's run-time libraries (GPL 3 with the run-time exception) and what else the server asks for. They
-are separate files, unchanged, and may be replaced. Where there is a linux/bin/python3, it and its standard
-library are under the licence of the Python Software Foundation; its packages bring theirs.
+are separate files, unchanged, and may be replaced. linux/bin/python3 and its standard library are under the
+licence of the Python Software Foundation; its packages bring theirs.
 """
 
 
-def texts(
-    settings: ServerSettings, modelfiles: Collection[str], *, loader: str, is_program: bool
-) -> dict[str, str]:
-    """File name -> text. The server is a llama-server program, or this Python with the wheel's."""
-    start = _START if is_program else _START_PYTHON
+def texts(settings: ServerSettings, modelfiles: Collection[str], *, loader: str) -> dict[str, str]:
+    """File name -> text."""
     return {
         "smoke.sh": _SMOKE,
-        "start.sh": start.format(
-            name=settings.alias, loader=loader, flags=_flags(settings), waiting=_WAITING
-        ),
+        "start.sh": _START.format(name=settings.alias, loader=loader, waiting=_WAITING),
         "README.txt": _README.format(
             name=settings.alias, elsewhere="\n".join(_elsewhere(settings, modelfiles))
         ),
-    }  # fmt: skip
+    }
 
 
 def _elsewhere(settings: ServerSettings, modelfiles: Collection[str]) -> Iterator[str]:
@@ -141,13 +124,6 @@ def _elsewhere(settings: ServerSettings, modelfiles: Collection[str]) -> Iterato
     yield f"  llama.cpp's own release: llama-server -m {model} -c {settings.context_tokens}{lora}"
     if not settings.adapter:
         yield f"  LM Studio: lms import --user-repo forge/{name} {model}"
-
-
-def _flags(settings: ServerSettings) -> str:
-    """llama-server's flags in a shell script that knows where it is."""
-    adapters = ["$here/" + settings.adapter.name] if settings.adapter else []
-    flags = arguments(settings, model="$here/" + settings.model.name, adapters=adapters)
-    return " ".join(f'"{flag}"' if flag.startswith("$here/") else shlex.quote(flag) for flag in flags)
 
 
 def licences(model: str) -> str:

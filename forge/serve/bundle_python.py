@@ -1,8 +1,7 @@
 """The server that the wheel carries, as a program of its own: this Python, llama-server's library, the front.
 
-For a bundle where no llama-server program is at hand: the interpreter, its standard library, the packages
-that serving loads, and every shared library of them. Nothing of it has to be installed, and the front door
-stands before it as before every server of forge.
+The interpreter, its standard library, the packages that serving loads, and every shared library of them.
+Nothing of it has to be installed, and the front door stands before it as before every server of forge.
 
 Not covered: another processor or libc than this machine's kind; interpreters of macOS and Windows.
 """

@@ -1,15 +1,14 @@
 """What a native program needs to run elsewhere: the shared libraries that the loader finds for it here.
 
-Linux only. Of the libraries that a program opens by name while it runs: ggml's backends, no others.
+Linux only. Not covered: libraries that a program opens by name while it runs.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-from forge import process, report
+from forge import process
 from forge.errors import DataError
 
 # `libm.so.6 => /lib/x86_64-linux-gnu/libm.so.6 (0x...)`, or the loader: `/lib64/ld-linux... (0x...)`.
@@ -33,23 +32,3 @@ def libraries(program: Path) -> dict[str, Path]:
                 raise DataError(f"{program} needs {match[1]}, which is not here")
             libraries[match[1] or Path(match[2]).name] = Path(match[2])
     return libraries
-
-
-def backends(program: Path, needs: Mapping[str, Path]) -> dict[str, Path]:
-    """ggml's backends that `program` opens by name, with the libraries that they need besides `needs`.
-
-    They lie beside the program, or beside ggml's own libraries: one for each kind of processor, and of
-    device. One that cannot be opened here, whose driver is missing say, is left out with a warning.
-    """
-    brought: dict[str, Path] = {}
-    places = {program.parent, *(path.parent for name, path in needs.items() if name.startswith("libggml"))}
-    # Distributions keep them in a directory of ggml's own.
-    patterns = ("libggml-*.so", "ggml/*/libggml-*.so")
-    for path in sorted(path for place in places for pattern in patterns for path in place.glob(pattern)):
-        if any(name.startswith(path.name) for name in needs):
-            continue  # the link that a linker follows to one that is linked to
-        try:
-            brought |= {**libraries(path), path.name: path}
-        except DataError as missing:
-            report.warning(f"left out of what {program.name} brings along: {missing.message}")
-    return {name: path for name, path in brought.items() if name not in needs}
