@@ -41,6 +41,8 @@ from forge.train.save import save_adapter
 from forge.train.watch import Best, peak_bytes, watcher
 
 _INITIAL = "initial"
+# With less than this free, a write that torch could not finish found the disk full.
+_FULL_BYTES = 1 << 20
 # Of the packages that follow a run, where each is to leave its files.
 _TRACKER_DIRECTORIES = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR"}
 
@@ -51,6 +53,7 @@ def train(request: TrainRequest) -> Trained:
     Checkpoints live in `out/work`, which the store keeps when the run is killed. Raises `StageError` on
     divergence or lack of memory or disk, `InterruptedByUserError` on SIGTERM, after a checkpoint.
     """
+    import safetensors
     import torch
 
     settings, out = request.settings, request.out
@@ -72,8 +75,8 @@ def train(request: TrainRequest) -> Trained:
             hint="in this order: train.method: qlora, train.gradient_checkpointing: true, "
             "a smaller train.batch_size with more gradient_accumulation, a shorter train.max_length",
         ) from error
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        if not _is_of_full_disk(error, out):
             raise
         raise StageError(
             "train: the disk is full: a checkpoint could not be written",
@@ -122,6 +125,13 @@ def train(request: TrainRequest) -> Trained:
         questions=tuple(question.text for question in watch.asked.questions),
         answers=tuple(watch.asked.answers),
     )
+
+
+def _is_of_full_disk(error: Exception, directory: Path) -> bool:
+    """Whether a checkpoint failed for want of room: Python, safetensors and torch each say so otherwise."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        return True
+    return "inline_container" in str(error) and shutil.disk_usage(directory).free < _FULL_BYTES
 
 
 def _mean_loss(log: Path) -> float:
