@@ -68,11 +68,14 @@ def ship(
     from_stage: str | None = None,
     until: str | None = None,
     retrain: bool = False,
+    locked: bool = False,
 ) -> Fields:
     """Run the whole pipeline. Raises `CheckError` where something does not hold, with its certificate."""
     from forge.ship import drive
 
-    return drive.ship(load(recipe, overrides), from_stage=from_stage, until=until, retrain=retrain)
+    return drive.ship(
+        load(recipe, overrides), from_stage=from_stage, until=until, retrain=retrain, locked=locked
+    )
 
 
 def train(recipe: Recipe, overrides: Mapping[str, object] | None = None) -> Fields:

@@ -140,11 +140,12 @@ def family(child: Child) -> list[int]:
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Every process on this machine that uses the store `home`."""
+    """Every process on this machine that uses the store `home`, but what renders this process's templates."""
     found = []
     for one in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if one.pid != os.getpid() and one.environ().get("FORGE_HOME") == str(home):
+            renders_here = "forge.chat.render_process" in one.cmdline() and one.ppid() == os.getpid()
+            if one.pid != os.getpid() and one.environ().get("FORGE_HOME") == str(home) and not renders_here:
                 found.append(one)
     return found
 

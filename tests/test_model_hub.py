@@ -320,3 +320,22 @@ def test_a_ships_base_stays_at_the_commit_of_its_last_ship(hub: Hub, tmp_path: P
     hub.repositories["org/chat"] = StandInRepository({**files, "README.md": b"moved on"})
     assert resolved(Pins("org/chat", before)) == before
     assert resolved(Pins("org/other", before)) not in (None, before)
+
+
+def test_a_ships_data_set_stays_at_the_commit_of_its_last_ship(hub: Hub, tmp_path: Path) -> None:
+    """As a base does; a revision in the recipe stands over it, and pins nothing."""
+    row = b'{"prompt": "a", "completion": "b"}\n'
+    hub.repositories["datasets/org/rows"] = StandInRepository({"train.jsonl": row})
+    recipe = tmp_path / "recipe.yaml"
+
+    def resolved(source: str, pins: Pins) -> Pins:
+        recipe.write_text(f"name: mini\nbase: builtin:tiny\ndata: {{source: {source}}}\n")
+        place = Store(tmp_path / "home"), tmp_path / "runs" / "mini"
+        return resolve_recipe(load(recipe), *place, pins=pins).pins()
+
+    first = resolved("org/rows", Pins())
+    assert first.data == {"org/rows": hub.repositories["datasets/org/rows"].commit}
+    hub.repositories["datasets/org/rows"] = StandInRepository({"train.jsonl": row * 2})
+    assert resolved("org/rows", first) == first
+    assert resolved("org/rows", Pins()).data != first.data
+    assert resolved("org/rows@main", first).data == {}

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -104,6 +105,7 @@ def test_the_run_has_the_files_of_the_contract(shipped: tuple[Workshop, Answer])
         "mini/Modelfile.jinja",
         "mini/report.html",
         "mini/certificate.json",
+        "mini/forge.lock",
         "mini/manifest.json",
         "mini/log.txt",
     }
@@ -148,6 +150,100 @@ def test_the_manifest_tells_how_it_was_made(shipped: tuple[Workshop, Answer]) ->
     assert manifest["facts"]["train"]["steps"] == 4
     digest = manifest["data"]["digest"]
     assert isinstance(digest, str) and len(digest) >= 64
+
+
+def test_the_lock_holds_what_another_ship_can_be_held_to(shipped: tuple[Workshop, Answer]) -> None:
+    workshop, _ = shipped
+    text = (workshop.run / "forge.lock").read_text(encoding="utf-8")
+    lock, manifest = json.loads(text), workshop.manifest()
+    assert str(workshop.directory.parent) not in text and str(workshop.home) not in text
+    assert (lock["schema"], lock["format"]) == ("forge-lock", 1)
+    assert lock["recipe"]["train.learning_rate"] == 1e-3 and lock["pins"] == manifest["pins"]
+    assert lock["inputs"].keys() == {"base", "base's tokenizer", "chat template", "data"}
+    assert (lock["inputs"]["base"], lock["inputs"]["data"]) == (
+        manifest["base"]["digest"], manifest["data"]["digest"],
+    )  # fmt: skip
+    assert lock["packages"].keys() >= {
+        "forge-ship", "python", "torch", "transformers", "peft", "trl", "tokenizers", "numpy", "llama.cpp",
+    }  # fmt: skip
+    published = {"train/adapter_model.safetensors": "adapter/adapter_model.safetensors"}
+    published |= {"export/model.gguf": "mini-q4_k_m.gguf", "modelfile/Modelfile": "Modelfile"}
+    for name, file in published.items():
+        assert lock["files"][name] == hashlib.sha256((workshop.run / file).read_bytes()).hexdigest()
+    assert lock["trained_on"]["device"] == "cpu" and lock["trained_on"]["threads"]
+
+
+def copied_lock(shipped: tuple[Workshop, Answer], here: Workshop, **changes: Any) -> None:
+    """Beside `here`'s recipe, the lock of the first ship with some of its values changed."""
+    lock = json.loads((shipped[0].run / "forge.lock").read_text(encoding="utf-8"))
+    for section, change in changes.items():
+        lock[section] = lock[section] | change if isinstance(change, dict) else change
+    (here.directory / "recipe.lock").write_text(json.dumps(lock), encoding="utf-8")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run(["ship", "recipe.yaml", "--locked", "--json", *arguments]) != 0
+    error: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+    return error
+
+
+def test_a_locked_ship_names_each_difference_before_anything_runs(
+    shipped: tuple[Workshop, Answer], here: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied_lock(shipped, here, inputs={"data": "0" * 64}, packages={"torch": "1.0", "gone": "3"})
+    before = tree(here.directory)
+    error = refused(capsys, "-o", "train.learning_rate=2e-3")
+    torch = shipped[0].manifest()["artifacts"]["train"]["recorded"]["torch"]
+    assert error["code"] == 2 and "4 differences" in error["message"]
+    assert [(one["field"], one["message"]) for one in error["problems"]] == [
+        ("train.learning_rate", "1e-3 → 2e-3"),
+        ("data", "its content changed"),
+        ("torch", f"1.0 → {torch}"),
+        ("gone", "3 → not installed"),
+    ]
+    assert tree(here.directory) == before
+    copied_lock(shipped, here, packages={"torch": "1.0"})
+    error = refused(capsys)
+    assert (error["code"], len(error["problems"])) == (3, 1) and "pip install torch==1.0;" in error["hint"]
+
+
+def test_a_lock_that_is_none(
+    shipped: tuple[Workshop, Answer], here: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refused(capsys)
+    assert error["code"] == 2 and error["message"].startswith("--locked: there is no recipe.lock, and no ")
+    for text in ("", "[]", '{"schema": "another"}', '{"schema": "forge-lock", "format": 1, "recipe": 3}'):
+        (here.directory / "recipe.lock").write_text(text)
+        assert refused(capsys)["code"] == 2
+    copied_lock(shipped, here, format=2)
+    assert refused(capsys)["hint"] == "update forge"
+
+
+def test_a_locked_ship_that_comes_to_something_else_is_exit_5(
+    shipped: tuple[Workshop, Answer], again: Workshop
+) -> None:
+    """The lock is of another machine, which is said; what came of it is compared file by file."""
+    copied_lock(shipped, again, files={"modelfile/Modelfile": "0" * 64}, system="Darwin arm64")
+    answer = again.ship("--locked", "--until", "modelfile", code=5)
+    assert "the lock is of another machine: system Darwin arm64 → " in answer.said
+    assert [one["field"] for one in answer.fields["error"]["problems"]] == ["modelfile/Modelfile"]
+    assert not (again.run / "forge.lock").exists()
+
+
+@pytest.mark.slow
+def test_a_locked_ship_on_a_clean_store_gives_the_same_digests(
+    shipped: tuple[Workshop, Answer], tmp_path: Path
+) -> None:
+    """Everything is made again, certificate included, and comes to the same bytes."""
+    (tmp_path / "here").mkdir()
+    clean = Workshop(tmp_path / "here", link_converters(tmp_path / "home"))
+    clean.recipe()
+    copied_lock(shipped, clean, trained_on={"threads": 99})
+    answer = clean.ship("--locked")
+    assert not any(answer.cached.values())
+    assert "the lock is of another machine: threads 99 → " in answer.said
+    assert (clean.run / "forge.lock").read_bytes() == (shipped[0].run / "forge.lock").read_bytes()
 
 
 def test_the_report_shows_curve_answers_and_sizes(shipped: tuple[Workshop, Answer]) -> None:

@@ -32,6 +32,7 @@ FILES = {
     "Modelfile.jinja",
     "report.html",
     "certificate.json",
+    "forge.lock",
     "manifest.json",
     "log.txt",
 }

@@ -29,7 +29,7 @@ def test_a_plain_base_ships_without_training(workshop: Workshop) -> None:
     assert answer.fields["smoke"][0]["answer"]
     assert {path.name for path in workshop.run.iterdir()} == {
         "mini-q4_k_m.gguf", "Modelfile", "Modelfile.jinja", "report.html", "certificate.json",
-        "manifest.json", "log.txt",
+        "forge.lock", "manifest.json", "log.txt",
     }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,10 +15,9 @@ from forge.cli.options import common, overrides_option, recipe_argument
 @click.option("--from", "from_stage", metavar="STAGE", help="Run again from this stage on.")
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 @click.option("--retrain", is_flag=True, help="Train again even though the adapter is there.")
+@click.option("--locked", is_flag=True, help="Repeat the ship in the lock, or say what differs from it.")
 @common
-def command(
-    recipe: Path, overrides: tuple[str, ...], from_stage: str | None, until: str | None, retrain: bool
-) -> None:
+def command(recipe: Path, overrides: tuple[str, ...], **options: Any) -> None:
     """Run the whole pipeline of RECIPE: train, check, export, serve, ask.
 
     What is already made is found again; what was stopped goes on. Exit codes: 2 recipe or data,
@@ -25,4 +25,4 @@ def command(
     """
     from forge.ship.drive import ship
 
-    report.result(ship(recipe, overrides, from_stage=from_stage, until=until, retrain=retrain))
+    report.result(ship(recipe, overrides, **options))

@@ -21,13 +21,17 @@ from forge.errors import DataError
 
 @dataclass(frozen=True)
 class Source:
-    """Some files of one shape. `weight` is how often each of their rows is seen in an epoch."""
+    """Some files of one shape. `weight` is how often each of their rows is seen in an epoch.
+
+    `commit` is that of a hub data set.
+    """
 
     files: tuple[Path, ...]
     shape: Shape = field(default_factory=Shape)
     split: str = "train"
     weight: float = 1.0
     encoding: str | None = None
+    commit: str | None = None
 
 
 @dataclass(frozen=True)

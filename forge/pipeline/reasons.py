@@ -30,9 +30,9 @@ def changes(request: Request, previous: Request | None) -> list[str]:
     if request["version"] != previous.get("version"):
         reasons.append(f"stage version {short(previous.get('version'))} → {short(request['version'])}")
     before, now = _part(previous, "params"), _part(request, "params")
-    reasons += [f"`{name}`: {words}" for name, words in _differences(before, now)]
+    reasons += [f"`{name}`: {words}" for name, words in differences(before, now)]
     before, now = _part(previous, "tools"), _part(request, "tools")
-    reasons += [f"{name}: {words}" for name, words in _differences(before, now)]
+    reasons += [f"{name}: {words}" for name, words in differences(before, now)]
     before = _part(previous, "inputs")
     for name, digest in _part(request, "inputs").items():
         if name not in before:
@@ -57,7 +57,8 @@ def _part(request: Request, name: str) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What differs between two mappings of JSON values: each name, and its two values in words."""
     names = [*now, *(name for name in before if name not in now)]
     return [(name, _words(before, now, name)) for name in names if _text(before, name) != _text(now, name)]
 

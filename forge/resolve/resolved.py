@@ -300,10 +300,15 @@ class Resolved:
 
     def pins(self) -> Pins:
         """What later ships of this run must find again."""
-        adopted = self.adopted
+        adopted, named = self.adopted, self.recipe.data.sources if self.recipe.data else ()
         return Pins(
             base=self.base.spec,
             base_revision=self.base.revision,
             adapter=adopted.spec if adopted else None,
             adapter_revision=adopted.revision if adopted else None,
+            data={
+                one.source: source.commit
+                for one, source in zip(named, self.sources, strict=True)
+                if source.commit and one.revision is None
+            },
         )

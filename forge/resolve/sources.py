@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from forge.data.files import is_data_file
@@ -14,31 +15,36 @@ from forge.recipe.schema import Data, DataSource
 
 
 def data_sources(
-    loaded: Loaded, *, offline: bool, fetch: bool
+    loaded: Loaded, pinned: Mapping[str, str], *, offline: bool, fetch: bool
 ) -> tuple[tuple[Source, ...], float | int | Path]:
     """The sources of the rows, and what is held out: a share, a number of rows, or a file.
 
-    A hub dataset that may not be fetched has no files. Raises `DataError` for a file that is not
-    there, and what `model.base.fetch_dataset` raises.
+    A hub dataset that may not be fetched has no files; one without a revision is taken at its commit in
+    `pinned`. Raises `DataError` for a file that is not there, and what `model.base.fetch_dataset` raises.
     """
     data = loaded.recipe.data
     if data is None:
         return (), 0
     sources = tuple(
-        _source(data, source, loaded.directory, offline=offline, fetch=fetch) for source in data.sources
+        _source(data, source, loaded.directory, pinned, offline=offline, fetch=fetch)
+        for source in data.sources
     )
     heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
     return sources, heldout
 
 
-def _source(data: Data, source: DataSource, directory: Path, *, offline: bool, fetch: bool) -> Source:
+def _source(
+    data: Data, source: DataSource, directory: Path, pinned: Mapping[str, str], *, offline: bool, fetch: bool
+) -> Source:
     split, form, columns = (
         source.split or data.split,
         source.format or data.format,
         source.columns or data.columns,
     )
+    folder = None
     if _is_hub_id(source.source, directory):
-        folder = fetch_dataset(source.source, revision=source.revision, offline=offline) if fetch else None
+        revision = source.revision or pinned.get(source.source)
+        folder = fetch_dataset(source.source, revision=revision, offline=offline) if fetch else None
         files = files_of_split(folder, split) if folder else ()
     else:
         files = locate_all(source.source, directory, split)
@@ -50,7 +56,7 @@ def _source(data: Data, source: DataSource, directory: Path, *, offline: bool, f
         data.ignore,
         reader_named(form, directory) if own else None,
     )
-    return Source(files, shape, split, source.weight, data.encoding)
+    return Source(files, shape, split, source.weight, data.encoding, folder.name if folder else None)
 
 
 def _is_hub_id(source: str, directory: Path) -> bool:

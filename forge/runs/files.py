@@ -9,6 +9,7 @@ from forge.recipe.quants import QUANTS
 RUNS = "runs"
 ADAPTER = "adapter"
 MANIFEST = "manifest.json"
+LOCK = "forge.lock"
 REPORT = "report.html"
 CERTIFICATE = "certificate.json"
 # Where the importance matrix lies that `forge verify` asks for; beside the model it could be taken for one.

@@ -32,6 +32,7 @@ class Pins:
     base_revision: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,10 @@ class TrainFacts:
     steps: int | None = None
     seconds: float | None = None
     peak_memory_bytes: int | None = None
+    device: str | None = None
+    compute: str | None = None
+    processor: str | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)

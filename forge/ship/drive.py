@@ -18,6 +18,7 @@ from forge.resolve.recipe import resolve_recipe
 from forge.resolve.resolved import Resolved
 from forge.runs.files import RUNS
 from forge.runs.manifest import Learned, read_manifest
+from forge.ship.lock import Lock, failure_of, read_lock, require_locked, warn_of_machine, write_lock
 from forge.ship.preflight import require_tools
 from forge.ship.record import record, summary
 from forge.ship.space import require_space
@@ -39,18 +40,23 @@ def ship(
     from_stage: str | None = None,
     until: str | None = None,
     retrain: bool = False,
+    locked: bool = False,
 ) -> Mapping[str, object]:
     """Run the pipeline and return what `--json` prints; whatever way it ends, the run is recorded.
 
-    Raises `CheckError` when a smoke query fails, and whatever a stage raises.
+    Raises `CheckError` when a smoke query fails or a ship that is `locked` made other files than its lock
+    says, what `require_locked` raises, and whatever a stage raises.
     """
     loaded = _load(recipe, overrides)
     store, directory = open_store(), run_directory(loaded)
+    lock = read_lock(loaded.path, directory) if locked else None
     with runs.hold(store, directory), ExitStack() as stack:
-        target = _open(loaded, store, directory)
+        target = _open(loaded, store, directory, lock)
         stages, force = stages_for(target), frozenset({ADAPTER_STAGE} if retrain else ())
         past = runs.requests(store, directory)
         ahead = plan_stages(stages, store, past, from_stage=from_stage, until=until, force=force)
+        if lock:
+            warn_of_machine(lock, target, trains=ADAPTER_STAGE in ahead.running)
         to_run = [stage for stage in stages if stage.name in ahead.running]
         require_tools(to_run)
         require_space(target, to_run)
@@ -78,6 +84,9 @@ def ship(
             raise
         finally:
             manifest = record(target, stages, results, failure)
+        failure = failure or (failure_of(lock, manifest) if lock else None)
+        if not (failure or until):
+            write_lock(target, manifest)
         fields = dict(summary(target, stages, results, manifest))
         _report_end(target, manifest.learned)
         if failure:
@@ -94,8 +103,13 @@ def ship_until(recipe: Path | Loaded, overrides: Sequence[str], stage: str) -> M
     return {**fields, **read_manifest(Path(str(fields["run"]))).facts.get(stage, {})}
 
 
-def _open(loaded: Loaded, store: Store, directory: Path) -> Resolved:
-    target = resolve_recipe(loaded, store, directory, pins=read_manifest(directory).pins)
+def _open(loaded: Loaded, store: Store, directory: Path, lock: Lock | None) -> Resolved:
+    if lock:  # first with what is here, since fetching a base can take long
+        require_locked(lock, resolve_recipe(loaded, store, directory, pins=lock.pins, fetch="nothing"))
+    pins = lock.pins if lock else read_manifest(directory).pins
+    target = resolve_recipe(loaded, store, directory, pins=pins)
+    if lock:
+        require_locked(lock, target)
     for problem in target.base.problems:
         report.warning(str(problem))
     for note in target.notes:

@@ -11,7 +11,10 @@ from forge.train.hardware import Hardware, choose_hardware
 
 @dataclass(frozen=True)
 class LookRequest:
-    """Nothing is asked but to look."""
+    """What a recipe asks for; by default nothing but to look."""
+
+    device: str = "auto"
+    dtype: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,23 @@ class Machine:
     torch: str
     device: str
     compute: str
+    processor: str
     threads: int
     gpu: Gpu | None
     has_flash_attention: bool
     four_bit: FourBit
 
 
-def look(_: LookRequest) -> Machine:
+def look(request: LookRequest) -> Machine:
     """Import torch and measure; takes some seconds."""
     import torch
 
-    hardware = choose_hardware("auto", "auto")
+    hardware = choose_hardware(request.device, request.dtype)
     return Machine(
         torch=str(torch.__version__),
         device=hardware.device,
         compute=hardware.compute,
+        processor=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
         gpu=_gpu() if hardware.device == "cuda" else None,
         has_flash_attention=importlib.util.find_spec("flash_attn") is not None,
