@@ -114,15 +114,8 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(
 ) -> None:
     whole, stopped = (request(base, data, tmp_path / name, max_steps=8) for name in ("whole", "stopped"))
     train(whole)
-    add = LivePage.add
-
-    def stop_at_the_fifth(self: LivePage, state: Any, *values: Any) -> None:
-        add(self, state, *values)
-        if state.global_step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LivePage, "add", stop_at_the_fifth)
+        _at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(InterruptedByUserError):
             train(stopped)
     *_, before, newest = checkpoints(stopped)
@@ -133,6 +126,18 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(
     damaged = f"{newest.name} is damaged (adapter_model.safetensors has other bytes than were written)"
     assert damaged in "".join(capsys.readouterr())
     assert same(stopped, whole)
+
+
+def _at_step(patch: pytest.MonkeyPatch, number: int, do: Callable[[], object]) -> None:
+    """Do something when the step has been logged, before its checkpoint."""
+    add = LivePage.add
+
+    def added(self: LivePage, state: Any, *values: Any) -> None:
+        add(self, state, *values)
+        if state.global_step == number:
+            do()
+
+    patch.setattr(LivePage, "add", added)
 
 
 def checkpoints(request: TrainRequest) -> list[Path]:
@@ -146,11 +151,10 @@ def test_a_full_disk_at_a_checkpoint(
 ) -> None:
     """Each library has its own error for it; with room made, training goes on from the checkpoint before."""
     given = request(base, data, tmp_path / "out", max_steps=6)
-    (given.out / "work" / "checkpoint-4").mkdir(parents=True)
     optimizer = given.out / "work" / "checkpoint-4" / "optimizer.pt"
     with monkeypatch.context() as full:
         if writer == "torch":
-            optimizer.symlink_to("/dev/full")
+            _at_step(full, 4, lambda: (optimizer.parent.mkdir(), optimizer.symlink_to("/dev/full")))
             full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
         else:
             full.setattr("peft.peft_model.safe_save_file", _full_at_the_fourth())
