@@ -109,7 +109,8 @@ def verify(
     """The certificate of a GGUF: is it this base and adapter? Raises `CheckError` when it is not."""
     from forge.commands import verify as command
 
-    return command.certify(command.Files(base, Path(gguf), adapter=_path(adapter)), data=_path(data))
+    files = command.Files(base, Path(gguf), adapter=_path(adapter))
+    return command.certify(files, command.Terms(data=_path(data)))
 
 
 def template(path: AnyPath, *, bos: str | None = None, eos: str | None = None) -> Fields:

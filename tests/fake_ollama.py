@@ -42,6 +42,7 @@ class FakeOllama:
     `spoil` changes every prompt. `hears_truncate`: with `truncate` false it drops no turns.
     `counts_new_alone`: of a prompt it counts what the one before did not have.
     `counts_more`: so many tokens more than the prompt's text has, as a second BOS would be.
+    `store`: where it says that its blobs are, as one in a container does.
     """
 
     version: str = "0.33.0"
@@ -56,6 +57,7 @@ class FakeOllama:
     counts_new_alone: bool = False
     hears_truncate: bool = False
     counts_more: int = 0
+    store: Path | None = None
 
     def __post_init__(self) -> None:
         self.loaded: dict[tuple[str, str | None, int], str] = {}
@@ -146,6 +148,7 @@ class FakeOllama:
             model.adapter, model.adapter_architecture = digest, read_gguf(self._there(digest)).architecture
         model.template = fields.get("template") or model.template
         model.system = fields.get("system") or model.system
+        model.renderer = fields.get("renderer") or model.renderer
         model.parameters |= fields.get("parameters", {})
         model.messages = list(fields.get("messages", model.messages))
         licence = fields.get("license") or []

@@ -4,8 +4,8 @@ Rules and order are those measured on a live server 0.33; one test each in `test
 real one with what the server sets by itself (thinking on, today's date); Go is forge's interpreter,
 or real Go where a test gives it.
 
-Not covered: native renderers, images; in which order a real server writes the keys of a tool's schema,
-and what it makes of calls: they go to the Jinja as they come.
+Not covered: native renderers (one is named, and changes nothing), images; in which order a real server writes
+the keys of a tool's schema, and what it makes of calls: they go to the Jinja as they come.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Model:
     licences: list[str] = field(default_factory=list)
     adapter: str | None = None
     adapter_architecture: str | None = None
+    renderer: str | None = None
 
     @property
     def uses_jinja(self) -> bool:

@@ -8,12 +8,14 @@ has what goes before an answer.
 # ruff: noqa: E501 - one statement a test
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import httpx
 import ollama
 import pytest
 
+from forge.chat.modelfile import parse
 from forge.chat.template import ChatTemplate
 from forge.tools.ollama import Ollama, stops_in
 from tests import real_go
@@ -69,6 +71,19 @@ def test_stops_accumulate_and_are_shown(ollama_client: Ollama, model_name: str, 
         parameters={"stop": ["<|im_end|>", 'say "x"', "\n"], "num_ctx": 512},
     )
     assert stops_in(ollama_client.show(model_name)) == {"<|im_end|>", 'say "x"', "\n"}
+
+
+def test_it_shows_a_modelfile_with_its_blobs(ollama_client: Ollama, model_name: str, tiny_gguf: Path) -> None:
+    """By their paths in its store, which are named by their digests."""
+    fields = {
+        "template": GO, "system": 'Say "aye".\nTwice.', "parameters": {"stop": ["<|im_end|>"], "num_ctx": 512},
+        "messages": [{"role": "user", "content": "Hello"}],
+    }  # fmt: skip
+    make(ollama_client, model_name, tiny_gguf, **fields)
+    shown = parse(ollama_client.show(model_name)["modelfile"])
+    assert re.fullmatch(r".*/sha256-[0-9a-f]{64}", shown.base)
+    assert (shown.template, shown.system, shown.messages) == (GO, fields["system"], (("user", "Hello"),))
+    assert shown.parameters == {"stop": ("<|im_end|>",), "num_ctx": 512} and shown.renderer is None
 
 
 def test_keep_alive_0_unloads(

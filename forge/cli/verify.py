@@ -22,6 +22,8 @@ from forge.errors import RecipeError
 @base_option
 @click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA adapter that was merged.")
 @click.option("--gguf", type=click.Path(path_type=Path), help="The file to check, whoever made it.")
+@click.option("--ollama", metavar="NAME", help="The model to check, by its name in an Ollama.")
+@click.option("--host", help="Ollama's address; default: OLLAMA_HOST, or 127.0.0.1:11434.")
 @click.option("--lora", type=click.Path(path_type=Path), help="The adapter's own GGUF beside its base's.")
 @merge_base_option
 @click.option(
@@ -58,9 +60,9 @@ def command(
 ) -> None:
     """Prove that a GGUF is its base and adapter, or name the stage that broke it.
 
-    Of RECIPE's own export, or of any --gguf with its --base (and --adapter): token ids, prompt,
-    stops and logits are compared with transformers in float32, and with llama.cpp's own conversion
-    and quantization. Exit 5 when they differ by more than that explains.
+    Of RECIPE's own export, or of any --gguf or --ollama model with its --base (and --adapter): token
+    ids, prompt, stops and logits are compared with transformers in float32, and with llama.cpp's own
+    conversion and quantization. Exit 5 when they differ by more than that explains.
     """
     if recheck is not None:
         from forge.commands.recheck import Elsewhere
@@ -82,9 +84,18 @@ def command(
         assert isinstance(certificate, dict)  # a ship that ended well has one
         report.result({**fields, **certificate})
         return
-    if not (base and gguf):
-        raise RecipeError("give a RECIPE, or both --base and --gguf", hint="see: forge verify --help")
-    from forge.commands.verify import Files, certify
+    ollama, host = options.pop("ollama"), options.pop("host")
+    if not base or (gguf is None) == (ollama is None):
+        raise RecipeError("give a RECIPE, or --base with --gguf or --ollama", hint="see: forge verify --help")
+    if host and not ollama:
+        raise RecipeError("--host is of an Ollama", hint="name its model with --ollama")
+    from forge.commands.verify import Files, Terms, certify
 
-    how = {name: options.pop(name) for name in ("data", "max_kl", "min_top1", "minutes", "certificate")}
-    certify(Files(base, gguf, **options), **how)
+    given = ("data", "max_kl", "min_top1", "minutes", "certificate")
+    terms = Terms(**{name: options.pop(name) for name in given})
+    if ollama is not None:
+        from forge.commands.verify_ollama import certify_in_ollama
+
+        certify_in_ollama(ollama, host, Files(base, Path(), **options), terms)
+    elif gguf is not None:
+        certify(Files(base, gguf, **options), terms)

@@ -53,30 +53,51 @@ class Files:
     trained_in_4bit: bool = False
 
 
-def certify(
-    files: Files,
-    *,
-    data: Path | None = None,
-    max_kl: float | None = None,
-    min_top1: float | None = None,
-    minutes: float | None = None,
-    certificate: Path | None = None,
-) -> Mapping[str, object]:
-    """Measure and judge; the certificate goes to `--json` whatever it says, and to the file `certificate`.
+@dataclass(frozen=True)
+class Terms:
+    """On which rows and within which limits a file is measured, and where its certificate goes."""
 
-    Raises `RecipeError` for limits that cannot be, `CheckError` for a file that is not base and adapter,
-    `DataError` for one that cannot be compared with them at all.
+    data: Path | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
+    minutes: float | None = None
+    certificate: Path | None = None
+
+    def check(self) -> None:
+        """Raise `RecipeError` for a limit that nothing can be over (nan): it would pass every file."""
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
+            raise RecipeError(f"--max-kl: {self.max_kl} is no limit", hint="such as 0.03")
+        if self.min_top1 is not None and not 0 < self.min_top1 <= 1:
+            raise RecipeError(f"--min-top1: {self.min_top1} is no share", hint="such as 0.9, for 90 %")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise RecipeError(f"--minutes: {self.minutes} is no time", hint="such as 5")
+
+
+def certify(files: Files, terms: Terms) -> Mapping[str, object]:
+    """Measure and judge; the certificate goes to `--json` whatever it says.
+
+    Raises `CheckError` for a file that is not base and adapter, and what `judged_on` raises.
     """
-    _check_limits(max_kl, min_top1, minutes)
-    judged, evidence = judged_of(files, data=data, gates=Gates(max_kl, min_top1), minutes=minutes)
-    plain = judged.plain()
-    if certificate:
-        write_text(certificate, certificate_text(plain, evidence))
-        report.info(f"the certificate is in {certificate}; it holds the rows that were compared")
+    judged = judged_on(files, terms)
     if failure := failure_of(judged):
         raise failure
+    plain = judged.plain()
     report.result(plain)
     return plain
+
+
+def judged_on(files: Files, terms: Terms) -> Certificate:
+    """Measure and judge, and keep the certificate where `terms` say.
+
+    Raises `RecipeError` for limits that cannot be, `DataError` for a file that cannot be compared.
+    """
+    terms.check()
+    gates = Gates(terms.max_kl, terms.min_top1)
+    judged, evidence = judged_of(files, data=terms.data, gates=gates, minutes=terms.minutes)
+    if terms.certificate:
+        write_text(terms.certificate, certificate_text(judged.plain(), evidence))
+        report.info(f"the certificate is in {terms.certificate}; it holds the rows that were compared")
+    return judged
 
 
 def judged_of(
@@ -142,16 +163,6 @@ def _names(files: Files, request: VerifyRequest) -> dict[str, str]:
 
 def _absolute(path: Path | None) -> Path | None:
     return path.absolute() if path else None
-
-
-def _check_limits(max_kl: float | None, min_top1: float | None, minutes: float | None) -> None:
-    """A limit that nothing can be over (nan) would pass every file."""
-    if max_kl is not None and not 0 < max_kl < math.inf:
-        raise RecipeError(f"--max-kl: {max_kl} is no limit", hint="such as 0.03")
-    if min_top1 is not None and not 0 < min_top1 <= 1:
-        raise RecipeError(f"--min-top1: {min_top1} is no share", hint="such as 0.9, for 90 %")
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise RecipeError(f"--minutes: {minutes} is no time", hint="such as 5")
 
 
 def _check(files: Files, base: Path) -> None:

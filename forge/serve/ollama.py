@@ -225,9 +225,13 @@ def _honours_template(server: Ollama, fields: Mapping[str, Any]) -> bool:
 
 def _used(server: Ollama, made: str, way: Way, fields: Mapping[str, Any]) -> Used:
     """The way that the server really goes for a model made without TEMPLATE: it may have put in its own."""
-    if way == "go" or not _GO.search(str(server.show(made).get("template") or "")):
-        return way
-    return "guessed" if _honours_template(server, fields) else way
+    return "guessed" if way != "go" and honours_its_template(server, made, fields) else way
+
+
+def honours_its_template(server: Ollama, name: str, fields: Mapping[str, Any]) -> bool:
+    """Whether a Go template writes the prompts of `name`, which is made, or could be, of `fields`."""
+    is_go = bool(_GO.search(str(server.show(name).get("template") or "")))
+    return is_go and _honours_template(server, fields)
 
 
 # What only Go's templates write; without one the server shows its usual `{{ .Prompt }}`.
