@@ -118,7 +118,7 @@ def _lines(
     if fit and fit.context and fit.longest > fit.context:
         way = "chunk" if is_text else "drop"
         yield f"  overlong: {way}  # a row has {fit.longest:,} tokens, the base {fit.context:,} positions"
-    yield from _training(count, fit)
+    yield from _training(count - len(heldout), fit)
     if not share or count < 20:
         yield "verify:"
         yield "  learned: warn  # so few rows show little"

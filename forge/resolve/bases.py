@@ -1,6 +1,7 @@
 """A base by its name, as `model.base` finds it, and `builtin:smollm2`, which is made into the store.
 
-Making it takes seconds and 270 MB, once. Where nothing may be fetched nothing is made either.
+Making it takes seconds and 270 MB, once, and asks no network: even a plan makes it, which could say little of
+a base that it does not see.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 
 from forge import report, worker
 from forge.codec import Json, to_plain
-from forge.errors import Problem
 from forge.model import base as bases
 from forge.model.base import ResolvedBase
 from forge.model.checkpoint import open_checkpoint
@@ -38,7 +38,7 @@ def find_base(
     `store` is the user's when it is None.
     """
     if spec == SMOLLM2:
-        return _smollm2(store or open_store(), may_make=fetch)
+        return _smollm2(store or open_store())
     return bases.resolve(spec, revision=revision, offline=offline, fetch=fetch, relative_to=relative_to)
 
 
@@ -52,7 +52,7 @@ def find_base_headers(
 ) -> tuple[ResolvedBase, Mapping[str, TensorSpec]]:
     """As `model.base.resolve_headers`; raises as `find_base`."""
     if spec == SMOLLM2:
-        here = _smollm2(store or open_store(), may_make=True)
+        here = _smollm2(store or open_store())
         assert here.directory is not None
         return here, open_checkpoint(here.directory).tensors
     return bases.resolve_headers(spec, revision=revision, offline=offline, relative_to=relative_to)
@@ -65,17 +65,14 @@ def directory_of(spec: str) -> Path:
     return directory
 
 
-def _smollm2(store: Store, *, may_make: bool) -> ResolvedBase:
+def _smollm2(store: Store) -> ResolvedBase:
     gguf = packaged_gguf()
     request: dict[str, Json] = {PACKAGE: version(PACKAGE), "version": VERSION}
     key = digest(request)
     artifact = store.find(_STAGE, key)
-    if artifact is None and may_make:
+    if artifact is None:
         report.info(f"{SMOLLM2}: making the checkpoint of {PACKAGE}, once")
         artifact = _made(Store(store.root), key, request, gguf)
-    if artifact is None:
-        problem = Problem(f"{SMOLLM2}: {bases.UNKNOWN}: the first ship makes it in seconds", "base")
-        return ResolvedBase(SMOLLM2, None, None, None, (problem,))
     return bases.at(SMOLLM2, artifact.path)
 
 
