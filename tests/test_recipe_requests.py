@@ -68,6 +68,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.lora.rslora", "true", ("train",)),
     ("train.lora.targets", "[q_proj]", ("train",)),
     ("train.lora.token_indices", "[5]", ("train",)),
+    ("train.beta", "0.5", ("train",)),
     ("train.max_gradient_norm", "0.5", ("train",)),
     ("train.max_length", "40", ("data",)),
     ("train.max_steps", "3", ("train",)),

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(
     whole, stopped = (request(base, data, tmp_path / name, max_steps=8) for name in ("whole", "stopped"))
     train(whole)
     with pytest.MonkeyPatch.context() as patch:
-        _at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(InterruptedByUserError):
             train(stopped)
     *_, before, newest = checkpoints(stopped)
@@ -128,7 +129,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(
     assert same(stopped, whole)
 
 
-def _at_step(patch: pytest.MonkeyPatch, number: int, do: Callable[[], object]) -> None:
+def at_step(patch: pytest.MonkeyPatch, number: int, do: Callable[[], object]) -> None:
     """Do something when the step has been logged, before its checkpoint."""
     add = LivePage.add
 
@@ -154,7 +155,7 @@ def test_a_full_disk_at_a_checkpoint(
     optimizer = given.out / "work" / "checkpoint-4" / "optimizer.pt"
     with monkeypatch.context() as full:
         if writer == "torch":
-            _at_step(full, 4, lambda: (optimizer.parent.mkdir(), optimizer.symlink_to("/dev/full")))
+            at_step(full, 4, partial(_write_nowhere, optimizer))
             full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
         else:
             full.setattr("peft.peft_model.safe_save_file", _full_at_the_fourth())
@@ -163,6 +164,11 @@ def test_a_full_disk_at_a_checkpoint(
     optimizer.unlink(missing_ok=True)
     assert checkpoints(given)[-1].name == "checkpoint-3"
     assert train(given).resumed_from == "checkpoint-3"
+
+
+def _write_nowhere(path: Path) -> None:
+    path.parent.mkdir()
+    path.symlink_to("/dev/full")
 
 
 def _full_at_the_fourth() -> Callable[..., None]:

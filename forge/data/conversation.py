@@ -104,6 +104,8 @@ class Conversation:
     text: str = ""
     weight: float = 1.0
     """How often it is seen in an epoch, against the others."""
+    rejected: tuple[Turn, ...] = ()
+    """Of a preference pair: the same turns with the answer that was rejected."""
 
     def messages(self) -> list[dict[str, Json]]:
         """What a chat template is given."""

@@ -72,6 +72,12 @@ def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRo
     rows = [_unwrapped(row) for row in rows]
     require_columns(rows, shape)
     layout = layout_of(rows, shape)
+    if shape.pairs and not layout.parts.get(fields.REJECTED):
+        raise DataError(
+            f"the rows ({layout.format}) are no preference pairs: they have no rejected answer",
+            hint="give rows of prompt, chosen and rejected (data.columns names them), or leave "
+            "train.objective out",
+        )
     conversations: list[Conversation] = []
     for row in rows:
         try:
@@ -159,10 +165,24 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
     else:
         turns += _exchange(row, layout, shape, notes)
     done = finished(turns, notes)
+    rejected: tuple[Turn, ...] = ()
+    if shape.pairs:
+        asked = _exchange(row, layout, shape, Notes(), part=fields.REJECTED)
+        rejected = finished([*_system(row, layout), *asked], Notes())
+        _refuse_no_pair(done, rejected, layout)
     if all(turn.trained is False for turn in done if turn.role == "assistant"):
         notes.counts["left out: no answer carries loss, says the row"] += 1
         return None
-    return Conversation(done, row.place, tools)
+    return Conversation(done, row.place, tools, rejected=rejected)
+
+
+def _refuse_no_pair(chosen: Sequence[Turn], rejected: Sequence[Turn], layout: Layout) -> None:
+    """Two answers to one prompt can be compared, two conversations cannot."""
+    column = layout.parts[fields.REJECTED][0]
+    if chosen == rejected:
+        raise BadRowError("is the chosen answer too", column)
+    if chosen[:-1] != rejected[:-1]:
+        raise BadRowError("answers another conversation than the chosen answer", column)
 
 
 def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
@@ -240,13 +260,22 @@ def _system(row: Row, layout: Layout) -> Iterator[Turn]:
         yield Turn("system", text)
 
 
-def _exchange(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[Turn]:
-    """Prompt and answer, with what stands before and between: history, input, thinking."""
-    answer_part = fields.CHOSEN if layout.format == PREFERENCE else fields.COMPLETION
-    place, answer = layout.value(row, answer_part)
+def _exchange(
+    row: Row, layout: Layout, shape: Shape, notes: Notes, *, part: str = fields.CHOSEN
+) -> Iterator[Turn]:
+    """Prompt and answer, with what stands before and between: history, input, thinking.
+
+    Of a preference pair it is the answer that plays this `part`, the chosen or the rejected one.
+    """
+    place, answer = layout.value(row, part if layout.format == PREFERENCE else fields.COMPLETION)
     asked, prompt = layout.value(row, fields.PROMPT)
     if layout.format == PREFERENCE:
-        notes.counts["preference pairs: the chosen answer is learned, the rejected one is not used"] += 1
+        used = (
+            "both answers are compared"
+            if shape.pairs
+            else ("the chosen answer is learned, the rejected one is not used")
+        )
+        notes.counts[f"preference pairs: {used}"] += 1
         if isinstance(answer, str) and prompt in EMPTY:
             yield from dialogue(answer, place)
             return
@@ -263,6 +292,10 @@ def _exchange(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[
             notes.unused[writable(place_of_thought)] += 1
             thought = None
         reasoning = text_of(thought, place_of_thought, empty_ok=True)
+        if reasoning and shape.pairs:
+            raise BadRowError(
+                "stands beside two answers; put it into the messages of its own", place_of_thought
+            )
         reply = [Turn("assistant", text_of(_said(answer, row, place), place), reasoning=reasoning)]
     beside, more = layout.value(row, fields.INPUT)
     if isinstance(prompt, str) and _is_messages(more):  # OpenAI's responses: instructions and input

@@ -47,6 +47,8 @@ class Shape:
     roles: Mapping[str, str] = field(default_factory=dict)
     ignore: Sequence[str] = ()
     reader: Reader | None = None
+    pairs: bool = False
+    """Whether the rejected answer of a preference pair is read too."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import NotRequired, TypedDict
 from forge import report
 from forge.codec import Json
 from forge.data.conversation import Conversation
+from forge.data.pairs import encode_pairs
 from forge.data.problems import BadRows, grouped, refuse
 from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Read, Source, read
@@ -44,6 +45,11 @@ class Settings:
     supervise: str = "all"
     skip_bad_rows: int = 0
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the rows are preference pairs, of which both answers are wanted."""
+        return any(source.shape.pairs for source in self.sources)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -69,7 +75,8 @@ class PreparedRow(TypedDict):
     """A line of both files: ids, labels (-100 where nothing is learned) and the messages that they are of.
 
     Rows to compare a base on, without a chat template, have no labels. `answers` is how many turns are
-    learned, where that is not all of the assistant's.
+    learned, where that is not all of the assistant's. A preference pair has the rejected answer beside it,
+    after the same prompt.
     """
 
     input_ids: Sequence[int]
@@ -77,6 +84,8 @@ class PreparedRow(TypedDict):
     messages: Sequence[Mapping[str, Json]]
     tools: NotRequired[Sequence[Mapping[str, Json]]]
     answers: NotRequired[int]
+    rejected_ids: NotRequired[Sequence[int]]
+    rejected_labels: NotRequired[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -133,11 +142,11 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
     `context` is the base's number of positions. Raises `DataError` with every problem at once.
     """
     read_rows = read_all(settings)
-    rows = encode_all(read_rows.training, form, supervise=settings.supervise, bad=read_rows.bad)
-    held = encode_all(read_rows.heldout, form, supervise=settings.supervise, bad=read_rows.bad)
+    rows = _encoded(read_rows.training, form, settings, read_rows.bad)
+    held = _encoded(read_rows.heldout, form, settings, read_rows.bad)
     if not rows:
         raise DataError("no row is left to train on", hint="see what was left out above")
-    longest = max(len(row.input_ids) for row in [*rows, *held])
+    longest = max(row.tokens for row in [*rows, *held])
     limit = settings.max_length or min(longest, context or longest)
     if context and limit > context:
         raise DataError(
@@ -158,9 +167,17 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
     )
 
 
+def _encoded(
+    conversations: Sequence[Conversation], form: PromptFormat, settings: Settings, bad: BadRows
+) -> list[Encoded]:
+    if settings.pairs:
+        return encode_pairs(conversations, form, bad)
+    return encode_all(conversations, form, supervise=settings.supervise, bad=bad)
+
+
 def _account(rows: Rows, kept: Sequence[Encoded], heldout: int, form: PromptFormat) -> Account:
     """The account of what was read, and the figures of the rows that are `kept`."""
-    lengths = sorted(len(row.input_ids) for row in kept)
+    lengths = sorted(row.tokens for row in kept)
     notes = rows.notes
     notes.counts.update(note for row in kept for note in row.notes)
     return Account(
@@ -212,7 +229,7 @@ def look(settings: Settings, form: PromptFormat) -> Looked:
     All rows are read, the first few encoded. Raises `DataError` as `prepare` would of those.
     """
     rows = read_all(settings)
-    some = encode_all(rows.training[:_LOOKED_AT], form, supervise=settings.supervise, bad=rows.bad)
+    some = _encoded(rows.training[:_LOOKED_AT], form, settings, rows.bad)
     if not some:
         raise DataError("no row is left to train on", hint="see what was left out above")
     account = dataclasses.replace(_account(rows, some, len(rows.heldout), form), rows=len(rows.training))
@@ -238,19 +255,19 @@ def read_all(settings: Settings) -> Rows:
 
 
 def _overlong(rows: Sequence[Encoded], limit: int) -> int:
-    return sum(len(row.input_ids) > limit for row in rows)
+    return sum(row.tokens > limit for row in rows)
 
 
 def _fit(rows: Sequence[Encoded], limit: int, settings: Settings) -> list[Encoded]:
     """Rows of at most `limit` tokens; longer ones are an error, dropped or cut, as the recipe says."""
-    too_long = [row for row in rows if len(row.input_ids) > limit]
+    too_long = [row for row in rows if row.tokens > limit]
     if not too_long:
         return list(rows)
     texts = sum(not row.conversation.turns for row in too_long)
     if settings.overlong == "error" or (settings.overlong == "chunk" and texts < len(too_long)):
         ways = "drop or truncate" + (", or to chunk" if texts == len(too_long) else "")
         refuse(
-            [row.conversation.place.problem(f"{len(row.input_ids)} tokens, {limit} fit") for row in too_long],
+            [row.conversation.place.problem(f"{row.tokens} tokens, {limit} fit") for row in too_long],
             f"{len(too_long)} rows are longer than {limit} tokens",
             f"raise train.max_length, or set data.overlong to {ways}",
         )
@@ -259,7 +276,7 @@ def _fit(rows: Sequence[Encoded], limit: int, settings: Settings) -> list[Encode
     many = f"{len(too_long)} of {len(rows)} rows are longer than {limit} tokens"
     if settings.overlong == "drop":
         report.warning(f"{many} and were left out")
-        return [row for row in rows if len(row.input_ids) <= limit]
+        return [row for row in rows if row.tokens <= limit]
     cut = [
         dataclasses.replace(row, input_ids=row.input_ids[:limit], labels=row.labels[:limit]) for row in rows
     ]
@@ -291,6 +308,8 @@ def _write(path: Path, rows: Sequence[Encoded]) -> None:
                 line["answers"] = sum(
                     turn.role == "assistant" and turn.trained is not False for turn in row.conversation.turns
                 )
+            if row.rejected:
+                line |= {"rejected_ids": row.rejected.input_ids, "rejected_labels": row.rejected.labels}
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 

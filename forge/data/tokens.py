@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from forge.chat.renderer import Prompts
@@ -44,10 +45,23 @@ class Encoded:
     conversation: Conversation
     notes: tuple[str, ...] = ()
     """What encoding made of the row, for the account of all rows."""
+    rejected: Encoded | None = None
+    """Of a preference pair: the same prompt with the answer that was rejected."""
 
     @property
     def supervised(self) -> int:
         return len(self.labels) - self.labels.count(IGNORED)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The ids before the first that carries loss."""
+        pairs = zip(self.input_ids, self.labels, strict=True)
+        return tuple(number for number, _ in takewhile(lambda pair: pair[1] == IGNORED, pairs))
+
+    @property
+    def tokens(self) -> int:
+        """The length of the row, of the longer one of a pair."""
+        return max(len(self.input_ids), len(self.rejected.input_ids) if self.rejected else 0)
 
 
 def encode_all(

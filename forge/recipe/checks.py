@@ -10,7 +10,7 @@ from pathlib import Path
 
 from forge.recipe.explain import nearest
 from forge.recipe.quants import NEED_IMATRIX
-from forge.recipe.schema import Adopted, Recipe, Train
+from forge.recipe.schema import Adopted, Data, Recipe, Train
 from forge.recipe.tree import Node
 from forge.recipe.words import BUILTIN_BASES, BUILTIN_DATA, DATA_SUFFIXES
 
@@ -104,6 +104,8 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _calibration(recipe)
     if isinstance(train, Train):
         yield from _not_built(train)
+        if train.compares:
+            yield from _of_pairs(train, recipe.data)
     if recipe.deploy.runtime == "container" and recipe.deploy.gpu_layers:
         yield (
             "deploy.gpu_layers",
@@ -139,11 +141,8 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
 
 def _not_built(train: Train) -> Iterator[Finding]:
     """What the libraries know and forge refuses, each with its reason."""
-    if train.objective != "sft":
-        yield (
-            "train.objective",
-            f"{train.objective} is not built: its loss needs the rejected answers; sft learns the chosen",
-        )
+    if train.objective in _OTHER_OBJECTIVES:
+        yield "train.objective", f"{train.objective} is not built: {_OTHER_OBJECTIVES[train.objective]}"
     if train.lora.init == "loftq":
         yield (
             "train.lora.init",
@@ -153,6 +152,26 @@ def _not_built(train: Train) -> Iterator[Finding]:
         yield "train.lora.init", "eva needs a pass over the rows before training, not built; take pissa"
     if train.continue_from is not None and train.method == "full":
         yield "train.continue_from", "goes on from an adapter, and train.method: full trains none; use lora"
+
+
+_OTHER_OBJECTIVES = {
+    "orpo": "trl has it among its experiments, which change without notice; dpo learns from the same pairs",
+    "kto": "it wants single answers with a label each; dpo learns from pairs",
+}
+
+
+def _of_pairs(train: Train, data: Data | None) -> Iterator[Finding]:
+    """What learning from preference pairs leaves no room for."""
+    if train.method == "full":
+        yield "train.method", "full and dpo would hold the model three times; use lora or qlora"
+    if train.lora.init.startswith(("pissa", "olora")):
+        yield "train.lora.init", f"{train.lora.init} moves the base, which dpo compares with; use default"
+    if train.packing:
+        yield "train.packing", "dpo takes its rows in pairs and packs none; leave it out"
+    if train.length_groups:
+        yield "train.length_groups", "dpo takes its rows in pairs, which have no one length; leave it out"
+    if data and data.overlong in ("truncate", "chunk"):
+        yield "data.overlong", "an answer that is cut is not the one that was judged; use error or drop"
 
 
 _NEAR_NF4 = ("nf4", "measured")
@@ -191,7 +210,7 @@ def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:
     """What is allowed and seldom meant."""
     train = recipe.train
     if isinstance(train, Train):
-        if train.learning_rate < _LOW_LEARNING_RATE:
+        if train.learning_rate < _LOW_LEARNING_RATE and not train.compares:
             yield (
                 "train.learning_rate",
                 f"{train.learning_rate:g} is too low for LoRA, which often learns nothing below 5e-5; "

@@ -78,6 +78,7 @@ class Columns(Section):
     )
     reasoning: Text | None = Field(None, description="column of the thinking before the answer")
     chosen: Text | None = Field(None, description="column of the better answer of a preference pair")
+    rejected: Text | None = Field(None, description="column of the worse answer, for `train.objective: dpo`")
     tools: Text | None = Field(None, description="column of the tools that the model may call")
     messages: Text | None = Field(None, description="column of the list of messages")
     text: Text | None = Field(None, description="column of plain text, learned whole (`format: text`)")

@@ -85,7 +85,12 @@ class Train(Section):
         None, description="settings by name for what is unset: of the book, of other documents, of a GPU"
     )
     objective: Literal["sft", "dpo", "orpo", "kto"] = Field(
-        "sft", description="what is minimised; only `sft` is built, which learns a pair's chosen answer"
+        "sft",
+        description="what is learned: answers (`sft`; of a preference pair the chosen one), or to prefer the "
+        "chosen to the rejected answer (`dpo`); `orpo` and `kto` are refused with the reason",
+    )
+    beta: float = Field(
+        0.1, gt=0, description="`dpo`: how dear it is to move away from the model that training began with"
     )
     continue_from: Text | None = Field(
         None,
@@ -174,3 +179,13 @@ class Train(Section):
     checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints to resume from")
     seed: Seed = Field(42, description="seed of initialisation and row order")
     report_to: Reporters = Field((), description="trackers such as `tensorboard` or `wandb`; none when empty")
+
+    @property
+    def compares(self) -> bool:
+        """Whether preference pairs are learned from, both answers of each."""
+        return self.objective == "dpo"
+
+    @property
+    def supervised(self) -> Literal["all", "last"]:
+        """Which assistant turns carry loss: of a pair it is the last, the two differ in nothing else."""
+        return "last" if self.compares else self.supervise

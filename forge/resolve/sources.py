@@ -11,7 +11,7 @@ from forge.data.reading import Source, reader_named
 from forge.data.sources import files_of_split, locate, locate_all
 from forge.model.base import fetch_dataset, local_directory
 from forge.recipe.load import Loaded
-from forge.recipe.schema import Data, DataSource
+from forge.recipe.schema import Data, DataSource, Train
 
 
 def data_sources(
@@ -25,8 +25,10 @@ def data_sources(
     data = loaded.recipe.data
     if data is None:
         return (), 0
+    train = loaded.recipe.train
+    pairs = isinstance(train, Train) and train.compares
     sources = tuple(
-        _source(data, source, loaded.directory, pinned, offline=offline, fetch=fetch)
+        _source(data, source, loaded.directory, pinned, offline=offline, fetch=fetch, pairs=pairs)
         for source in data.sources
     )
     heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
@@ -34,7 +36,14 @@ def data_sources(
 
 
 def _source(
-    data: Data, source: DataSource, directory: Path, pinned: Mapping[str, str], *, offline: bool, fetch: bool
+    data: Data,
+    source: DataSource,
+    directory: Path,
+    pinned: Mapping[str, str],
+    *,
+    offline: bool,
+    fetch: bool,
+    pairs: bool,
 ) -> Source:
     split, form, columns = (
         source.split or data.split,
@@ -55,6 +64,7 @@ def _source(
         data.roles,
         data.ignore,
         reader_named(form, directory) if own else None,
+        pairs,
     )
     return Source(files, shape, split, source.weight, data.encoding, folder.name if folder else None)
 

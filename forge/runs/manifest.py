@@ -82,7 +82,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Learned:
-    """The figure before and after training (exact_match or heldout_loss), over so many held-out rows.
+    """The figure before and after training, over so many held-out rows: exact_match, heldout_loss, or
+    preference (the share of pairs whose chosen answer has the larger reward of DPO, of which the base has 0).
 
     `served`: `after` was asked of the shipped file behind its server.
     """

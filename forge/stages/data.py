@@ -47,7 +47,8 @@ class DataStage(ShipStage):
             "data.limit": data.limit,
             "data.overlong": data.overlong,
             "train.max_length": training.max_length if training else None,
-            "train.supervise": training.supervise if training else "all",
+            "train.supervise": training.supervised if training else "all",
+            "train.objective": training.objective if training else "sft",
             **prompt_params(self.ship),
         }
 
@@ -57,13 +58,14 @@ class DataStage(ShipStage):
         settings = self.settings()
         prepared = prepare(settings, self.ship.prompt_format, self.ship.configuration.max_positions, out)
         self._report(prepared)
-        with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
-            broken = self.ship.stops.in_mask(
-                map(json.loads, rows),
-                may_be_cut=data.overlong == "truncate",
-                every_turn=settings.supervise == "all",
-            )
-            require(broken)
+        for answers in ("labels", "rejected_labels") if settings.pairs else ("labels",):
+            with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
+                broken = self.ship.stops.in_mask(
+                    ({**row, "labels": row[answers]} for row in map(json.loads, rows)),
+                    may_be_cut=data.overlong == "truncate",
+                    every_turn=settings.supervise == "all",
+                )
+                require(broken)
         return prepared
 
     def look(self) -> None:
@@ -108,7 +110,7 @@ class DataStage(ShipStage):
             limit=data.limit,
             overlong=data.overlong,
             max_length=training.max_length if training else None,
-            supervise=training.supervise if training else "all",
+            supervise=training.supervised if training else "all",
             skip_bad_rows=data.skip_bad_rows,
         )
 

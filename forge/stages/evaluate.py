@@ -16,7 +16,7 @@ from forge.runs.manifest import Learned
 from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, BASE_FIELDS, TRAINING_STACK
 from forge.store.artifacts import Artifact
-from forge.train.evaluate import Evaluated, EvaluateRequest, evaluate
+from forge.train.evaluate import Evaluated, EvaluateRequest, Preferred, evaluate
 from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.model import BaseSettings
 from forge.train.outcome import fall_at_the_end, is_far, is_guessing, still_falling
@@ -43,6 +43,7 @@ class EvaluateStage(ShipStage):
             "train.method": training.method if training else None,
             "train.device": training.device if training else "auto",
             "train.dtype": training.dtype if training else "auto",
+            "train.beta": training.beta if training and training.compares else None,
             **({f"train.{name}": getattr(training, name) for name in BASE_FIELDS} if training else {}),
         }
 
@@ -70,9 +71,10 @@ class EvaluateStage(ShipStage):
             dtype=training.dtype if training else "auto",
             end_of_turn_id=ship.prompt_format.end_of_turn_id,
             pad_token_id=ship.pad_token_id,
+            beta=training.beta if training and training.compares else None,
         )
         measured = worker.perform(evaluate, request, log=ship.log)
-        return replace(measured, falling=_falling(inputs[ADAPTER_STAGE], measured.loss.after))
+        return replace(measured, falling=_falling(inputs[ADAPTER_STAGE], measured))
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         wanted, measured = self.ship.recipe.verify.learned, evaluated(artifact)
@@ -92,7 +94,7 @@ class EvaluateStage(ShipStage):
         if wanted == "warn":
             report.warning(message)
             return None
-        worse = measured.loss.after > measured.loss.before
+        worse = not measured.preferred and measured.loss.after > measured.loss.before
         way = (
             "a lower learning rate or fewer epochs"
             if worse
@@ -110,15 +112,17 @@ def evaluated(stage: Artifact | Result) -> Evaluated | None:
     return stage.read(Evaluated) if stage.facts["rows"] else None
 
 
-def _falling(training: Artifact, heldout: float) -> str | None:
+def _falling(training: Artifact, measured: Evaluated) -> str | None:
     """What still fell when the training ended; None where nothing did, or an adapter was adopted."""
     if "adopted_from" in training.facts:
         return None
     evaluations = [evaluation.loss for evaluation in training.read(Trained).evaluations]
-    if evaluations:
+    if evaluations or measured.preferred:
         ends = f"{evaluations[-2]:.3g} -> {evaluations[-1]:.3g}" if len(evaluations) > 1 else ""
         return f"the held-out loss ({ends})" if still_falling(evaluations) else None
-    falls = fall_at_the_end([step.loss for step in read_log(training.path / LOG_FILE, Step)], heldout)
+    falls = fall_at_the_end(
+        [step.loss for step in read_log(training.path / LOG_FILE, Step)], measured.loss.after
+    )
     return f"the training loss ({falls[0]:.3g} -> {falls[1]:.3g} in the second half)" if falls else None
 
 
@@ -126,6 +130,12 @@ def figures(measured: Evaluated) -> str:
     """Held-out loss, perplexity and exact answers, before and after."""
     loss, perplexity, exact = measured.loss, measured.perplexity, measured.exact
     answers = f", exact answers {exact.before} -> {exact.after} of {exact.rows}" if exact else ""
+    if preferred := measured.preferred:
+        answers += (
+            f"; the chosen answer preferred in {preferred.accuracy:.0%}, margin {preferred.margin:.3g} "
+            f"(likelier than the rejected one in {preferred.likelier.before:.0%} -> "
+            f"{preferred.likelier.after:.0%})"
+        )
     return (
         f"held-out rows ({measured.rows}): loss {loss.before:.4f} -> {loss.after:.4f} a token, "
         f"perplexity {perplexity.before:.4g} -> {perplexity.after:.4g}{answers}"
@@ -138,9 +148,11 @@ def nothing_learned(measured: Evaluated) -> str | None:
     nothing = (
         f"nothing was learned: the held-out loss is {loss.after:.6g} after training, {loss.before:.6g} before"
     )
-    if is_guessing(loss.after, vocabulary):
+    if is_guessing(loss.after, vocabulary) and not (measured.preferred and loss.after <= loss.before):
         perplexity = measured.perplexity.after
         return f"{nothing}: perplexity {perplexity:,.0f} is worse than guessing among {vocabulary:,} tokens"
+    if measured.preferred:
+        return _no_preference(measured.preferred, measured.rows)
     if has_improved(measured):
         return None
     doubt = least_improvement(measured)
@@ -149,6 +161,23 @@ def nothing_learned(measured: Evaluated) -> str | None:
     if loss.after - loss.before > doubt:
         return f"{nothing}: better than guessing, but the base itself answers these rows better"
     return nothing
+
+
+def _no_preference(preferred: Preferred, rows: int) -> str | None:
+    """Why the held-out pairs do not show that the chosen answers are preferred now."""
+    error = preferred.error
+    doubt = 0.0 if error is None else error * _students_t(rows)
+    if preferred.margin > doubt:
+        return None
+    nothing = (
+        f"nothing was learned: the chosen answer is preferred in {preferred.accuracy:.0%} of {rows} held-out "
+        f"pairs, by a margin of {preferred.margin:.3g}"
+    )
+    return (
+        f"{nothing}, and they cannot tell one under {doubt:.2g} from none"
+        if preferred.margin > 0
+        else nothing
+    )
 
 
 def remarks(measured: Evaluated) -> Iterator[str]:
@@ -193,7 +222,9 @@ def learned(measured: Evaluated, served_exact: int | None = None) -> Learned:
     `after` is of the tuned model, or of the shipped file behind its server where that gave `served_exact`
     exact answers.
     """
-    exact = measured.exact
+    exact, preferred = measured.exact, measured.preferred
+    if preferred:
+        return Learned("preference", 0.0, preferred.accuracy, measured.rows)
     if not exact:
         return Learned("heldout_loss", measured.loss.before, measured.loss.after, measured.rows)
     return Learned(

@@ -1,8 +1,9 @@
-"""The recipe's `train` section as trl's SFTConfig. Runs in a worker."""
+"""The recipe's `train` section as trl's SFTConfig, or DPOConfig. Runs in a worker."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from forge.errors import DataError
@@ -12,14 +13,15 @@ from forge.train.request import TrainRequest
 
 
 def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> Any:
-    """trl's SFTConfig; raises `DataError` for an option that transformers does not take."""
+    """trl's SFTConfig or DPOConfig; raises `DataError` for an option that transformers does not take."""
     import trl
 
     settings = request.settings
     # An 8-bit base has its own number types, and float32 around them (A4, A6).
     autocast = "" if settings.method == "int8" else hardware.autocast
     try:
-        return trl.SFTConfig(
+        kind, own = _of_objective(request)
+        return getattr(trl, kind)(
             output_dir=str(request.out / "work"),
             num_train_epochs=settings.epochs,
             max_steps=settings.max_steps or -1,
@@ -41,9 +43,6 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
             bf16=autocast == "bf16",
             fp16=autocast == "fp16",
             use_cpu=hardware.device == "cpu",
-            max_length=request.max_length if settings.packing else None,
-            packing=settings.packing,
-            eval_packing=False if settings.evaluation_steps else None,
             train_sampling_strategy="group_by_length" if settings.length_groups else "random",
             seed=settings.seed,
             data_seed=settings.seed,
@@ -57,9 +56,22 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
             eval_steps=settings.evaluation_steps,
             prediction_loss_only=True,
             dataloader_num_workers=0,
+            **own,
         )
     except (ValueError, TypeError) as error:
         raise DataError(f"train: transformers refuses these settings: {error}") from error
+
+
+def _of_objective(request: TrainRequest) -> tuple[str, Mapping[str, object]]:
+    """The name of trl's class, and what no other takes."""
+    settings = request.settings
+    if settings.compares:
+        return "DPOConfig", {"beta": settings.beta, "max_length": None}
+    return "SFTConfig", {
+        "max_length": request.max_length if settings.packing else None,
+        "packing": settings.packing,
+        "eval_packing": False if settings.evaluation_steps else None,
+    }
 
 
 def warmup_steps(settings: Train, steps: int) -> int:

@@ -44,6 +44,8 @@ class EvaluateRequest:
     dtype: str
     end_of_turn_id: int
     pad_token_id: int
+    beta: float | None = None
+    """Of preference pairs: what the rewards are scaled by."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,21 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class Preferred:
+    """Of the held-out pairs, by the reward of DPO: beta x (log-likelihood of the tuned model - of the base).
+
+    `accuracy` is the share of pairs whose chosen answer has the larger reward, `margin` by how much it is the
+    larger one on average, `error` that mean's standard error (None for one pair), `likelier` the share whose
+    chosen answer is the likelier of the two.
+    """
+
+    accuracy: float
+    margin: float
+    error: float | None
+    likelier: Change
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Held-out figures before and after, and the answers behind them.
 
@@ -92,6 +109,7 @@ class Evaluated:
     perplexity: Change
     exact: Exact | None
     falling: str | None = None
+    preferred: Preferred | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,7 @@ class _Measured:
     loss: float
     rows: Sequence[RowLoss]
     answers: Sequence[str]
+    rejected: Sequence[RowLoss]
 
 
 def evaluate(request: EvaluateRequest) -> Evaluated:
@@ -132,7 +151,31 @@ def evaluate(request: EvaluateRequest) -> Evaluated:
         loss_error=standard_error(before.rows, after.rows),
         perplexity=Change(_perplexity(before.loss), _perplexity(after.loss)),
         exact=_exact(short, before.answers, after.answers, tokenizer),
+        preferred=_preferred(before, after, request.beta) if request.beta is not None else None,
     )
+
+
+def _preferred(before: _Measured, after: _Measured, beta: float) -> Preferred:
+    margins = [
+        beta * ((chosen_was - chosen) - (rejected_was - rejected))
+        for (chosen_was, _), (rejected_was, _), (chosen, _), (rejected, _) in zip(
+            before.rows, before.rejected, after.rows, after.rejected, strict=True
+        )
+    ]
+    count = len(margins)
+    mean = sum(margins) / count
+    spread = sum((margin - mean) ** 2 for margin in margins)
+    return Preferred(
+        accuracy=round(sum(margin > 0 for margin in margins) / count, 4),
+        margin=round(mean, 6),
+        error=round(math.sqrt(spread / (count - 1) / count), 8) if count > 1 else None,
+        likelier=Change(_likelier(before), _likelier(after)),
+    )
+
+
+def _likelier(measured: _Measured) -> float:
+    pairs = list(zip(measured.rows, measured.rejected, strict=True))
+    return round(sum(chosen < rejected for (chosen, _), (rejected, _) in pairs) / len(pairs), 4)
 
 
 def standard_error(before: Sequence[RowLoss], after: Sequence[RowLoss]) -> float | None:
@@ -170,8 +213,16 @@ def _measure(
     for batch in _batches(short):
         answers += _answers(model, batch, tokenizer, request)
         report.advance(label, len(rows) + len(answers), len(rows) + len(short))
+    rejected: list[RowLoss] = []
+    for batch in _batches([_rejected(row) for row in rows if "rejected_ids" in row]):
+        rejected += _loss(model, batch, request.pad_token_id)
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
-    return _Measured(round(total / max(tokens, 1), 6), losses, answers)
+    return _Measured(round(total / max(tokens, 1), 6), losses, answers, rejected)
+
+
+def _rejected(row: PreparedRow) -> PreparedRow:
+    """The row with the rejected answer in place of the chosen one."""
+    return PreparedRow(input_ids=row["rejected_ids"], labels=row["rejected_labels"], messages=())
 
 
 def _batches(rows: Sequence[PreparedRow]) -> Iterator[Sequence[PreparedRow]]:

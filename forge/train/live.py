@@ -6,14 +6,13 @@ The ship's own report takes its place at the end. Runs in a worker.
 from __future__ import annotations
 
 import html
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from forge.files import write_text
-from forge.train.log import Evaluation, Step
+from forge.train.log import Evaluation, Step, in_words
 from forge.train.questions import Asked
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
@@ -69,8 +68,8 @@ class LivePage:
         self._written = time.monotonic()
         text = f"step {state.global_step} of {state.max_steps}: {note}"
         heldout = [(entry.step, entry.loss) for entry in evaluations]
-        if heldout:
-            text += f"; held-out perplexity {math.exp(min(heldout[-1][1], 50)):.4g}"
+        if evaluations:
+            text += f"; {in_words(evaluations[-1])}"
         pictures = [
             _picture("loss (blue) and held-out loss (brown)", self._curve(lambda step: step.loss), heldout),
             _picture("gradient norm", self._curve(lambda step: step.gradient_norm)),

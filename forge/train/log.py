@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,10 +27,27 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out loss after a step, in nats a token."""
+    """The held-out loss after a step, in nats a token; of preference pairs it is the trainer's own loss.
+
+    Of these there are trl's rewards too: the share of pairs whose chosen answer has the larger one, and by
+    how much on average.
+    """
 
     step: int
     loss: float
+    accuracy: float | None = None
+    margin: float | None = None
+
+
+def in_words(evaluation: Evaluation) -> str:
+    """What a person is shown of it."""
+    if evaluation.accuracy is None or evaluation.margin is None:
+        perplexity = math.exp(min(evaluation.loss, 50))
+        return f"held-out loss {evaluation.loss:.4f}, perplexity {perplexity:.4g}"
+    return (
+        f"held-out pairs: loss {evaluation.loss:.4f}, chosen answer preferred in "
+        f"{evaluation.accuracy:.0%}, margin {evaluation.margin:.3g}"
+    )
 
 
 @dataclass(frozen=True)

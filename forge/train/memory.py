@@ -157,7 +157,7 @@ def estimate_of(
         configuration,
         method=job.method,
         rank=job.rank,
-        batch=job.batch,
+        batch=job.batch * (2 if job.train.compares else 1),  # both answers of a pair
         sequence=min(job.length, configuration.max_positions or job.length),
         dora=job.train.lora.dora,
         targets=job.train.lora.targets,

@@ -1,4 +1,4 @@
-"""The training run: peft on the base, through trl's SFTTrainer. Runs in a worker.
+"""The training run: peft on the base, through trl's SFTTrainer or DPOTrainer. Runs in a worker.
 
 Ids and loss mask come ready from `data.prepare`, so what is trained on was seen and checked
 before. A killed run goes on from its last whole checkpoint, bit for bit. Not covered: more than
@@ -35,6 +35,7 @@ from forge.train.lora import (
 )
 from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
+from forge.train.pairs import drop_reference, pair_trainer, pairs_of
 from forge.train.questions import Asked
 from forge.train.request import Trained, TrainRequest
 from forge.train.save import save_adapter
@@ -90,6 +91,8 @@ def train(request: TrainRequest) -> Trained:
             hint="run the same command again to go on from there",
         )
     best = watch.best.restore(trainer.model) if settings.keep == "best" else None
+    if settings.compares:
+        drop_reference(trainer.model)
     initial = out / "work" / _INITIAL
     save_adapter(
         trainer.model,
@@ -159,6 +162,7 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(request.tokenizer / "tokenizer.json"), pad_token=request.pad_token
     )
+    dataset = pairs_of if settings.compares else _dataset
     rows = _rows(request.data / TRAIN_FILE)
     _refuse_foreign_ids(rows, model.get_input_embeddings().weight.shape[0])
     if settings.packing:
@@ -181,7 +185,9 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
         page=LivePage(request.page, asked),
     )
 
-    class Trainer(trl.SFTTrainer):  # type: ignore[misc]
+    parent = pair_trainer() if settings.compares else trl.SFTTrainer
+
+    class Trainer(parent):  # type: ignore[misc, valid-type]
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             self.args.warmup_steps = warmup_steps(settings, num_training_steps)
             try:
@@ -195,12 +201,14 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     trainer = Trainer(
         model=model,
         args=arguments(request, hardware, checkpointing),
-        train_dataset=_dataset(rows),
-        eval_dataset=_dataset(heldout) if heldout else None,
+        train_dataset=dataset(rows),
+        eval_dataset=dataset(heldout) if heldout else None,
         processing_class=tokenizer,
         callbacks=[watch],
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    if settings.compares and not request.continue_from:
+        drop_reference(trainer.model)  # the base is one: the model without its new adapter
     trainable_to_float32(trainer.model)
     return trainer, watch
 
@@ -236,7 +244,7 @@ def _dataset(rows: Sequence[PreparedRow]) -> Any:
 
 def _refuse_foreign_ids(rows: Sequence[PreparedRow], embeddings: int) -> None:
     """An id past the embedding is a crash without words on a GPU (pitfall 4)."""
-    largest = max(max(row["input_ids"]) for row in rows)
+    largest = max(max([*row["input_ids"], *row.get("rejected_ids", ())]) for row in rows)
     if largest >= embeddings:
         raise DataError(
             f"the rows hold token {largest}, the base's embedding has {embeddings} rows",

@@ -20,7 +20,7 @@ from forge.errors import StageError
 from forge.model.memory import peak_memory
 from forge.train.checkpoints import seal
 from forge.train.live import LivePage
-from forge.train.log import Evaluation, Step, append, keep_until
+from forge.train.log import Evaluation, Step, append, in_words, keep_until
 from forge.train.questions import Asked
 
 PROGRESS = "train"
@@ -29,6 +29,8 @@ _TRY = (
     "with float16 set train.dtype: fp32"
 )
 _SMOOTHING = 0.9
+# trl's names of `Evaluation.accuracy` and `margin`.
+_REWARDS = ("eval_rewards/accuracies", "eval_rewards/margins")
 # A loss this many nats above that of a guess among all tokens, so many steps in a row, has exploded.
 _ABOVE_GUESSING, _EXPLODED_STEPS = 3.0, 3
 
@@ -48,6 +50,11 @@ class Best:
         return None if best is None else best.step
 
     @property
+    def last_in_words(self) -> str:
+        last = self.evaluations[-1]
+        return in_words(last) + ("" if self.step == last.step else f" (best: step {self.step})")
+
+    @property
     def is_patience_spent(self) -> bool:
         since = [evaluation for evaluation in self.evaluations if evaluation.step > (self.step or 0)]
         return self._patience is not None and len(since) >= self._patience
@@ -56,10 +63,11 @@ class Best:
         """A resumed run repeats what came after its checkpoint."""
         self.evaluations = keep_until(self._log, step, Evaluation)
 
-    def add(self, step: int, loss: float, model: Any) -> bool:
+    def add(self, evaluation: Evaluation, model: Any) -> bool:
         """Note an evaluation; whether it is the best. Its weights are kept, and those of the best before."""
-        self.evaluations.append(Evaluation(step, round(loss, 6)))
-        append(self._log, self.evaluations[-1])
+        self.evaluations.append(evaluation)
+        append(self._log, evaluation)
+        step = evaluation.step
         if self.step != step:
             return False
         from safetensors.torch import save_file
@@ -105,6 +113,7 @@ def watcher(
             self.losses = Losses(vocabulary)
             self.pace = _Pace()
             self.seconds = 0.0
+            self.rewards: dict[str, float] = {}
 
         @property
         def is_patience_spent(self) -> bool:
@@ -131,15 +140,13 @@ def watcher(
         def on_evaluate(
             self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], model: Any, **_: Any
         ) -> None:
-            loss = metrics["eval_loss"]
-            refuse_not_finite(state.global_step, loss, None)
-            if best.add(state.global_step, loss, model):
-                control.should_save = True
-            report.info(
-                f"train: step {state.global_step}: held-out loss {loss:.4f}, "
-                f"perplexity {math.exp(min(loss, 50)):.4g}"
-                + ("" if best.step == state.global_step else f" (best: step {best.step})")
+            evaluation = Evaluation(
+                state.global_step, round(metrics["eval_loss"], 6), *map(self.rewards.get, _REWARDS)
             )
+            refuse_not_finite(evaluation.step, evaluation.loss, None)
+            if best.add(evaluation, model):
+                control.should_save = True
+            report.info(f"train: step {evaluation.step}: {best.last_in_words}")
             asked.ask(state.global_step, model)
             if best.is_patience_spent:
                 report.info(f"train: no better since step {best.step}: stopping early")
@@ -152,6 +159,8 @@ def watcher(
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             loss = (logs or {}).get("loss")
             if loss is None:
+                # What trl has measured beside the held-out loss, just before `on_evaluate`.
+                self.rewards = {name: logs[name] for name in _REWARDS if name in (logs or {})}
                 return
             refuse_not_finite(state.global_step, loss, logs.get("grad_norm"))
             self.losses.add(state.global_step, loss)
