@@ -33,6 +33,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "export-ggml": export.measure_without_kernels,
     "validate": validate.measure,
     "verify": verify.measure,
+    "verify-files": verify.measure_files,
     "serve": serve.measure,
     "generate": serve.measure_generate,
     "front": front.measure,

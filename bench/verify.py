@@ -29,7 +29,6 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
     command = [FORGE, "verify", str(QUICKSTART), *_SHORT, "--json"]
     verified = run(command, directory=place.directory, environment=place.environment)
     yield Outcome("forge verify, quickstart", verified.seconds, "s", SECONDS)
-    yield from _on_files(place)
     (large, parameters), rows = random_model(place, "2B"), place.directory / "rows.jsonl"
     rows.write_text(
         "".join(
@@ -45,7 +44,7 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
     yield Outcome("forge verify, memory", peak / 1e9, "GB", GIGABYTES, note=note)
 
 
-def _on_files(place: Workplace) -> Iterator[Outcome]:
+def measure_files(place: Workplace, pairs: int) -> Iterator[Outcome]:
     """Seconds of `forge verify` on a real model, and on a random one of half a billion parameters."""
     real = place.directory / "smollm2"
     command = [sys.executable, "-m", "bench.real_model", str(real)]
