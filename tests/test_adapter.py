@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from forge.adapter.places import place
-from forge.adapter.read import TokenRows, read_adapter, scale_of
+from forge.adapter.read import TokenRows, find_base_tensor, read_adapter, scale_of
 from forge.adapter.status import ValidateRequest, validate
 from forge.adapter.vocabulary import fit
 from forge.codec import to_plain
@@ -100,6 +100,21 @@ def test_scales_by_pattern_are_peft_s(base: Path, tmp_path: Path) -> None:
     }
     assert ours == pytest.approx(theirs)
     assert len(set(ours.values())) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight"),  # GPT-2, saved by its inner model
+        ("layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.language_model.layers.0.a.weight", "language_model.model.layers.0.a.weight"),
+        ("model.language_model.layers.0.a.weight", None),
+    ],
+)
+def test_a_module_is_found_under_the_checkpoints_name(name: str, stored: str | None) -> None:
+    """Another part of a multimodal base is no place for the text model's."""
+    base = {"language_model.layers.0.b.weight": 0, "visual.layers.0.a.weight": 0}
+    assert find_base_tensor(name, {**base, stored: 0} if stored else base) == stored
 
 
 IMPURE: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -237,7 +252,7 @@ def test_a_head_that_was_resized_alone_says_the_numbers(untied: Path, tmp_path: 
     adapter = make_adapter(untied, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
     weights = adapter / "adapter_model.safetensors"
     change_tensors(weights, {"base_model.model.lm_head.weight": torch.zeros(500, 256)})
-    with pytest.raises(DataError, match=r"alone: rows are 500 of lm_head, \d+ of model\.embed_tokens"):
+    with pytest.raises(DataError, match=r"layer: rows are 500 of lm_head, \d+ of model\.embed_tokens"):
         validate(ValidateRequest(untied, adapter))
 
 

@@ -33,6 +33,11 @@ def test_every_field_of_peft_is_classified() -> None:
     assert fields == SETTINGS.keys() - _OF_EARLY_2023
 
 
+def test_every_refusal_says_what_to_do() -> None:
+    refused = {name: setting.hint for name, setting in SETTINGS.items() if setting.verdict == "refused"}
+    assert len(refused) > 10 and all(refused.values())
+
+
 @pytest.mark.training
 def test_what_peft_writes_of_a_plain_adapter_is_accepted(tmp_path: Path) -> None:
     import peft

@@ -68,6 +68,16 @@ def test_logits_are_those_of_the_positions_that_are_asked(tmp_path: Path) -> Non
     assert int(found[1].argmax()) == WORDS[0] and row[10] == NEWLINE
 
 
+def test_a_model_goes_on_behind_what_its_speed_was_measured_with(tmp_path: Path) -> None:
+    """Every token of it was read, one after another, from the beginning."""
+    with loaded(write_tiny_gguf(tmp_path / "m.gguf"), 64) as model:
+        values = model.after(QUESTION)
+        expected = model.go_on(QUESTION, values, 4)
+        model.read(WORDS)
+        assert model.tokens_per_second(QUESTION) > 0
+        assert model.go_on(QUESTION, values, 4) == expected
+
+
 def test_what_llama_cpp_cannot_load_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with (

@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
+from forge.chat.template import ChatTemplate
 from forge.errors import DataError, StageError
+from forge.export import proof
 from forge.export.run import ADAPTER_FILE, GGUF_FILE
 from forge.model.safetensors_header import read_header
+from forge.model.tokenizer_files import read_tokenizer
+from forge.verify.vocabulary import check_vocabulary
 from forge.verify.yardstick import make_quantized
 from tests.exporting import export_here
 from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter
@@ -155,6 +159,7 @@ def test_a_sound_file_passes_and_its_quantized_one_too(specimen: Specimen, sound
     assert found["ok"], found["problems"]
     assert found["broken_stage"] is None
     assert found["logits"]["top1"] > 0.99  # random weights: many near ties
+    assert found["prompt"]["compared"] == 2 + 2 * 16  # rows as they are, and up to their answers
     quantized = make_quantized(sound, specimen.scratch / "sound-q4_k_m.gguf", "q4_k_m", 2)
     found = specimen.verify(quantized, trained_in_4bit=True)
     assert found["ok"], found["problems"]
@@ -250,6 +255,26 @@ def test_fault(fault: str, kind: str, specimen: Specimen, sound: Path, tmp_path:
     assert found["remedy"]
 
 
+@pytest.mark.parametrize("fault", ["another template", "wrong pre-tokenizer", "another day"])
+def test_a_prompt_that_differs_is_shown(fault: str, specimen: Specimen, sound: Path, tmp_path: Path) -> None:
+    """As text, or as ids where the text is the same."""
+    files = read_tokenizer(specimen.base)
+    assert files.chat_template
+    if fault == "another day":
+        dated = "{% if strftime_now('%Y') == '2001' %}!{% endif %}"
+        broken = rewrite(sound, tmp_path / "m.gguf", tokenizer__chat_template=files.chat_template + dated)
+    else:
+        broken = FAULTS[fault][0](specimen, sound, tmp_path)
+    template = ChatTemplate(files.chat_template, files.template_tokens)
+    asked = [[{"role": "user", "content": text}] for text in proof.test_strings() if text.strip()]
+    found = check_vocabulary(broken, specimen.base, template, asked, None).prompt
+    assert (found.ok, found.compared) == (False, len(asked))
+    example = found.examples[0]
+    assert ("ids" in example) is (fault == "wrong pre-tokenizer")
+    assert example["trained"] != example["file"]
+    assert (example["file"] == "a text that depends on the day") is (fault == "another day")
+
+
 def test_an_adapter_that_learned_nothing(specimen: Specimen, tmp_path: Path) -> None:
     """Its B is zero, as before the first step: every file of it is the base."""
     from safetensors.torch import load_file
@@ -300,9 +325,8 @@ def test_a_stale_merged_directory_beside_a_sound_file(
         assert found["handovers"][0]["to"] == "merged"
 
 
-@pytest.mark.slow
-def test_an_adapter_beside_its_base_and_a_merge_into_nf4(specimen: Specimen, tmp_path: Path) -> None:
-    """Both are what they should be when they are said to be that, and faults otherwise."""
+def test_an_adapter_beside_its_base(specimen: Specimen, tmp_path: Path) -> None:
+    """The two are the tuned model together, and not the base's file by itself."""
     (tmp_path / "pair").mkdir()
     pair = {**source_of(specimen), "data": None, "out": str(tmp_path / "pair")}
     chosen = {"name": "yoda", "quant": "f16", "keep_merged": False, "threads": 2, "end_of_turn_id": 2}
@@ -311,6 +335,10 @@ def test_an_adapter_beside_its_base_and_a_merge_into_nf4(specimen: Specimen, tmp
     assert specimen.verify(base, lora=str(lora))["ok"]
     assert "not applied" in specimen.verify(base)["verdict"]
 
+
+@pytest.mark.slow
+def test_a_merge_into_nf4(specimen: Specimen, tmp_path: Path) -> None:
+    """It is what it should be when it is said to be that, and a fault otherwise."""
     file = specimen.f16(tmp_path / "nf4", merge_base="nf4")
     found = specimen.verify(file, merge_base="nf4", trained_in_4bit=True)
     assert found["ok"], found["problems"]

@@ -11,6 +11,7 @@ import pytest
 
 from forge.codec import from_plain
 from forge.errors import DataError
+from forge.model.gguf_header import GgufHeader, GgufTensor
 from forge.model.safetensors_header import TensorSpec
 from forge.verify.compare import (
     compare,
@@ -21,7 +22,7 @@ from forge.verify.compare import (
     top_log_probabilities,
 )
 from forge.verify.decide import undecided
-from forge.verify.inputs import refuse_too_large
+from forge.verify.inputs import refuse_too_large, type_of_tensors
 from forge.verify.measurement import Gates, Measurement
 from forge.verify.sample import LONGEST, Sample, draw, least_share
 from forge.verify.verdict import judge
@@ -95,6 +96,19 @@ def test_faults_of_a_part_of_each_row_are_no_near_ties() -> None:
     )
     assert times_as_far(distances(logits, rounded(0.07, by_chance[1], ties), theirs, sample), sample) > 1.2
     assert times_as_far(distances(logits, logits, logits, sample), sample) == 0.0
+
+
+def test_where_in_the_rows_a_file_is_off_is_kept() -> None:
+    """Forty places in stretches of equal width; only the last place is off."""
+    import numpy as np
+
+    logits = np.random.default_rng(0).normal(size=(40, 8))
+    other = logits.copy()
+    other[-1] = other[-1][::-1]
+    found = compare(logits, other, _sample([1] * 40)).kl_by_position
+    assert [one.position for one in found] == list(range(0, 40, found[1].position))
+    assert [one.max > 1e-6 for one in found] == [False] * (len(found) - 1) + [True]
+    assert found[-1].mean < found[-1].max
 
 
 def test_perplexity_is_the_answers_and_a_padded_vocabulary_does_not_count() -> None:
@@ -219,11 +233,59 @@ def _judged(measured: dict[str, Any], gates: Gates) -> Mapping[str, Any]:
     return judge(from_plain(Measurement, measured), gates).plain()
 
 
+@pytest.mark.parametrize(
+    ("tensors", "kind"), [("Q3_K", "q3_k_s"), ("Q5_K", "q5_k_s"), ("Q8_0", "q8_0"), ("F16", "f16")]
+)
+def test_of_mixtures_the_coarsest_is_taken(tensors: str, kind: str) -> None:
+    header = GgufHeader(Path("model.gguf"), 3, 32, {}, {"a": GgufTensor("a", tensors, (1,), 0, 1)})
+    assert type_of_tensors(header) == kind
+
+
 def test_a_misspelt_leg_is_no_leg_that_was_left_out() -> None:
     measured = _measurement()
     measured["legs"]["convertion"] = measured["legs"].pop("conversion")
     with pytest.raises(ValueError, match=r"Measurement\.legs has no convertion"):
         _judged(measured, Gates())
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "words"),
+    [
+        ("tokens", {"message": "the tokenizer gives other ids"}, "the tokenizer gives other ids"),
+        ("prompt", {"message": "their text differs"}, "not the one of training: their text differs"),
+        ("stops", {}, "llama.cpp would not stop at </s>"),
+    ],
+)
+def test_what_differs_before_any_logit_is_the_converters_fault(
+    check: str, changes: dict[str, str], words: str
+) -> None:
+    measured = _measurement()
+    measured[check] = {**measured[check], "ok": False, **changes}
+    found = _judged(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (False, "convert")
+    assert words in found["verdict"] and found["remedy"]
+
+
+@pytest.mark.parametrize(("nmse", "ok"), [(1e-12, True), (1e-3, False)])
+def test_a_merged_checkpoint_is_a_hand_over_of_its_own(nmse: float, ok: bool) -> None:
+    found = _judged(_measurement(merged=_leg(nmse=nmse, kl_mean=nmse)), Gates())
+    assert (found["handovers"][0]["to"], found["handovers"][0]["ok"]) == ("merged", ok)
+    assert (found["ok"], found["broken_stage"]) == (ok, None if ok else "merge")
+
+
+def test_what_stayed_undecided_is_a_warning() -> None:
+    measured = _measurement()
+    measured["sample"]["undecided"] = ["verify.max_kl"]
+    [warning] = _judged(measured, Gates())["warnings"]
+    assert warning.startswith("too near to its limit for 1000 positions to be sure: verify.max_kl")
+
+
+def test_a_file_that_is_not_its_own_word_says_how_to_fix_it() -> None:
+    measured = _measurement(file_against_f16=_leg(nmse=0.1))
+    measured["file"] = _file(unlike={"tensors": "Q4_K", "expected": "Q6_K"}, says="q6_k")
+    found = _judged(measured, Gates())
+    assert (found["broken_stage"], "mostly Q4_K" in found["verdict"]) == ("quantize", True)
+    assert "quantize again from f16" in found["remedy"]
 
 
 def test_the_gates_are_judged_afresh_on_one_measurement() -> None:

@@ -17,7 +17,8 @@ from forge.train.hardware import choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.verify.loader import Weights
 from forge.verify.measurement import Gates
-from forge.verify.reference import logits
+from forge.verify.reference import logits, with_greedy
+from forge.verify.rounding import Rounding
 from forge.verify.sample import Sample
 from forge.verify.verdict import judge
 from tests.exporting import ingredients
@@ -96,6 +97,54 @@ def test_whatever_peft_does_is_done(case: str, tmp_path: Path) -> None:
     tuned = logits(Weights(base, adapter), SAMPLE, "tuned")
     np.testing.assert_allclose(tuned, _whole(load(base, adapter, merge=False)), atol=2e-4, rtol=1e-4)
     assert np.abs(tuned - logits(Weights(base), SAMPLE, "plain")).max() > 0.02
+
+
+def test_rounded_is_the_merged_model_rounded(tmp_path: Path) -> None:
+    """What a file in BF16 holds is the sum of weight and factors; vectors stay as they are."""
+    import numpy as np
+
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    merged = load(base, adapter)
+    tuned = _whole(merged)
+    for parameter in merged.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.bfloat16().float()
+    rounding, lost = Rounding({}, lambda name: None, "BF16"), dict[str, float]()
+    found = logits(Weights(base, adapter, rounding=rounding), SAMPLE, "rounded", lost)
+    np.testing.assert_allclose(found, _whole(merged), atol=2e-3)
+    assert np.abs(found - tuned).max() > 1e-2
+    adapted = [share for name, share in lost.items() if "_proj" in name]
+    assert len(adapted) == 14 and all(1e-4 < share < 2**-8 for share in adapted)
+
+
+def test_what_the_reference_would_have_written(tmp_path: Path) -> None:
+    """Two answers to one prompt: its own, and one whose second token is another."""
+    import torch
+
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    model, prompt = load(base), ROWS[1]
+    own = list(prompt)
+    for _ in range(3):
+        own.append(int(model(torch.tensor([own])).logits[0, -1].argmax()))
+    answer = own[len(prompt) :]
+    other = [answer[0], answer[1] + 1, answer[2]]
+    found, greedy = with_greedy(Weights(base), SAMPLE, [(prompt, answer), (prompt, other)], "greedy")
+    assert (greedy.prompts, greedy.same, greedy.first_difference) == (2, 1, (None, 1))
+    assert found.shape[0] == len(SAMPLE.positions)
+
+
+def test_names_that_torch_compile_left_are_pefts(tmp_path: Path) -> None:
+    import numpy as np
+    from safetensors.torch import load_file
+
+    base = make_model(tmp_path / "base", "llama", "home-made")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    expected = logits(Weights(base, adapter), SAMPLE, "peft's names")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace(".self_attn.", "._orig_mod.self_attn."): one for name, one in tensors.items()}
+    change_tensors(adapter / "adapter_model.safetensors", {**dict.fromkeys(tensors), **renamed})
+    np.testing.assert_array_equal(logits(Weights(base, adapter), SAMPLE, "wrapped"), expected)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -16,6 +16,8 @@ from forge.model.estimate import Available
 from forge.verify import measure as measuring
 from forge.verify.measure import measure
 from forge.verify.measurement import VerifyRequest
+from forge.verify.session import Session
+from tests.model_files import write_safetensors
 from tests.test_stages_deployed import ship_of
 from tests.tiny_gguf import CONTEXT, WIDTH, write_tiny_gguf
 from tests.vocabularies import converters
@@ -58,6 +60,15 @@ def _no_memory(_: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
+def _bias_on_factors(place: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
+    (place / "adapter").mkdir()
+    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "lora_bias": True}
+    (place / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
+    factors = {f"base_model.model.q_proj.lora_{part}.weight": (8, 8) for part in "AB"}
+    write_safetensors(place / "adapter" / "adapter_model.safetensors", factors)
+    return {"adapter": place / "adapter"}
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -67,8 +78,9 @@ def _no_memory(_: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
         (_rows([5] * (CONTEXT + 1)), f"every row is longer than the context of {CONTEXT} tokens"),
         (_rows([5, 6, 1000]), "the file is of another vocabulary"),
         (_rows(), "holds no rows: there is nothing to compare on"),
+        (_bias_on_factors, "each layer got a bias"),
     ],
-    ids=["model", "matrix", "memory", "length", "vocabulary", "no rows"],
+    ids=["model", "matrix", "memory", "length", "vocabulary", "no rows", "adapter"],
 )
 def test_what_cannot_be_compared(
     change: Change, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -91,4 +103,16 @@ def test_what_cannot_be_compared(
     request = replace(request, **change(tmp_path, monkeypatch))
     with pytest.raises(DataError) as refused:
         measure(request)
-    assert said in refused.value.message
+    problems = [str(problem) for problem in refused.value.problems]
+    assert said in " ".join([refused.value.message, *problems])
+    if "every row" in said:
+        before = "the file's header, token ids, prompt and stops"
+        assert problems[-1] == f"it failed at: rows drawn; compared before: {before}"
+
+
+def test_code_of_the_base_runs_where_the_recipe_says_so(tmp_path: Path) -> None:
+    """The reference's model is loaded as the ship's base is."""
+    nowhere = tmp_path / "nowhere"
+    request = VerifyRequest(nowhere, nowhere, nowhere, None, nowhere, nowhere, tmp_path)
+    assert Session(replace(request, trust_remote_code=True)).source.trust_remote_code
+    assert not Session(request).source.trust_remote_code

@@ -10,7 +10,9 @@ import pytest
 from forge.export import upstream
 from forge.model.checkpoint import open_checkpoint
 from forge.verify import yardstick
+from forge.verify.kept import holds_any, kept_of
 from forge.verify.loader import changes_nothing
+from forge.verify.measurement import Greedy, VerifyRequest
 from forge.verify.rounding import rounding_of
 from tests.models import PEFT_WARNS, change_tensors
 from tests.specimens import Specimen, make_specimen, rewrite
@@ -73,10 +75,58 @@ def test_a_base_that_its_type_holds_is_not_rounded(plain: Specimen, tmp_path: Pa
     exact = {key: torch.ones(tuple(spec.shape)) for key, spec in checkpoint.tensors.items()}
     change_tensors(base / "model.safetensors", exact)
     assert changes_nothing(rounding, open_checkpoint(base))
+    norm = {"model.norm.weight": torch.full((256,), 1 + 2**-12)}  # a vector, which stays float32
+    change_tensors(base / "model.safetensors", norm)
+    assert changes_nothing(rounding, open_checkpoint(base))
     fine = torch.ones(tuple(shape))
     fine[0, 0] = 1 + 2**-12
     change_tensors(base / "model.safetensors", {name: fine})
     assert not changes_nothing(rounding, open_checkpoint(base))
+
+
+def _request(scratch: Path, *, goes_on: bool) -> VerifyRequest:
+    nowhere = scratch / "nowhere"
+    return VerifyRequest(nowhere, nowhere, nowhere, None, nowhere, nowhere, scratch, goes_on=goes_on)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_what_a_stopped_measurement_made_is_taken_where_it_goes_on(goes_on: bool, tmp_path: Path) -> None:
+    """Of whoever does not go on nothing stays, nor is anything taken that somebody else left."""
+    request, made = _request(tmp_path, goes_on=goes_on), list[int]()
+
+    def answers() -> Greedy:
+        made.append(len(made))
+        return Greedy(8, made[-1])
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError), kept_of(request) as kept:
+            kept.value(Greedy, "greedy", answers)
+            raise RuntimeError
+        assert holds_any(tmp_path) is goes_on
+    with kept_of(_request(tmp_path, goes_on=True)) as kept:
+        assert kept.value(Greedy, "greedy", answers) == Greedy(8, 0 if goes_on else 2)
+    assert not (tmp_path / "kept").exists()
+    (tmp_path / "kept" / "greedy").mkdir(parents=True)
+    with pytest.raises(RuntimeError), kept_of(_request(tmp_path, goes_on=False)) as kept:
+        assert not kept.directory.exists()
+        raise RuntimeError  # before anything was made
+
+
+def test_what_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
+    def make(out: Path) -> None:
+        assert not any(out.iterdir())
+        (out / "whole").touch()
+
+    with kept_of(_request(tmp_path, goes_on=True)) as kept:
+        half = kept.directory / "files.partial"
+        half.mkdir(parents=True)
+        (half / "a half").touch()
+        assert not holds_any(tmp_path)
+        made = kept.folder("files", make)
+        assert [path.name for path in made.iterdir()] == ["whole"]
+        kept.forget("files")
+        assert not made.exists()
+        kept.forget("files")
 
 
 @pytest.mark.slow

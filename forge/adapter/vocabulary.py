@@ -70,13 +70,6 @@ class Fitted:
     def _is_conv1d(self) -> bool:
         return read_json(self.checkpoint.directory / "config.json").get("model_type") in CONV1D_FAMILIES
 
-    def configure(self, configuration: Any) -> None:
-        """Give a transformers configuration the tuned model's embedding."""
-        self.resize(configuration)
-        if self.own_head:
-            text = configuration.get_text_config()
-            configuration.tie_word_embeddings = text.tie_word_embeddings = False
-
     def resize(self, configuration: Any) -> None:
         """Give a transformers configuration as many rows as the tuned model has."""
         if self.rows is None:

@@ -14,12 +14,12 @@ EXPLAINED: Mapping[tuple[str, str, str], str] = {
     (_CALIBRATE, "f16.parent.mkdir()", "f16.parent.mkdir() → pass"): "the export makes the directory",
     (
         _CALIBRATE,
-        "unfinished.rename(made)",
-        "unfinished.rename(made) → pass",
+        "write_text(made, json.dumps(to_plain(importance)))",
+        "write_text(made, json.dumps(to_plain(importance))) → pass",
     ): "only a search that is stopped reads it: the matrix is then made again, and is the same",
     (
         _CALIBRATE,
-        'self._kept.write_text(whole, encoding="utf-8")',
-        'self._kept.write_text(whole, encoding="utf-8") → pass',
+        "write_text(self._kept, whole)",
+        "write_text(self._kept, whole) → pass",
     ): "a line that was cut matters when the search is stopped a second time: a type is then measured again",
 }
