@@ -1,19 +1,21 @@
-"""A small Hugging Face Hub on the loopback: the routes that a download needs, and its ways to fail.
+"""A small Hugging Face Hub on the loopback: the routes that downloads and pushes need, and its ways to fail.
 
 A real HTTP server over real files in memory: repository info, file trees, `resolve` with ETag,
-commit and ranges, gates and tokens. `requests` and `ranges` tell what was asked. Not covered: Xet, LFS
-redirects, uploads.
+commit and ranges, gates and tokens. `requests` and `ranges` tell what was asked. A push is as huggingface_hub
+sends it with HF_HUB_DISABLE_XET: LFS objects first, then one commit. Not covered: Xet, LFS redirects, uploads
+in several parts.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -47,6 +49,12 @@ class Hub:
     """If set, every request is answered with this status."""
     breaks: dict[str, list[int]] = field(default_factory=dict)
     """File name -> after how many bytes its next downloads break off, one after the other."""
+    writers: set[str] = field(default_factory=set)
+    """The tokens that may push."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """What was uploaded, by its sha256."""
+    refused_uploads: int = 0
+    """So many of the next uploads are answered with 500."""
     seconds_per_mebibyte: float = 0.0
     """How slowly files are sent."""
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -91,6 +99,86 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._route()
 
+    def do_POST(self) -> None:
+        self._push()
+
+    def do_PUT(self) -> None:
+        self._push()
+
+    def _push(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.hub.requests.append((self.command, path))
+        if self.command == "PUT":
+            self._take(path.rpartition("/")[2], content)
+            return
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if path == "api/validate-yaml":
+            known = "license: " in json.loads(content)["content"].split("---\n")[1]
+            self._tell({} if known else {"errors": [{"message": "license"}]}, 200 if known else 400)
+        elif token not in self.hub.writers:
+            self._refuse(403 if token else 401, "", "You don't have the rights to push")
+        elif path == "api/repos/create":
+            self._create(json.loads(content))
+        elif path.endswith("/info/lfs/objects/batch"):
+            self._tell({"transfer": "basic", "objects": list(self._objects(json.loads(content)["objects"]))})
+        elif "/preupload/" in path:
+            files = [
+                {"path": one["path"], "uploadMode": _mode(one["path"]), "shouldIgnore": False, "oid": None}
+                for one in json.loads(content)["files"]
+            ]
+            self._tell({"files": files})
+        else:
+            self._commit(path.removeprefix("api/models/").partition("/commit/")[0], content)
+
+    def _tell(self, fields: object, status: int = 200) -> None:
+        body = json.dumps(fields).encode()
+        self._answer(status, body, Content_Type="application/json")
+
+    def _create(self, fields: Mapping[str, str]) -> None:
+        place = f"{fields['organization']}/{fields['name']}"
+        if place in self.hub.repositories:
+            self._tell(
+                {"error": "You already created this model repo", "url": f"{self.hub.url}/{place}"}, 409
+            )
+            return
+        private = fields.get("visibility") == "private"
+        self.hub.repositories[place] = StandInRepository({}, private=private)
+        self._tell({"url": f"{self.hub.url}/{place}"})
+
+    def _objects(self, asked: Iterable[Mapping[str, object]]) -> Iterator[dict[str, object]]:
+        for one in asked:
+            there = one["oid"] in self.hub.objects
+            upload = {"upload": {"href": f"{self.hub.url}/objects/{one['oid']}"}}
+            yield {**one} if there else {**one, "actions": upload}
+
+    def _take(self, oid: str, content: bytes) -> None:
+        if self.hub.refused_uploads:
+            self.hub.refused_uploads -= 1
+            self._answer(501, b"broken off")
+            return
+        assert hashlib.sha256(content).hexdigest() == oid
+        self.hub.objects[oid] = content
+        self._answer(200)
+
+    def _commit(self, place: str, content: bytes) -> None:
+        lines = [json.loads(line) for line in content.splitlines()]
+        files = dict(self.hub.repositories[place].files)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        private = self.hub.repositories[place].private
+        self.hub.repositories[place] = made = StandInRepository(files, private=private)
+        self._tell({"commitUrl": f"{self.hub.url}/{place}/commit/{made.commit}", "commitOid": made.commit})
+
     def log_message(self, format: str, *args: object) -> None:
         """Quiet: `requests` has it all."""
 
@@ -101,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
         if "Content_Length" not in headers:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self._write(body)
 
     def _write(self, body: bytes) -> None:
@@ -196,6 +284,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         else:
             self._answer(status, body, **headers, Content_Length=str(len(body)))
+
+
+def _mode(name: str) -> str:
+    return "lfs" if name.endswith((".gguf", ".safetensors")) else "regular"
 
 
 @functools.cache

@@ -39,6 +39,7 @@ def test_a11_the_licence_is_found(tmp_path: Path, files: dict[str, str], licence
         ("cc-by-nc-4.0", "licence cc-by-nc-4.0: commercial use is not allowed"),
         ("qwen-research", "licence qwen-research: commercial use is not allowed"),
         ("llama3.2", "licence llama3.2: it sets conditions of its own"),
+        ("cc-by-nd-4.0", "licence cc-by-nd-4.0: nothing that is made from this base may be published"),
         (None, "the base names no licence"),
     ],
 )
@@ -54,7 +55,7 @@ def test_a_directory_is_found_beside_the_recipe(tmp_path: Path) -> None:
     base = resolve("org/model", relative_to=tmp_path, fetch=False)
     assert (base.directory, base.revision) == (tmp_path / "org" / "model", None)
     assert [str(problem) for problem in base.problems] == [
-        "base: the base names no licence: check that you may use it"
+        "base: the base names no licence: check that you may use it; forge push asks you for one"
     ]
     with pytest.raises(DataError, match="a directory has no revision"):
         resolve("org/model", relative_to=tmp_path, revision="v1")

@@ -39,6 +39,7 @@ COMMANDS = {
     "ps": "List the servers that run in the background.",
     "stop": "Stop what runs in the background.",
     "bundle": "Pack a model and its server for a computer without network.",
+    "push": "Push a run to a model hub, with a card.",
     "generate": "Answer a file of prompts through an endpoint.",
     "show": "Show what a run holds.",
     "runs": "List the runs.",

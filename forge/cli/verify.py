@@ -85,17 +85,19 @@ def command(
         report.result({**fields, **certificate})
         return
     ollama, host = options.pop("ollama"), options.pop("host")
-    if not base or (gguf is None) == (ollama is None):
-        raise RecipeError("give a RECIPE, or --base with --gguf or --ollama", hint="see: forge verify --help")
-    if host and not ollama:
-        raise RecipeError("--host is of an Ollama", hint="name its model with --ollama")
+    if not base or (gguf is None) == (ollama is None) or (host and not ollama):
+        raise RecipeError(
+            "give a RECIPE, or --base with --gguf or --ollama (and its --host)",
+            hint="see: forge verify --help",
+        )
     from forge.commands.verify import Files, Terms, certify
 
     given = ("data", "max_kl", "min_top1", "minutes", "certificate")
     terms = Terms(**{name: options.pop(name) for name in given})
-    if ollama is not None:
-        from forge.commands.verify_ollama import certify_in_ollama
+    files = Files(base, gguf or Path(), **options)
+    if ollama is None:
+        certify(files, terms)
+        return
+    from forge.commands.verify_ollama import certify_in_ollama
 
-        certify_in_ollama(ollama, host, Files(base, Path(), **options), terms)
-    elif gguf is not None:
-        certify(Files(base, gguf, **options), terms)
+    certify_in_ollama(ollama, host, files, terms)

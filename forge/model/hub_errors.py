@@ -54,7 +54,10 @@ def _translated(repository: Repository, error: Exception) -> ForgeError:
                 hint=f"did you mean a directory? There is none of that name. For a private one {login}",
             )
         case HfHubHTTPError() if error.response.status_code in (401, 403):
-            return DataError(f"{repository.id}: the hub refuses the token that it was sent", hint=login)
+            return DataError(
+                f"{repository.id}: the hub refuses the token that it was sent",
+                hint=f"{login}; a push needs one that may write there",
+            )
         case OSError(errno=errno.ENOSPC):
             return StageError(
                 f"no disk space left while fetching {repository.id}", hint="free some space and run again"
