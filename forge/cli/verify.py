@@ -86,14 +86,10 @@ def command(
         return
     ollama, host = options.pop("ollama"), options.pop("host")
     if not base or (gguf is None) == (ollama is None) or (host and not ollama):
-        raise RecipeError(
-            "give a RECIPE, or --base with --gguf or --ollama (and its --host)",
-            hint="see: forge verify --help",
-        )
+        raise RecipeError("give a RECIPE, or --base with --gguf or --ollama [--host]", hint="see: --help")
     from forge.commands.verify import Files, Terms, certify
 
-    given = ("data", "max_kl", "min_top1", "minutes", "certificate")
-    terms = Terms(**{name: options.pop(name) for name in given})
+    terms = Terms(**{name: options.pop(name) for name in Terms.__annotations__})
     files = Files(base, gguf or Path(), **options)
     if ollama is None:
         certify(files, terms)
