@@ -81,7 +81,7 @@ def call(task: str, arguments: Mapping[str, object], *, log: Path | None = None)
         with process.Child(COMMAND, log=stream, environment=environment, separate_errors=True) as child:
             child.send(json.dumps({"task": task, "arguments": dict(arguments)}) + "\n")
             try:
-                return _outcome(child, task, log)
+                return _outcome(child, task, log, stream)
             except KeyboardInterrupt:
                 _stop(child, task)
                 raise
@@ -94,11 +94,11 @@ def call(task: str, arguments: Mapping[str, object], *, log: Path | None = None)
 
 def _log(path: Path | None) -> IO[str]:
     if path is not None:
-        return path.open("a", encoding="utf-8", errors="backslashreplace")
+        return path.open("a+", encoding="utf-8", errors="backslashreplace")
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
-def _outcome(child: process.Child, task: str, log: Path | None) -> Mapping[str, Any]:
+def _outcome(child: process.Child, task: str, log: Path | None, stream: IO[str]) -> Mapping[str, Any]:
     """Read the worker's messages to the end, and let it exit by itself."""
     where = f"see the end of {log}" if log else "-v shows its last lines"
     for line in child.lines():
@@ -111,10 +111,21 @@ def _outcome(child: process.Child, task: str, log: Path | None) -> Mapping[str, 
             child.ends_within(process.GRACE_SECONDS)
             return outcome
     status = child.wait()
-    reason = "; killed from outside, or by the system for lack of memory" if status == -signal.SIGKILL else ""
+    reason = ""
+    if status == -signal.SIGKILL:
+        reason = "; killed from outside, or by the system for lack of memory"
+    elif status == -signal.SIGABRT and (assertion := _assertion(stream)):
+        reason = f"; llama.cpp gave up: {assertion}"
     raise StageError(
         f"{task}: the worker process ended with status {status} and said nothing{reason}", hint=where
     )
+
+
+def _assertion(log: IO[str]) -> str:
+    """The condition of llama.cpp that did not hold and so ended the process; empty where there is none."""
+    log.seek(0)
+    failed = [line.strip().rpartition("/")[2] for line in log if "GGML_ASSERT" in line]
+    return failed[-1] if failed else ""
 
 
 def _stop(child: process.Child, task: str) -> None:

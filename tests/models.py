@@ -32,6 +32,7 @@ VOCABULARIES = {"llama": "llama-bpe", "qwen2": "qwen2", "phi3": "phi-3", "gpt2":
 # transformers' prefix of the classes, by the name used here.
 KINDS = {
     "llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2", "mistral": "Mistral",
+    "ministral3": "Ministral3",
     "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
     "cohere": "Cohere", "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",

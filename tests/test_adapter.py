@@ -257,11 +257,11 @@ def test_a_head_that_was_resized_alone_says_the_numbers(untied: Path, tmp_path: 
 
 
 UNUSABLE: Mapping[str, tuple[dict[str, Any], str]] = {
-    "prefix tuning": ({"peft_type": "PREFIX_TUNING"}, "is a PREFIX_TUNING adapter; only LoRA can be merged"),
-    "IA3": ({"peft_type": "IA3"}, "is a IA3 adapter"),
+    "prefix tuning": ({"peft_type": "PREFIX_TUNING"}, "no LoRA adapter: its peft_type is PREFIX_TUNING"),
+    "IA3": ({"peft_type": "IA3"}, "its peft_type is IA3"),
     "MLX": ({"peft_type": None, "fine_tune_type": "lora"}, "no peft_type; they are MLX's"),
     "nobody's": ({"peft_type": None}, "no peft_type; they are not peft's"),
-    "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "is a PROMPT_TUNING adapter"),
+    "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, "its peft_type is PROMPT_TUNING"),
 }
 
 
@@ -274,6 +274,44 @@ def test_other_kinds_are_recognised(kind: str, plain: Path, tmp_path: Path) -> N
     with pytest.raises(DataError, match=message) as caught:
         read_adapter(adapter)
     assert caught.value.hint
+    kind = changes["peft_type"]
+    if kind:  # what peft merges can be shipped merged, and vectors before the prompt cannot
+        assert ("merge_and_unload" in caught.value.hint) is (kind == "IA3")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_quantized_factors_are_refused(dtype: str, plain: Path, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    adapter = shutil.copytree(plain, tmp_path / "a")
+    factors = load_file(adapter / "adapter_model.safetensors")
+    small = {name: factor.to(getattr(torch, dtype)) for name, factor in factors.items()}
+    change_tensors(adapter / "adapter_model.safetensors", small)
+    with pytest.raises(DataError, match="floating-point numbers of at least 16 bits") as caught:
+        read_adapter(adapter)
+    assert "before it was quantized" in caught.value.hint
+
+
+def test_weights_of_another_name_are_named(plain: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(plain, tmp_path / "a")
+    (adapter / "adapter_model.safetensors").rename(adapter / "model.safetensors")
+    with pytest.raises(DataError, match=r"; model\.safetensors is there") as caught:
+        read_adapter(adapter)
+    assert "download the adapter again" in caught.value.hint
+
+
+def test_a_setting_that_peft_itself_does_not_take_is_one_error(base: Path, tmp_path: Path) -> None:
+    """A regular expression that fits no layer of this base."""
+    adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["norm"])
+    weights = adapter / "adapter_model.safetensors"
+    from safetensors.torch import load_file
+
+    change_tensors(weights, {name: None for name in load_file(weights) if ".lora_" in name})
+    change_json(adapter / "adapter_config.json", target_modules="nothing")
+    with pytest.raises(DataError, match="peft does not load it: ") as caught:
+        validate(ValidateRequest(base, adapter))
+    assert "No modules were targeted" in caught.value.message
 
 
 def test_directories_that_are_no_adapter(base: Path, plain: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from forge.adapter.places import other_base, place
 from forge.adapter.read import read_adapter
 from forge.adapter.status import ValidateRequest, validate
 from forge.adapter.vocabulary import fit
-from forge.errors import CheckError, DataError
+from forge.errors import DataError
 from forge.model.checkpoint import open_checkpoint
 from forge.model.safetensors_header import read_header
 from forge.verify.loader import Weights
@@ -136,16 +137,28 @@ def test_a_configuration_of_other_weights_is_named(base: Path, plain: Path, tmp_
 @PEFT_WARNS
 @pytest.mark.training
 def test_what_the_settings_leave_out_is_named(base: Path, tmp_path: Path) -> None:
-    """peft drops these factors without a word; merged they would be in the file all the same."""
+    """peft drops these factors without a word; an export, which asks no peft, must not merge them."""
     adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj", "v_proj"])
-    change_json(adapter / "adapter_config.json", target_modules=["q_proj"])
-    with pytest.raises(CheckError) as refused:
-        validate(ValidateRequest(base, adapter))
-    assert {str(problem) for problem in refused.value.problems} == {
-        f"model.layers.{layer}.self_attn.v_proj: the file holds weights for it, the configuration does not "
-        "adapt it"
-        for layer in (0, 1)
-    }
+    settings: tuple[dict[str, Any], ...] = (
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.q_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"exclude_modules": r".*\.v_proj"},
+    )
+    for changes in settings:
+        changed = shutil.copytree(adapter, tmp_path / "b", dirs_exist_ok=True)
+        change_json(changed / "adapter_config.json", **changes)
+        with pytest.raises(DataError, match="2 of the 4 layers with factors are not adapted") as refused:
+            read_adapter(changed)
+        assert {problem.field for problem in refused.value.problems} == {
+            f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)
+        }
+    change_json(adapter / "adapter_config.json", layers_to_transform=[1], layers_pattern="layers")
+    with pytest.raises(DataError, match="2 of the 4 layers") as refused:
+        read_adapter(adapter)
+    assert all("layers.0" in problem.field for problem in refused.value.problems)
+    change_json(adapter / "adapter_config.json", layers_to_transform=[0, 1])
+    read_adapter(adapter)
 
 
 def test_parts_of_names() -> None:

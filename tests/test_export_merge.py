@@ -26,6 +26,7 @@ CASES: Mapping[str, dict[str, Any]] = {
     "alpha_pattern": {"alpha_pattern": {"q_proj": 64, r"layers\.1\.mlp\.down_proj": 4}},
     "rank_pattern": {"rank_pattern": {"^model.layers.0.mlp.up_proj": 2, "k_proj": 16}},
     "modules_to_save": {"modules_to_save": ["input_layernorm", "lm_head", "embed_tokens"]},
+    "modules_to_save of modules": {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "head": {"target_modules": ["lm_head", "o_proj"]},
     "dora": {"use_dora": True, "use_rslora": True},

@@ -14,7 +14,9 @@ from forge.errors import DataError
 from forge.export.rehearsal import RehearsalRequest, Rehearsed, rehearse
 from forge.export.request import Ingredients
 from forge.model.checkpoint import open_checkpoint
+from forge.model.config import check_numbers, configuration_of, rope_types
 from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
+from forge.model.tokenizer_files import read_tokenizer
 from tests.models import PEFT_WARNS, change_json, change_tensors, make_model
 from tests.shipping import Workshop
 from tests.vocabularies import converters, write_tokenizer
@@ -50,6 +52,13 @@ def rehearsed(base: Path) -> Rehearsed:
     template = (base / "chat_template.jinja").read_text(encoding="utf-8")
     model = Ingredients(base, None, base, template, converters())
     return worker.perform(rehearse, RehearsalRequest(model, "m", "f16", None, False))
+
+
+def rehearsed_here(base: Path) -> Rehearsed:
+    """`rehearsed`, in this process."""
+    template = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    model = Ingredients(base, None, base, template, converters())
+    return rehearse(RehearsalRequest(model, "m", "f16", None, False))
 
 
 def test_a_whole_checkpoint_has_nothing_missing_and_nothing_too_much(llama: Path) -> None:
@@ -112,6 +121,92 @@ def test_a_configuration_that_llama_cpp_does_not_take_is_refused_by_its_header(
     with pytest.raises(DataError, match="cannot become a GGUF") as failed:
         rehearsed(base)
     assert words in failed.value.message
+
+
+# What is changed of config.json -> words of the refusal.
+CONFIGURATIONS: Mapping[str, tuple[dict[str, Any], str]] = {
+    "a type that transformers does not take": ({"num_hidden_layers": "2"}, "expected int, got str"),
+    "heads that do not divide": ({"num_attention_heads": 3}, "not a multiple of the number"),
+    "no heads": ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    "another activation": ({"hidden_act": "gelu"}, "hidden_act is gelu, the family's is silu"),
+    "a rotation that the converter leaves out": (
+        {"rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 32, "factor": 4.0,
+            "long_factor": [2.0] * 32, "original_max_position_embeddings": 128,
+        }},
+        "rope_type longrope, and llama.cpp's converter of this family writes nothing of it",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_a_configuration_that_cannot_be_is_one_error(case: str, llama: Path, tmp_path: Path) -> None:
+    """N5: transformers or llama.cpp would end in a traceback, or calculate another model."""
+    changes, words = CONFIGURATIONS[case]
+    base = copy_with(llama, tmp_path / "base", {})
+    change_json(base / "config.json", **changes)
+    with pytest.raises(DataError) as failed:
+        rehearsed_here(base)
+    assert words in failed.value.message and failed.value.hint
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"type": "linear", "factor": -2.0}, "factor: must be a number above 0 (got -2.0)"),
+        ({"rope_type": "yarn", "factor": 0.0}, "factor: must be a number above 0 (got 0.0)"),
+        ({"rope_type": "linear", "factor": float("nan")}, "(got NaN)"),
+        (
+            {"type": "longrope", "long_factor": [1.0, -2.0]},
+            "long_factor: must be a number above 0 (got -2.0)",
+        ),
+        ({"full_attention": {"rope_type": "linear", "factor": "8"}}, '(got "8")'),
+    ],
+)
+def test_numbers_that_no_model_can_be_calculated_with(scaling: dict[str, Any], words: str) -> None:
+    """Reported of a hand-made config.json: llama.cpp and transformers calculate on, with no numbers."""
+    raw = {"architectures": ["LlamaForCausalLM"], "rope_scaling": scaling, "rms_norm_eps": 1e-5}
+    with pytest.raises(DataError) as failed:
+        check_numbers(configuration_of(raw), "config.json")
+    assert words in str(failed.value.problems[0])
+    whole = {**raw, "rope_scaling": {"rope_type": "linear", "factor": 8}, "text_config": {"rms_norm_eps": 0}}
+    with pytest.raises(DataError) as failed:
+        check_numbers(configuration_of(whole), "config.json")
+    assert [problem.field for problem in failed.value.problems] == ["rms_norm_eps"]
+
+
+def test_rotations_are_read_as_they_are_nested() -> None:
+    flat = {"rope_scaling": {"type": "su", "factor": 2}}
+    layers = {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {"rope_type": "default"}}
+    assert rope_types(flat) == {"longrope"}
+    assert rope_types({"text_config": {"rope_parameters": {"rope_type": "llama3", **layers}}}) == {
+        "yarn", "default",
+    }  # fmt: skip
+
+
+def test_a_sampling_value_of_another_type_is_named(llama: Path, tmp_path: Path) -> None:
+    base = copy_with(llama, tmp_path / "base", {})
+    (base / "generation_config.json").write_text('{"temperature": "0.7", "eos_token_id": [-1, 2]}')
+    with pytest.raises(DataError, match=r"general\.sampling\.temp cannot be '0.7'"):
+        rehearsed_here(base)
+    assert read_tokenizer(base).eos_ids[0] == 2
+
+
+def test_phi_4_as_transformers_5_saves_it(tmp_path: Path) -> None:
+    """Its vocabulary is of bytes, which the converter knows by a class's name that is written no more."""
+    base = make_model(tmp_path / "base", "phi3", "home-made")
+    change_json(base / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    assert rehearsed_here(base).ids_compared > 100
+
+
+def test_a_converter_that_hands_on_to_another(tmp_path: Path) -> None:
+    """Ministral 3: what its converter writes is in the other's file."""
+    rope = {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    }  # fmt: skip
+    base = make_model(tmp_path / "base", "ministral3", "home-made", rope_parameters=rope, head_dim=64)
+    assert rehearsed_here(base).tensors > 15
 
 
 def test_a_ship_is_refused_before_it_trains_and_a_plan_says_so_too(workshop: Workshop, llama: Path) -> None:

@@ -141,6 +141,10 @@ def test_lack_of_memory_is_no_bug(said: Said) -> None:
             "ended with status -9 and said nothing; killed from outside, or by the system for lack of memory",
         ),
         ("aborted", "ended with status -6 and said nothing"),
+        (
+            "asserted",
+            "ended with status -6 and said nothing; llama.cpp gave up: m.cpp:7: GGML_ASSERT(n > 0) failed",
+        ),
         ("left", "ended with status 3 and said nothing"),
         (
             "cut off",

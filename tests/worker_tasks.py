@@ -75,6 +75,9 @@ def die(wish: Wish) -> dict[str, Any]:
         os.write(_protocol(), b'{"event": "text", "ki')
     if wish.how in ("killed", "cut off"):
         os.kill(os.getpid(), signal.SIGKILL)
+    if wish.how == "asserted":
+        os.write(2, b"/src/llama.cpp/m.cpp:7: GGML_ASSERT(n > 0) failed\n#1 ggml_abort ()\n")
+        os.abort()
     if wish.how == "aborted":
         os.abort()
     sys.exit(3)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ _AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
 # What peft keeps of the base's beside what was trained.
 _ORIGINALS = (".original_module.", ".trainable_tokens_original", ".token_indices")
 _ROWS = ".trainable_tokens_delta"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# Kinds of peft's that put vectors before the prompt, or choose among adapters: there is nothing to merge.
+_PROMPTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
+    "CARTRIDGE", "POLY", "XLORA",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,13 +109,10 @@ def read_adapter(directory: Path) -> Adapter:
     configuration = _configuration(directory)
     weights = directory / WEIGHTS_FILE
     if not weights.is_file():
-        other = directory / "adapter_model.bin"
-        raise DataError(
-            f"{directory} has no {WEIGHTS_FILE}" + (": only a pickled .bin" if other.exists() else ""),
-            hint="load it with peft and save it again: model.save_pretrained(...) writes safetensors",
-        )
+        raise _without_weights(directory)
     tensors = read_header(weights)
     layers, kept = _sort_tensors(tensors, configuration)
+    _require_adapted(configuration, layers)
     trained = {name.removesuffix(_ROWS): spec for name, spec in kept.items() if name.endswith(_ROWS)}
     rows = {f"{name}.weight": _token_rows(name, spec, configuration) for name, spec in trained.items()}
     replaced = {name: spec for name, spec in kept.items() if not name.endswith(_ROWS)}
@@ -127,9 +130,8 @@ def _require_what_is_named(
     A state dict that was gathered without these parts loads nowhere, or as if they had not been trained.
     """
     tied = configuration.get("ensure_weight_tying") is True
-    modules = {name.rpartition(".")[0] for name in replaced}
     for named in configuration.get("modules_to_save") or ():
-        if not tied and not any(module.endswith(named) for module in modules):
+        if not tied and not any(f"{named}." in name for name in replaced):
             raise DataError(
                 f"modules_to_save names {named}, and the file has no tensor of it: it was not saved whole",
                 hint=_AGAIN,
@@ -139,6 +141,50 @@ def _require_what_is_named(
             "trainable_token_indices names tokens, and the file has no rows of them: it was not saved whole",
             hint=_AGAIN,
         )
+
+
+def _require_adapted(configuration: Mapping[str, Any], layers: Collection[str]) -> None:
+    """Every layer with factors is one that the settings adapt: peft leaves the others out without a word.
+
+    What the settings adapt beyond these is compared with peft's own choice by `validate`.
+    """
+    targets = configuration.get("target_modules")
+    if targets in (None, "all-linear") or configuration.get("ensure_weight_tying"):
+        return
+    left_out = configuration.get("exclude_modules") or ()
+
+    def is_adapted(module: str) -> bool:
+        fits = _is_named(module, targets) and not _is_named(module, left_out)
+        return fits and _has_number(module, configuration)
+
+    # Other tools' files leave out the outer part of the name.
+    odd = [module for module in layers if not is_adapted(module) and not is_adapted(f"model.{module}")]
+    if odd:
+        raise DataError(
+            f"{len(odd)} of the {len(layers)} layers with factors are not adapted by adapter_config.json: "
+            "peft would leave them out",
+            hint=f"take the adapter_config.json of this training; else {_AGAIN}",
+            problems=[Problem("has factors, the configuration does not adapt it", one) for one in odd[:8]],
+        )
+
+
+def _is_named(module: str, named: str | Collection[str]) -> bool:
+    """As peft matches: a regular expression on the whole name, or a name by its end."""
+    if isinstance(named, str):
+        return re.fullmatch(named, module) is not None
+    return any(module == one or module.endswith(f".{one}") for one in named)
+
+
+def _has_number(module: str, configuration: Mapping[str, Any]) -> bool:
+    """Whether the layer's number is among `layers_to_transform`, where there are any."""
+    numbers = configuration.get("layers_to_transform")
+    if numbers is None or numbers == []:
+        return True
+    patterns = configuration.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+            return int(match.group(1)) in (numbers if isinstance(numbers, list) else [numbers])
+    return False
 
 
 def _token_rows(module: str, values: TensorSpec, configuration: Mapping[str, Any]) -> TokenRows:
@@ -179,8 +225,10 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
         )
     if kind != "LORA":
         raise DataError(
-            f"{directory} is a {kind} adapter; only LoRA can be merged and converted to GGUF",
-            hint="serve it with peft and transformers instead, or train a LoRA",
+            f"{directory} is no LoRA adapter: its peft_type is {kind}; forge merges LoRA only",
+            hint="it has no merged form: serve it with peft and transformers, or train a LoRA"
+            if kind in _PROMPTS
+            else MERGE,
         )
     problems = [Problem(fault.message, fault.field, str(path)) for fault in faults(configuration)]
     if problems:
@@ -188,6 +236,19 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
         hints = dict.fromkeys(fault.hint or _AGAIN for fault in faults(configuration))
         raise DataError(f"{path}: {count} cannot be used", hint="; ".join(hints), problems=problems)
     return configuration
+
+
+def _without_weights(directory: Path) -> DataError:
+    if (directory / "adapter_model.bin").exists():
+        return DataError(
+            f"{directory} has no {WEIGHTS_FILE}: only a pickled .bin",
+            hint="load it with peft and save it again: model.save_pretrained(...) writes safetensors",
+        )
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    return DataError(
+        f"{directory} has no {WEIGHTS_FILE}" + (f"; {', '.join(others)} is there" if others else ""),
+        hint="the copy may have been cut short: copy or download the adapter again",
+    )
 
 
 def _without_settings(directory: Path) -> DataError:
@@ -255,6 +316,11 @@ def _sort_tensors(
         names = ", ".join(sorted(owner or "no name" for owner in owners))
         raise DataError(f"the file holds several adapters ({names})", hint="save one of them by itself")
     for module, own in parts.items():
+        if odd := next((spec for spec in own.values() if spec.dtype not in _FLOATS), None):
+            raise DataError(
+                f"{odd.name} is {odd.dtype}: factors are floating-point numbers of at least 16 bits",
+                hint="save the adapter as it was trained, before it was quantized",
+            )
         if shapes := [
             spec.shape for part, spec in own.items() if part in ("A", "B") and len(spec.shape) != 2
         ]:

@@ -48,8 +48,8 @@ def _typed(words: str, *kinds: type) -> Check:
 
 
 def _unset(reason: str) -> Check:
-    """null, false or empty; any other value is refused for `reason`."""
-    return lambda value: f"{_shown(value)}: {reason}" if value else None
+    """null, false or an empty list; any other value is refused for `reason`. peft takes `{}` for settings."""
+    return lambda value: f"{_shown(value)}: {reason}" if value or value == {} else None
 
 
 def _shown(value: object) -> str:
@@ -90,6 +90,10 @@ def _names_or_pattern(value: object) -> str | None:
     return _names(value) and f"must be a list of names, or a regular expression (got {_shown(value)})"
 
 
+def _targets(value: object) -> str | None:
+    return "names no layer" if value in ("", []) else _names_or_pattern(value)
+
+
 def _regular(pattern: str) -> str | None:
     try:
         re.compile(pattern)
@@ -100,14 +104,10 @@ def _regular(pattern: str) -> str | None:
 
 def _patterns(fits: Callable[[object], bool], words: str) -> Check:
     def check(value: object) -> str | None:
-        if value is not None and not isinstance(value, dict):
-            return f"must be an object (got {_shown(value)})"
-        wrong = [
-            f"{key} must be {words} (got {_shown(one)})"
-            for key, one in (value or {}).items()
-            if not fits(one)
-        ]
-        return "; ".join([*wrong, *filter(None, map(_regular, value or {}))]) or None
+        if not isinstance(value, dict):
+            return f"must be an object (got {_shown(value)}); peft writes {{}} where it is unset"
+        wrong = [f"{key} must be {words} (got {_shown(one)})" for key, one in value.items() if not fits(one)]
+        return "; ".join([*wrong, *filter(None, map(_regular, value))]) or None
 
     return check
 
@@ -119,10 +119,12 @@ def _layers(value: object) -> str | None:
 
 
 def _tokens(value: object) -> str | None:
-    lists = value.values() if isinstance(value, dict) else [value]
+    lists = list(value.values()) if isinstance(value, dict) else [value]
     fits = value is None or all(
         isinstance(one, list) and all(type(token) is int and token >= 0 for token in one) for one in lists
     )
+    if fits and value is not None and not all(lists):
+        return f"{_shown(value)} names no token; peft writes null where it is unset"
     return None if fits else f"must be a list of token ids, or one for each module (got {_shown(value)})"
 
 
@@ -186,7 +188,7 @@ SETTINGS: Mapping[str, Setting] = {
     "revision": Setting("supported", "the base's revision; compared with the recipe's", _TEXT),
     "inference_mode": Setting("harmless", "whether the factors are frozen when it is loaded", _BOOL),
     # Which layers have factors: peft's own choice is compared with what the file holds.
-    "target_modules": Setting("supported", "the layers that have factors", _names_or_pattern),
+    "target_modules": Setting("supported", "the layers that have factors", _targets),
     "exclude_modules": Setting("supported", "layers that have none all the same", _names_or_pattern),
     "layers_to_transform": Setting("supported", "the numbers of the layers that have factors", _layers),
     "layers_pattern": Setting("supported", "what the list of layers is called", _names_or_pattern),

@@ -19,6 +19,7 @@ from forge.adapter.read import WEIGHTS_FILE, Adapter, find_base_tensor, read_ada
 from forge.adapter.vocabulary import Fitted, fit, is_of_tokens
 from forge.errors import CheckError, DataError, Problem
 from forge.model.checkpoint import open_checkpoint
+from forge.model.loading import read_transformers
 
 if TYPE_CHECKING:
     import peft
@@ -73,8 +74,9 @@ def validate(request: ValidateRequest) -> Validated:
     problems = [*_status_problems(status, layers, adapter), *_number_problems(adapter)]
     if problems:
         raise CheckError(
-            f"the adapter {request.adapter} is not sound: {len(problems)} problems",
-            hint="train it again; an adapter in this state must not be shipped",
+            f"the adapter {request.adapter} is not sound: "
+            + ("1 problem" if len(problems) == 1 else f"{len(problems)} problems"),
+            hint="copy it again if it was not copied whole, else train it again; it must not be shipped so",
             problems=problems[:_MOST_NAMED],
         )
     impurities = tuple(fitted.impurities)
@@ -113,7 +115,7 @@ def _on_meta(base: Path, fitted: Fitted, trust_remote_code: bool) -> Any:
     import torch
     import transformers
 
-    configuration = transformers.AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    configuration = read_transformers(base, trust_remote_code=trust_remote_code)
     adapter = fitted.adapter
     fitted.resize(configuration)
     with torch.device("meta"):
@@ -140,6 +142,12 @@ def _on_meta(base: Path, fitted: Fitted, trust_remote_code: bool) -> Any:
                 f"{adapter.directory}: its settings name {absent.args[0]}, which the file does not hold",
                 hint="save it again with peft's save_pretrained",
             ) from absent
+        except (ValueError, TypeError, AttributeError, RuntimeError) as refusal:
+            words = " ".join(str(refusal).split())[:300]
+            raise DataError(
+                f"{adapter.directory}: peft does not load it: {type(refusal).__name__}: {words}",
+                hint="save it again with peft's save_pretrained",
+            ) from refusal
 
 
 def _refuse_other_shapes(fitted: Fitted, shapes: Mapping[str, tuple[int, ...]]) -> None:

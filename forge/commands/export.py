@@ -19,7 +19,7 @@ from forge.export.run import export as make_gguf
 from forge.export.types import UNQUANTIZED
 from forge.files import work_beside
 from forge.model.architectures import check_exportable
-from forge.model.config import check_unquantized, read_configuration
+from forge.model.config import check_numbers, check_unquantized, read_configuration
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer
 from forge.recipe.quants import NEED_IMATRIX, QUANTS
@@ -55,6 +55,7 @@ def export(
     directory = directory_of(base)
     configuration = read_configuration(directory)
     check_unquantized(configuration, str(directory))
+    check_numbers(configuration, str(directory / "config.json"))
     check_exportable(configuration)
     tokenizer = trained_tokenizer(directory, adapter)
     template, end_of_turn = (tokenizer.chat_template, None) if plain else pinned_template(tokenizer)

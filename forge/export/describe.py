@@ -12,7 +12,7 @@ from forge.adapter.tokenizer import copy_tokenizer
 from forge.adapter.vocabulary import Fitted
 from forge.chat.template import ChatTemplate, Message
 from forge.export.tokenizer import repair
-from forge.model.config import configuration_of, with_own_head, with_vocabulary
+from forge.model.config import configuration_of, read_json, with_own_head, with_vocabulary
 from forge.model.tokenizer_files import read_tokenizer
 
 _OWN_ROWS = 100
@@ -52,6 +52,11 @@ def describe(
     if tokenizer != base:
         copy_tokenizer(tokenizer, out)
     _drop(out / "tokenizer_config.json", "auto_map")
+    if described.get("model_type") == "phi3" and (out / "tokenizer.json").is_file():
+        # Phi-4's converter knows a vocabulary of bytes by this name, which transformers 5 no longer writes.
+        model = read_json(out / "tokenizer.json").get("model") or {}
+        if not model.get("byte_fallback") and (out / "tokenizer_config.json").is_file():
+            _change(out / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     for note in repair(out, configuration_of(described).vocabulary_size):
         report.warning(note)
     if sampling:
@@ -63,6 +68,11 @@ def describe(
         _drop(out / "tokenizer_config.json", "chat_template")
     elif (out / "tokenizer.json").is_file():
         _leave_out_named(out)
+
+
+def _change(path: Path, **fields: object) -> None:
+    changed = {**read_json(path), **fields}
+    path.write_text(json.dumps(changed, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _sample(path: Path, sampling: Mapping[str, int | float]) -> None:

@@ -21,6 +21,7 @@ from forge.adapter.read import find_base_tensor
 from forge.errors import DataError, MissingToolError
 from forge.export.tensors import LazyTensor
 from forge.model.checkpoint import Checkpoint
+from forge.model.loading import read_transformers
 
 _BLOCK = 64
 
@@ -40,7 +41,7 @@ def quantized_in_training(base: Path, checkpoint: Checkpoint) -> frozenset[str]:
     import transformers
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    configuration = transformers.AutoConfig.from_pretrained(base)
+    configuration = read_transformers(base)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(configuration)
     if any(type(module).__name__ == "Conv1D" for module in model.modules()):

@@ -25,7 +25,13 @@ from forge.export.tensors import one_thread
 from forge.export.types import decide
 from forge.export.upstream import bytes_of
 from forge.model.checkpoint import Checkpoint, open_checkpoint
-from forge.model.loading import Loading, load_without_values, refuse_incomplete, refuse_surplus
+from forge.model.loading import (
+    Loading,
+    load_without_values,
+    refuse_activation,
+    refuse_incomplete,
+    refuse_surplus,
+)
 from forge.model.safetensors_header import TensorSpec
 from forge.tools.scratch import scratch
 
@@ -78,6 +84,7 @@ def rehearse(request: RehearsalRequest) -> Rehearsed:
     refuse_incomplete(loading, str(model.base))
     if not request.makes_gguf:
         return Rehearsed(0, 0, 0)
+    refuse_activation(loading, str(model.base))
     checkpoint = _with_rows(checkpoint, request.rows)
     fitted = fit(read_adapter(model.adapter), checkpoint) if model.adapter else None
     if fitted:

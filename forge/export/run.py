@@ -31,6 +31,7 @@ from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse
 from forge.export.upstream import Choices, Converted, Metadata, convert, without_collection
 from forge.export.write import Rounding, write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint, refuse_packed
+from forge.model.config import read_json, rope_types
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
@@ -168,6 +169,7 @@ def lay_out(
         apart=apart,
     )
     report.advance("convert", 1, 1)
+    _refuse_lost_rotation(description, converted)
     sparse = work / "header.gguf"
     with writing(work):
         write_sparse(converted, sparse)
@@ -179,6 +181,33 @@ def lay_out(
         compared = proof.compare_ids(description, sparse, tried, end_of_turn=choices.end_of_turn)
     refuse_unloadable(sparse)
     return converted, compared
+
+
+# What the converter writes of each kind of rotary scaling: a tensor, or a field by its end. `dynamic` is the
+# default up to the length that the model was trained on, which is the file's.
+_ROTATIONS = {
+    "linear": ".rope.scaling.type",
+    "yarn": ".rope.scaling.type",
+    "longrope": "rope_factors_long.weight",
+    "llama3": "rope_freqs.weight",
+    "proportional": "rope_freqs.weight",
+}
+
+
+def _refuse_lost_rotation(description: Path, converted: Converted) -> None:
+    """Raise `UnexportableError` for a scaling of positions that the converter of this family leaves out.
+
+    Most converters know some kinds and pass over the others, with a line in the log at most.
+    """
+    written = [*converted.tensors, *converted.metadata]
+    for kind in rope_types(read_json(description / "config.json")):
+        wanted = _ROTATIONS.get(kind)
+        if wanted and not any(name.endswith(wanted) for name in written):
+            raise UnexportableError(
+                f"config.json asks for rope_type {kind}, and llama.cpp's converter of this family writes "
+                "nothing of it: the file would place tokens otherwise than the model that was trained",
+                hint="choose another base, or export: none",
+            )
 
 
 def _choose(

@@ -35,7 +35,7 @@ Metadata: TypeAlias = "Mapping[str, GGUFValue]"
 # What the converters raise for a model or an adapter that they cannot convert; some call sys.exit.
 REFUSALS = (
     NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
-    RuntimeError, OSError, ImportError, SystemExit,
+    RuntimeError, ArithmeticError, OSError, ImportError, SystemExit,
 )  # fmt: skip
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "float32"}
 
@@ -133,6 +133,7 @@ def convert(
                 Path("unused"),
                 model_name=name,
             )
+            model = getattr(model, "impl", model)  # Mistral 3's hands everything to another
             gguf = conversion.base.gguf
             if apart and gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[model.model_arch]:
                 raise _one_tensor(gguf.MODEL_ARCH_NAMES[model.model_arch])

@@ -55,7 +55,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory, tensors, (single,))
 
 
-_SMALL = ("F8_", "F6_", "F4", "U8", "I8")
+_SMALL = ("F8_", "F6_", "F4", "U8", "I8", "U32")
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale_inv", "_blocks", ".absmax")
 
 

@@ -10,12 +10,13 @@ out is None, unless every family derives it in the same way.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from forge.errors import DataError
+from forge.errors import DataError, Problem
 
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -140,6 +141,56 @@ def check_unquantized(configuration: Configuration, where: str) -> None:
         hint="use the model that it was quantized from (its README names it); "
         "`train.method: qlora` quantizes by itself while training",
     )
+
+
+def check_numbers(configuration: Configuration, where: str) -> None:
+    """Raise `DataError` for numbers that no token's position, or no norm, can be calculated with.
+
+    transformers and llama.cpp take a rotation's factor of zero or below, and calculate on with no numbers.
+    """
+    problems = [
+        Problem(f"must be a number above 0 (got {json.dumps(value)})", name)
+        for name, value in _above_zero(configuration.raw)
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf)
+    ]
+    if problems:
+        raise DataError(
+            f"{where}: no model can be calculated with these numbers",
+            hint="compare config.json with the one on the hub",
+            problems=list(dict.fromkeys(problems)),
+        )
+
+
+_ABOVE_ZERO = (
+    "max_position_embeddings", "n_positions", "rope_theta", "rope_local_base_freq", "rotary_emb_base",
+    "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast",
+    "beta_slow", "short_factor", "long_factor", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+)  # fmt: skip
+_ROTATIONS = ("rope_scaling", "rope_parameters", "full_attention", "sliding_attention")
+
+
+def _above_zero(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each of those numbers, whatever part of the text model's configuration it is in."""
+    for name, value in part.items():
+        if name in _ABOVE_ZERO:
+            yield from ((name, one) for one in (value if isinstance(value, list) else [value]))
+        elif name in (*_TEXT_PARTS, *_ROTATIONS) and isinstance(value, dict):
+            yield from _above_zero(value)
+
+
+def rope_types(raw: Mapping[str, Any]) -> set[str]:
+    """The kinds of rotary scaling that a parsed configuration asks for, `su` by its later name."""
+    found = set()
+    for part in (raw, _text_part(raw)):
+        for name in ("rope_parameters", "rope_scaling"):
+            scaling = part.get(name)
+            if not isinstance(scaling, dict):
+                continue
+            # One for all layers, or one for each kind of layer.
+            for one in [one for one in scaling.values() if isinstance(one, dict)] or [scaling]:
+                if kind := one.get("rope_type") or one.get("type"):
+                    found.add("longrope" if kind == "su" else str(kind).lower())
+    return found
 
 
 def with_vocabulary(raw: Mapping[str, Any], rows: int) -> Mapping[str, object]:

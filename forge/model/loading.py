@@ -9,7 +9,8 @@ Not covered: values; families that run by the base's own code.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,43 @@ _HEADS = ("v_head.", "score.", "value_head.", "classifier.", "reward_head.")
 
 @dataclass(frozen=True)
 class Loading:
-    """What transformers makes of a checkpoint; `misshapen` has name, stored and wanted shape."""
+    """What transformers makes of a checkpoint; `misshapen` has name, stored and wanted shape.
+
+    `activation`: that of the configuration and its family's, where the two are not one.
+    """
 
     architecture: str
     missing: tuple[str, ...] = ()
     surplus: tuple[str, ...] = ()
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    activation: str = ""
+
+
+def read_transformers(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' configuration of the base in `directory`; raises `DataError` where it takes none."""
+    import transformers
+
+    with _refused(directory):
+        return transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+@contextlib.contextmanager
+def _refused(directory: Path) -> Iterator[None]:
+    """What transformers raises for a configuration that nothing can be made of, as `DataError`."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (
+        ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, ArithmeticError,
+        AssertionError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        words = " ".join(str(error.__cause__ if isinstance(error, StrictDataclassError) else error).split())
+        raise DataError(
+            f"{directory}: transformers cannot make a model of its config.json: "
+            f"{type(error).__name__}: {words[:300]}",
+            hint="compare config.json with the one on the hub",
+        ) from error
 
 
 def configuration_in(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -39,9 +71,7 @@ def configuration_in(directory: Path, *, trust_remote_code: bool = False) -> Any
     A multimodal one that ties embedding and output layer ties them in its text model too: transformers takes
     only the text part, which often does not say so, and would start with a random output layer.
     """
-    import transformers
-
-    configuration = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    configuration = read_transformers(directory, trust_remote_code=trust_remote_code)
     text = configuration.get_text_config()
     if text is not configuration and getattr(configuration, "tie_word_embeddings", False) is True:
         text.tie_word_embeddings = True
@@ -56,7 +86,7 @@ def load_without_values(directory: Path, tensors: Stored, *, trust_remote_code: 
     import torch
     import transformers
 
-    try:
+    with _refused(directory):
         configuration = configuration_in(directory, trust_remote_code=trust_remote_code)
         kind = transformers.AutoModelForCausalLM._model_mapping.get(type(configuration), None)
         if kind is None:
@@ -77,13 +107,7 @@ def load_without_values(directory: Path, tensors: Stored, *, trust_remote_code: 
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        words = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{directory}: transformers cannot make a model of its config.json: "
-            f"{type(error).__name__}: {words}",
-            hint="compare config.json with the one on the hub",
-        ) from error
+        other = _other_activation(configuration)
     return Loading(
         kind.__name__,
         tuple(sorted(info["missing_keys"])),
@@ -91,7 +115,30 @@ def load_without_values(directory: Path, tensors: Stored, *, trust_remote_code: 
         tuple(
             sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"])
         ),
+        other,
     )
+
+
+def _other_activation(configuration: Any) -> str:
+    for field in ("hidden_act", "hidden_activation", "activation_function"):
+        stated, usual = (getattr(one, field, None) for one in (configuration, type(configuration)()))
+        if isinstance(stated, str) and isinstance(usual, str) and _curve(stated) != _curve(usual):
+            return f"{field} is {stated}, the family's is {usual}"
+    return ""
+
+
+def _curve(activation: str) -> str:
+    """Its name without the ways to calculate it, which llama.cpp has one of."""
+    return "gelu" if "gelu" in activation else activation.replace("swish", "silu")
+
+
+def refuse_activation(loading: Loading, where: str) -> None:
+    """Raise `DataError` for another activation than the family's: llama.cpp has the family's alone."""
+    if loading.activation:
+        raise DataError(
+            f"{where} cannot become a GGUF: {loading.activation}, which is the one that llama.cpp calculates",
+            hint="compare config.json with the one on the hub; or choose another base, or export: none",
+        )
 
 
 def _torch_type(dtype: str) -> Any:

@@ -160,9 +160,15 @@ def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     tokens = {}
     for name in NAMES:
         field = f"{name}_token"
-        token = _content(config[field] if field in config else older.get(field))
+        stated = config[field] if field in config else older.get(field)
+        token = _content(stated)
         if token is not None:
             tokens[name] = token
+        elif stated is not None:
+            raise DataError(
+                f"{directory / 'tokenizer_config.json'}: {field} must be a token's text (got {stated!r})",
+                hint="compare it with the one on the hub",
+            )
     return tokens
 
 
@@ -200,7 +206,7 @@ def _max_length(config: Mapping[str, Any], max_positions: int | None) -> int | N
 def _eos_ids(directory: Path, ids: Mapping[str, int]) -> tuple[int, ...]:
     eos = _optional(directory / "generation_config.json").get("eos_token_id")
     listed = eos if isinstance(eos, list) else [eos]
-    numbers = [number for number in [*listed, ids.get("eos")] if isinstance(number, int)]
+    numbers = [number for number in [*listed, ids.get("eos")] if isinstance(number, int) and number >= 0]
     return tuple(dict.fromkeys(numbers))
 
 

@@ -18,7 +18,7 @@ from forge.errors import DataError, Problem, RecipeError
 from forge.export.adapter_only import refuse_impure, why_merged
 from forge.model.architectures import check_exportable, check_trainable, check_writes_text
 from forge.model.checkpoint import refuse_packed
-from forge.model.config import check_unquantized, read_json
+from forge.model.config import check_numbers, check_unquantized, read_json
 from forge.model.estimate import linear_tensors
 from forge.recipe.load import Loaded
 from forge.resolve.experts import WHY, adapted_experts
@@ -37,6 +37,7 @@ def check(ship: Resolved) -> None:
     """Raise `DataError` for a base that cannot become what the recipe asks for."""
     directory = ship.base_directory
     check_unquantized(ship.configuration, str(directory))
+    check_numbers(ship.configuration, str(directory / "config.json"))
     if ship.recipe.export.makes_gguf:
         check_exportable(ship.configuration)
     else:

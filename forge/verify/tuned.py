@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import DataError
+from forge.model.loading import read_transformers
 from forge.model.safetensors_header import TensorSpec, read_header
 from forge.verify.loader import DAMAGED, Loader, Weights, read_float32
 
@@ -158,7 +159,7 @@ def empty_model(weights: Weights, change: Callable[[Any], None] | None = None) -
     import transformers
 
     remote = weights.trust_remote_code
-    configuration = transformers.AutoConfig.from_pretrained(weights.base, trust_remote_code=remote)
+    configuration = read_transformers(weights.base, trust_remote_code=remote)
     if change:
         change(configuration)
     try:
