@@ -377,6 +377,19 @@ def test_a_plan_asks_no_hub_and_shows_what_it_does_not_know(
     assert tree(place.directory.parent) == before
 
 
+def test_a_plan_says_how_long_the_certificate_will_take(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.recipe(RECIPE)
+    assert run(["plan", "recipe.yaml", "--json"]) == 0
+    shown = capsys.readouterr()
+    planned = json.loads(shown.out)["verify"]
+    assert planned["measured"] is False and planned["seconds"] > 1
+    assert f"verify: about {planned['seconds']:.1f} s, estimated from parameters and cores" in shown.err
+    assert run(["plan", "recipe.yaml", "--json", "-o", "export.mode=none"]) == 0
+    assert json.loads(capsys.readouterr().out)["verify"] is None
+
+
 def test_a_tracker_that_is_not_installed_is_named_before_anything_runs(place: Place) -> None:
     """G5: it was found after the data stage, as a wrong version of torch."""
     place.recipe(RECIPE + "train: {report_to: [dagshub, flyte]}\n")

@@ -13,6 +13,7 @@ from forge.errors import DataError
 from forge.model.base import UNKNOWN
 from forge.model.estimate import Estimate, available, inference
 from forge.pipeline.plan import Plan
+from forge.pipeline.run import duration
 from forge.recipe.fields import values
 from forge.recipe.load import load
 from forge.resolve.derived import context_tokens, largest_type
@@ -20,8 +21,10 @@ from forge.resolve.rehearsal import rehearse
 from forge.resolve.resolved import Resolved
 from forge.runs.find import find_run
 from forge.runs.manifest import read_manifest
+from forge.ship.expected import Expected, expected_certificate
 from forge.ship.space import free_space, space_needed
 from forge.stages import stages_for
+from forge.stages.verify import VerifyStage
 from forge.store import collect as garbage_collection
 from forge.store import runs as store_runs
 from forge.store.artifacts import open_store
@@ -44,6 +47,10 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mappi
     for label, space in (("memory", memory), ("disk", disk)):
         if space:
             report.info(f"{label}: {_size(space.needed)} needed, {_size(space.free)} free")
+    expected = _certificate(ship, planned)
+    if expected:
+        origin = "as one took here" if expected.measured else "estimated from parameters and cores"
+        report.info(f"verify: about {duration(expected.seconds)}, {origin}")
     problems = [str(problem) for problem in ship.base.problems]
     for problem in problems:
         report.warning(problem)
@@ -56,6 +63,7 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mappi
         ],
         "memory": memory.as_json() if memory else None,
         "disk": to_plain(disk),
+        "verify": to_plain(expected),
         "downloads": _downloads(ship),
         "problems": problems,
         "notes": notes,
@@ -106,6 +114,15 @@ def _memory(ship: Resolved) -> _MemoryNeeded | None:
         show_fit(trained)
     needed = max(part.total for part in parts.values())
     return _MemoryNeeded(needed, trained.device.free if trained else available().free, parts, trained)
+
+
+def _certificate(ship: Resolved, planned: Plan) -> Expected | None:
+    """What the certificates that will be made take together; each type of a ship has its own."""
+    count = sum(isinstance(one, VerifyStage) and one.name in planned.running for one in stages_for(ship))
+    if ship.base.directory is None or not count:
+        return None
+    each = expected_certificate(ship.store, ship.parameters)
+    return Expected(round(count * each.seconds, 1), each.measured)
 
 
 def _downloads(ship: Resolved) -> str | int:

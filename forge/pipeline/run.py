@@ -96,7 +96,7 @@ def _act(stage: Action, results: Mapping[str, Result], stack: ExitStack, label: 
     report.detail(f"{label}: starts")
     facts = to_plain(stage.act(results, stack))
     seconds = time.monotonic() - started
-    report.info(f"{label}: {_duration(seconds)}")
+    report.info(f"{label}: {duration(seconds)}")
     return Result(stage.name, False, seconds, facts)
 
 
@@ -116,7 +116,7 @@ def _make(stage: Stage, session: _Session, label: str) -> tuple[Artifact, Result
     session.remember(stage.name, request)
     seconds = time.monotonic() - started
     remark = "".join(f" ({words})" for words in other_versions(artifact.recorded, stage.recorded()))
-    report.info(f"{label}: {_duration(seconds)}" if built else f"{label}: cached{remark}")
+    report.info(f"{label}: {duration(seconds)}" if built else f"{label}: cached{remark}")
     return artifact, Result(stage.name, not built, seconds, artifact.facts, artifact)
 
 
@@ -171,5 +171,5 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
