@@ -13,6 +13,7 @@ from forge import report
 from forge.cli.main import run
 from forge.recipe.load import load
 from forge.ship.drive import plan, ship
+from tests.conftest import copy_of_tiny
 
 pytestmark = pytest.mark.training
 
@@ -105,6 +106,26 @@ def test_the_first_recipe_writes_itself(place: Path, shape: str) -> None:
     assert bool(recipe.smoke) == (shape != "text")
     ship(place / "first.yaml", until="data")
     assert len(list((place / "store").glob("**/train.jsonl"))) == 1
+
+
+def test_the_first_recipe_of_a_base_without_a_chat_template(place: Path) -> None:
+    """N4: it names a shipped one and says why; rows of plain text need none."""
+    base = copy_of_tiny(place / "base")
+    (base / "chat_template.jinja").unlink()
+    write(place / "rows.jsonl", [{"prompt": f"Say {n}.", "completion": f"{n} it is."} for n in range(30)])
+    assert run(["init", "first", "--base", "./base", "--data", "rows.jsonl"]) == 0
+    text = (place / "first.yaml").read_text()
+    assert '  chat_template: "alpaca"  # the base has none; ' in text
+    assert run(["plan", "first.yaml"]) == 0
+    stated = json.loads((base / "tokenizer_config.json").read_text())
+    named = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    stated["chat_template"] = [{"name": name, "template": named} for name in ("tools", "rag")]
+    (base / "tokenizer_config.json").write_text(json.dumps(stated))
+    assert run(["init", "second", "--base", "./base", "--data", "rows.jsonl"]) == 0
+    assert '  chat_template: "rag"  # the base\'s own are rag, tools; ' in (place / "second.yaml").read_text()
+    (place / "plain.txt").write_text("A river runs by the house.\n\n" * 40)
+    assert run(["init", "third", "--base", "./base", "--data", "plain.txt"]) == 0
+    assert "chat_template" not in (place / "third.yaml").read_text()
 
 
 def test_the_first_recipe_elsewhere(place: Path) -> None:

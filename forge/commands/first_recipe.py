@@ -24,9 +24,10 @@ from forge.errors import DataError
 from forge.model.base import ResolvedBase, fetch_dataset
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
-from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
+from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.checks import local_path
 from forge.resolve.bases import find_base
+from forge.resolve.taught import template_text
 
 _SEED = 42  # that of `data.seed`, so that the smoke queries are held-out rows
 _ENCODED = 500
@@ -35,12 +36,17 @@ _SMALL = 1_000_000_000
 
 @dataclass(frozen=True)
 class Fit:
-    """What the rows are to the base: the longest of those encoded, and which answers can be learned."""
+    """What the rows are to the base: the longest of those encoded, and which answers can be learned.
+
+    `chat_template` names what the base lacks, and `why` says why that one; empty where it has its own.
+    """
 
     parameters: int
     context: int | None
     longest: int
     supervise: str
+    chat_template: str = ""
+    why: str = ""
 
 
 def first_recipe(name: str, base: str, data: str, directory: Path) -> str:
@@ -49,7 +55,7 @@ def first_recipe(name: str, base: str, data: str, directory: Path) -> str:
     rows = read(source)
     training, heldout = split(rows.conversations, _held_out(len(rows.conversations))[0], _SEED)
     headers = find_base(base, fetch=False, relative_to=Path())
-    fit = _fit(headers, training)
+    fit = _fit(headers, training, is_text=rows.reading.format == TEXT)
     return "\n".join(_lines(name, base, _named(data, directory), rows, heldout, fit)) + "\n"
 
 
@@ -77,16 +83,20 @@ def _held_out(rows: int) -> tuple[float, str]:
     return 0.1, "a tenth, held out to measure what was learned"
 
 
-def _fit(base: ResolvedBase, rows: Sequence[Conversation]) -> Fit | None:
+def _fit(base: ResolvedBase, rows: Sequence[Conversation], *, is_text: bool) -> Fit | None:
     """None where the base is not on this machine."""
     if base.directory is None:
         return None
     configuration = read_configuration(base.directory)
     files = read_tokenizer(base.directory, max_positions=configuration.max_positions)
     parameters = sum(tensor.numel for tensor in open_checkpoint(base.directory).tensors.values())
-    if files.chat_template is None:
-        return Fit(parameters, configuration.max_positions, 0, "all")
-    template = ChatTemplate(files.chat_template, files.template_tokens)
+    name, why, text = "", "", files.chat_template
+    if text is None:
+        if is_text:
+            return Fit(parameters, configuration.max_positions, 0, "all")
+        name, why = _missing_template(files)
+        text = template_text(name, Path(), files.templates)
+    template = ChatTemplate(text, files.template_tokens)
     form = prompt_format(template, open_tokenizer(files.directory))
     some = rows[:_ENCODED]
     try:
@@ -97,7 +107,16 @@ def _fit(base: ResolvedBase, rows: Sequence[Conversation]) -> Fit | None:
         except DataError:
             raise every from None
     longest = max(len(row.input_ids) for row in encoded)
-    return Fit(parameters, configuration.max_positions, longest, supervise)
+    return Fit(parameters, configuration.max_positions, longest, supervise, name, why)
+
+
+def _missing_template(files: TokenizerFiles) -> tuple[str, str]:
+    """The chat template for a tokenizer without a default one, and why that."""
+    if files.templates:
+        return min(
+            files.templates
+        ), f"the base's own are {', '.join(sorted(files.templates))}; none is its default"
+    return "alpaca", "the base has none; this one is of words and EOS, so no token is added"
 
 
 def _lines(
@@ -107,7 +126,13 @@ def _lines(
     share, why = _held_out(count)
     yield f"# By forge init, of {json.dumps(base)} and {json.dumps(data)}. Next: forge plan {name}.yaml"
     yield f"name: {json.dumps(name)}"
-    yield f"base: {json.dumps(base)}" + (f"  # {fit.parameters:,} parameters" if fit else "  # not here yet")
+    size = f"  # {fit.parameters:,} parameters" if fit else "  # not here yet"
+    if fit and fit.chat_template:
+        yield "base:"
+        yield f"  id: {json.dumps(base)}{size}"
+        yield f"  chat_template: {json.dumps(fit.chat_template)}  # {fit.why}"
+    else:
+        yield f"base: {json.dumps(base)}{size}"
     yield "data:"
     yield f"  source: {json.dumps(data)}"
     yield f"  # {rows.line}"
