@@ -65,6 +65,7 @@ DEFAULTS: dict[str, object] = {
     "train.preset": None,
     "train.objective": "sft",
     "train.beta": 0.1,
+    "train.retry_smaller": False,
     "train.continue_from": None,
     "train.method": "qlora",
     "train.four_bit_type": "nf4",

@@ -79,6 +79,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.patience", "3", ("train",)),
     ("train.preset", "t4", ("data", "train", "evaluate")),
     ("train.quant_storage", "float32", ("train", "evaluate")),
+    ("train.retry_smaller", "true", NOWHERE),
     ("train.schedule", "linear", ("train",)),
     ("train.schedule_options", "{num_cycles: 2}", ("train",)),
     ("train.seed", "9", ("train",)),

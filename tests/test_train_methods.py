@@ -12,14 +12,14 @@ import pytest
 
 from forge.adapter.read import read_adapter
 from forge.adapter.status import ValidateRequest, validate
-from forge.errors import DataError
+from forge.errors import DataError, StageError
 from forge.recipe.training import Lora
 from forge.train.evaluate import evaluate
 from forge.train.live import LivePage
 from forge.train.lora import adapted_modules, with_lora
 from forge.train.questions import Question
 from forge.train.request import Trained
-from forge.train.run import train
+from forge.train.run import train, with_fewer_rows
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
@@ -211,6 +211,55 @@ def test_questions_are_answered_before_and_at_each_evaluation(
     train(arguments(base, data, tmp_path / "unasked", **changes))
     adapters = [tmp_path / name / "adapter_model.safetensors" for name in ("asked", "unasked")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+# As they say it.
+_NO_GPU_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+_NO_MAIN_MEMORY = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+    "allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize("memory", ["GPU", "main"])
+def test_out_of_memory_is_tried_again_with_fewer_rows(
+    memory: str, base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """B6: as many rows a step, so that it is the same training; without being asked for it is an error."""
+    import torch
+    import trl
+
+    error = torch.OutOfMemoryError(_NO_GPU_MEMORY) if memory == "GPU" else RuntimeError(_NO_MAIN_MEMORY)
+    changes: dict[str, Any] = {"max_steps": 4, "batch_size": 4, "lora": R4}
+    trained(base, data, tmp_path / "whole", **changes)
+    step = trl.SFTTrainer.training_step
+
+    def with_room_for_one(self: Any, model: Any, inputs: Any, *values: Any) -> Any:
+        if self.state.global_step == 2 and len(inputs["input_ids"]) > 1:
+            raise error
+        return step(self, model, inputs, *values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trl.SFTTrainer, "training_step", with_room_for_one)
+        with pytest.raises(StageError, match="ran out of memory"):
+            trained(base, data, tmp_path / "asks", **changes)
+        facts = trained(base, data, tmp_path / "again", retry_smaller=True, **changes)
+    assert facts.batch_size == 1
+    assert "train.batch_size: 1 and train.gradient_accumulation: 4" in "".join(capsys.readouterr())
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "logs" / "training.jsonl").read_text().splitlines()]
+        for out in (tmp_path / "whole", tmp_path / "again")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_rows_are_cut_into_equal_parts(base: Path, tmp_path: Path) -> None:
+    given = arguments(base, base, tmp_path / "out", batch_size=6, gradient_accumulation=2)
+    parts = []
+    while given.batch_size > 1:
+        given = with_fewer_rows(given)
+        parts.append((given.batch_size, given.settings.gradient_accumulation))
+    assert parts == [(3, 4), (1, 12)]
 
 
 def test_patience_ends_a_run(base: Path, data: Path, tmp_path: Path) -> None:

@@ -131,6 +131,11 @@ class Train(Section):
         8, description="rows per step on a device; `auto`: the largest power of two that fits, 64 at most"
     )
     gradient_accumulation: Positive = Field(1, description="steps that share one update")
+    retry_smaller: bool = Field(
+        False,
+        description="where memory runs out, go on with half of `batch_size` and twice the accumulation: the "
+        "same rows a step",
+    )
     max_length: Positive | None = Field(
         None, description="tokens per row; when unset the longest row's, capped by the base's context"
     )

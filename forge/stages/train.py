@@ -39,7 +39,7 @@ _TRACKERS: Mapping[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)
 }  # fmt: skip
 _NOT_KEYED = {
-    "preset", "objective", "continue_from",
+    "preset", "objective", "continue_from", "retry_smaller",
     "checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables",
 }  # fmt: skip
 

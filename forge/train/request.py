@@ -49,6 +49,7 @@ class TrainRequest:
 class Trained:
     """What was done: `modules` counts the adapted ones by short name, `best_step` is that of the weights that
     were kept, `resumed_from` the checkpoint that a stopped run left; such a run has no `seconds` of its own.
+    `batch_size` is how many rows were held at once.
     """
 
     steps: int
@@ -72,3 +73,4 @@ class Trained:
     peak_memory_bytes: int | None = None
     questions: tuple[str, ...] = ()
     answers: tuple[Answers, ...] = ()
+    batch_size: int | None = None

@@ -8,10 +8,12 @@ one process (`accelerate launch`).
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,51 @@ _FULL_BYTES = 1 << 20
 _TRACKER_DIRECTORIES = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR"}
 
 
+class _OutOfMemoryError(StageError):
+    """The device's memory is full: fewer rows at once may fit."""
+
+
 def train(request: TrainRequest) -> Trained:
     """Train an adapter on the rows and save it.
 
     Checkpoints live in `out/work`, which the store keeps when the run is killed. Raises `StageError` on
-    divergence or lack of memory or disk, `InterruptedByUserError` on SIGTERM, after a checkpoint.
+    divergence or lack of memory or disk, `InterruptedByUserError` on SIGTERM, after a checkpoint. With
+    `train.retry_smaller` a lack of memory is answered with fewer rows at once, as many a step (B6).
     """
+    try:
+        return _train(request)
+    except _OutOfMemoryError as error:
+        if not request.settings.retry_smaller or request.batch_size == 1:
+            raise
+        report.warning(error.message)
+    request = with_fewer_rows(request)
+    settings = request.settings
+    report.warning(
+        f"train: again with train.batch_size: {request.batch_size} and train.gradient_accumulation: "
+        f"{settings.gradient_accumulation}, as many rows a step"
+    )
+    _free_memory()
+    return train(request)
+
+
+def with_fewer_rows(request: TrainRequest) -> TrainRequest:
+    """The same steps, of more and smaller parts: half the rows at once where their number is even."""
+    parts = next(parts for parts in range(2, request.batch_size + 1) if request.batch_size % parts == 0)
+    accumulation = request.settings.gradient_accumulation * parts
+    settings = request.settings.model_copy(update={"gradient_accumulation": accumulation})
+    return replace(request, batch_size=request.batch_size // parts, settings=settings)
+
+
+def _free_memory() -> None:
+    """Of the attempt that failed: its trainer and model are one circle."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _train(request: TrainRequest) -> Trained:
     import safetensors
     import torch
 
@@ -70,13 +111,14 @@ def train(request: TrainRequest) -> Trained:
         report.info(f"train: going on from {checkpoint.name}")
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise StageError(
-            "train: the GPU ran out of memory",
-            hint="in this order: train.method: qlora, train.gradient_checkpointing: true, "
-            "a smaller train.batch_size with more gradient_accumulation, a shorter train.max_length",
-        ) from error
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
+        if _is_of_full_memory(error):
+            raise _OutOfMemoryError(
+                f"train: {'the GPU' if hardware.device == 'cuda' else 'this machine'} ran out of memory",
+                hint="in this order: train.method: qlora, train.gradient_checkpointing: true, a smaller "
+                "train.batch_size with more gradient_accumulation (train.retry_smaller: true does it), a "
+                "shorter train.max_length",
+            ) from None
         if not _is_of_full_disk(error, out):
             raise
         raise StageError(
@@ -127,7 +169,15 @@ def train(request: TrainRequest) -> Trained:
         peak_memory_bytes=peak_bytes(),
         questions=tuple(question.text for question in watch.asked.questions),
         answers=tuple(watch.asked.answers),
+        batch_size=request.batch_size,
     )
+
+
+def _is_of_full_memory(error: Exception) -> bool:
+    """Whether the GPU's memory or the main memory was full; for the latter torch has no class of its own."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _is_of_full_disk(error: Exception, directory: Path) -> bool:
