@@ -25,7 +25,10 @@ _WHOLE = (
     _MATHS, f"{_CAUGHT}[none]", f"{_CAUGHT}[dropped layer]", *_FAULTS,
 )  # fmt: skip
 _REFERENCE = ("test_verify_reference.py", "test_resized.py::test_the_tuned_model_is_peft_s")
-_RETIED = "test_untied.py::test_the_certificate_sees_a_retied_head"
+_RETIED = (
+    "test_untied.py::test_the_certificate_sees_a_retied_head",
+    "test_untied.py::test_what_is_read_otherwise_than_peft_has_it_is_refused[embedding, factors]",
+)
 _ROWS = (
     "test_resized.py", "test_untied.py::test_a_head_that_differs_is_not_tied",
     "test_untied.py::test_trained_as_one_is_written_as_one",
@@ -96,7 +99,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/verify/token_rows.py": ("test_resized.py", f"{_CAUGHT}[token rows]"),
     "forge/verify/tuned.py": (
         *_REFERENCE,
-        _RETIED,
+        *_RETIED,
         "test_resized.py::test_the_certificate_sees_lost_rows",
         *_FAULTS,
     ),
@@ -104,7 +107,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/verify/vocabulary.py": _WHOLE,
     "forge/verify/weights.py": (
         *_WHOLE,
-        _RETIED,
+        *_RETIED,
         "test_verify_misreadings.py::test_one_row_of_a_large_vocabulary[dropped-f16]",
     ),
     "forge/verify/yardstick.py": ("test_verify_thrift.py", *_WHOLE),
