@@ -223,6 +223,23 @@ def test_training_is_rehearsed_and_asked_for_whole(place: Place, asked: Asked) -
         "base_revision": None,
         "data": str(place.directory / "data"),
         "out": str(place.out),
+        "questions": [],
+    }
+
+
+def test_the_smoke_queries_are_questions_while_it_trains(tmp_path: Path, asked: Asked) -> None:
+    """I2: as the server will be prompted with them, and only where held-out rows are measured meanwhile."""
+    queries = "smoke: [{prompt: Is it red?, system: Be brief.}]\n"
+    place = place_of(tmp_path, RECIPE.replace("seed: 3", "seed: 3, evaluation_steps: 5") + queries)
+    TrainStage(place.ship).build(place.inputs, place.out)
+    [question] = asked.requests["train"]["questions"]
+    prompt = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs it red?<|im_end|>\n"
+    form = place.ship.prompt_format
+    assert question == {
+        "text": "Is it red?",
+        "ids": form.ids(prompt + "<|im_start|>assistant\n"),
+        "end_of_turn_id": form.end_of_turn_id,
+        "pad_token_id": place.ship.pad_token_id,
     }
 
 
@@ -269,6 +286,7 @@ def test_validation_and_evaluation_are_asked_for_whole(place: Place, asked: Aske
     assert asked.requests["evaluate"] == {
         **here, "data": str(place.directory / "data"), "loading": loading, "device": "auto", "dtype": "auto",
         "end_of_turn_id": place.ship.prompt_format.end_of_turn_id, "pad_token_id": place.ship.pad_token_id,
+        "beta": None,
         "tokenizer": str(place.ship.tokenizer.directory),
     }  # fmt: skip
     assert asked.logs == {place.ship.log}
