@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from forge import process
+from forge.chat.render_process import Prompts, Rendered, RenderRequest, rendered_of, to_line
 from forge.errors import DataError, ForgeError
 
 SECONDS = 3.0
@@ -32,15 +32,6 @@ MEMORY_BYTES = 1 << 30
 LONGEST_TEXT = 10_000_000
 _COMMAND = (sys.executable, "-m", "forge.chat.render_process")
 _HINT = "no chat template needs that: look at its loops, or use another one"
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What is rendered of one conversation: of its first messages, so many, and whether an answer begins."""
-
-    messages: Sequence[Mapping[str, Any]]
-    tools: Sequence[Mapping[str, Any]]
-    cuts: Sequence[tuple[int, bool]]
 
 
 class TemplateLimitError(ForgeError):
@@ -70,39 +61,31 @@ class _Renderer:
             answer = self._ask(key, values, prompts)
             seconds, count = self._spent.get(key, (0.0, 0))
             count += sum(len(prompt.cuts) for prompt in prompts)
-            seconds += answer["seconds"]
+            seconds += answer.seconds
             self._spent[key] = seconds, count
             if seconds > max(SECONDS_IN_ALL, SECONDS_ON_AVERAGE * count):
                 self._refuse(key, f"the chat template took {seconds:.0f} seconds to compute {count} prompts")
         return [
-            [text if isinstance(text, str) else _refusal(text["error"]) for text in texts]
-            for texts in answer["texts"]
+            [text if isinstance(text, str) else _refusal(text.error) for text in texts]
+            for texts in answer.texts
         ]
 
-    def _ask(
-        self, key: tuple[str, str], values: Mapping[str, Any], prompts: Sequence[Prompts]
-    ) -> dict[str, Any]:
+    def _ask(self, key: tuple[str, str], values: Mapping[str, Any], prompts: Sequence[Prompts]) -> Rendered:
         for is_last in (False, True):
             child = self._started()
             number = self._known.get(key)
-            request: dict[str, Any] = {
-                "template": number,
-                "values": values,
-                "seconds": SECONDS,
-                "prompts": [
-                    {"messages": prompt.messages, "tools": prompt.tools or None, "cuts": prompt.cuts}
-                    for prompt in prompts
-                ],
-            }
+            request = RenderRequest(
+                next(self._numbers) if number is None else number, values, SECONDS, prompts
+            )
             if number is None:
-                request |= {"template": next(self._numbers), "source": key[0], "day": key[1]}
-            line = self._exchange(child, json.dumps(request, default=str) + "\n")
+                request = replace(request, source=key[0], day=key[1])
+            line = self._exchange(child, to_line(request))
             if line is not None:
-                answer: dict[str, Any] = json.loads(line)
-                if "limit" in answer:
-                    self._refuse(key, f"the chat template {answer['limit']}")
-                if answer["known"]:
-                    self._known[key] = request["template"]
+                answer = rendered_of(line)
+                if answer.limit:
+                    self._refuse(key, f"the chat template {answer.limit}")
+                if answer.known:
+                    self._known[key] = request.number
                 return answer
             self._child = None
             status = child.stop(0)
