@@ -19,7 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from forge import report
 from forge.errors import DataError
+
+_CHUNK = 1 << 20
 
 
 def sync(path: Path) -> None:
@@ -68,8 +71,23 @@ def is_locked(path: Path) -> bool:
         return not is_ours
 
 
-def sha256_of(path: Path) -> str:
-    """The digest of the file's bytes, in hexadecimal."""
+def chunks_of(path: Path, label: str) -> Iterator[bytes]:
+    """The file's bytes in pieces, with the progress shown as `label`."""
+    total, done = path.stat().st_size, 0
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
+            done += len(chunk)
+            report.advance(label, done, max(total, done))
+
+
+def sha256_of(path: Path, label: str = "") -> str:
+    """The digest of the file's bytes, in hexadecimal; with a `label` the progress is shown as that."""
+    if label:
+        digest = hashlib.sha256()
+        for chunk in chunks_of(path, label):
+            digest.update(chunk)
+        return digest.hexdigest()
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -73,11 +73,10 @@ class _Renderer:
     def _ask(self, key: tuple[str, str], values: Mapping[str, Any], prompts: Sequence[Prompts]) -> Rendered:
         for is_last in (False, True):
             child = self._started()
-            number = self._known.get(key)
-            request = RenderRequest(
-                next(self._numbers) if number is None else number, values, SECONDS, prompts
-            )
-            if number is None:
+            known = self._known.get(key)
+            number = next(self._numbers) if known is None else known
+            request = RenderRequest(number, values, SECONDS, prompts)
+            if known is None:
                 request = replace(request, source=key[0], day=key[1])
             line = self._exchange(child, to_line(request))
             if line is not None:

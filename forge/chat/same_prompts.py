@@ -15,12 +15,12 @@ from datetime import date
 from itertools import islice
 
 from forge.chat import go_interpreter, probe
-from forge.chat.difference import first_difference
+from forge.chat.difference import difference_of, first_difference
 from forge.chat.hand_over import HandOver
 from forge.chat.modelfile import Modelfile
 from forge.chat.probe import Conversation
 from forge.chat.template import DAY_VARIABLE, ChatTemplate
-from forge.errors import CheckError, DataError, Problem
+from forge.errors import CheckError, DataError
 
 CONVERSATIONS = 200
 _MOST_TRIED = 20 * CONVERSATIONS
@@ -96,13 +96,9 @@ def _conversations(handed: HandOver, *, only_claimed: bool) -> Iterator[Conversa
 
 
 def _differs(place: str, trained: str, served: str) -> CheckError:
-    same = first_difference(trained, served)
-    start = max(0, same - 30)
     return CheckError(
-        f"{place} writes another prompt than training did, from character {same} on",
+        f"{place} writes another prompt than training did, from character "
+        f"{first_difference(trained, served)} on",
         hint="this should not be: please report the base",
-        problems=[
-            Problem(repr(trained[start : same + 40]), "trained on"),
-            Problem(repr(served[start : same + 40]), place),
-        ],
+        problems=difference_of(trained, served, place),
     )

@@ -22,6 +22,7 @@ import jinja2.utils
 
 from forge.chat import renderer
 from forge.chat.jinja import environment_of
+from forge.chat.render_process import Prompts
 from forge.errors import DataError
 
 Message = Mapping[str, Any]
@@ -82,7 +83,7 @@ class ChatTemplate:
         Raises `DataError` with the template's own words when it refuses, `TemplateLimitError` when it takes
         more time or memory than any chat template needs.
         """
-        prompts = renderer.Prompts(messages, tools, ((len(messages), add_generation_prompt),))
+        prompts = Prompts(messages, tools, ((len(messages), add_generation_prompt),))
         ((text,),) = self.render_all([prompts])
         if isinstance(text, DataError):
             raise text
@@ -97,7 +98,7 @@ class ChatTemplate:
                     message["thinking"] = message["reasoning_content"]
         return read
 
-    def render_all(self, prompts: Sequence[renderer.Prompts]) -> list[list[str | DataError]]:
+    def render_all(self, prompts: Sequence[Prompts]) -> list[list[str | DataError]]:
         """The texts of many prompts at once, or the refusal of one; raises `TemplateLimitError`."""
         variables = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
         values = {"documents": None, **self.special_tokens, **variables}

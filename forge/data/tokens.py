@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from forge.chat.renderer import Prompts
+from forge.chat.render_process import Prompts
 from forge.data import control, shown
 from forge.data.conversation import Conversation
 from forge.data.problems import BadRows

@@ -7,7 +7,6 @@ and `apply_template` are llama-server's own routes. Not covered: tools, images, 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import httpx
@@ -32,9 +31,7 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._http.close()
 
     def chat(self, messages: Sequence[Message], sampling: Sampling | None = None) -> Reply:

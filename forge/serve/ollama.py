@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from forge import report
-from forge.chat.difference import first_difference
+from forge.chat.difference import difference_of, first_difference
 from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.template import ChatTemplate
@@ -328,8 +328,8 @@ def prove_kinds(server: Ollama, name: str, template: ChatTemplate, talks: Sequen
             if shown in (whole, whole.removeprefix(bos)):
                 same += 1
             elif not why:
-                at = max(0, first_difference(whole, shown) - 30)
-                why = f"trained on {whole[at : at + 70]!r}, Ollama writes {shown[at : at + 70]!r}"
+                trained, written = difference_of(whole, shown, "")
+                why = f"trained on {trained.message}, Ollama writes {written.message}"
         kinds.append(OfKind(kind, compared, same, why))
     return kinds
 
@@ -359,12 +359,6 @@ _ANOTHER = " the prompt is another"
 
 def _differs(messages: Sequence[Message], expected: str, shown: str) -> PromptsDifferError:
     """The first place where two prompts part."""
-    at = max(0, first_difference(expected, shown) - 30)
     turns = ", ".join(f"{message['role']} {message['content'][:40]!r}" for message in messages)
-    return PromptsDifferError(
-        f"for {turns}{_ANOTHER}",
-        problems=[
-            Problem(repr(expected[at : at + 70]), "trained on"),
-            Problem(repr(shown[at : at + 70]), "Ollama"),
-        ],
-    )
+    problems = difference_of(expected, shown, "Ollama")
+    return PromptsDifferError(f"for {turns}{_ANOTHER}", problems=problems)

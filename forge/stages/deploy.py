@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from itertools import islice
 
 from forge import report
-from forge.chat.difference import first_difference
+from forge.chat.difference import difference_of, first_difference
 from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.codec import from_plain
 from forge.data.prepare import Prepared
-from forge.errors import CheckError, ForgeError, Problem
+from forge.errors import CheckError, ForgeError
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
@@ -181,15 +181,10 @@ def prove_prompts(ship: Resolved, endpoint: Endpoint, talks: Sequence[Talk]) -> 
 
 
 def _differs(what: str, expected: Sequence[object], served: Sequence[object]) -> CheckError:
-    same = first_difference(expected, served)
-    start = max(0, same - 30)
     return CheckError(
-        f"deploy: the server's {what} {same}",
+        f"deploy: the server's {what} {first_difference(expected, served)}",
         hint="pin the template's variables with train.template_variables, or use another base",
-        problems=[
-            Problem(repr(expected[start : same + 40]), "trained on"),
-            Problem(repr(served[start : same + 40]), "served"),
-        ],
+        problems=difference_of(expected, served, "served"),
     )
 
 

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from forge import report
 from forge.codec import Json
 from forge.errors import DataError
 from forge.files import sha256_of, write_text
@@ -30,7 +29,6 @@ from forge.files import sha256_of, write_text
 _SETTLED_NANOSECONDS = 2_000_000_000
 
 _SHOWN_BYTES = 1_000_000_000
-_BLOCK = 1 << 24
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -57,7 +55,8 @@ def file_digest(path: Path, cache: DigestCache | None = None) -> str:
         known = cache.find(path, before) if cache else None
         if known:
             return known
-        sha256 = _read(path, before.st_size)
+        # Reading a large file takes seconds: its progress is shown.
+        sha256 = sha256_of(path, f"read {path.name}" if before.st_size > _SHOWN_BYTES else "")
         after = path.stat()
     except OSError as failure:
         raise DataError(f"{path}: cannot be read: {failure.strerror}") from failure
@@ -66,19 +65,6 @@ def file_digest(path: Path, cache: DigestCache | None = None) -> str:
     if cache:
         cache.remember(path, after, sha256)
     return sha256
-
-
-def _read(path: Path, size: int) -> str:
-    """The SHA-256 of a file, with its progress shown where reading it takes seconds."""
-    if size < _SHOWN_BYTES:
-        return sha256_of(path)
-    with path.open("rb") as stream:
-        sha256, done = hashlib.sha256(), 0
-        while block := stream.read(_BLOCK):
-            sha256.update(block)
-            done += len(block)
-            report.advance(f"read {path.name}", done, max(size, done))
-        return sha256.hexdigest()
 
 
 def tree_digest(root: Path, paths: Iterable[Path | str], cache: DigestCache | None = None) -> str:

@@ -12,14 +12,12 @@ Not covered: pulling and pushing; keys of Ollama's cloud.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -27,10 +25,10 @@ import httpx
 
 from forge import report
 from forge.errors import DataError, MissingToolError, RecipeError, StageError
+from forge.files import chunks_of, sha256_of
 from forge.tools.hosts import DEFAULT_HOST, in_url, is_loopback, reachable
 
 PORT = 11434
-_CHUNK = 1 << 20
 # Loading a large model from a slow disk takes minutes; a connection does not.
 _TIMEOUT = httpx.Timeout(600.0, connect=5.0)
 _SERVE = "start it with: ollama serve (https://ollama.com/download); --host or OLLAMA_HOST says where it is"
@@ -93,9 +91,7 @@ class Ollama:
     def __enter__(self) -> Ollama:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._http.close()
 
     def version(self) -> tuple[int, ...]:
@@ -105,14 +101,17 @@ class Ollama:
 
     def push(self, path: Path, label: str) -> str:
         """Make sure that it has the bytes of `path`; gives their digest. Shows progress under `label`."""
-        digest = f"sha256:{_sha256(path, f'checksum of {label}')}"
+        try:
+            digest = f"sha256:{sha256_of(path, f'checksum of {label}')}"
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         route = f"/api/blobs/{digest}"
         with self._failures(f"looked for {label}"):
             answer = self._http.head(route)
         if answer.status_code == 404:
             headers = {"Content-Length": str(path.stat().st_size)}
             with self._failures(f"took {label}"):
-                answer = self._http.post(route, content=_chunks(path, f"upload {label}"), headers=headers)
+                answer = self._http.post(route, content=chunks_of(path, f"upload {label}"), headers=headers)
             _raise_for(answer.status_code, answer.content, f"took {label}")
         else:
             _raise_for(answer.status_code, b"", f"looked for {label}")
@@ -257,25 +256,6 @@ def _unquoted(text: str) -> str:
         at = escape.end()
     # Only bytes that are no text are written as \x80 and above.
     return b"".join([*pieces, text[at:-1].encode()]).decode("utf-8", "replace")
-
-
-def _chunks(path: Path, label: str) -> Iterator[bytes]:
-    total, done = path.stat().st_size, 0
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            yield chunk
-            done += len(chunk)
-            report.advance(label, done, total)
-
-
-def _sha256(path: Path, label: str) -> str:
-    digest = hashlib.sha256()
-    try:
-        for chunk in _chunks(path, label):
-            digest.update(chunk)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _object(content: bytes) -> Mapping[str, Any]:
