@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from forge.model.smollm2 import MakeRequest, make, packaged_gguf
+from forge.model.smollm2 import MakeRequest, make_smollm2, packaged_gguf
 
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
     directory.mkdir(parents=True)
-    make(MakeRequest(packaged_gguf(), directory))
+    make_smollm2(MakeRequest(packaged_gguf(), directory))

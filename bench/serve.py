@@ -122,7 +122,7 @@ async def _ask(client: httpx.AsyncClient, endpoint: Endpoint, prompt: str) -> in
     messages = [{"role": "user", "content": prompt}]
     body = wire.chat_request(endpoint, messages, Sampling(max_tokens=TOKENS)) | {"ignore_eos": True}
     response = await client.post(endpoint.route(wire.CHAT), json=body)
-    reply = wire.read_reply(endpoint, wire.read_json(endpoint, response))
+    reply = wire.read_reply(endpoint, wire.read_object(endpoint, response))
     if reply.completion_tokens != TOKENS:
         raise BenchmarkError(f"{reply.completion_tokens} tokens were answered, not {TOKENS}")
     return reply.completion_tokens
@@ -162,6 +162,6 @@ async def _plain(endpoint: Endpoint, prompts: list[str], most: int) -> None:
             body = wire.chat_request(endpoint, messages, Sampling(max_tokens=16))
             async with at_once:
                 response = await client.post(endpoint.route(wire.CHAT), json=body)
-            wire.read_reply(endpoint, wire.read_json(endpoint, response))
+            wire.read_reply(endpoint, wire.read_object(endpoint, response))
 
         await asyncio.gather(*(ask(prompt) for prompt in prompts))

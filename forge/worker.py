@@ -33,8 +33,8 @@ from forge.errors import ForgeError, InterruptedByUserError, MissingToolError, S
 
 # The whole of what a worker may run: task name -> module:function.
 TASKS: Mapping[str, str] = {
-    "make_smollm2": "forge.model.smollm2:make",
-    "rehearse": "forge.export.rehearsal:rehearse",
+    "make_smollm2": "forge.model.smollm2:make_smollm2",
+    "rehearse": "forge.export.rehearsal:rehearse_export",
     "train": "forge.train.run:train",
     "validate": "forge.adapter.status:validate",
     "evaluate": "forge.train.evaluate:evaluate",

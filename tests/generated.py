@@ -15,7 +15,7 @@ from forge.model.architectures import families
 from forge.model.base import resolve
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
-from forge.recipe.document import describe
+from forge.recipe.document import describe_recipe
 from forge.serve import front_nginx
 from forge.serve.container import PORT
 from forge.serve.runtime import ServerSettings
@@ -39,7 +39,7 @@ def commands() -> str:
 
 def recipe() -> str:
     """docs/recipe.md: every field, its default and its meaning."""
-    return f"{_NOTE}# The recipe\n\n{describe().rstrip()}\n"
+    return f"{_NOTE}# The recipe\n\n{describe_recipe().rstrip()}\n"
 
 
 def families_table() -> str:

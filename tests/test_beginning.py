@@ -18,7 +18,7 @@ from forge.chat.hand_over import (
     sampling_of,
     without_unwritable,
 )
-from forge.chat.same_prompts import compare
+from forge.chat.same_prompts import compare_prompts
 from forge.chat.stops import StopContract
 from forge.chat.template import ChatTemplate
 from forge.errors import CheckError, RecipeError
@@ -68,7 +68,7 @@ def test_a_template_writes_its_beginning_as_it_writes_the_same_turns(name: str) 
     handed = hand_over(begun, add_bos=False, stops=["x"], context_tokens=64, system=SYSTEM)
     go = handed.modelfile("go", "model.gguf")
     assert handed.compiled.go, handed.compiled.reason
-    assert compare(handed, begun.pinned_source(), go).conversations == 200
+    assert compare_prompts(handed, begun.pinned_source(), go).conversations == 200
     assert go.system == SYSTEM and go.messages == (), "the template writes the examples: no MESSAGE, or twice"
 
 

@@ -12,7 +12,7 @@ import pytest
 from forge import worker
 from forge.errors import DataError
 from forge.export.run import export
-from forge.export.tokenizer import MODEL, repair
+from forge.export.tokenizer import MODEL, repair_tokenizer
 from forge.model.gguf_header import read_gguf
 from tests.exporting import export_request
 from tests.models import PEFT_WARNS, change_json, make_adapter, make_model
@@ -42,7 +42,7 @@ def test_what_the_converters_read_is_made_from_tokenizer_json(tmp_path: Path) ->
     tokens = added(tmp_path, "<|new|>")
     change_json(tmp_path / "tokenizer_config.json", added_tokens_decoder=None, pad_token="[PAD]")
     (tmp_path / "added_tokens.json").write_text('{"<|stale|>": 7}')
-    assert repair(tmp_path, None) == []
+    assert repair_tokenizer(tmp_path, None) == []
     fields = read(tmp_path / "tokenizer_config.json")
     assert {int(number): one["content"] for number, one in fields["added_tokens_decoder"].items()} == {
         token["id"]: token["content"] for token in tokens
@@ -56,13 +56,13 @@ def test_tokens_without_a_row_are_named_and_left_out(tmp_path: Path) -> None:
     """Gemma 3: 262,145 tokens, 262,144 rows. A vocabulary that is longer is of another model."""
     rows = write_tokenizer(tmp_path, "home-made")
     added(tmp_path, "<image_soft_token>")
-    assert repair(tmp_path, rows) == [
+    assert repair_tokenizer(tmp_path, rows) == [
         f"the embedding has {rows} rows: the tokenizer's <image_soft_token> have none and are left out"
     ]
     assert "<image_soft_token>" not in (tmp_path / "tokenizer.json").read_text()
-    assert repair(tmp_path, rows) == []
+    assert repair_tokenizer(tmp_path, rows) == []
     with pytest.raises(DataError, match="the embedding 100 rows"):
-        repair(tmp_path, 100)
+        repair_tokenizer(tmp_path, 100)
 
 
 @pytest.mark.training

@@ -15,7 +15,7 @@ from forge.chat.format_check import compile_template
 from forge.chat.go_expression import GoTemplateError
 from forge.chat.go_interpreter import parse
 from forge.chat.hand_over import HandOver
-from forge.chat.same_prompts import compare
+from forge.chat.same_prompts import compare_prompts
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
 from forge.serve.ollama_talks import choose
@@ -102,7 +102,7 @@ def test_every_comparison_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     late = ChatTemplate("{% if messages | length > 1 %}" + ENDLESS + "{% endif %}" + CHATML)
     good = compile_template(ChatTemplate(CHATML), add_bos=False)
     handed = HandOver(late, False, good, ("<|im_end|>",), 4096)
-    for look in (lambda: compare(handed, late.source, None), lambda: choose(handed, "jinja")):
+    for look in (lambda: compare_prompts(handed, late.source, None), lambda: choose(handed, "jinja")):
         with pytest.raises(renderer.TemplateLimitError, match=r"took more than 0\.3 seconds to compute"):
             look()
 

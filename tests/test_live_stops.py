@@ -16,7 +16,7 @@ from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
 from forge.serve.runtime import ServerSettings
 from forge.stages.deploy import DeployFacts
-from forge.stages.smoke import SmokeAction, failure_of
+from forge.stages.smoke import SmokeAction, failure_of_smoke
 from forge.store.artifacts import Store
 from forge.train.evaluate import Answered, Exact
 from tests.conftest import copy_of_tiny
@@ -56,7 +56,7 @@ def ask(ship: Resolved, directory: Path, ends_at: int) -> CheckError | None:
         deployed = Result("deploy", False, 0.0, to_plain(facts))
         evaluated = Result("evaluate", False, 0.0, to_plain(measured(exact=Exact(1, 0, 1, (row,)))))
         asked = SmokeAction(ship).act({"deploy": deployed, "evaluate": evaluated}, stack)
-    return failure_of(asked)
+    return failure_of_smoke(asked)
 
 
 def test_a_reply_that_ends_where_it_should(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from forge.model.architectures import (
     own_code_note,
     reason_against,
     registered,
-    text_of,
+    table_text,
     text_of_model_types,
 )
 from forge.model.config import check_unquantized, configuration_of, read_configuration
@@ -271,7 +271,7 @@ def test_registrations_are_read_without_running_the_converters(tmp_path: Path) -
 
 
 def test_the_committed_list_is_that_of_the_pinned_converters() -> None:
-    assert LIST.read_text(encoding="utf-8") == text_of(registered(find_converters(SESSION_HOME)))
+    assert LIST.read_text(encoding="utf-8") == table_text(registered(find_converters(SESSION_HOME)))
 
 
 def test_the_number_of_refused_architectures_may_not_grow(capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,5 +283,5 @@ def test_the_number_of_refused_architectures_may_not_grow(capsys: pytest.Capture
 
 
 def test_the_committed_list_is_read_whole() -> None:
-    assert text_of(convertible()) == LIST.read_text(encoding="utf-8")
+    assert table_text(convertible()) == LIST.read_text(encoding="utf-8")
     assert len(convertible()) > 200

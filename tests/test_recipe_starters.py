@@ -14,7 +14,7 @@ from forge.data.files import read_rows
 from forge.data.sources import locate
 from forge.errors import RecipeError
 from forge.recipe import starters
-from forge.recipe.document import describe
+from forge.recipe.document import describe_recipe
 from forge.recipe.fields import all_names
 from forge.recipe.load import load
 from tests.makers.make_synthetic import SETS
@@ -95,11 +95,11 @@ def test_starters_refuse(tmp_path: Path) -> None:
 def test_the_field_table_has_every_field() -> None:
     found = []
     title = ""
-    for line in describe().splitlines():
+    for line in describe_recipe().splitlines():
         if heading := re.fullmatch(r"### (.*)", line):
             title = heading[1].strip("`").replace("[]", ".*").replace("train: {from: ADAPTER}", "train")
         elif row := re.fullmatch(r"\| `(\w+)` \| (.+) \| (.+) \|", line):
             found.append(f"{title}.{row[1]}".removeprefix("The recipe."))
     assert sorted(found) == sorted(all_names())
-    assert "| `r` | `16` | rank |" in describe()
-    assert "| `base` | required | the model to start from |" in describe()
+    assert "| `r` | `16` | rank |" in describe_recipe()
+    assert "| `base` | required | the model to start from |" in describe_recipe()

@@ -11,7 +11,7 @@ import pytest
 
 from forge import worker
 from forge.errors import DataError
-from forge.export.rehearsal import RehearsalRequest, Rehearsed, rehearse
+from forge.export.rehearsal import RehearsalRequest, Rehearsed, rehearse_export
 from forge.export.request import Ingredients
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_numbers, configuration_of, rope_types
@@ -51,7 +51,7 @@ def refusal_of(base: Path) -> DataError:
 def rehearsed(base: Path) -> Rehearsed:
     template = (base / "chat_template.jinja").read_text(encoding="utf-8")
     model = Ingredients(base, None, base, template, converters())
-    return worker.perform(rehearse, RehearsalRequest(model, "m", "f16", None, False))
+    return worker.perform(rehearse_export, RehearsalRequest(model, "m", "f16", None, False))
 
 
 def rehearsed_here(base: Path) -> Rehearsed:

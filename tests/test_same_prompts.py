@@ -10,7 +10,7 @@ import pytest
 
 from forge.chat.hand_over import HandOver, hand_over
 from forge.chat.modelfile import Modelfile, parse, render
-from forge.chat.same_prompts import compare
+from forge.chat.same_prompts import compare_prompts
 from forge.chat.template import ChatTemplate
 from forge.errors import CheckError
 from tests.families import FAMILIES
@@ -33,9 +33,9 @@ def test_they_are_the_same(told: HandOver) -> None:
     """Also read back out of the Modelfile's text."""
     assert told.compiled.status == "exact-with-limits"
     written = parse(render(told.modelfile("go", "./m.gguf")))
-    done = compare(told, TEMPLATE.pinned_source(), written)
+    done = compare_prompts(told, TEMPLATE.pinned_source(), written)
     assert (done.conversations, len(done.through)) == (200, 3)
-    assert len(compare(told, TEMPLATE.pinned_source(), None).through) == 2
+    assert len(compare_prompts(told, TEMPLATE.pinned_source(), None).through) == 2
 
 
 Fault = Callable[[str], str]
@@ -78,7 +78,7 @@ def test_faults_in_the_ggufs_jinja(told: HandOver, fault: str) -> None:
     wrong = (_IN_BOTH | _IN_JINJA)[fault](right)
     assert wrong != right
     with pytest.raises(CheckError, match="the GGUF's Jinja writes another prompt than training did"):
-        compare(told, wrong, None)
+        compare_prompts(told, wrong, None)
 
 
 @pytest.mark.parametrize("fault", [*_IN_BOTH, *_IN_GO])
@@ -88,7 +88,7 @@ def test_faults_in_the_modelfile(told: HandOver, fault: str) -> None:
     wrong = replace(right, template=(_IN_BOTH | _IN_GO)[fault](right.template))
     assert wrong != right
     with pytest.raises(CheckError, match="the Modelfile's TEMPLATE writes another prompt") as caught:
-        compare(told, TEMPLATE.pinned_source(), wrong)
+        compare_prompts(told, TEMPLATE.pinned_source(), wrong)
     assert [problem.field for problem in caught.value.problems] == ["trained on", "the Modelfile's TEMPLATE"]
 
 
@@ -97,7 +97,7 @@ def test_families(name: str) -> None:
     """With dates, folded and refused system messages, trims: where Go has limits they are left out."""
     told = FAMILIES[name].hand_over()
     modelfile: Modelfile = parse(render(told.modelfile("go", "./m.gguf")))
-    assert compare(told, told.template.pinned_source(), modelfile).conversations == 200
+    assert compare_prompts(told, told.template.pinned_source(), modelfile).conversations == 200
 
 
 def test_too_few_conversations_prove_nothing(told: HandOver) -> None:
@@ -105,13 +105,15 @@ def test_too_few_conversations_prove_nothing(told: HandOver) -> None:
         "{% if messages | length > 1 or messages[0].content != 'x' %}{{ raise_exception('no') }}{% endif %}"
     )
     with pytest.raises(CheckError, match="only 0 generated conversations can be compared"):
-        compare(replace(told, template=ChatTemplate(hello + SOURCE, TOKENS)), TEMPLATE.pinned_source(), None)
+        compare_prompts(
+            replace(told, template=ChatTemplate(hello + SOURCE, TOKENS)), TEMPLATE.pinned_source(), None
+        )
 
 
 def test_a_date_that_is_not_pinned_is_seen() -> None:
     """Silent wrong 17."""
     dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}\n" + SOURCE, TOKENS)
     told = hand_over(dated, add_bos=False, stops=["<|end|>"], context_tokens=64)
-    assert compare(told, dated.pinned_source(), None).conversations == 200
+    assert compare_prompts(told, dated.pinned_source(), None).conversations == 200
     with pytest.raises(CheckError, match="the GGUF's Jinja writes another prompt"):
-        compare(told, dated.source, None)
+        compare_prompts(told, dated.source, None)

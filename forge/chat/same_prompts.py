@@ -34,7 +34,7 @@ class Compared:
     through: tuple[str, ...]
 
 
-def compare(handed: HandOver, gguf_template: str, modelfile: Modelfile | None) -> Compared:
+def compare_prompts(handed: HandOver, gguf_template: str, modelfile: Modelfile | None) -> Compared:
     """Raise `CheckError` with the first difference and the place that writes it.
 
     Where there is a Go TEMPLATE the conversations are those that it claims.

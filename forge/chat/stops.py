@@ -105,7 +105,7 @@ def _ends(labels: Sequence[int]) -> list[int]:
     return [last for last, after in pairwise((*labels, _IGNORED)) if last != _IGNORED and after == _IGNORED]
 
 
-def failure_of(problems: Sequence[Problem]) -> CheckError | None:
+def failure_of_stops(problems: Sequence[Problem]) -> CheckError | None:
     """One error that names the places where the contract is broken."""
     if not problems:
         return None
@@ -119,5 +119,5 @@ def failure_of(problems: Sequence[Problem]) -> CheckError | None:
 
 def require(problems: Sequence[Problem]) -> None:
     """Raise that error where there is one."""
-    if failure := failure_of(problems):
+    if failure := failure_of_stops(problems):
         raise failure

@@ -64,7 +64,7 @@ def _reach(
 
 def smoke(run: str) -> Mapping[str, object]:
     """Ask a run's smoke queries again, of its file; raises `CheckError` when one fails."""
-    from forge.serve.smoke import failure_of, run_smoke
+    from forge.serve.smoke import failure_of_answers, run_smoke
 
     directory = find_run(run)
     recipe = read_manifest(directory).read_recipe()
@@ -76,7 +76,7 @@ def smoke(run: str) -> Mapping[str, object]:
         answers = run_smoke(endpoint, queries_in(recipe))
     for answer in answers:
         report.info(f"  {answer.prompt}\n    → {answer.answer}" + ("" if answer.ok else "   ✗"))
-    if failure := failure_of(answers):
+    if failure := failure_of_answers(answers):
         raise failure
     return {"smoke": [{"prompt": item.prompt, "answer": item.answer, "ok": item.ok} for item in answers]}
 

@@ -14,7 +14,7 @@ from forge.model.config import Configuration
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 from forge.recipe.quants import BUDGETED
 from forge.resolve.rows import own_rows, plain_rows
-from forge.stages.calibrate import failure_of, tell
+from forge.stages.calibrate import failure_of_search, show_search
 from forge.verify.calibrate import IMPORTANCE_FILE, calibrate
 from forge.verify.calibration import Calibrated, CalibrationRequest
 
@@ -44,8 +44,8 @@ def calibrate_alone(
             threads=request.threads,
         ),
     )
-    tell(calibrated)
-    if failure := failure_of(calibrated):
+    show_search(calibrated)
+    if failure := failure_of_search(calibrated):
         raise failure
     chosen = calibrated.search.quant if calibrated.search else None
     return replace(request, importance=out / IMPORTANCE_FILE, quant=chosen or request.quant), calibrated

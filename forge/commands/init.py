@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from forge import report
-from forge.recipe.starters import kinds, write, write_text
+from forge.recipe.starters import kinds, write, write_starter
 
 
 def init(name: str, kind: str, directory: Path) -> Mapping[str, object]:
@@ -20,7 +20,7 @@ def init_for(name: str, base: str, data: str, directory: Path) -> Mapping[str, o
     """Write the recipe that fits a base and some rows; raises `DataError` where none would."""
     from forge.commands.first_recipe import first_recipe
 
-    path = write_text(name, first_recipe(name, base, data, directory), directory)
+    path = write_starter(name, first_recipe(name, base, data, directory), directory)
     report.success(f"wrote {path}; next: forge plan {path}")
     return {"path": str(path)}
 

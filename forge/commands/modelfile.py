@@ -86,7 +86,7 @@ def write_guarded(gguf: Path, out: Path) -> int:
     if handed.template.is_pinned:
         raise RecipeError(f"{gguf} has a pinned template already", hint="leave --guard out")
     pinned = handed.template.pinned_source()
-    compared = same_prompts.compare(handed, pinned, None).conversations
+    compared = same_prompts.compare_prompts(handed, pinned, None).conversations
     header = read_gguf(gguf)
     with work_beside(out.absolute()) as scratch:
         made = scratch / "model.gguf"

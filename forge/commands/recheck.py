@@ -19,7 +19,7 @@ from forge.model.tokenizer_files import read_tokenizer
 from forge.resolve.bases import directory_of
 from forge.resolve.certified import basis_of, digest_of, versions
 from forge.resolve.taught import trained_tokenizer
-from forge.stages.verify import failure_of, tell
+from forge.stages.verify import failure_of_certificate, show_certificate
 from forge.store.artifacts import open_store
 from forge.store.digest import DigestCache, file_digest
 from forge.tools.llama_cpp import find_converters
@@ -74,7 +74,7 @@ def recheck(certificate: Path, elsewhere: Elsewhere) -> Mapping[str, object]:
         measured = worker.perform(measure, request)
         basis = basis_of(request, {name: str(path) for name, path in paths.items()}, store.digests)
     again = judge(measured.of(basis), kept.gates)
-    tell(again)
+    show_certificate(again)
     here = Verdict(again.ok, again.broken_stage, tuple(leg.plain() for leg in again.handovers))
     differences, others = list(kept.verdict.unlike(here)), dict(_other_versions(kept))
     for name, (was, now) in others.items():
@@ -91,7 +91,7 @@ def recheck(certificate: Path, elsewhere: Elsewhere) -> Mapping[str, object]:
         failure.fields = fields_told
         raise failure
     report.success(f"the same verdict at the same {measured.sample.positions} positions")
-    if broken := failure_of(again):
+    if broken := failure_of_certificate(again):
         broken.fields = fields_told
         raise broken
     report.result(fields_told)

@@ -24,7 +24,7 @@ from forge.resolve.bases import directory_of
 from forge.resolve.certified import basis_of
 from forge.resolve.rows import builtin_rows, own_rows, plain_rows
 from forge.resolve.taught import trained_tokenizer
-from forge.stages.verify import failure_of, tell
+from forge.stages.verify import failure_of_certificate, show_certificate
 from forge.store.artifacts import open_store
 from forge.tools.llama_cpp import find_converters
 from forge.tools.scratch import scratch
@@ -79,7 +79,7 @@ def certify(files: Files, terms: Terms) -> Mapping[str, object]:
     Raises `CheckError` for a file that is not base and adapter, and what `judged_on` raises.
     """
     judged = judged_on(files, terms)
-    if failure := failure_of(judged):
+    if failure := failure_of_certificate(judged):
         raise failure
     plain = judged.plain()
     report.result(plain)
@@ -144,7 +144,7 @@ def judged_of(
         basis = basis_of(request, names, open_store(read_only=True).digests)
         evidence = evidence_of(rows, measured.sample)
     judged = judge(measured.of(basis), gates)
-    tell(judged)
+    show_certificate(judged)
     return judged, evidence
 
 

@@ -223,7 +223,7 @@ def lines_of(account: Account) -> Iterator[str]:
         yield f"under {_FEW_ROWS} rows teach a format or a tone at most; some hundred good ones teach a task"
 
 
-def look(settings: Settings, form: PromptFormat) -> Looked:
+def look_at_data(settings: Settings, form: PromptFormat) -> Looked:
     """What was read and the first row as the model will see it, for a plan: writes nothing.
 
     All rows are read, the first few encoded. Raises `DataError` as `prepare` would of those.

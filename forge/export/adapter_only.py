@@ -19,7 +19,7 @@ from forge.adapter.names import as_peft_writes
 from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer
 from forge.adapter.vocabulary import Fitted
 from forge.errors import DataError, Problem, StageError
-from forge.export.tensors import LazyTensor, read_rows, stored, write_safetensors
+from forge.export.tensors import LazyTensor, read_tensor_rows, stored, write_safetensors
 from forge.export.upstream import REFUSALS, load, refused
 
 SCRIPT = "convert_lora_to_gguf.py"
@@ -78,7 +78,7 @@ def _factors(adapter: Adapter, alpha: float) -> Iterator[LazyTensor]:
 
 
 def _scaled(layer: LoraLayer, factor: float) -> Any:
-    return lambda start, stop: read_rows(layer.b, start, stop).float() * factor
+    return lambda start, stop: read_tensor_rows(layer.b, start, stop).float() * factor
 
 
 def _plain(name: str) -> str:

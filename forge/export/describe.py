@@ -11,7 +11,7 @@ from forge import report
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.adapter.vocabulary import Fitted
 from forge.chat.template import ChatTemplate, Message
-from forge.export.tokenizer import repair
+from forge.export.tokenizer import repair_tokenizer
 from forge.model.config import configuration_of, read_json, with_own_head, with_vocabulary
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -57,7 +57,7 @@ def describe(
         model = read_json(out / "tokenizer.json").get("model") or {}
         if not model.get("byte_fallback") and (out / "tokenizer_config.json").is_file():
             _change(out / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
-    for note in repair(out, configuration_of(described).vocabulary_size):
+    for note in repair_tokenizer(out, configuration_of(described).vocabulary_size):
         report.warning(note)
     if sampling:
         _sample(out / "generation_config.json", sampling)

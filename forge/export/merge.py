@@ -19,7 +19,7 @@ from forge.adapter.places import place
 from forge.adapter.read import LoraLayer, TokenRows
 from forge.adapter.vocabulary import Fitted
 from forge.export.nf4 import through_nf4
-from forge.export.tensors import LazyTensor, read_rows, stored
+from forge.export.tensors import LazyTensor, read_tensor_rows, stored
 from forge.model.checkpoint import Checkpoint
 from forge.model.safetensors_header import TensorSpec
 
@@ -66,12 +66,12 @@ def _merger(base: LazyTensor, layer: LoraLayer, *, transposed: bool) -> Callable
         if transposed:
             left, right = _columns(layer.a, start, stop).T, _whole(layer.b).T
         else:
-            left, right = read_rows(layer.b, start, stop).float(), _whole(layer.a)
+            left, right = read_tensor_rows(layer.b, start, stop).float(), _whole(layer.a)
         merged = weight.addmm_(left, right, alpha=layer.scale)
         if layer.magnitude is None:
             return merged
         # peft's DoRA: each row keeps its direction and gets the learned length.
-        lengths = read_rows(layer.magnitude, 0, 1).float().reshape(-1)[start:stop]
+        lengths = read_tensor_rows(layer.magnitude, 0, 1).float().reshape(-1)[start:stop]
         return merged * (lengths / merged.norm(dim=1)).unsqueeze(1)
 
     return merge
@@ -91,7 +91,7 @@ def _with_rows(tensor: LazyTensor, rows: TokenRows) -> Callable[[int, int], Any]
 
 
 def _whole(spec: TensorSpec) -> Any:
-    return read_rows(spec, 0, math.prod(spec.shape[:-1])).float()
+    return read_tensor_rows(spec, 0, math.prod(spec.shape[:-1])).float()
 
 
 def _columns(spec: TensorSpec, start: int, stop: int) -> Any:

@@ -72,7 +72,7 @@ class Rehearsed:
     ids_compared: int
 
 
-def rehearse(request: RehearsalRequest) -> Rehearsed:
+def rehearse_export(request: RehearsalRequest) -> Rehearsed:
     """Check that this base, with this tokenizer, becomes a GGUF; say how large it would be.
 
     Raises `DataError` for a base that is not whole or has no GGUF form, `CheckError` when llama.cpp would

@@ -83,11 +83,11 @@ def slabs(rows: int, width: int) -> Iterator[tuple[int, int]]:
 def stored(spec: TensorSpec, name: str | None = None) -> LazyTensor:
     """The tensor in its file as it is; `name` is what it is called from here on."""
     return LazyTensor(
-        name or spec.name, spec.dtype, spec.shape, lambda start, stop: read_rows(spec, start, stop)
+        name or spec.name, spec.dtype, spec.shape, lambda start, stop: read_tensor_rows(spec, start, stop)
     )
 
 
-def read_rows(spec: TensorSpec, start: int, stop: int) -> Any:
+def read_tensor_rows(spec: TensorSpec, start: int, stop: int) -> Any:
     """Rows [start, stop) of `spec` from its file.
 
     Raises `DataError` that names the tensor when a value is not finite, or the file ends early.

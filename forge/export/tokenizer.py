@@ -23,7 +23,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # sentencepie
 _SPECIAL = ("pad_token", "unk_token")
 
 
-def repair(directory: Path, rows: int | None) -> list[str]:
+def repair_tokenizer(directory: Path, rows: int | None) -> list[str]:
     """Repair the tokenizer's files in `directory`; returns what a person should know.
 
     `rows` are the embedding's: added tokens past them are left out, since nothing can have learned them.

@@ -190,7 +190,7 @@ def _decorated(source: str) -> Iterator[str]:
                 yield from (str(ast.literal_eval(argument)) for argument in decorator.args)
 
 
-def text_of(modules: dict[str, str]) -> str:
+def table_text(modules: dict[str, str]) -> str:
     """The content of `architectures.txt`."""
     head = "# Written by `python -m forge.model.architectures TREE`: architecture, converter module.\n"
     return head + "".join(f"{name} {module}\n" for name, module in modules.items())
@@ -207,6 +207,6 @@ def text_of_model_types() -> str:
 
 
 if __name__ == "__main__":
-    LIST.write_text(text_of(registered(Path(sys.argv[1]))), encoding="utf-8")
+    LIST.write_text(table_text(registered(Path(sys.argv[1]))), encoding="utf-8")
     MODEL_TYPES.write_text(text_of_model_types(), encoding="utf-8")
     report.info(f"{len(convertible())} architectures, {len(model_types())} model types")

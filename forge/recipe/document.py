@@ -15,7 +15,7 @@ from forge.recipe.fields import name_of, sections
 from forge.recipe.schema import Adopted, Section
 
 
-def describe() -> str:
+def describe_recipe() -> str:
     """Every field with its default and meaning, one table a section, in the schema's order."""
     parts = [_table(path, kind) for path, kinds in sections().items() for kind in kinds]
     return "\n\n".join(parts) + "\n"

@@ -43,10 +43,10 @@ def write(name: str, kind: str, directory: Path) -> Path:
             f"there is no starter recipe {kind}{asked}", hint=f"there are: {', '.join(kinds())}"
         )
     text = (directory_of_starters() / f"{kind}.yaml").read_text(encoding="utf-8")
-    return write_text(name, text, directory)
+    return write_starter(name, text, directory)
 
 
-def write_text(name: str, text: str, directory: Path) -> Path:
+def write_starter(name: str, text: str, directory: Path) -> Path:
     """Write a recipe as `directory/name.yaml`, its `name` filled in; raises as `write`."""
     if not NAME.fullmatch(name):
         raise RecipeError(

@@ -16,7 +16,7 @@ from forge.model import base as bases
 from forge.model.base import ResolvedBase
 from forge.model.checkpoint import open_checkpoint
 from forge.model.safetensors_header import TensorSpec
-from forge.model.smollm2 import PACKAGE, VERSION, MakeRequest, make, packaged_gguf
+from forge.model.smollm2 import PACKAGE, VERSION, MakeRequest, make_smollm2, packaged_gguf
 from forge.store.artifacts import Artifact, Store, open_store
 from forge.store.digest import digest
 
@@ -78,7 +78,7 @@ def _smollm2(store: Store) -> ResolvedBase:
 
 def _made(store: Store, key: str, request: dict[str, Json], gguf: Path) -> Artifact:
     def build(out: Path) -> dict[str, object]:
-        made: dict[str, object] = to_plain(worker.perform(make, MakeRequest(gguf, out)))
+        made: dict[str, object] = to_plain(worker.perform(make_smollm2, MakeRequest(gguf, out)))
         return made
 
     return store.build(_STAGE, key, request, build)

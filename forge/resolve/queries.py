@@ -33,10 +33,10 @@ def queries_in(recipe: Recipe) -> list[Query]:
 
 def smoke_passes(recipe: Recipe, endpoint: Endpoint) -> None:
     """The run's smoke queries; raises `CheckError` when one fails."""
-    from forge.serve.smoke import failure_of, run_smoke
+    from forge.serve.smoke import failure_of_answers, run_smoke
 
     answers = run_smoke(endpoint, queries_in(recipe))
-    if failure := failure_of(answers, " in Ollama"):
+    if failure := failure_of_answers(answers, " in Ollama"):
         raise failure
     if not answers:
         ask_anything(endpoint)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from forge import report, worker
 from forge.codec import Json, from_plain, to_plain
-from forge.export.rehearsal import Header, RehearsalRequest, Rehearsed
-from forge.export.rehearsal import rehearse as lay_out
+from forge.export.rehearsal import Header, RehearsalRequest, Rehearsed, rehearse_export
 from forge.export.request import Ingredients
 from forge.resolve.derived import quant_named
 from forge.resolve.resolved import Resolved
@@ -32,9 +31,9 @@ def rehearse(ship: Resolved, *, log: Path | None = None) -> Rehearsed:
     report.info("header: laying the model out without weights")
     question = _question(ship)
     if ship.store.read_only:
-        return worker.perform(lay_out, question, log=log)
+        return worker.perform(rehearse_export, question, log=log)
     artifact = ship.store.build(
-        _NAME, key, request, lambda out: to_plain(worker.perform(lay_out, question, log=log))
+        _NAME, key, request, lambda out: to_plain(worker.perform(rehearse_export, question, log=log))
     )
     return from_plain(Rehearsed, artifact.facts)
 

@@ -57,7 +57,7 @@ class Client:
             with asked as response:
                 if not response.is_success:
                     response.read()
-                    wire.read_json(self.endpoint, response)
+                    wire.read_object(self.endpoint, response)
                 for chunk in response.iter_bytes():
                     yield from streamed.feed(chunk)
             return streamed.reply()
@@ -126,7 +126,7 @@ class Client:
         with wire.failures_of(self.endpoint):
             response = self._http.get(self.endpoint.route("/lora-adapters"))
         if not response.is_success:
-            wire.read_json(self.endpoint, response)
+            wire.read_object(self.endpoint, response)
         with wire.as_expected(self.endpoint, "list of adapters"):
             return [float(adapter["scale"]) for adapter in response.json()]
 
@@ -143,7 +143,7 @@ class Client:
     def _ask(self, method: str, path: str, body: Mapping[str, object] | None = None) -> Mapping[str, Any]:
         with wire.failures_of(self.endpoint):
             response = self._http.request(method, self.endpoint.route(path), json=body)
-        return wire.read_json(self.endpoint, response)
+        return wire.read_object(self.endpoint, response)
 
 
 def find(url: str, *, model: str | None = None, api_key: str | None = None) -> Endpoint:

@@ -297,7 +297,7 @@ class _Batch:
                 await _require_whole(row, endpoint, client)
             path, body = self._request(row, endpoint)
             response = await client.post(endpoint.route(path), json=body)
-        payload = wire.read_json(endpoint, response)
+        payload = wire.read_object(endpoint, response)
         answer = answer_of(row, _reply(endpoint, path, payload), payload)
         lane.answered()
         self._outage.answered()
@@ -333,7 +333,7 @@ class _Batch:
 async def _proved(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
     """With its model as the server lists it, the first where none is named."""
     response = await client.get(endpoint.route(wire.MODELS))
-    names = wire.read_models(endpoint, wire.read_json(endpoint, response))
+    names = wire.read_models(endpoint, wire.read_object(endpoint, response))
     if not names:
         raise GarbledError(f"{endpoint.url} serves no model yet")
     model = wire.choose_model(endpoint.url, names, endpoint.model)
@@ -353,7 +353,7 @@ async def _require_whole(row: Row, endpoint: Endpoint, client: httpx.AsyncClient
     texts = native.texts(row.messages or (row.body or {}).get("messages"))
     if texts and (body := native.render_request(endpoint, texts)):
         response = await client.post(endpoint.route(native.CHAT), json=body)
-        rendered = wire.read_json(endpoint, response)
+        rendered = wire.read_object(endpoint, response)
         with wire.as_expected(endpoint, "prompt"):
             native.require_whole(texts, rendered)
 

@@ -50,7 +50,7 @@ def texts(messages: object) -> list[dict[str, str]] | None:
         if set(message) - _PLAIN_KEYS or not is_text or not isinstance(content, str | list):
             return None
         role = {"developer": "system"}.get(str(message["role"]), str(message["role"]))
-        taken.append({"role": role, "content": wire.text_of(content)})
+        taken.append({"role": role, "content": wire.content_text(content)})
     return taken
 
 
@@ -134,11 +134,11 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
     try:
         message = {"content": payload["response"]} if "response" in payload else payload["message"]
         return Reply(
-            text=wire.text_of(message.get("content")),
+            text=wire.content_text(message.get("content")),
             finish_reason=str(payload.get("done_reason") or ""),
             prompt_tokens=int(payload.get("prompt_eval_count") or 0),
             completion_tokens=int(payload.get("eval_count") or 0),
-            reasoning=wire.text_of(message.get("thinking")),
+            reasoning=wire.content_text(message.get("thinking")),
             tool_calls=tuple(dict(call) for call in message.get("tool_calls") or ()),
         )
     except (KeyError, TypeError, AttributeError, ValueError) as wrong:

@@ -35,7 +35,7 @@ def run_smoke(endpoint: Endpoint, queries: Sequence[Query], *, seed: int = 0) ->
     return answers
 
 
-def failure_of(answers: Sequence[Answer], where: str = "") -> CheckError | None:
+def failure_of_answers(answers: Sequence[Answer], where: str = "") -> CheckError | None:
     """The error of the queries that failed, each with its answer; `where` says who was asked."""
     failed = [answer for answer in answers if not answer.ok]
     if not failed:

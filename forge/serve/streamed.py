@@ -66,7 +66,7 @@ class Streamed:
             self._reasoning.append(wire.reasoning_of(delta))
             for call in delta.get("tool_calls") or ():
                 _join_call(self._calls.setdefault(int(call.get("index") or 0), {}), call)
-            if piece := wire.text_of(delta.get("content")):
+            if piece := wire.content_text(delta.get("content")):
                 self._pieces.append(piece)
                 yield piece
 

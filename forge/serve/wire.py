@@ -200,7 +200,7 @@ def as_expected(endpoint: Endpoint, what: str) -> Iterator[None]:
         raise GarbledError(f"{endpoint.url} answered with something that is no {what}") from wrong
 
 
-def read_json(endpoint: Endpoint, response: httpx.Response) -> Mapping[str, Any]:
+def read_object(endpoint: Endpoint, response: httpx.Response) -> Mapping[str, Any]:
     """The JSON object of a successful answer. The whole body must have been read.
 
     Raises `BusyError` or `RefusedError` for an error answer, `GarbledError` for what is not a JSON object.
@@ -261,7 +261,7 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
         message = {"content": choice["text"]} if "text" in choice else choice["message"]
         usage = payload.get("usage") or {}
         return Reply(
-            text=text_of(message.get("content") or message.get("refusal")),
+            text=content_text(message.get("content") or message.get("refusal")),
             finish_reason=choice.get("finish_reason") or "",
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
@@ -315,7 +315,7 @@ def calls_of(message: Mapping[str, Any]) -> tuple[Mapping[str, object], ...]:
     return tuple(dict(call) for call in calls)
 
 
-def text_of(content: object) -> str:
+def content_text(content: object) -> str:
     """The text of a content, which may be a list of parts. Raises TypeError where it is neither."""
     if isinstance(content, list):
         return "".join(str(part.get("text") or "") for part in content if not _is_thought(part))

@@ -99,11 +99,11 @@ class CalibrateStage(GgufStage):
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         calibrated = Calibrated.of_facts(artifact.facts)
-        tell(calibrated)
-        return failure_of(calibrated)
+        show_search(calibrated)
+        return failure_of_search(calibrated)
 
 
-def tell(calibrated: Calibrated) -> None:
+def show_search(calibrated: Calibrated) -> None:
     """Show the types that were measured and the one that was chosen, where there is a budget."""
     search = calibrated.search
     if search is None:
@@ -130,7 +130,7 @@ def tell(calibrated: Calibrated) -> None:
         report.warning(warning)
 
 
-def failure_of(calibrated: Calibrated) -> CheckError | None:
+def failure_of_search(calibrated: Calibrated) -> CheckError | None:
     """The error of a budget that no type meets, with the table; None for a good one."""
     search = calibrated.search
     if search is None or search.quant:

@@ -11,7 +11,16 @@ from pathlib import Path
 from forge import report
 from forge.chat.stops import require
 from forge.codec import Json
-from forge.data.prepare import TRAIN_FILE, Account, Prepared, Settings, lines_of, look, prepare, read_all
+from forge.data.prepare import (
+    TRAIN_FILE,
+    Account,
+    Prepared,
+    Settings,
+    lines_of,
+    look_at_data,
+    prepare,
+    read_all,
+)
 from forge.data.reading import Source
 from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params
@@ -75,7 +84,7 @@ class DataStage(ShipStage):
         if self.ship.base.directory is None:
             read_all(self.settings())
         else:
-            self._report(look(self.settings(), self.ship.prompt_format))
+            self._report(look_at_data(self.settings(), self.ship.prompt_format))
 
     @property
     def is_read_by_a_plan(self) -> bool:

@@ -18,7 +18,7 @@ from forge.chat.hand_over import (
     sampling_of,
     write_modelfiles,
 )
-from forge.chat.same_prompts import Compared, compare
+from forge.chat.same_prompts import Compared, compare_prompts
 from forge.chat.stops import require
 from forge.codec import Json
 from forge.data.prepare import Prepared
@@ -106,7 +106,7 @@ class ModelfileStage(OfType, ShipStage):
         broken = [problem for name, text in written.items() for problem in stops.in_modelfile(text, name)]
         require([*stops.in_gguf(header), *broken])
         refuse_other_sampling(header, self.ship.recipe.model.sampling.asked())
-        same = compare(handed, header.chat_template or "", written.get(MODELFILE))
+        same = compare_prompts(handed, header.chat_template or "", written.get(MODELFILE))
         report.info(f"{same.conversations} conversations: the same prompts through {', '.join(same.through)}")
         variables = Variables(tuple(self.ship.template.variables_read()), self.ship.template.variables)
         return ModelfileFacts(**vars(facts), same_prompts=same, variables=variables)

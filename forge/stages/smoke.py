@@ -76,7 +76,7 @@ class SmokeAction(OfShip, Action):
         }
 
     def verdict(self, facts: Facts) -> ForgeError | None:
-        return failure_of(from_plain(SmokeFacts, facts))
+        return failure_of_smoke(from_plain(SmokeFacts, facts))
 
     def act(self, results: Mapping[str, Result], stack: ExitStack) -> SmokeFacts:
         from forge.serve.smoke import run_smoke
@@ -95,11 +95,11 @@ class SmokeAction(OfShip, Action):
         return SmokeFacts(tuple(answers), tuple(problem.message for problem in broken), heldout)
 
 
-def failure_of(facts: SmokeFacts) -> CheckError | None:
+def failure_of_smoke(facts: SmokeFacts) -> CheckError | None:
     """The error of what *smoke* found: replies that do not end as they should, and queries that failed."""
-    from forge.serve.smoke import failure_of as failure_of_answers
+    from forge.serve.smoke import failure_of_answers
 
-    broken = stops.failure_of([Problem(message, stops.LIVE) for message in facts.stops])
+    broken = stops.failure_of_stops([Problem(message, stops.LIVE) for message in facts.stops])
     failed = failure_of_answers(facts.smoke)
     if broken and failed:
         broken.problems += failed.problems

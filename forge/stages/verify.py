@@ -138,8 +138,8 @@ class VerifyStage(OfType, GgufStage):
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
         verdict = certificate(self.ship, artifact.read(Measurement))
-        tell(verdict)
-        return failure_of(verdict)
+        show_certificate(verdict)
+        return failure_of_certificate(verdict)
 
 
 def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, object]:
@@ -169,7 +169,7 @@ def certificate(ship: Resolved, measured: Measurement, live: LiveProof | None = 
     return judge(measured, gates, live)
 
 
-def tell(certificate: Certificate) -> None:
+def show_certificate(certificate: Certificate) -> None:
     """Show the hand-overs, the warnings and a good verdict; a bad one is an error's to say."""
     columns = ("hand-over", "", "NMSE", "KL mean", "KL max", "top-1")
     rows = [
@@ -195,7 +195,7 @@ def tell(certificate: Certificate) -> None:
         report.success(f"verified: {certificate.verdict}")
 
 
-def failure_of(certificate: Certificate) -> CheckError | None:
+def failure_of_certificate(certificate: Certificate) -> CheckError | None:
     """The error of a certificate that is not ok, with every problem; None for a good one."""
     if certificate.ok:
         return None

@@ -37,7 +37,7 @@ from forge.store.publication import (
     Output,
     fill,
     finish_replacement,
-    publish,
+    give_final_name,
 )
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Store:
             if not complete:
                 head: dict[str, Json] = {"format": FORMAT, "stage": stage, "key": key, "request": request}
                 fill(partial, head, build, recorded or {})
-            publish(partial, final)
+            give_final_name(partial, final)
             published = self.find(stage, key)
         assert published is not None, f"{final} was just published"
         return published

@@ -1,6 +1,6 @@
 """How an artifact's directory is filled and gets its final name.
 
-`fill` makes `<key>.partial/` and writes the manifest last; `publish` renames it. Whatever moment a
+`fill` makes `<key>.partial/` and writes the manifest last; `give_final_name` renames it. Whatever moment a
 process is killed at, the next build finds either the state before, or something it can finish.
 The caller holds the lock of the key.
 """
@@ -99,7 +99,7 @@ def holds_something(directory: Path) -> bool:
     return directory.is_dir() and any(directory.iterdir())
 
 
-def publish(partial: Path, final: Path) -> None:
+def give_final_name(partial: Path, final: Path) -> None:
     """Give `partial` its final name. What was there before steps aside first, and is then removed."""
     shutil.rmtree(partial / WORK, ignore_errors=True)
     sync(partial)
@@ -112,7 +112,7 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def finish_replacement(final: Path) -> None:
-    """After a kill between the two renames of `publish`: put the earlier artifact back."""
+    """After a kill between the two renames of `give_final_name`: put the earlier artifact back."""
     replaced = final.with_name(final.name + REPLACED)
     if not replaced.exists():
         return

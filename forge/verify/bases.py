@@ -16,7 +16,7 @@ from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import reference, sample
 from forge.verify.compare import compare, losses
-from forge.verify.inputs import read_rows
+from forge.verify.inputs import read_token_rows
 from forge.verify.loader import Weights
 
 _STANDARD_ERRORS = 2.0
@@ -60,7 +60,7 @@ def choose_base(request: BasesRequest) -> ChosenBase:
     Worse is by more than two standard errors of the difference, token by token; a tie keeps the original.
     Raises `DataError` as `reference.logits` and `sample.draw` do.
     """
-    facts, rows = read_configuration(request.base), read_rows(request.rows)
+    facts, rows = read_configuration(request.base), read_token_rows(request.rows)
     vocabulary = facts.vocabulary_size or read_tokenizer(request.base).vocabulary_size
     drawn = sample.draw(rows, vocabulary, facts.max_positions)
     original = Weights(request.base, request.adapter, trust_remote_code=request.trust_remote_code)

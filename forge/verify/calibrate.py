@@ -41,7 +41,7 @@ from forge.verify.calibration import (
     TypeRow,
 )
 from forge.verify.compare import compare
-from forge.verify.inputs import read_rows
+from forge.verify.inputs import read_token_rows
 from forge.verify.yardstick import export_f16
 
 IMPORTANCE_FILE, CHOICE_FILE = "importance.gguf", "choice.json"
@@ -94,7 +94,7 @@ def _importance(request: CalibrationRequest, f16: Path, work: Path) -> Importanc
     if made.is_file() and (work / IMPORTANCE_FILE).is_file():
         return from_plain(Importance, json.loads(made.read_text(encoding="utf-8")))
     context = read_configuration(request.model.base).max_positions
-    rows = _drawn(read_rows(request.rows), context)
+    rows = _drawn(read_token_rows(request.rows), context)
     found = squares(f16, rows)
     write_importance(work / IMPORTANCE_FILE, found, len(rows), max(map(len, rows)))
     idle = sum(int((counts == 0).sum()) for _, counts in found.values())
@@ -138,7 +138,7 @@ class _Search:
         self._kept = work / "measured.jsonl"
         base = request.model.base
         facts = read_configuration(base)
-        self._rows = read_rows(request.measured_rows)
+        self._rows = read_token_rows(request.measured_rows)
         vocabulary = facts.vocabulary_size or read_tokenizer(base).vocabulary_size
         self._sample = sample.draw(self._rows, vocabulary, facts.max_positions)
         self._expected, size, speed = self._read(f16, "f16")

@@ -24,7 +24,7 @@ _COARSEST = {"Q3_K": "q3_k_s", "Q4_K": "q4_k_s", "Q5_K": "q5_k_s"}
 _LAYER = re.compile(r"\.\d+\.")
 
 
-def read_rows(path: Path) -> list[PreparedRow]:
+def read_token_rows(path: Path) -> list[PreparedRow]:
     with path.open(encoding="utf-8") as stream:
         rows: list[PreparedRow] = [json.loads(line) for line in stream]
     if not rows:

@@ -33,7 +33,7 @@ from forge.verify.compare import (
 from forge.verify.decide import undecided
 from forge.verify.inputs import (
     file_facts,
-    read_rows,
+    read_token_rows,
     refuse_long,
     refuse_other_importance,
     refuse_other_model,
@@ -75,7 +75,7 @@ def measure(request: VerifyRequest) -> Measurement:
         header = read_gguf(request.gguf)
         refuse_other_model(header, facts)
         refuse_other_importance(header, request.importance)
-    rows = read_rows(request.rows)
+    rows = read_token_rows(request.rows)
     file = file_facts(request.gguf, header)
     with session.step("token ids, prompt and stops"):
         vocabulary = _vocabulary(request, rows)

@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from forge.model.smollm2 import VERSION, MakeRequest, make, packaged_gguf
+from forge.model.smollm2 import VERSION, MakeRequest, make_smollm2, packaged_gguf
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def smollm2_as(dtype: str) -> Path:
             with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
                 made = Path(unfinished) / target.name
                 made.mkdir()
-                make(MakeRequest(packaged_gguf(), made, dtype))
+                make_smollm2(MakeRequest(packaged_gguf(), made, dtype))
                 for path in made.iterdir():
                     path.chmod(0o444)
                 made.rename(target)
