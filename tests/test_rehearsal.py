@@ -58,7 +58,7 @@ def rehearsed_here(base: Path) -> Rehearsed:
     """`rehearsed`, in this process."""
     template = (base / "chat_template.jinja").read_text(encoding="utf-8")
     model = Ingredients(base, None, base, template, converters())
-    return rehearse(RehearsalRequest(model, "m", "f16", None, False))
+    return rehearse_export(RehearsalRequest(model, "m", "f16", None, False))
 
 
 def test_a_whole_checkpoint_has_nothing_missing_and_nothing_too_much(llama: Path) -> None:
