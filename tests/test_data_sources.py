@@ -222,7 +222,7 @@ def test_the_encoding_of_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"rows\.csv:3 is not UTF-8") as caught:
         read_file(path)
     assert "data.encoding" in caught.value.hint
-    assert read_file(path, encoding="cp1252").rows[1].values["prompt"] == "caf\u00e9"
+    assert list(read_file(path, encoding="cp1252").rows)[1].values["prompt"] == "caf\u00e9"
     with pytest.raises(DataError, match=r"data\.encoding: there is no encoding 'klingon'"):
         read_file(path, encoding="klingon")
 
@@ -271,14 +271,31 @@ def test_bad_lines_are_left_out_where_the_recipe_allows_it(tmp_path: Path) -> No
 )
 def test_slices(split: str, kept: int) -> None:
     """E9."""
-    rows = [Row({}, "rows", number) for number in range(10)]
-    assert len(slice_of(rows, split)) == kept
+    assert len(slice_of(10, split)) == kept
 
 
 @pytest.mark.parametrize("split", ["train[", "train[1]", "train[a:b]", "train[:x%]"])
 def test_slices_that_are_none(split: str) -> None:
     with pytest.raises(DataError, match="is not a slice"):
-        slice_of([Row({}, "rows", 1)], split)
+        slice_of(1, split)
+
+
+def test_a_large_file_is_read_again_and_again(tmp_path: Path) -> None:
+    """JSON lines of some size are not held in memory; faults keep their lines, and are told once."""
+    path = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps({"prompt": "x" * 200, "completion": str(at)}) + "\n" for at in range(20_000))
+    path.write_text("\ufeff" + text + "?\n\n", encoding="utf-8")
+    bad = BadRows(1)
+    content = read_file(path, bad=bad)
+    assert (content.kind, len(content.rows)) == ("JSON lines", 20_000)
+    assert [str(problem) for problem in bad.skipped] == ["rows.jsonl:20001: not JSON: Expecting value"]
+    for _ in range(2):
+        assert [row.values["completion"] for row in content.rows] == [str(at) for at in range(20_000)]
+    with pytest.raises(DataError, match="1 lines are not JSON objects"):
+        read_file(path)
+    path.write_bytes(text.encode() + b'{"prompt": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl:20001 is not UTF-8: .* at byte \d+"):
+        read_file(path)
 
 
 def test_directories_patterns_and_splits(tmp_path: Path) -> None:

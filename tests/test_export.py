@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.vendor_chain import quantize
-from forge import report, worker
+from forge import worker
 from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import CheckError, DataError, ForgeError, StageError
 from forge.export import proof
@@ -20,7 +20,6 @@ from forge.export.run import export as make_gguf
 from forge.model.gguf_header import read_gguf
 from tests.exporting import export_request
 from tests.models import change_json, change_tensors, load, make_adapter, make_model
-from tests.told_sink import Told
 from tests.vocabularies import converters, home_made_tokenizer
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
@@ -255,26 +254,3 @@ def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
     assert sizes[1] - sizes[0] > 290e6
     # Held quantized, the layers would take 0.28 of their size more.
     assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])
-
-
-def test_a_base_that_was_in_four_bits_is_named(small: tuple[Path, Path], tmp_path: Path) -> None:
-    """A dequantized GGUF as a base: a further rounding loses more than its type's figures say."""
-    import gguf
-    import torch
-    from safetensors.torch import load_file
-
-    base = shutil.copytree(small[0], tmp_path / "base")
-    number = gguf.GGMLQuantizationType.Q4_1
-    for path in base.glob("*.safetensors"):
-        rounded = {
-            name: gguf.quants.dequantize(gguf.quants.quantize(weight.float().numpy(), number), number)
-            for name, weight in load_file(path).items()
-            if weight.dim() == 2
-        }
-        change_tensors(path, {name: torch.from_numpy(weight).bfloat16() for name, weight in rounded.items()})
-    for directory, named in ((base, True), (small[0], False)):
-        report.configure(sink=(told := Told()))
-        export(directory, None, tmp_path / "out", quant="q8_0")
-        shutil.rmtree(tmp_path / "out")
-        texts = [text for kind, text in told.texts if kind == "warning"]
-        assert any("have been through four bits before" in text for text in texts) is named

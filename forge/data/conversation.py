@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from forge.codec import Json
 from forge.errors import Problem
+
+_SORTED = json.JSONEncoder(sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,28 @@ class Row:
 
     def problem(self, message: str, field: str = "") -> Problem:
         return self.place.problem(message, field)
+
+
+class Rows(Protocol):
+    """Rows that can be gone through again and again: a list, or those of a file, read anew each time."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """Rows that `make` makes anew each time; they are `count`."""
+
+    count: int
+    make: Callable[[], Iterator[Row]]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.make()
 
 
 @dataclass(frozen=True)
@@ -115,4 +139,4 @@ class Conversation:
     def fingerprint(self) -> str:
         """Equal for rows that say the same, whatever of it is trained."""
         said = [self.messages(), list(map(dict, self.tools)), self.text]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(_SORTED.encode(said).encode()).hexdigest()

@@ -6,12 +6,13 @@ column is used, refused by name, or listed as unused. Not covered: the files (`f
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from forge.data import fields
-from forge.data.conversation import Conversation, Row, Turn
+from forge.data.conversation import Conversation, Row, Rows, RowsOf, Turn
+from forge.data.dialogue import dialogue, of_text
 from forge.data.layout import (
     AUTO,
     EMPTY,
@@ -23,7 +24,6 @@ from forge.data.layout import (
     Reader,
     Shape,
     layout_of,
-    require_columns,
 )
 from forge.data.problems import BadRows
 from forge.data.turns import (
@@ -41,36 +41,75 @@ from forge.errors import DataError, Problem
 
 # A column `reasoning` that holds one of these says how the row was made, not what was thought.
 _SWITCHES = ("on", "off", "low", "medium", "high", "none", "true", "false", "yes", "no")
-_DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The conversations of some rows, how the rows were understood, and what was done to them."""
+    """Some rows, understood: going through it makes their conversations, and notes what was done to them.
 
-    conversations: tuple[Conversation, ...]
-    format: str
-    why: str
-    notes: Notes
-    rows: int = 0
-
-
-def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRows | None = None) -> Reading:
-    """Every row as a conversation; raises one `DataError` with every row that cannot be one.
-
-    `bad` says how many may be left out instead.
+    It raises one `DataError` at the end, with every row that cannot be one, where they are more than `bad`
+    allows.
     """
+
+    rows: Rows
+    layout: Layout
+    shape: Shape
+    notes: Notes
+    bad: BadRows
+    failed: Sequence[Problem] = ()
+    """Rows that the reader of `data.format` refused."""
+
+    @property
+    def format(self) -> str:
+        return self.layout.format
+
+    @property
+    def why(self) -> str:
+        used = {part: columns[0] for part, columns in self.layout.parts.items() if columns}
+        why = ", ".join(
+            column if part == fields.plain(column) else f"{column} as {part}" for part, column in used.items()
+        )
+        return why + (", from the reader that data.format names" if self.shape.reader is not None else "")
+
+    @functools.cached_property
+    def conversations(self) -> tuple[Conversation, ...]:
+        return tuple(self)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        problems, is_any = list(self.failed), False
+        for row in self.rows:
+            try:
+                conversation = _conversation(row, self.layout, self.shape, self.notes)
+            except BadRowError as wrong:
+                problems.append(row.problem(wrong.message, wrong.field))
+                continue
+            if conversation is not None:
+                is_any = True
+                yield conversation
+        if problems:
+            count = len(self.rows) + len(self.failed)
+            self.bad.settle(
+                problems, f"{len(problems)} of {count} rows cannot be used", _columns_hint(self.rows)
+            )
+        if not is_any:
+            raise DataError(
+                "no row is left to learn from", hint="the rows' own weight, train or label leave all out"
+            )
+
+
+def understand(rows: Rows, shape: Shape | None = None, bad: BadRows | None = None) -> Reading:
+    """Which parts the columns of the rows play; raises `DataError` where that is not clear."""
     shape, bad, notes = shape or Shape(), bad or BadRows(), Notes()
     problems: list[Problem] = []
-    given = len(rows)
     if shape.reader is not None:
+        count = len(rows)
         rows = list(_read_by(shape.reader, rows, notes, problems))
         shape = replace(shape, format=AUTO)
-    if not rows:
-        bad.settle(problems, f"{len(problems)} of {given} rows cannot be used", "look at data.format")
-        raise DataError("no row is left to learn from", hint="look at what data.format makes of the rows")
-    rows = [_unwrapped(row) for row in rows]
-    require_columns(rows, shape)
+        if not rows:
+            bad.settle(problems, f"{len(problems)} of {count} rows cannot be used", "look at data.format")
+            raise DataError("no row is left to learn from", hint="look at what data.format makes of the rows")
+    whole = rows
+    rows = RowsOf(len(whole), lambda: map(_unwrapped, whole))
     layout = layout_of(rows, shape)
     if shape.pairs and not layout.parts.get(fields.REJECTED):
         raise DataError(
@@ -78,26 +117,17 @@ def to_conversations(rows: Sequence[Row], shape: Shape | None = None, bad: BadRo
             hint="give rows of prompt, chosen and rejected (data.columns names them), or leave "
             "train.objective out",
         )
-    conversations: list[Conversation] = []
-    for row in rows:
-        try:
-            conversation = _conversation(row, layout, shape, notes)
-        except BadRowError as wrong:
-            problems.append(row.problem(wrong.message, wrong.field))
-        else:
-            conversations += [conversation] if conversation else []
-    bad.settle(problems, f"{len(problems)} of {given} rows cannot be used", _columns_hint(rows))
-    if not conversations:
-        raise DataError(
-            "no row is left to learn from", hint="the rows' own weight, train or label leave all out"
-        )
-    used = {part: columns[0] for part, columns in layout.parts.items() if columns}
-    why = ", ".join(
-        column if part == plain_part(column) else f"{column} as {part}" for part, column in used.items()
-    )
-    if shape.reader is not None:
-        why += ", from the reader that data.format names"
-    return Reading(tuple(conversations), layout.format, why, notes, given)
+    return Reading(rows, layout, shape, notes, bad, problems)
+
+
+def to_conversations(rows: Rows, shape: Shape | None = None, bad: BadRows | None = None) -> Reading:
+    """Every row as a conversation; raises one `DataError` with every row that cannot be one.
+
+    `bad` says how many may be left out instead.
+    """
+    reading = understand(rows, shape, bad)
+    reading.conversations  # noqa: B018 - what is wrong with a row is raised here
+    return reading
 
 
 def _unwrapped(row: Row) -> Row:
@@ -108,23 +138,18 @@ def _unwrapped(row: Row) -> Row:
     return replace(row, values={**{key: row.values[key] for key in row.values if key != "input"}, **value})
 
 
-def _columns_hint(rows: Sequence[Row]) -> str:
+def _columns_hint(rows: Rows) -> str:
     """The columns; where rows have different ones, which and where."""
     sets: dict[tuple[str, ...], Row] = {}
     for row in rows:
         sets.setdefault(tuple(key for key, value in row.values.items() if value not in EMPTY), row)
     shown = [f"{', '.join(keys)} ({row.file}:{row.line})" for keys, row in list(sets.items())[:4]]
     if len(sets) < 2:
-        return f"the columns are: {', '.join(map(str, rows[0].values))}"
+        return f"the columns are: {', '.join(map(str, next(iter(rows)).values))}"
     return f"the rows have different columns: {'; '.join(shown)}: make it one shape, or a source for each"
 
 
-def plain_part(column: str) -> str:
-    """A column's name as it is compared, to say where it plays the part of its own name."""
-    return fields.plain(column)
-
-
-def _read_by(reader: Reader, rows: Sequence[Row], notes: Notes, problems: list[Problem]) -> Iterator[Row]:
+def _read_by(reader: Reader, rows: Rows, notes: Notes, problems: list[Problem]) -> Iterator[Row]:
     for row in rows:
         try:
             made = reader(row.values)
@@ -157,7 +182,8 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
     column, value = layout.value(row, fields.TOOLS)
     tools = tools_of(value, column)
     if layout.format == TEXT:
-        return _from_text(row, layout, notes)
+        column, value = layout.value(row, fields.TEXT)
+        return of_text(text_of(_said(value, row, column), column), column, row.place, notes)
     turns = list(_system(row, layout))
     if layout.format in (MESSAGES, SHAREGPT):
         column, value = layout.value(row, fields.MESSAGES)
@@ -368,24 +394,3 @@ def _history(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[T
     for number, (question, answer) in enumerate(value):
         yield Turn("user", text_of(question, f"{column}[{number}][0]"))
         yield Turn("assistant", text_of(answer, f"{column}[{number}][1]"))
-
-
-def _from_text(row: Row, layout: Layout, notes: Notes) -> Conversation:
-    column, value = layout.value(row, fields.TEXT)
-    text = text_of(_said(value, row, column), column)
-    if "### Human:" in text and "### Assistant:" in text:
-        notes.counts["texts of ### Human: and ### Assistant:, read as conversations"] += 1
-        return Conversation(finished(list(dialogue(text, column)), notes), row.place)
-    return Conversation((), row.place, text=text)
-
-
-def dialogue(text: str, place: str) -> Iterator[Turn]:
-    """The turns of a text that marks them `Human:` and `Assistant:`, as Guanaco and HH-RLHF do."""
-    pieces = _DIALOGUE.split(text)
-    if len(pieces) < 3 or pieces[0].strip():
-        raise BadRowError(
-            "is one text without Human: and Assistant:, and there is no prompt beside it", place
-        )
-    roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
-    for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
-        yield Turn(roles[speaker], text_of(said.strip(), place))

@@ -1,7 +1,7 @@
 """Rows of one file, recognized by its content: JSON in its layouts, tables, Parquet, Arrow, text; packed too.
 
-The suffix only decides where the content says nothing. Not covered: streaming; all rows are read into
-memory.
+The suffix only decides where the content says nothing. JSON lines, Parquet and Arrow are read anew each time
+their rows are gone through; what else there is, and what is packed, is held in memory.
 """
 
 from __future__ import annotations
@@ -13,20 +13,30 @@ import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
-from forge.data.conversation import Row
-from forge.data.json_rows import is_json_line, json_lines, json_rows
+from forge.data.conversation import Row, Rows, RowsOf
+from forge.data.json_rows import (
+    are_json_lines,
+    decoded,
+    is_json_line,
+    json_lines,
+    json_rows,
+    rows_of_lines,
+)
 from forge.data.problems import BadRows
 from forge.errors import DataError, Problem
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-_SNIFFED_RECORDS = 50
+_SNIFFED_RECORDS, _SNIFFED_LINES = 50, 20
+_HELD_BYTES = 4_000_000
+_BATCH = 1000
 _FOREIGN: Mapping[bytes, str] = {
     b"PK\x03\x04": "a zip archive or an Excel sheet; unpack it, or save the sheet as CSV",
     b"SQLite format 3": "an SQLite database; export the table as CSV",
@@ -43,7 +53,7 @@ _FOREIGN: Mapping[bytes, str] = {
 class FileRows:
     """The rows of a file and what kind of file it was taken for."""
 
-    rows: tuple[Row, ...]
+    rows: Rows
     kind: str
 
 
@@ -55,7 +65,7 @@ def is_data_file(name: str) -> bool:
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
     """All rows of a file (the first `limit`), or one `DataError` that lists every unreadable line."""
-    return list(read_file(path).rows[:limit])
+    return list(islice(read_file(path).rows, limit))
 
 
 def read_file(
@@ -68,6 +78,10 @@ def read_file(
     """
     bad = bad or BadRows()
     try:
+        if encoding is None and _has_json_lines(path):
+            rows = rows_of_lines(path, bad)
+            if rows:
+                return FileRows(rows, "JSON lines")
         head, data = _unpacked(path)
         name, suffix = path.name, PurePath(path.name.lower())
         inner = (suffix.with_suffix("") if suffix.suffix in PACKED else suffix).suffix
@@ -78,9 +92,22 @@ def read_file(
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"data.source: cannot read {path}: {why}") from error
-    if not rows:
+    if not len(rows):
         raise DataError(f"data.source: {path} has no rows", hint="training needs at least a few hundred")
-    return FileRows(tuple(rows), kind)
+    return FileRows(rows, kind)
+
+
+def _has_json_lines(path: Path) -> bool:
+    """Whether a large file is plain text of an object a line."""
+    if path.stat().st_size < _HELD_BYTES:
+        return False
+    with path.open("rb") as stream:
+        first = [stream.readline(_HELD_BYTES) for _ in range(_SNIFFED_LINES)]
+    try:
+        text = b"".join(first).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return False
+    return are_json_lines([line for line in text.split("\n") if line.strip()])
 
 
 def _unpacked(path: Path) -> tuple[str, bytes]:
@@ -133,24 +160,33 @@ def _pyarrow(path: Path) -> Any:
     return pyarrow
 
 
-def _arrow_rows(path: Path, data: bytes, name: str, kind: str) -> list[Row]:
+def _arrow_rows(path: Path, data: bytes, name: str, kind: str) -> Rows:
     pyarrow = _pyarrow(path)
-    try:
-        source = pyarrow.BufferReader(data) if data else pyarrow.memory_map(str(path))
+
+    def batches() -> Iterator[Any]:
+        source = pyarrow.BufferReader(data) if data else pyarrow.OSFile(str(path))
         if kind == "Parquet":
-            table = pyarrow.parquet.read_table(source)
+            yield from pyarrow.parquet.ParquetFile(source).iter_batches(_BATCH)
         elif data.startswith(b"\xff\xff\xff\xff"):
-            table = pyarrow.ipc.open_stream(source).read_all()
+            yield from pyarrow.ipc.open_stream(source)
         else:
-            table = pyarrow.ipc.open_file(source).read_all()
+            file = pyarrow.ipc.open_file(source)
+            yield from map(file.get_batch, range(file.num_record_batches))
+
+    def rows() -> Iterator[Row]:
+        number = 0
+        for batch in batches():
+            for start in range(0, len(batch), _BATCH):
+                for values in batch.slice(start, _BATCH).to_pylist():
+                    number += 1
+                    yield Row({key: _without_nulls(value) for key, value in values.items()}, name, number)
+
+    try:
+        return RowsOf(sum(map(len, batches())), rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"data.source: {path} is not a whole {kind} file: {error}", hint="copy or download it again"
         ) from error
-    return [
-        Row({key: _without_nulls(value) for key, value in values.items()}, name, number)
-        for number, values in enumerate(table.to_pylist(), start=1)
-    ]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -201,18 +237,10 @@ def _decoded(data: bytes, name: str, encoding: str | None) -> tuple[str, str]:
         told = "utf-16-be" if data[:1] == b"\x00" else "utf-16-le"
     used = encoding or told or "utf-8-sig"
     try:
-        return data.decode(used), "" if used == "utf-8-sig" else used
+        return decoded(data, used, name), "" if used == "utf-8-sig" else used
     except LookupError as error:
         raise DataError(
             f"data.encoding: there is no encoding {used!r}", hint="for instance cp1252"
-        ) from error
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        cut = data[: error.start].rpartition(b"\n")[2][-30:] + data[error.start : error.start + 10]
-        raise DataError(
-            f"data.source: {name}:{line} is not {used.removesuffix('-sig').upper()}: "
-            f"{error.reason} at byte {error.start} ({cut!r})",
-            hint="set data.encoding, for instance to cp1252 (Western Windows) or latin-1",
         ) from error
 
 
@@ -280,11 +308,11 @@ def _records(reader: Any, name: str) -> tuple[list[Row], list[Problem]]:
     return rows, problems
 
 
-def slice_of(rows: Sequence[Row], split: str) -> Sequence[Row]:
-    """The rows that a slice such as `train[:10%]` or `train[100:200]` keeps; raises `DataError`."""
+def slice_of(count: int, split: str) -> range:
+    """Which of `count` rows a slice such as `train[:10%]` or `train[100:200]` keeps; raises `DataError`."""
     _, bracket, inside = split.partition("[")
     if not bracket:
-        return rows
+        return range(count)
     start, colon, stop = inside.removesuffix("]").partition(":")
     if not colon or not inside.endswith("]"):
         raise DataError(
@@ -301,7 +329,7 @@ def slice_of(rows: Sequence[Row], split: str) -> Sequence[Row]:
             raise DataError(
                 f"data.split: {split!r} is not a slice", hint="for instance train[:10%]"
             ) from error
-        at = round(len(rows) * at / 100) if percent else int(at)
-        return at + len(rows) if at < 0 else at
+        at = round(count * at / 100) if percent else int(at)
+        return at + count if at < 0 else at
 
-    return rows[place(start, 0) : place(stop, len(rows))]
+    return range(count)[place(start, 0) : place(stop, count)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from forge.data.conversation import Row
+from forge.data.conversation import Row, Rows, RowsOf
 from forge.data.fields import MESSAGES, ROW_FIELDS, plain
 from forge.data.problems import BadRows
 from forge.errors import DataError, Problem
 
+_NO_OBJECT = "not an object in braces"
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
@@ -21,11 +23,16 @@ def is_json_line(text: str) -> bool:
         return False
 
 
+def are_json_lines(lines: Sequence[str]) -> bool:
+    """Whether a text that begins with these lines, none empty, has an object a line."""
+    objects = sum(line.lstrip().startswith("{") and is_json_line(line) for line in lines)
+    return len(lines) > 1 and 2 * objects >= len(lines) and not lines[0].lstrip().startswith("[")
+
+
 def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row], str]:
     """JSON lines, one document, or documents that are longer than a line one after the other."""
     lines = [line for line in text.split("\n", 20)[:20] if line.strip()]
-    objects = sum(line.lstrip().startswith("{") and is_json_line(line) for line in lines)
-    if len(lines) > 1 and 2 * objects >= len(lines) and not text.lstrip().startswith("["):
+    if are_json_lines(lines):
         return json_lines(text, name, bad), "JSON lines"
     is_first_whole = bool(lines) and is_json_line(lines[0])
     documents: list[tuple[object, int]] = []
@@ -54,11 +61,7 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
     if len(documents) == 1:
         items, kind = _items(documents[0][0], name, split)
         return [Row(item, name, number) for number, item in enumerate(items, start=1)], kind
-    problems = [
-        Problem("not an object in braces", "", name, line)
-        for one, line in documents
-        if not isinstance(one, dict)
-    ]
+    problems = [Problem(_NO_OBJECT, "", name, line) for one, line in documents if not isinstance(one, dict)]
     bad.settle(
         problems, f"{name}: {len(problems)} documents are not JSON objects", "one {...} after the other"
     )
@@ -120,21 +123,63 @@ def _columns(whole: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
 
 
 def json_lines(text: str, name: str, bad: BadRows) -> list[Row]:
+    return list(_settled(enumerate(text.split("\n"), start=1), name, bad))
+
+
+def _settled(lines: Iterable[tuple[int, str]], name: str, bad: BadRows) -> Iterator[Row]:
+    """The rows of the lines; raises one `DataError` at the end for those that have none."""
     problems: list[Problem] = []
-    rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(Problem(f"not JSON: {error.msg}", "", name, number))
-        except (ValueError, RecursionError) as error:
-            problems.append(Problem(f"not JSON: {error}", "", name, number))
-        else:
-            if isinstance(values, dict):
-                rows.append(Row(values, name, number))
-            else:
-                problems.append(Problem("not an object in braces", "", name, number))
+    for number, line in lines:
+        row = _of_line(line, name, number)
+        if isinstance(row, Row):
+            yield row
+        elif row:
+            problems.append(row)
     bad.settle(problems, f"{name}: {len(problems)} lines are not JSON objects", "one {...} a line")
-    return rows
+
+
+def _of_line(line: str, name: str, number: int) -> Row | Problem | None:
+    """The line's row, or why it has none; None for an empty one."""
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        return Problem(f"not JSON: {error.msg}", "", name, number) if line.strip() else None
+    except (ValueError, RecursionError) as error:
+        return Problem(f"not JSON: {error}", "", name, number)
+    return Row(values, name, number) if isinstance(values, dict) else Problem(_NO_OBJECT, "", name, number)
+
+
+def rows_of_lines(path: Path, bad: BadRows) -> Rows:
+    """The rows of a file of JSON lines in UTF-8, read anew each time they are gone through."""
+    count = sum(1 for _ in _settled(_lines(path), path.name, bad))
+
+    def rows() -> Iterator[Row]:
+        for number, line in _lines(path):
+            row = _of_line(line, path.name, number)
+            if isinstance(row, Row):
+                yield row
+
+    return RowsOf(count, rows)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    at = 0
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            yield number, decoded(line, "utf-8-sig" if number == 1 else "utf-8", path.name, number, at)
+            at += len(line)
+
+
+def decoded(data: bytes, encoding: str, name: str, line: int = 1, at: int = 0) -> str:
+    """The text of `data`, which begins in this line of the file, at this byte."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line += before.count(b"\n")
+        cut = before.rpartition(b"\n")[2][-30:] + data[error.start : error.start + 10]
+        raise DataError(
+            f"data.source: {name}:{line} is not "
+            f"{encoding.removesuffix('-sig').upper()}: {error.reason} at byte {at + error.start} ({cut!r})",
+            hint="set data.encoding, for instance to cp1252 (Western Windows) or latin-1",
+        ) from error

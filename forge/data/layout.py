@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from forge.data import fields
-from forge.data.conversation import Row
+from forge.data.conversation import Row, Rows
 from forge.data.turns import parsed
 from forge.errors import DataError
 
@@ -68,7 +68,7 @@ class Layout:
         return (columns[0], row.values.get(columns[0])) if columns else (part, None)
 
 
-def _columns_of(rows: Sequence[Row]) -> dict[str, int]:
+def _columns_of(rows: Rows) -> dict[str, int]:
     """Every column of the rows -> in how many it holds something."""
     counts: Counter[str] = Counter()
     for row in rows:
@@ -77,22 +77,23 @@ def _columns_of(rows: Sequence[Row]) -> dict[str, int]:
     return dict(counts)
 
 
-def require_columns(rows: Sequence[Row], shape: Shape) -> None:
-    there = {key for row in rows for key in row.values}
+def _require_columns(there: Sequence[str], shape: Shape) -> None:
     for part, column in shape.columns.items():
         if column not in there:
-            near = get_close_matches(column, sorted(there), 1)
+            near = get_close_matches(column, there, 1)
             meant = f"; did you mean {near[0]}?" if near else ""
             raise DataError(
                 f"data.columns.{part}: no row has a column {column!r}{meant}",
-                hint=f"the columns are: {', '.join(sorted(there))}",
+                hint=f"the columns are: {', '.join(there)}",
             )
 
 
-def layout_of(rows: Sequence[Row], shape: Shape) -> Layout:
+def layout_of(rows: Rows, shape: Shape) -> Layout:
     """What the columns of all rows are for; raises `DataError` where that is not clear."""
     counts = _columns_of(rows)
-    where = f"{rows[0].file}:{rows[0].line}"
+    _require_columns(sorted(counts), shape)
+    first = next(iter(rows))
+    where = f"{first.file}:{first.line}"
     ignored = {fields.plain(name) for name in shape.ignore}
     columns = [key for key, filled in counts.items() if fields.plain(key) not in ignored]
     taken = set(shape.columns.values())
@@ -117,7 +118,7 @@ def layout_of(rows: Sequence[Row], shape: Shape) -> Layout:
     return Layout(form, chosen, tuple(key for key in counts if key not in used))
 
 
-def _asks_only(rows: Sequence[Row], parts: Mapping[str, Sequence[str]]) -> bool:
+def _asks_only(rows: Rows, parts: Mapping[str, Sequence[str]]) -> bool:
     """Whether messages end with a question, and a column beside them has the answer."""
     answers = [*parts[fields.CHOSEN], *parts[fields.COMPLETION]]
     for row in rows if answers and parts[fields.MESSAGES] else ():
@@ -145,22 +146,22 @@ def _may_be_turns(value: object) -> bool:
     )
 
 
-def _refuse_single_messages(rows: Sequence[Row], columns: Sequence[str]) -> None:
+def _refuse_single_messages(rows: Rows, columns: Sequence[str]) -> None:
     """Rows that are a message each: their order, or a tree of parents, is the conversation."""
-    values = {key: rows[0].values.get(key) for key in columns}
+    first = next(iter(rows))
+    values = {key: first.values.get(key) for key in columns}
     if _speaker(values):
         raise DataError(
-            f"{rows[0].file}:{rows[0].line}: each row is a single message, not a conversation; its columns "
+            f"{first.file}:{first.line}: each row is a single message, not a conversation; its columns "
             f"are: {', '.join(columns)}",
             hint="put a conversation into one row: {messages: [{role: ..., content: ...}, ...]}",
         )
 
 
-def _detect(
-    parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[str], rows: Sequence[Row]
-) -> str:
+def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[str], rows: Rows) -> str:
     """The format that the columns of these parts make."""
-    where = f"{rows[0].file}:{rows[0].line}"
+    first = next(iter(rows))
+    where = f"{first.file}:{first.line}"
     has_answer = parts[fields.COMPLETION] and (parts[fields.PROMPT] or parts[fields.INPUT])
     asked = shape.columns.keys()
     if fields.TEXT in asked:
@@ -189,7 +190,7 @@ def _detect(
         hint = f"data.columns: {{{other}: ...}} is missing"
     elif refused := [key for key in columns if fields.plain(key) in fields.ROW_REFUSED]:
         hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
-    elif lists := [key for key in columns if _may_be_turns(parsed(rows[0].values.get(key)))]:
+    elif lists := [key for key in columns if _may_be_turns(parsed(first.values.get(key)))]:
         hint = f"where {lists[0]} has the turns of a conversation: data.columns: {{messages: {lists[0]}}}"
     raise DataError(
         f"{where}: cannot tell the data's format from its columns: {', '.join(columns)}",
@@ -202,7 +203,7 @@ def _require_format(
     parts: Mapping[str, Sequence[str]],
     shape: Shape,
     columns: Sequence[str],
-    rows: Sequence[Row],
+    rows: Rows,
 ) -> None:
     """Refuse a format that the recipe names and the rows contradict, with the setting that is right."""
     if shape.format == AUTO:
@@ -261,7 +262,7 @@ def _of_format(
     return chosen
 
 
-def _spelling(rows: Sequence[Row], columns: Sequence[str], form: str) -> str:
+def _spelling(rows: Rows, columns: Sequence[str], form: str) -> str:
     """`sharegpt` where the messages say `from`, else `messages`; as the recipe has it where none says."""
     for row in rows:
         turns = next((parsed(row.values.get(key)) for key in columns if row.values.get(key)), None)

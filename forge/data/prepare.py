@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from forge import report
 from forge.codec import Json
 from forge.data.conversation import Conversation
+from forge.data.overlong import Fit
 from forge.data.pairs import encode_pairs
-from forge.data.problems import BadRows, grouped, refuse
+from forge.data.problems import BadRows, grouped
 from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Read, Source, read
-from forge.data.split import refuse_overlap, split, weighted
-from forge.data.tokens import Encoded, encode_all
+from forge.data.split import held_out, refuse_overlap, refuse_same, split, times, weighted
+from forge.data.spool import Spool
+from forge.data.tokens import Encoded, encode_each
 from forge.data.turns import Notes
 from forge.errors import DataError
 
@@ -30,6 +35,7 @@ TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
 _FEW_ROWS = 50
 _LOOKED_AT = 200
+_MANY_ROWS, _BETWEEN = 5000, 500  # rows: progress is shown from so many, each time so many are done
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,15 @@ class Rows:
     reads: Sequence[Read]
     bad: BadRows
 
-    @property
-    def notes(self) -> Notes:
-        """Of all sources together."""
-        together = Notes()
-        for one in self.reads:
-            together.counts.update(one.reading.notes.counts)
-            together.unused.update(one.reading.notes.unused)
-            together.roles.update(one.reading.notes.roles)
-        return together
+
+def notes_of(reads: Sequence[Read]) -> Notes:
+    """Of all sources together."""
+    together = Notes()
+    for one in reads:
+        together.counts.update(one.reading.notes.counts)
+        together.unused.update(one.reading.notes.unused)
+        together.roles.update(one.reading.notes.roles)
+    return together
 
 
 class PreparedRow(TypedDict):
@@ -136,67 +142,168 @@ class Prepared(Account):
     end_of_turn_id: int
 
 
+@dataclass
+class _Kept:
+    """The figures of the rows of a file."""
+
+    lengths: array[int] = field(default_factory=lambda: array("Q"))
+    supervised: int = 0
+    texts: int = 0
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, tokens: int, supervised: int, is_text: bool, notes: Sequence[str]) -> None:
+        self.lengths.append(tokens)
+        self.supervised += supervised
+        self.texts += is_text
+        self.notes.update(notes)
+
+
 def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Path) -> Prepared:
     """Write both files into `out` and return what they hold.
 
     `context` is the base's number of positions. Raises `DataError` with every problem at once.
     """
-    read_rows = read_all(settings)
-    rows = _encoded(read_rows.training, form, settings, read_rows.bad)
-    held = _encoded(read_rows.heldout, form, settings, read_rows.bad)
-    if not rows:
-        raise DataError("no row is left to train on", hint="see what was left out above")
-    longest = max(row.tokens for row in [*rows, *held])
-    limit = settings.max_length or min(longest, context or longest)
-    if context and limit > context:
-        raise DataError(
-            f"train.max_length: {limit} tokens is more than the base's {context} positions",
-            hint=f"at most {context}; the longest row has {longest} tokens",
-        )
-    kept, held, changed = _fit(rows, limit, settings), _fit(held, limit, settings), _overlong(rows, limit)
-    if not kept:
-        raise DataError("no row is short enough to train on", hint=f"raise train.max_length above {limit}")
-    _write(out / TRAIN_FILE, kept)
-    _write(out / HELDOUT_FILE, held)
+    with closing(Spool(out)) as spool:
+        reads, bad, training = _encode(settings, form, spool)
+        repeats = _parted(spool, training, settings)
+        if not any(repeats):
+            raise DataError("no row is left to train on", hint="see what was left out above")
+        used = [lengths for lengths, one in zip(spool.lengths(), repeats, strict=True) if one is None or one]
+        longest = max(max(lengths) for lengths in used)
+        limit = settings.max_length or min(longest, context or longest)
+        if context and limit > context:
+            raise DataError(
+                f"train.max_length: {limit} tokens is more than the base's {context} positions",
+                hint=f"at most {context}; the longest row has {longest} tokens",
+            )
+        fits = Fit(limit, settings.overlong), Fit(limit, settings.overlong)
+        if longest > limit:
+            for lines, count in zip(spool, repeats, strict=True):
+                fits[count is None].look_at(lines, 1 if count is None else count)
+            for fit in fits:
+                fit.refuse()
+        kept, held_rows = _write(spool, repeats, fits, out)
+        for fit in fits:
+            fit.warn()
+        if not kept.lengths:
+            raise DataError(
+                "no row is short enough to train on", hint=f"raise train.max_length above {limit}"
+            )
+        trained = [mark for mark, count in zip(spool.marks, repeats, strict=True) if count]
+    with (out / TRAIN_FILE).open(encoding="utf-8") as stream:
+        first: PreparedRow = json.loads(stream.readline())
+    account = _account(
+        reads,
+        bad,
+        kept,
+        heldout=held_rows,
+        duplicates=len(trained) - len(set(trained)),
+        first=_shown(first["input_ids"], first["labels"], form),
+    )
     return Prepared(
-        **vars(_account(read_rows, kept, len(held), form)),
-        overlong_rows=changed,
+        **vars(account),
+        overlong_rows=fits[0].overlong,
         max_length=limit,
         end_of_turn=form.end_of_turn,
         end_of_turn_id=form.end_of_turn_id,
     )
 
 
+def _encode(settings: Settings, form: PromptFormat, spool: Spool) -> tuple[Sequence[Read], BadRows, int]:
+    """Read and encode all rows into `spool`: those to train on, then those of the held-out file.
+
+    Returns the account of what was read, and how many conversations are to train on or to be parted.
+    """
+    bad = BadRows(settings.skip_bad_rows)
+    reads = [read(source, limit=settings.limit, bad=bad) for source in settings.sources]
+    parts = [islice(chain.from_iterable(tuple(reads)), settings.limit)]
+    if isinstance(settings.heldout, Path):
+        reads.append(_read_heldout(settings, settings.heldout, bad))
+        parts.append(islice(reads[-1], None))
+    total = sum(len(one.reading.rows) for one in reads)
+    ends = []
+    for part in parts:
+        for conversation, rows in _encoded(part, form, settings, bad):
+            spool.add(conversation, rows)
+            if total > _MANY_ROWS and len(spool.marks) % _BETWEEN == 0:
+                report.advance("encode rows", len(spool.marks) - 1, total)
+        ends.append(len(spool.marks))
+    if total > _MANY_ROWS:
+        report.advance("encode rows", total, total)
+    return reads, bad, ends[0]
+
+
 def _encoded(
-    conversations: Sequence[Conversation], form: PromptFormat, settings: Settings, bad: BadRows
-) -> list[Encoded]:
-    if settings.pairs:
-        return encode_pairs(conversations, form, bad)
-    return encode_all(conversations, form, supervise=settings.supervise, bad=bad)
+    conversations: Iterable[Conversation], form: PromptFormat, settings: Settings, bad: BadRows
+) -> Iterator[tuple[Conversation, Sequence[Encoded]]]:
+    if settings.pairs:  # both answers of a pair are needed at once, so pairs are held in memory
+        yield from ((row.conversation, [row]) for row in encode_pairs(list(conversations), form, bad))
+    else:
+        yield from encode_each(conversations, form, supervise=settings.supervise, bad=bad)
 
 
-def _account(rows: Rows, kept: Sequence[Encoded], heldout: int, form: PromptFormat) -> Account:
+def _read_heldout(settings: Settings, path: Path, bad: BadRows) -> Read:
+    shape = settings.sources[0]
+    return read(dataclasses.replace(shape, files=(path,), split="train", weight=1.0), bad=bad)
+
+
+def _parted(spool: Spool, training: int, settings: Settings) -> list[int | None]:
+    """How often each conversation is learned; None for one that is held out."""
+    marks = spool.marks
+    if isinstance(settings.heldout, Path):
+        known = set(marks[:training])
+        refuse_same([spool.place(at) for at in range(training, len(marks)) if marks[at] in known])
+        held = set(marks[training:])
+    elif training:
+        held = held_out(marks, settings.heldout, settings.seed)
+    return [
+        None if mark in held else times(weight, mark, settings.seed)
+        for mark, weight in zip(marks, spool.weights, strict=True)
+    ]
+
+
+def _write(
+    spool: Spool, repeats: Sequence[int | None], fits: tuple[Fit, Fit], out: Path
+) -> tuple[_Kept, int]:
+    """Write both files; the figures of the first, and the rows of the other."""
+    kept, held_rows = _Kept(), 0
+    with (out / TRAIN_FILE).open("wb") as training, (out / HELDOUT_FILE).open("wb") as heldout:
+        for lines, count in zip(spool, repeats, strict=True):
+            if count is None:
+                for line in fits[1].of(lines):
+                    heldout.write(line.data)
+                    held_rows += 1
+            elif count:
+                for line in [*fits[0].of(lines)] * count:
+                    training.write(line.data)
+                    kept.add(line.tokens, line.supervised, line.is_text, line.notes)
+    return kept, held_rows
+
+
+def _account(
+    reads: Sequence[Read], bad: BadRows, kept: _Kept, *, heldout: int, duplicates: int, first: Shown
+) -> Account:
     """The account of what was read, and the figures of the rows that are `kept`."""
-    lengths = sorted(row.tokens for row in kept)
-    notes = rows.notes
-    notes.counts.update(note for row in kept for note in row.notes)
+    lengths = sorted(kept.lengths)
+    notes = notes_of(reads)
+    notes.counts.update(kept.notes)
     return Account(
-        rows=len(kept),
+        rows=len(lengths),
         heldout_rows=heldout,
         longest_tokens=lengths[-1],
         shortest_tokens=lengths[0],
         median_tokens=lengths[len(lengths) // 2],
         mean_tokens=round(sum(lengths) / len(lengths), 1),
         tokens=sum(lengths),
-        supervised_tokens=sum(row.supervised for row in kept),
-        texts=sum(not row.conversation.turns for row in kept),
-        duplicates=len({id(row) for row in rows.training}) - len({row.fingerprint for row in rows.training}),
-        read=tuple(part.line for part in rows.reads),
+        supervised_tokens=kept.supervised,
+        texts=kept.texts,
+        duplicates=duplicates,
+        read=tuple(part.line for part in reads),
         notes=dict(notes.counts),
         roles=notes.roles,
         unused=dict(notes.unused),
-        bad_rows=tuple(str(problem) for problem in grouped(rows.bad.skipped)),
-        first_row=_shown(kept[0], form),
+        bad_rows=tuple(str(problem) for problem in grouped(bad.skipped)),
+        first_row=first,
     )
 
 
@@ -229,10 +336,22 @@ def look_at_data(settings: Settings, form: PromptFormat) -> Looked:
     All rows are read, the first few encoded. Raises `DataError` as `prepare` would of those.
     """
     rows = read_all(settings)
-    some = _encoded(rows.training[:_LOOKED_AT], form, settings, rows.bad)
+    first = _encoded(rows.training[:_LOOKED_AT], form, settings, rows.bad)
+    some = [row for _, made in first for row in made]
     if not some:
         raise DataError("no row is left to train on", hint="see what was left out above")
-    account = dataclasses.replace(_account(rows, some, len(rows.heldout), form), rows=len(rows.training))
+    kept = _Kept()
+    for row in some:
+        kept.add(row.tokens, row.supervised, not row.conversation.turns, row.notes)
+    account = _account(
+        rows.reads,
+        rows.bad,
+        kept,
+        heldout=len(rows.heldout),
+        duplicates=len({id(row) for row in rows.training}) - len({row.fingerprint for row in rows.training}),
+        first=_shown(some[0].input_ids, some[0].labels, form),
+    )
+    account = dataclasses.replace(account, rows=len(rows.training))
     return Looked(**vars(account), looked_at=len(some))
 
 
@@ -242,86 +361,23 @@ def read_all(settings: Settings) -> Rows:
     reads = [read(source, limit=settings.limit, bad=bad) for source in settings.sources]
     rows = [one for part in reads for one in part.conversations][: settings.limit]
     if isinstance(settings.heldout, Path):
-        shape = settings.sources[0]
-        asked = read(
-            dataclasses.replace(shape, files=(settings.heldout,), split="train", weight=1.0), bad=bad
-        )
-        refuse_overlap(rows, asked.conversations)
-        training, heldout = rows, list(asked.conversations)
-        reads.append(asked)
+        reads.append(_read_heldout(settings, settings.heldout, bad))
+        training, heldout = rows, list(reads[-1].conversations)
+        refuse_overlap(rows, heldout)
     else:
         training, heldout = split(rows, settings.heldout, settings.seed)
     return Rows(weighted(training, settings.seed), heldout, reads, bad)
 
 
-def _overlong(rows: Sequence[Encoded], limit: int) -> int:
-    return sum(row.tokens > limit for row in rows)
-
-
-def _fit(rows: Sequence[Encoded], limit: int, settings: Settings) -> list[Encoded]:
-    """Rows of at most `limit` tokens; longer ones are an error, dropped or cut, as the recipe says."""
-    too_long = [row for row in rows if row.tokens > limit]
-    if not too_long:
-        return list(rows)
-    texts = sum(not row.conversation.turns for row in too_long)
-    if settings.overlong == "error" or (settings.overlong == "chunk" and texts < len(too_long)):
-        ways = "drop or truncate" + (", or to chunk" if texts == len(too_long) else "")
-        refuse(
-            [row.conversation.place.problem(f"{row.tokens} tokens, {limit} fit") for row in too_long],
-            f"{len(too_long)} rows are longer than {limit} tokens",
-            f"raise train.max_length, or set data.overlong to {ways}",
-        )
-    if settings.overlong == "chunk":
-        return [piece for row in rows for piece in _pieces(row, limit)]
-    many = f"{len(too_long)} of {len(rows)} rows are longer than {limit} tokens"
-    if settings.overlong == "drop":
-        report.warning(f"{many} and were left out")
-        return [row for row in rows if row.tokens <= limit]
-    cut = [
-        dataclasses.replace(row, input_ids=row.input_ids[:limit], labels=row.labels[:limit]) for row in rows
-    ]
-    left = [row for row in cut if row.supervised]
-    gone = len(cut) - len(left)
-    said = f"{len(too_long) - gone} were cut, without their end of turn"
-    if gone:
-        said += f", and {gone} had no answer left and were left out"
-    report.warning(f"{many}: {said}")
-    return left
-
-
-def _pieces(row: Encoded, limit: int) -> Iterator[Encoded]:
-    for start in range(0, len(row.input_ids), limit):
-        ids = row.input_ids[start : start + limit]
-        if len(ids) > 1:  # one token alone predicts nothing
-            yield Encoded(ids, row.labels[start : start + limit], row.conversation)
-
-
-def _write(path: Path, rows: Sequence[Encoded]) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            line = PreparedRow(
-                input_ids=row.input_ids, labels=row.labels, messages=row.conversation.messages()
-            )
-            if row.conversation.tools:
-                line["tools"] = row.conversation.tools
-            if any(turn.trained is False for turn in row.conversation.turns):
-                line["answers"] = sum(
-                    turn.role == "assistant" and turn.trained is not False for turn in row.conversation.turns
-                )
-            if row.rejected:
-                line |= {"rejected_ids": row.rejected.input_ids, "rejected_labels": row.rejected.labels}
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _shown(row: Encoded, form: PromptFormat) -> Shown:
+def _shown(ids: Sequence[int], labels: Sequence[int], form: PromptFormat) -> Shown:
     """The first row as the model sees it, and the part that carries loss (requirement F9)."""
     decode = form.tokenizer.decode
     pieces = []
-    for learned, run in groupby(zip(row.input_ids, row.labels, strict=True), lambda pair: pair[1] >= 0):
+    for learned, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] >= 0):
         text = decode([number for number, _ in run], skip_special_tokens=False)
         pieces.append(f"⟦{text}⟧" if learned else text)
     return Shown(
-        text=decode(list(row.input_ids), skip_special_tokens=False),
+        text=decode(list(ids), skip_special_tokens=False),
         masked="".join(pieces),
-        supervised=decode([label for label in row.labels if label >= 0], skip_special_tokens=False),
+        supervised=decode([label for label in labels if label >= 0], skip_special_tokens=False),
     )

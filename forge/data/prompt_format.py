@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _SENTINEL = "Lorem ipsum"
+_TAIL = 64  # characters of a prompt in which its last added token is looked for
+_MOST_ENDS = 4096
 # Marks that rows write out and mean as the tokens that they are, even where a tokenizer calls them special.
 _MEANT = re.compile(r"</?(think|tool_call|tool_response)>")
 
@@ -42,10 +44,36 @@ class PromptFormat:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
+    def ids_of_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Those of many texts, on every core; without the places of their letters, which take time."""
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ()
+        return [encoding.ids for encoding in encodings]
+
+    def tokens_of(self, prompt: str, text: str, ids: Sequence[int]) -> int | None:
+        """How many of the `ids` of `text`, which begins with `prompt`, are those of `prompt`; None where they
+        begin otherwise.
+
+        An added token parts what stands before and behind it, so the ids from the last one on decide.
+        """
+        added, pattern = self._added
+        marks = list(pattern.finditer(prompt, max(0, len(prompt) - _TAIL)))
+        if marks:
+            mark, begins = marks[-1].group(), marks[-1].start()
+            number = added[mark]
+            if text.count(mark) == ids.count(number):
+                end = self._ids_of_end(prompt[begins:])
+                at = -1
+                for _ in range(text.count(mark, 0, begins + len(mark))):
+                    at = ids.index(number, at + 1)
+                return at + len(end) if list(ids[at : at + len(end)]) == end else None
+        alone = self.ids(prompt)
+        return len(alone) if list(ids[: len(alone)]) == alone else None
+
     @functools.cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Of the tokens that part a text before anything else does."""
-        return frozenset(self.tokenizer.get_added_tokens_decoder())
+    def _added(self) -> tuple[Mapping[str, int], re.Pattern[str]]:
+        """The tokens that part a text before anything else does, with a pattern that matches any of them."""
+        added = {token.content: at for at, token in self.tokenizer.get_added_tokens_decoder().items()}
+        return added, re.compile("|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))))
 
     @functools.cached_property
     def control(self) -> Mapping[int, str]:
@@ -73,13 +101,15 @@ class PromptFormat:
     @functools.cached_property
     def _control_pattern(self) -> tuple[frozenset[str], re.Pattern[str]]:
         tokens = sorted({*self.control.values(), *self.structure}, key=len, reverse=True)
-        return frozenset(token[:2] for token in tokens), re.compile("|".join(map(re.escape, tokens)))
+        return frozenset(token[:1] for token in tokens), re.compile("|".join(map(re.escape, tokens)))
 
     def controls_in(self, text: str) -> list[str]:
         """The control tokens in `text`, in order."""
         begins, pattern = self._control_pattern
-        # Nearly every text has none: a search for a few pairs of letters is far faster than the pattern.
-        return pattern.findall(text) if any(pair in text for pair in begins) else []
+        for letter in begins:  # nearly every text has none, and to look for a letter is far faster
+            if letter in text:
+                return pattern.findall(text)
+        return []
 
     @functools.cached_property
     def _plain_tokenizer(self) -> Tokenizer:
@@ -92,9 +122,11 @@ class PromptFormat:
         ids: list[int] = self._plain_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def ids_of_end(self, text: str) -> list[int]:
-        """Those of the end of a prompt; few are ever different."""
+    def _ids_of_end(self, text: str) -> list[int]:
+        """Those of the end of a prompt; with most templates few are ever different."""
         if text not in self._ends:
+            if len(self._ends) == _MOST_ENDS:
+                self._ends.clear()
             self._ends[text] = self.ids(text)
         return self._ends[text]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from forge.data.conversation import Conversation, Row
-from forge.data.conversations import Reading, to_conversations
+from forge.data.conversation import Conversation, Row, RowsOf
+from forge.data.conversations import Reading, understand
 from forge.data.files import read_file, slice_of
 from forge.data.layout import Reader, Shape
 from forge.data.problems import BadRows
@@ -36,32 +37,43 @@ class Source:
 
 @dataclass(frozen=True)
 class Read:
-    """What a source gave: its conversations, and how it was understood in a line."""
+    """What a source gives: how it was understood, and its conversations, made as they are gone through."""
 
     reading: Reading
-    line: str
+    source: Source
+    kinds: Sequence[str]
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (replace(one, weight=self.source.weight) for one in self.reading)
+
+    @functools.cached_property
+    def conversations(self) -> tuple[Conversation, ...]:
+        return tuple(self)
 
     @property
-    def conversations(self) -> tuple[Conversation, ...]:
-        return self.reading.conversations
+    def line(self) -> str:
+        """What was read, in a line."""
+        kinds, rows = ", ".join(self.kinds), len(self.reading.rows)
+        return (
+            f"{shown(self.source.files)} ({kinds}): {rows:,} rows, {self.reading.format} ({self.reading.why})"
+        )
 
 
 def read(source: Source, *, limit: int | None = None, bad: BadRows | None = None) -> Read:
-    """The conversations of a source; raises `DataError` with every row that cannot be used."""
+    """What a source gives. Raises `DataError` for what cannot be read here, and, where the conversations are
+    gone through, with every row that cannot be used.
+    """
     bad = bad or BadRows()
-    rows: list[Row] = []
-    kinds: dict[str, None] = {}
-    for path in source.files:
-        content = read_file(path, encoding=source.encoding, split=source.split, bad=bad)
-        rows += content.rows
-        kinds[content.kind] = None
-    rows = list(slice_of(rows, source.split))[:limit]
-    if not rows:
+    files = [read_file(path, encoding=source.encoding, split=source.split, bad=bad) for path in source.files]
+    places = slice_of(sum(len(file.rows) for file in files), source.split)[:limit]
+    if not places:
         raise DataError(f"data.split: {source.split} of {shown(source.files)} has no rows")
-    reading = to_conversations(rows, source.shape, bad)
-    conversations = tuple(replace(one, weight=source.weight) for one in reading.conversations)
-    line = f"{shown(source.files)} ({', '.join(kinds)}): {len(rows):,} rows, {reading.format} ({reading.why})"
-    return Read(replace(reading, conversations=conversations), line)
+
+    def rows() -> Iterator[Row]:
+        return islice(chain.from_iterable(file.rows for file in files), places.start, places.stop)
+
+    reading = understand(RowsOf(len(places), rows), source.shape, bad)
+    return Read(reading, source, list(dict.fromkeys(file.kind for file in files)))
 
 
 def reader_named(name: str, directory: Path) -> Reader:
@@ -91,8 +103,3 @@ def reader_named(name: str, directory: Path) -> Reader:
             ) from error
 
     return call
-
-
-def merged(reads: Sequence[Read]) -> list[Conversation]:
-    """The conversations of all sources, in order."""
-    return [one for read_ in reads for one in read_.conversations]

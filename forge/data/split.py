@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
+from heapq import nsmallest
 
-from forge.data.conversation import Conversation
+from forge.data.conversation import Conversation, Place
 from forge.data.problems import refuse
 from forge.errors import DataError
 
@@ -19,53 +21,58 @@ def split(
     seed only, so adding a row to the data moves no other row by chance of order. Raises `DataError`
     when no row is left to train on.
     """
-    wanted = round(share * len(conversations)) if share < 1 else int(share)
-    order = {
-        mark: hashlib.sha256(f"{seed}:{mark}".encode()).hexdigest()
-        for mark in {conversation.fingerprint for conversation in conversations}
-    }
-    held: set[str] = set()
+    held = held_out([bytes.fromhex(one.fingerprint) for one in conversations], share, seed)
+    training = [row for row in conversations if bytes.fromhex(row.fingerprint) not in held]
+    return training, [row for row in conversations if bytes.fromhex(row.fingerprint) in held]
+
+
+def held_out(marks: Sequence[bytes], share: float, seed: int) -> set[bytes]:
+    """Those of the rows' fingerprints, one a row, whose rows are held out, as `split` does it."""
+    wanted = round(share * len(marks)) if share < 1 else int(share)
+    sizes = Counter(marks)
+    held: set[bytes] = set()
     count = 0
-    sizes: dict[str, int] = {}
-    for conversation in conversations:
-        mark = conversation.fingerprint
-        sizes[mark] = sizes.get(mark, 0) + 1
-    for mark in sorted(sizes, key=order.__getitem__):
+    for mark in nsmallest(wanted, sizes, key=lambda mark: _drawn(seed, mark)):
         if count >= wanted:
             break
         held.add(mark)
         count += sizes[mark]
-    training = [row for row in conversations if row.fingerprint not in held]
-    heldout = [row for row in conversations if row.fingerprint in held]
-    if not training:
+    if len(held) == len(sizes):
         raise DataError(
-            f"data.eval: {len(heldout)} held-out rows of {len(conversations)} leaves none to train on",
+            f"data.eval: {count} held-out rows of {len(marks)} leaves none to train on",
             hint="give a fraction such as 0.1; rows that say the same are held out together",
         )
-    return training, heldout
+    return held
+
+
+def _drawn(seed: int, mark: bytes) -> bytes:
+    return hashlib.sha256(f"{seed}:{mark.hex()}".encode()).digest()
 
 
 def weighted(rows: Sequence[Conversation], seed: int) -> list[Conversation]:
-    """The rows as often as their source's weight says: 2.5 is each twice, and half of them once more.
+    """The rows as often as their source's weight says."""
+    return [row for row in rows for _ in range(times(row.weight, bytes.fromhex(row.fingerprint), seed))]
+
+
+def times(weight: float, mark: bytes, seed: int) -> int:
+    """How often a row of this weight is learned: 2.5 is twice, and for half of the rows once more.
 
     Which half depends only on the text and the seed.
     """
-    chosen: list[Conversation] = []
-    for row in rows:
-        whole, part = divmod(row.weight, 1)
-        drawn = int(hashlib.sha256(f"{seed}:{row.fingerprint}".encode()).hexdigest()[:8], 16) / 16**8
-        chosen += [row] * (int(whole) + (drawn < part))
-    return chosen
+    whole, part = divmod(weight, 1)
+    drawn = int.from_bytes(_drawn(seed, mark)[:4], "big") / 16**8 if part else 1
+    return int(whole) + (drawn < part)
 
 
 def refuse_overlap(training: Sequence[Conversation], heldout: Sequence[Conversation]) -> None:
     """A held-out row that is also trained on proves nothing (pitfall 63)."""
     known = {conversation.fingerprint for conversation in training}
-    problems = [
-        conversation.place.problem("this held-out row is also a training row")
-        for conversation in heldout
-        if conversation.fingerprint in known
-    ]
+    refuse_same([conversation.place for conversation in heldout if conversation.fingerprint in known])
+
+
+def refuse_same(places: Sequence[Place]) -> None:
+    """Refuse held-out rows that are training rows too, by their places."""
+    problems = [place.problem("this held-out row is also a training row") for place in places]
     refuse(
         problems, f"data.eval: {len(problems)} held-out rows are training rows too", "remove them from one"
     )

@@ -10,11 +10,11 @@ what the row holds is in the text (`shown`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
 
 from forge.chat.render_process import Prompts
 from forge.data import control, shown
@@ -28,10 +28,7 @@ _ONE_EACH = (
     "made of the answers of rows with several: the template writes earlier turns otherwise than the last, "
     "and a server prompts each answer so"
 )
-_IN_TWO_PIECES = (
-    "whose answer's first characters would merge with the prompt's last: encoded in two pieces, as a server "
-    "has them"
-)
+_IN_TWO_PIECES = "whose answer merges with the prompt's end: encoded in two pieces, as a server has them"
 _BATCH_ROWS, _BATCH_CHARACTERS = 256, 4_000_000
 _CUT_THINKING = "the template leaves out the thinking of earlier answers, as it does when the model is served"
 
@@ -71,34 +68,39 @@ def encode_all(
     supervise: str = "all",
     bad: BadRows | None = None,
 ) -> list[Encoded]:
-    """Encode every row, or raise one `DataError` that names every row which cannot be.
+    """The rows of all conversations; raises as `encode_each` does."""
+    each = encode_each(conversations, form, supervise=supervise, bad=bad)
+    return [row for _, rows in each for row in rows]
 
-    A row is several where the template rewrites earlier turns (`Encoded.notes` of each says so).
-    `bad` says how many may be left out instead.
+
+def encode_each(
+    conversations: Iterable[Conversation],
+    form: PromptFormat,
+    *,
+    supervise: str = "all",
+    bad: BadRows | None = None,
+) -> Iterator[tuple[Conversation, Sequence[Encoded]]]:
+    """Each conversation that can be encoded, in order, with the rows that it becomes.
+
+    They are several where the template rewrites earlier turns (`Encoded.notes` of each says so). Raises one
+    `DataError` at the end, which names every row that cannot be encoded; `bad` says how many may be left out
+    instead.
     """
     problems: list[Problem] = []
-    encoded: list[Encoded] = []
-    hints: list[str] = []
-    with ThreadPoolExecutor(1) as rendering:
-        batches = _batches(conversations, form, supervise)
-        waiting = [(batch, rendering.submit(_rendered, batch, form)) for batch in _next(batches)]
-        while waiting:
-            batch, texts = waiting.pop()
-            rendered = texts.result()
-            # The next batch is rendered, in its own process, while this one is encoded.
-            waiting = [(more, rendering.submit(_rendered, more, form)) for more in _next(batches)]
-            for row in _encoded(batch, rendered, form):
-                if isinstance(row, Encoded):
-                    encoded.append(row)
-                else:
-                    problems.append(row[0])
-                    hints += [row[1]] if row[1] else []
+    hints: dict[str, None] = {}
+    count = 0
+    for asked, rows in _pipeline(_batches(conversations, form, supervise), form):
+        count += 1
+        if isinstance(rows, DataError):
+            problems.append(asked.conversation.place.problem(rows.message))
+            hints |= {rows.hint: None} if rows.hint else {}
+        else:
+            yield asked.conversation, rows
     (bad or BadRows()).settle(
         problems,
-        f"{len(problems)} of {len(conversations)} rows cannot be encoded with this base's template",
-        "; ".join(dict.fromkeys(hints)) or "fix these rows, or leave them out",
+        f"{len(problems)} of {count} rows cannot be encoded with this base's template",
+        "; ".join(hints) or "fix these rows, or leave them out",
     )
-    return encoded
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ _Texts = Mapping[tuple[int, bool], str | DataError]
 
 
 def _batches(
-    conversations: Sequence[Conversation], form: PromptFormat, supervise: str
+    conversations: Iterable[Conversation], form: PromptFormat, supervise: str
 ) -> Iterator[list[_Asked]]:
     batch: list[_Asked] = []
     size = 0
@@ -141,8 +143,27 @@ def _batches(
         yield batch
 
 
-def _next(batches: Iterator[list[_Asked]]) -> list[list[_Asked]]:
-    return [batch for batch in (next(batches, None),) if batch is not None]
+def _pipeline(
+    batches: Iterator[list[_Asked]], form: PromptFormat
+) -> Iterator[tuple[_Asked, Sequence[Encoded] | DataError]]:
+    """What becomes of each row. Three things go on at once: a batch is rendered, in its own process, one is
+    encoded, without Python's lock, and the masks of a third are made here.
+    """
+    with ThreadPoolExecutor(1) as rendering, ThreadPoolExecutor(1) as encoding:
+        rendered: deque[tuple[list[_Asked], Future[list[_Texts]]]] = deque()
+        encoded: deque[tuple[list[_Drafted], Future[list[list[int]]]]] = deque()
+        while True:
+            while len(rendered) < 2 and (batch := next(batches, None)) is not None:
+                rendered.append((batch, rendering.submit(_rendered, batch, form)))
+            if rendered:
+                batch, texts = rendered.popleft()
+                drafted = [_drafted(*pair, form) for pair in zip(batch, texts.result(), strict=True)]
+                encoded.append((drafted, encoding.submit(_ids, drafted, form)))
+            if encoded and (len(encoded) > 1 or not rendered):
+                drafted, ids = encoded.popleft()
+                yield from _finished(drafted, iter(ids.result()), form)
+            elif not rendered:
+                return
 
 
 def _rendered(batch: Sequence[_Asked], form: PromptFormat) -> list[_Texts]:
@@ -153,32 +174,33 @@ def _rendered(batch: Sequence[_Asked], form: PromptFormat) -> list[_Texts]:
     return [dict(zip(one.cuts, made, strict=True)) for one, made in zip(prompts, texts, strict=True)]
 
 
-def _encoded(
-    batch: Sequence[_Asked], rendered: Sequence[_Texts], form: PromptFormat
-) -> Iterator[Encoded | tuple[Problem, str]]:
-    """The rows of the batch, in its order; a problem and its hint for what cannot be encoded."""
-    made: list[_Draft | Encoded | tuple[Problem, str]] = []
-    for asked, texts in zip(batch, rendered, strict=True):
-        try:
-            made += _drafts(asked, texts, form)
-        except DataError as error:
-            made.append((asked.conversation.place.problem(error.message), error.hint or ""))
-    drafts = [one for one in made if isinstance(one, _Draft)]
-    encodings = iter(
-        form.tokenizer.encode_batch([draft.text for draft in drafts], add_special_tokens=False)
-        if drafts
-        else ()
+def _drafted(asked: _Asked, texts: _Texts, form: PromptFormat) -> _Drafted:
+    try:
+        return asked, _drafts(asked, texts, form)
+    except DataError as error:
+        return asked, error
+
+
+def _ids(drafted: Sequence[_Drafted], form: PromptFormat) -> list[list[int]]:
+    """Those of every draft, in order."""
+    return form.ids_of_all(
+        [one.text for _, drafts in drafted if not isinstance(drafts, DataError) for one in drafts]
     )
-    for one in made:
-        if not isinstance(one, _Draft):
-            yield one
+
+
+def _finished(
+    drafted: Sequence[_Drafted], ids: Iterator[list[int]], form: PromptFormat
+) -> Iterator[tuple[_Asked, Sequence[Encoded] | DataError]]:
+    for asked, drafts in drafted:
+        if isinstance(drafts, DataError):
+            yield asked, drafts
             continue
+        own = [(draft, next(ids)) for draft in drafts]
         try:
-            rows = _rows(one, next(encodings), form)
+            rows = [row for draft, its_ids in own for row in _rows(draft, its_ids, form)]
+            yield asked, rows if asked.conversation.turns else [_text(asked.conversation, form)]
         except DataError as error:
-            yield one.conversation.place.problem(error.message), error.hint or ""
-        else:
-            yield from rows
+            yield asked, error
 
 
 @dataclass(frozen=True)
@@ -210,6 +232,9 @@ class _Draft:
         return self.learned[-1].text
 
 
+_Drafted = tuple[_Asked, Sequence[_Draft] | DataError]
+
+
 def _asked(conversation: Conversation, form: PromptFormat, supervise: str) -> _Asked:
     turns = conversation.turns
     if not turns:
@@ -232,12 +257,12 @@ def _asked(conversation: Conversation, form: PromptFormat, supervise: str) -> _A
     return _Asked(conversation, asked, looked_at)
 
 
-def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft | Encoded]:
+def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft]:
     conversation = asked.conversation
     if asked.error is not None:
         raise asked.error
     if not conversation.turns:
-        return [_text(conversation, form)]
+        return []
     whole = _of(texts, len(conversation.turns), False)
     learned = [_answer(conversation, index, texts, form) for index in asked.looked_at]
     shown.check_prompt(conversation, whole, form.template)
@@ -281,47 +306,31 @@ def _up_to(conversation: Conversation, index: int) -> Conversation:
     return replace(conversation, turns=(*before, conversation.turns[index]))
 
 
-def _rows(draft: _Draft, encoding: Any, form: PromptFormat) -> list[Encoded]:
+def _rows(draft: _Draft, ids: list[int], form: PromptFormat) -> list[Encoded]:
     """The ids and labels of a draft; several rows where an answer must be encoded apart from its prompt."""
-    ids: list[int] = encoding.ids
     if form.bos_id is not None and ids[:2] == [form.bos_id] * 2:
         raise DataError("the row begins with BOS twice: the template writes one that is there already")
     labels = [IGNORED] * len(ids)
     for one in draft.learned:
         if control.in_answer(draft.conversation.turns[one.index], form):
             return [_in_two_pieces(draft, ids, form, control.IN_ANSWER)]
-        start = _tokens_of(one.prompt, encoding, ids, form)
+        start = form.tokens_of(one.prompt, draft.text, ids)
         if start is None and len(draft.learned) > 1:
             # What the server sends of an earlier answer is its text, so only the last can be in two pieces.
             apart = _one_each(draft.conversation, draft.learned, form)
-            texts = form.tokenizer.encode_batch([each.text for each in apart], add_special_tokens=False)
-            return [row for each, made in zip(apart, texts, strict=True) for row in _rows(each, made, form)]
+            texts = form.ids_of_all([each.text for each in apart])
+            return [
+                row for each, its_ids in zip(apart, texts, strict=True) for row in _rows(each, its_ids, form)
+            ]
         if start is None:
             return [_in_two_pieces(draft, ids, form, _IN_TWO_PIECES)]
-        last = encoding.char_to_token(len(one.text) - 1)
-        end = start if last is None else last + 1
+        end = len(ids) if one is draft.learned[-1] else form.tokens_of(one.text, draft.text, ids)
+        if end is None or ids[end - 1] != form.end_of_turn_id:
+            raise DataError(f"the end of turn {form.end_of_turn} is not one token at the end of the answer")
         if end <= start + 1:
             raise DataError("the answer has no token of its own")
-        if ids[end - 1] != form.end_of_turn_id:
-            raise DataError(f"the end of turn {form.end_of_turn} is not one token at the end of the answer")
         labels[start:end] = ids[start:end]
     return [Encoded(tuple(ids), tuple(labels), draft.conversation, draft.notes)]
-
-
-def _tokens_of(prompt: str, encoding: Any, ids: Sequence[int], form: PromptFormat) -> int | None:
-    """How many tokens of the row are the prompt's; None where the row's begin otherwise than the prompt's.
-
-    A special token parts what stands before and behind it, so the ids from the last one on decide.
-    """
-    number = encoding.char_to_token(len(prompt))
-    if number is not None and encoding.token_to_chars(number)[0] == len(prompt):
-        special = form.special_ids
-        at = next((at for at in range(number - 1, max(-1, number - 33), -1) if ids[at] in special), None)
-        if at is not None:
-            begins = encoding.token_to_chars(at)[0]
-            return number if form.ids_of_end(prompt[begins:]) == ids[at:number] else None
-    alone = form.ids(prompt)
-    return len(alone) if ids[: len(alone)] == alone else None
 
 
 def _in_two_pieces(draft: _Draft, whole: Sequence[int], form: PromptFormat, why: str) -> Encoded:
@@ -359,7 +368,11 @@ def _answer(conversation: Conversation, index: int, texts: _Texts, form: PromptF
     follows = text.startswith(prompt)
     if shown.opens_thinking(prompt):
         # An empty thinking that the template writes by itself may merge with the prompt's last characters.
-        merges = follows and not shown.has_thinking(turns[index]) and not _begins(text, prompt, form)
+        merges = (
+            follows
+            and not shown.has_thinking(turns[index])
+            and form.tokens_of(prompt, text, form.ids(text)) is None
+        )
         if not follows or merges or shown.opens_with_thinking(text[len(prompt) :]):
             # The template cannot show it so; what the model is to generate is known all the same.
             rest = shown.after_opened(turns[index], index, form.template)
@@ -385,9 +398,3 @@ def _answer(conversation: Conversation, index: int, texts: _Texts, form: PromptF
             hint="leave these rows out, or use a template that ends every answer alike",
         )
     return _Answer(index, prompt, answer[: closing_at + len(form.end_of_turn)])
-
-
-def _begins(text: str, prompt: str, form: PromptFormat) -> bool:
-    """Whether the ids of `prompt` are a prefix of those of `text`."""
-    alone = form.ids(prompt)
-    return form.ids(text)[: len(alone)] == alone

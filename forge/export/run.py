@@ -26,7 +26,7 @@ from forge.export.kernels import choose_kernels
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.request import Exported, ExportRequest, Ingredients, Mode
-from forge.export.tensors import LazyTensor, one_thread, was_in_four_bits, write_safetensors
+from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
 from forge.export.upstream import Choices, Converted, Metadata, convert, without_collection
 from forge.export.write import Rounding, write_gguf, writing
@@ -56,11 +56,6 @@ def export(request: ExportRequest) -> Exported:
     description = work / "description"
     description.mkdir(parents=True)
     checkpoint, fitted = _open(model)
-    if request.quant not in UNQUANTIZED and was_in_four_bits(checkpoint):
-        report.warning(
-            "the base's weights have been through four bits before: a further rounding to few bits adds to "
-            "that, and fits their steps badly (q5_1 and q5_k_m most); q8_0 adds least"
-        )
     try:
         describe(
             model.base, model.tokenizer, model.chat_template, description, fitted, sampling=model.sampling

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from forge.errors import DataError
-from forge.model.checkpoint import Checkpoint
 from forge.model.safetensors_header import BITS, TensorSpec
 
 # Values in a slab: 4 MiB in float32. Where a slab ends decides how a merge is rounded in its last bit,
@@ -112,22 +111,6 @@ def read_tensor_rows(spec: TensorSpec, start: int, stop: int) -> Any:
             hint="these weights are broken: fetch them again, or train again with a smaller learning rate",
         )
     return values
-
-
-def was_in_four_bits(checkpoint: Checkpoint) -> bool:
-    """Whether the base was dequantized: no 32 neighbours of a matrix have more than 16 values.
-
-    A block of Q4_0, Q4_1, NF4 or GPTQ has no more. One matrix in the middle is looked at, a few rows of it.
-    """
-    matrices = [
-        spec for spec in checkpoint.tensors.values() if len(spec.shape) == 2 and spec.shape[1] % 32 == 0
-    ]
-    if not matrices:
-        return False
-    spec = matrices[len(matrices) // 2]
-    blocks = read_tensor_rows(spec, 0, min(8, spec.shape[0])).float().reshape(-1, 32)
-    most = max(len(block.unique()) for block in blocks)
-    return 2 < most <= 16
 
 
 def are_finite(values: Any) -> bool:
