@@ -49,7 +49,7 @@ def resolve_recipe(
         read_adapter(adopted.directory)  # what it cannot be is refused though the base may not be here yet
     if isinstance(recipe.train, Train) and recipe.train.continue_from:
         _refuse_continued(loaded.directory / Path(recipe.train.continue_from).expanduser())
-    sources, heldout = data_sources(loaded, pins.data, offline=offline, fetch=fetch == "all")
+    sources, heldout = data_sources(loaded, offline=offline, fetch=fetch == "all", pinned=pins.data)
     ship = Resolved(loaded, store, run_directory, base, adopted, sources, heldout, headers)
     if base.directory is not None:
         check(ship)

@@ -15,7 +15,7 @@ from forge.recipe.schema import Data, DataSource, Train
 
 
 def data_sources(
-    loaded: Loaded, pinned: Mapping[str, str], *, offline: bool, fetch: bool
+    loaded: Loaded, *, offline: bool, fetch: bool, pinned: Mapping[str, str] | None = None
 ) -> tuple[tuple[Source, ...], float | int | Path]:
     """The sources of the rows, and what is held out: a share, a number of rows, or a file.
 
@@ -28,7 +28,7 @@ def data_sources(
     train = loaded.recipe.train
     pairs = isinstance(train, Train) and train.compares
     sources = tuple(
-        _source(data, source, loaded.directory, pinned, offline=offline, fetch=fetch, pairs=pairs)
+        _source(data, source, loaded.directory, pinned or {}, offline=offline, fetch=fetch, pairs=pairs)
         for source in data.sources
     )
     heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
