@@ -105,7 +105,7 @@ def _regular(pattern: str) -> str | None:
 def _patterns(fits: Callable[[object], bool], words: str) -> Check:
     def check(value: object) -> str | None:
         if not isinstance(value, dict):
-            return f"must be an object (got {_shown(value)}); peft writes {{}} where it is unset"
+            return f"must be an object (got {_shown(value)})"
         wrong = [f"{key} must be {words} (got {_shown(one)})" for key, one in value.items() if not fits(one)]
         return "; ".join([*wrong, *filter(None, map(_regular, value))]) or None
 
