@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,7 +130,8 @@ def test_the_manifest_lists_all_types(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     results = {one.name: one for one in made}
     verdict = {"ok": True, "verdict": "is base and adapter", "logits": {"kl_mean": 0.1}}
-    monkeypatch.setattr(verify, "certificate", lambda ship, measured, live=None: verdict)
+    judged = SimpleNamespace(plain=lambda: verdict)
+    monkeypatch.setattr(verify, "certificate", lambda ship, measured, live=None: judged)
     fields = stages["verify"].findings(results)
     assert fields["certificate"] == verdict
     assert fields["types"] == [

@@ -158,9 +158,8 @@ def _card(
     leaves = values(recipe) if recipe else {}
     trained = [(name, leaves.get(f"train.{name}")) for name in _SETTINGS]
     ggufs = [name for name in files if name.endswith(".gguf")]
-    library = {True: "transformers", False: "peft" if "adapter_config.json" in files else ""}[
-        "config.json" in files
-    ]
+    adapter = "peft" if "adapter_config.json" in files else ""
+    library = "transformers" if "config.json" in files else adapter
     sources = [source.source for source in recipe.data.sources] if recipe and recipe.data else []
     spec = (manifest.base.spec or "").partition("@")[0]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
