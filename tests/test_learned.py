@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 from forge.pipeline.stage import Result
+from forge.runs.manifest import Learned
 from forge.stages.evaluate import (
     EvaluateStage,
     figures,
     has_improved,
+    learned,
     least_improvement,
     nothing_learned,
     remarks,
 )
-from forge.train.evaluate import Evaluated, standard_error
+from forge.train.evaluate import Change, Evaluated, Preferred, standard_error
 from forge.train.outcome import fall_at_the_end, still_falling
 from tests.models import evaluated
 from tests.shipping import Workshop
@@ -44,6 +46,13 @@ def test_an_improvement_beyond_its_uncertainty(
     before: float, after: float, error: float | None, rows: int, improved: bool
 ) -> None:
     assert has_improved(facts(before, after, error, rows)) is improved
+
+
+def test_of_pairs_the_share_that_is_preferred_is_told() -> None:
+    """Before training the reward of DPO is nothing for either answer."""
+    preferred = Preferred(accuracy=0.75, margin=0.5, error=0.1, likelier=Change(0.5, 0.7))
+    measured = evaluated(rows=12, preferred=preferred)
+    assert learned(measured) == Learned("preference", 0.0, 0.75, rows=12)
 
 
 def test_the_standard_error_by_hand() -> None:

@@ -127,6 +127,7 @@ def test_trained_apart_is_written_apart(case: str, tied: Path, tmp_path: Path) -
     adapter = make_adapter(tied, tmp_path / "adapter", **APART[case])
     told = validate(ValidateRequest(tied, adapter))
     assert (told.ok, told.untied, told.exports) == (True, True, ("merged",))
+    assert "it trained embedding and output layer apart, which the base ties" in told.impurities
     check(tied, adapter, tmp_path / "out")
     assert "output.weight" in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
     configuration = json.loads((tmp_path / "out" / MERGED_DIRECTORY / "config.json").read_text())

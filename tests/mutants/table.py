@@ -68,6 +68,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/stages/evaluate.py": (
         *_STAGE,
         "test_learned.py::test_an_improvement_beyond_its_uncertainty",
+        "test_learned.py::test_of_pairs_the_share_that_is_preferred_is_told",
         "test_learned.py::test_more_rows_tell_a_smaller_improvement",
     ),
     "forge/stages/export.py": (*_STAGE, "test_several_types.py"),
