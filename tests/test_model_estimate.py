@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -217,6 +217,32 @@ def test_b4_activations_follow_the_formula(llama: Configuration) -> None:
     assert activations(batch=2, sequence=1000, attention="eager") == 32 * (layer + square)
     assert activations(batch=2, sequence=1000, dtype_bytes=4) == 64 * layer
     assert activations(batch=2, sequence=1000, checkpointing=True) == layer + 32 * 2 * 4096 * 2000
+
+
+def test_b7_the_book_s_tables_have_their_shape(tensors: Models) -> None:
+    """Tables 5.2 and 5.3: OPT-350M in 16 bits, a row of 500 and of 2,000 tokens (measured MB in comments)."""
+    opt = configuration_of(
+        {"architectures": ["OPTForCausalLM"], "hidden_size": 1024, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "ffn_dim": 4096, "vocab_size": 50272}
+    )  # fmt: skip
+
+    def total(method: Literal["full", "lora"], sequence: int, **options: Any) -> int:
+        estimated = estimate.training(
+            tensors["opt-350m"], opt, method=method, rank=8, batch=1, sequence=sequence, cuda=True, **options
+        )
+        return estimated.total - estimated.parts["CUDA context"]
+
+    # LoRA: 2066 and 1287 at 500 tokens, 15266 and 3109 at 2,000, 914 and 2059 with checkpointing.
+    short, long = (total("lora", sequence, attention="eager") for sequence in (500, 2000))
+    assert long > 5 * short
+    assert total("lora", 2000) < long / 3
+    assert total("lora", 500) < 0.8 * short
+    for attention in ("eager", "sdpa"):
+        assert total("lora", 500, checkpointing=True, attention=attention) == pytest.approx(914e6, rel=0.15)
+    # Full: the 8-bit optimizer saves (3441 -> 2011); with LoRA there is nothing to save.
+    assert total("full", 500, optimizer="adamw_bnb_8bit") < 0.8 * total("full", 500)
+    assert total("lora", 500, optimizer="adamw_bnb_8bit") > 0.95 * total("lora", 500)
+    assert total("full", 500) > 2 * total("lora", 500)
 
 
 def test_pitfall_39_an_8_bit_optimizer_saves_little_with_lora(tensors: Models, llama: Configuration) -> None:
