@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import export, front, kernels, serve, ship, startup, training, validate, verify
+from bench import data, export, front, kernels, serve, ship, startup, training, validate, verify
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
 from forge.process import signals_as_interrupt
@@ -29,6 +29,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "training": training.measure,
     "ship": ship.measure,
     "export": export.measure,
+    "data": data.measure,
     "export-large": export.measure_large,
     "export-ggml": export.measure_without_kernels,
     "validate": validate.measure,
