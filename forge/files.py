@@ -52,6 +52,11 @@ def try_lock(opened: IO[bytes] | int) -> bool:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise DataError(
+            f"files cannot be locked here: {error.strerror}",
+            hint="the file system has no flock: set FORGE_HOME to another, or mount it with flock",
+        ) from error
     return True
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from forge.files import sha256_of, write_text
+from forge.errors import DataError
+from forge.files import is_locked, lock_file, sha256_of, work_beside, write_text
 from tests.conftest import tree
 
 
@@ -47,3 +48,35 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_nothing_else(
 def test_the_digest_is_that_of_the_bytes(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert sha256_of(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_a_lock_keeps_others_out_until_the_file_is_closed(tmp_path: Path) -> None:
+    lock = tmp_path / "locks" / "a.lock"
+    assert not is_locked(lock) and not lock.parent.exists()
+    with lock_file(lock) as is_ours:
+        assert is_ours and is_locked(lock)
+        with lock_file(lock) as is_theirs:
+            assert not is_theirs
+    assert not is_locked(lock)
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(DataError, match="files cannot be locked here: Function not implemented"):
+        with lock_file(tmp_path / "a.lock"):
+            pass
+
+
+def test_a_working_directory_is_of_one_process_and_goes_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    (tmp_path / ".out.gguf.partial").mkdir()
+    (tmp_path / ".out.gguf.partial" / "left").touch()
+    with work_beside(out) as work:
+        assert not any(work.iterdir())
+        with pytest.raises(DataError, match="another command writes"):
+            with work_beside(out):
+                pass
+    assert not any(tmp_path.iterdir())
