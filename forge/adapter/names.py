@@ -53,9 +53,9 @@ def whole(name: str) -> str:
 
 def as_peft_writes(name: str) -> str:
     """The name that peft's save_pretrained gives to this tensor."""
-    if (found := factor(name)) is None:
+    if (parts := factor(name)) is None:
         return PREFIX + _COPIES.sub(".", bare(name))
-    module, part, _ = found
+    module, part, _ = parts
     return f"{PREFIX}{module}.{_WRITTEN[part]}"
 
 

@@ -150,6 +150,6 @@ def _last_part(name: str) -> str:
     cached = [part for part in parts if part.startswith("models--")]
     last = (cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
     last = last.partition("@")[0]
-    while end := next((one for one in _COPY_OF if last.endswith(one)), None):
+    while end := next((copy for copy in _COPY_OF if last.endswith(copy)), None):
         last = last.removesuffix(end)
     return last

@@ -164,7 +164,7 @@ def _require_adapted(configuration: Mapping[str, Any], layers: Collection[str]) 
             f"{len(odd)} of the {len(layers)} layers with factors are not adapted by adapter_config.json: "
             "peft would leave them out",
             hint=f"take the adapter_config.json of this training; else {_AGAIN}",
-            problems=[Problem("has factors, the configuration does not adapt it", one) for one in odd[:8]],
+            problems=[Problem("has factors, the configuration does not adapt it", name) for name in odd[:8]],
         )
 
 
@@ -172,7 +172,7 @@ def _is_named(module: str, named: str | Collection[str]) -> bool:
     """As peft matches: a regular expression on the whole name, or a name by its end."""
     if isinstance(named, str):
         return re.fullmatch(named, module) is not None
-    return any(module == one or module.endswith(f".{one}") for one in named)
+    return any(module == suffix or module.endswith(f".{suffix}") for suffix in named)
 
 
 def _has_number(module: str, configuration: Mapping[str, Any]) -> bool:
@@ -191,7 +191,7 @@ def _token_rows(module: str, values: TensorSpec, configuration: Mapping[str, Any
     """`values` with the tokens that the configuration names: one list for all, or one by module."""
     named = configuration.get("trainable_token_indices")
     if isinstance(named, dict):
-        fits = [one for key, one in named.items() if module.endswith(key)]
+        fits = [value for key, value in named.items() if module.endswith(key)]
         # Of tied modules one may be named for both.
         named = next(iter(fits or named.values()), None) if fits or len(named) == 1 else None
     if not isinstance(named, list) or any(type(token) is not int or token < 0 for token in named):
@@ -329,19 +329,19 @@ def _sort_tensors(
                 hint=MERGE,
             )
     _check_lengths(parts, bool(configuration.get("use_dora")))
-    incomplete = sorted(module for module, found in parts.items() if not {"A", "B"} <= found.keys())
+    incomplete = sorted(module for module, factors in parts.items() if not {"A", "B"} <= factors.keys())
     if incomplete:
         raise DataError(f"the adapter has only one LoRA factor for {', '.join(incomplete)}", hint=_AGAIN)
     layers = {
         module: LoraLayer(
             module,
-            found["A"],
-            found["B"],
-            scale_of(module, found["A"].shape[0], configuration),
+            factors["A"],
+            factors["B"],
+            scale_of(module, factors["A"].shape[0], configuration),
             module in embeddings,
-            found.get("magnitude"),
+            factors.get("magnitude"),
         )
-        for module, found in parts.items()
+        for module, factors in parts.items()
     }
     return layers, replaced
 
@@ -363,10 +363,10 @@ def scale_of(module: str, rank: int, configuration: Mapping[str, Any]) -> float:
 
     `rank` is what the file holds. Raises `DataError` when the configuration says otherwise.
     """
-    said = _by_pattern(module, configuration.get("rank_pattern") or {}, configuration.get("r"))
-    if said != rank:
+    configured = _by_pattern(module, configuration.get("rank_pattern") or {}, configuration.get("r"))
+    if configured != rank:
         raise DataError(
-            f"{module}: the configuration says rank {said}, the file holds rank {rank}", hint=_AGAIN
+            f"{module}: the configuration says rank {configured}, the file holds rank {rank}", hint=_AGAIN
         )
     alpha = _by_pattern(module, configuration.get("alpha_pattern") or {}, configuration.get("lora_alpha"))
     return float(alpha) / (math.sqrt(rank) if configuration.get("use_rslora") else rank)

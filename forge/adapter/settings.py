@@ -80,7 +80,7 @@ def _dropout(value: object) -> str | None:
 
 
 def _names(value: object) -> str | None:
-    fits = value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+    fits = value is None or (isinstance(value, list) and all(isinstance(item, str) for item in value))
     return None if fits else f"must be a list of names (got {_shown(value)})"
 
 
@@ -106,7 +106,7 @@ def _patterns(fits: Callable[[object], bool], words: str) -> Check:
     def check(value: object) -> str | None:
         if not isinstance(value, dict):
             return f"must be an object (got {_shown(value)})"
-        wrong = [f"{key} must be {words} (got {_shown(one)})" for key, one in value.items() if not fits(one)]
+        wrong = [f"{key} must be {words} (got {_shown(v)})" for key, v in value.items() if not fits(v)]
         return "; ".join([*wrong, *filter(None, map(_regular, value))]) or None
 
     return check
@@ -114,14 +114,14 @@ def _patterns(fits: Callable[[object], bool], words: str) -> Check:
 
 def _layers(value: object) -> str | None:
     numbers = value if isinstance(value, list) else [value]
-    fits = value is None or all(type(one) is int and one >= 0 for one in numbers)
+    fits = value is None or all(type(number) is int and number >= 0 for number in numbers)
     return None if fits else f"must be a layer's number, or a list of them (got {_shown(value)})"
 
 
 def _tokens(value: object) -> str | None:
     lists = list(value.values()) if isinstance(value, dict) else [value]
     fits = value is None or all(
-        isinstance(one, list) and all(type(token) is int and token >= 0 for token in one) for one in lists
+        isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids) for ids in lists
     )
     if fits and value is not None and not all(lists):
         return f"{_shown(value)} names no token; peft writes null where it is unset"

@@ -53,7 +53,8 @@ class Fitted:
     def impurities(self) -> tuple[str, ...]:
         """Why it has no GGUF form of its own over this base; empty when it is pure (D13, pitfall 52)."""
         reasons = list(self.adapter.impurities)
-        if any(self.is_transposed(one) and not one.is_embedding for one in self.adapter.layers.values()):
+        layers = self.adapter.layers.values()
+        if any(self.is_transposed(layer) and not layer.is_embedding for layer in layers):
             reasons.append("its layers are Conv1D, whose factors are transposed")
         if self.untied:
             reasons.append("it trained embedding and output layer apart, which the base ties")
@@ -89,8 +90,8 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fitted:
     base = checkpoint.tensors
     heads = [name for name in base if _is_weight(name, HEADS)]
     embedding = next((name for name in base if _is_weight(name, EMBEDDINGS)), None)
-    said = ties_embeddings(read_json(checkpoint.directory / "config.json"))
-    if embedding is None or said is False or (said is None and heads):
+    ties = ties_embeddings(read_json(checkpoint.directory / "config.json"))
+    if embedding is None or ties is False or (ties is None and heads):
         return Fitted(checkpoint, adapter, _resized_rows(adapter, base))
     if checkpoint.files and not all(_is_copy(base[name], base[embedding]) for name in heads):
         # transformers ties no two tensors that differ, whatever the configuration says; peft ties rows by it.
@@ -111,8 +112,8 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fitted:
 def _resized_rows(adapter: Adapter, base: Mapping[str, TensorSpec]) -> int | None:
     before = {name: spec.shape[0] for name, spec in base.items() if is_of_tokens(name)}
     after = dict(before)
-    for given, spec in adapter.replaced.items():
-        name = find_base_tensor(given, base)
+    for module, spec in adapter.replaced.items():
+        name = find_base_tensor(module, base)
         if name in after and spec.shape[1:] == base[name].shape[1:]:
             after[name] = spec.shape[0]
     if after == before:
@@ -176,11 +177,11 @@ def _without_copies(adapter: Adapter) -> Adapter:
 
 
 def _without_copy(parts: Mapping[str, Part], is_copy: Callable[[Part, Part], bool]) -> dict[str, Part]:
-    embedding = next((one for name, one in parts.items() if _leaf(name) in EMBEDDINGS), None)
+    embedding = next((part for name, part in parts.items() if _leaf(name) in EMBEDDINGS), None)
     return {
-        name: one
-        for name, one in parts.items()
-        if not (_leaf(name) in HEADS and embedding and is_copy(one, embedding))
+        name: part
+        for name, part in parts.items()
+        if not (_leaf(name) in HEADS and embedding and is_copy(part, embedding))
     }
 
 
@@ -203,7 +204,7 @@ def _moves_embedding_alone(adapter: Adapter) -> bool:
         return False
     named = adapter.configuration.get("modules_to_save") or ()
     modules = [name.rpartition(".")[0] for name in adapter.replaced if _is_weight(name, EMBEDDINGS)]
-    return any(module.endswith(one) for module in modules for one in named)
+    return any(module.endswith(name) for module in modules for name in named)
 
 
 def saved_whole(base: Mapping[str, TensorSpec], named: Sequence[str]) -> int:
@@ -211,12 +212,12 @@ def saved_whole(base: Mapping[str, TensorSpec], named: Sequence[str]) -> int:
 
     An embedding that is the output layer too is saved for both.
     """
-    saved = {name for name in base if any(f"{one}." in name for one in named)}
+    saved = {name for name in base if any(f"{module}." in name for module in named)}
     count = sum(base[name].numel for name in saved)
     if any(_is_weight(name, HEADS) for name in base):
         return count
     tied = {name for name in base if _is_weight(name, EMBEDDINGS)}
-    heads = any(head.endswith(one) for head in HEADS for one in named)
+    heads = any(head.endswith(module) for head in HEADS for module in named)
     both = sum(base[name].numel for name in tied) if heads or tied & saved else 0
     return count + both * (1 if tied & saved else 2)
 

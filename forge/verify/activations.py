@@ -85,9 +85,9 @@ class _Watch:
         operation = self._library.ggml_op_name(tensor.op)
         if operation not in (b"MUL_MAT", b"MUL_MAT_ID"):
             return False
-        weight, given = (_Tensor.from_address(tensor.src[number]) for number in (0, 1))
+        weight, source = (_Tensor.from_address(tensor.src[number]) for number in (0, 1))
         name = _name(weight)
-        if given.type != _F32 or not name.startswith("blk."):
+        if source.type != _F32 or not name.startswith("blk."):
             return False
         if not ask:
             inputs = self._values(tensor.src[1], "float32")

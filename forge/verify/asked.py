@@ -26,12 +26,12 @@ class Answered:
 
 def prompts_of(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
     """Rows up to their answer: what the model is asked."""
-    found = []
+    prompts = []
     for row in rows[:_LIVE_PROMPTS]:
         labels = row.get("labels") or []
         start = next((at for at, label in enumerate(labels) if label >= 0), len(row["input_ids"]) // 2)
-        found.append(list(row["input_ids"][: max(1, min(start, sample.LONGEST))]))
-    return found
+        prompts.append(list(row["input_ids"][: max(1, min(start, sample.LONGEST))]))
+    return prompts
 
 
 def answer(model: ServedModel, prompts: Sequence[Sequence[int]]) -> Answered:

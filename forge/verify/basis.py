@@ -46,13 +46,13 @@ class Verdict:
         if self.broken_stage != other.broken_stage:
             yield f"the stage at fault was {self.broken_stage or 'none'}, here {other.broken_stage or 'none'}"
         own, others = (
-            {(leg["from"], leg["to"]): leg["ok"] for leg in one.handovers if leg["to"] != "live server"}
-            for one in (self, other)
+            {(leg["from"], leg["to"]): leg["ok"] for leg in kept.handovers if leg["to"] != "live server"}
+            for kept in (self, other)
         )
         for name in dict.fromkeys([*own, *others]):
             was, here = own.get(name, "not compared"), others.get(name, "not compared")
             if was != here:
-                before, after = (words.get(one, one) for one in (was, here))
+                before, after = (words.get(value, value) for value in (was, here))
                 yield f"{' → '.join(name)} was {before}, here it is {after}"
 
 

@@ -95,12 +95,12 @@ def _importance(request: CalibrationRequest, f16: Path, work: Path) -> Importanc
         return from_plain(Importance, json.loads(made.read_text(encoding="utf-8")))
     context = read_configuration(request.model.base).max_positions
     rows = _drawn(read_token_rows(request.rows), context)
-    found = squares(f16, rows)
-    write_importance(work / IMPORTANCE_FILE, found, len(rows), max(map(len, rows)))
-    idle = sum(int((counts == 0).sum()) for _, counts in found.values())
+    means = squares(f16, rows)
+    write_importance(work / IMPORTANCE_FILE, means, len(rows), max(map(len, rows)))
+    idle = sum(int((counts == 0).sum()) for _, counts in means.values())
     if idle:
         report.warning(f"no token of the rows came to {idle} matrices of experts: they are rounded evenly")
-    importance = Importance(len(found), len(rows), sum(map(len, rows)), idle)
+    importance = Importance(len(means), len(rows), sum(map(len, rows)), idle)
     write_text(made, json.dumps(to_plain(importance)))
     return importance
 

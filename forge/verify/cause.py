@@ -37,7 +37,7 @@ class _Differ:
 
 def cause_of(measured: Measurement, handovers: Sequence[Handover]) -> Cause:
     """The cause of the first hand-over that is not ok."""
-    broken = next(one for one in handovers if not one.ok)
+    broken = next(handover for handover in handovers if not handover.ok)
     if broken.after == "merged":
         return _merged(measured, broken)
     if lost := measured.legs.most_lost if broken.after.startswith("weights in") else None:

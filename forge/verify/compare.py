@@ -93,12 +93,12 @@ def distances(reference: Any, candidate: Any, other: Any, sample: Sample) -> Dis
     """How far `candidate` and `other` are from `reference` at the positions of `sample`."""
     import numpy as np
 
-    common = min(one.shape[1] for one in (reference, candidate, other))
+    common = min(logits.shape[1] for logits in (reference, candidate, other))
     parts: list[tuple[Any, Any, Any]] = []
     for inside in _blocks(len(sample.positions), common):
         centred, far, near = (
-            _centred(np.asarray(one[inside, :common], dtype=np.float64))
-            for one in (reference, candidate, other)
+            _centred(np.asarray(logits[inside, :common], dtype=np.float64))
+            for logits in (reference, candidate, other)
         )
         parts.append((_squares(far - centred), _squares(near - centred), _squares(centred)))
     far, near, power = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -221,7 +221,7 @@ def _middle(values: Any, stretches: Sequence[Any]) -> float:
     """The middle of all positions' `values`, or the worst stretch's first quarter's end if that is more."""
     import numpy as np
 
-    return float(max(np.median(values), *(np.quantile(values[one], 0.25) for one in stretches)))
+    return float(max(np.median(values), *(np.quantile(values[stretch], 0.25) for stretch in stretches)))
 
 
 def _stretches(sample: Sample) -> list[Any]:
@@ -252,12 +252,12 @@ def _by_position(kl: Any, places: Sequence[int]) -> tuple[Stretch, ...]:
 
     where = np.asarray(places)
     width = int(where.max()) // _BUCKETS + 1
-    found = []
+    stretches = []
     for start in range(0, int(where.max()) + 1, width):
         inside = kl[(where >= start) & (where < start + width)]
         if len(inside):
-            found.append(Stretch(start, _short(inside.mean()), _short(inside.max())))
-    return tuple(found)
+            stretches.append(Stretch(start, _short(inside.mean()), _short(inside.max())))
+    return tuple(stretches)
 
 
 def _short(value: Any) -> float:

@@ -37,9 +37,9 @@ def refuse_other_model(header: GgufHeader, facts: Configuration) -> None:
     names = {"block_count": facts.layers, "embedding_length": facts.hidden_size}
     problems = []
     for key, expected in names.items():
-        found = header.metadata.get(f"{header.architecture}.{key}")
-        if expected is not None and isinstance(found, int) and found != expected:
-            problems.append(Problem(f"{found} in the file, {expected} in the base", key))
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if expected is not None and isinstance(value, int) and value != expected:
+            problems.append(Problem(f"{value} in the file, {expected} in the base", key))
     if problems:
         raise DataError(
             f"{header.path} is another model's: {header.architecture}, not the size of this "
@@ -96,8 +96,8 @@ def type_of(header: GgufHeader) -> str:
     Its tensors' type where it says none that llama.cpp knows, where they are not quantized, or where only its
     word is not: a coarser word would excuse more than the file may lose.
     """
-    told, kind = type_name(header.metadata.get("general.file_type")), type_of_tensors(header)
-    return told if told and told not in UNQUANTIZED and kind not in UNQUANTIZED else kind
+    stated, kind = type_name(header.metadata.get("general.file_type")), type_of_tensors(header)
+    return stated if stated and stated not in UNQUANTIZED and kind not in UNQUANTIZED else kind
 
 
 def type_of_tensors(header: GgufHeader) -> str:
@@ -140,9 +140,9 @@ def refuse_too_large(tensors: Mapping[str, TensorSpec], free: int) -> None:
     layers: dict[str, int] = {}
     outside = 0
     for name, spec in tensors.items():
-        found = _LAYER.search(name)
-        if found:
-            layer = name[: found.end()]
+        match = _LAYER.search(name)
+        if match:
+            layer = name[: match.end()]
             layers[layer] = layers.get(layer, 0) + 4 * spec.numel
         else:
             outside = max(outside, 4 * math.prod(spec.shape))

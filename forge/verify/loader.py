@@ -117,9 +117,9 @@ def _places(model: Any, checkpoint: Checkpoint) -> tuple[dict[str, _Place], dict
 
     known, prefix = model.state_dict(), model.base_model_prefix
     mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+    renamings = [change for change in mapping if isinstance(change, WeightRenaming)]
+    converters = [change for change in mapping if isinstance(change, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     places: dict[str, _Place] = {}
     produced: dict[str, str] = {}
     for key in sorted(checkpoint.tensors, key=dot_natural_key):

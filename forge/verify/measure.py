@@ -240,10 +240,10 @@ class _Comparison:
         merged, source = self.session.request.merged, self.session.source
         assert merged is not None
         held = rounding_of_checkpoint(open_checkpoint(merged))
-        found = self._checkpoint("merged", replace(source, base=merged, adapter=None, nf4=False))
+        made = self._checkpoint("merged", replace(source, base=merged, adapter=None, nf4=False))
         if held.is_exact:
-            return found, None
-        return found, self._checkpoint("as merged", replace(source, rounding=held))
+            return made, None
+        return made, self._checkpoint("as merged", replace(source, rounding=held))
 
     def _conversion(self, path: Path, logits: Any, leg: Leg) -> _Conversion:
         """The unquantized file in `path`, `leg` from the reference; `rounded` is what its type does to it.

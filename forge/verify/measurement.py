@@ -367,9 +367,9 @@ class Handover:
     def plain(self) -> Mapping[str, object]:
         """With the names of the contract."""
         figures = {name: getattr(self, name) for name in FIGURES}
-        found = {"from": self.before, "to": self.after, "ok": self.ok, **figures}
-        found["perplexity"] = self.perplexity
+        fields = {"from": self.before, "to": self.after, "ok": self.ok, **figures}
+        fields["perplexity"] = self.perplexity
         if self.vendor:
-            found["vendor"] = {name: getattr(self.vendor, name) for name in FIGURES}
-            found["beyond_vendor"] = self.beyond_vendor
-        return found
+            fields["vendor"] = {name: getattr(self.vendor, name) for name in FIGURES}
+            fields["beyond_vendor"] = self.beyond_vendor
+        return fields

@@ -57,11 +57,11 @@ def logits(weights: Weights, sample: Sample, label: str, lost: dict[str, float] 
 
     with torch.inference_mode(), _streamed(opened, weights, label, lost):
         hook = head.register_forward_pre_hook(only_sampled)
-        found = model(input_ids=ids, use_cache=False).logits[0].float()
+        logits = model(input_ids=ids, use_cache=False).logits[0].float()
         hook.remove()
-    if not torch.isfinite(found).all():
+    if not torch.isfinite(logits).all():
         raise DataError(f"{weights.base}: the logits of the reference are not finite", hint=DAMAGED)
-    return found.numpy()
+    return logits.numpy()
 
 
 def with_table(weights: Weights, rounding: Rounding, sample: Sample) -> Any:
@@ -142,16 +142,16 @@ def _streamed(
             merged.pop().merged_adapters.clear()
 
     def ran(name: str) -> Callable[[Any, Any, Any], None]:
-        return lambda layer, given, made: idle.pop(name, None) and None
+        return lambda layer, inputs, made: idle.pop(name, None) and None
 
-    empties = {id(unit): [(one, dict(one._parameters)) for one in unit.modules()] for unit in units}
+    empties = {id(unit): [(module, dict(module._parameters)) for module in unit.modules()] for unit in units}
     hooks = [unit.register_forward_pre_hook(load) for unit in units]
     hooks += [unit.register_forward_hook(drop) for unit in units]
     hooks += [layer.register_forward_hook(ran(name)) for name, layer in opened.layers.items()]
     if rounding and rounding.inputs:
-        products = {id(one): one for unit in units for one in unit.modules() if _multiplies(one)}
-        hooks += [one.register_forward_pre_hook(_round_inputs) for one in products.values()]
-        hooks += [one.register_forward_hook(_from_table) for one in model.modules() if _is_gelu(one)]
+        products = {id(module): module for unit in units for module in unit.modules() if _multiplies(module)}
+        hooks += [module.register_forward_pre_hook(_round_inputs) for module in products.values()]
+        hooks += [module.register_forward_hook(_from_table) for module in model.modules() if _is_gelu(module)]
     try:
         yield
     finally:
@@ -204,12 +204,12 @@ def _multiplies(module: Any) -> bool:
     import torch
 
     own = (parameter for parameter in module._parameters.values() if parameter is not None)
-    return not isinstance(module, torch.nn.Embedding) and any(one.dim() > 1 for one in own)
+    return not isinstance(module, torch.nn.Embedding) and any(tensor.dim() > 1 for tensor in own)
 
 
 def _round_inputs(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a rounded weight is multiplied by, rounded as it is; runs behind the loading."""
-    kinds = (getattr(one, "held_as", None) for one in module._parameters.values())
+    kinds = (getattr(tensor, "held_as", None) for tensor in module._parameters.values())
     kind = next((kind for kind in kinds if kind), None)
     return (rounded(inputs[0], kind), *inputs[1:])
 
@@ -225,8 +225,8 @@ def _from_table(module: Any, inputs: tuple[Any, ...], made: Any) -> Any:
 
     held = rounded(inputs[0], "F16")
     quick = "Quick" in type(module).__name__
-    found = module.forward(held) if quick else torch.nn.functional.gelu(held, approximate="tanh")
-    return torch.where(inputs[0].abs() < 10, rounded(found, "F16"), made)
+    gelu = module.forward(held) if quick else torch.nn.functional.gelu(held, approximate="tanh")
+    return torch.where(inputs[0].abs() < 10, rounded(gelu, "F16"), made)
 
 
 def _units(model: Any, *, is_tuned: bool) -> Iterator[Any]:

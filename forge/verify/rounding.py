@@ -73,8 +73,8 @@ def names_in(architecture: str, layers: int) -> Callable[[str], str | None]:
     table = gguf.get_tensor_name_map(kinds[architecture], layers)
 
     def find(name: str) -> str | None:
-        found: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
-        return found
+        mapped: str | None = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        return mapped
 
     return find
 

@@ -109,7 +109,7 @@ def _sample(
     positions: Sequence[tuple[int, int]],
 ) -> Sample:
     labels = [rows[number].get("labels") for number in numbers]
-    answers = [(found := labels[row]) is None or found[at + 1] != IGNORED for row, at in positions]
+    answers = [(row_labels := labels[row]) is None or row_labels[at + 1] != IGNORED for row, at in positions]
     return Sample(tuple(cut), tuple(positions), tuple(answers), len(rows), tuple(numbers))
 
 

@@ -50,10 +50,10 @@ class ServedModel:
         parameters = llama_cpp.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.use_extra_bufts = like_server  # repacks, that is copies, all weights
-        with listening() as said:
+        with listening() as printed:
             self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
         if not self._model:
-            raise DataError(f"{path}: llama.cpp cannot load it: {last_words(said)}", hint=_AGAIN)
+            raise DataError(f"{path}: llama.cpp cannot load it: {last_words(printed)}", hint=_AGAIN)
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary_size = int(llama_cpp.llama_vocab_n_tokens(self._vocabulary))
         settings = llama_cpp.llama_context_default_params()
@@ -80,11 +80,11 @@ class ServedModel:
         """Load an adapter; it lives as long as its model."""
         import llama_cpp
 
-        with listening() as said:
+        with listening() as printed:
             adapter = llama_cpp.llama_adapter_lora_init(self._model, str(lora).encode())
         if not adapter:
             self.close()
-            raise DataError(f"{lora}: llama.cpp cannot load this adapter: {last_words(said)}", hint=_AGAIN)
+            raise DataError(f"{lora}: llama.cpp cannot load this adapter: {last_words(printed)}", hint=_AGAIN)
         adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(adapter)
         llama_cpp.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
 
@@ -100,19 +100,19 @@ class ServedModel:
         """Logits at the sampled positions: float32, (positions, vocabulary), in the sample's order."""
         import numpy as np
 
-        found: Any = np.empty((len(sample.positions), self.vocabulary_size), dtype=np.float32)
+        logits: Any = np.empty((len(sample.positions), self.vocabulary_size), dtype=np.float32)
         at = 0
         for number, row in enumerate(sample.rows):
             for values in self._evaluate(row, sample.of_row(number)):
-                found[at] = values
+                logits[at] = values
                 at += 1
             report.advance(label, number + 1, len(sample.rows))
-        if not np.isfinite(found).all():
+        if not np.isfinite(logits).all():
             raise DataError(
                 f"{self.path}: its logits are not finite (NaN or infinite) after {len(sample.rows)} rows",
                 hint=_AGAIN,
             )
-        return found
+        return logits
 
     def read(self, ids: Sequence[int]) -> None:
         """Compute one row from its beginning, with the logits of every position."""
@@ -129,7 +129,7 @@ class ServedModel:
 
     def after(self, ids: Sequence[int]) -> Any:
         """The logits behind the last of `ids`."""
-        [values] = [one.copy() for one in self._evaluate(ids, [len(ids) - 1])]
+        [values] = [row.copy() for row in self._evaluate(ids, [len(ids) - 1])]
         return values
 
     def go_on(self, prompt: Sequence[int], values: Any, most: int) -> list[int]:

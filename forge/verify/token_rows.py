@@ -79,7 +79,7 @@ def _of_base(model: Opened, name: str) -> Any:
         return None
     targets = model.loader.targets
     wanted = (targets.get(name, name), *model.of_tokens)
-    stored = [one for target in wanted for one in targets if targets[one] == target]
+    stored = [name for target in wanted for name in targets if targets[name] == target]
     return model.loader.read(stored[0]) if stored else None
 
 

@@ -176,7 +176,7 @@ def empty_model(weights: Weights, change: Callable[[Any], None] | None = None) -
 def _of_tokens(model: Any) -> Mapping[str, Any]:
     """The embedding and the output layer by their names."""
     wanted = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return {name: one for name, one in model.named_modules() if any(one is module for module in wanted)}
+    return {name: module for name, module in model.named_modules() if any(module is item for item in wanted)}
 
 
 def _plain(name: str) -> str:
@@ -188,14 +188,14 @@ def _plain(name: str) -> str:
 
 def _whole_tensors(adapter: Path) -> Mapping[str, TensorSpec]:
     """The adapter's whole tensors by the parameter's name."""
-    found = {}
+    specs = {}
     for name, spec in read_header(adapter / _FILE).items():
         bare = _plain(name)
         for wrapper in (".token_adapter", ".base_layer", ".modules_to_save"):
             bare = bare.replace(f"{wrapper}.", ".")
         if bare.endswith(".weight") and ".lora_" not in bare:
-            found[bare.replace(f".{_DEFAULT}.", ".")] = spec
-    return found
+            specs[bare.replace(f".{_DEFAULT}.", ".")] = spec
+    return specs
 
 
 def _rows(model: Any, whole: Mapping[str, TensorSpec]) -> int | None:
@@ -308,7 +308,7 @@ def _with_peft(model: Any, adapter: Path) -> Any:
     surplus = [
         name
         for name in result.unexpected_keys
-        if name not in copies and not any(one in name for one in _BESIDE)
+        if name not in copies and not any(mark in name for mark in _BESIDE)
     ]
     empty = [name for name, parameter in tuned.named_parameters() if parameter.is_meta]
     for what, lost in (("has no place for", surplus), ("is not given", empty)):
@@ -342,9 +342,9 @@ def _as_expected(name: str, expected: Mapping[str, Any]) -> str:
     bare = f"{_PREFIX}{_plain(name)}"
     unnamed = _OWN_NAME.sub(r"\1", bare)
     for candidate in (bare, unnamed, bare.replace(f".{_DEFAULT}.", "."), bare.removesuffix(f".{_DEFAULT}")):
-        for one in (candidate, candidate.replace(_PREFIX, f"{_PREFIX}model.", 1)):
-            if one in expected:
-                return one
+        for spelling in (candidate, candidate.replace(_PREFIX, f"{_PREFIX}model.", 1)):
+            if spelling in expected:
+                return spelling
     return bare if bare.endswith(".weight") and ".lora_" not in bare else name
 
 

@@ -77,9 +77,9 @@ class Certificate:
 
     def plain(self) -> Mapping[str, object]:
         """Plain JSON with the fields of the contract."""
-        found, final = self.measurement, self.measurement.legs.file
+        measured, final = self.measurement, self.measurement.legs.file
         handovers = [handover.plain() for handover in self.handovers]
-        legs = {"f16": found.legs.f16, "file": final}
+        legs = {"f16": measured.legs.f16, "file": final}
         sample = {"top1_at_least": round(self.top1_at_least, 4), "kl_error": final.kl_error}
         logits = {name: getattr(final, name) for name in (*FIGURES, "perplexity_reference")}
         return {
@@ -89,19 +89,19 @@ class Certificate:
             "broken_stage": self.broken_stage,
             "verdict": self.verdict,
             "remedy": self.remedy,
-            "tokens": to_plain(found.tokens),
-            "prompt": to_plain(found.prompt),
-            "stops": to_plain(found.stops),
+            "tokens": to_plain(measured.tokens),
+            "prompt": to_plain(measured.prompt),
+            "stops": to_plain(measured.stops),
             "handovers": [*handovers, to_plain(self.live.handover)] if self.live else handovers,
             "live": to_plain(self.live),
             "norm": to_plain(self.norm),
             "logits": logits | {"perplexity_gguf": final.perplexity},
-            "greedy": to_plain(found.greedy),
-            "base": to_plain(replace(found.legs.base, kl_by_position=())) if found.legs.base else None,
-            "file": to_plain(found.file),
-            "sample": to_plain(found.sample) | sample,
+            "greedy": to_plain(measured.greedy),
+            "base": to_plain(replace(measured.legs.base, kl_by_position=())) if measured.legs.base else None,
+            "file": to_plain(measured.file),
+            "sample": to_plain(measured.sample) | sample,
             "gates": to_plain(self.gates),
-            "basis": to_plain(found.basis),
+            "basis": to_plain(measured.basis),
             "problems": list(self.problems),
             "warnings": list(self.warnings),
             "kl_by_position": {name: to_plain(leg.kl_by_position) for name, leg in legs.items() if leg},
@@ -112,12 +112,12 @@ def judge(measured: Measurement, gates: Gates, live: Live | None = None) -> Cert
     """The certificate of a measurement; `live` is what deploy measured of the server, where it asked one."""
     handovers = _handovers(measured)
     causes = [*_vocabulary_causes(measured), *_change_causes(measured)]
-    if any(not one.ok for one in handovers):
+    if any(not handover.ok for handover in handovers):
         causes.append(cause_of(measured, handovers))
     if gates.as_trained and (shift := _shift_cause(measured)):
         causes.append(shift)
         handovers[0] = replace(handovers[0], ok=False)
-    causes += [one for one in wrong_rows(measured) if one not in causes]
+    causes += [cause for cause in wrong_rows(measured) if cause not in causes]
     causes += _gate_causes(measured, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live.problems] if live else []
     first = causes[0] if causes else None
@@ -128,7 +128,7 @@ def judge(measured: Measurement, gates: Gates, live: Live | None = None) -> Cert
         verdict=first.words if first else _sound_words(measured, share),
         remedy=first.remedy if first else "",
         handovers=tuple(handovers),
-        problems=tuple(f"{one.stage}: {one.words}" for one in causes),
+        problems=tuple(f"{cause.stage}: {cause.words}" for cause in causes),
         warnings=tuple(_warnings(measured)),
         norm=_norm(measured),
         top1_at_least=share,
@@ -252,17 +252,17 @@ def _sound_words(measured: Measurement, share: float) -> str:
 
 
 def _warnings(measured: Measurement) -> list[str]:
-    legs, told = measured.legs, _type_remarks(measured.file)
+    legs, remarks = measured.legs, _type_remarks(measured.file)
     trained = legs.trained
     if trained and trained.kl_mean > _SHIFT_KL:
-        told.append(
+        remarks.append(
             f"training saw the NF4 base, the export has the full one: KL {trained.kl_mean:.2g}, top-1 "
             f"{trained.top1:.1%}; where that matters merge into the base as trained (export.merge_base), "
             "or train with method: lora"
         )
     leg = legs.conversion
     if _has_experts(measured) and leg.beyond and _is_converted(measured):
-        told.append(
+        remarks.append(
             f"rounding turned near ties between experts: {leg.beyond:.1%} of the positions are "
             f"beyond NMSE {FAR_NMSE:g} ({leg.nmse:.2g} over all); half of all and a quarter of "
             "every stretch of the rows are within, and the weights that could be looked up are right; the "
@@ -270,14 +270,14 @@ def _warnings(measured: Measurement) -> list[str]:
         )
     norm = _norm(measured)
     if norm and norm.worse:
-        told.append(f"{norm.words}; small models lose more")
-    told += [f"not compared: {limit}" for limit in measured.tokens.limits]
+        remarks.append(f"{norm.words}; small models lose more")
+    remarks += [f"not compared: {limit}" for limit in measured.tokens.limits]
     if measured.sample.undecided:
-        told.append(
+        remarks.append(
             f"too near to its limit for {measured.sample.positions} positions to be sure: "
             f"{', '.join(measured.sample.undecided)}; give more rows, or raise verify.minutes"
         )
-    return told
+    return remarks
 
 
 def _type_remarks(file: FileFacts) -> list[str]:

@@ -51,7 +51,7 @@ def added_tokens(base: Path, tokenizer: Path) -> list[str]:
     """What `tokenizer` knows and that of `base` does not: no other text may hold it, so it is asked for."""
     if tokenizer == base or not (base / "tokenizer.json").is_file():
         return []
-    known, own = (open_tokenizer(one).get_vocab() for one in (base, tokenizer))
+    known, own = (open_tokenizer(directory).get_vocab() for directory in (base, tokenizer))
     return sorted(own.keys() - known.keys())
 
 
@@ -114,14 +114,14 @@ def _prompts(
         if expected is None:
             continue
         compared += 1
-        found = _rendered(own, messages)
-        ids = served.ids(found) if found is not None else []
+        written = _rendered(own, messages)
+        ids = served.ids(written) if written is not None else []
         wanted = _ids(reference, expected)
         if ids[:1] == ids[1:2] and wanted[:1] != wanted[1:2] and ids:
             twice += 1
-        if found is None or found != expected:
-            examples.append({"trained": expected, "file": found})
-        elif own.source != template.source and _rendered(later, messages) != found:
+        if written is None or written != expected:
+            examples.append({"trained": expected, "file": written})
+        elif own.source != template.source and _rendered(later, messages) != written:
             examples.append({"trained": expected, "file": "a text that depends on the day"})
         elif ids != wanted:
             examples.append({"trained": str(wanted[:24]), "file": str(ids[:24]), "ids": True})
@@ -139,19 +139,19 @@ def _unlike(message: str) -> PromptCheck:
 
 
 def _ids(reference: Tokenizer, text: str) -> list[int]:
-    found: list[int] = reference.encode(text, add_special_tokens=False).ids
-    return found
+    ids: list[int] = reference.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 def _tokens_of(header: GgufHeader, reference: Tokenizer) -> Mapping[str, str]:
     """The special tokens' texts that the file gives to its template."""
-    found = {}
+    tokens = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         number = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         text = reference.id_to_token(number) if isinstance(number, int) else None
         if text is not None:
-            found[f"{name}_token"] = text
-    return found
+            tokens[f"{name}_token"] = text
+    return tokens
 
 
 def _rendered(template: ChatTemplate, messages: Sequence[Message]) -> str | None:

@@ -94,7 +94,7 @@ def _of_tokens(file: _File, name: str, names: Sequence[str]) -> Sequence[tuple[s
         return ((HEAD, EMBEDDING),)
     if place != EMBEDDING:
         return ()
-    has_head = any(file.place(one) == HEAD for one in names)
+    has_head = any(file.place(name) == HEAD for name in names)
     return ((EMBEDDING,),) if has_head else ((EMBEDDING,), (HEAD,))
 
 
@@ -114,8 +114,8 @@ class _File:
         place = self.place(name)
         if place and place in self._tensors:
             tensor = self._tensors[place]
-            found = _fit(tensor, _raw(self._path, tensor), weight, added, self._facts, with_nf4)
-            self.fits += [replace(found, touched=touched)] if found else []
+            fit = _fit(tensor, _raw(self._path, tensor), weight, added, self._facts, with_nf4)
+            self.fits += [replace(fit, touched=touched)] if fit else []
         elif place:
             self.missing.append(name)
 
@@ -171,15 +171,15 @@ def _fit(
     values = torch.from_numpy(
         np.array(dequantize(raw[rows], GGMLQuantizationType[tensor.type]), dtype=np.float32)
     )
-    found = []
+    fits = []
     for layout, arranged in _layouts(values, weight, facts):
         error = arranged - weight
         scale = float((error * added).sum() / (added * added).sum()) if _any(added) else None
         rest = error - scale * added if scale is not None else error
-        found.append((float(rest.norm() / weight.norm().clamp_min(1e-30)), layout, scale, arranged))
-    if not found:
+        fits.append((float(rest.norm() / weight.norm().clamp_min(1e-30)), layout, scale, arranged))
+    if not fits:
         return None
-    rest, layout, scale, arranged = min(found, key=lambda one: one[0])
+    rest, layout, scale, arranged = min(fits, key=lambda candidate: candidate[0])
     rest_nf4 = None
     if with_nf4 and scale is not None and weight.dim() == 2:
         other = arranged - nf4_and_back(weight)
