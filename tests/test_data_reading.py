@@ -30,7 +30,7 @@ def exchange(text: str) -> dict[str, str]:
 
 def sources_of(directory: Path, data: str, *, fetch: bool = False) -> tuple[Source, ...]:
     (directory / "recipe.yaml").write_text(RECIPE + data, encoding="utf-8")
-    return data_sources(load(directory / "recipe.yaml"), {}, offline=False, fetch=fetch)[0]
+    return data_sources(load(directory / "recipe.yaml"), offline=False, fetch=fetch)[0]
 
 
 def asked(sources: tuple[Source, ...], heldout: float = 0) -> list[str]:
