@@ -475,7 +475,7 @@ FAULTS: Mapping[str, tuple[Row, str]] = {
     "not text": (row(prompt="Hi", completion=3), "completion: is int, not text"),
     "null": (row(prompt=None, completion="x"), "prompt: is null"),
     "no list": (row(messages="Hi"), "messages: is not a list of messages"),
-    "empty list": (row(messages=[]), "messages: is not a list of messages"),
+    "empty list": (row(messages=[]), "messages: is empty"),
     "no object": (row(messages=[1]), "messages: is not a list of messages"),
     "no content": (row(messages=[USER, {"role": "assistant"}]), "messages[1].content: there is no such key"),
     "empty answer": (row(messages=[USER, {**ANSWER, "content": ""}]), "messages[1].content: is empty"),

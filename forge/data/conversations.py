@@ -143,7 +143,7 @@ def _columns_hint(rows: Rows) -> str:
     sets: dict[tuple[str, ...], Row] = {}
     for row in rows:
         sets.setdefault(tuple(key for key, value in row.values.items() if value not in EMPTY), row)
-    shown = [f"{', '.join(keys)} ({row.file}:{row.line})" for keys, row in list(sets.items())[:4]]
+    shown = [f"{', '.join(keys) or 'none'} ({row.file}:{row.line})" for keys, row in list(sets.items())[:4]]
     if len(sets) < 2:
         return f"the columns are: {', '.join(map(str, next(iter(rows)).values))}"
     return f"the rows have different columns: {'; '.join(shown)}: make it one shape, or a source for each"
@@ -176,20 +176,31 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
     """The row's conversation; None for a row that says itself that it is not to be learned."""
     _refuse_keys(row, layout, shape, notes)
     _refuse_two_columns(row, layout, notes)
-    if (why := _left_out(row, layout)) is not None:
+    if (why := _left_out(row, layout, notes)) is not None:
         notes.counts[f"left out: {why}"] += 1
         return None
     column, value = layout.value(row, fields.TOOLS)
     tools = tools_of(value, column)
-    if layout.format == TEXT:
-        column, value = layout.value(row, fields.TEXT)
-        return of_text(text_of(_said(value, row, column), column), column, row.place, notes)
     turns = list(_system(row, layout))
+    if layout.format == TEXT:
+        place, value = layout.value(row, fields.TEXT)
+        made = of_text(text_of(_said(value, row, place), place), place, row.place, notes, turns)
+        for part, has_some in ((fields.SYSTEM, turns), (fields.TOOLS, tools)):
+            if has_some and not made.turns:
+                column, _ = layout.value(row, part)
+                raise BadRowError(
+                    f"stands beside a text, which is learned as it is; data.ignore: [{column}] leaves it out "
+                    "of account",
+                    column,
+                )
+        return replace(made, tools=tools)
     if layout.format in (MESSAGES, SHAREGPT):
         column, value = layout.value(row, fields.MESSAGES)
         turns += turns_of(value, column, shape.roles, notes)
+        _think(turns, row, layout, notes)
     else:
         turns += _exchange(row, layout, shape, notes)
+    _refuse_of_prompt(row, layout, shape, turns)
     done = finished(turns, notes)
     rejected: tuple[Turn, ...] = ()
     if shape.pairs:
@@ -217,14 +228,12 @@ def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
         if value in EMPTY or key in shape.ignore:
             continue
         why = fields.ROW_REFUSED.get(fields.plain(key))
-        if layout.format in (MESSAGES, SHAREGPT) and fields.plain(key) in fields.BESIDE_MESSAGES:
-            why = f"stands beside the conversation; data.columns: {{system: {key}}} puts it before it"
         if fields.plain(key) == "mask" and isinstance(value, str):
             why = _masks(value, shape)
             if why is None:
                 continue
         tokens = isinstance(value, list) and all(isinstance(item, int) for item in value)
-        if why and value is False and not why.startswith("a template"):
+        if why and fields.switch(value) is False and not why.startswith("a template"):
             continue
         if why and (tokens or not why.startswith("the row is tokenized")):
             raise BadRowError(f"{why}; data.ignore: [{key}] leaves it out of account", key)
@@ -235,6 +244,20 @@ def _refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
                 key,
             )
         notes.unused[writable(key)] += 1
+
+
+def _refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Turn]) -> None:
+    """Refuse a column that belongs to the prompt where it plays no part and no turn has its words."""
+    for key in layout.unused:
+        value = row.values.get(key)
+        if fields.plain(key) not in fields.OF_PROMPT or value in EMPTY or key in shape.ignore:
+            continue
+        if isinstance(value, str) and any(value.strip() in turn.content for turn in turns):
+            continue
+        way = f"data.columns: {{system: {key}}} puts it before it; " if isinstance(value, str) else ""
+        raise BadRowError(
+            f"stands beside the conversation; {way}data.ignore: [{key}] leaves it out of account", key
+        )
 
 
 def _masks(speaker: str, shape: Shape) -> str | None:
@@ -259,21 +282,26 @@ def _refuse_two_columns(row: Row, layout: Layout, notes: Notes) -> None:
                 )
 
 
-def _left_out(row: Row, layout: Layout) -> str | None:
+def _left_out(row: Row, layout: Layout, notes: Notes) -> str | None:
     """Why the row says of itself that it is not to be learned."""
     for part in (fields.TRAINED, fields.LABEL, fields.WEIGHT):
         column, value = layout.value(row, part)
-        if part == fields.WEIGHT and value not in (None, 0, 1, "0", "1", "", "1.0", "0.0"):
+        if value in EMPTY:
+            continue
+        # Any other label may be one of many classes.
+        is_class = part == fields.LABEL and str(value).lower() not in ("true", "false")
+        on = None if is_class else fields.switch(value)
+        if on is False:
+            return f"{column} is {str(value).lower()}"
+        if on is None and part == fields.LABEL:
+            notes.unused[writable(column)] += 1
+        elif on is None:
+            also = ", and a source in data.source can have a weight" if part == fields.WEIGHT else ""
             raise BadRowError(
-                f"is {value!r}; a row's weight can be 0 or 1 here: data.ignore: [{column}] leaves it "
-                "out of account, and a source in data.source can have a weight",
+                f"is {value!r}; a row's {fields.plain(column)} can be 0 or 1 here: data.ignore: [{column}] "
+                f"leaves it out of account{also}",
                 column,
             )
-        is_flag = (
-            isinstance(value, bool) or part == fields.WEIGHT or (part == fields.TRAINED and value in (0, 1))
-        )
-        if is_flag and value in (False, 0, "0", "0.0"):
-            return f"{column} is {str(value).lower()}"
     return None
 
 
@@ -313,11 +341,7 @@ def _exchange(
             yield from reply  # the whole conversation, its prompt included
             return
     else:
-        place_of_thought, thought = layout.value(row, fields.REASONING)
-        if isinstance(thought, str) and fields.plain(thought) in _SWITCHES:
-            notes.unused[writable(place_of_thought)] += 1
-            thought = None
-        reasoning = text_of(thought, place_of_thought, empty_ok=True)
+        place_of_thought, reasoning = _reasoning(row, layout, notes)
         if reasoning and shape.pairs:
             raise BadRowError(
                 "stands beside two answers; put it into the messages of its own", place_of_thought
@@ -347,6 +371,29 @@ def _exchange(
         else:
             yield Turn("user", "\n\n".join(text for text in (question, extra) if text.strip()))
     yield from reply
+
+
+def _reasoning(row: Row, layout: Layout, notes: Notes) -> tuple[str, str]:
+    """The column that holds the thinking before the answer, and the thinking."""
+    column, value = layout.value(row, fields.REASONING)
+    if isinstance(value, str) and fields.plain(value) in _SWITCHES:
+        notes.unused[writable(column)] += 1
+        value = None
+    return column, text_of(value, column, empty_ok=True)
+
+
+def _think(turns: list[Turn], row: Row, layout: Layout, notes: Notes) -> None:
+    """Put the thinking that stands beside a conversation before its last answer, which has none."""
+    column, reasoning = _reasoning(row, layout, notes)
+    last = max((at for at, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    if not reasoning.strip() or last is None:
+        return
+    if any(reasoning.strip() in turn.content or reasoning == turn.reasoning for turn in turns):
+        notes.unused[writable(column)] += 1  # it is there already
+    elif turns[last].reasoning or "<think>" in turns[last].content:
+        raise BadRowError("stands beside an answer that has its own thinking", column)
+    else:
+        turns[last] = replace(turns[last], reasoning=reasoning)
 
 
 def _said(value: object, row: Row, column: str) -> object:
@@ -384,7 +431,8 @@ def _history(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Iterator[T
     value = parsed(value)
     if value in EMPTY:
         return
-    if _is_messages(value):
+    is_flat = isinstance(value, list) and len(value) % 2 == 0 and all(isinstance(v, str) for v in value)
+    if is_flat or (isinstance(value, list) and all(isinstance(item, Mapping) for item in value)):
         yield from turns_of(value, column, shape.roles, notes)
         return
     if not isinstance(value, list) or not all(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from forge.data.conversation import Conversation, Place, Turn
 from forge.data.turns import BadRowError, Notes, finished, text_of
@@ -11,11 +11,11 @@ from forge.data.turns import BadRowError, Notes, finished, text_of
 _DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
 
 
-def of_text(text: str, column: str, place: Place, notes: Notes) -> Conversation:
-    """The conversation in a text as Guanaco has it, or any other text as it is, learned whole."""
+def of_text(text: str, column: str, place: Place, notes: Notes, before: Sequence[Turn] = ()) -> Conversation:
+    """The conversation in a text as Guanaco has it, after these turns; or any other text, learned whole."""
     if "### Human:" in text and "### Assistant:" in text:
         notes.counts["texts of ### Human: and ### Assistant:, read as conversations"] += 1
-        return Conversation(finished(list(dialogue(text, column)), notes), place)
+        return Conversation(finished([*before, *dialogue(text, column)], notes), place)
     return Conversation((), place, text=text)
 
 

@@ -41,7 +41,10 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     TOOLS: _names("tools functions available_tools available_functions tool_definitions tool_config"),
     CHOSEN: _names("chosen preferred preferred_output chosen_response preferred_response"),
     REJECTED: _names("rejected dispreferred non_preferred_output rejected_response"),
-    REASONING: _names("reasoning_content reasoning thinking thought complex_cot"),
+    REASONING: _names(
+        "reasoning_content reasoning thinking thinking_content thought thoughts think "
+        "chain_of_thought complex_cot cot"
+    ),
     TEXT: _names("text content document"),
     TRAINED: _names("train training trainable"),
     WEIGHT: _names("weight"),
@@ -60,6 +63,10 @@ ROW_REFUSED: Mapping[str, str] = {
         "a template's variables are the same for every row; set train.template_variables",
     ),
     **dict.fromkeys(_names("chat_template"), "the template is the base's, the same for every row"),
+    **dict.fromkeys(
+        _names("roles_to_train train_on_eos train_on_eot"),
+        "which turns carry loss is the same for every row; set train.supervise",
+    ),
     **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
     **dict.fromkeys(
         _names("segments"), "its texts carry their own template and loss; give the conversation as messages"
@@ -67,8 +74,11 @@ ROW_REFUSED: Mapping[str, str] = {
     **dict.fromkeys(_names("suffix"), "text that follows the answer is not shown to the model"),
     **dict.fromkeys(_names("builtin_tools"), "tools that a template knows by name are not given to it here"),
 }
-# What stands beside a conversation and belongs to its prompt: refused where nothing says how.
-BESIDE_MESSAGES = _names("context document")
+# What belongs to a prompt: refused where it plays no part and no turn has its words.
+OF_PROMPT = _names(
+    "context document passage article background persona instruction instructions input inputs history "
+    "chat_history"
+)
 
 ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID = (
     "role", "content", "name", "tool_calls", "function_call", "tool_call_id",
@@ -80,7 +90,7 @@ MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {
     TOOL_CALLS: _names("tool_calls"),
     FUNCTION_CALL: _names("function_call"),
     TOOL_CALL_ID: _names("tool_call_id"),
-    REASONING: _names("reasoning_content reasoning thinking thought"),
+    REASONING: _names("reasoning_content reasoning thinking thinking_content thought thoughts think"),
     WEIGHT: _names("weight loss_weight loss_scale"),
     TRAINED: _names(
         "train training trainable trained loss learn is_train is_trained is_trainable output_with_loss"
@@ -100,7 +110,7 @@ MESSAGE_REFUSED: Mapping[str, str] = {
     **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
 }  # fmt: skip
 # Keys that say that the end of turn is not learned, where they are false.
-MESSAGE_ENDS = _names("need_eos_token eot")
+MESSAGE_ENDS = _names("need_eos_token add_eos eot end_turn")
 
 # What a chat template writes around a user's words: a prompt that has it is rendered already.
 TEMPLATE_MARKS = (
@@ -130,7 +140,16 @@ def role_of(name: str, more: Mapping[str, str]) -> str | None:
     return own.get(plain(name)) or ROLES.get(plain(name))
 
 
-_OF_LOSS = re.compile("loss|mask|train|learn|weight|advantage")
+_ON, _OFF = ("1", "1.0", "true", "yes"), ("0", "0.0", "false", "no")
+
+
+def switch(value: object) -> bool | None:
+    """What a value says that stands for yes or no, as a word in a table may; None where it is neither."""
+    word = str(value).strip().lower() if isinstance(value, (bool, int, float, str)) else ""
+    return True if word in _ON else False if word in _OFF else None
+
+
+_OF_LOSS = re.compile("loss|mask|train|learn|weight|advantage|supervis|ignore|skip")
 
 
 @functools.lru_cache(4096)

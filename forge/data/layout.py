@@ -239,8 +239,8 @@ def _of_format(
     """The parts that the format uses; raises `DataError` where two columns could be one."""
     always = (fields.SYSTEM, fields.TOOLS, fields.TRAINED, fields.WEIGHT, fields.LABEL)
     own = {
-        MESSAGES: (fields.MESSAGES,),
-        SHAREGPT: (fields.MESSAGES,),
+        MESSAGES: (fields.MESSAGES, fields.REASONING),
+        SHAREGPT: (fields.MESSAGES, fields.REASONING),
         TEXT: (fields.TEXT,),
         PREFERENCE: (fields.PROMPT, fields.INPUT, fields.HISTORY, fields.CHOSEN, fields.REJECTED),
     }.get(form, (fields.PROMPT, fields.INPUT, fields.HISTORY, fields.COMPLETION, fields.REASONING))
@@ -251,7 +251,10 @@ def _of_format(
         if exact and part not in shape.columns:
             chosen[part] = exact
     if fields.PROMPT not in chosen and fields.PROMPT in own and fields.INPUT in chosen:
-        chosen[fields.PROMPT] = chosen.pop(fields.INPUT)
+        first, *beside = chosen.pop(fields.INPUT)
+        chosen[fields.PROMPT] = [first]
+        if beside:
+            chosen[fields.INPUT] = beside
     for part in (fields.PROMPT, fields.COMPLETION, fields.CHOSEN, fields.TEXT, fields.INPUT):
         if len(chosen.get(part, ())) > 1:
             first, second = chosen[part][:2]

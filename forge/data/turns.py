@@ -18,6 +18,7 @@ from forge.data import blocks, fields
 from forge.data.conversation import ToolCall, Turn
 
 _LONGEST_LITERAL = 10_000_000
+_EMPTY: tuple[object, ...] = (None, "", [], {})
 
 
 class BadRowError(Exception):
@@ -41,7 +42,7 @@ class Notes:
 def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
     """A text, or the texts of a list of parts one after the other."""
     if isinstance(value, (list, tuple)) and (
-        len(value) == 1 or all(isinstance(part, Mapping) for part in value)
+        len(value) < 2 or any(isinstance(part, Mapping) for part in value)
     ):
         value = "".join(_part(part, f"{place}[{number}]") for number, part in enumerate(value))
     elif isinstance(value, Mapping):
@@ -97,6 +98,17 @@ def _as_part(part: object) -> object:
     return {"text": part} if isinstance(part, str) else part
 
 
+def _is_text(value: object) -> bool:
+    """Whether `value` is a text, or parts of one, not data."""
+    parts = value if isinstance(value, list) else [value]
+    return all(
+        part is None
+        or isinstance(part, str)
+        or (isinstance(part, Mapping) and {"type", "text"} & part.keys())
+        for part in parts
+    )
+
+
 def is_of_parts(value: object) -> bool:
     """Whether `value` is a list of parts of one text, not of messages."""
     return (
@@ -146,13 +158,28 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         raise BadRowError("is a text that is neither JSON nor a Python list of messages", place)
     if not isinstance(value, list) or not value:
-        raise BadRowError("is not a list of messages", place)
+        raise BadRowError("is empty" if value in _EMPTY else "is not a list of messages", place)
+    if all(isinstance(item, str) and item.lstrip().startswith("{") for item in value):
+        value = list(map(parsed, value))
+    if all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value):
+        value = list(_of_pairs(value))
     return [
         plain
         for message in value
         for half in _halves(message)
         for plain in (blocks.plain_messages(half) if isinstance(half, Mapping) else [half])
     ]
+
+
+def _of_pairs(pairs: Sequence[Any]) -> Iterator[Mapping[str, object]]:
+    """The messages of [[role, text], ...] or of [[question, answer], ...]."""
+    has_roles = all(isinstance(name, str) and fields.role_of(name, {}) for name, _ in pairs)
+    for first, second in pairs:
+        if has_roles:
+            yield {"role": first, "content": second}
+        else:
+            yield {"role": "user", "content": first}
+            yield {"role": "assistant", "content": second}
 
 
 _ASKED = (*fields.ROW_FIELDS[fields.PROMPT], fields.INPUT)
@@ -235,12 +262,17 @@ def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], note
             )
         if part is None and value not in (None, "", [], {}):
             notes.unused[f"{place.partition('[')[0]}[].{writable(key)}"] += 1
-        elif part is not None and (part not in parts or parts[part][1] is None):
-            parts[part] = (key, value)
+        elif part is not None and value not in _EMPTY:
+            _add(parts, part, key, value, place, roles, notes)
+        elif part is not None:
+            parts.setdefault(part, (key, value))
     role, speaker = _role(parts, message, place, roles, notes)
     key, content = parts.get(fields.CONTENT, ("content", None))
     if fields.CONTENT not in parts and not {fields.TOOL_CALLS, fields.FUNCTION_CALL} & parts.keys():
         raise BadRowError("there is no such key", f"{place}.{key}")
+    if role == "tool" and not _is_text(content):
+        content = json.dumps(content, ensure_ascii=False)
+        notes.counts["what a tool answered is written as JSON"] += 1
     thought = ""
     if role == "assistant":
         thought, content = _thoughts(content)
@@ -264,6 +296,31 @@ def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], note
         name=text_of(name, f"{place}.name", empty_ok=True) if speaker != name else "",
         trained=trained,
     )
+
+
+def _add(
+    parts: dict[str, tuple[str, Any]],
+    part: str,
+    key: str,
+    value: object,
+    place: str,
+    roles: Mapping[str, str],
+    notes: Notes,
+) -> None:
+    """Let `key` play this part; raises where another key plays it and says something else."""
+    before, there = parts.get(part, ("", None))
+    if part == fields.ROLE and there is not None:
+        known = [fields.role_of(name, roles) for name in (there, value) if isinstance(name, str)]
+        is_same = None in known or len(set(known)) < 2
+        if None in known:  # the name of who speaks stands beside the role
+            there = there if known[0] else None
+            notes.unused[f"{place.partition('[')[0]}[].{writable(key if there else before)}"] += 1
+    else:
+        is_same = there == value or {fields.switch(there), fields.switch(value)} in ({True}, {False})
+    if there in _EMPTY:
+        parts[part] = (key, value)
+    elif not is_same:
+        raise BadRowError(f"{before} and {key} contradict each other", place)
 
 
 def _is_all_thinking(text: str) -> bool:
@@ -306,9 +363,9 @@ def _trained(parts: Mapping[str, tuple[str, Any]], role: str, place: str) -> boo
         key, value = parts.get(part, ("", None))
         if value is None:
             continue
-        if value not in (0, 1, "0", "1", "true", "false", "True", "False"):
+        on = fields.switch(value)
+        if on is None:
             raise BadRowError(f"is {value!r}; only 0 and 1 (false and true) are supported", f"{place}.{key}")
-        on = value in (1, "1", "true", "True")
         if part == fields.MASKED:
             said |= {False} if on else set()
             continue

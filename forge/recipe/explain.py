@@ -107,8 +107,8 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def _choice(path: tuple[str | int, ...], value: Any) -> str:
-    # An item of a list has the list's words.
-    field = _field(path[:-1] if isinstance(path[-1], int) else path)
+    # An item of a list or of a mapping has the words of its field.
+    field = _field(path) or _field(path[:-1])
     words = [
         str(word).lower() if isinstance(word, bool) else str(word)
         for word in choices(field.annotation if field else None)
