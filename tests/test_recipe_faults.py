@@ -330,3 +330,10 @@ def test_sections_that_contradict_each_other() -> None:
 )
 def test_faults_of_overrides(override: str, said: str) -> None:
     assert refused(GOOD, override) == [said.replace("{here}", str(Path.cwd()))]
+
+
+def test_the_words_of_a_mapping() -> None:
+    roles = "data: {source: builtin:yoda, roles: {kunde: nutzer}}"
+    assert refused(GOOD.replace("data: {source: builtin:yoda}", roles)) == [
+        'recipe.yaml:3: data.roles.kunde: must be one of system, user, assistant, tool (got "nutzer")'
+    ]
