@@ -335,5 +335,6 @@ def test_faults_of_overrides(override: str, said: str) -> None:
 def test_the_words_of_a_mapping() -> None:
     roles = "data: {source: builtin:yoda, roles: {kunde: nutzer}}"
     assert refused(GOOD.replace("data: {source: builtin:yoda}", roles)) == [
-        'recipe.yaml:3: data.roles.kunde: must be one of system, user, assistant, tool (got "nutzer")'
+        "recipe.yaml:3: data.roles.kunde: must be one of system, user, assistant, tool "
+        '(got "nutzer"); did you mean user?'
     ]
