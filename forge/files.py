@@ -35,10 +35,13 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` with `text` in one step; a reader sees the old file or the new one."""
+    """Replace `path` with `text` in one step; a reader sees the old file or the new one.
+
+    Half a character, which a message may quote, is written out as JSON and Python write it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
         sync(beside)
         beside.replace(path)
     finally:

@@ -161,6 +161,13 @@ def test_lone_surrogate(run: Run) -> None:
     ]
 
 
+def test_half_a_character_in_a_column(run: Run, tmp_path: Path) -> None:
+    """huggingface/transformers 8886: a refusal that quotes it can be written down."""
+    (tmp_path / "d.jsonl").write_text('{"p\\ud83d": "q", "c": "a"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match="cannot tell the data's format"):
+        run(tmp_path / "d.jsonl")
+
+
 def test_message_weight(run: Run) -> None:
     """axolotl PR 1702, OpenAI's format: an answer of weight 0 is seen and carries no loss."""
     read = run(CASES / "message_weight" / "d.jsonl")

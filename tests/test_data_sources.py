@@ -78,6 +78,29 @@ def of_the_viewer(path: Path) -> Path:
     return write(path, json.dumps({"rows": [{"row_idx": n, "row": row} for n, row in enumerate(ROWS)]}))
 
 
+def of_the_viewer_whole(path: Path) -> Path:
+    rows = [{"row_idx": n, "row": row} for n, row in enumerate(ROWS)]
+    return write(path, json.dumps({"features": [{"name": "prompt"}], "rows": rows}))
+
+
+def by_id(path: Path) -> Path:
+    return write(path, json.dumps({f"id{n}": row for n, row in enumerate(ROWS)}))
+
+
+def columns_by_split(path: Path) -> Path:
+    columns = {key: [row[key] for row in ROWS] for key in ROWS[0]}
+    return write(path, json.dumps({"train": columns, "test": {key: ["x"] for key in ROWS[0]}}))
+
+
+def joined_with_marks(path: Path) -> Path:
+    return write(path, "".join(f"\ufeff{json.dumps(row)}\n" for row in ROWS), "utf-8-sig")
+
+
+def after_the_delimiter(path: Path) -> Path:
+    table = separated_by(";")(path).read_text(encoding="utf-8")
+    return write(path, f"sep=;\n{table}")
+
+
 def indented_objects(path: Path) -> Path:
     return write(path, "\n".join(json.dumps(row, indent=2) for row in ROWS))
 
@@ -157,6 +180,12 @@ KINDS: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "UTF-16": ("rows.jsonl", in_encoding("utf-16"), "JSON lines in utf-16"),
     "UTF-16 without its mark": ("rows.jsonl", in_encoding("utf-16-le"), "JSON lines in utf-16-le"),
     "UTF-8 with its mark": ("rows.jsonl", in_encoding("utf-8-sig"), "JSON lines"),
+    "files with their marks in one": ("rows.jsonl", joined_with_marks, "JSON lines"),
+    "a list named .txt": ("rows.txt", json_list, "a JSON list"),
+    "objects by their keys": ("rows.json", by_id, "JSON objects by their keys"),
+    "columns by split": ("rows.json", columns_by_split, "JSON columns of the split train"),
+    "of the viewer, with features": ("rows.json", of_the_viewer_whole, "the JSON list under rows"),
+    "with Excel's delimiter": ("rows.csv", after_the_delimiter, "a table with semicolons"),
     "gzip": ("rows.jsonl.gz", packed(gzip.compress), "JSON lines"),
     "gzip without its name": ("rows.jsonl", packed(gzip.compress), "JSON lines"),
     "bzip2": ("rows.jsonl.bz2", packed(bz2.compress), "JSON lines"),
@@ -214,6 +243,39 @@ def test_one_conversation_and_one_text(tmp_path: Path) -> None:
     assert ([row.values for row in one.rows], one.kind) == ([{"messages": turns}], "one JSON object")
     text = read_file(write(tmp_path / "book.txt", "Once upon a time, there was\na king.\n"))
     assert [row.values for row in text.rows] == [{"text": "Once upon a time, there was\na king.\n"}]
+
+
+CHATS = [[{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "Hello."}] for n in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [
+        (json.dumps(CHATS), "a JSON list of conversations"),
+        ("\n".join(map(json.dumps, CHATS)), "JSON objects"),
+        (json.dumps({"first": CHATS[0], "second": CHATS[1]}), "JSON conversations by their keys"),
+        (json.dumps({"messages": CHATS}), "JSON columns"),
+        (
+            json.dumps({"conversations": [{"messages": chat} for chat in CHATS]}),
+            "the JSON list under conversations",
+        ),
+    ],
+)
+def test_conversations_that_are_lists(written: str, kind: str, tmp_path: Path) -> None:
+    content = read_file(write(tmp_path / "rows.json", written))
+    assert [row.values for row in content.rows] == [{"messages": chat} for chat in CHATS]
+    assert content.kind == kind
+
+
+def test_texts_in_a_list(tmp_path: Path) -> None:
+    for written in ('["a", "b"]', '{"text": ["a", "b"]}'):
+        rows = read_rows(write(tmp_path / "rows.json", written))
+        assert [row.values for row in rows] == [{"text": "a"}, {"text": "b"}]
+
+
+def test_one_of_several_lists(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.json", json.dumps({"easy": ROWS, "hard": ROWS[:1]}))
+    assert [row.values for row in read_file(path, split="hard").rows] == ROWS[:1]
 
 
 def test_the_encoding_of_the_recipe(tmp_path: Path) -> None:
@@ -363,8 +425,10 @@ def test_many_kinds_of_problems_are_cut() -> None:
         ("rows.csv", b"a,b\n", "has no rows"),
         ("rows.json", b"[]", "has no rows"),
         ("rows.json", b'{"a": 1}', "not a list of objects"),
-        ("rows.json", b'{"a": [{}], "b": [{}]}', "not a list of objects"),
-        ("rows.json", b"[1, 2]", "not a list of objects"),
+        ("rows.json", b'{"a": [{}], "b": [{}]}', "has several lists of rows: a, b"),
+        ("rows.json", b'{"a": ["x", "y"], "b": ["z"]}', "do not have the same length: a 2, b 1"),
+        ("rows.json", b"[1, 2]", "item 1 of the list is not an object"),
+        ("rows.tar", b"rows.jsonl".ljust(257, b"\0") + b"ustar", "is a tar archive"),
         ("rows.json", b'[{"a": 1},\n{"a" 2}]', r"rows\.json:2: not JSON"),
         ("rows.jsonl", b'{"a": "\xff"}', "is not UTF-8: invalid start byte at byte 7"),
         ("rows.csv", b'a,b\n1,"x\n', r"rows\.csv:\d: not CSV: unexpected end of data"),

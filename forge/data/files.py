@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from forge.data.conversation import Row, Rows, RowsOf
 from forge.data.json_rows import (
     are_json_lines,
     decoded,
+    is_json,
     is_json_line,
     json_lines,
     json_rows,
@@ -34,6 +36,8 @@ from forge.errors import DataError, Problem
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_EXCEL_DELIMITER = re.compile("sep=.(?=\r?\n)")
+"""Excel's own first line, which is no header; its end stays, so that lines keep their numbers."""
 _SNIFFED_RECORDS, _SNIFFED_LINES = 50, 20
 _HELD_BYTES = 4_000_000
 _BATCH = 1000
@@ -133,6 +137,8 @@ def _unpacked(path: Path) -> tuple[str, bytes]:
             raise DataError(
                 f"data.source: {path.name} is {what.partition('; ')[0]}", hint=what.partition("; ")[2]
             )
+    if data[257:262] == b"ustar":
+        raise DataError(f"data.source: {path.name} is a tar archive", hint="unpack it and name the directory")
     if start.startswith(b"PAR1"):
         return "Parquet", data
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
@@ -204,7 +210,7 @@ def _text_rows(
     if not start:
         return [], "empty"
     says_json = suffix in (".json", ".jsonl", ".ndjson")
-    if (start in "{[" and suffix not in (".txt", ".md")) or (start in "{[" and is_json_line(text)):
+    if start in "{[" and (suffix not in (".txt", ".md") or is_json_line(text) or is_json(text)):
         rows, kind = json_rows(text, name, split, bad)
     elif says_json and _delimiter(text)[1] > 1 and not is_json_line(text):
         rows, kind = _table_rows(text, name, bad)
@@ -237,7 +243,7 @@ def _decoded(data: bytes, name: str, encoding: str | None) -> tuple[str, str]:
         told = "utf-16-be" if data[:1] == b"\x00" else "utf-16-le"
     used = encoding or told or "utf-8-sig"
     try:
-        return decoded(data, used, name), "" if used == "utf-8-sig" else used
+        return decoded(data, used, name).lstrip("\ufeff"), "" if used == "utf-8-sig" else used
     except LookupError as error:
         raise DataError(
             f"data.encoding: there is no encoding {used!r}", hint="for instance cp1252"
@@ -266,6 +272,8 @@ def _delimiter(text: str) -> tuple[str, int]:
 def _table_rows(text: str, name: str, bad: BadRows) -> tuple[list[Row], str]:
     before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
+        if match := _EXCEL_DELIMITER.match(text):
+            text = text[match.end() :]
         delimiter, _ = _delimiter(text)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         rows, problems = _records(reader, name)

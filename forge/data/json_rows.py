@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from forge.data.conversation import Row, Rows, RowsOf
-from forge.data.fields import MESSAGES, ROW_FIELDS, plain
+from forge.data.fields import MESSAGES, ROLE, ROW_FIELDS, TEXT, message_part, plain
 from forge.data.problems import BadRows
 from forge.errors import DataError, Problem
 
@@ -19,6 +19,14 @@ SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 def is_json_line(text: str) -> bool:
     try:
         return isinstance(json.loads(text.lstrip().partition("\n")[0]), (dict, list))
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_json(text: str) -> bool:
+    """Whether a text is one JSON list or object."""
+    try:
+        return isinstance(json.loads(text), (dict, list))
     except (ValueError, RecursionError):
         return False
 
@@ -47,6 +55,8 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
             hint = "one {...} a line, or a list of them in [brackets]; no comment, no comma behind the last"
             if documents and text[at : at + 1] == ",":
                 hint = "one {...} a line without commas between, or [brackets] around all"
+            elif text.lstrip().startswith("{'"):
+                hint = "single quotes are Python's, not JSON's: write each row with json.dumps"
             elif len(lines) > 1 and all(line.startswith("{") for line in lines):
                 hint = "one {...} a line"
             raise DataError(
@@ -61,11 +71,19 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
     if len(documents) == 1:
         items, kind = _items(documents[0][0], name, split)
         return [Row(item, name, number) for number, item in enumerate(items, start=1)], kind
-    problems = [Problem(_NO_OBJECT, "", name, line) for one, line in documents if not isinstance(one, dict)]
+    rows = [(_row(document), line) for document, line in documents]
+    problems = [Problem(_NO_OBJECT, "", name, line) for row, line in rows if row is None]
     bad.settle(
         problems, f"{name}: {len(problems)} documents are not JSON objects", "one {...} after the other"
     )
-    return [Row(one, name, line) for one, line in documents if isinstance(one, dict)], "JSON objects"
+    return [Row(row, name, line) for row, line in rows if row is not None], "JSON objects"
+
+
+def _row(value: object) -> Mapping[str, Any] | None:
+    """The row that a JSON value is: an object, or a list of messages."""
+    if isinstance(value, list) and value and _is_conversation(value):
+        return {MESSAGES: value}
+    return value if isinstance(value, dict) else None
 
 
 def _items(whole: object, name: str, split: str) -> tuple[Sequence[Mapping[str, Any]], str]:
@@ -73,31 +91,67 @@ def _items(whole: object, name: str, split: str) -> tuple[Sequence[Mapping[str, 
     if isinstance(whole, list):
         if whole and all(isinstance(item, dict) for item in whole):
             return [_inner(item) for item in whole], "a JSON list"
-        if not whole:
-            return [], "a JSON list"
-    elif isinstance(whole, dict):
+        if all(isinstance(item, str) for item in whole):
+            return [{TEXT: item} for item in whole], "a JSON list of texts"
+        if all(isinstance(item, list) for item in whole):
+            return [{MESSAGES: item} for item in whole], "a JSON list of conversations"
+        number = next(at for at, item in enumerate(whole) if not isinstance(item, dict))
+        raise DataError(
+            f"data.source: {name}: item {number + 1} of the list is not an object",
+            hint='expected [{"prompt": ...}, ...]',
+        )
+    if isinstance(whole, dict):
         lists = {key: value for key, value in whole.items() if isinstance(value, list)}
         of_rows = {
             key: value
             for key, value in lists.items()
             if value and all(isinstance(item, dict) for item in value)
         }
-        if of_rows and lists.keys() >= whole.keys() and {key.lower() for key in whole} <= {*SPLITS}:
-            wanted = split.partition("[")[0]
+        wanted = split.partition("[")[0]
+        if (
+            whole
+            and {key.lower() for key in whole} <= {*SPLITS}
+            and not any(isinstance(value, str) for value in whole.values())
+        ):
             if wanted not in whole:
                 raise DataError(f"data.split: {name} has no {wanted!r}", hint=f"it has {', '.join(whole)}")
-            return whole[wanted], f"the JSON list of the split {wanted}"
+            items, kind = _items(whole[wanted], name, split)
+            return items, f"{kind.replace('a JSON', 'the JSON')} of the split {wanted}"
         table = _columns(whole)
         if table is not None:
             return table, "JSON columns"
-        if any(plain(key) in ROW_FIELDS[MESSAGES] for key in of_rows):
+        are_rows = {key: {*ROW_FIELDS[MESSAGES]} & {*map(plain, of_rows[key][0])} for key in of_rows}
+        if any(plain(key) in ROW_FIELDS[MESSAGES] and not are_rows[key] for key in of_rows):
             return [whole], "one JSON object"
-        if len(of_rows) == 1:
-            key, items = next(iter(of_rows.items()))
-            return [_inner(item) for item in items], f"the JSON list under {key}"
+        chosen = next((key for key, items in of_rows.items() if _inner(items[0]) is not items[0]), "")
+        chosen = chosen or (next(iter(of_rows)) if len(of_rows) == 1 else wanted)
+        if chosen in of_rows:
+            return [_inner(item) for item in of_rows[chosen]], f"the JSON list under {chosen}"
+        values = list(whole.values())
+        if of_rows and len(of_rows) == len(whole) and all(map(_is_conversation, values)):
+            return [{MESSAGES: value} for value in values], "JSON conversations by their keys"
+        if len(of_rows) > 1:
+            raise DataError(
+                f"data.source: {name} has several lists of rows: {', '.join(of_rows)}",
+                hint=f"data.split: {next(iter(of_rows))} takes that one",
+            )
+        if len(values) == 1 and isinstance(values[0], dict):
+            return _items(values[0], name, split)
+        if values and all(isinstance(value, dict) and value.keys() == values[0].keys() for value in values):
+            return values, "JSON objects by their keys"
+        if lists and len(lists) == len(whole):
+            lengths = ", ".join(f"{key} {len(value)}" for key, value in lists.items())
+            raise DataError(
+                f"data.source: {name}: its columns do not have the same length: {lengths}",
+                hint="each column needs a value for each row",
+            )
         if not of_rows and any(isinstance(value, str) for value in whole.values()):
             return [whole], "one JSON object"
     raise DataError(f"data.source: {name}: not a list of objects", hint='expected [{"prompt": ...}, ...]')
+
+
+def _is_conversation(value: Sequence[Any]) -> bool:
+    return all(isinstance(item, dict) and any(message_part(key) == ROLE for key in item) for item in value)
 
 
 def _inner(item: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -116,8 +170,11 @@ def _columns(whole: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
         indices = list(values[0])
         if all(list(value) == indices for value in values) and all(index.isdigit() for index in indices):
             return [{key: value[index] for key, value in whole.items()} for index in indices]
-    plain = all(isinstance(value, list) and value and not isinstance(value[0], dict) for value in values)
-    if len(values) > 1 and plain and len({len(value) for value in values}) == 1:
+    is_plain = all(isinstance(value, list) and value and not isinstance(value[0], dict) for value in values)
+    if len(values) == 1 and is_plain:
+        part = ROW_FIELDS[MESSAGES] if isinstance(values[0][0], list) else ROW_FIELDS[TEXT]
+        is_plain = plain(next(iter(whole))) in part
+    if values and is_plain and len({len(value) for value in values}) == 1:
         return [dict(zip(whole, items, strict=True)) for items in zip(*values, strict=True)]
     return None
 
@@ -141,12 +198,13 @@ def _settled(lines: Iterable[tuple[int, str]], name: str, bad: BadRows) -> Itera
 def _of_line(line: str, name: str, number: int) -> Row | Problem | None:
     """The line's row, or why it has none; None for an empty one."""
     try:
-        values = json.loads(line)
+        values = json.loads(line.removeprefix("\ufeff"))  # files put one after the other keep their marks
     except json.JSONDecodeError as error:
         return Problem(f"not JSON: {error.msg}", "", name, number) if line.strip() else None
     except (ValueError, RecursionError) as error:
         return Problem(f"not JSON: {error}", "", name, number)
-    return Row(values, name, number) if isinstance(values, dict) else Problem(_NO_OBJECT, "", name, number)
+    row = _row(values)
+    return Problem(_NO_OBJECT, "", name, number) if row is None else Row(row, name, number)
 
 
 def rows_of_lines(path: Path, bad: BadRows) -> Rows:

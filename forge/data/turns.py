@@ -329,7 +329,7 @@ def _is_all_thinking(text: str) -> bool:
 
 def writable(name: str) -> str:
     """A name as a file can hold it, half a character written out."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name.encode("utf-8", "backslashreplace").decode() or "(no name)"
 
 
 def _role(
