@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from forge.data import fields
 from forge.data.conversation import Conversation, Row, Rows, RowsOf, Turn
-from forge.data.dialogue import dialogue, of_text
+from forge.data.dialogue import chat, dialogue, is_chat, of_text, with_functions
 from forge.data.layout import (
     AUTO,
     EMPTY,
@@ -29,6 +29,7 @@ from forge.data.problems import BadRows
 from forge.data.turns import (
     BadRowError,
     Notes,
+    calls_of,
     finished,
     is_of_parts,
     parsed,
@@ -196,7 +197,13 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
         return replace(made, tools=tools)
     if layout.format in (MESSAGES, SHAREGPT):
         column, value = layout.value(row, fields.MESSAGES)
-        turns += turns_of(value, column, shape.roles, notes)
+        if is_chat(value):
+            notes.counts["texts of USER: and ASSISTANT:, read as conversations"] += 1
+            turns, functions = with_functions(turns, column)
+            tools = tools or functions
+            turns += chat(value, column)
+        else:
+            turns += turns_of(value, column, shape.roles, notes)
         _think(turns, row, layout, notes)
     else:
         turns += _exchange(row, layout, shape, notes)
@@ -346,7 +353,11 @@ def _exchange(
             raise BadRowError(
                 "stands beside two answers; put it into the messages of its own", place_of_thought
             )
-        reply = [Turn("assistant", text_of(_said(answer, row, place), place), reasoning=reasoning)]
+        made, listed = layout.value(row, fields.CALLS)
+        calls = calls_of(listed, made)
+        answer = "" if calls and answer is None else _said(answer, row, place)
+        text = text_of(answer, place, empty_ok=bool(calls))
+        reply = [Turn("assistant", text, reasoning=reasoning, tool_calls=calls)]
     beside, more = layout.value(row, fields.INPUT)
     if isinstance(prompt, str) and _is_messages(more):  # OpenAI's responses: instructions and input
         yield Turn("system", text_of(prompt, asked, empty_ok=True))

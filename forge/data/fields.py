@@ -13,7 +13,7 @@ from collections.abc import Mapping
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 SYSTEM, INPUT, HISTORY, TOOLS = "system", "input", "history", "tools"
 CHOSEN, REJECTED, REASONING, TEXT, TRAINED = "chosen", "rejected", "reasoning", "text", "trained"
-WEIGHT, LABEL, MASKED = "weight", "label", "masked"
+WEIGHT, LABEL, MASKED, CALLS = "weight", "label", "masked", "calls"
 
 
 @functools.lru_cache(4096)
@@ -35,6 +35,7 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     COMPLETION: _names(
         "completion response answer output reply assistant target targets solution ground_truth output_text"
     ),
+    CALLS: _names("tool_calls function_calls answers"),
     INPUT: _names("input inputs context"),
     SYSTEM: _names("system system_prompt system_message system_instruction preamble"),
     HISTORY: _names("history chat_history"),

@@ -162,7 +162,9 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
     """The format that the columns of these parts make."""
     first = next(iter(rows))
     where = f"{first.file}:{first.line}"
-    has_answer = parts[fields.COMPLETION] and (parts[fields.PROMPT] or parts[fields.INPUT])
+    has_answer = (parts[fields.COMPLETION] or parts[fields.CALLS]) and (
+        parts[fields.PROMPT] or parts[fields.INPUT]
+    )
     asked = shape.columns.keys()
     if fields.TEXT in asked:
         return TEXT
@@ -216,7 +218,10 @@ def _require_format(
         SHAREGPT: bool(parts[fields.MESSAGES]),
         PREFERENCE: bool(parts[fields.CHOSEN]),
         TEXT: bool(parts[fields.TEXT]),
-        PROMPT: bool(parts[fields.COMPLETION] and (parts[fields.PROMPT] or parts[fields.INPUT])),
+        PROMPT: bool(
+            (parts[fields.COMPLETION] or parts[fields.CALLS])
+            and (parts[fields.PROMPT] or parts[fields.INPUT])
+        ),
     }.get(
         form,
         (prompt in plain or fields.PROMPT in mapped) and (completion in plain or fields.COMPLETION in mapped),
@@ -243,8 +248,13 @@ def _of_format(
         SHAREGPT: (fields.MESSAGES, fields.REASONING),
         TEXT: (fields.TEXT,),
         PREFERENCE: (fields.PROMPT, fields.INPUT, fields.HISTORY, fields.CHOSEN, fields.REJECTED),
-    }.get(form, (fields.PROMPT, fields.INPUT, fields.HISTORY, fields.COMPLETION, fields.REASONING))
+    }.get(
+        form,
+        (fields.PROMPT, fields.INPUT, fields.HISTORY, fields.COMPLETION, fields.CALLS, fields.REASONING),
+    )
     chosen = {part: list(parts[part]) for part in (*own, *always) if parts[part]}
+    if fields.COMPLETION in chosen:  # `answers` beside an answer are others that are right
+        chosen[fields.CALLS] = [key for key in chosen.get(fields.CALLS, ()) if fields.plain(key) != "answers"]
     pair = _PAIRS.get(form)
     for part, named in zip((fields.PROMPT, fields.INPUT, fields.COMPLETION), pair or (), strict=False):
         exact = [key for key in chosen.get(part, ()) if fields.plain(key) == named]
@@ -277,5 +287,5 @@ def _spelling(rows: Rows, columns: Sequence[str], form: str) -> str:
 
 def _named(parts: Mapping[str, Sequence[str]]) -> str:
     """The name of a format of prompt and completion, by its columns."""
-    pair = tuple(fields.plain(parts[part][0]) for part in (fields.PROMPT, fields.COMPLETION))
+    pair = tuple(fields.plain(parts[part][0]) for part in (fields.PROMPT, fields.COMPLETION) if part in parts)
     return next((name for name, (p, _, c) in _PAIRS.items() if (p, c) == pair), PROMPT)

@@ -380,19 +380,27 @@ def _trained(parts: Mapping[str, tuple[str, Any]], role: str, place: str) -> boo
 def _calls(
     parts: Mapping[str, tuple[str, Any]], role: str, content: object, place: str
 ) -> Iterator[ToolCall]:
-    listed = parsed(parts.get(fields.TOOL_CALLS, ("", None))[1]) or []
+    where = f"{place}.tool_calls"
+    listed = calls_of(parts.get(fields.TOOL_CALLS, ("", None))[1], where)
     single = parsed(parts.get(fields.FUNCTION_CALL, ("", None))[1])
     spoken = parsed(content) if role == fields.CALL else None
-    where = f"{place}.tool_calls"
     if role == fields.CALL and not isinstance(spoken, (list, Mapping)):
         raise BadRowError("a function call must be JSON: {name: ..., arguments: ...}", place)
-    if not isinstance(listed, list):
-        raise BadRowError("is not a list of calls", where)
     spoken_list = spoken if isinstance(spoken, list) else [spoken] if spoken else []
-    for call in [*listed, *([single] if single else []), *spoken_list]:
+    for call in [*listed, *calls_of([single] if single else [], where), *calls_of(spoken_list, where)]:
         if role not in ("assistant", fields.CALL):
             raise BadRowError(f"a turn of the {role} cannot call a tool", where)
-        yield _call(call, where)
+        yield call
+
+
+def calls_of(value: object, place: str) -> tuple[ToolCall, ...]:
+    """The calls in a list of {name: ..., arguments: ...}, or of OpenAI's `tool_calls`."""
+    listed = parsed(value)
+    if listed in _EMPTY:
+        return ()
+    if not isinstance(listed, list):
+        raise BadRowError("is not a list of calls", place)
+    return tuple(_call(call, place) for call in listed)
 
 
 def _call(call: object, place: str) -> ToolCall:
