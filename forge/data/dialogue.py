@@ -10,7 +10,8 @@ from typing import TypeGuard
 
 from forge.codec import Json
 from forge.data.conversation import Conversation, Place, Turn
-from forge.data.turns import BadRowError, Notes, calls_of, finished, text_of, tools_of
+from forge.data.texts import BadRowError, Notes, text_of
+from forge.data.turns import calls_of, finished, tools_of
 
 _DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from forge.data import fields
 from forge.data.conversation import Row, Rows
-from forge.data.turns import parsed
+from forge.data.texts import parsed
 from forge.errors import DataError
 
 Reader = Callable[[Mapping[str, Any]], object]

@@ -27,8 +27,8 @@ from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Read, Source, read
 from forge.data.split import held_out, refuse_overlap, refuse_same, split, times, weighted
 from forge.data.spool import Spool
+from forge.data.texts import Notes
 from forge.data.tokens import Encoded, encode_each
-from forge.data.turns import Notes
 from forge.errors import DataError
 
 TRAIN_FILE = "train.jsonl"

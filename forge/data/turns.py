@@ -6,142 +6,26 @@ images and sound, which are refused by name; what a template makes of the turns 
 
 from __future__ import annotations
 
-import ast
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from forge.codec import Json
 from forge.data import blocks, fields
 from forge.data.conversation import ToolCall, Turn
+from forge.data.texts import (
+    BadRowError,
+    Notes,
+    has_half_a_character,
+    is_words,
+    parsed,
+    text_of,
+    thoughts,
+    writable,
+)
 
-_LONGEST_LITERAL = 10_000_000
 _EMPTY: tuple[object, ...] = (None, "", [], {})
-
-
-class BadRowError(Exception):
-    """A row that cannot be used: why, and the field where."""
-
-    def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
-
-
-@dataclass
-class Notes:
-    """What was done to the rows that were read: note -> number of rows, and who was taken for whom."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    unused: Counter[str] = field(default_factory=Counter)
-    roles: dict[str, str] = field(default_factory=dict)
-
-
-def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
-    """A text, or the texts of a list of parts one after the other."""
-    if isinstance(value, (list, tuple)) and (
-        len(value) < 2 or any(isinstance(part, Mapping) for part in value)
-    ):
-        value = "".join(_part(part, f"{place}[{number}]") for number, part in enumerate(value))
-    elif isinstance(value, Mapping):
-        value = _part(value, place)
-    if value is None or value != value:  # a table's NaN
-        value = ""
-    if not isinstance(value, str):
-        raise BadRowError(f"is {type(value).__name__}, not text", place)
-    if _has_half_a_character(value):
-        raise BadRowError("has half a character (lone surrogate)", place)
-    if not value.strip() and not empty_ok:
-        raise BadRowError("is empty", place)
-    return value
-
-
-def _has_half_a_character(text: str) -> bool:
-    try:
-        return not text.isascii() and not text.encode()
-    except UnicodeEncodeError:
-        return True
-
-
-_TEXTS = ("text", "input_text", "output_text")
-_THOUGHTS = ("thinking", "reasoning")
-_BELONGS: Mapping[str, str] = {
-    **dict.fromkeys(
-        _THOUGHTS, "thinking stands in an assistant's content, or beside it as reasoning_content"
-    ),
-    "tool_use": "a call is made by a turn of the assistant",
-    "tool_result": "what a tool answers belongs to a conversation",
-    "refusal": "a refusal is learned as text: {type: text, text: ...}",
-}
-
-
-def _part(part: object, place: str) -> str:
-    if part is None or isinstance(part, str):
-        return part or ""
-    if isinstance(part, Mapping):
-        if part.get("content_type") == "text" and isinstance(part.get("parts"), list):  # ChatGPT's export
-            return text_of(list(map(_as_part, part["parts"])), place, empty_ok=True)
-        kind = part.get("type", "text")
-        if kind not in _TEXTS:
-            why = _BELONGS.get(str(kind), "only text can be learned here")
-            raise BadRowError(f"is a part of type {kind!r}; {why}", place)
-        texts = [part[key] for key in ("text", "content", "value") if isinstance(part.get(key), str)]
-        if len(texts) == 1:
-            return str(texts[0])
-    keys = f"; its keys are: {', '.join(map(writable, map(str, part)))}" if isinstance(part, Mapping) else ""
-    raise BadRowError(f"is not a text part: {{type: text, text: ...}}{keys}", place)
-
-
-def _as_part(part: object) -> object:
-    return {"text": part} if isinstance(part, str) else part
-
-
-def _is_text(value: object) -> bool:
-    """Whether `value` is a text, or parts of one, not data."""
-    parts = value if isinstance(value, list) else [value]
-    return all(
-        part is None
-        or isinstance(part, str)
-        or (isinstance(part, Mapping) and {"type", "text"} & part.keys())
-        for part in parts
-    )
-
-
-def is_of_parts(value: object) -> bool:
-    """Whether `value` is a list of parts of one text, not of messages."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(part, Mapping) and part.get("type") in (*_TEXTS, *_BELONGS) for part in value)
-        and not any(fields.message_part(key) == fields.ROLE for part in value for key in part)
-    )
-
-
-def _thoughts(content: object) -> tuple[str, object]:
-    """The thinking among the parts of an assistant's content, and the other parts."""
-    if not isinstance(content, list):
-        return "", content
-    thoughts = [part for part in content if isinstance(part, Mapping) and part.get("type") in _THOUGHTS]
-    texts = [next((part[key] for key in (*_THOUGHTS, "text") if key in part), "") for part in thoughts]
-    if not all(isinstance(text, str) for text in texts):
-        return "", content
-    return "".join(texts), [part for part in content if part not in thoughts]
-
-
-def parsed(value: object) -> object:
-    """`value`, or what it says where it is JSON or a Python literal in a text (tables hold lists so)."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(value.strip()) if len(value) < _LONGEST_LITERAL else value
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return value
 
 
 def _as_list(value: object, place: str) -> Sequence[Any]:
@@ -235,7 +119,7 @@ def _is_usual(message: object) -> bool:
         and isinstance(text := message.get("content"), str)
         and not text.isspace()
         and text != ""
-        and not _has_half_a_character(text)
+        and not has_half_a_character(text)
         and not _is_all_thinking(text)
     )
 
@@ -270,12 +154,12 @@ def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], note
     key, content = parts.get(fields.CONTENT, ("content", None))
     if fields.CONTENT not in parts and not {fields.TOOL_CALLS, fields.FUNCTION_CALL} & parts.keys():
         raise BadRowError("there is no such key", f"{place}.{key}")
-    if role == "tool" and not _is_text(content):
+    if role == "tool" and not is_words(content):
         content = json.dumps(content, ensure_ascii=False)
         notes.counts["what a tool answered is written as JSON"] += 1
     thought = ""
     if role == "assistant":
-        thought, content = _thoughts(content)
+        thought, content = thoughts(content)
     calls = tuple(_calls(parts, role, content, place))
     if role == fields.CALL:
         role, content = "assistant", ""
@@ -325,11 +209,6 @@ def _add(
 
 def _is_all_thinking(text: str) -> bool:
     return text.lstrip().startswith("<think>") and "</think>" not in text
-
-
-def writable(name: str) -> str:
-    """A name as a file can hold it, half a character written out."""
-    return name.encode("utf-8", "backslashreplace").decode() or "(no name)"
 
 
 def _role(

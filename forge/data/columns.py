@@ -1,0 +1,93 @@
+"""What the columns of a row say beside its words: refused, listed as unused, or a row that is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from forge.data import fields
+from forge.data.conversation import Row, Turn
+from forge.data.layout import EMPTY, Layout, Shape
+from forge.data.texts import BadRowError, Notes, parsed, writable
+
+
+def refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
+    for key in layout.unused:
+        value = row.values.get(key)
+        if value in EMPTY or key in shape.ignore:
+            continue
+        why = fields.ROW_REFUSED.get(fields.plain(key))
+        if fields.plain(key) == "mask" and isinstance(value, str):
+            why = _masks(value, shape)
+            if why is None:
+                continue
+        tokens = isinstance(value, list) and all(isinstance(item, int) for item in value)
+        if why and fields.switch(value) is False and not why.startswith("a template"):
+            continue
+        if why and (tokens or not why.startswith("the row is tokenized")):
+            raise BadRowError(f"{why}; data.ignore: [{key}] leaves it out of account", key)
+        if fields.sets_loss(key, value):
+            raise BadRowError(
+                "forge does not know this column, and it may say what carries loss: weight: 0 (or 1) does; "
+                f"data.ignore: [{key}] leaves it out of account",
+                key,
+            )
+        notes.unused[writable(key)] += 1
+
+
+def refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Turn]) -> None:
+    """Refuse a column that belongs to the prompt where it plays no part and no turn has its words."""
+    for key in layout.unused:
+        value = row.values.get(key)
+        if fields.plain(key) not in fields.OF_PROMPT or value in EMPTY or key in shape.ignore:
+            continue
+        if isinstance(value, str) and any(value.strip() in turn.content for turn in turns):
+            continue
+        way = f"data.columns: {{system: {key}}} puts it before it; " if isinstance(value, str) else ""
+        raise BadRowError(
+            f"stands beside the conversation; {way}data.ignore: [{key}] leaves it out of account", key
+        )
+
+
+def _masks(speaker: str, shape: Shape) -> str | None:
+    """NeMo's `mask` names who carries no loss: why that cannot be, or None where it is the user."""
+    if fields.role_of(speaker, shape.roles) in ("user", "system"):
+        return None
+    return f"is {speaker!r}: only answers of the assistant carry loss here"
+
+
+def refuse_two_columns(row: Row, layout: Layout, notes: Notes) -> None:
+    """Refuse a row that says one thing twice and differently; a second conversation is not used."""
+    for part, columns in layout.parts.items():
+        filled = [column for column in columns if row.values.get(column) not in EMPTY]
+        for column in filled[1:]:
+            if part == fields.MESSAGES:
+                notes.unused[writable(column)] += 1
+            elif parsed(row.values[column]) != parsed(row.values[filled[0]]):
+                raise BadRowError(
+                    f"both {filled[0]} and {column} could be the {part}; data.ignore: [{column}] leaves it "
+                    "out of account",
+                    column,
+                )
+
+
+def left_out(row: Row, layout: Layout, notes: Notes) -> str | None:
+    """Why the row says of itself that it is not to be learned."""
+    for part in (fields.TRAINED, fields.LABEL, fields.WEIGHT):
+        column, value = layout.value(row, part)
+        if value in EMPTY:
+            continue
+        # Any other label may be one of many classes.
+        is_class = part == fields.LABEL and str(value).lower() not in ("true", "false")
+        on = None if is_class else fields.switch(value)
+        if on is False:
+            return f"{column} is {str(value).lower()}"
+        if on is None and part == fields.LABEL:
+            notes.unused[writable(column)] += 1
+        elif on is None:
+            also = ", and a source in data.source can have a weight" if part == fields.WEIGHT else ""
+            raise BadRowError(
+                f"is {value!r}; a row's {fields.plain(column)} can be 0 or 1 here: data.ignore: [{column}] "
+                f"leaves it out of account{also}",
+                column,
+            )
+    return None
