@@ -725,3 +725,13 @@ def test_overlap_of_two_files_is_refused() -> None:
     assert [str(problem) for problem in caught.value.problems] == [
         "rows.jsonl:3: this held-out row is also a training row (2 times; also 4)"
     ]
+
+
+def test_pairs_beside_the_chosen_conversation() -> None:
+    """UltraFeedback's rows have the chosen answer twice; trl's DPOTrainer reads the pair."""
+    chosen, rejected = [USER, ANSWER], [USER, {**ANSWER, "content": "No."}]
+    values = {"prompt": "Hi", "messages": chosen, "chosen": chosen, "rejected": rejected}
+    reading = to_conversations([row(**values)], Shape(pairs=True))
+    assert reading.format == "preference"
+    assert reading.conversations[0].rejected[-1].content == "No."
+    assert to_conversations([row(**values)]).format == "messages"

@@ -81,6 +81,11 @@ def test_a_process_that_was_killed_is_started_again() -> None:
     assert template.render(HELLO) == before
 
 
+def test_a_row_of_ten_megabytes_is_no_fault_of_the_template() -> None:
+    words = "word " * (renderer.LONGEST_TEXT // 5 + 1)
+    assert words in ChatTemplate(CHATML).render([{"role": "user", "content": words}])
+
+
 def test_threads_share_it() -> None:
     template, texts = ChatTemplate(CHATML), dict[int, str]()
 

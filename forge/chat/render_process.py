@@ -95,15 +95,21 @@ def main() -> None:
     templates: dict[int, jinja2.Template] = {}
     for line in sys.stdin:
         try:
-            answer = _answer(request_of(line), templates, longest)
+            answer = _answer(request_of(line), templates, longest, len(line))
         except MemoryError:
             answer = Rendered(limit=f"takes more than {most >> 20} MiB of memory")
         sys.stdout.write(to_line(answer))
         sys.stdout.flush()
 
 
-def _answer(request: RenderRequest, templates: dict[int, jinja2.Template], longest: int) -> Rendered:
-    """The texts of all prompts of the request, each under a timer of its own; or the limit that one hit."""
+def _answer(
+    request: RenderRequest, templates: dict[int, jinja2.Template], longest: int, asked: int
+) -> Rendered:
+    """The texts of all prompts of the request, each under a timer of its own; or the limit that one hit.
+
+    A prompt may have `longest` characters more than the `asked` of the request: a row of ten megabytes makes
+    a prompt of ten megabytes, which is not the template's doing.
+    """
     began = time.process_time()
     source = request.source
     texts: list[list[str | Refused]] = []
@@ -126,7 +132,7 @@ def _answer(request: RenderRequest, templates: dict[int, jinja2.Template], longe
                 text = Refused(str(error)[:2000])
             finally:
                 signal.setitimer(signal.ITIMER_PROF, 0)
-            if isinstance(text, str) and len(text) > longest:
+            if isinstance(text, str) and len(text) > longest + asked:
                 return Rendered(limit=f"writes a prompt of more than {longest:,} characters")
             texts[-1].append(text)
     return Rendered(texts, request.number in templates, time.process_time() - began)

@@ -188,6 +188,7 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
         return replace(made, tools=tools)
     if layout.format in (MESSAGES, SHAREGPT):
         column, value = layout.value(row, fields.MESSAGES)
+        value = _said(value, row, column)
         if is_chat(value):
             notes.counts["texts of USER: and ASSISTANT:, read as conversations"] += 1
             turns, functions = with_functions(turns, column)

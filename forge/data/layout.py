@@ -170,7 +170,7 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         return TEXT
     if {fields.PROMPT, fields.COMPLETION} & asked and has_answer:
         return PROMPT
-    if parts[fields.MESSAGES]:
+    if parts[fields.MESSAGES] and not (shape.pairs and parts[fields.CHOSEN]):
         return MESSAGES
     if parts[fields.CHOSEN]:
         return PREFERENCE
