@@ -730,7 +730,7 @@ def test_overlap_of_two_files_is_refused() -> None:
 def test_pairs_beside_the_chosen_conversation() -> None:
     """UltraFeedback's rows have the chosen answer twice; trl's DPOTrainer reads the pair."""
     chosen, rejected = [USER, ANSWER], [USER, {**ANSWER, "content": "No."}]
-    values = {"prompt": "Hi", "messages": chosen, "chosen": chosen, "rejected": rejected}
+    values: dict[str, Any] = {"prompt": "Hi", "messages": chosen, "chosen": chosen, "rejected": rejected}
     reading = to_conversations([row(**values)], Shape(pairs=True))
     assert reading.format == "preference"
     assert reading.conversations[0].rejected[-1].content == "No."
