@@ -168,6 +168,17 @@ def test_half_a_character_in_a_column(run: Run, tmp_path: Path) -> None:
         run(tmp_path / "d.jsonl")
 
 
+def test_a_pattern_in_a_recipe(run: Run, tmp_path: Path) -> None:
+    """E1: `*.jsonl` has the suffix of a file and is none."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            f'{{"prompt": "{name}", "completion": "c"}}\n', encoding="utf-8"
+        )
+    assert len(run(Path("*.jsonl")).rows) == 2
+    with pytest.raises(DataError, match=r"data\.source: no file matches none-\*\.jsonl"):
+        run(Path("none-*.jsonl"))
+
+
 def test_message_weight(run: Run) -> None:
     """axolotl PR 1702, OpenAI's format: an answer of weight 0 is seen and carries no loss."""
     read = run(CASES / "message_weight" / "d.jsonl")

@@ -375,6 +375,7 @@ def test_directories_patterns_and_splits(tmp_path: Path) -> None:
     assert [path.name for path in found] == ["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"]
     assert [path.name for path in locate_all("set", tmp_path, "dev")] == ["validation-00000-of-00001.jsonl"]
     assert locate_all("set/data/train-*.jsonl", tmp_path, "train") == found
+    assert not [path for path in locate_all("set/**/*.jsonl", tmp_path, "train") if path.name == "x.jsonl"]
     with pytest.raises(DataError, match="no data file of the split 'test'"):
         locate_all("set", tmp_path, "test")
     with pytest.raises(DataError, match="no file matches"):

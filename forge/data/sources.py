@@ -54,9 +54,15 @@ def locate_all(source: str, directory: Path, split: str) -> tuple[Path, ...]:
         return files_of_split(path.resolve(), split)
     if any(letter in source for letter in "*?["):
         root = Path(path.anchor)
-        found = sorted(one for one in root.glob(str(path.relative_to(root))) if one.is_file())
-        if found:
-            return tuple(found)
+        matching = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+        # As in a shell, what is hidden is meant only where it is named.
+        files = [
+            match
+            for match in matching
+            if not any(part.startswith(".") and part not in path.parts for part in match.parts)
+        ]
+        if files:
+            return tuple(files)
         raise DataError(f"data.source: no file matches {source}", hint=f"looked in {directory}")
     raise DataError(
         f"data.source: {path} does not exist",

@@ -168,6 +168,9 @@ def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], note
     if thought and beside:
         raise BadRowError("has thinking among its parts and beside them", f"{place}.{key}")
     text = text_of(content, f"{place}.{key}", empty_ok=bool(calls) or role in ("system", "tool"))
+    if beside and role != "assistant":
+        notes.unused[f"{place.partition('[')[0]}[].{writable(parts[fields.REASONING][0])}"] += 1
+        beside = ""
     trained = _trained(parts, role, place)
     if role == "assistant" and trained is not False and _is_all_thinking(text):
         raise BadRowError("<think> is never closed: the answer was cut off while thinking", f"{place}.{key}")
