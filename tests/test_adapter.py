@@ -329,7 +329,9 @@ def test_directories_that_are_no_adapter(base: Path, plain: Path, tmp_path: Path
     (bare / "adapter_config.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match="is not JSON"):
         read_adapter(bare)
-    shutil.copyfile(plain / "adapter_config.json", bare / "adapter_config.json")
+    marked = b"\xef\xbb\xbf" + (plain / "adapter_config.json").read_bytes()
+    (bare / "adapter_config.json").write_bytes(marked)
+    assert read_adapter(bare).layers.keys() == read_adapter(plain).layers.keys()
     cut = (plain / "adapter_model.safetensors").read_bytes()[:-10]
     (bare / "adapter_model.safetensors").write_bytes(cut)
     with pytest.raises(DataError, match=r"adapter_model\.safetensors"):

@@ -88,7 +88,7 @@ def test_schema_files_that_are_none(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(RecipeError, match="--json-schema"):
             _schema(path)
-    path.write_text(json.dumps(NUMBER))
+    path.write_text(json.dumps(NUMBER), encoding="utf-8-sig")
     assert _schema(path) == NUMBER
     assert _schema(None) is None
 

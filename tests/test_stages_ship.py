@@ -95,7 +95,7 @@ def taught(directory: Path, template: str, **changes: Any) -> Resolved:
 @pytest.mark.parametrize("asked", ["alpaca", "own.jinja", OWN, "rag"])
 def test_a_base_is_given_a_chat_template_by_its_recipe(tmp_path: Path, asked: str) -> None:
     """gpt2, Llama-2-7b have none: a shipped one, a file, the text, one that the tokenizer names."""
-    (tmp_path / "own.jinja").write_text(OWN)
+    (tmp_path / "own.jinja").write_text(OWN, encoding="utf-8-sig")
     ship = taught(tmp_path, asked, chat_template=[{"name": "rag", "template": OWN}])
     prompt = ship.template.render([{"role": "user", "content": "Hi."}], add_generation_prompt=True)
     assert prompt.startswith("Below is an instruction" if asked == "alpaca" else "Hi.<|im_end|>")

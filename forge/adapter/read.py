@@ -209,7 +209,7 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise _without_settings(directory)
     try:
-        configuration: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        configuration: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}", hint=_AGAIN) from error
     if not isinstance(configuration, dict):

@@ -85,7 +85,7 @@ def _of_gguf(path: Path) -> tuple[str, dict[str, str], bool]:
 
 def _of_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read: {error}", hint="give a model's directory, a .jinja or a .gguf file"

@@ -157,7 +157,7 @@ def _schema(path: Path | None) -> Mapping[str, Any] | None:
     if path is None:
         return None
     try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
+        schema = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as wrong:
         raise RecipeError(f"--json-schema: {path} cannot be used: {wrong}") from wrong
     if not isinstance(schema, dict):

@@ -164,7 +164,7 @@ def check_modelfile(
     from forge.chat.modelfile_check import check_modelfile as compare
 
     try:
-        read = parse(modelfile.read_text(encoding="utf-8"))
+        read = parse(modelfile.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{modelfile}: cannot be read: {error}") from error
     handed = hand_over_of(target, bos=bos, eos=eos)

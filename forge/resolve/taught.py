@@ -67,7 +67,7 @@ def template_text(asked: str, relative_to: Path, own: Mapping[str, str]) -> str:
     shipped = {path.stem: path for path in (directory_of_starters().parent / "chat").glob("*.jinja")}
     path = shipped.get(asked) or relative_to / Path(asked).expanduser()
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         named = f"; the base's own are {', '.join(sorted(own))}" if own else ""
         raise RecipeError(

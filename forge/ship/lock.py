@@ -73,7 +73,7 @@ def read_lock(recipe: Path, run: Path) -> Lock:
     beside = recipe.with_suffix(".lock")
     path = beside if beside.is_file() else run / LOCK
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise RecipeError(
             f"--locked: there is no {beside}, and no {path}",
