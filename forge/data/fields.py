@@ -150,7 +150,7 @@ def switch(value: object) -> bool | None:
     return True if word in _ON else False if word in _OFF else None
 
 
-_OF_LOSS = re.compile("loss|mask|train|learn|weight|advantage|supervis|ignore|skip")
+_OF_LOSS = re.compile("loss|mask|train|learn|weight|advantage|supervis|^ignored?$|^skip(ped)?$")
 
 
 @functools.lru_cache(4096)
