@@ -38,7 +38,7 @@ class DataStage(ShipStage):
 
     name = DATA_STAGE
     rank = 40
-    version = 4
+    version = 5
 
     def params(self) -> Mapping[str, Json]:
         data, training = self.ship.recipe.data, self.ship.training
