@@ -157,7 +157,7 @@ def test_a_merged_ship_that_cannot_be_published_leaves_no_base_alone(
 def test_what_names_the_base_alone_says_so(
     shipped: tuple[Workshop, Answer], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A directory with both is both; the file alone is taken alone, and the adapter beside it is told."""
+    """A directory with both is both; the file is taken by itself, and the adapter beside it is named."""
     for name in (GGUF, ADAPTER):
         (tmp_path / name).symlink_to(shipped[0].run / name)
     for path in (BUILTIN / "tiny").iterdir():
@@ -168,7 +168,7 @@ def test_what_names_the_base_alone_says_so(
         assert written.adapter == named
         assert f"{ADAPTER} lies beside it" in capfd.readouterr().err
     assert find_model(str(tmp_path / GGUF)) == (tmp_path / GGUF, None)
-    assert f"taken alone, without {ADAPTER} beside it" in capfd.readouterr().err
+    assert f"taken by itself, without {ADAPTER} beside it" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_the_report_is_there_while_it_trains(base: Path, data: Path, tmp_path: P
         train(replace(given, page=page))
     assert "step 0 of 4: training begins" in seen[0]
     assert 'http-equiv="refresh"' in seen[0]
-    assert "step 4 of 4: training has ended; held-out perplexity" in seen[-1]
+    assert "step 4 of 4: training has ended; held-out loss" in seen[-1]
     assert "refresh" not in seen[-1]
     assert seen[-1].count("<polyline") == 4
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
