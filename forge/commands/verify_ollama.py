@@ -65,22 +65,22 @@ def certify_in_ollama(name: str, host: str | None, files: Files, terms: Terms) -
     terms.check()
     with reach(server_url(host)) as server:
         served = parse(str(_shown(server, name).get("modelfile") or ""))
-        found = _compare(server, name, served, files)
-    _show(found)
+        model = _compare(server, name, served, files)
+    _show(model)
     blob, not_here = _weights(served, files)
     judged = judged_on(blob, terms) if blob else None
-    found = replace(found, not_proved=(*found.not_proved, *not_here))
-    problems = [*found.differ, *(Problem(one) for one in (judged.problems if judged else ()))]
+    model = replace(model, not_proved=(*model.not_proved, *not_here))
+    problems = [*model.differ, *(Problem(one) for one in (judged.problems if judged else ()))]
     problems += [Problem(one, "not proved") for one in not_here]
     plain = judged.plain() if judged else {}
-    fields = {**plain, "ok": not problems, "ollama": to_plain(found)}
+    fields = {**plain, "ok": not problems, "ollama": to_plain(model)}
     if problems:
         failure = CheckError(
             f"{name} in Ollama is not the base and adapter that it should be"
-            if found.differ or judged
+            if model.differ or judged
             else f"the weights of {name} in Ollama are not proved; its prompts and stops are the base's",
             hint=(judged.remedy if judged and not judged.ok else "")
-            or ("import it again: forge import" if found.differ else _ELSEWHERE),
+            or ("import it again: forge import" if model.differ else _ELSEWHERE),
             problems=problems,
         )
         failure.fields = fields
@@ -176,15 +176,15 @@ def _notes(served: Modelfile, more_stops: set[str], usual: Mapping[str, Paramete
             yield f"{name} is {value}, of the base's own {usual.get(name, 'none')}"
 
 
-def _show(found: InOllama) -> None:
-    words = "the server's own code (RENDERER)" if found.way == "renderer" else named(found.way)
-    report.info(f"{found.name}: its prompts are written by {words}")
-    if found.prompts:
-        report.info(f"{found.prompts} prompts compared, the tokens of {found.counted} counted")
-    for note in found.notes:
+def _show(model: InOllama) -> None:
+    words = "the server's own code (RENDERER)" if model.way == "renderer" else named(model.way)
+    report.info(f"{model.name}: its prompts are written by {words}")
+    if model.prompts:
+        report.info(f"{model.prompts} prompts compared, the tokens of {model.counted} counted")
+    for note in model.notes:
         report.info(note)
-    if found.not_proved:
-        report.info(f"not compared: {'; '.join(found.not_proved)}")
+    if model.not_proved:
+        report.info(f"not compared: {'; '.join(model.not_proved)}")
 
 
 def _weights(served: Modelfile, files: Files) -> tuple[Files | None, tuple[str, ...]]:
