@@ -124,6 +124,22 @@ def tree(root: Path) -> dict[str, bytes | None]:
     return {path.relative_to(root).as_posix(): None if path.is_dir() else path.read_bytes() for path in found}
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama of random weights, where a module has no base of its own."""
+    from tests.models import make_model
+
+    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
+
+
+@pytest.fixture(scope="module")
+def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows that it is trained on, prepared."""
+    from tests.models import prepare_rows
+
+    return prepare_rows(base, tmp_path_factory.mktemp("data"))
+
+
 @pytest.fixture(scope="session")
 def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Real Go's text/template; see `tests.real_go`."""

@@ -28,11 +28,6 @@ MLP = {"gate_proj": (256, 512), "up_proj": (256, 512), "down_proj": (512, 256)}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
-
-
-@pytest.fixture(scope="module")
 def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("untied") / "base"
     return make_model(directory, "llama", "home-made", tie_word_embeddings=False)

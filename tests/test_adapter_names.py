@@ -22,7 +22,7 @@ from forge.model.safetensors_header import read_header
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
-from tests.models import PEFT_WARNS, change_json, make_adapter, make_model
+from tests.models import PEFT_WARNS, change_json, make_adapter
 
 PREFIX = "base_model.model."
 # Public: MakazhanAlpamys/Soup #335 (torch.compile), huggingface/peft #1579 and #2699, vllm #34186,
@@ -38,11 +38,6 @@ WRAPPED: Mapping[str, Callable[[str], str]] = {
     "no prefix": lambda name: name.removeprefix(PREFIX),
     "no model": lambda name: name.replace(f"{PREFIX}model.", PREFIX),
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
 
 
 @pytest.fixture(scope="module")

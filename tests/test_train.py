@@ -25,21 +25,11 @@ from forge.train.evaluate import evaluate
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train
 from forge.train.watch import refuse_not_finite
-from tests.models import PEFT_WARNS, ROWS, evaluation, make_model, prepare_rows
+from tests.models import PEFT_WARNS, ROWS, evaluation
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(2400)]
 
 STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
-
-
-@pytest.fixture(scope="module")
-def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_rows(base, tmp_path_factory.mktemp("data"))
 
 
 def settings(**changes: Any) -> Train:

@@ -11,19 +11,9 @@ import pytest
 from forge.data.prepare import HELDOUT_FILE
 from forge.model.safetensors_header import read_header
 from forge.train.evaluate import Change, evaluate
-from tests.models import PEFT_WARNS, change_tensors, evaluation, load, make_adapter, make_model, prepare_rows
+from tests.models import PEFT_WARNS, change_tensors, evaluation, load, make_adapter, make_model
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(1500)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
-
-
-@pytest.fixture(scope="module")
-def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_rows(base, tmp_path_factory.mktemp("data"))
 
 
 def test_evaluation_by_hand(base: Path, data: Path, tmp_path: Path) -> None:

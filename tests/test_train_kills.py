@@ -27,7 +27,7 @@ from forge.train.live import LivePage
 from forge.train.log import Step, read_log
 from forge.train.request import TrainRequest
 from forge.train.run import train
-from tests.models import PEFT_WARNS, make_model, prepare_rows
+from tests.models import PEFT_WARNS
 from tests.test_train import arguments
 
 pytestmark = [
@@ -76,16 +76,6 @@ from tests.test_train_kills import killed_again_and_again
 request = from_plain(TrainRequest, json.loads(sys.argv[1]))
 print(killed_again_and_again(request, random.Random(sys.argv[2])))
 """
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
-
-
-@pytest.fixture(scope="module")
-def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_rows(base, tmp_path_factory.mktemp("data"))
 
 
 def request(base: Path, data: Path, out: Path, **changes: Any) -> TrainRequest:

@@ -62,16 +62,6 @@ WAYS: Mapping[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
-
-
-@pytest.fixture(scope="module")
-def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_rows(base, tmp_path_factory.mktemp("data"))
-
-
 def trained(base: Path, data: Path, out: Path, **changes: Any) -> Trained:
     given = {"max_steps": 6, "lora": R4, **changes}
     return train(arguments(base, data, out, **given))

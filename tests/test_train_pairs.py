@@ -20,7 +20,7 @@ from forge.errors import DataError, InterruptedByUserError
 from forge.stages.evaluate import figures, learned, nothing_learned
 from forge.train.evaluate import Evaluated, Preferred, evaluate
 from forge.train.run import train
-from tests.models import PEFT_WARNS, ROWS, evaluated, evaluation, load, make_model
+from tests.models import PEFT_WARNS, ROWS, evaluated, evaluation, load
 from tests.shipping import Workshop
 from tests.test_train import arguments
 from tests.test_train_kills import at_step
@@ -35,11 +35,6 @@ pytestmark = [
 
 PAIRS = [{"prompt": prompt, "chosen": answer, "rejected": prompt} for prompt, answer in ROWS.items()]
 BETA = 0.1
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("base") / "base", "llama", "home-made")
 
 
 def prepared(base: Path, directory: Path, rows: list[dict[str, Any]]) -> Path:
