@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from bench.vendor_chain import quantize
+from forge.model.gguf_header import read_gguf
 from forge.serve.embedded import serve_embedded
 from forge.serve.live import LiveProof
 from forge.serve.live_proof import prove_live
@@ -32,13 +34,17 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Specimen, Path, 
     return specimen, file, specimen.measure(file)
 
 
-def _live(file: Path, found: Measurement, log: Path, *, context: int = 512, asked: int = 512) -> LiveProof:
+def _live(
+    file: Path, found: Measurement, log: Path, *, context: int = 512, asked: int = 512, of: Path | None = None
+) -> LiveProof:
+    """`file` is served; `of` is the one that was measured."""
     with serve_embedded(ServerSettings(file, "yoda", context, parallel=1, threads=1), log=log) as endpoint:
         return prove_live(
             endpoint,
             QUESTIONS,
             expected=found.live,
             file_type=found.file.type,
+            weight_bytes=read_gguf(of or file).weight_bytes,
             sampling=found.file.sampling,
             context_tokens=asked,
             longest_tokens=300,
@@ -70,6 +76,21 @@ def test_another_file(measured: tuple[Specimen, Path, Measurement], tmp_path: Pa
     assert "are not the file's" in live.problems[0]
     certificate = _judged(found, live)
     assert (certificate.ok, certificate.broken_stage) == (False, "deploy")
+
+
+def test_another_type_of_the_same_weights(
+    measured: tuple[Specimen, Path, Measurement], tmp_path: Path
+) -> None:
+    """Its answers are within what another build may move; its size is not the file's."""
+    _, file, found = measured
+    other = tmp_path / "q8_0.gguf"
+    quantize(str(file), str(other), "q8_0", threads=1)
+    live = _live(other, found, tmp_path / "log.txt", of=file)
+    assert live.problems == (
+        f"the server holds a model of {read_gguf(other).weight_bytes:,} bytes, the file's weights take "
+        f"{read_gguf(file).weight_bytes:,}",
+    )
+    assert _judged(found, live).broken_stage == "deploy"
 
 
 def test_a_context_too_short(measured: tuple[Specimen, Path, Measurement], tmp_path: Path) -> None:

@@ -99,6 +99,11 @@ class GgufHeader:
     data: int = 0
 
     @property
+    def weight_bytes(self) -> int:
+        """What the tensors take, without the space between them."""
+        return sum(tensor.end - tensor.start for tensor in self.tensors.values())
+
+    @property
     def architecture(self) -> str:
         return str(self.metadata.get("general.architecture", ""))
 

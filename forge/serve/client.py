@@ -94,6 +94,13 @@ class Client:
         """The models that it serves."""
         return wire.read_models(self.endpoint, self._ask("GET", wire.MODELS))
 
+    def weight_bytes(self) -> int | None:
+        """What the tensors of llama-server's model take; None where it does not say."""
+        models = self._ask("GET", wire.MODELS)
+        with wire.as_expected(self.endpoint, "size of the model"):
+            sizes = [model["meta"]["size"] for model in models["data"] if model.get("meta")]
+            return int(sizes[0]) if sizes else None
+
     def properties(self) -> Mapping[str, Any]:
         """llama-server's settings, such as `total_slots` and `default_generation_settings.n_ctx`."""
         return self._ask("GET", "/props")

@@ -52,6 +52,7 @@ def prove_live(
     *,
     expected: Sequence[Expected],
     file_type: str,
+    weight_bytes: int,
     sampling: Mapping[str, float | str],
     context_tokens: int,
     longest_tokens: int,
@@ -59,13 +60,15 @@ def prove_live(
 ) -> LiveProof:
     """Ask the server.
 
-    `expected`, `file_type` and `sampling`, what the file itself sets, are *verify*'s; `context_tokens` is
+    `expected`, `file_type` and `sampling`, what the file itself sets, are *verify*'s; `weight_bytes` is what
+    the file's tensors take; `context_tokens` is
     what was asked for, `longest_tokens` the longest row;
     `is_adapted`: the model is a base with an adapter of its own.
     """
     with Client(endpoint) as client:
         handover = _compare(client, expected, file_type)
         problems = [
+            *_weights(client, weight_bytes),
             *_adapters(client, [1.0] if is_adapted else []),
             *_context(client, context_tokens, longest_tokens),
             *_sampling(client, sampling),
@@ -112,6 +115,13 @@ def _compare(client: Client, expected: Sequence[Expected], file_type: str) -> Li
         prompts=compared,
         limit=limit,
     )
+
+
+def _weights(client: Client, expected: int) -> Iterator[str]:
+    """A model of as many bytes as the file: another type of the same weights may answer nearly the same."""
+    held = client.weight_bytes()
+    if held is not None and held != expected:
+        yield f"the server holds a model of {held:,} bytes, the file's weights take {expected:,}"
 
 
 def _adapters(client: Client, expected: Sequence[float]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from forge.codec import from_plain
 from forge.data.prepare import Prepared
 from forge.errors import CheckError, ForgeError
 from forge.export.run import GGUF_FILE
+from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Action, Result
 from forge.recipe.schema import Recipe
 from forge.resolve.derived import context_tokens
@@ -118,6 +119,7 @@ class DeployAction(OfShip, Action):
                 [talk.messages for talk in talks[1 : 1 + _ASKED]],
                 expected=measured.live,
                 file_type=measured.file.type,
+                weight_bytes=read_gguf(settings.model).weight_bytes,
                 sampling=measured.file.sampling,
                 context_tokens=settings.context_tokens,
                 longest_tokens=data.longest_tokens if data else 0,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from forge.export.run import GGUF_FILE
+from forge.model.gguf_header import read_gguf
 from forge.serve.embedded import serve_embedded
 from forge.serve.live_proof import prove_live
 from forge.serve.runtime import ServerSettings
@@ -59,6 +60,7 @@ def test_sound(dtype: str, method: str, quant: str, tmp_path: Path) -> None:
             [],
             expected=measured.live,
             file_type=measured.file.type,
+            weight_bytes=read_gguf(file).weight_bytes,
             sampling=measured.file.sampling,
             context_tokens=1024,
             longest_tokens=300,
