@@ -195,5 +195,7 @@ def test_a_whole_ship_of_pairs(workshop: Workshop) -> None:
     assert answer.fields["learned"]["metric"] == "preference"
     assert "both answers are compared" in answer.said
     assert "chosen answer preferred in" in answer.said
+    assert "learned: 8 held-out pairs: the chosen answer is preferred in " in answer.said
+    assert "held-out pairs: the chosen" in workshop.forge("show", "mini").said
     page = (workshop.run / "report.html").read_text(encoding="utf-8")
     assert "before training" in page and "preferred by the reward of DPO" in page

@@ -159,7 +159,7 @@ def describe_run(name: str) -> Mapping[str, object]:
     ]
     report.table(str(directory), ("file", "size"), files)
     if figures := manifest.learned:
-        report.info(f"learned: {figures.metric} {figures.before} -> {figures.after} ({figures.rows} rows)")
+        report.info(f"learned: {figures.words}")
     if manifest.verdict:
         report.info(f"certificate: {manifest.verdict}")
     return {"run": str(directory), "manifest": manifest.as_json(), "files": [file[0] for file in files]}

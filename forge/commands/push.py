@@ -200,11 +200,8 @@ def _learned(manifest: Manifest) -> Iterator[str]:
             f"Loss of {evaluated.rows} held-out rows: {evaluated.loss.before:.4f} before training, "
             f"{evaluated.loss.after:.4f} after."
         )
-    if learned and learned.metric == "exact_match":
-        yield (
-            f"Exact answers to {learned.rows} held-out questions: {learned.before:.0%} before, "
-            f"{learned.after:.0%} after."
-        )
+    if learned and learned.metric != "heldout_loss":
+        yield f"{learned.words}."
 
 
 def _public(name: str) -> str:

@@ -94,6 +94,19 @@ class Learned:
     rows: int
     served: bool = False
 
+    @property
+    def words(self) -> str:
+        """What a person is shown of it."""
+        match self.metric:
+            case "exact_match":
+                where = "the shipped file behind its server" if self.served else "the tuned model"
+                shares = f"base {self.before:.0%}, {where} {self.after:.0%}"
+                return f"{self.rows} held-out rows, exact answers: {shares}"
+            case "preference":
+                return f"{self.rows} held-out pairs: the chosen answer is preferred in {self.after:.0%}"
+            case _:
+                return f"{self.rows} held-out rows: loss {self.before:.4f} -> {self.after:.4f}"
+
 
 @dataclass(frozen=True)
 class StageRun:

@@ -154,14 +154,8 @@ def _verdict(stages: Sequence[Step], results: Mapping[str, Result]) -> ForgeErro
 
 def _report_end(target: Resolved, figures: Learned | None) -> None:
     """Say how it went."""
-    if figures and figures.metric == "exact_match":
-        where = "the shipped file behind its server" if figures.served else "the tuned model"
-        report.success(
-            f"learned: {figures.rows} held-out rows, exact answers: base {figures.before:.0%}, "
-            f"{where} {figures.after:.0%}"
-        )
-    elif figures:
-        report.success(f"learned: held-out loss {figures.before:.4f} -> {figures.after:.4f}")
+    if figures:
+        report.success(f"learned: {figures.words}")
     report.info(f"the run: {target.run_directory}")
 
 
