@@ -323,6 +323,14 @@ def write(text: str) -> None:
     print(text, end="", file=sys.stderr if _json else sys.stdout, flush=True)
 
 
+def ask(question: str) -> bool:
+    """Whether the person at the terminal says yes; False where nobody can be asked."""
+    if _json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def error(failure: ForgeError) -> None:
     """Show a failure: every problem on its own line, what they come to, the hint last.
 

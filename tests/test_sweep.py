@@ -5,10 +5,13 @@ Ships are made up here (`finished_runs`), but for the slow test's.
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -154,19 +157,63 @@ def test_many_runs_are_asked_about_and_too_many_refused() -> None:
         f"recipe: recipe.yaml\nfields: {{train.lora.r: {ten}, train.lora.alpha: {ten}, train.epochs: {ten}, "
         + (f"data.limit: {ten}}}\n")
     )
-    for is_sure in (False, True):
+    for answer in (False, True):
         with pytest.raises(
             RecipeError, match=r"^10,000 runs \(10 of train.lora.r x .*: a sweep has at most 1,000"
         ):
-            loaded(four, is_sure=is_sure)
+            loaded(four, ask=lambda question, answer=answer: answer)
     text = f"recipe: recipe.yaml\nfields: {{train.lora.r: {ten}, train.lora.alpha: {ten[:-1]}, 11]}}\n"
     with pytest.raises(RecipeError, match=r"^110 runs .*: more than 100 are begun only when") as caught:
         loaded(text)
     assert "--yes" in caught.value.hint
-    assert len(loaded(text, is_sure=True).combinations) == 110
+    assert len(loaded(text, ask=lambda question: question.startswith("110 runs (10 of")).combinations) == 110
 
 
-@pytest.mark.parametrize("name", shipped_sweeps())
+@pytest.mark.parametrize(
+    ("typed", "arguments", "is_terminal", "begun"),
+    [
+        ("y\n", (), True, 110), ("YES\n", (), True, 110), ("", (), True, 0), ("n\n", (), True, 0),
+        ("y\n", (), False, 0), ("", ("--yes",), False, 110), ("y\n", ("--json",), True, 0),
+    ],
+)  # fmt: skip
+def test_a_person_at_a_terminal_is_asked(
+    typed: str,
+    arguments: tuple[str, ...],
+    is_terminal: bool,
+    begun: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    forge_home: Path,
+) -> None:
+    """T1: more than 100 runs are asked about first; without a terminal they are refused, and --yes named."""
+    many = json.dumps([*range(1, 111)])
+    Path("s.yaml").write_text(f"recipe: recipe.yaml\nfields: {{train.lora.r: {many}}}\n", encoding="utf-8")
+    shipped: list[str] = []
+
+    def ship(recipe: Loaded, *, until: str | None) -> None:
+        shipped.append(recipe.recipe.name)
+        write_finished(recipe.recipe)
+
+    monkeypatch.setattr("forge.commands.sweep.ship", ship)
+    monkeypatch.setattr("forge.commands.sweep._plans", lambda sweep: [])
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert run(["sweep", "s.yaml", *arguments]) == (0 if begun else 2)
+    said = capsys.readouterr().err
+    assert len(shipped) == begun
+    asked = is_terminal and not arguments
+    assert ("110 runs (110 of train.lora.r): begin them? [y/N]" in said) == asked
+    assert ("--yes" in said) == (not begun)
+
+
+_ON_A_REAL_MODEL = [pytest.mark.slow, pytest.mark.programs, pytest.mark.training]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=_ON_A_REAL_MODEL if name == "rank" else []) for name in shipped_sweeps()],
+)
 def test_a_sweep_that_comes_with_forge_loads_and_plans(name: str, forge_home: Path) -> None:
     sweep = load_sweep(Path(name))
     assert len(sweep.combinations) > 2 and all(values(sweep))
@@ -178,7 +225,7 @@ def test_a_sweep_that_comes_with_forge_loads_and_plans(name: str, forge_home: Pa
 def test_a_plan_shows_every_run_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], forge_home: Path
 ) -> None:
-    assert run(["sweep", "rank", "--plan", "--json"]) == 0
+    assert run(["sweep", "rank", "--recipe", "recipe.yaml", "--plan", "--json"]) == 0
     shown = capsys.readouterr()
     fields = json.loads(shown.out.splitlines()[-1])
     assert [one["name"] for one in fields["runs"]][:2] == ["rank-r4-alpha8", "rank-r8-alpha16"]
@@ -240,6 +287,9 @@ def test_every_run_is_shipped_and_shown(swept: Callable[..., Any]) -> None:
     page = Path(fields["plot"]).read_text(encoding="utf-8")
     assert page.count("<svg") == 9 and "Held-out loss by trainable parameters" in page
     assert "http" not in page and "<script" not in page and ">r 16</text>" in page
+    picture = Path(fields["picture"]).read_text(encoding="utf-8")
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+    assert ">r 16</text>" in picture and "held-out loss by trainable parameters" in picture
     for title in ("KL mean", "Training memory", "File size", "Training time", "Top-1"):
         assert f"<h2>{title.capitalize()}</h2>" in page
 

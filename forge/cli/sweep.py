@@ -36,7 +36,8 @@ def command(
     learning_rate, memory, packing, quantization, rank, targets), or a recipe, whose fields -o changes. Every
     run is checked before the first begins. One that fails is recorded and the others go on; the exit code is
     then that of the failure, 4 for several kinds. Started again, what is finished comes from the store. A
-    table and a page with plots are left in runs/.
+    table, a page with plots and the first plot as an SVG file are left in runs/. More than 100 runs are asked
+    about first; where nobody can be asked, --yes begins them.
     """
     from forge.commands.sweep import SweepOptions, plan_sweep, run_sweep
 

@@ -22,7 +22,7 @@ from forge.runs.files import RUNS
 from forge.runs.manifest import read_manifest
 from forge.ship.drive import plan_quietly, run_directory, ship
 from forge.ship.page import page_environment
-from forge.ship.pictures import bars, points
+from forge.ship.pictures import bars, points, standalone
 
 _FIGURES = (
     "trainable_parameters", "loss_after", "exact_after", "peak_memory_bytes", "training_seconds",
@@ -48,12 +48,16 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The runs of a sweep; `table` is this as a JSON file, `plot` a page with its pictures."""
+    """The runs of a sweep; `table` is this as a JSON file, `plot` a page with its pictures.
+
+    `picture` is the first of them as a file of its own; there is none before a run has figures.
+    """
 
     name: str
     runs: tuple[SweepRun, ...]
     table: Path
     plot: Path
+    picture: Path
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def plan_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
         {"name": combination.name, "values": dict(combination.values), "stages": stages}
         for combination, stages in zip(sweep.combinations, plans, strict=True)
     ]
-    return {"name": sweep.name, "runs": to_plain(runs), "table": None, "plot": None}
+    return {"name": sweep.name, "runs": to_plain(runs), "table": None, "plot": None, "picture": None}
 
 
 def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
@@ -92,9 +96,8 @@ def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     _plans(sweep)
     kept = Path(RUNS).absolute()
     begun = tuple(_run_of(combination) for combination in sweep.combinations)
-    result = SweepResult(
-        sweep.name, begun, kept / f"{sweep.name}.sweep.json", kept / f"{sweep.name}.sweep.html"
-    )
+    files = (kept / f"{sweep.name}.sweep.{ending}" for ending in ("json", "html", "svg"))
+    result = SweepResult(sweep.name, begun, *files)
     failures: dict[str, ForgeError] = {}
     for number, combination in enumerate(sweep.combinations):
         report.info(f"run {number + 1} of {len(begun)}: {combination.name}: {combination.label}")
@@ -121,7 +124,7 @@ def _load(path: Path, options: SweepOptions) -> Sweep:
         options.overrides,
         recipe=options.recipe,
         until=options.until,
-        is_sure=options.is_sure,
+        ask=lambda question: options.is_sure or report.ask(question),
     )
 
 
@@ -237,12 +240,13 @@ def _keep(result: SweepResult) -> None:
     result.table.parent.mkdir(parents=True, exist_ok=True)
     write_text(result.table, json.dumps(to_plain(result), indent=2, ensure_ascii=False) + "\n")
     heads, rows = _table(result)
+    pictures = _pictures(result)
     text = Path(__file__).with_name("sweep.html.jinja").read_text(encoding="utf-8")
     page = page_environment().from_string(text)
-    written = page.render(
-        name=result.name, runs=result.runs, heads=heads, rows=rows, pictures=_pictures(result)
-    )
+    written = page.render(name=result.name, runs=result.runs, heads=heads, rows=rows, pictures=pictures)
     write_text(result.plot, written)
+    if pictures:
+        write_text(result.picture, standalone(pictures[0][1]))
 
 
 def _pictures(result: SweepResult) -> Sequence[tuple[str, str]]:

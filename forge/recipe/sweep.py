@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,13 @@ def load_sweep(
     *,
     recipe: Path | None = None,
     until: str | None = None,
-    is_sure: bool = False,
+    ask: Callable[[str], bool] = lambda question: False,
 ) -> Sweep:
     """Load a sweep's file, one that comes with forge by its name, or a recipe.
 
     `overrides` are `key=value` or `key=[value, ...]`, over what the file says of the field; `recipe` and
     `until` stand over the file's. Raises `RecipeError` with every problem of the file and of its recipes, for
-    more than `MOST_RUNS` runs, and unless `is_sure` for more than `MOST_UNASKED`.
+    more than `MOST_RUNS` runs, and for more than `MOST_UNASKED` unless `ask` answers yes.
     """
     file = _shipped() / f"{path}.yaml" if not path.exists() and str(path) in shipped_sweeps() else path
     if not file.exists():
@@ -117,7 +117,7 @@ def load_sweep(
         problems.append(root.place.problem("name", message))
     if problems:
         raise _failure(file, problems)
-    _refuse_too_many(draft, is_sure=is_sure)
+    _refuse_too_many(draft, ask)
     return Sweep(draft.name, file, draft.until, _combinations(file, draft))
 
 
@@ -206,7 +206,7 @@ def _override(draft: _Draft, text: str, problems: list[Problem]) -> None:
         run.pop(key, None)
 
 
-def _refuse_too_many(draft: _Draft, *, is_sure: bool) -> None:
+def _refuse_too_many(draft: _Draft, ask: Callable[[str], bool]) -> None:
     count = sum(math.prod(map(len, _free(draft, run).values())) for run in draft.runs)
     shape = " x ".join(f"{len(values)} of {name}" for name, values in draft.fields.items() if len(values) > 1)
     shape = " x ".join(part for part in (f"{len(draft.runs)} runs" * (len(draft.runs) > 1), shape) if part)
@@ -215,7 +215,7 @@ def _refuse_too_many(draft: _Draft, *, is_sure: bool) -> None:
             f"{count:,} runs ({shape}): a sweep has at most {MOST_RUNS:,}",
             hint="give fewer values, or list the combinations that matter under runs",
         )
-    if count > MOST_UNASKED and not is_sure:
+    if count > MOST_UNASKED and not ask(f"{count} runs ({shape}): begin them?"):
         raise RecipeError(
             f"{count} runs ({shape}): more than {MOST_UNASKED} are begun only when you are sure",
             hint="give --yes, or fewer values",

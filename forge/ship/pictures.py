@@ -176,6 +176,14 @@ def ids_that_differ(equal: int, different: int) -> str:
     return _picture(46, "texts whose token ids are equal, and those that differ", drawn)
 
 
+def standalone(picture: str) -> str:
+    """A picture as a file of its own, with the look that a page gives it, on white."""
+    style = "text { font: 11px sans-serif; fill: #57606a; } .axis { fill: none; stroke: #8c959f; }"
+    opened = picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    head, end, drawn = opened.partition(">")
+    return f'{head}{end}<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>{drawn}\n'
+
+
 def _picture(height: int, title: str, drawn: Sequence[str]) -> str:
     return (
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">{"".join(drawn)}</svg>'
