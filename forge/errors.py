@@ -75,6 +75,10 @@ class StageError(ForgeError):
     code = 4
 
 
+class OutOfMemoryError(StageError):
+    """The memory of the device or of the machine is full: less at once may fit."""
+
+
 class UnexportableError(StageError):
     """llama.cpp's converter, or llama.cpp itself, does not take this model."""
 
@@ -101,10 +105,13 @@ _KINDS: dict[int, type[ForgeError]] = {
 }
 
 
-def from_json(error: Mapping[str, object]) -> ForgeError:
-    """Rebuild an error that crossed a process boundary; the inverse of `ForgeError.as_json`."""
+def from_json(error: Mapping[str, object], *, is_of_memory: bool = False) -> ForgeError:
+    """Rebuild an error that crossed a process boundary; the inverse of `ForgeError.as_json`.
+
+    Of its class only the exit code crosses, and whether it was an `OutOfMemoryError`.
+    """
     code = error.get("code")
-    kind = _KINDS.get(code if isinstance(code, int) else 1, ForgeError)
+    kind = OutOfMemoryError if is_of_memory else _KINDS.get(code if isinstance(code, int) else 1, ForgeError)
     listed = error.get("problems")
     problems = [Problem(**item) for item in listed] if isinstance(listed, list) else []
     return kind(str(error.get("message", "")), hint=str(error.get("hint", "")), problems=problems)

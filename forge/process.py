@@ -31,6 +31,7 @@ GRACE_SECONDS = 20.0
 _WAITING = frozenset({"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"})
 _SPIN_COUNT = "1000"
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
+_MACHINE = Path("/proc/vmstat")
 
 # Sets PR_SET_PDEATHSIG (1) to SIGKILL, then becomes the program. A launcher instead of
 # `preexec_fn`, which can deadlock when another thread holds a lock across the fork. If the parent
@@ -74,6 +75,20 @@ def cpu_share(environment: Mapping[str, str], control_group: Path = _CONTROL_GRO
         return {}
     share = -(-quota // period)
     return {"OMP_NUM_THREADS": str(share)} if share < len(os.sched_getaffinity(0)) else {}
+
+
+def kills_for_memory() -> int | None:
+    """How many processes the system has killed for lack of memory: in this container, else on this machine.
+
+    None where it does not say (macOS). The kernel's log is often closed to users; these counts are not.
+    """
+    for counts in (_CONTROL_GROUP / "memory.events", _MACHINE):
+        with contextlib.suppress(OSError):
+            for line in counts.read_text(encoding="utf-8").splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return None
 
 
 @dataclass(frozen=True)

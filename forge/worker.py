@@ -29,7 +29,14 @@ from typing import IO, Any, NoReturn, TypeVar, get_type_hints
 
 from forge import process, report
 from forge.codec import from_plain, to_plain
-from forge.errors import ForgeError, InterruptedByUserError, MissingToolError, StageError, from_json
+from forge.errors import (
+    ForgeError,
+    InterruptedByUserError,
+    MissingToolError,
+    OutOfMemoryError,
+    StageError,
+    from_json,
+)
 
 # The whole of what a worker may run: task name -> module:function.
 TASKS: Mapping[str, str] = {
@@ -72,16 +79,18 @@ def perform(task: Callable[[Request], Answer], request: Request, *, log: Path | 
 def call(task: str, arguments: Mapping[str, object], *, log: Path | None = None) -> Mapping[str, Any]:
     """Run the task of that name on its request as plain JSON, and return its result as such.
 
-    Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word;
+    Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word,
+    `OutOfMemoryError` when the system killed it for memory;
     `InterruptedByUserError` or KeyboardInterrupt when it was stopped. What the worker printed is in
     `log`; without one its last lines are shown with `-v` when it fails.
     """
     with _log(log) as stream:
+        kills = process.kills_for_memory()
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         with process.Child(COMMAND, log=stream, environment=environment, separate_errors=True) as child:
             child.send(json.dumps({"task": task, "arguments": dict(arguments)}) + "\n")
             try:
-                return _outcome(child, task, log, stream)
+                return _outcome(child, task, log, stream, kills)
             except KeyboardInterrupt:
                 _stop(child, task)
                 raise
@@ -98,8 +107,13 @@ def _log(path: Path | None) -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
-def _outcome(child: process.Child, task: str, log: Path | None, stream: IO[str]) -> Mapping[str, Any]:
-    """Read the worker's messages to the end, and let it exit by itself."""
+def _outcome(
+    child: process.Child, task: str, log: Path | None, stream: IO[str], kills: int | None
+) -> Mapping[str, Any]:
+    """Read the worker's messages to the end, and let it exit by itself.
+
+    `kills` is how many processes the system had killed for memory before.
+    """
     where = f"see the end of {log}" if log else "-v shows its last lines"
     for line in child.lines():
         try:
@@ -113,6 +127,11 @@ def _outcome(child: process.Child, task: str, log: Path | None, stream: IO[str])
     status = child.wait()
     reason = ""
     if status == -signal.SIGKILL:
+        if kills is not None and (process.kills_for_memory() or 0) > kills:
+            raise OutOfMemoryError(
+                f"{task}: this machine ran out of memory, and the system killed the worker",
+                hint="free some, or use a smaller batch or model",
+            )
         reason = "; killed from outside, or by the system for lack of memory"
     elif status == -signal.SIGABRT and (assertion := _assertion(stream)):
         reason = f"; llama.cpp gave up: {assertion}"
@@ -159,7 +178,7 @@ def _receive(line: str) -> Mapping[str, Any] | None:
         case "advance":
             report.advance(message["label"], message["done"], message["total"], message["note"])
         case "error":
-            raise from_json(message["error"])
+            raise from_json(message["error"], is_of_memory=message["is_of_memory"])
         case "result":
             value: Mapping[str, Any] = message["value"]
             return value
@@ -240,11 +259,11 @@ def _answer(request: Mapping[str, Any], sink: ParentSink) -> int:
         )
         traceback.print_exc()
     except MemoryError:
-        failure = StageError(f"{request['task']}: out of memory", hint="use a smaller batch or model")
+        failure = OutOfMemoryError(f"{request['task']}: out of memory", hint="use a smaller batch or model")
     except Exception as bug:  # noqa: BLE001 - the worker's edge
         traceback.print_exc()
         failure = StageError(f"{request['task']} failed: {type(bug).__name__}: {bug}")
-    sink.send("error", error=failure.as_json())
+    sink.send("error", error=failure.as_json(), is_of_memory=isinstance(failure, OutOfMemoryError))
     return failure.code
 
 

@@ -19,7 +19,7 @@ from forge.train.live import LivePage
 from forge.train.lora import adapted_modules, with_lora
 from forge.train.questions import Question
 from forge.train.request import Trained
-from forge.train.run import train, with_fewer_rows
+from forge.train.run import train, with_fewer_rows, within_memory
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
@@ -64,7 +64,7 @@ WAYS: Mapping[str, dict[str, Any]] = {
 
 def trained(base: Path, data: Path, out: Path, **changes: Any) -> Trained:
     given = {"max_steps": 6, "lora": R4, **changes}
-    return train(arguments(base, data, out, **given))
+    return within_memory(arguments(base, data, out, **given), train)
 
 
 @pytest.mark.parametrize("way", WAYS)

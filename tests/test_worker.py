@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from forge import report, worker
+from forge import process, report, worker
 from forge.errors import (
     CheckError,
     InterruptedByUserError,
     MissingToolError,
+    OutOfMemoryError,
     Problem,
     StageError,
 )
@@ -129,8 +130,22 @@ def test_a_missing_package_names_the_way_to_install_it(said: Said) -> None:
 
 
 def test_lack_of_memory_is_no_bug(said: Said) -> None:
-    with pytest.raises(StageError, match="hoard: out of memory"):
+    with pytest.raises(OutOfMemoryError, match="hoard: out of memory"):
         worker.call("hoard", {})
+
+
+def test_a_worker_that_the_system_killed_for_memory(
+    said: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B6: the system's count of such kills rose meanwhile, which a kill by hand does not do."""
+    monkeypatch.setattr(process, "_CONTROL_GROUP", tmp_path)
+    counts = tmp_path / "memory.events"
+    counts.write_text("oom 0\noom_kill 7\n", encoding="utf-8")
+    with pytest.raises(StageError, match="ended with status -9") as by_hand:
+        worker.call("die", {"how": "killed"})
+    assert not isinstance(by_hand.value, OutOfMemoryError)
+    with pytest.raises(OutOfMemoryError, match="the system killed the worker"):
+        worker.call("die", {"how": "killed for memory", "name": str(counts)})
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,9 @@ def hoard(_: Wish) -> dict[str, Any]:
 def die(wish: Wish) -> dict[str, Any]:
     if wish.how == "cut off":
         os.write(_protocol(), b'{"event": "text", "ki')
-    if wish.how in ("killed", "cut off"):
+    if wish.how == "killed for memory":
+        Path(wish.name).write_text("oom 1\noom_kill 8\n", encoding="utf-8")
+    if wish.how in ("killed", "cut off", "killed for memory"):
         os.kill(os.getpid(), signal.SIGKILL)
     if wish.how == "asserted":
         os.write(2, b"/src/llama.cpp/m.cpp:7: GGML_ASSERT(n > 0) failed\n#1 ggml_abort ()\n")

@@ -24,11 +24,13 @@ from forge.runs.manifest import read_manifest
 from forge.ship.expected import Expected, expected_certificate
 from forge.ship.space import free_space, space_needed
 from forge.stages import stages_for
+from forge.stages.train import ADAPTER_STAGE
 from forge.stages.verify import VerifyStage
 from forge.store import collect as garbage_collection
 from forge.store import runs as store_runs
 from forge.store.artifacts import open_store
 from forge.train.memory import Memory
+from forge.train.speed import Choice, choose_speed
 
 
 def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mapping[str, object]:
@@ -47,6 +49,9 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mappi
     for label, space in (("memory", memory), ("disk", disk)):
         if space:
             report.info(f"{label}: {_size(space.needed)} needed, {_size(space.free)} free")
+    choices = _choices(ship, planned, memory)
+    for choice in choices:
+        report.info(f"{choice.field}: auto means {str(choice.value).lower()} here: {choice.reason}")
     expected = _certificate(ship, planned)
     if expected:
         origin = "as one took here" if expected.measured else "estimated from parameters and cores"
@@ -65,6 +70,7 @@ def describe_plan(ship: Resolved, planned: Plan, *, deep: bool = False) -> Mappi
         "disk": to_plain(disk),
         "verify": to_plain(expected),
         "downloads": _downloads(ship),
+        "choices": to_plain(choices),
         "problems": problems,
         "notes": notes,
         "header": to_plain(header),
@@ -114,6 +120,15 @@ def _memory(ship: Resolved) -> _MemoryNeeded | None:
         show_fit(trained)
     needed = max(part.total for part in parts.values())
     return _MemoryNeeded(needed, trained.device.free if trained else available().free, parts, trained)
+
+
+def _choices(ship: Resolved, planned: Plan, memory: _MemoryNeeded | None) -> tuple[Choice, ...]:
+    """What `auto` means for the training that will run."""
+    if ship.training is None or memory is None or memory.trained is None:
+        return ()
+    if ADAPTER_STAGE not in planned.running:
+        return ()
+    return choose_speed(ship.training, ship.configuration, memory.trained).choices
 
 
 def _certificate(ship: Resolved, planned: Plan) -> Expected | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from forge.recipe.explain import nearest
+from forge.recipe.fields import values
 from forge.recipe.quants import NEED_IMATRIX
 from forge.recipe.schema import Adopted, Data, Recipe, Train
 from forge.recipe.tree import Node
@@ -105,6 +106,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _calibration(recipe)
     if isinstance(train, Train):
         yield from _not_built(train)
+        yield from _fast(recipe, train)
         if train.compares:
             yield from _of_pairs(train, recipe.data)
     if recipe.deploy.runtime == "container" and recipe.deploy.gpu_layers:
@@ -153,6 +155,51 @@ def _not_built(train: Train) -> Iterator[Finding]:
         yield "train.lora.init", "eva needs a pass over the rows before training, not built; take pissa"
     if train.continue_from is not None and train.method == "full":
         yield "train.continue_from", "goes on from an adapter, and train.method: full trains none; use lora"
+
+
+def _fast(recipe: Recipe, train: Train) -> Iterator[Finding]:
+    """Ways to be fast that stand in each other's way."""
+    if train.compile is True:
+        if train.liger is True:
+            yield "train.liger", "torch.compile joins the same layers; take one of the two"
+        if train.offload_activations is True:
+            yield (
+                "train.offload_activations",
+                "torch.compile keeps what it saves to itself, nothing would be moved; take one of the two",
+            )
+        if train.method == "int8":
+            yield "train.compile", "bitsandbytes' 8-bit layers cannot be compiled; use qlora or lora"
+        if train.device == "mps":
+            yield "train.compile", "torch.compile is not made for mps yet; leave it out"
+    if train.backend == "unsloth":
+        leaves = values(recipe)
+        for field, allowed, why in _OF_UNSLOTH:
+            if leaves[field] not in allowed:
+                yield field, f"train.backend: unsloth {why}"
+
+
+# Field, the values that it may have, and why no others.
+_OF_UNSLOTH: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("base.tokens.add", ([],), "adds tokens its own way; leave them out"),
+    ("train.attention", ("auto",), "has its own; leave it out"),
+    ("train.compile", ("auto", False), "compiles by itself; leave it out"),
+    ("train.continue_from", (None,), "starts anew; leave it out"),
+    ("train.double_quantization", (True,), "quantizes the scales too; leave it out"),
+    ("train.evaluation_steps", (None,), "answers questions from another form of the model; leave it out"),
+    ("train.four_bit_type", ("nf4",), "knows nf4 only"),
+    ("train.liger", ("auto", False), "has kernels of its own; leave it out"),
+    ("train.lora.alpha_pattern", ({},), "gives every module the same; leave it out"),
+    ("train.lora.dora", (False,), "has no fast way for dora; leave it out"),
+    ("train.lora.init", ("default",), "starts factors the usual way; use default"),
+    ("train.lora.modules_to_save", ([],), "saves them its own way; leave it out"),
+    ("train.lora.rank_pattern", ({},), "gives every module the same; leave it out"),
+    ("train.lora.token_indices", ([],), "has no rows of their own; leave it out"),
+    ("train.method", ("auto", "lora", "qlora"), "is used here for lora and qlora only"),
+    ("train.objective", ("sft",), "is used here for sft only"),
+    ("train.offload_activations", ("auto", False), "has its own; leave it out"),
+    ("train.packing", (False,), "packs its own way; leave it out"),
+    ("train.quant_storage", ("uint8",), "packs weights in uint8; leave it out"),
+)
 
 
 _OTHER_OBJECTIVES = {

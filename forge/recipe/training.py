@@ -10,7 +10,6 @@ from forge.recipe.presets import Preset
 from forge.recipe.section import Section
 from forge.recipe.words import (
     BatchSize,
-    Checkpointing,
     Fraction,
     NotNegative,
     NotNegativeInteger,
@@ -20,6 +19,7 @@ from forge.recipe.words import (
     Reporters,
     Scalar,
     Seed,
+    Switch,
     Targets,
     Text,
 )
@@ -153,7 +153,7 @@ class Train(Section):
         gt=0,
         description="noise on the embeddings in training (NEFTune), 5 is usual; none when unset",
     )
-    gradient_checkpointing: Checkpointing = Field(
+    gradient_checkpointing: Switch = Field(
         "auto", description="recompute activations to save memory: `true`, `false`, or when it is needed"
     )
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
@@ -164,6 +164,24 @@ class Train(Section):
         False, description="several rows in one sequence of `max_length` tokens, kept apart by position ids"
     )
     length_groups: bool = Field(False, description="batch rows of about one length: less padding")
+    liger: Switch = Field(
+        "auto",
+        description="Liger's kernels for norms, rotation and MLP; `auto`: on an NVIDIA GPU, where "
+        "liger-kernel is installed and knows the family",
+    )
+    compile: Switch = Field(
+        "auto",
+        description="torch.compile: faster steps after minutes of compiling, other rounding; `auto`: `false`",
+    )
+    offload_activations: Switch = Field(
+        "auto",
+        description="keep activations in main memory until they are needed again; `auto`: where the run "
+        "would not fit the NVIDIA GPU otherwise",
+    )
+    backend: Literal["trl", "unsloth"] = Field(
+        "trl",
+        description="what runs the loop: trl on transformers' model, or on the model of an installed Unsloth",
+    )
     evaluation_steps: Positive | None = Field(
         None,
         description="measure the held-out rows, and ask the smoke queries, every so many steps; "

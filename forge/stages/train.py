@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from forge import report, worker
@@ -24,10 +25,11 @@ from forge.store.artifacts import Artifact
 from forge.train.checkpoints import MARKER
 from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import moves_base
-from forge.train.memory import choose_batch
+from forge.train.memory import choose_batch, job_of, memory_of, training_device
 from forge.train.questions import Question
 from forge.train.request import Trained, TrainRequest
-from forge.train.run import train
+from forge.train.run import train, within_memory
+from forge.train.speed import choose_speed, require_speed
 
 ADAPTER_STAGE = "train"
 TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
@@ -39,7 +41,7 @@ _TRACKERS: Mapping[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)
 }  # fmt: skip
 _NOT_KEYED = {
-    "preset", "objective", "continue_from", "retry_smaller",
+    "preset", "objective", "continue_from", "retry_smaller", "offload_activations",
     "checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables",
 }  # fmt: skip
 
@@ -103,7 +105,8 @@ class TrainStage(AdapterStage):
         )  # fmt: skip
 
     def require_tools(self) -> None:
-        """The packages of the trackers, which training would miss only after the data stage."""
+        """What the recipe asks for by name, and training would miss only after the data stage."""
+        self.look()
         absent = [
             name
             for name in self._train.report_to
@@ -115,6 +118,11 @@ class TrainStage(AdapterStage):
                 f"train.report_to: {', '.join(absent)} is not installed",
                 hint=f"pip install {packages}, or leave it out",
             )
+
+    def look(self) -> None:
+        """Refuse what cannot be had on this machine (H1)."""
+        if self.ship.base.directory is not None:
+            require_speed(self._train, self.ship.configuration, training_device(self._train.device))
 
     def bytes_beside(self) -> Mapping[str, int]:
         """Two checkpoints with Adam's two moments, all in float32."""
@@ -143,6 +151,10 @@ class TrainStage(AdapterStage):
         if batch == "auto":
             batch = choose_batch(self._train, ship.tensors, ship.configuration, data.longest_tokens)
             report.info(f"train.batch_size: auto means {batch} here")
+        device = training_device(self._train.device)
+        job = replace(job_of(self._train, data.longest_tokens, device), batch=batch)
+        memory = memory_of(job, ship.tensors, ship.configuration, device)
+        speed = choose_speed(self._train, ship.configuration, memory)
         request = TrainRequest(
             base=ship.base_directory,
             base_name=ship.base.spec,
@@ -151,7 +163,13 @@ class TrainStage(AdapterStage):
             pad_token=ship.pad_token,
             data=inputs[DATA_STAGE].path,
             out=out,
-            settings=self._train,
+            settings=self._train.model_copy(
+                update={
+                    "liger": speed.liger,
+                    "compile": speed.compile,
+                    "offload_activations": speed.offload_activations,
+                }
+            ),
             batch_size=batch,
             max_length=data.max_length,
             trackers=ship.run_directory / "trackers",
@@ -161,7 +179,8 @@ class TrainStage(AdapterStage):
             trust_remote_code=ship.runs_own_code,
             questions=tuple(self._questions()) if self._train.evaluation_steps else (),
         )
-        return worker.perform(train, request, log=ship.log)
+        trained = within_memory(request, lambda request: worker.perform(train, request, log=ship.log))
+        return replace(trained, choices=speed.choices)
 
     def _questions(self) -> Iterator[Question]:
         """The smoke queries as the model is prompted with them (I2)."""

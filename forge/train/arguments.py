@@ -13,7 +13,10 @@ from forge.train.request import TrainRequest
 
 
 def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> Any:
-    """trl's SFTConfig or DPOConfig; raises `DataError` for an option that transformers does not take."""
+    """trl's SFTConfig or DPOConfig; raises `DataError` for an option that transformers does not take.
+
+    What is `auto` of the fields in `speed.py` was settled by who asks, and is off otherwise.
+    """
     import trl
 
     settings = request.settings
@@ -40,6 +43,9 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
             neftune_noise_alpha=settings.neftune_alpha,
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            use_liger_kernel=settings.liger is True,
+            torch_compile=settings.compile is True,
+            activation_offloading=settings.offload_activations is True,
             bf16=autocast == "bf16",
             fp16=autocast == "fp16",
             use_cpu=hardware.device == "cpu",

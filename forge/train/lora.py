@@ -51,7 +51,7 @@ def with_lora(model: Any, lora: Lora, *, quantized: bool, checkpointing: bool) -
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=_targets(model, lora.targets, lora.layers),
+        target_modules=targets_of(model, lora.targets, lora.layers),
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights=_INITIAL.get(lora.init, lora.init),
@@ -156,7 +156,7 @@ def adapted_modules(model: Any) -> Sequence[str]:
     )
 
 
-def _targets(model: Any, targets: str | Sequence[str], layers: Sequence[int]) -> str | list[str]:
+def targets_of(model: Any, targets: str | Sequence[str], layers: Sequence[int]) -> str | list[str]:
     """As peft takes them; `attention` becomes names with their parent (`self_attn.q_proj`).
 
     A list always where `layers` are chosen by number, which is what peft wants. Beside a vision or an audio

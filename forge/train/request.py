@@ -11,6 +11,7 @@ from forge.train.arithmetic import Arithmetic
 from forge.train.log import Answers, Evaluation
 from forge.train.model import BaseSettings
 from forge.train.questions import Question
+from forge.train.speed import Choice
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TrainRequest:
 class Trained:
     """What was done: `modules` counts the adapted ones by short name, `best_step` is that of the weights that
     were kept, `resumed_from` the checkpoint that a stopped run left; such a run has no `seconds` of its own.
-    `batch_size` is how many rows were held at once.
+    `batch_size` is how many rows were held at once, `choices` what `auto` meant of what makes it faster.
     """
 
     steps: int
@@ -74,3 +75,4 @@ class Trained:
     questions: tuple[str, ...] = ()
     answers: tuple[Answers, ...] = ()
     batch_size: int | None = None
+    choices: tuple[Choice, ...] = ()

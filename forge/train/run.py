@@ -8,18 +8,17 @@ one process (`accelerate launch`).
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from forge import report
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, PreparedRow
-from forge.errors import DataError, InterruptedByUserError, StageError
+from forge.errors import DataError, InterruptedByUserError, OutOfMemoryError, StageError
 from forge.train.arguments import arguments, warmup_steps
 from forge.train.checkpoints import last_checkpoint
 from forge.train.hardware import Hardware, choose_hardware
@@ -41,6 +40,7 @@ from forge.train.pairs import drop_reference, pair_trainer, pairs_of
 from forge.train.questions import Asked
 from forge.train.request import Trained, TrainRequest
 from forge.train.save import save_adapter
+from forge.train.unsloth import import_unsloth, unsloth_model
 from forge.train.watch import Best, peak_bytes, watcher
 
 _INITIAL = "initial"
@@ -50,31 +50,22 @@ _FULL_BYTES = 1 << 20
 _TRACKER_DIRECTORIES = {"tensorboard": "TENSORBOARD_LOGGING_DIR", "wandb": "WANDB_DIR"}
 
 
-class _OutOfMemoryError(StageError):
-    """The device's memory is full: fewer rows at once may fit."""
-
-
-def train(request: TrainRequest) -> Trained:
-    """Train an adapter on the rows and save it.
-
-    Checkpoints live in `out/work`, which the store keeps when the run is killed. Raises `StageError` on
-    divergence or lack of memory or disk, `InterruptedByUserError` on SIGTERM, after a checkpoint. With
-    `train.retry_smaller` a lack of memory is answered with fewer rows at once, as many a step (B6).
+def within_memory(request: TrainRequest, attempt: Callable[[TrainRequest], Trained]) -> Trained:
+    """What `attempt`, which trains, gives; under `train.retry_smaller` with fewer rows at once, as many a
+    step, for as long as memory runs out (B6). Each attempt goes on from the checkpoints of the one before.
     """
-    try:
-        return _train(request)
-    except _OutOfMemoryError as error:
-        if not request.settings.retry_smaller or request.batch_size == 1:
-            raise
-        report.warning(error.message)
-    request = with_fewer_rows(request)
-    settings = request.settings
-    report.warning(
-        f"train: again with train.batch_size: {request.batch_size} and train.gradient_accumulation: "
-        f"{settings.gradient_accumulation}, as many rows a step"
-    )
-    _free_memory()
-    return train(request)
+    while True:
+        try:
+            return attempt(request)
+        except OutOfMemoryError as error:
+            if not request.settings.retry_smaller or request.batch_size == 1:
+                raise
+            report.warning(error.message)
+        request = with_fewer_rows(request)
+        report.warning(
+            f"train: again with train.batch_size: {request.batch_size} and train.gradient_accumulation: "
+            f"{request.settings.gradient_accumulation}, as many rows a step"
+        )
 
 
 def with_fewer_rows(request: TrainRequest) -> TrainRequest:
@@ -85,21 +76,19 @@ def with_fewer_rows(request: TrainRequest) -> TrainRequest:
     return replace(request, batch_size=request.batch_size // parts, settings=settings)
 
 
-def _free_memory() -> None:
-    """Of the attempt that failed: its trainer and model are one circle."""
-    import torch
+def train(request: TrainRequest) -> Trained:
+    """Train an adapter on the rows and save it.
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _train(request: TrainRequest) -> Trained:
-    import safetensors
-    import torch
-
+    Checkpoints live in `out/work`, which the store keeps when the run is killed. Raises `StageError` on
+    divergence or lack of disk, `OutOfMemoryError`, and `InterruptedByUserError` on SIGTERM, after a
+    checkpoint.
+    """
     settings, out = request.settings, request.out
     (out / "work").mkdir(exist_ok=True)
+    if settings.backend == "unsloth":
+        import_unsloth(out / "work")
+    import torch
+
     for name, variable in _TRACKER_DIRECTORIES.items():
         os.environ.setdefault(variable, str(request.trackers / name))
     hardware = choose_hardware(settings.device, settings.dtype)
@@ -109,23 +98,7 @@ def _train(request: TrainRequest) -> Trained:
     checkpoint = last_checkpoint(out / "work")
     if checkpoint:
         report.info(f"train: going on from {checkpoint.name}")
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
-        if _is_of_full_memory(error):
-            raise _OutOfMemoryError(
-                f"train: {'the GPU' if hardware.device == 'cuda' else 'this machine'} ran out of memory",
-                hint="in this order: train.method: qlora, train.gradient_checkpointing: true, a smaller "
-                "train.batch_size with more gradient_accumulation (train.retry_smaller: true does it), a "
-                "shorter train.max_length",
-            ) from None
-        if not _is_of_full_disk(error, out):
-            raise
-        raise StageError(
-            "train: the disk is full: a checkpoint could not be written",
-            hint="make room (forge gc shows what can go) and run the same command again; it goes on from "
-            "the checkpoint before",
-        ) from error
+    _loop(trainer, checkpoint, hardware.device, out)
     if watch.stopping:
         raise InterruptedByUserError(
             f"training stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
@@ -171,6 +144,29 @@ def _train(request: TrainRequest) -> Trained:
         answers=tuple(watch.asked.answers),
         batch_size=request.batch_size,
     )
+
+
+def _loop(trainer: Any, checkpoint: Path | None, device: str, out: Path) -> None:
+    """Train to the end, from `checkpoint` on; raises as `train`."""
+    import safetensors
+
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
+        if _is_of_full_memory(error):
+            raise OutOfMemoryError(
+                f"train: {'the GPU' if device == 'cuda' else 'this machine'} ran out of memory",
+                hint="in this order: train.method: qlora, train.gradient_checkpointing: true, a smaller "
+                "train.batch_size with more gradient_accumulation (train.retry_smaller: true does it), a "
+                "shorter train.max_length",
+            ) from None
+        if not _is_of_full_disk(error, out):
+            raise
+        raise StageError(
+            "train: the disk is full: a checkpoint could not be written",
+            hint="make room (forge gc shows what can go) and run the same command again; it goes on from "
+            "the checkpoint before",
+        ) from error
 
 
 def _is_of_full_memory(error: Exception) -> bool:
@@ -264,6 +260,8 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
 
 
 def _model(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> Any:
+    if request.settings.backend == "unsloth":
+        return unsloth_model(request, hardware, checkpointing)
     model = load_base(request.base, hardware, request.loading)
     if request.rows:
         add_rows(model, request.rows)
