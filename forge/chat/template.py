@@ -89,14 +89,16 @@ class ChatTemplate:
             raise text
         return text
 
-    def as_read(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+    def as_read(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The messages, with the thinking by the name that the template reads it by (gpt-oss: `thinking`)."""
-        read = [dict(message) for message in messages]
-        if ".thinking" in self.source:
-            for message in read:
-                if message.get("reasoning_content"):
-                    message["thinking"] = message["reasoning_content"]
-        return read
+        if ".thinking" not in self.source:
+            return messages
+        return [
+            {**message, "thinking": message["reasoning_content"]}
+            if message.get("reasoning_content")
+            else message
+            for message in messages
+        ]
 
     def render_all(self, prompts: Sequence[Prompts]) -> list[list[str | DataError]]:
         """The texts of many prompts at once, or the refusal of one; raises `TemplateLimitError`."""

@@ -58,6 +58,8 @@ def _masks(speaker: str, shape: Shape) -> str | None:
 def refuse_two_columns(row: Row, layout: Layout, notes: Notes) -> None:
     """Refuse a row that says one thing twice and differently; a second conversation is not used."""
     for part, columns in layout.parts.items():
+        if len(columns) < 2:
+            continue
         filled = [column for column in columns if row.values.get(column) not in EMPTY]
         for column in filled[1:]:
             if part == fields.MESSAGES:

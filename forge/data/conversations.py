@@ -223,6 +223,8 @@ def _refuse_no_pair(chosen: Sequence[Turn], rejected: Sequence[Turn], layout: La
 
 def _system(row: Row, layout: Layout) -> Iterator[Turn]:
     column, value = layout.value(row, fields.SYSTEM)
+    if value in EMPTY:
+        return
     if isinstance(value, Mapping) and "parts" in value:
         value = value["parts"]
     text = text_of(value, column, empty_ok=True)
@@ -296,6 +298,8 @@ def _exchange(
 def _reasoning(row: Row, layout: Layout, notes: Notes) -> tuple[str, str]:
     """The column that holds the thinking before the answer, and the thinking."""
     column, value = layout.value(row, fields.REASONING)
+    if value in EMPTY:
+        return column, ""
     if isinstance(value, str) and fields.plain(value) in _SWITCHES:
         notes.unused[writable(column)] += 1
         value = None
@@ -305,8 +309,10 @@ def _reasoning(row: Row, layout: Layout, notes: Notes) -> tuple[str, str]:
 def _think(turns: list[Turn], row: Row, layout: Layout, notes: Notes) -> None:
     """Put the thinking that stands beside a conversation before its last answer, which has none."""
     column, reasoning = _reasoning(row, layout, notes)
+    if not reasoning.strip():
+        return
     last = max((at for at, turn in enumerate(turns) if turn.role == "assistant"), default=None)
-    if not reasoning.strip() or last is None:
+    if last is None:
         return
     if any(reasoning.strip() in turn.content or reasoning == turn.reasoning for turn in turns):
         notes.unused[writable(column)] += 1  # it is there already

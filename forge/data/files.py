@@ -1,7 +1,7 @@
 """Rows of one file, recognized by its content: JSON in its layouts, tables, Parquet, Arrow, text; packed too.
 
-The suffix only decides where the content says nothing. JSON lines, Parquet and Arrow are read anew each time
-their rows are gone through; what else there is, and what is packed, is held in memory.
+The suffix only decides where the content says nothing. Large JSON lines, Parquet and Arrow are read anew each
+time their rows are gone through; what else there is, and what is packed, is held in memory.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ PACKED = (".gz", ".zst", ".bz2", ".xz")
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _EXCEL_DELIMITER = re.compile("sep=.(?=\r?\n)")
 """Excel's own first line, which is no header; its end stays, so that lines keep their numbers."""
-_SNIFFED_RECORDS, _SNIFFED_LINES = 50, 20
-_HELD_BYTES = 4_000_000
+_SNIFFED_RECORDS, _SNIFFED_LINES, _SNIFFED_BYTES = 50, 20, 4_000_000
+_HELD_BYTES = 32_000_000
 _BATCH = 1000
 _FOREIGN: Mapping[bytes, str] = {
     b"PK\x03\x04": "a zip archive or an Excel sheet; unpack it, or save the sheet as CSV",
@@ -106,7 +106,7 @@ def _has_json_lines(path: Path) -> bool:
     if path.stat().st_size < _HELD_BYTES:
         return False
     with path.open("rb") as stream:
-        first = [stream.readline(_HELD_BYTES) for _ in range(_SNIFFED_LINES)]
+        first = [stream.readline(_SNIFFED_BYTES) for _ in range(_SNIFFED_LINES)]
     try:
         text = b"".join(first).decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -49,28 +49,8 @@ class PromptFormat:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False) if texts else ()
         return [encoding.ids for encoding in encodings]
 
-    def tokens_of(self, prompt: str, text: str, ids: Sequence[int]) -> int | None:
-        """How many of the `ids` of `text`, which begins with `prompt`, are those of `prompt`; None where they
-        begin otherwise.
-
-        An added token parts what stands before and behind it, so the ids from the last one on decide.
-        """
-        added, pattern = self._added
-        marks = list(pattern.finditer(prompt, max(0, len(prompt) - _TAIL)))
-        if marks:
-            mark, begins = marks[-1].group(), marks[-1].start()
-            number = added[mark]
-            if text.count(mark) == ids.count(number):
-                end = self._ids_of_end(prompt[begins:])
-                at = -1
-                for _ in range(text.count(mark, 0, begins + len(mark))):
-                    at = ids.index(number, at + 1)
-                return at + len(end) if list(ids[at : at + len(end)]) == end else None
-        alone = self.ids(prompt)
-        return len(alone) if list(ids[: len(alone)]) == alone else None
-
     @functools.cached_property
-    def _added(self) -> tuple[Mapping[str, int], re.Pattern[str]]:
+    def added(self) -> tuple[Mapping[str, int], re.Pattern[str]]:
         """The tokens that part a text before anything else does, with a pattern that matches any of them."""
         added = {token.content: at for at, token in self.tokenizer.get_added_tokens_decoder().items()}
         return added, re.compile("|".join(map(re.escape, sorted(filter(None, added), key=len, reverse=True))))
@@ -122,13 +102,48 @@ class PromptFormat:
         ids: list[int] = self._plain_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def _ids_of_end(self, text: str) -> list[int]:
+    def ids_of_end(self, text: str) -> list[int]:
         """Those of the end of a prompt; with most templates few are ever different."""
         if text not in self._ends:
             if len(self._ends) == _MOST_ENDS:
                 self._ends.clear()
             self._ends[text] = self.ids(text)
         return self._ends[text]
+
+
+class EncodedText:
+    """A text and its ids, asked where the ids of its beginnings end."""
+
+    def __init__(self, text: str, ids: list[int], form: PromptFormat) -> None:
+        self.text, self.ids = text, ids
+        self._form = form
+        self._places: dict[str, list[int]] = {}
+
+    def tokens_of(self, prompt: str) -> int | None:
+        """How many of the ids are those of `prompt`, with which the text begins; None where they begin
+        otherwise.
+
+        An added token parts what stands before and behind it, so the ids from the last one on decide.
+        """
+        _, pattern = self._form.added
+        marks = list(pattern.finditer(prompt, max(0, len(prompt) - _TAIL)))
+        if marks:
+            mark, begins = marks[-1].group(), marks[-1].start()
+            if places := self._places_of(mark):
+                end = self._form.ids_of_end(prompt[begins:])
+                at = places[self.text.count(mark, 0, begins)]
+                return at + len(end) if self.ids[at : at + len(end)] == end else None
+        alone = self._form.ids(prompt)
+        return len(alone) if self.ids[: len(alone)] == alone else None
+
+    def _places_of(self, mark: str) -> list[int]:
+        """Where an added token stands among the ids; empty where the text has it in other ways too."""
+        if mark not in self._places:
+            number, at = self._form.added[0][mark], -1
+            count = self.ids.count(number)
+            places = [at := self.ids.index(number, at + 1) for _ in range(count)]
+            self._places[mark] = places if count == self.text.count(mark) else []
+        return self._places[mark]
 
 
 def prompt_format(template: ChatTemplate, tokenizer: Tokenizer, eos_ids: Sequence[int] = ()) -> PromptFormat:

@@ -44,7 +44,8 @@ class Read:
     kinds: Sequence[str]
 
     def __iter__(self) -> Iterator[Conversation]:
-        return (replace(one, weight=self.source.weight) for one in self.reading)
+        weight = self.source.weight
+        return (one if one.weight == weight else replace(one, weight=weight) for one in self.reading)
 
     @functools.cached_property
     def conversations(self) -> tuple[Conversation, ...]:

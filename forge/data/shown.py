@@ -68,26 +68,29 @@ def has_thinking(turn: Turn) -> bool:
 
 def earlier_thinking(turns: Sequence[Turn], prompt: str) -> bool:
     """Whether `prompt` shows all thinking of `turns`, those before the answer."""
-    return all(_end_of(_parts(turn)[0], prompt) is not None for turn in turns)
+    thoughts = (_parts(turn)[0] for turn in turns if turn.role == "assistant")
+    return all(_end_of(thought, prompt) is not None for thought in thoughts if thought)
 
 
-def check_prompt(conversation: Conversation, text: str, template: ChatTemplate) -> None:
-    """Refuse a row whose turns or tools `text` leaves out; the thinking of answers is not looked for."""
+def check_prompt(conversation: Conversation, text: str, without_tools: str) -> None:
+    """Refuse a row whose turns or tools `text` leaves out; the thinking of answers is not looked for.
+
+    `without_tools` is what the template writes of the same messages where it is given no tools.
+    """
     seen = 0
     for number, turn in enumerate(conversation.turns):
         # In order, so that a word of one turn is not taken for another; the system's may stand anywhere.
         start = 0 if turn.role == "system" else seen
-        at = _end_of(_parts(turn)[1], text[start:])
+        at = _end_of(_parts(turn)[1], text, start)
         if at is None:
             raise DataError(f"message {number} ({turn.role}) is dropped or changed by the template")
         if turn.role != "system":
-            seen += at
+            seen = at
     if not conversation.tools:
         return
     # The names may be in the user's words too.
-    without = template.render(conversation.messages())
     names = [name for tool in conversation.tools for name in _of_tool(tool)]
-    if text == without or any(_end_of(name, text) is None for name in names):
+    if text == without_tools or any(_end_of(name, text) is None for name in names):
         raise DataError(
             "has tools, and the chat template has no place for them",
             hint="use a base whose template takes tools; data.ignore: [tools] trains without them",
@@ -97,7 +100,7 @@ def check_prompt(conversation: Conversation, text: str, template: ChatTemplate) 
 def check_turn(turn: Turn, number: int, answer: str, template: ChatTemplate) -> int:
     """Where what `turn` says ends in `answer`, its text; raises `DataError` where a part is not in it."""
     thought, visible = _parts(turn)
-    ends = [0]
+    end = 0
     if thought:
         at = _end_of(thought, answer)
         if at is None:
@@ -106,11 +109,11 @@ def check_turn(turn: Turn, number: int, answer: str, template: ChatTemplate) -> 
                 hint="use a template that shows the thinking of an answer, or take it out of these rows "
                 "(a column: data.ignore)",
             )
-        ends.append(at)
-    at = _end_of(visible, answer[ends[-1] :])
+        end = at
+    at = _end_of(visible, answer, end)
     if at is None:
         raise DataError(f"message {number} (assistant) is dropped or changed by the template")
-    ends.append(ends[-1] + at)
+    end = at
     for call in turn.tool_calls:
         if isinstance(call.arguments, Mapping) and call.arguments and str(call.arguments) in answer:
             raise DataError(
@@ -125,8 +128,8 @@ def check_turn(turn: Turn, number: int, answer: str, template: ChatTemplate) -> 
                 f"message {number} (assistant) calls a tool, and the template drops or changes the call",
                 hint="use a base whose template takes tool_calls, or leave these rows out",
             )
-        ends.append(at)
-    return max(ends)
+        end = max(end, at)
+    return end
 
 
 def _parts(turn: Turn) -> tuple[str, str]:
@@ -139,12 +142,13 @@ def _parts(turn: Turn) -> tuple[str, str]:
     return thought.strip().removeprefix(OPENS).strip(), visible.strip()
 
 
-def _end_of(piece: str, text: str) -> int | None:
-    """Where `piece` ends in `text`, as it is or as a JSON string; None where it is not there."""
-    forms = {piece}
-    if not (piece.isascii() and piece.isprintable()) or '"' in piece or "\\" in piece:  # JSON escapes some
-        forms |= {json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1]}
-    return min((at + len(form) for form in forms if (at := text.find(form)) >= 0), default=None)
+def _end_of(piece: str, text: str, start: int = 0) -> int | None:
+    """Where `piece` ends in `text`, as it is or as a JSON string; None where it is not there from `start`."""
+    if piece.isascii() and piece.isprintable() and '"' not in piece and "\\" not in piece:
+        at = text.find(piece, start)
+        return at + len(piece) if at >= 0 else None
+    forms = {piece, json.dumps(piece, ensure_ascii=False)[1:-1], json.dumps(piece)[1:-1]}
+    return min((at + len(form) for form in forms if (at := text.find(form, start)) >= 0), default=None)
 
 
 def _of_calls(turn: Turn) -> Iterator[str]:

@@ -96,8 +96,7 @@ class Spool:
 def line_of(row: Encoded) -> bytes:
     """The row as a line of either file (`prepare.PreparedRow`)."""
     conversation = row.conversation
-    # Python writes a list of whole numbers as JSON has it, and faster than its encoder.
-    line = f'{{"input_ids": {list(row.input_ids)}, "labels": {list(row.labels)}, "messages": '
+    line = f'{{"input_ids": {_numbers(row.input_ids)}, "labels": {_numbers(row.labels)}, "messages": '
     line += _encoder.encode(conversation.messages())
     if conversation.tools:
         line += f', "tools": {_encoder.encode(list(conversation.tools))}'
@@ -106,5 +105,10 @@ def line_of(row: Encoded) -> bytes:
         line += f', "answers": {answers}'
     if row.rejected:
         pair = row.rejected
-        line += f', "rejected_ids": {list(pair.input_ids)}, "rejected_labels": {list(pair.labels)}'
+        line += f', "rejected_ids": {_numbers(pair.input_ids)}, "rejected_labels": {_numbers(pair.labels)}'
     return (line + "}\n").encode()
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """Whole numbers as JSON: Python writes a list of them so too, and faster than its encoder."""
+    return str(list(numbers))

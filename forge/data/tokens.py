@@ -20,7 +20,7 @@ from forge.chat.render_process import Prompts
 from forge.data import control, shown
 from forge.data.conversation import Conversation
 from forge.data.problems import BadRows
-from forge.data.prompt_format import PromptFormat
+from forge.data.prompt_format import EncodedText, PromptFormat
 from forge.errors import DataError, Problem
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -113,16 +113,28 @@ class _Asked:
     error: DataError | None = None
 
     @property
-    def prompts(self) -> Prompts:
+    def cuts(self) -> list[tuple[int, bool]]:
         """The whole row, and each answer as a server prompts it and as the template then writes it."""
         turns = len(self.conversation.turns)
         cuts = [(turns, False)] if self.looked_at else []
         for index in self.looked_at:
             cuts += [(index, True)] + ([(index + 1, False)] if index + 1 < turns else [])
-        return Prompts((), self.conversation.tools, cuts)
+        return cuts
 
 
-_Texts = Mapping[tuple[int, bool], str | DataError]
+@dataclass(frozen=True)
+class _Texts:
+    """What the template writes of a row, for each of its cuts; and of the whole row without its tools."""
+
+    cuts: Mapping[tuple[int, bool], str | DataError]
+    without_tools: str
+
+    def of(self, length: int, begins_answer: bool) -> str:
+        """The text of the first messages; raises the template's refusal."""
+        text = self.cuts[length, begins_answer]
+        if isinstance(text, DataError):
+            raise text
+        return text
 
 
 def _batches(
@@ -167,11 +179,18 @@ def _pipeline(
 
 
 def _rendered(batch: Sequence[_Asked], form: PromptFormat) -> list[_Texts]:
-    prompts = [
-        replace(one.prompts, messages=form.template.as_read(one.conversation.messages())) for one in batch
-    ]
-    texts = form.template.render_all(prompts)
-    return [dict(zip(one.cuts, made, strict=True)) for one, made in zip(prompts, texts, strict=True)]
+    prompts: list[Prompts] = []
+    for one in batch:
+        messages, tools = form.template.as_read(one.conversation.messages()), one.conversation.tools
+        prompts.append(Prompts(messages, tools, one.cuts))
+        prompts += [Prompts(messages, (), [(len(messages), False)])] if tools else []
+    texts = iter(form.template.render_all(prompts))
+    made: list[_Texts] = []
+    for one in batch:
+        cuts = dict(zip(one.cuts, next(texts), strict=True))
+        (without,) = next(texts) if one.conversation.tools else [""]
+        made.append(_Texts(cuts, without if isinstance(without, str) else ""))
+    return made
 
 
 def _drafted(asked: _Asked, texts: _Texts, form: PromptFormat) -> _Drafted:
@@ -263,9 +282,9 @@ def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft
         raise asked.error
     if not conversation.turns:
         return []
-    whole = _of(texts, len(conversation.turns), False)
+    whole = texts.of(len(conversation.turns), False)
     learned = [_answer(conversation, index, texts, form) for index in asked.looked_at]
-    shown.check_prompt(conversation, whole, form.template)
+    shown.check_prompt(conversation, whole, texts.without_tools)
     learned = [one for one in learned if one.index in asked.learned]
     if len(learned) == 1 or all(
         whole.startswith(one.text) and not control.in_answer(conversation.turns[one.index], form)
@@ -289,14 +308,6 @@ def _draft(conversation: Conversation, learned: Sequence[_Answer], form: PromptF
     return _Draft(conversation, learned, notes)
 
 
-def _of(texts: _Texts, length: int, begins_answer: bool) -> str:
-    """The text of the first messages; raises the template's refusal."""
-    text = texts[length, begins_answer]
-    if isinstance(text, DataError):
-        raise text
-    return text
-
-
 def _up_to(conversation: Conversation, index: int) -> Conversation:
     """The conversation that ends with the answer at `index`, the only one that carries loss."""
     before = (
@@ -310,11 +321,12 @@ def _rows(draft: _Draft, ids: list[int], form: PromptFormat) -> list[Encoded]:
     """The ids and labels of a draft; several rows where an answer must be encoded apart from its prompt."""
     if form.bos_id is not None and ids[:2] == [form.bos_id] * 2:
         raise DataError("the row begins with BOS twice: the template writes one that is there already")
+    encoded = EncodedText(draft.text, ids, form)
     labels = [IGNORED] * len(ids)
     for one in draft.learned:
         if control.in_answer(draft.conversation.turns[one.index], form):
             return [_in_two_pieces(draft, ids, form, control.IN_ANSWER)]
-        start = form.tokens_of(one.prompt, draft.text, ids)
+        start = encoded.tokens_of(one.prompt)
         if start is None and len(draft.learned) > 1:
             # What the server sends of an earlier answer is its text, so only the last can be in two pieces.
             apart = _one_each(draft.conversation, draft.learned, form)
@@ -324,7 +336,7 @@ def _rows(draft: _Draft, ids: list[int], form: PromptFormat) -> list[Encoded]:
             ]
         if start is None:
             return [_in_two_pieces(draft, ids, form, _IN_TWO_PIECES)]
-        end = len(ids) if one is draft.learned[-1] else form.tokens_of(one.text, draft.text, ids)
+        end = len(ids) if one is draft.learned[-1] else encoded.tokens_of(one.text)
         if end is None or ids[end - 1] != form.end_of_turn_id:
             raise DataError(f"the end of turn {form.end_of_turn} is not one token at the end of the answer")
         if end <= start + 1:
@@ -364,21 +376,21 @@ def _text(conversation: Conversation, form: PromptFormat) -> Encoded:
 def _answer(conversation: Conversation, index: int, texts: _Texts, form: PromptFormat) -> _Answer:
     """The answer at `index` as a server prompts it and as the template writes it at the end of its row."""
     turns = conversation.turns
-    prompt, text = _of(texts, index, True), _of(texts, index + 1, False)
+    prompt, text = texts.of(index, True), texts.of(index + 1, False)
     follows = text.startswith(prompt)
     if shown.opens_thinking(prompt):
         # An empty thinking that the template writes by itself may merge with the prompt's last characters.
         merges = (
             follows
             and not shown.has_thinking(turns[index])
-            and form.tokens_of(prompt, text, form.ids(text)) is None
+            and EncodedText(text, form.ids(text), form).tokens_of(prompt) is None
         )
         if not follows or merges or shown.opens_with_thinking(text[len(prompt) :]):
             # The template cannot show it so; what the model is to generate is known all the same.
             rest = shown.after_opened(turns[index], index, form.template)
             return _Answer(index, prompt, rest + form.end_of_turn)
     if not follows:
-        shown.check_prompt(conversation, text, form.template)
+        shown.check_prompt(conversation, text, texts.without_tools)
         shown.check_turn(turns[index], index, text, form.template)
         raise DataError(
             "the prompt is not a prefix of the conversation: the template begins an answer otherwise than "

@@ -301,6 +301,8 @@ def _call(call: object, place: str) -> ToolCall:
 
 def tools_of(value: object, place: str) -> tuple[Mapping[str, Json], ...]:
     """The functions of a row's `tools`, each as {type: function, function: {...}}."""
+    if value in _EMPTY:
+        return ()
     listed = blocks.plain_tools(parsed(value))
     if listed in (None, "", []):
         return ()
