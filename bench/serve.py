@@ -22,7 +22,7 @@ from forge.serve import wire
 from forge.serve.client import find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.generate import generate
+from forge.serve.generate import answer_rows
 from forge.serve.lanes import slots_of
 from forge.serve.runtime import ServerSettings
 from forge.serve.slots import slots_for
@@ -139,7 +139,7 @@ def _generated(endpoint: Endpoint, directory: Path, pairs: int) -> Outcome:
         out = directory / "answers.jsonl"
         out.unlink(missing_ok=True)
         begun = time.perf_counter()
-        generate(endpoint, prompts, out, sampling=Sampling(max_tokens=16))
+        answer_rows(endpoint, prompts, out, sampling=Sampling(max_tokens=16))
         return time.perf_counter() - begun
 
     def plain() -> float:

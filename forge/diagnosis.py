@@ -43,7 +43,7 @@ class Match:
 
 
 @functools.cache
-def table() -> tuple[Known, ...]:
+def known_faults() -> tuple[Known, ...]:
     """The table, in the order of the file: of two lines that fit a message the first counts."""
     with _TABLE.open("rb") as file:
         entries = tomllib.load(file)["message"]
@@ -85,11 +85,11 @@ def _alternatives(pattern: str) -> Iterator[str]:
     yield pattern[start:]
 
 
-def explain(message: str) -> Known | None:
+def known_cause(message: str) -> Known | None:
     """The first line of the table that fits a message."""
     text = message[:_LONGEST]
     lowered = text.lower()
-    for known in table():
+    for known in known_faults():
         if known.words and not any(word in lowered for word in known.words):
             continue
         if known.pattern.search(text):
@@ -106,7 +106,7 @@ def diagnose(lines: Iterable[str]) -> list[Match]:
         if text not in seen:
             if len(seen) > 10_000:  # a log of any length needs no more memory than this
                 seen.clear()
-            seen[text] = explain(text)
+            seen[text] = known_cause(text)
         known = seen[text]
         if known is None:
             continue

@@ -105,7 +105,7 @@ _KINDS: dict[int, type[ForgeError]] = {
 }
 
 
-def from_json(error: Mapping[str, object], *, is_of_memory: bool = False) -> ForgeError:
+def error_from_json(error: Mapping[str, object], *, is_of_memory: bool = False) -> ForgeError:
     """Rebuild an error that crossed a process boundary; the inverse of `ForgeError.as_json`.
 
     Of its class only the exit code crosses, and whether it was an `OutOfMemoryError`.

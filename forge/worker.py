@@ -35,7 +35,7 @@ from forge.errors import (
     MissingToolError,
     OutOfMemoryError,
     StageError,
-    from_json,
+    error_from_json,
 )
 
 # The whole of what a worker may run: task name -> module:function.
@@ -43,10 +43,10 @@ TASKS: Mapping[str, str] = {
     "make_smollm2": "forge.model.smollm2:make_smollm2",
     "rehearse": "forge.export.rehearsal:rehearse_export",
     "train": "forge.train.run:train",
-    "validate": "forge.adapter.status:validate",
+    "validate": "forge.adapter.status:validate_adapter",
     "evaluate": "forge.train.evaluate:evaluate",
     "calibrate": "forge.verify.calibrate:calibrate",
-    "export": "forge.export.run:export",
+    "export": "forge.export.run:export_gguf",
     "merge": "forge.export.checkpoint:merge",
     "requantize": "forge.export.requantize:requantize",
     "repair": "forge.export.repair:repair",
@@ -178,7 +178,7 @@ def _receive(line: str) -> Mapping[str, Any] | None:
         case "advance":
             report.advance(message["label"], message["done"], message["total"], message["note"])
         case "error":
-            raise from_json(message["error"], is_of_memory=message["is_of_memory"])
+            raise error_from_json(message["error"], is_of_memory=message["is_of_memory"])
         case "result":
             value: Mapping[str, Any] = message["value"]
             return value

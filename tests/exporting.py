@@ -29,7 +29,7 @@ def export_request(
 
 def export_here(**arguments: Any) -> dict[str, Any]:
     """Export in this process; the facts as plain JSON."""
-    from forge.export.run import export
+    from forge.export.run import export_gguf
 
-    facts: dict[str, Any] = to_plain(export(export_request(**arguments)))
+    facts: dict[str, Any] = to_plain(export_gguf(export_request(**arguments)))
     return facts

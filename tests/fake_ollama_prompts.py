@@ -148,4 +148,4 @@ def _legacy(template: str, messages: Messages, go: GoRenderer) -> str:
 
 def by_interpreter(template: str, data: Mapping[str, Any]) -> str:
     """forge's own subset, which knows .Messages alone."""
-    return go_interpreter.parse(template).render(data["Messages"])
+    return go_interpreter.parse_go(template).render(data["Messages"])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import HandOver, Way, hand_over
-from forge.chat.modelfile import Modelfile, render
+from forge.chat.modelfile import Modelfile, modelfile_text
 from forge.chat.template import ChatTemplate
 from tests.vocabularies import trl_templates
 
@@ -71,4 +71,4 @@ def modelfile(name: str) -> Modelfile:
 
 def family_modelfiles() -> dict[str, str]:
     """Path from the root -> text."""
-    return {f"Modelfiles/{name}.Modelfile": render(modelfile(name)) for name in FAMILIES}
+    return {f"Modelfiles/{name}.Modelfile": modelfile_text(modelfile(name)) for name in FAMILIES}

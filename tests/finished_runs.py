@@ -45,7 +45,12 @@ def write_finished(recipe: Recipe, /, **changes: Any) -> Path:
         "export": {"mode": "merged", "quant": "q4_k_m", "seconds": 1.25},
         "smoke": {
             "smoke": [{"prompt": "Hello <b>", "answer": f"{recipe.name}: hi", "ok": True}],
-            "heldout": {"answers": [{**_ANSWER, "served": served}]},
+            "heldout": {
+                "rows": 1,
+                "exact": int(served == _ANSWER["expected"]),
+                "stopped": 1,
+                "answers": [{**_ANSWER, "served": served, "finish_reason": "stop"}],
+            },
         },
     }
     file = {"sha256": "s", "bytes": 3_000_000}

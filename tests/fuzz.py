@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.model.memory import peak_memory
 from tests.conftest import copy_of_tiny
 from tests.makers.tokenizer import CHATML
@@ -335,7 +335,7 @@ def ask(sound: Path, kind: str, seed: int) -> Found:
         said, started = io.StringIO(), time.monotonic()
         with contextlib.chdir(place), contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             signal.alarm(SECONDS)
-            code = run(arguments)
+            code = run_command(arguments)
             signal.alarm(0)
         new = {str(path.relative_to(place)) for path in set(place.rglob("*")) - before}
         allowed = {"out.gguf", "out"} if code == 0 else set()

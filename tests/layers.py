@@ -36,7 +36,7 @@ ARROWS: Mapping[str, set[str]] = {
     "verify": {"model", "adapter", "data", "chat", "export", "tools", "process"},
     "tools": {"process"},
     "serve": {"tools", "chat", "model", "process"},
-    "runs": {"recipe", "store", "chat"},
+    "runs": {"recipe", "store", "chat", "train"},
     "resolve": _BELOW_RESOLVE | {"runs"},
     "stages": _BELOW_RESOLVE | {"resolve", "runs"},
     "ship": _BELOW_RESOLVE | {"resolve", "runs", "stages"},
@@ -55,8 +55,20 @@ _FIRST_LOADED = ("forge/__main__.py", "forge/cli/", "forge/errors.py", "forge/re
 _LIGHT = {"click", "forge"}
 # The third is where the library tokenizers raises a bare Exception for a file that it cannot read.
 _EDGES = {"forge/cli/main.py", "forge/worker.py", "forge/model/tokenizer_files.py"}
+# Several modules have a function of this name, and each the same one.
+PROTOCOLS = {
+    "command": "a command of the command line, as `cli.main` loads it",
+    "main": "what a program of its own begins with",
+    "chat_request": "the dialects of servers: OpenAI's and Ollama's",
+    "completion_request": "the same",
+    "read_reply": "the same",
+}
+# Names that say nothing of what they hold.
+EMPTY_NAMES = {"found", "one", "told", "said", "given"}
+# The public names for scripts repeat what they call.
+_FACADE = "forge/api.py"
 # Guidance: what is longer is looked at, and what was cut only to fit is put together again.
-MOST_LINES, MOST_IN_FUNCTION = 400, 80
+MOST_LINES, MOST_IN_FUNCTION = 450, 80
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,7 @@ def faults(sources: Mapping[str, str]) -> list[str]:
         tree = ast.parse(text, path)
         for line, said in _faults_of(PurePosixPath(path), text, tree):
             found.append(f"{path}:{line}: {said}")
-    return found + list(circle_faults(sources))
+    return found + list(circle_faults(sources)) + list(name_faults(sources))
 
 
 def _faults_of(path: PurePosixPath, text: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -124,6 +136,25 @@ def circle_faults(sources: Mapping[str, str]) -> Iterator[str]:
             if path in _reached(target, edges):
                 where = "" if found.is_top else " inside a function"
                 yield f"{path}:{found.line}: imports {target}{where}, which leads back here"
+
+
+def name_faults(sources: Mapping[str, str]) -> Iterator[str]:
+    """Public classes and functions of one name in two files, and names that say nothing."""
+    places: dict[str, list[str]] = {}
+    for path, text in sorted(sources.items()):
+        tree = ast.parse(text, path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.arg) and node.arg in EMPTY_NAMES:
+                yield f"{path}:{node.lineno}: {node.arg}: what does it hold?"
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in EMPTY_NAMES:
+                yield f"{path}:{node.lineno}: {node.id}: what does it hold?"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                is_public = path != _FACADE and not node.name.startswith("_")
+                places.setdefault(node.name, []).extend([f"{path}:{node.lineno}"] if is_public else [])
+    for name, found in sorted(places.items()):
+        if len(found) > 1 and name not in PROTOCOLS:
+            yield f"{found[1]}: {name} is in {found[0]}, too"
 
 
 def _files_imported(text: str, path: str, sources: Mapping[str, str]) -> Iterator[tuple[str, Import]]:

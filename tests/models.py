@@ -21,7 +21,8 @@ from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.prompt_format import prompt_format
 from forge.data.reading import Source
 from forge.train.arithmetic import Arithmetic
-from forge.train.evaluate import Change, Evaluated, EvaluateRequest
+from forge.train.evaluate import Evaluated, EvaluateRequest
+from forge.train.figures import Change
 from forge.train.model import BaseSettings
 from tests.vocabularies import write_tokenizer
 

@@ -24,7 +24,7 @@ from forge import process
 from forge.serve import ready
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.options import arguments
+from forge.serve.options import server_arguments
 from forge.serve.runtime import ServerSettings
 from tests.conftest import SESSION_HOME
 from tests.tiny_gguf import REPLY, SPECIAL, WIDTH, write_tiny_gguf
@@ -116,7 +116,7 @@ def bare_server(settings: ServerSettings) -> Iterator[tuple[Endpoint, psutil.Pro
     """llama-server as it is, without a front, on a port of loopback: what nginx has behind it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [str(llama_server()), *arguments(settings), "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(llama_server()), *server_arguments(settings), "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as private, tempfile.TemporaryFile("w+") as log:
         if settings.api_key:
             key = Path(private) / "key"

@@ -14,7 +14,7 @@ import pytest
 
 from forge.adapter.places import place
 from forge.adapter.read import TokenRows, find_base_tensor, read_adapter, scale_of
-from forge.adapter.status import ValidateRequest, validate
+from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.adapter.vocabulary import fit
 from forge.codec import to_plain
 from forge.errors import CheckError, DataError, ForgeError
@@ -40,7 +40,7 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sound_adapter(base: Path, plain: Path) -> None:
     """C5, K6, K7: parameters are the sum of r x (in + out); it may be exported both ways."""
-    told = validate(ValidateRequest(base, plain))
+    told = validate_adapter(ValidateRequest(base, plain))
     each = sum(8 * (256 + out) for out in LINEAR.values()) + sum(8 * (a + b) for a, b in MLP.values())
     modules = {f"self_attn.{name}" for name in LINEAR} | {f"mlp.{name}" for name in MLP}
     assert told.trainable_parameters == 2 * each
@@ -72,7 +72,7 @@ def test_a_sound_adapter(base: Path, plain: Path) -> None:
 def test_the_true_scale(options: dict[str, Any], scale: float, base: Path, tmp_path: Path) -> None:
     """Silent wrong 9: with rsLoRA and r = 64 alpha / r is eight times too small."""
     adapter = make_adapter(base, tmp_path / "a", target_modules=["q_proj"], **options)
-    assert validate(ValidateRequest(base, adapter)).scale == pytest.approx(scale, abs=1e-6)
+    assert validate_adapter(ValidateRequest(base, adapter)).scale == pytest.approx(scale, abs=1e-6)
 
 
 def test_scales_by_pattern_are_peft_s(base: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_impure_adapters_are_for_merging(kind: str, untied: Path, tmp_path: Path
     """D13, N1, N4; pitfalls 21 and 52: told from the tensors, not from the configuration alone."""
     options, reason = IMPURE[kind]
     adapter = make_adapter(untied, tmp_path / "a", **{"target_modules": ["q_proj"], **options})
-    told = validate(ValidateRequest(untied, adapter))
+    told = validate_adapter(ValidateRequest(untied, adapter))
     assert told.pure is False
     assert reason in told.impurities
     assert told.exports == ("merged",)
@@ -160,7 +160,7 @@ def test_conv1d(tmp_path: Path) -> None:
     """GPT-2, r = 8 on c_attn: 8 x (in + out) a layer."""
     base = make_model(tmp_path / "base", "gpt2", "home-made")
     adapter = make_adapter(base, tmp_path / "a", target_modules=["c_attn"], fan_in_fan_out=True)
-    told = validate(ValidateRequest(base, adapter))
+    told = validate_adapter(ValidateRequest(base, adapter))
     assert told.trainable_parameters == 2 * 8 * (256 + 768)
     assert told.impurities == ("its layers are Conv1D, whose factors are transposed",)
 
@@ -175,7 +175,7 @@ def changed(plain: Path, to: Path, edit: Mapping[str, Any]) -> Path:
 
 def problems_of(kind: type[ForgeError], base: Path, adapter: Path) -> list[str]:
     with pytest.raises(kind) as caught:
-        validate(ValidateRequest(base, adapter))
+        validate_adapter(ValidateRequest(base, adapter))
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -209,7 +209,7 @@ def test_one_layer_that_changes_nothing_is_a_warning(base: Path, plain: Path, tm
     import torch
 
     zero = {"1.self_attn.v_proj.lora_B.weight": torch.zeros(128, 8)}
-    told = validate(ValidateRequest(base, changed(plain, tmp_path / "a", zero)))
+    told = validate_adapter(ValidateRequest(base, changed(plain, tmp_path / "a", zero)))
     assert told.ok
     assert told.warnings == (
         "1 of 14 layers are all zero and change nothing: model.layers.1.self_attn.v_proj",
@@ -248,7 +248,7 @@ def test_a_head_that_was_resized_alone_says_the_numbers(untied: Path, tmp_path: 
     weights = adapter / "adapter_model.safetensors"
     change_tensors(weights, {"base_model.model.lm_head.weight": torch.zeros(500, 256)})
     with pytest.raises(DataError, match=r"layer: rows are 500 of lm_head, \d+ of model\.embed_tokens"):
-        validate(ValidateRequest(untied, adapter))
+        validate_adapter(ValidateRequest(untied, adapter))
 
 
 UNUSABLE: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -305,7 +305,7 @@ def test_a_setting_that_peft_itself_does_not_take_is_one_error(base: Path, tmp_p
     change_tensors(weights, {name: None for name in load_file(weights) if ".lora_" in name})
     change_json(adapter / "adapter_config.json", target_modules="nothing")
     with pytest.raises(DataError, match="peft does not load it: ") as caught:
-        validate(ValidateRequest(base, adapter))
+        validate_adapter(ValidateRequest(base, adapter))
     assert "No modules were targeted" in caught.value.message
 
 
@@ -394,7 +394,7 @@ def test_what_other_savers_leave_is_named(case: str, base: Path, plain: Path, tm
     weights = {f"base_model.model.{name}": torch.ones(*shape) for name, shape in tensors.items()}
     change_tensors(adapter / "adapter_model.safetensors", weights)
     with pytest.raises(DataError, match=message) as caught:
-        validate(ValidateRequest(base, adapter))
+        validate_adapter(ValidateRequest(base, adapter))
     assert hint in caught.value.hint
 
 
@@ -410,7 +410,7 @@ def test_an_adapter_of_a_multimodal_base_on_its_text_model(base: Path, plain: Pa
         }
         safetensors.torch.save_file(named, adapter / "adapter_model.safetensors")
         with pytest.raises(DataError, match="14 of the adapter's 14 parts do not fit") as caught:
-            validate(ValidateRequest(base, adapter))
+            validate_adapter(ValidateRequest(base, adapter))
         assert "the names of its tensors are wrapped" in caught.value.hint
 
 

@@ -14,7 +14,7 @@ from forge.adapter.adopt import copy_adapter
 from forge.adapter.names import as_peft_writes, factor
 from forge.adapter.places import other_base, place
 from forge.adapter.read import read_adapter
-from forge.adapter.status import ValidateRequest, validate
+from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.adapter.vocabulary import fit
 from forge.errors import DataError
 from forge.model.checkpoint import open_checkpoint
@@ -63,7 +63,7 @@ def test_wrapped_names_are_read_through(case: str, base: Path, plain: Path, tmp_
     import numpy as np
 
     adapter = renamed(plain, tmp_path / "adapter", WRAPPED[case])
-    assert validate(ValidateRequest(base, adapter)).ok
+    assert validate_adapter(ValidateRequest(base, adapter)).ok
     ours = place(fit(read_adapter(adapter), open_checkpoint(base))).layers
     theirs = place(fit(read_adapter(plain), open_checkpoint(base))).layers
     assert {name: layer.scale for name, layer in ours.items()} == {
@@ -86,7 +86,7 @@ def test_wrapped_names_are_read_through(case: str, base: Path, plain: Path, tmp_
 def test_names_of_no_known_wrapper_say_so(base: Path, plain: Path, tmp_path: Path) -> None:
     adapter = renamed(plain, tmp_path / "a", lambda name: name.replace(PREFIX, f"{PREFIX}engine.net."))
     with pytest.raises(DataError, match="2 of the adapter's 2 parts") as refused:
-        validate(ValidateRequest(base, adapter))
+        validate_adapter(ValidateRequest(base, adapter))
     assert "names of its tensors are wrapped" in refused.value.hint
     assert f"{PREFIX}engine.net.model.layers.0.self_attn.q_proj.weight is in the file" in refused.value.hint
     assert f"peft writes {PREFIX}model.layers.0.self_attn.q_proj.weight" in refused.value.hint
@@ -125,7 +125,7 @@ def test_a_configuration_of_other_weights_is_named(base: Path, plain: Path, tmp_
     heads = json.loads((other / "config.json").read_text())["num_attention_heads"]
     change_json(other / "config.json", num_attention_heads=2 * heads)
     with pytest.raises(DataError, match=r"config\.json is not that of the weights: 2 layers") as refused:
-        validate(ValidateRequest(other, plain))
+        validate_adapter(ValidateRequest(other, plain))
     assert "self_attn.q_proj" in refused.value.problems[0].field
 
 

@@ -14,12 +14,12 @@ import safetensors.numpy
 
 from forge.adapter.read import read_adapter
 from forge.chat.template import ChatTemplate
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import DataError, RecipeError
 from forge.model.checkpoint import open_checkpoint
 from forge.model.tokenizer_files import open_tokenizer
 from forge.recipe.load import load
-from forge.recipe.starters import write
+from forge.recipe.starters import write_kind
 from tests.conftest import copy_of_tiny
 from tests.test_cli_faults import RECIPE, ROWS, write_rows
 
@@ -42,7 +42,7 @@ def place(tmp_path: Path, forge_home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def failed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    code = run([*arguments, "--json"])
+    code = run_command([*arguments, "--json"])
     shown = capsys.readouterr()
     assert "Traceback" not in shown.err
     error: dict[str, Any] = json.loads(shown.out.splitlines()[-1])["error"]
@@ -123,7 +123,7 @@ def test_every_such_error_has_a_hint(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="refuses the conversation") as refused:
         ChatTemplate("{{ raise_exception('no system') }}", {}).render([{"role": "user", "content": "a"}])
     with pytest.raises(RecipeError) as closed:
-        write("x", "quickstart", Path("/proc"))
+        write_kind("x", "quickstart", Path("/proc"))
     assert all(one.value.hint for one in (broken, refused, closed))
 
 
@@ -207,7 +207,7 @@ def test_experts_and_routers_are_not_adapted(
         ]
         assert {problem["line"] for problem in error["problems"]} == {4}
         return
-    assert run(["plan", "recipe.yaml"]) == 0
+    assert run_command(["plan", "recipe.yaml"]) == 0
     shown = "".join(capsys.readouterr())
     assert ("auto means attention beside experts: peft adapts" in shown) == (targets == "auto")
 
@@ -215,7 +215,7 @@ def test_experts_and_routers_are_not_adapted(
 def test_old_names_are_told_beside_what_is_wrong(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (place / "recipe.yaml").open("a") as recipe:
         recipe.write("train: {num_train_epochs: -1}\n")
-    assert run(["plan", "recipe.yaml"]) == 2
+    assert run_command(["plan", "recipe.yaml"]) == 2
     told = capsys.readouterr().err
     assert "train.num_train_epochs is now train.epochs" in told
     assert "must be greater than 0" in told

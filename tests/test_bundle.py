@@ -124,7 +124,7 @@ def test_what_cannot_be_packed_is_said_and_leaves_nothing(
     def none() -> None:
         raise MissingToolError("this processor lacks avx2")
 
-    monkeypatch.setattr("forge.tools.xllamacpp.check", none)
+    monkeypatch.setattr("forge.tools.xllamacpp.check_processor", none)
     with pytest.raises(MissingToolError, match="lacks avx2"):
         write_bundle(contents, tmp_path / "yoda.tar")
     assert not list(tmp_path.glob("*.tar*"))

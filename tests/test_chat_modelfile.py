@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge.chat.hand_over import HandOver, LeftOut, hand_over, licences_of, sampling_of, write_modelfiles
-from forge.chat.modelfile import Modelfile, ModelfileError, parse, render
+from forge.chat.modelfile import Modelfile, ModelfileError, modelfile_text, parse_modelfile
 from forge.chat.template import ChatTemplate
 from tests.makers.tokenizer import CHATML
 from tests.models import change_json
@@ -41,8 +41,8 @@ WHOLE = Modelfile(
 
 def test_the_whole_grammar_is_written_and_read() -> None:
     """P1."""
-    text = render(WHOLE)
-    assert parse(text) == WHOLE
+    text = modelfile_text(WHOLE)
+    assert parse_modelfile(text) == WHOLE
     assert text.splitlines()[:7] == [
         "REQUIRES 0.30", "FROM ./yoda.gguf", "ADAPTER ./lora.gguf", "DRAFT ./draft.gguf",
         'TEMPLATE """{{- range .Messages }}{{ "<|user|>\\n" }}{{ .Content }}', '{{- end }}"""',
@@ -69,11 +69,13 @@ def test_the_whole_grammar_is_written_and_read() -> None:
     ],
 )  # fmt: skip
 def test_what_the_server_reads(text: str, read: Modelfile) -> None:
-    assert parse(text) == read
+    assert parse_modelfile(text) == read
 
 
 def test_what_the_server_does_in_silence_is_told() -> None:
-    read = parse("FROM x\nSYSTEM a\nSYSTEM b\nPARAMETER mirostat 1\nPARAMETER seed 1\nPARAMETER seed 2\n")
+    read = parse_modelfile(
+        "FROM x\nSYSTEM a\nSYSTEM b\nPARAMETER mirostat 1\nPARAMETER seed 1\nPARAMETER seed 2\n"
+    )
     assert (read.system, read.parameters) == ("b", {"seed": 2})
     assert read.notes == (
         "line 3: this SYSTEM replaces an earlier one",
@@ -101,7 +103,7 @@ def test_what_the_server_does_in_silence_is_told() -> None:
 )  # fmt: skip
 def test_what_is_no_modelfile(text: str, said: str) -> None:
     with pytest.raises(ModelfileError, match=said):
-        parse(text)
+        parse_modelfile(text)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_what_is_no_modelfile(text: str, said: str) -> None:
 )  # fmt: skip
 def test_what_no_modelfile_can_hold_is_refused(text: str, said: str) -> None:
     with pytest.raises(ModelfileError, match=said) as caught:
-        render(Modelfile("x", system=text))
+        modelfile_text(Modelfile("x", system=text))
     assert "HTTP" in caught.value.hint
 
 
@@ -127,14 +129,14 @@ def test_what_is_written_is_read_back(system: str, stops: list[str], licence: st
     """Or it is refused; nothing changes on the way."""
     said = Modelfile("x", system=system, parameters={"stop": tuple(stops)}, licences=(licence,))
     try:
-        text = render(said)
+        text = modelfile_text(said)
     except ModelfileError:
         lost = any(
             unicodedata.category(one) in ("Cf", "Zs", "Cc") and one not in " \t\n\r" for one in repr(said)
         )
         assert lost or '"' in system + licence + "".join(stops) or "\\u" in repr(said) or "\\x" in repr(said)
         return
-    assert parse(text) == said
+    assert parse_modelfile(text) == said
 
 
 def told(template: str, stops: list[str], context: int) -> HandOver:

@@ -9,8 +9,8 @@ import pytest
 
 from forge.chat.format_check import NOT_CLAIMED
 from forge.chat.hand_over import hand_over_of
-from forge.chat.modelfile import parse
-from forge.cli.main import run
+from forge.chat.modelfile import parse_modelfile
+from forge.cli.main import run_command
 from tests.conftest import copy_of_tiny
 from tests.makers.tokenizer import CHATML
 from tests.models import change_json
@@ -24,7 +24,7 @@ def tiny(tmp_path: Path) -> Path:
 
 def told(capsys: pytest.CaptureFixture[str], *command: str, code: int = 0) -> dict[str, object]:
     capsys.readouterr()
-    assert run([*command, "--json"]) == code
+    assert run_command([*command, "--json"]) == code
     found: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return found
 
@@ -66,7 +66,7 @@ def test_several_named_templates(tiny: Path, capsys: pytest.CaptureFixture[str])
     ]
     change_json(tiny / "tokenizer_config.json", chat_template=named)
     capsys.readouterr()
-    assert run(["template", str(tiny)]) == 0
+    assert run_command(["template", str(tiny)]) == 0
     assert "also has the templates rag" in capsys.readouterr().out
     change_json(tiny / "tokenizer_config.json", chat_template=[{**named[0], "name": "chat"}, named[1]])
     error = told(capsys, "template", str(tiny), code=2)["error"]
@@ -102,7 +102,7 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def split(text: str) -> tuple[list[str], list[str]]:
     """The remarks and the rest of what is a whole Modelfile."""
-    parse(text)
+    parse_modelfile(text)
     lines = text.splitlines()
     return [line for line in lines if line.startswith("#")], [
         line for line in lines if not line.startswith("#")
@@ -128,7 +128,7 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     ]  # fmt: skip
     write_tiny_gguf(tiny / "own.gguf")
     capsys.readouterr()
-    assert run(["modelfile", str(tiny), "--jinja"]) == 0
+    assert run_command(["modelfile", str(tiny), "--jinja"]) == 0
     remarks, lines = split(capsys.readouterr().out)
     assert remarks[0].startswith("# the GGUF's own template, not pinned: ")
     assert lines[:3] == ["REQUIRES 0.30", f"FROM {tiny / 'own.gguf'}", 'PARAMETER stop "<|im_end|>"']
@@ -138,7 +138,7 @@ def test_a_licence_that_no_modelfile_can_hold_is_left_out_and_said(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tiny / "LICENSE").write_text('A line that ends in """\nand goes on', encoding="utf-8")
-    assert run(["modelfile", str(tiny)]) == 0
+    assert run_command(["modelfile", str(tiny)]) == 0
     said = capsys.readouterr()
     remarks, lines = split(said.out)
     assert remarks[-1].startswith("# left out, since no Modelfile can hold it: LICENSE ")
@@ -157,7 +157,7 @@ def test_modelfile_of_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     found = told(capsys, "modelfile", str(path))
     _, lines = split(str(found["modelfile"]))
     assert lines[0] == f"FROM {path}" and lines[1].startswith('TEMPLATE """')
-    assert parse(str(found["modelfile"])).base == str(path)
+    assert parse_modelfile(str(found["modelfile"])).base == str(path)
     assert found["stops"] == ["<|im_end|>"]
     sampling = {"temp": 0.6, "top_k": 20, "penalty_repeat": 1.05, "xtc_threshold": 0.1}
     sampled = write_tiny_gguf(tmp_path / "s.gguf", sampling=sampling)
@@ -170,7 +170,7 @@ def test_modelfile_of_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         tmp_path / "n.gguf", template="{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     )
     capsys.readouterr()
-    assert run(["modelfile", str(upside_down)]) == 0
+    assert run_command(["modelfile", str(upside_down)]) == 0
     said = capsys.readouterr()
     assert f"REQUIRES 0.30\nFROM {upside_down}\nPARAMETER stop" in said.out
     assert "no Go TEMPLATE: it leaves out" in said.err

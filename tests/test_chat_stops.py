@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.chat.modelfile import parse
+from forge.chat.modelfile import parse_modelfile
 from forge.chat.stops import GENERATION, GGUF, LIVE, LOSS_MASK, StopContract, require
 from forge.errors import CheckError, Problem
 from forge.model.gguf_header import read_gguf
@@ -24,7 +24,7 @@ def test_its_texts() -> None:
 
 def test_it_holds_everywhere(tmp_path: Path) -> None:
     path = write_tiny_gguf(tmp_path / "m.gguf")
-    modelfile = parse('FROM x\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "</s>"\n')
+    modelfile = parse_modelfile('FROM x\nPARAMETER stop "<|im_end|>"\nPARAMETER stop "</s>"\n')
     require(
         [
             *STOPS.in_mask([ROW], may_be_cut=False),
@@ -49,7 +49,7 @@ def test_a_break_names_its_place(tmp_path: Path) -> None:
         "row 1: nothing is supervised": STOPS.in_mask([{"labels": [-100, -100]}], may_be_cut=True),
         "eos_token_id is 7, without the end of turn <|im_end|> (2)": STOPS.in_generation_config({"eos_token_id": 7}),
         "its end ids are eos 2, eot 2; the end of turn is <|end|> (9)": other.in_gguf(header),
-        "no PARAMETER stop for </s>": STOPS.in_modelfile(parse("FROM x\nPARAMETER stop <|im_end|>"), "Modelfile"),
+        "no PARAMETER stop for </s>": STOPS.in_modelfile(parse_modelfile("FROM x\nPARAMETER stop <|im_end|>"), "Modelfile"),
         "a reply holds <|im_end|> as text: 'Yes.<|im_end|>'": STOPS.in_replies([("Yes.<|im_end|>", "stop")], should_end=False),
         "no reply ends by itself; the tuned model's did": STOPS.in_replies([("on and on", "length")], should_end=True),
     }  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from tests.conftest import copy_of_tiny, tree
 from tests.hub_stand_in import Hub, StandInRepository
 
@@ -44,7 +44,7 @@ class Place:
 
     def fail(self, *arguments: str) -> dict[str, Any]:
         """Run a command that must fail, and give its error, places made relative."""
-        code = run([*arguments, "--json"])
+        code = run_command([*arguments, "--json"])
         shown = self.capsys.readouterr()
         assert "Traceback" not in shown.err
         [line] = shown.out.splitlines()
@@ -123,7 +123,7 @@ def test_a_faulty_recipe_tells_every_problem_with_its_line(place: Place, case: s
 def test_a_missing_recipe(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     error = place.fail("ship", "recip.yaml")
     assert error["problems"] == [problem("no such recipe", file="recip.yaml")]
-    assert run(["ship", "recip.yaml"]) == 2
+    assert run_command(["ship", "recip.yaml"]) == 2
     assert capsys.readouterr().err == (
         "error: recip.yaml: no such recipe\nhint: `forge init` writes a recipe to start from\n"
     )
@@ -279,7 +279,7 @@ def test_the_plan_s_disk_holds_the_certificate_too(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kept GGUF, and an f16 and a quantized file while it is compared; less is refused."""
-    assert run(["plan", "recipe.yaml", "--json"]) == 0
+    assert run_command(["plan", "recipe.yaml", "--json"]) == 0
     disk = json.loads(capsys.readouterr().out)["disk"]
     parts = disk["parts"]
     assert set(parts) == {"adapter", "GGUF", "files to compare with"}
@@ -370,7 +370,7 @@ def test_a_plan_asks_no_hub_and_shows_what_it_does_not_know(
     hub.repositories["org/tiny"] = StandInRepository(of_the_hub(place.base))
     place.recipe(RECIPE.replace("base: ./base", "base: org/tiny"))
     before = tree(place.directory.parent)
-    assert run(["plan", "recipe.yaml", "--json"]) == 0
+    assert run_command(["plan", "recipe.yaml", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["downloads"] == "unknown until fetched" and planned["memory"] is None
     assert hub.requests == []
@@ -381,12 +381,12 @@ def test_a_plan_says_how_long_the_certificate_will_take(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place.recipe(RECIPE)
-    assert run(["plan", "recipe.yaml", "--json"]) == 0
+    assert run_command(["plan", "recipe.yaml", "--json"]) == 0
     shown = capsys.readouterr()
     planned = json.loads(shown.out)["verify"]
     assert planned["measured"] is False and planned["seconds"] > 1
     assert f"verify: about {planned['seconds']:.1f} s, estimated from parameters and cores" in shown.err
-    assert run(["plan", "recipe.yaml", "--json", "-o", "export.mode=none"]) == 0
+    assert run_command(["plan", "recipe.yaml", "--json", "-o", "export.mode=none"]) == 0
     assert json.loads(capsys.readouterr().out)["verify"] is None
 
 

@@ -55,7 +55,7 @@ def test_every_command_has_its_file_and_its_file_is_thin() -> None:
 
 @pytest.mark.parametrize("name", entry.COMMANDS)
 def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.run([name, "--help"]) == 0
+    assert entry.run_command([name, "--help"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"Usage: forge {name} ")
     for option in ("-v", "--offline", "--json", "--help"):
@@ -77,7 +77,7 @@ def test_every_option_and_argument_is_explained() -> None:
 
 
 def test_the_first_page_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.run(["--help"]) == 0
+    assert entry.run_command(["--help"]) == 0
     shown = capsys.readouterr().out
     assert re.findall(r"^  ([a-z]+) {2,}\S", shown.partition("Commands:")[2], re.MULTILINE) == list(
         entry.COMMANDS
@@ -85,14 +85,14 @@ def test_the_first_page_names_every_command(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_no_command_shows_the_first_page_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.run([]) == 2
+    assert entry.run_command([]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith("Usage: forge [OPTIONS] COMMAND") and "error" not in shown.err
     assert shown.out == ""
 
 
 def test_the_version_stands_in_one_place(capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.run(["--version"]) == 0
+    assert entry.run_command(["--version"]) == 0
     [declared] = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert capsys.readouterr().out == f"forge {declared}\n"
 
@@ -111,7 +111,7 @@ def test_the_version_stands_in_one_place(capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_wrong_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.run([*arguments, "--json"]) == 2
+    assert entry.run_command([*arguments, "--json"]) == 2
     shown = capsys.readouterr()
     error = json.loads(shown.out)["error"]
     assert error["message"].startswith(message)
@@ -126,12 +126,12 @@ def test_a_bug_is_exit_1_with_its_traceback_at_hand(
         raise ZeroDivisionError("oh")
 
     monkeypatch.setattr("forge.commands.describe.describe_runs", broken)
-    assert entry.run(["runs"]) == 1
+    assert entry.run_command(["runs"]) == 1
     assert capsys.readouterr().err == (
         "error: a bug in forge: ZeroDivisionError: oh\n"
         "hint: run it again with -v for the traceback, and please report it\n"
     )
-    assert entry.run(["runs", "-v", "--json"]) == 1
+    assert entry.run_command(["runs", "-v", "--json"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)["error"]["code"] == 1
     assert "Traceback (most recent call last)" in shown.err

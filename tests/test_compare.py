@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forge import report
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import ForgeError
 from tests.finished_runs import CERTIFICATE, write_run
 
@@ -23,7 +23,7 @@ def compared(
     capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0
 ) -> tuple[dict[str, Any], str]:
     """The command's JSON, and what it said."""
-    assert run(["compare", *arguments, "--json"]) == code
+    assert run_command(["compare", *arguments, "--json"]) == code
     report.close()
     shown = capsys.readouterr()
     fields: dict[str, Any] = json.loads(shown.out.splitlines()[-1])

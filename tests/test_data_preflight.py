@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from forge import report
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.recipe.load import load
 from forge.ship.drive import plan, ship
 from tests.conftest import copy_of_tiny
@@ -74,7 +74,7 @@ def test_a_plan_refuses_what_the_template_cannot_show(
     (place / "r.yaml").write_text(
         "name: a\nbase: builtin:tiny\ndata: {source: rows.jsonl, eval: 0}\n", encoding="utf-8"
     )
-    assert run(["plan", "r.yaml", "--json"]) == 2
+    assert run_command(["plan", "r.yaml", "--json"]) == 2
     (problem,) = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["problems"]
     assert (problem["file"], problem["line"]) == ("rows.jsonl", 2)
 
@@ -100,7 +100,7 @@ def test_the_first_recipe_writes_itself(place: Path, shape: str) -> None:
         for n in range(12)
     ]
     write(place / "rows.jsonl", rows)
-    assert run(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl"]) == 0
+    assert run_command(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl"]) == 0
     recipe = load(place / "first.yaml").recipe
     assert recipe.train is not None
     assert bool(recipe.smoke) == (shape != "text")
@@ -113,18 +113,18 @@ def test_the_first_recipe_of_a_base_without_a_chat_template(place: Path) -> None
     base = copy_of_tiny(place / "base")
     (base / "chat_template.jinja").unlink()
     write(place / "rows.jsonl", [{"prompt": f"Say {n}.", "completion": f"{n} it is."} for n in range(30)])
-    assert run(["init", "first", "--base", "./base", "--data", "rows.jsonl"]) == 0
+    assert run_command(["init", "first", "--base", "./base", "--data", "rows.jsonl"]) == 0
     text = (place / "first.yaml").read_text()
     assert '  chat_template: "alpaca"  # the base has none; ' in text
-    assert run(["plan", "first.yaml"]) == 0
+    assert run_command(["plan", "first.yaml"]) == 0
     stated = json.loads((base / "tokenizer_config.json").read_text())
     named = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     stated["chat_template"] = [{"name": name, "template": named} for name in ("tools", "rag")]
     (base / "tokenizer_config.json").write_text(json.dumps(stated))
-    assert run(["init", "second", "--base", "./base", "--data", "rows.jsonl"]) == 0
+    assert run_command(["init", "second", "--base", "./base", "--data", "rows.jsonl"]) == 0
     assert '  chat_template: "rag"  # the base\'s own are rag, tools; ' in (place / "second.yaml").read_text()
     (place / "plain.txt").write_text("A river runs by the house.\n\n" * 40)
-    assert run(["init", "third", "--base", "./base", "--data", "plain.txt"]) == 0
+    assert run_command(["init", "third", "--base", "./base", "--data", "plain.txt"]) == 0
     assert "chat_template" not in (place / "third.yaml").read_text()
 
 
@@ -133,7 +133,7 @@ def test_the_first_recipe_elsewhere(place: Path) -> None:
     odd = 'a "quote" # and: more\nlines'
     turns = [{"role": "system", "content": "Be brief."}, {**USER, "content": odd}, ANSWER]
     write(place / "rows.jsonl", [{"messages": turns}])
-    assert run(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl", "-C", "sub"]) == 0
+    assert run_command(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl", "-C", "sub"]) == 0
     recipe = load(place / "sub" / "first.yaml").recipe
     assert recipe.data is not None
     assert recipe.data.source == "../rows.jsonl"
@@ -142,7 +142,7 @@ def test_the_first_recipe_elsewhere(place: Path) -> None:
 
 
 def test_init_wants_both(place: Path) -> None:
-    assert run(["init", "first", "--base", "builtin:tiny"]) == 2
+    assert run_command(["init", "first", "--base", "builtin:tiny"]) == 2
     write(place / "rows.jsonl", [{"a": 1}])
-    assert run(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl"]) == 2
+    assert run_command(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl"]) == 2
     assert not (place / "first.yaml").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.diagnosis import diagnose, explain, table
+from forge.diagnosis import diagnose, known_cause, known_faults
 
 CASES = Path(__file__).parent / "cases" / "messages"
 KNOWN = (CASES / "known.txt").read_text(encoding="utf-8").splitlines()
@@ -15,17 +15,17 @@ UNKNOWN = (CASES / "unknown.txt").read_text(encoding="utf-8").splitlines()
 
 def test_every_line_of_the_table_has_a_real_message() -> None:
     """S1: the troubleshooting chapter's 25 entries, and those of the field."""
-    matched = [explain(message) for message in KNOWN]
+    matched = [known_cause(message) for message in KNOWN]
     assert [message for message, known in zip(KNOWN, matched, strict=True) if known is None] == []
-    idle = [known.pattern.pattern for known in table() if known not in matched]
+    idle = [known.pattern.pattern for known in known_faults() if known not in matched]
     assert idle == []
 
 
 def test_the_fast_search_for_words_hides_no_match() -> None:
     """Each message is found by its pattern only, too: the words are derived from the patterns."""
     for message in KNOWN:
-        first = next(known for known in table() if known.pattern.search(message))
-        assert explain(message) is first, message
+        first = next(known for known in known_faults() if known.pattern.search(message))
+        assert known_cause(message) is first, message
 
 
 @pytest.mark.parametrize(
@@ -46,16 +46,16 @@ def test_the_fast_search_for_words_hides_no_match() -> None:
     ],
 )
 def test_the_remedy_says_what_to_do(message: str, words: str) -> None:
-    known = explain(message)
+    known = known_cause(message)
     assert known is not None and words in known.remedy
 
 
 def test_unrelated_lines_are_not_known() -> None:
-    assert [line for line in UNKNOWN if explain(line) is not None] == []
+    assert [line for line in UNKNOWN if known_cause(line) is not None] == []
 
 
 def test_a_log_is_read_once_and_each_cause_reported_once() -> None:
     log = ["starting", *[KNOWN[0]] * 3, "...", KNOWN[2], KNOWN[0]]
     matches = diagnose(log)
     assert [(match.line, match.count) for match in matches] == [(2, 4), (6, 1)]
-    assert matches[0].message == KNOWN[0] and matches[1].cause == explain(KNOWN[2]).cause  # type: ignore[union-attr]
+    assert matches[0].message == KNOWN[0] and matches[1].cause == known_cause(KNOWN[2]).cause  # type: ignore[union-attr]

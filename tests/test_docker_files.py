@@ -123,10 +123,10 @@ def _checked(path: Path) -> process.Finished:
 
 def test_what_the_compose_file_asks_of_the_server_are_its_flags() -> None:
     """No flag that the runtime would not give."""
-    from forge.serve.options import arguments
+    from forge.serve.options import server_arguments
     from forge.serve.runtime import ServerSettings
 
-    given = arguments(ServerSettings(Path("m"), "m", 512, adapters={"a": Path("a")}, gpu_layers=1))
+    given = server_arguments(ServerSettings(Path("m"), "m", 512, adapters={"a": Path("a")}, gpu_layers=1))
     known = {one for one in given if one.startswith("--")} | {"--api-key-file"}
     command = _compose("compose.yaml")["services"]["server"]["command"]
     assert {one for one in command if one.startswith("--")} <= known

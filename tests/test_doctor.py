@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import StageError
 from tests.test_diagnosis import KNOWN, UNKNOWN
 
@@ -22,7 +22,7 @@ def _last(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 @pytest.mark.network
 def test_the_machine_is_looked_at(forge_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A1, H2: bitsandbytes multiplies one matrix; the converters of the store are there."""
-    assert run(["doctor", "--json"]) == 0
+    assert run_command(["doctor", "--json"]) == 0
     checks = {check["name"]: check for check in _last(capsys)["checks"]}  # type: ignore[attr-defined]
     assert checks["converters"]["ok"] and checks["torch"]["ok"] and checks["memory"]["ok"]
     assert checks["bitsandbytes"]["ok"] and "4-bit layers compute in" in checks["bitsandbytes"]["detail"]
@@ -36,20 +36,20 @@ def test_what_every_ship_needs_is_exit_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORGE_HOME", str(tmp_path / "empty"))
-    assert run(["doctor", "--json"]) == 3
+    assert run_command(["doctor", "--json"]) == 3
     told = _last(capsys)
     assert "converters" in told["error"]["message"] and "forge setup" in told["error"]["hint"]  # type: ignore[index]
     assert any(not check["ok"] and check["needed"] for check in told["checks"])  # type: ignore[attr-defined]
 
 
 def test_a_message_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["doctor", "RuntimeError: CUDA error: device-side assert triggered"]) == 0
+    assert run_command(["doctor", "RuntimeError: CUDA error: device-side assert triggered"]) == 0
     told = capsys.readouterr().out
     assert "cause:" in told and "remedy: train.max_length" in told
 
 
 def test_a_message_that_is_not_known_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["doctor", "the moon is full", "--json"]) == 2
+    assert run_command(["doctor", "the moon is full", "--json"]) == 2
     told = _last(capsys)
     assert told["matches"] == [] and "log.txt" in told["error"]["hint"]  # type: ignore[index]
 
@@ -57,7 +57,7 @@ def test_a_message_that_is_not_known_is_exit_2(capsys: pytest.CaptureFixture[str
 def test_a_log_file_is_read_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "train.log"
     log.write_bytes("\n".join([*UNKNOWN, KNOWN[0], KNOWN[0], "\udcff"]).encode(errors="surrogateescape"))
-    assert run(["doctor", str(log), "--json"]) == 0
+    assert run_command(["doctor", str(log), "--json"]) == 0
     matches = _last(capsys)["matches"]
     assert isinstance(matches, list) and len(matches) == 1
     assert (matches[0]["line"], matches[0]["count"]) == (len(UNKNOWN) + 1, 2)
@@ -74,7 +74,7 @@ def test_a_large_log_takes_no_memory(tmp_path: Path, capsys: pytest.CaptureFixtu
                 f"{{'loss': {number / 7:.6f}, 'grad_norm': 0.71, 'learning_rate': 0.0002, 'epoch': 0.12}}\n"
             )
         file.write("x" * 20_000_000 + "\n" + KNOWN[2] + "\n")
-    assert run(["doctor", str(log), "--json"]) == 0
+    assert run_command(["doctor", str(log), "--json"]) == 0
     assert _last(capsys)["matches"][0]["line"] == 800_002  # type: ignore[index]
 
 
@@ -87,5 +87,5 @@ def test_a_failed_stage_says_what_is_known_of_it(
         raise StageError("train failed: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("forge.commands.doctor.explain", fail)
-    assert run(["doctor", "x"]) == 4
+    assert run_command(["doctor", "x"]) == 4
     assert "train.gradient_checkpointing" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from forge.adapter.tokenizer import copy_tokenizer
 from forge.errors import CheckError, DataError, ForgeError, StageError
 from forge.export import proof
 from forge.export.request import Exported
-from forge.export.run import export as make_gguf
+from forge.export.run import export_gguf as make_gguf
 from forge.model.gguf_header import read_gguf
 from tests.exporting import export_request
 from tests.models import change_json, change_tensors, load, make_adapter, make_model

@@ -11,7 +11,7 @@ import pytest
 from forge import worker
 from forge.errors import DataError
 from forge.export.request import Exported
-from forge.export.run import export as make_gguf
+from forge.export.run import export_gguf as make_gguf
 from forge.model.gguf_header import read_gguf
 from tests.exporting import export_request
 from tests.models import load, make_adapter, make_model

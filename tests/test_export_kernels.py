@@ -15,7 +15,7 @@ import pytest
 
 from bench.kernels import FUZZ, differing, fuzzed
 from forge import process, report
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import StageError
 from forge.export import compiled
 from forge.export.kernels import (
@@ -133,7 +133,10 @@ def test_rows_are_quantized_by_what_is_chosen() -> None:
 def test_an_export_uses_them(forge_home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That the file's bytes stay llama.cpp's is what test_export_bytes.py holds."""
     compiled.compile_kernels(forge_home / "tools")
-    assert run(["export", "--base", str(BUILTIN / "tiny"), "--out", str(tmp_path / "a.gguf"), "--json"]) == 0
+    assert (
+        run_command(["export", "--base", str(BUILTIN / "tiny"), "--out", str(tmp_path / "a.gguf"), "--json"])
+        == 0
+    )
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["compiled_kernels"] == ["Q4_K", "Q6_K"]
 
@@ -144,19 +147,19 @@ def test_setup_compiles_them_once(
     library = compiled.library_file(forge_home / "tools")
     library.unlink(missing_ok=True)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert run(["setup", "--json"]) == 0
+    assert run_command(["setup", "--json"]) == 0
     caught = capsys.readouterr()
     assert json.loads(caught.out)["kernels"] is None
     assert "there is no program no-such-compiler" in caught.err
     monkeypatch.setenv("CXX", "c++ --no-such-flag")
-    assert run(["setup", "--json"]) == 0
+    assert run_command(["setup", "--json"]) == 0
     caught = capsys.readouterr()
     assert json.loads(caught.out)["kernels"] is None
     assert "c++ could not compile the kernels: " in caught.err and "no-such-flag" in caught.err
     assert [path.name for path in library.parent.iterdir() if "kernels" in path.name] == []
     monkeypatch.delenv("CXX")
-    assert run(["setup", "--json"]) == 0
+    assert run_command(["setup", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] == str(library)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert run(["setup", "--json"]) == 0
+    assert run_command(["setup", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kernels"] == str(library)

@@ -54,9 +54,9 @@ def convert(directory: Path, name: str = "yoda", **changes: Any) -> Path:
     bos = read_tokenizer(directory).tokens.get("bos")
     start = template.render([{"role": "user", "content": "x"}])
     decided = {
-        "pre_tokenizer": pretokenizer.decide(pretokenizer.read(directory)),
+        "pre_tokenizer": pretokenizer.pretokenizer_of(pretokenizer.read_stated(directory)),
         "adds_bos": bool(bos and start.startswith(bos)),
-        "space_prefix": pretokenizer.space_prefix(pretokenizer.read(directory)),
+        "space_prefix": pretokenizer.space_prefix(pretokenizer.read_stated(directory)),
     }
     choices = Choices(**{**decided, **changes})
     return vocabulary_gguf(converters(), directory, directory / "vocabulary.gguf", choices, name)
@@ -64,7 +64,7 @@ def convert(directory: Path, name: str = "yoda", **changes: Any) -> Path:
 
 def compare(
     directory: Path, vocabulary: Path, conversations: Sequence[Sequence[Message]] = ()
-) -> proof.Compared:
+) -> proof.ComparedIds:
     tried = proof.cases(template_of(directory), proof.test_strings(), conversations)
     return proof.compare_ids(directory, vocabulary, tried)
 
@@ -95,8 +95,8 @@ def test_real_vocabularies_are_proved(vocabulary: str, tmp_path: Path) -> None:
     """Pitfalls 48 and 49: one BOS or none as in training; the same ids for some 280 hard texts."""
     directory = directory_of(tmp_path / "base", vocabulary)
     decided, limits = EXPECTED[vocabulary]
-    assert pretokenizer.decide(pretokenizer.read(directory)) == decided
-    file = convert(directory, pretokenizer.model_name(pretokenizer.read(directory), "yoda"))
+    assert pretokenizer.pretokenizer_of(pretokenizer.read_stated(directory)) == decided
+    file = convert(directory, pretokenizer.model_name(pretokenizer.read_stated(directory), "yoda"))
     compared = compare(directory, file)
     assert compared.texts > 230
     assert tuple(limit.partition(" (left out")[0] for limit in compared.limits) == limits
@@ -118,7 +118,7 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -
     directory = directory_of(tmp_path / "base", "home-made")
     odd = home_made_tokenizer(r"\p{L}+|\p{N}{2}|[^\p{L}\p{N}]+")
     (directory / "tokenizer.json").write_text(json.dumps(odd), encoding="utf-8")
-    assert pretokenizer.decide(pretokenizer.read(directory)) == ""
+    assert pretokenizer.pretokenizer_of(pretokenizer.read_stated(directory)) == ""
     with pytest.raises(StageError, match="pre-tokenizer was not recognized"):
         convert(directory)
 
@@ -126,8 +126,8 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -
 def test_the_name_of_a_phi3_model_keeps_its_prompts(tmp_path: Path) -> None:
     """llama.cpp strips after special tokens by the model's *name*; without it no prompt is the same."""
     directory = directory_of(tmp_path / "base", "phi-3")
-    assert pretokenizer.model_name(pretokenizer.read(directory), "yoda") == "yoda (phi-3)"
-    assert pretokenizer.model_name(pretokenizer.read(directory), "Phi-3-yoda") == "Phi-3-yoda"
+    assert pretokenizer.model_name(pretokenizer.read_stated(directory), "yoda") == "yoda (phi-3)"
+    assert pretokenizer.model_name(pretokenizer.read_stated(directory), "Phi-3-yoda") == "Phi-3-yoda"
     with pytest.raises(CheckError, match=r"other ids for (\d+) of \1 texts"):
         compare(directory, convert(directory, "yoda"))
 
@@ -136,7 +136,9 @@ def test_a_name_cannot_change_the_prompts_of_other_models(tmp_path: Path) -> Non
     """Such a name takes the line ends from Qwen's prompts, and stops other models from loading."""
     directory = directory_of(tmp_path / "base", "home-made")
     names = {"my-Phi-3-rival": "my-Phi 3-rival", "PHI3": "PHI 3", "modern-bert chat": "modern bert chat"}
-    assert {name: pretokenizer.model_name(pretokenizer.read(directory), name) for name in names} == names
+    assert {
+        name: pretokenizer.model_name(pretokenizer.read_stated(directory), name) for name in names
+    } == names
     assert compare(directory, convert(directory, "my-Phi 3-rival modern bert")).texts > 230
     with pytest.raises(CheckError, match="cannot load the model's vocabulary"):
         compare(directory, convert(directory, "my-Phi-3-rival"))
@@ -177,7 +179,7 @@ def test_sentencepiece_with_a_prefix_at_the_start_only(tmp_path: Path) -> None:
         "type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False,
     }  # fmt: skip
     path.write_text(json.dumps(tokenizer), encoding="utf-8")
-    assert pretokenizer.space_prefix(pretokenizer.read(directory)) is False
+    assert pretokenizer.space_prefix(pretokenizer.read_stated(directory)) is False
     assert compare(directory, convert(directory)).texts > 230
     with pytest.raises(CheckError, match="other ids"):
         compare(directory, convert(directory, space_prefix=True))

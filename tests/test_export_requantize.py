@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.model.gguf_header import read_gguf
 
 pytestmark = [pytest.mark.programs, pytest.mark.training]
@@ -27,14 +27,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = directory / "whole.gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORGE_HOME", str(directory / "home"))
-        assert run(["export", "--base", "builtin:tiny", "--quant", "f16", "--out", str(out)]) == 0
+        assert run_command(["export", "--base", "builtin:tiny", "--quant", "f16", "--out", str(out)]) == 0
     return out
 
 
 @pytest.fixture
 def export(forge_home: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def called(*arguments: object) -> tuple[int, dict[str, Any]]:
-        code = run(["export", *map(str, arguments), "--json"])
+        code = run_command(["export", *map(str, arguments), "--json"])
         return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return called

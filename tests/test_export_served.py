@@ -11,13 +11,13 @@ import pytest
 from forge import worker
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError
-from forge.export.run import export as make_gguf
+from forge.export.run import export_gguf as make_gguf
 from forge.model.tokenizer_files import read_tokenizer
 from forge.resolve.resolved import Resolved
 from forge.serve.embedded import serve_embedded
 from forge.serve.runtime import ServerSettings
 from forge.serve.talk import Talk
-from forge.stages.deploy import prove_prompts
+from forge.stages.deploy import prove_served_prompts
 from tests.exporting import export_request
 from tests.models import make_model
 from tests.test_data_tokens import format_of
@@ -71,12 +71,12 @@ def test_the_server_writes_the_prompts_of_training(
     settings = ServerSettings(tmp_path / "out" / "model.gguf", "yoda", 512, parallel=1, threads=1)
     with serve_embedded(settings, log=tmp_path / "server.txt") as endpoint:
         talks = [Talk(messages) for messages in CONVERSATIONS]
-        assert sum(of_kind.same for of_kind in prove_prompts(ship, endpoint, talks)) == len(talks)
+        assert sum(of_kind.same for of_kind in prove_served_prompts(ship, endpoint, talks)) == len(talks)
         right = trained.prompt_format
         trained.prompt_format = SimpleNamespace(ids=lambda text: [*right.ids(text)[:4], 7, 8, 9])
         with pytest.raises(CheckError, match="the server's token ids differ from training's at token 4"):
-            prove_prompts(ship, endpoint, talks)
+            prove_served_prompts(ship, endpoint, talks)
         other = ChatTemplate(chat.source + "!", tokens)
         trained.template = other
         with pytest.raises(CheckError, match="the server's prompt differs from training's at character"):
-            prove_prompts(ship, endpoint, talks)
+            prove_served_prompts(ship, endpoint, talks)

@@ -11,7 +11,7 @@ import pytest
 
 from forge import worker
 from forge.errors import DataError
-from forge.export.run import export
+from forge.export.run import export_gguf
 from forge.export.tokenizer import MODEL, repair_tokenizer
 from forge.model.gguf_header import read_gguf
 from tests.exporting import export_request
@@ -91,6 +91,6 @@ def test_a_sentencepiece_base_as_transformers_5_saves_it_is_exported(tmp_path: P
             chat_template=(base / "chat_template.jinja").read_text(encoding="utf-8"),
             out=str(out), converters=str(converters()), settings=settings,
         )  # fmt: skip
-        assert worker.perform(export, request).ids_compared > 200
+        assert worker.perform(export_gguf, request).ids_compared > 200
         tokens = read_gguf(out / "model.gguf").array("tokenizer.ggml.tokens")
         assert list(tokens)[32000:32002] == ["<|im_start|>", "<|im_end|>"]

@@ -15,7 +15,7 @@ import httpx
 import ollama
 import pytest
 
-from forge.chat.modelfile import parse
+from forge.chat.modelfile import parse_modelfile
 from forge.chat.template import ChatTemplate
 from forge.tools.ollama import Ollama, stops_in
 from tests import real_go
@@ -80,7 +80,7 @@ def test_it_shows_a_modelfile_with_its_blobs(ollama_client: Ollama, model_name: 
         "messages": [{"role": "user", "content": "Hello"}],
     }  # fmt: skip
     make(ollama_client, model_name, tiny_gguf, **fields)
-    shown = parse(ollama_client.show(model_name)["modelfile"])
+    shown = parse_modelfile(ollama_client.show(model_name)["modelfile"])
     assert re.fullmatch(r".*/sha256-[0-9a-f]{64}", shown.base)
     assert (shown.template, shown.system, shown.messages) == (GO, fields["system"], (("user", "Hello"),))
     assert shown.parameters == {"stop": ("<|im_end|>",), "num_ctx": 512} and shown.renderer is None

@@ -107,7 +107,7 @@ def test_any_bytes_as_a_gguf(content: bytes, tmp_path: Path) -> None:
 @example(text="{{ if (" + "(" * 900)
 @example(text="{{ range .Messages }}" * 900)
 def test_any_text_as_a_modelfile_or_a_go_template(text: str) -> None:
-    for read in (modelfile.parse, go_interpreter.parse):
+    for read in (modelfile.parse_modelfile, go_interpreter.parse_go):
         for whole in (text, f"FROM x\n{text}", "{{ " + text + " }}"):
             with contextlib.suppress(ForgeError):
                 read(whole)

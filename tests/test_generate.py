@@ -17,7 +17,7 @@ from forge import process, report
 from forge.errors import StageError
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.generate import Generated, generate
+from forge.serve.generate import Generated, answer_rows
 from forge.serve.runtime import ServerSettings
 from forge.serve.wire import RefusedError, Sampling
 from tests.servers import own_servers
@@ -65,9 +65,9 @@ def test_real_server_answers_every_row(tmp_path: Path) -> None:
     rows += [{"id": 7, "messages": talk}, {"id": "long", "prompt": "x" * 600}]
     prompts.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     with serve_embedded(ServerSettings(model, "tiny", 512, threads=1)) as endpoint:
-        result = generate(endpoint, prompts, out)
-        again = generate(endpoint, prompts, out)
-        cut = generate(endpoint, prompts, tmp_path / "cut.jsonl", sampling=Sampling(max_tokens=2))
+        result = answer_rows(endpoint, prompts, out)
+        again = answer_rows(endpoint, prompts, out)
+        cut = answer_rows(endpoint, prompts, tmp_path / "cut.jsonl", sampling=Sampling(max_tokens=2))
     assert (result.written, result.skipped, result.failed) == (41, 0, 1)
     assert result.tokens_per_second > 0
     assert again == Generated(0, 42, 1, 0.0)
@@ -94,14 +94,14 @@ def test_only_what_can_never_succeed_becomes_a_failed_row(tmp_path: Path) -> Non
     prompts, out = write_prompts(tmp_path, 12), tmp_path / "out.jsonl"
     refusal = "the prompt is 99 tokens long and the server's context holds 8"
     with StandIn(refuse="row 1") as server:
-        result = generate(server.endpoint, prompts, out)
+        result = answer_rows(server.endpoint, prompts, out)
         assert (result.written, result.skipped, result.failed) == (9, 0, 3)
         assert _rows(out)[1] == {"id": 1, "error": refusal}
         assert texts_of(out) == expected_texts(12) | {1: "failed", 10: "failed", 11: "failed"}
         # A failed row stays one, and is asked for no more, until that is wanted.
-        assert generate(server.endpoint, prompts, out) == Generated(0, 12, 3, 0.0)
+        assert answer_rows(server.endpoint, prompts, out) == Generated(0, 12, 3, 0.0)
         server.refuse = "row 11"
-        result = generate(server.endpoint, prompts, out, retry_failed=True)
+        result = answer_rows(server.endpoint, prompts, out, retry_failed=True)
         assert (result.written, result.skipped, result.failed) == (2, 9, 1)
     assert texts_of(out) == expected_texts(12) | {11: "failed"}
 
@@ -110,7 +110,7 @@ def test_wrong_key_stops_everything_and_writes_nothing(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 5), tmp_path / "out.jsonl"
     with StandIn(api_key="k") as server:
         with pytest.raises(RefusedError, match="Invalid API Key"):
-            generate(Endpoint(server.endpoint.url, "m", "wrong"), prompts, out)
+            answer_rows(Endpoint(server.endpoint.url, "m", "wrong"), prompts, out)
     assert out.read_bytes() == b""
 
 
@@ -118,7 +118,7 @@ def test_busy_server_gets_fewer_requests_and_all_is_answered(tmp_path: Path) -> 
     prompts, out = write_prompts(tmp_path, 30), tmp_path / "out.jsonl"
     failures = [Failure(429), Failure(503, "Loading model"), Failure(500), Failure(502), Failure(0)] * 4
     with StandIn(failures=failures) as server:
-        result = generate(server.endpoint, prompts, out, concurrency=6)
+        result = answer_rows(server.endpoint, prompts, out, concurrency=6)
         assert (result.written, result.failed) == (30, 0)
         assert len(server.asked) == 50
     assert texts_of(out) == expected_texts(30)
@@ -131,7 +131,7 @@ def test_what_is_no_answer_is_asked_again(tmp_path: Path) -> None:
     """A proxy's page, with 200, while the server behind it restarts; as often as it takes."""
     prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
     with StandIn(failures=[Failure(200, body=body) for body in _GARBLED] * 12) as server:
-        assert generate(server.endpoint, prompts, out).written == 4
+        assert answer_rows(server.endpoint, prompts, out).written == 4
     assert texts_of(out) == expected_texts(4)
 
 
@@ -150,8 +150,8 @@ def test_a_server_without_an_answer_is_not_waited_for(tmp_path: Path, payload: d
     prompts, out = write_prompts(tmp_path, 1), tmp_path / "out.jsonl"
     with StandIn(failures=[Failure(200, body=json.dumps(payload).encode())] * 5) as server:
         with pytest.raises(StageError, match=r"1 left to do: 0: .* answered without a message: ") as caught:
-            generate(server.endpoint, prompts, out)
-        assert generate(server.endpoint, prompts, out).written == 1
+            answer_rows(server.endpoint, prompts, out)
+        assert answer_rows(server.endpoint, prompts, out).written == 1
     assert json.dumps(payload["choices"])[:80] in caught.value.message
 
 
@@ -162,7 +162,7 @@ def test_a_long_wait_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     report.configure(sink=told)
     with StandIn(failures=[Failure(200, body=_GARBLED[0])] * 1000) as server:
         with pytest.raises(StageError, match="not JSON"):
-            generate(server.endpoint, prompts, out, patience_seconds=0.6)
+            answer_rows(server.endpoint, prompts, out, patience_seconds=0.6)
     said = [text for kind, text in told.texts if kind == "warning"]
     assert len(said) == 1 and said[0].endswith("trying again for up to 1 s"), said
 
@@ -171,7 +171,7 @@ def test_a_gateway_whose_server_restarts_costs_no_row(tmp_path: Path) -> None:
     """Seven times each, which of a server's own errors would be too often."""
     prompts, out = write_prompts(tmp_path, 4), tmp_path / "out.jsonl"
     with StandIn(failures=[Failure(502, body=b"<html>gateway</html>"), Failure(504)] * 14) as server:
-        assert generate(server.endpoint, prompts, out).written == 4
+        assert answer_rows(server.endpoint, prompts, out).written == 4
     assert texts_of(out) == expected_texts(4)
 
 
@@ -179,14 +179,14 @@ def test_what_stays_no_answer_ends_the_run_with_what_is_left(tmp_path: Path) -> 
     prompts, out = write_prompts(tmp_path, 3), tmp_path / "out.jsonl"
     with StandIn(failures=[Failure(200, body=_GARBLED[0])] * 1000) as server:
         with pytest.raises(StageError, match=r"0 of 3 rows written, 3 left to do: .* not JSON") as caught:
-            generate(server.endpoint, prompts, out, patience_seconds=0.2)
+            answer_rows(server.endpoint, prompts, out, patience_seconds=0.2)
     assert caught.value.hint == "run the same command again: it goes on where it stopped"
 
 
 def test_backs_off_to_what_the_server_can_take(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 80), tmp_path / "out.jsonl"
     with StandIn(capacity=2, seconds=0.02) as server:
-        generate(server.endpoint, prompts, out, concurrency=16)
+        answer_rows(server.endpoint, prompts, out, concurrency=16)
         # About 35; without backing off 120 and more.
         assert 0 < server.turned_away < 80
     assert texts_of(out) == expected_texts(80)
@@ -196,7 +196,7 @@ def test_waits_as_long_as_the_server_asks(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 1), tmp_path / "out.jsonl"
     begin = time.monotonic()
     with StandIn(failures=[Failure(429, headers=(("Retry-After", "1"),))]) as server:
-        generate(server.endpoint, prompts, out)
+        answer_rows(server.endpoint, prompts, out)
     assert time.monotonic() - begin >= 1
 
 
@@ -206,7 +206,7 @@ def test_as_many_at_once_as_the_server_has_slots(
 ) -> None:
     prompts, out = write_prompts(tmp_path, 24), tmp_path / "out.jsonl"
     with StandIn(slots=slots, seconds=0.1) as server:
-        generate(server.endpoint, prompts, out, concurrency=concurrency)
+        answer_rows(server.endpoint, prompts, out, concurrency=concurrency)
         assert server.most_at_once == most
 
 
@@ -216,11 +216,11 @@ def test_row_that_breaks_the_server_blocks_no_other(tmp_path: Path) -> None:
         with pytest.raises(
             StageError, match=r"5 of 6 rows written, 1 left to do: 2: .* answered 500"
         ) as caught:
-            generate(server.endpoint, prompts, out)
+            answer_rows(server.endpoint, prompts, out)
         assert caught.value.hint == "run the same command again: it goes on where it stopped"
         assert server.prompts.count("row 2") == 5
         server.broken = None
-        assert generate(server.endpoint, prompts, out).written == 1
+        assert answer_rows(server.endpoint, prompts, out).written == 1
     assert texts_of(out) == expected_texts(6)
 
 
@@ -229,12 +229,12 @@ def test_row_that_never_gets_an_answer_blocks_no_other(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 40), tmp_path / "out.jsonl"
     with StandIn(garbled="row 9") as server:
         with pytest.raises(StageError, match=r"39 of 40 rows written, 1 left to do: 9: .* not JSON"):
-            generate(server.endpoint, prompts, out, concurrency=1, patience_seconds=5)
+            answer_rows(server.endpoint, prompts, out, concurrency=1, patience_seconds=5)
         assert server.prompts.count("row 9") == 6
         # More of them than the requests that run at once.
         server.garbled = "row 1"
         with pytest.raises(StageError, match=r"30 of 41 rows written, 11 left to do: .* not JSON"):
-            generate(
+            answer_rows(
                 server.endpoint,
                 write_prompts(tmp_path, 41),
                 tmp_path / "other",
@@ -249,7 +249,7 @@ def test_usage_that_is_not_told_is_none(tmp_path: Path) -> None:
     bodies = [answer, answer | {"usage": None}, answer | {"usage": unknown}]
     prompts, out = write_prompts(tmp_path, 3), tmp_path / "out.jsonl"
     with StandIn(failures=[Failure(200, body=json.dumps(body).encode()) for body in bodies]) as server:
-        assert generate(server.endpoint, prompts, out).written == 3
+        assert answer_rows(server.endpoint, prompts, out).written == 3
     assert {row["text"] for row in _rows(out).values()} == {"Yes"}
     assert [row["usage"] for row in _rows(out).values()] == [{"prompt_tokens": 0, "completion_tokens": 0}] * 3
 
@@ -259,7 +259,7 @@ def test_an_error_that_came_with_success_is_said(tmp_path: Path, error: object) 
     prompts, out = write_prompts(tmp_path, 1), tmp_path / "out.jsonl"
     with StandIn(failures=[Failure(200, body=json.dumps({"error": error}).encode())] * 1000) as server:
         with pytest.raises(StageError, match=r"0 of 1 rows written, 1 left to do: .*: no upstream"):
-            generate(server.endpoint, prompts, out, patience_seconds=0.2)
+            answer_rows(server.endpoint, prompts, out, patience_seconds=0.2)
 
 
 def test_server_that_dies_and_comes_back_loses_nothing(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_server_that_dies_and_comes_back_loses_nothing(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=die_and_come_back)
     thread.start()
-    result = generate(server.endpoint, prompts, out, concurrency=3)
+    result = answer_rows(server.endpoint, prompts, out, concurrency=3)
     thread.join()
     server.stop()
     assert (result.written, result.failed) == (40, 0)
@@ -286,11 +286,11 @@ def test_server_that_dies_and_comes_back_loses_nothing(tmp_path: Path) -> None:
 def test_server_that_stays_away_ends_the_run_with_what_is_left(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 8), tmp_path / "out.jsonl"
     with StandIn(failures=[]) as server:
-        generate(server.endpoint, write_prompts(tmp_path, 3), out)
+        answer_rows(server.endpoint, write_prompts(tmp_path, 3), out)
         endpoint = server.endpoint
     write_prompts(tmp_path, 8)
     with pytest.raises(StageError, match=r"0 of 5 rows written, 5 left to do: .* does not answer") as caught:
-        generate(endpoint, prompts, out, patience_seconds=0.2)
+        answer_rows(endpoint, prompts, out, patience_seconds=0.2)
     assert caught.value.hint == "run the same command again: it goes on where it stopped"
     assert texts_of(out) == expected_texts(3)
 
@@ -304,7 +304,7 @@ def test_embedded_server_that_dies_is_said_at_once(tmp_path: Path) -> None:
         (server,) = own_servers()
         server.kill()
         with pytest.raises(StageError, match=r"0 of 8 rows written, 8 left to do: .*killed by signal 9"):
-            generate(endpoint, prompts, out)
+            answer_rows(endpoint, prompts, out)
 
 
 GENERATE = """
@@ -344,7 +344,7 @@ def test_stopped_in_the_middle_keeps_what_is_written(tmp_path: Path, number: sig
                 f"InterruptedByUserError interrupted: {kept} of 60 rows written, {60 - kept} left to do"
             ]
         server.seconds = 0.0
-        result = generate(server.endpoint, prompts, out)
+        result = answer_rows(server.endpoint, prompts, out)
     assert (result.written, result.skipped) == (60 - kept, kept)
     assert texts_of(out) == expected_texts(60)
     assert before.items() <= _rows(out).items()

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from forge import process
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import DataError, StageError
 from forge.serve.client import Client
 from forge.serve.endpoint import Endpoint
-from forge.serve.generate import generate
-from forge.serve.output import Output
+from forge.serve.generate import answer_rows
+from forge.serve.output import AnswerFile
 from tests.conftest import ROOT
 from tests.stand_in_server import Failure, StandIn
 from tests.test_generate import expected_texts, texts_of, write_prompts
@@ -43,7 +43,7 @@ def test_the_reason_of_a_fastapi_server_is_shown(tmp_path: Path, capsys: pytest.
     detail = {"detail": [{"loc": ["body", "seed"], "msg": "extra fields not permitted"}]}
     prompts, out = CASES / "generate-422-detail" / "p.jsonl", tmp_path / "o.jsonl"
     with StandIn(failures=[Failure(422, body=json.dumps(detail).encode())]) as server:
-        assert run(["generate", str(prompts), str(out), "--endpoint", server.endpoint.url]) == 5
+        assert run_command(["generate", str(prompts), str(out), "--endpoint", server.endpoint.url]) == 5
         [row] = _read(out)
     assert row == {
         "id": 1, "error": f"{server.endpoint.url} answered 422: body.seed: extra fields not permitted"
@@ -105,20 +105,20 @@ def test_a_full_disk_keeps_whole_rows_and_goes_on_later(tmp_path: Path) -> None:
         assert "of 60 rows written" in limited.output
         kept = len(texts_of(out))
         assert 0 < kept < 60
-        assert generate(server.endpoint, prompts, out).written == 60 - kept
+        assert answer_rows(server.endpoint, prompts, out).written == 60 - kept
     assert texts_of(out) == expected_texts(60)
 
 
 def test_no_room_on_a_device(tmp_path: Path) -> None:
     with StandIn() as server, pytest.raises(StageError, match="No space left on device"):
-        generate(server.endpoint, write_prompts(tmp_path, 3), Path("/dev/full"))
+        answer_rows(server.endpoint, write_prompts(tmp_path, 3), Path("/dev/full"))
 
 
 @pytest.mark.parametrize("how", ["link", "hard link", "folder"])
 def test_the_file_itself_is_locked(tmp_path: Path, how: str) -> None:
     """Two clients through two names once wrote 933 ids twice."""
     prompts, out, other = write_prompts(tmp_path, 2), tmp_path / "out.jsonl", tmp_path / "other.jsonl"
-    with Output(out):
+    with AnswerFile(out):
         if how == "link":
             other.symlink_to(out)
         elif how == "hard link":
@@ -127,7 +127,7 @@ def test_the_file_itself_is_locked(tmp_path: Path, how: str) -> None:
             (tmp_path / "folder").symlink_to(tmp_path)
             other = tmp_path / "folder" / "out.jsonl"
         with pytest.raises(StageError, match="another process is writing"):
-            generate(Endpoint("http://127.0.0.1:9", "m"), prompts, other)
+            answer_rows(Endpoint("http://127.0.0.1:9", "m"), prompts, other)
     assert not list(tmp_path.glob(".*.lock"))
 
 
@@ -135,12 +135,12 @@ def test_asking_the_failed_again_keeps_the_lock_and_the_link(tmp_path: Path) -> 
     prompts, out, link = write_prompts(tmp_path, 3), tmp_path / "out.jsonl", tmp_path / "link.jsonl"
     out.write_text('{"id": 0, "text": "ROW 0"}\n{"id": 1, "error": "no"}\n')
     link.symlink_to(out)
-    with Output(link, retry_failed=True) as output:
+    with AnswerFile(link, retry_failed=True) as output:
         assert output.failed == 0
-        with pytest.raises(StageError, match="another process is writing"), Output(out):
+        with pytest.raises(StageError, match="another process is writing"), AnswerFile(out):
             pass
     with StandIn() as server:
-        assert generate(server.endpoint, prompts, link, retry_failed=True).written == 2
+        assert answer_rows(server.endpoint, prompts, link, retry_failed=True).written == 2
     assert link.is_symlink()
     assert texts_of(out) == expected_texts(3)
 
@@ -166,7 +166,7 @@ def test_thinking_and_tool_calls_are_kept(tmp_path: Path, capsys: pytest.Capture
     for answer, row in zip(answers, expected, strict=True):
         out.unlink(missing_ok=True)
         with StandIn(failures=[answer]) as server:
-            assert run(["generate", str(prompts), str(out), "--endpoint", server.endpoint.url]) == 0
+            assert run_command(["generate", str(prompts), str(out), "--endpoint", server.endpoint.url]) == 0
         assert _read(out) == [row]
         assert ("1 answers have no text" in capsys.readouterr().err) == (row["text"] == "")
 
@@ -190,7 +190,7 @@ _THOUGHTS: dict[str, dict[str, Any]] = {
 def test_thinking_wherever_a_server_puts_it(tmp_path: Path, server: str) -> None:
     prompts, out = CASES / "generate-reasoning-content" / "p.jsonl", tmp_path / "o.jsonl"
     with StandIn(failures=[_answer(_THOUGHTS[server])]) as stand_in:
-        assert run(["generate", str(prompts), str(out), "--endpoint", stand_in.endpoint.url]) == 0
+        assert run_command(["generate", str(prompts), str(out), "--endpoint", stand_in.endpoint.url]) == 0
     [row] = _read(out)
     thought = "" if server == "nothing of it" else "One it is."
     assert (row["text"], row.get("reasoning_content", "")) == ("One.", thought)
@@ -200,7 +200,7 @@ def test_a_call_as_it_was_written_before_tool_calls(tmp_path: Path) -> None:
     call = {"name": "f", "arguments": "{}"}
     prompts, out = CASES / "generate-reasoning-content" / "p.jsonl", tmp_path / "o.jsonl"
     with StandIn(failures=[_answer({"content": None, "function_call": call}, "function_call")]) as server:
-        assert run(["generate", str(prompts), str(out), "--endpoint", server.endpoint.url]) == 0
+        assert run_command(["generate", str(prompts), str(out), "--endpoint", server.endpoint.url]) == 0
     [row] = _read(out)
     assert row["tool_calls"] == [{"type": "function", "function": call}]
 
@@ -219,13 +219,13 @@ def test_rows_of_a_batch_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with StandIn(refuse="row 2") as server:
-        result = generate(server.endpoint, prompts, out, concurrency=1)
+        result = answer_rows(server.endpoint, prompts, out, concurrency=1)
         assert (result.written, result.failed) == (2, 1)
         assert server.asked[0] == {**body, "model": "stand-in"}
         assert server.asked[1]["messages"][0]["role"] == "system"
-        assert generate(server.endpoint, prompts, out).skipped == 3
+        assert answer_rows(server.endpoint, prompts, out).skipped == 3
         server.refuse = None
-        assert generate(server.endpoint, prompts, out, retry_failed=True).written == 1
+        assert answer_rows(server.endpoint, prompts, out, retry_failed=True).written == 1
     assert "rows name the model gpt-4o-mini; stand-in is asked" in capsys.readouterr().err
     rows = {row.get("custom_id", row["id"]): row for row in _read(out)}
     assert rows.keys() == {"a", "b", 3}
@@ -245,7 +245,7 @@ def test_wrong_rows_of_a_batch(tmp_path: Path) -> None:
     ]  # fmt: skip
     prompts.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(DataError) as caught:
-        generate(Endpoint("http://127.0.0.1:9", "m"), prompts, tmp_path / "out")
+        answer_rows(Endpoint("http://127.0.0.1:9", "m"), prompts, tmp_path / "out")
     assert [problem.line for problem in caught.value.problems] == list(range(1, 8))
 
 
@@ -263,12 +263,12 @@ def test_messages_as_other_programs_write_them(tmp_path: Path) -> None:
     prompts = tmp_path / "in.jsonl"
     prompts.write_text(json.dumps({"id": 1, "messages": messages}))
     with StandIn() as server:
-        assert generate(server.endpoint, prompts, tmp_path / "out").written == 1
+        assert answer_rows(server.endpoint, prompts, tmp_path / "out").written == 1
         assert server.asked[0]["messages"] == [{**messages[0], "role": "system"}, *messages[1:]]
     for content in ([], [{"text": "x"}], ["x"], [{"type": "text"}], 5, None):
         prompts.write_text(json.dumps({"id": 1, "messages": [{"role": "user", "content": content}]}))
         with pytest.raises(DataError):
-            generate(Endpoint("http://127.0.0.1:9", "m"), prompts, tmp_path / "other")
+            answer_rows(Endpoint("http://127.0.0.1:9", "m"), prompts, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_every_form_of_the_url(tmp_path: Path, form: str) -> None:
     with StandIn() as server:
         endpoint = Endpoint(server.endpoint.url + form, "m")
         assert endpoint.url == server.endpoint.url
-        assert generate(endpoint, write_prompts(tmp_path, 1), tmp_path / "out").written == 1
+        assert answer_rows(endpoint, write_prompts(tmp_path, 1), tmp_path / "out").written == 1
 
 
 def test_other_roots_of_the_api() -> None:
@@ -294,11 +294,11 @@ def test_a_password_in_the_url_is_sent_and_never_shown(
     with StandIn(failures=[Failure(400, "no")]) as server:
         port = server.port
         url = f"http://me:pass%2Fword@127.0.0.1:{port}/v1"
-        assert run(["generate", str(prompts), str(tmp_path / "out"), "--endpoint", url]) == 5
+        assert run_command(["generate", str(prompts), str(tmp_path / "out"), "--endpoint", url]) == 5
         assert server.logins[-1] == "me:pass/word"
-    assert run(["generate", str(prompts), str(tmp_path / "two"), "--endpoint", url]) == 3
+    assert run_command(["generate", str(prompts), str(tmp_path / "two"), "--endpoint", url]) == 3
     for wrong in ("me:pass%2Fword@h", "http://me:pass%2Fword@[::", "ftp://me:pass@h/v1"):
-        assert run(["generate", str(prompts), str(tmp_path / "two"), "--endpoint", wrong]) == 2
+        assert run_command(["generate", str(prompts), str(tmp_path / "two"), "--endpoint", wrong]) == 2
     shown = capsys.readouterr()
     assert "pass" not in shown.out + shown.err
     assert "pass" not in repr(Endpoint(url, "m"))
@@ -354,7 +354,7 @@ def test_wrong_rows_far_in_the_file_are_said_and_what_is_answered_kept(
     with prompts.open("a") as stream:
         stream.write('{"id": 1, "prompt": "twice"}\n')
     with StandIn() as server, pytest.raises(DataError, match=r"1 of its lines .*rows written") as caught:
-        generate(server.endpoint, prompts, out)
+        answer_rows(server.endpoint, prompts, out)
     assert [problem.line for problem in caught.value.problems] == [4001]
     assert texts_of(out).items() <= expected_texts(4000).items()
 
@@ -375,4 +375,4 @@ def test_ctrl_c_twice(tmp_path: Path) -> None:
         assert any(line.startswith("interrupted") for line in lines), lines
         kept = len(texts_of(out))
         server.seconds = 0
-        assert generate(server.endpoint, prompts, out).written == 200 - kept
+        assert answer_rows(server.endpoint, prompts, out).written == 200 - kept

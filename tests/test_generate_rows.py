@@ -8,8 +8,8 @@ import pytest
 
 from forge.errors import DataError, StageError
 from forge.serve.endpoint import Endpoint
-from forge.serve.generate import generate
-from forge.serve.output import Output
+from forge.serve.generate import answer_rows
+from forge.serve.output import AnswerFile
 from tests.stand_in_server import StandIn
 from tests.test_generate import expected_texts, texts_of, write_prompts
 
@@ -28,7 +28,7 @@ def test_rows_are_checked_before_anything_is_sent(tmp_path: Path) -> None:
     ]  # fmt: skip
     prompts.write_text("\n".join(lines))
     with StandIn() as server, pytest.raises(DataError) as caught:
-        generate(server.endpoint, prompts, tmp_path / "out.jsonl")
+        answer_rows(server.endpoint, prompts, tmp_path / "out.jsonl")
     assert [problem.line for problem in caught.value.problems] == list(range(2, 15))
     messages = [problem.message for problem in caught.value.problems]
     assert messages[0] == "the id 1 stands on line 1 already"
@@ -46,20 +46,20 @@ def test_no_prompts(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=message):
-        generate(Endpoint("http://127.0.0.1:9", "m"), path, tmp_path / "out.jsonl")
+        answer_rows(Endpoint("http://127.0.0.1:9", "m"), path, tmp_path / "out.jsonl")
 
 
 def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 9), tmp_path / "out.jsonl"
     with StandIn() as server:
-        generate(server.endpoint, prompts, out)
+        answer_rows(server.endpoint, prompts, out)
         whole = out.read_bytes()
         lines = whole.splitlines(keepends=True)
         # Torn at every place of its third line, as by a crash.
         for length in (0, 1, 5, len(lines[2]) // 2, len(lines[2]) - 1):
             out.write_bytes(b"".join(lines[:2]) + lines[2][:length])
             server.asked.clear()
-            result = generate(server.endpoint, prompts, out)
+            result = answer_rows(server.endpoint, prompts, out)
             assert (result.written, result.skipped, result.failed) == (7, 2, 0)
             assert len(server.asked) == 7
             assert texts_of(out) == expected_texts(9)
@@ -74,10 +74,10 @@ def test_output_that_is_not_ours_is_left_alone(tmp_path: Path, content: str) -> 
     prompts, out = write_prompts(tmp_path, 2), tmp_path / "out.jsonl"
     out.write_text(content)
     with StandIn() as server, pytest.raises(DataError, match="left as it is"):
-        generate(server.endpoint, prompts, out)
+        answer_rows(server.endpoint, prompts, out)
     assert out.read_text() == content
     with StandIn() as server, pytest.raises(DataError):
-        generate(server.endpoint, prompts, prompts)
+        answer_rows(server.endpoint, prompts, prompts)
     assert server.asked == []
 
 
@@ -85,11 +85,11 @@ def test_output_that_cannot_be_written(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, 1)
     for out in (tmp_path / "no" / "out.jsonl", tmp_path):
         with pytest.raises(DataError, match="cannot be written"):
-            generate(Endpoint("http://127.0.0.1:9", "m"), prompts, out, patience_seconds=0)
+            answer_rows(Endpoint("http://127.0.0.1:9", "m"), prompts, out, patience_seconds=0)
     assert not (tmp_path / "no").exists()
 
 
 def test_second_process_on_one_output_is_refused(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 1), tmp_path / "out.jsonl"
-    with Output(out), pytest.raises(StageError, match="another process is writing"):
-        generate(Endpoint("http://127.0.0.1:9", "m"), prompts, out)
+    with AnswerFile(out), pytest.raises(StageError, match="another process is writing"):
+        answer_rows(Endpoint("http://127.0.0.1:9", "m"), prompts, out)

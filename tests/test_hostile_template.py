@@ -13,7 +13,7 @@ import pytest
 from forge.chat import renderer
 from forge.chat.format_check import compile_template
 from forge.chat.go_expression import GoTemplateError
-from forge.chat.go_interpreter import parse
+from forge.chat.go_interpreter import parse_go
 from forge.chat.hand_over import HandOver
 from forge.chat.same_prompts import compare_prompts
 from forge.chat.template import ChatTemplate
@@ -115,7 +115,7 @@ def test_every_comparison_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loops_of_a_go_template_end() -> None:
     loops = "{{ range .Messages }}" * 6 + "x" + "{{ end }}" * 6
     with pytest.raises(GoTemplateError, match="more than 1,000,000 steps"):
-        parse(loops.replace("range .Messages", "range $.Messages")).render(HELLO * 30)
+        parse_go(loops.replace("range .Messages", "range $.Messages")).render(HELLO * 30)
 
 
 @pytest.mark.programs

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layers import ARROWS, HEAVY, circle_faults, faults
+from tests.layers import ARROWS, HEAVY, circle_faults, faults, name_faults
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +50,14 @@ def test_files_that_import_each_other_are_named_with_the_import_inside_a_functio
     assert list(circle_faults({**CIRCLE, "forge/data/c.py": "x = 1"})) == []
 
 
+def test_a_public_name_is_in_one_file() -> None:
+    twice = {"forge/data/a.py": "class Row: ...", "forge/serve/b.py": "def f() -> None: ...\nclass Row: ..."}
+    assert list(name_faults(twice)) == ["forge/serve/b.py:2: Row is in forge/data/a.py:1, too"]
+    assert list(name_faults({path: text.replace("Row", "_Row") for path, text in twice.items()})) == []
+    assert list(name_faults(dict.fromkeys(twice, "def main() -> None: ..."))) == []
+    assert list(name_faults({**dict.fromkeys(twice, ""), "forge/api.py": "class Row: ..."})) == []
+
+
 BAD = {
     "an upward arrow": (
         "forge/store/x.py",
@@ -62,7 +70,7 @@ BAD = {
         "def f() -> None:\n    import forge.train.run",
         "data may not import train",
     ),
-    "the commands": ("forge/stages/x.py", "from forge.cli.main import run", "stages may not import cli"),
+    "the commands": ("forge/stages/x.py", "from forge.cli.main import main", "stages may not import cli"),
     "a relative import": (
         "forge/data/x.py",
         "from ..cli import main",
@@ -87,13 +95,23 @@ BAD = {
     ),
     "a slow command": ("forge/cli/x.py", "import httpx", "httpx is imported by every command"),
     "a slow foundation": ("forge/report.py", "import rich", "rich is imported by every command"),
-    "a long file": ("forge/store/x.py", "x = 1\n" * 400, "401 lines, at most 400"),
+    "a long file": ("forge/store/x.py", "x = 1\n" * 450, "451 lines, at most 450"),
     "a long function": (
         "forge/store/x.py",
         "def f() -> None:\n" + "    x = 1\n" * 80,
         "f: 81 lines, at most 80",
     ),
     "a full __init__": ("forge/store/__init__.py", "x = 1", "an __init__.py that is not empty"),
+    "a name that says nothing": (
+        "forge/store/x.py",
+        "for one in (1, 2):\n    f(one)",
+        "one: what does it hold?",
+    ),
+    "a parameter that says nothing": (
+        "forge/store/x.py",
+        "def f(told: int) -> None: ...",
+        "told: what does it hold?",
+    ),
     "no docstring": ("forge/store/x.py", "", "no docstring: what is covered, and what is not?"),
 }
 

@@ -19,7 +19,8 @@ from forge.stages.evaluate import (
     nothing_learned,
     remarks,
 )
-from forge.train.evaluate import Change, Evaluated, Preferred, standard_error
+from forge.train.evaluate import Evaluated, Preferred, standard_error
+from forge.train.figures import Change
 from forge.train.outcome import fall_at_the_end, still_falling
 from tests.models import evaluated
 from tests.shipping import Workshop

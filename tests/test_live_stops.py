@@ -18,7 +18,7 @@ from forge.serve.runtime import ServerSettings
 from forge.stages.deploy import DeployFacts
 from forge.stages.smoke import SmokeAction, failure_of_smoke
 from forge.store.artifacts import Store
-from forge.train.evaluate import Answered, Exact
+from forge.train.figures import Exact, HeldoutAnswer
 from tests.conftest import copy_of_tiny
 from tests.makers.tokenizer import CHATML
 from tests.models import evaluated as measured
@@ -47,7 +47,7 @@ def ask(ship: Resolved, directory: Path, ends_at: int) -> CheckError | None:
     """The stage *smoke* of a model that answered one held-out row right when it was evaluated."""
     template = CHATML.replace(SPECIAL[END_OF_TURN], END)
     gguf = write_tiny_gguf(directory / "m.gguf", template=template, end=END, ends_at=ends_at)
-    row = Answered(({"role": "user", "content": "Hello there?"},), REPLY, "", REPLY)
+    row = HeldoutAnswer(({"role": "user", "content": "Hello there?"},), REPLY, "", REPLY)
     with ExitStack() as stack:
         endpoint = stack.enter_context(
             serve_embedded(ServerSettings(gguf, "mini", 512, parallel=1, threads=1))

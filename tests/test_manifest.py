@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge import report
-from forge.runs.manifest import Learned, Manifest, Pins, manifest_of, read_manifest
+from forge.data.prepare import Prepared
+from forge.runs.manifest import Learned, Manifest, Pins, RunView, manifest_of, read_manifest
+from forge.stages.deploy import DeployFacts
+from forge.stages.export import ExportFacts
+from forge.stages.modelfile import ModelfileFacts
+from forge.stages.smoke import SmokeFacts
+from forge.train.evaluate import Evaluated
+from forge.train.request import Trained
 
 OLD: dict[str, Any] = {
     "format": 1,
@@ -68,3 +76,18 @@ def test_one_of_another_shape_is_reported_by_its_field(
     read_manifest(written(tmp_path, {"name": "a", "pins": {"base_revision": 3}}))
     report.close()
     assert "Manifest.pins.base_revision" in capsys.readouterr().err
+
+
+FACTS = {
+    "data": Prepared, "train": Trained, "evaluate": Evaluated, "export": ExportFacts,
+    "modelfile": ModelfileFacts, "deploy": DeployFacts, "smoke": SmokeFacts,
+}  # fmt: skip
+
+
+def test_what_is_read_of_a_stage_is_what_the_stage_says() -> None:
+    """A fact that is renamed in its stage would be read as one that an older run lacks."""
+    view = RunView()
+    read = {stage.name: {field.name for field in fields(getattr(view, stage.name))} for stage in fields(view)}
+    said = {stage: {field.name for field in fields(kind)} for stage, kind in FACTS.items()}
+    assert read.keys() == said.keys()
+    assert {stage: names - said[stage] for stage, names in read.items() if names - said[stage]} == {}

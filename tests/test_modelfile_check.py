@@ -13,10 +13,10 @@ import pytest
 from forge.chat import go_interpreter, probe
 from forge.chat.go_expression import GoTemplateError
 from forge.chat.hand_over import hand_over
-from forge.chat.modelfile import Modelfile, parse
+from forge.chat.modelfile import Modelfile, parse_modelfile
 from forge.chat.modelfile_check import as_ollama, check_modelfile
 from forge.chat.template import ChatTemplate
-from forge.cli.main import run
+from forge.cli.main import run_command
 from tests import real_go
 from tests.fake_ollama_prompts import CHATML_GO
 from tests.families import FAMILIES
@@ -123,7 +123,7 @@ def test_forges_own_hold(name: str) -> None:
     """Every example of Modelfiles/, read from its text."""
     family = FAMILIES[name]
     path = Path(__file__).parent.parent / "Modelfiles" / f"{name}.Modelfile"
-    found = check_modelfile(parse(path.read_text(encoding="utf-8")), family.hand_over())
+    found = check_modelfile(parse_modelfile(path.read_text(encoding="utf-8")), family.hand_over())
     assert found.problems == () and found.prompts is not None
 
 
@@ -134,7 +134,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         f'FROM x\nTEMPLATE """{CHATML_GO}"""\nPARAMETER stop <|im_end|>\nPARAMETER mirostat 1\n'
     )
     command = ["template", str(tmp_path / "chat.jinja"), "--check", str(modelfile)]
-    assert run([*command, "--json"]) == 0
+    assert run_command([*command, "--json"]) == 0
     said = capsys.readouterr()
     told = json.loads(said.out.splitlines()[-1])
     assert (told["status"], told["stops"]) == ("exact", ["<|im_end|>"]) and told[
@@ -142,10 +142,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ] > 200
     assert "line 7: the server ignores PARAMETER mirostat" in said.err
     modelfile.write_text(modelfile.read_text().replace("user", "human").replace(".Role", '"human"'))
-    assert run(command) == 5
+    assert run_command(command) == 5
     error = capsys.readouterr().err
     assert "Modelfile: TEMPLATE: " in error and "for user" in error and "hint: forge modelfile" in error
-    assert run(["template", str(tmp_path / "chat.jinja"), "--check", str(tmp_path / "none")]) == 2
+    assert run_command(["template", str(tmp_path / "chat.jinja"), "--check", str(tmp_path / "none")]) == 2
 
 
 @pytest.mark.programs
@@ -163,7 +163,7 @@ def test_real_go_runs_them_the_same(oracle: Path) -> None:
     turns = {"system": "S", "prompt": "P", "response": "", "conversations": [[]]}
     for template in EXPRESSIONS:
         (found,) = real_go.run(oracle, [{"template": template, **turns}])
-        assert go_interpreter.parse(template).run({**data, "Messages": ()}) == found["texts"][0], template
+        assert go_interpreter.parse_go(template).run({**data, "Messages": ()}) == found["texts"][0], template
 
 
 EXPRESSIONS = (

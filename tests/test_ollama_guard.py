@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from forge.chat.hand_over import hand_over_of
-from forge.chat.modelfile import parse
-from forge.cli.main import run
+from forge.chat.modelfile import parse_modelfile
+from forge.cli.main import run_command
 from forge.errors import CheckError
 from forge.model.gguf_copy import require_same_but
 from forge.model.gguf_header import read_gguf
@@ -32,7 +32,7 @@ DATED = (
 def guarded(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[Path, dict[str, object]]:
     out = path.with_name("guarded.gguf")
     capsys.readouterr()
-    assert run(["modelfile", str(path), "--guard", str(out), "--json", *options]) == 0
+    assert run_command(["modelfile", str(path), "--guard", str(out), "--json", *options]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert isinstance(found, dict)
     return out, found
@@ -65,15 +65,15 @@ def test_the_modelfile_says_for_whom_its_template_holds(
 ) -> None:
     """A claim holds on the server that reads it (0.30 ignores a TEMPLATE where the Jinja knows tools)."""
     path = write_tiny_gguf(tmp_path / "m.gguf", template=DATED)
-    assert run(["modelfile", str(path)]) == 0
+    assert run_command(["modelfile", str(path)]) == 0
     remarks = capsys.readouterr().out
     assert "TEMPLATE holds for older servers, and with OLLAMA_GO_TEMPLATE=1" in remarks
-    assert run(["modelfile", str(path), "--jinja"]) == 0
+    assert run_command(["modelfile", str(path), "--jinja"]) == 0
     said = capsys.readouterr()
     assert "not pinned: Ollama puts a template of its own" in said.out and "--guard OUT.gguf" in said.err
     out, found = guarded(path, capsys)
     text = str(found["modelfile"])
-    assert parse(text).base == str(out)
+    assert parse_modelfile(text).base == str(out)
     assert "pinned, it writes the same" in text and "OLLAMA_GO_TEMPLATE" not in text
 
 
@@ -90,7 +90,7 @@ def test_what_no_copy_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (bare, tmp_path / "x.gguf", "no chat template"),
         (clock, tmp_path / "x.gguf", "computed format"),
     ):
-        assert run(["modelfile", str(source), "--guard", str(target)]) == 2
+        assert run_command(["modelfile", str(source), "--guard", str(target)]) == 2
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "x.gguf").exists()
 
@@ -120,7 +120,7 @@ def test_by_hand_the_copy_is_taken_for_no_other(
     path = write_tiny_gguf(tmp_path / "m.gguf", template=RENAMED)
     expected = hand_over_of(path).template.render(USER, add_generation_prompt=True)
     out, found = guarded(path, capsys, "--jinja")
-    read = parse(str(found["modelfile"]))
+    read = parse_modelfile(str(found["modelfile"]))
     with Ollama(fake_ollama.url) as server:
         parameters = {"stop": list(read.stops), "num_ctx": 512}
         make(server, "bare", path, parameters=parameters)

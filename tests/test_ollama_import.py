@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from forge.chat.hand_over import hand_over_of, write_modelfiles
-from forge.chat.modelfile import Modelfile, parse
-from forge.cli.main import run
+from forge.chat.modelfile import Modelfile, parse_modelfile
+from forge.cli.main import run_command
 from forge.cli.serve import command
 from forge.codec import to_plain
 from forge.errors import CheckError, DataError, RecipeError
@@ -121,7 +121,7 @@ def test_texts_that_nobody_writes_choose_no_way(
     assert "| trim" in (hand_over_of(path).template.source)
     fake_ollama.spoil = lambda prompt: prompt.replace("hard space", "hard space\u00a0")
     monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
-    assert run(["import", str(path), "--name", "yoda", "--json"]) == 0
+    assert run_command(["import", str(path), "--name", "yoda", "--json"]) == 0
     said = capsys.readouterr()
     found = json.loads(said.out.splitlines()[-1])
     assert found["way"] == "jinja" and found["differ"]
@@ -374,10 +374,10 @@ def test_a_bare_gguf_has_its_tokens_counted(
     """Silent wrong 3: no recipe tells them, the file's own vocabulary does."""
     monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
     command = ["import", str(pinned_gguf), "--name", "yoda", "--json"]
-    assert run(command) == 0
+    assert run_command(command) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens_checked"] == 12
     fake_ollama.counts_more = 1
-    assert run(command) == 5
+    assert run_command(command) == 5
     problems = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]["problems"]
     assert problems[0]["message"].endswith(" tokens'")
 
@@ -393,7 +393,7 @@ def test_without_the_vocabularys_reader_it_says_that_no_tokens_are_counted(
     (tmp_path / "llama_cpp.py").write_text("raise ModuleNotFoundError(name='llama_cpp')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
-    assert run(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 0
+    assert run_command(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 0
     said = capsys.readouterr()
     assert json.loads(said.out.splitlines()[-1])["tokens_checked"] == 0
     assert "token counts are not compared" in said.err and "llama_cpp is not installed" in said.err
@@ -416,9 +416,9 @@ def test_what_no_modelfile_can_hold_goes_over_http(
         assert text.startswith(
             '# left out, since no Modelfile can hold it: PARAMETER stop "no\\u00a0more", LICENSE'
         )
-        assert (parse(text).stops, parse(text).licences) == (("<|im_end|>",), ("MIT",))
+        assert (parse_modelfile(text).stops, parse_modelfile(text).licences) == (("<|im_end|>",), ("MIT",))
     (tmp_path / "manifest.json").write_text(json.dumps({"facts": {"modelfile": to_plain(facts)}}))
     monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
-    assert run(["import", str(path), "--name", "yoda", "--json"]) == 0
+    assert run_command(["import", str(path), "--name", "yoda", "--json"]) == 0
     model = fake_ollama.models["yoda:latest"]
     assert set(model.parameters["stop"]) == set(stops) and set(model.licences) == set(licences)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import ForgeError
 from forge.serve.client import Client, find
 from forge.serve.endpoint import Endpoint
@@ -41,7 +41,7 @@ def answers(url: str, rows: list[dict[str, Any]], tmp_path: Path, *options: str)
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out.unlink(missing_ok=True)
-    run(["generate", str(prompts), str(out), "--endpoint", url, *options])
+    run_command(["generate", str(prompts), str(out), "--endpoint", url, *options])
     written = [json.loads(line) for line in out.read_text().splitlines()]
     return {row.get("custom_id", row.get("id")): row for row in written}
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from forge.chat.hand_over import hand_over_of
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import MissingToolError, RecipeError, StageError
 from forge.serve.ollama import import_model
 from forge.serve.runtimes import check_runtime
@@ -73,7 +73,7 @@ def test_a_missing_server_says_how_to_start_it(
     """Pitfall 55."""
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
-    assert run(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 3
+    assert run_command(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 3
     told = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     assert told["message"] == "no Ollama server answers at http://127.0.0.1:9"
     assert told["hint"].startswith("start it with: ollama serve")
@@ -96,7 +96,7 @@ def test_it_is_started_where_the_program_is_here(
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
     monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{port}")
     check_runtime("ollama")
-    assert run(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 0
+    assert run_command(["import", str(pinned_gguf), "--name", "yoda", "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["name"] == "yoda" and told["prompt_checked"] > 40 and told["digest"]
     with pytest.raises(MissingToolError):

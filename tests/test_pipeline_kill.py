@@ -18,7 +18,7 @@ import pytest
 
 from forge import report
 from forge.codec import Json
-from forge.pipeline.run import run
+from forge.pipeline.run import run_stages
 from forge.pipeline.stage import Stage
 from forge.process import Child
 from forge.store.artifacts import Artifact, Facts, Store
@@ -83,7 +83,7 @@ def test_after_kill_9_only_that_stage_repeats_and_goes_on_from_its_work(tmp_path
     position = STAGES.index(stage)
     assert journal.read_text().split() == list(STAGES[: position + 1])
     journal.unlink()
-    results = run(pipeline(journal), store)
+    results = run_stages(pipeline(journal), store)
     assert journal.read_text().split() == list(STAGES[position:])
     assert [result.cached for result in results.values()] == [name in STAGES[:position] for name in STAGES]
     assert results[stage].facts == {"resumed": True}
@@ -158,7 +158,7 @@ def test_a_program_started_by_a_stage_inherits_no_lock(tmp_path: Path) -> None:
                 seen.extend(path.readlink().suffix for path in Path(f"/proc/{child.pid}/fd").iterdir())
             return {}
 
-    run([Starts()], store)
+    run_stages([Starts()], store)
     assert seen and ".lock" not in seen
 
 
@@ -166,7 +166,7 @@ def main(root: str, journal: str, stage: str) -> None:
     """Ship, and stop for ever in the middle of `stage`."""
     directory = Path(root).parent / "half"
     directory.mkdir(exist_ok=True)
-    run(pipeline(Path(journal), waits=stage), Store(Path(root)), run_directory=directory)
+    run_stages(pipeline(Path(journal), waits=stage), Store(Path(root)), run_directory=directory)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from forge.pipeline.plan import Plan, plan
+from forge.pipeline.plan import Plan, plan_stages
 from forge.pipeline.reasons import changes, other_versions, short
-from forge.pipeline.run import run
+from forge.pipeline.run import run_stages
 from forge.store.artifacts import Store
 from forge.store.runs import requests
 from tests.test_pipeline_stages import Pipeline
@@ -27,7 +27,7 @@ def shipped(tmp_path: Path, pipeline: Pipeline) -> Store:
     store = Store(tmp_path / "store")
     directory = tmp_path / "runs" / "yoda"
     directory.mkdir(parents=True)
-    run(pipeline.stages(), store, run_directory=directory)
+    run_stages(pipeline.stages(), store, run_directory=directory)
     pipeline.built()
     return store
 
@@ -39,7 +39,7 @@ def told(found: Plan) -> dict[str, tuple[bool, tuple[str, ...]]]:
 def after(store: Store, pipeline: Pipeline, tmp_path: Path, **changed: object) -> dict[str, object]:
     """The plan of the same run with a changed recipe: stage -> reasons, "cached" for a cached one."""
     previous = requests(store, tmp_path / "runs" / "yoda")
-    found = plan(pipeline.stages(**changed), store, previous)
+    found = plan_stages(pipeline.stages(**changed), store, previous)
     return {
         stage.name: ("cached", *stage.reasons) if stage.cached else stage.reasons
         for stage in found.stages
@@ -49,7 +49,7 @@ def after(store: Store, pipeline: Pipeline, tmp_path: Path, **changed: object) -
 
 def test_an_empty_store_is_planned_without_writing(tmp_path: Path, pipeline: Pipeline) -> None:
     before = sorted(tmp_path.rglob("*"))
-    found = plan(pipeline.stages(), Store(tmp_path / "store", read_only=True), {})
+    found = plan_stages(pipeline.stages(), Store(tmp_path / "store", read_only=True), {})
     assert told(found) == {
         "train": (False, ("first time",)),
         "export": (False, ("first time", "waits for train")),
@@ -108,7 +108,7 @@ def test_an_upgraded_training_package_is_said_and_changes_nothing(
 
 
 def test_an_input_that_changed_is_named(shipped: Store, pipeline: Pipeline, tmp_path: Path) -> None:
-    run(pipeline.stages(train_text="luke"), shipped, until="train")  # another run made this adapter
+    run_stages(pipeline.stages(train_text="luke"), shipped, until="train")  # another run made this adapter
     assert after(shipped, pipeline, tmp_path, train_text="luke") == {
         "train": ("cached",),
         "export": ("input from train changed",),
@@ -117,7 +117,7 @@ def test_an_input_that_changed_is_named(shipped: Store, pipeline: Pipeline, tmp_
 
 
 def test_what_was_collected_is_said(shipped: Store, pipeline: Pipeline, tmp_path: Path) -> None:
-    artifact = run(pipeline.stages(), shipped, until="export")["export"].artifact
+    artifact = run_stages(pipeline.stages(), shipped, until="export")["export"].artifact
     assert artifact is not None
     (artifact.path / "artifact.json").unlink()
     assert after(shipped, pipeline, tmp_path)["export"] == ("no longer in the store",)
@@ -125,19 +125,19 @@ def test_what_was_collected_is_said(shipped: Store, pipeline: Pipeline, tmp_path
 
 def test_what_was_stopped_is_said(shipped: Store, pipeline: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(pipeline.stages(train_text="luke", train_stops_after=2), shipped)
+        run_stages(pipeline.stages(train_text="luke", train_stops_after=2), shipped)
     found = after(shipped, pipeline, tmp_path, train_text="luke")
     assert found["train"] == ("`data.source`: yoda → luke", "goes on from where it was stopped")
 
 
 def test_forced_stages_and_until(shipped: Store, pipeline: Pipeline, tmp_path: Path) -> None:
     previous = requests(shipped, tmp_path / "runs" / "yoda")
-    found = plan(pipeline.stages(), shipped, previous, until="export", force=frozenset({"train"}))
+    found = plan_stages(pipeline.stages(), shipped, previous, until="export", force=frozenset({"train"}))
     assert told(found) == {
         "train": (False, ("forced by --retrain",)),
         "export": (False, ("waits for train",)),
     }
-    found = plan(pipeline.stages(), shipped, previous, from_stage="export")
+    found = plan_stages(pipeline.stages(), shipped, previous, from_stage="export")
     assert told(found) == {
         "train": (True, ()),
         "export": (False, ("forced by --from export",)),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from forge.errors import CheckError, StageError
-from forge.pipeline.run import run
+from forge.pipeline.run import run_stages
 from forge.pipeline.stage import Result, Step
 from forge.store.artifacts import Store
 from forge.store.runs import requests, runs
@@ -41,9 +41,9 @@ def cached(results: dict[str, Result]) -> dict[str, bool]:
 
 
 def test_first_everything_is_built_then_everything_is_cached(store: Store, pipeline: Pipeline) -> None:
-    first = run(pipeline.stages(), store)
+    first = run_stages(pipeline.stages(), store)
     assert pipeline.built() == [*PURE, *ACTIONS]
-    second = run(pipeline.stages(train_comment="changed"), store)
+    second = run_stages(pipeline.stages(train_comment="changed"), store)
     assert pipeline.built() == ACTIONS
     assert list(second) == ["train", "export", "verify", "deploy", "smoke"]
     assert cached(second) == {"train": True, "export": True, "verify": True, "deploy": False, "smoke": False}
@@ -54,29 +54,31 @@ def test_first_everything_is_built_then_everything_is_cached(store: Store, pipel
 
 
 def test_a_changed_field_runs_its_stage_and_those_behind(store: Store, pipeline: Pipeline) -> None:
-    run(pipeline.stages(), store)
+    run_stages(pipeline.stages(), store)
     pipeline.built()
-    run(pipeline.stages(export_llama="0.3.36"), store, until="verify")
+    run_stages(pipeline.stages(export_llama="0.3.36"), store, until="verify")
     # The export came out with the same bytes, so the work stops there.
     assert pipeline.built() == ["export"]
-    run(pipeline.stages(train_text="luke"), store, until="verify")
+    run_stages(pipeline.stages(train_text="luke"), store, until="verify")
     assert pipeline.built() == PURE
-    run(pipeline.stages(export_version=2), store, until="verify")
+    run_stages(pipeline.stages(export_version=2), store, until="verify")
     assert pipeline.built() == ["export"]
 
 
 def test_training_that_gives_the_same_bytes_stops_there(store: Store, pipeline: Pipeline) -> None:
-    run(pipeline.stages(), store)
+    run_stages(pipeline.stages(), store)
     pipeline.built()
-    results = run(pipeline.stages(train_learning_rate=2.01e-4), store, until="verify")
+    results = run_stages(pipeline.stages(train_learning_rate=2.01e-4), store, until="verify")
     assert pipeline.built() == ["train"]
     assert cached(results) == {"train": False, "export": True, "verify": True}
 
 
 def test_retrain_builds_again_and_stops_at_the_same_bytes(store: Store, pipeline: Pipeline) -> None:
-    first = run(pipeline.stages(), store)["train"].artifact
+    first = run_stages(pipeline.stages(), store)["train"].artifact
     pipeline.built()
-    results = run(pipeline.stages(train_torch="2.13.0"), store, until="verify", force=frozenset({"train"}))
+    results = run_stages(
+        pipeline.stages(train_torch="2.13.0"), store, until="verify", force=frozenset({"train"})
+    )
     again = results["train"].artifact
     assert pipeline.built() == ["train"]
     assert cached(results) == {"train": False, "export": True, "verify": True}
@@ -86,33 +88,33 @@ def test_retrain_builds_again_and_stops_at_the_same_bytes(store: Store, pipeline
 
 
 def test_from_and_until(store: Store, pipeline: Pipeline) -> None:
-    run(pipeline.stages(), store, until="export")
+    run_stages(pipeline.stages(), store, until="export")
     assert pipeline.built() == ["train", "export"]
-    run(pipeline.stages(), store, from_stage="export")
+    run_stages(pipeline.stages(), store, from_stage="export")
     assert pipeline.built() == ["export", "verify", *ACTIONS]
-    run(pipeline.stages(), store, from_stage="verify", until="verify")
+    run_stages(pipeline.stages(), store, from_stage="verify", until="verify")
     assert pipeline.built() == ["verify"]
 
 
 def test_a_stage_that_fails_leaves_the_earlier_ones(store: Store, pipeline: Pipeline) -> None:
     with pytest.raises(StageError, match="no converter"):
-        run(pipeline.stages(export_fails=StageError("no converter")), store)
+        run_stages(pipeline.stages(export_fails=StageError("no converter")), store)
     assert pipeline.built() == ["train", "export"]
     stages = {stage: name for stage, name, _ in store.directories()}
     assert list(stages) == ["train"]  # nothing half-written of the export
-    run(pipeline.stages(), store, until="verify")
+    run_stages(pipeline.stages(), store, until="verify")
     assert pipeline.built() == ["export", "verify"]
 
 
 def test_an_interrupted_stage_goes_on_where_it_was(store: Store, pipeline: Pipeline) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(pipeline.stages(train_stops_after=3), store)
+        run_stages(pipeline.stages(train_stops_after=3), store)
     left = [
         (name.partition(".")[2], sorted(p.name for p in path.rglob("*")))
         for _, name, path in store.directories()
     ]
     assert left == [("partial", ["checkpoint", "work"])]
-    results = run(pipeline.stages(), store, until="train")
+    results = run_stages(pipeline.stages(), store, until="train")
     assert results["train"].facts == {"resumed": 3, "steps": 4}
     artifact = results["train"].artifact
     assert artifact is not None
@@ -126,11 +128,11 @@ def test_an_interrupted_stage_goes_on_where_it_was(store: Store, pipeline: Pipel
 
 
 def test_judgement_is_passed_afresh_and_stops_what_is_behind(store: Store, pipeline: Pipeline) -> None:
-    run(pipeline.stages(), store)
+    run_stages(pipeline.stages(), store)
     pipeline.built()
     heard: list[str] = []
     with pytest.raises(CheckError, match="only 4 letters"):
-        run(
+        run_stages(
             pipeline.stages(verify_least_letters=5), store, on_result=lambda result: heard.append(result.name)
         )
     assert pipeline.built() == []
@@ -141,7 +143,7 @@ def test_what_actions_leave_running_lives_as_long_as_the_callers_stack(
     store: Store, pipeline: Pipeline
 ) -> None:
     with ExitStack() as stack:
-        run(pipeline.stages(), store, stack=stack)
+        run_stages(pipeline.stages(), store, stack=stack)
         assert pipeline.built() == [*PURE, "deploy", "smoke"]
     assert pipeline.built() == ["stopped"]
 
@@ -149,12 +151,12 @@ def test_what_actions_leave_running_lives_as_long_as_the_callers_stack(
 def test_too_small_a_disk_is_said_before_anything_is_written(
     store: Store, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(pipeline.stages(), store, until="train")
+    run_stages(pipeline.stages(), store, until="train")
     pipeline.built()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, 3_500_000_000))
     before = files(store)
     with pytest.raises(StageError) as caught:
-        run(pipeline.stages(export_bytes_free=28_000_000_000), store)
+        run_stages(pipeline.stages(export_bytes_free=28_000_000_000), store)
     assert caught.value.message == f"export needs 28.0 GB of free disk, {store.root} has 3.5 GB"
     assert "FORGE_HOME" in caught.value.hint and caught.value.code == 4
     assert pipeline.built() == []
@@ -163,9 +165,9 @@ def test_too_small_a_disk_is_said_before_anything_is_written(
 
 def test_a_disk_that_becomes_full_is_an_error_of_the_stage(store: Store, pipeline: Pipeline) -> None:
     with pytest.raises(StageError, match="export: the disk became full"):
-        run(pipeline.stages(export_fails=OSError(28, "No space left on device")), store)
+        run_stages(pipeline.stages(export_fails=OSError(28, "No space left on device")), store)
     with pytest.raises(OSError, match="elsewhere"):
-        run(pipeline.stages(export_fails=OSError(5, "elsewhere")), store)
+        run_stages(pipeline.stages(export_fails=OSError(5, "elsewhere")), store)
 
 
 def test_the_run_is_registered_and_its_requests_remembered(
@@ -174,12 +176,12 @@ def test_the_run_is_registered_and_its_requests_remembered(
     directory = tmp_path / "runs" / "yoda"
     directory.mkdir(parents=True)
     with pytest.raises(StageError):
-        run(pipeline.stages(export_fails=StageError("no")), store, run_directory=directory)
+        run_stages(pipeline.stages(export_fails=StageError("no")), store, run_directory=directory)
     assert [(found.name, list(found.requests)) for found in runs(store)] == [("yoda", ["train"])]
-    run(pipeline.stages(), store, run_directory=directory)
+    run_stages(pipeline.stages(), store, run_directory=directory)
     assert requests(store, directory)["export"]["tools"] == {"llama-cpp-python": "0.3.35"}
     shorter: Sequence[Step] = pipeline.stages()[:2]
-    run(shorter, store, run_directory=directory)
+    run_stages(shorter, store, run_directory=directory)
     assert list(requests(store, directory)) == ["train", "export"]
 
 
@@ -187,7 +189,7 @@ def test_what_is_said(
     store: Store, pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = listen(monkeypatch)
-    run(pipeline.stages(), store, run_directory=tmp_path, until="deploy")
+    run_stages(pipeline.stages(), store, run_directory=tmp_path, until="deploy")
     assert [re.sub(r"\d+\.\d s", "N s", line) for line in said.lines] == [
         "[1/4] train: first time",
         "[1/4] train: N s",
@@ -199,7 +201,7 @@ def test_what_is_said(
     ]
     said.lines.clear()
     changed = pipeline.stages(train_torch="2.13.0", export_llama="0.3.36")
-    run(changed, store, run_directory=tmp_path, until="verify")
+    run_stages(changed, store, run_directory=tmp_path, until="verify")
     assert [re.sub(r"\d+\.\d s", "N s", line) for line in said.lines] == [
         "[1/3] train: cached (made with torch 2.12.0 (now 2.13.0))",
         "[2/3] export: llama-cpp-python: 0.3.35 → 0.3.36",

@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.model.licence import notice
 from tests.conftest import tree
 from tests.finished_runs import CERTIFICATE, write_run
@@ -71,7 +71,7 @@ def pushed(
     capsys: pytest.CaptureFixture[str], *more: str, to: str = "me/yoda", code: int = 0
 ) -> dict[str, Any]:
     capsys.readouterr()
-    found = run(["push", "yoda", "--to", to, *more, "-v", "--json"])
+    found = run_command(["push", "yoda", "--to", to, *more, "-v", "--json"])
     printed = capsys.readouterr()
     assert found == code, printed.err
     assert TOKEN not in printed.out + printed.err

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from forge.errors import RecipeError
 from forge.recipe.fields import values
-from forge.recipe.load import Loaded, Source, load
-from forge.recipe.schema import Adopted, Base, Columns, Recipe, SmokeQuery, Train, from_json
+from forge.recipe.load import Loaded, ValueSource, load
+from forge.recipe.schema import Adopted, Base, Columns, Recipe, SmokeQuery, Train, recipe_from_json
 
 CONTRACT = """\
 name: yoda
@@ -179,13 +179,13 @@ def test_every_value_knows_where_it_comes_from(tmp_path: Path) -> None:
     file = str(tmp_path / "recipe.yaml")
     assert found.sources.keys() == values(found.recipe).keys()
     assert {name: source for name, source in found.sources.items() if source.kind != "default"} == {
-        "name": Source("recipe", f"{file}:1"),
-        "base.id": Source("recipe", f"{file}:2"),
-        "base.revision": Source("recipe", f"{file}:2"),
-        "data.source": Source("recipe", f"{file}:4"),
-        "train.lora.r": Source("override", "-o train.lora.r"),
-        "train.lora.alpha": Source("recipe", f"{file}:8"),
-        "smoke.0.prompt": Source("override", "-o smoke"),
+        "name": ValueSource("recipe", f"{file}:1"),
+        "base.id": ValueSource("recipe", f"{file}:2"),
+        "base.revision": ValueSource("recipe", f"{file}:2"),
+        "data.source": ValueSource("recipe", f"{file}:4"),
+        "train.lora.r": ValueSource("override", "-o train.lora.r"),
+        "train.lora.alpha": ValueSource("recipe", f"{file}:8"),
+        "smoke.0.prompt": ValueSource("override", "-o smoke"),
     }
 
 
@@ -334,7 +334,7 @@ def test_a_recipe_survives_json_and_the_file(
     tmp_path_factory: pytest.TempPathFactory, recipe: Recipe
 ) -> None:
     written = json.dumps(recipe.as_json())
-    assert from_json(json.loads(written)) == recipe
+    assert recipe_from_json(json.loads(written)) == recipe
     path = tmp_path_factory.getbasetemp() / "round.yaml"
     path.write_text(written, encoding="utf-8")  # JSON is YAML
     assert load(path).recipe == recipe

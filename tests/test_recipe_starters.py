@@ -48,7 +48,7 @@ def test_synthetic_rows_are_their_maker_s(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", starters.kinds())
 def test_every_starter_loads_once_its_data_is_there(tmp_path: Path, kind: str) -> None:
-    path = starters.write("mine", kind, tmp_path / "new")
+    path = starters.write_kind("mine", kind, tmp_path / "new")
     assert path == tmp_path / "new" / "mine.yaml"
     if kind in DATA:
         with pytest.raises(RecipeError) as refused:
@@ -66,29 +66,29 @@ def test_every_starter_loads_once_its_data_is_there(tmp_path: Path, kind: str) -
 @pytest.mark.parametrize("kind", starters.kinds())
 def test_a_starter_differs_from_its_template_in_the_name_alone(tmp_path: Path, kind: str) -> None:
     template = (starters.directory_of_starters() / f"{kind}.yaml").read_text()
-    assert starters.write("mine", kind, tmp_path).read_text() == template.replace(
+    assert starters.write_kind("mine", kind, tmp_path).read_text() == template.replace(
         f"name: {kind}", "name: mine"
     )
 
 
 @pytest.mark.parametrize("name", ["123", "1e5", "true", "null", "a.b-c_d"])
 def test_a_name_stays_text(tmp_path: Path, name: str) -> None:
-    assert load(starters.write(name, "quickstart", tmp_path)).recipe.name == name
+    assert load(starters.write_kind(name, "quickstart", tmp_path)).recipe.name == name
 
 
 def test_starters_refuse(tmp_path: Path) -> None:
-    starters.write("mine", "quickstart", tmp_path)
+    starters.write_kind("mine", "quickstart", tmp_path)
     before = (tmp_path / "mine.yaml").read_text()
     with pytest.raises(RecipeError, match=r"mine\.yaml exists already"):
-        starters.write("mine", "plain-base", tmp_path)
+        starters.write_kind("mine", "plain-base", tmp_path)
     assert (tmp_path / "mine.yaml").read_text() == before
     with pytest.raises(RecipeError, match="no starter recipe quikstart; did you mean quickstart"):
-        starters.write("other", "quikstart", tmp_path)
+        starters.write_kind("other", "quikstart", tmp_path)
     for name in ("../up", "", ".hidden", "a b"):
         with pytest.raises(RecipeError, match="cannot name a recipe"):
-            starters.write(name, "quickstart", tmp_path)
+            starters.write_kind(name, "quickstart", tmp_path)
     with pytest.raises(RecipeError, match=r"mine\.yaml is not a directory"):
-        starters.write("other", "quickstart", tmp_path / "mine.yaml")
+        starters.write_kind("other", "quickstart", tmp_path / "mine.yaml")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 

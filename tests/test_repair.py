@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.model.gguf_header import GgufHeader, read_gguf
 from tests.conftest import copy_of_tiny, link_converters
 from tests.models import PEFT_WARNS, make_adapter
@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FORGE_HOME", str(root / "home"))
         options = ["--base", str(base), "--quant", "q8_0", "--out", str(root / "sound.gguf")]
-        assert run(["export", *options]) == 0
+        assert run_command(["export", *options]) == 0
     return root
 
 
@@ -41,7 +41,7 @@ def repair(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setenv("FORGE_HOME", str(place / "home"))
 
     def called(gguf: Path, *more: object) -> tuple[int, dict[str, Any]]:
-        code = run(["repair", *map(str, [gguf, "--base", place / "base", *more]), "--json"])
+        code = run_command(["repair", *map(str, [gguf, "--base", place / "base", *more]), "--json"])
         return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
     return called
@@ -168,4 +168,4 @@ def test_bad_input(repair: Repair, place: Path, tmp_path: Path) -> None:
     ]:
         code, fields = repair(gguf, *more)
         assert code == 2 and words in fields["error"]["message"]
-    assert run(["repair", str(sound)]) == 2
+    assert run_command(["repair", str(sound)]) == 2

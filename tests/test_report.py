@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from forge import process, report
-from forge.errors import CheckError, DataError, ForgeError, Problem, from_json
+from forge.errors import CheckError, DataError, ForgeError, Problem, error_from_json
 
 
 class Clock:
@@ -179,11 +179,11 @@ def test_streamed_text_keeps_out_of_the_way_of_json(capsys: pytest.CaptureFixtur
 def test_an_error_survives_the_way_through_json() -> None:
     for kind in ForgeError.__subclasses__():
         there = kind("no", hint="yes", problems=FAILURE.problems)
-        back = from_json(json.loads(json.dumps(there.as_json())))
+        back = error_from_json(json.loads(json.dumps(there.as_json())))
         assert back.as_json() == there.as_json()
         assert back.code == kind.code
-    assert isinstance(from_json(CheckError("no").as_json()), CheckError)
-    assert type(from_json({"code": 77})) is ForgeError
+    assert isinstance(error_from_json(CheckError("no").as_json()), CheckError)
+    assert type(error_from_json({"code": 77})) is ForgeError
 
 
 def test_the_log_has_the_details_too_and_strange_bytes_do_no_harm(tmp_path: Path) -> None:

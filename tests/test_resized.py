@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from forge.adapter.read import read_adapter
-from forge.adapter.status import ValidateRequest, validate
+from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.adapter.vocabulary import check_tokenizer, fit
 from forge.errors import DataError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
@@ -84,7 +84,7 @@ def test_the_tuned_model_is_peft_s(case: str, bases: Mapping[str, Path], tmp_pat
     rows = -(-tokens_of(adapter) // options.get("multiple", 64)) * options.get("multiple", 64)
     before = read_configuration(base).vocabulary_size
     assert before and (rows < before if case.startswith("fewer") else rows > before)
-    told = validate(ValidateRequest(base, adapter))
+    told = validate_adapter(ValidateRequest(base, adapter))
     assert (told.ok, told.vocabulary_rows, told.exports) == (True, rows, ("merged",))
 
     expected = load(base, adapter, rows=rows)
@@ -128,7 +128,7 @@ def test_an_output_layer_left_behind_is_refused(bases: Mapping[str, Path], tmp_p
     base = bases["untied"]
     adapter = make_resized(base, tmp_path / "a", added=more(base), target_modules=["embed_tokens", "q_proj"])
     for of in (
-        lambda: validate(ValidateRequest(base, adapter)),
+        lambda: validate_adapter(ValidateRequest(base, adapter)),
         lambda: export_of(base, adapter, tmp_path / "out"),
     ):
         with pytest.raises(DataError, match="resized only the embedding or only the output layer") as refused:
@@ -145,7 +145,7 @@ def test_factors_of_a_resized_embedding(bases: Mapping[str, Path], tmp_path: Pat
     adapter = make_resized(
         base, tmp_path / "a", added=more(base), target_modules=targets, modules_to_save=["lm_head"]
     )
-    rows = validate(ValidateRequest(base, adapter)).vocabulary_rows
+    rows = validate_adapter(ValidateRequest(base, adapter)).vocabulary_rows
     ours = load(export_of(base, adapter, tmp_path / "out") / MERGED_DIRECTORY).state_dict()
     for name, tensor in load(base, adapter, rows=rows).state_dict().items():
         torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=1e-5)
@@ -208,7 +208,7 @@ def test_the_certificate_sees_lost_rows(bases: Mapping[str, Path], tmp_path: Pat
 
     rows = read_configuration(base).vocabulary_size
     tensors = dict(
-        merged_tensors(base, adapter, rows=validate(ValidateRequest(base, adapter)).vocabulary_rows)
+        merged_tensors(base, adapter, rows=validate_adapter(ValidateRequest(base, adapter)).vocabulary_rows)
     )
     for name in ("token_embd.weight", "output.weight"):
         tensors[name] = np.array(tensors[name])

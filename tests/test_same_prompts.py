@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from forge.chat.hand_over import HandOver, hand_over
-from forge.chat.modelfile import Modelfile, parse, render
+from forge.chat.modelfile import Modelfile, modelfile_text, parse_modelfile
 from forge.chat.same_prompts import compare_prompts
 from forge.chat.template import ChatTemplate
 from forge.errors import CheckError
@@ -32,7 +32,7 @@ def told() -> HandOver:
 def test_they_are_the_same(told: HandOver) -> None:
     """Also read back out of the Modelfile's text."""
     assert told.compiled.status == "exact-with-limits"
-    written = parse(render(told.modelfile("go", "./m.gguf")))
+    written = parse_modelfile(modelfile_text(told.modelfile("go", "./m.gguf")))
     done = compare_prompts(told, TEMPLATE.pinned_source(), written)
     assert (done.conversations, len(done.through)) == (200, 3)
     assert len(compare_prompts(told, TEMPLATE.pinned_source(), None).through) == 2
@@ -96,7 +96,7 @@ def test_faults_in_the_modelfile(told: HandOver, fault: str) -> None:
 def test_families(name: str) -> None:
     """With dates, folded and refused system messages, trims: where Go has limits they are left out."""
     told = FAMILIES[name].hand_over()
-    modelfile: Modelfile = parse(render(told.modelfile("go", "./m.gguf")))
+    modelfile: Modelfile = parse_modelfile(modelfile_text(told.modelfile("go", "./m.gguf")))
     assert compare_prompts(told, told.template.pinned_source(), modelfile).conversations == 200
 
 

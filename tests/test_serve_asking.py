@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from forge import process
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.commands.ask import _endpoints, _schema
 from forge.errors import DataError, RecipeError
 from forge.serve.client import find
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
-from forge.serve.generate import generate
+from forge.serve.generate import answer_rows
 from forge.serve.runtime import ServerSettings
 from forge.serve.wire import Sampling
 from tests.conftest import ROOT
@@ -53,7 +53,7 @@ def test_raw_prompts_get_no_template(served: Endpoint, tmp_path: Path) -> None:
     """Pitfall 56: only who asks for it sends bare text to a chat model."""
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     prompts.write_text(json.dumps({"id": 1, "prompt": "ab\n"}) + "\n")
-    result = generate(served, prompts, out, raw=True)
+    result = answer_rows(served, prompts, out, raw=True)
     [row] = map(json.loads, out.read_text().splitlines())
     assert row == {
         "id": 1, "text": REPLY, "finish_reason": "stop",
@@ -62,7 +62,7 @@ def test_raw_prompts_get_no_template(served: Endpoint, tmp_path: Path) -> None:
     assert (result.written, result.cut) == (1, 0)
     prompts.write_text('{"id": 1, "messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(DataError) as caught:
-        generate(served, prompts, out, raw=True)
+        answer_rows(served, prompts, out, raw=True)
     assert "messages cannot be sent raw" in str(caught.value.problems[0])
 
 
@@ -72,7 +72,7 @@ def test_every_answer_meets_the_schema(served: Endpoint, tmp_path: Path, raw: bo
     """A model that would say something else entirely is held to it."""
     prompts, out = write_prompts(tmp_path, 5), tmp_path / "out.jsonl"
     sampling = Sampling(max_tokens=60, temperature=1.0, schema=NUMBER)
-    generate(served, prompts, out, sampling=sampling, raw=raw)
+    answer_rows(served, prompts, out, sampling=sampling, raw=raw)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 5
     for row in rows:
@@ -97,8 +97,8 @@ def test_sampling_is_sent_as_it_was_asked_for(tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path, 1)
     sampling = Sampling(max_tokens=9, temperature=0.5, seed=3, stop=("x",), top_p=0.9, top_k=40, min_p=0.1)
     with _stand_in() as server:
-        generate(server.endpoint, prompts, tmp_path / "one", sampling=sampling)
-        generate(server.endpoint, prompts, tmp_path / "two")
+        answer_rows(server.endpoint, prompts, tmp_path / "one", sampling=sampling)
+        answer_rows(server.endpoint, prompts, tmp_path / "two")
     chosen, plain = server.asked
     assert {key: value for key, value in chosen.items() if key not in ("model", "messages")} == {
         "max_tokens": 9, "temperature": 0.5, "seed": 3, "stop": ["x"], "top_p": 0.9, "top_k": 40, "min_p": 0.1
@@ -117,16 +117,16 @@ def test_the_model_is_the_one_that_was_told(tmp_path: Path) -> None:
             find(url, model="clerk")
         assert unknown.value.hint == "served are base, poet, yoda:latest"
         command = ["generate", str(write_prompts(tmp_path, 2)), str(tmp_path / "out"), "--endpoint", url]
-        assert run([*command, "--model", "clerk"]) == 2
+        assert run_command([*command, "--model", "clerk"]) == 2
         assert server.asked == []
-        assert run([*command, "--model", "poet"]) == 0
+        assert run_command([*command, "--model", "poet"]) == 0
     assert [body["model"] for body in server.asked] == ["poet", "poet"]
 
 
 def test_several_endpoints_share_the_rows(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 40), tmp_path / "out.jsonl"
     with _stand_in(slots=3, seconds=0.02) as one, _stand_in(slots=3, seconds=0.02) as two:
-        generate([one.endpoint, two.endpoint], prompts, out)
+        answer_rows([one.endpoint, two.endpoint], prompts, out)
     assert texts_of(out) == expected_texts(40)
     assert (one.most_at_once, two.most_at_once) == (3, 3)
     assert min(len(one.asked), len(two.asked)) >= 10
@@ -138,7 +138,7 @@ def test_endpoint_that_goes_away_leaves_its_rows_to_the_others(tmp_path: Path) -
     gone.start()
     gone.stop()
     with _stand_in(seconds=0.01) as there:
-        result = generate([gone.endpoint, there.endpoint], prompts, out, concurrency=4)
+        result = answer_rows([gone.endpoint, there.endpoint], prompts, out, concurrency=4)
     assert (result.written, result.failed) == (60, 0)
     assert texts_of(out) == expected_texts(60)
 
@@ -156,7 +156,7 @@ def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers
     prompts, out = write_prompts(tmp_path, 60), tmp_path / "out.jsonl"
     with _stand_in(seconds=0.05) as there:
         command = ["generate", str(prompts), str(out), "--endpoint", late.endpoint.url, *told]
-        assert run(command) == 3
+        assert run_command(command) == 3
         assert not out.exists()
 
         def come() -> None:
@@ -168,7 +168,7 @@ def test_endpoint_that_is_away_at_the_start_is_asked_again_while_another_answers
         coming = threading.Thread(target=come)
         coming.start()
         try:
-            assert run([*command, "--endpoint", there.endpoint.url, "--concurrency", "2"]) == 0
+            assert run_command([*command, "--endpoint", there.endpoint.url, "--concurrency", "2"]) == 0
         finally:
             coming.join()
             late.stop()
@@ -188,9 +188,9 @@ def test_endpoint_that_comes_late_without_the_model_answers_nothing(
         away = _endpoints([late.endpoint.url, there.endpoint.url], "stand-in", None)[:1]
         away.append(replace(locked.endpoint, api_key=None, proved=False))
         with late:
-            assert generate([*away, there.endpoint], prompts, out, concurrency=2).written == 12
+            assert answer_rows([*away, there.endpoint], prompts, out, concurrency=2).written == 12
             with pytest.raises(RecipeError, match="serves no model stand-in"):
-                generate(away[0], prompts, tmp_path / "alone.jsonl")
+                answer_rows(away[0], prompts, tmp_path / "alone.jsonl")
         assert late.asked == locked.asked == []
     assert texts_of(out) == expected_texts(12)
     said = capsys.readouterr().err
@@ -213,7 +213,7 @@ def test_endpoint_that_comes_late_may_still_load_its_model(tmp_path: Path) -> No
         loading.start()
         endpoints = [replace(late.endpoint, model="", proved=False), there.endpoint]
         try:
-            assert generate(endpoints, prompts, out, concurrency=2).written == 60
+            assert answer_rows(endpoints, prompts, out, concurrency=2).written == 60
         finally:
             loading.join()
     assert texts_of(out) == expected_texts(60)
@@ -226,7 +226,7 @@ def test_endpoint_that_stays_away_does_not_end_what_a_slow_one_works_on(tmp_path
     with _stand_in() as away:
         pass
     with _stand_in(seconds=0.5) as slow:
-        generate([away.endpoint, slow.endpoint], prompts, out, concurrency=2, patience_seconds=0.1)
+        answer_rows([away.endpoint, slow.endpoint], prompts, out, concurrency=2, patience_seconds=0.1)
     assert texts_of(out) == expected_texts(4)
 
 

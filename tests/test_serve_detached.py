@@ -42,7 +42,7 @@ def test_a_stopped_servers_name_may_be_the_next_ones_already(tmp_path: Path) -> 
     with process.Child(_SLEEPS) as child, filelock.FileLock(tmp_path / "tiny.lock"):
         served = _recorded(record, child.pid)
         begun = time.monotonic()
-        assert detached.stop(tmp_path, "tiny") == [served]
+        assert detached.stop_servers(tmp_path, "tiny") == [served]
         assert time.monotonic() - begun < 30
         assert child.ends_within(30)
         assert not record.exists()
@@ -80,7 +80,7 @@ def test_what_the_next_one_of_a_name_wrote_stays(tmp_path: Path, monkeypatch: py
             _recorded(record, os.getpid())
 
         monkeypatch.setattr(psutil.Process, "terminate", end_and_be_followed)
-        detached.stop(tmp_path, "tiny")
+        detached.stop_servers(tmp_path, "tiny")
         assert [one.pid for one in detached.running(tmp_path)] == [os.getpid()]
 
 
@@ -93,7 +93,7 @@ def test_a_record_of_what_was_killed_lists_nothing(tmp_path: Path) -> None:
     with filelock.FileLock(tmp_path / "tiny.lock"):
         assert detached.running(tmp_path) == []
         with pytest.raises(DataError, match="tiny is not running"):
-            detached.stop(tmp_path, "tiny")
+            detached.stop_servers(tmp_path, "tiny")
     _recorded(tmp_path / "tiny.json", os.getpid())
     with detached.announced(tmp_path, "tiny"):
         assert detached.running(tmp_path) == []

@@ -223,7 +223,7 @@ def test_other_hosts(model: Path) -> None:
         with serve_embedded(everywhere):
             raise AssertionError("it served")
     assert "--api-key-file" in caught.value.hint
-    ready.check(replace(everywhere, api_key="k"))
+    ready.check_settings(replace(everywhere, api_key="k"))
     # In a process of its own: this one may not listen to others.
     with process.Child([sys.executable, "-c", SERVE, str(model), "0.0.0.0"]) as child:
         url = next(line for line in child.lines() if line.startswith("http"))
@@ -231,7 +231,7 @@ def test_other_hosts(model: Path) -> None:
         with Client(Endpoint(url, "m")) as client:
             assert client.health()
     with report.copied_to(said):
-        ready.check(replace(everywhere, without_key=True))
+        ready.check_settings(replace(everywhere, without_key=True))
     assert "it has no API key" in said.getvalue()
     with serve_embedded(ServerSettings(model, "m", 512, threads=1, host="localhost")) as endpoint:
         assert endpoint.loopback
@@ -283,10 +283,10 @@ def test_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nflags\t\t: fpu sse4_2 avx f16c\nflags\t\t: fpu\n")
     with pytest.raises(MissingToolError, match="lacks avx2, fma, which"):
-        xllamacpp.check(cpuinfo)
+        xllamacpp.check_processor(cpuinfo)
     cpuinfo.write_text("processor\t: 0\nflags\t\t: avx2 fma f16c\n")
-    xllamacpp.check(cpuinfo)
-    xllamacpp.check(tmp_path / "no such file")
+    xllamacpp.check_processor(cpuinfo)
+    xllamacpp.check_processor(tmp_path / "no such file")
 
 
 def test_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from forge import process
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve.container import CUDA_IMAGE, IMAGE
@@ -178,15 +178,15 @@ def test_what_a_manifest_cannot_say_is_refused(settings: ServerSettings) -> None
 def test_command_prints_it(settings: ServerSettings, capsys: pytest.CaptureFixture[str]) -> None:
     kubernetes = ["serve", str(settings.model), "--print", "kubernetes", "--replicas", "2"]
     # A pod listens to its cluster: as open as --host 0.0.0.0 is.
-    assert run(kubernetes) == 2
+    assert run_command(kubernetes) == 2
     capsys.readouterr()
-    assert run([*kubernetes, "--without-key"]) == 0
+    assert run_command([*kubernetes, "--without-key"]) == 0
     assert [one["kind"] for one in _documents(capsys.readouterr().out)] == [
         "ConfigMap",
         "Deployment",
         "Service",
     ]
-    assert run(["serve", str(settings.model), "--replicas", "2"]) == 2
-    assert run(["serve", str(settings.model), "--runtime", "ollama", "--print", "compose"]) == 2
+    assert run_command(["serve", str(settings.model), "--replicas", "2"]) == 2
+    assert run_command(["serve", str(settings.model), "--runtime", "ollama", "--print", "compose"]) == 2
     assert "--print writes how llama.cpp's server is started, not Ollama" in capsys.readouterr().err
-    assert run(["serve", str(settings.model), "--print", "compose", "--host", "0.0.0.0"]) == 2
+    assert run_command(["serve", str(settings.model), "--print", "compose", "--host", "0.0.0.0"]) == 2

@@ -25,7 +25,7 @@ from forge.runs.find import find_model
 from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
 from forge.serve.manifests import manifest
-from forge.serve.options import arguments
+from forge.serve.options import server_arguments
 from forge.serve.runtimes import runtime_for
 from forge.serve.slots import memory_bytes
 from forge.ship.serving import Wish, settings
@@ -139,8 +139,8 @@ def test_manifests_serve_it_with_its_adapter(run: Path) -> None:
 
 def test_switched_adapters_wait_for_a_request(run: Path) -> None:
     chosen = settings(Wish(str(run)))
-    assert "--lora-init-without-apply" not in arguments(chosen)
-    assert "--lora-init-without-apply" in arguments(replace(chosen, adapters={"a": Path("a.gguf")}))
+    assert "--lora-init-without-apply" not in server_arguments(chosen)
+    assert "--lora-init-without-apply" in server_arguments(replace(chosen, adapters={"a": Path("a.gguf")}))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import DataError, MissingToolError
 from forge.export.compiled import library_file
 from forge.tools import llama_cpp
@@ -32,7 +32,7 @@ def test_the_converters_are_unpacked_whole_and_nothing_else(
 ) -> None:
     """N1, N2: the scripts, their modules and the tree's own gguf-py; pitfall 60: one pinned commit."""
     monkeypatch.setenv("FORGE_HOME", str(tmp_path / "home"))
-    assert run(["setup", "--from", str(ARCHIVE), "--json"]) == 0
+    assert run_command(["setup", "--from", str(ARCHIVE), "--json"]) == 0
     directory = tmp_path / "home" / "tools" / f"llama.cpp-{llama_cpp.LLAMA_CPP_COMMIT}"
     kernels = library_file(directory.parent)
     told = {"ready": True, "converters": str(directory), "kernels": str(kernels)}
@@ -43,7 +43,7 @@ def test_the_converters_are_unpacked_whole_and_nothing_else(
     assert llama_cpp.find_converters(tmp_path / "home") == directory
     # The second time nothing is needed, and nothing changes.
     before = tree(directory)
-    assert run(["setup", "--from", str(tmp_path / "no archive"), "--json"]) == 0
+    assert run_command(["setup", "--from", str(tmp_path / "no archive"), "--json"]) == 0
     assert tree(directory) == before
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from forge import process
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.serve.client import Client, find
 from forge.store import runs
 from forge.store.artifacts import open_store
@@ -183,7 +183,7 @@ def copied_lock(shipped: tuple[Workshop, Answer], here: Workshop, **changes: Any
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert run(["ship", "recipe.yaml", "--locked", "--json", *arguments]) != 0
+    assert run_command(["ship", "recipe.yaml", "--locked", "--json", *arguments]) != 0
     error: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     return error
 
@@ -312,7 +312,7 @@ def test_a_smoke_query_that_holds(again: Workshop, shipped: tuple[Workshop, Answ
 def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str] | None]:
     """The plan: stage -> its reasons, None when it is cached."""
     capsys.readouterr()
-    assert run(["plan", "recipe.yaml", "--json", *arguments]) == 0
+    assert run_command(["plan", "recipe.yaml", "--json", *arguments]) == 0
     fields: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
     return {one["name"]: None if one["cached"] else one["reasons"] for one in fields["stages"]}
 
@@ -463,7 +463,7 @@ def test_two_ships_of_one_recipe_the_second_waits_and_says_for_whom(here: Worksh
     """The second says so, and goes on when the first is done."""
     log = here.directory / "errors.txt"
     with contextlib.ExitStack() as stack:
-        with runs.hold(open_store(), here.run):
+        with runs.hold_run(open_store(), here.run):
             second = stack.enter_context(here.start("ship", "recipe.yaml", "--json"))
             wait_for("the second to wait", lambda: "waiting for process" in log.read_text(), second)
             assert f"mini: waiting for process {os.getpid()} (run mini, since " in log.read_text()

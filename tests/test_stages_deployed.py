@@ -28,10 +28,10 @@ from forge.serve.client import Client
 from forge.serve.ollama import prove_kinds
 from forge.serve.talk import OfKind, Talk
 from forge.stages.deploy import DeployAction, DeployFacts
-from forge.stages.smoke import Heldout, Served, SmokeAction
+from forge.stages.smoke import SmokeAction
 from forge.store.artifacts import Artifact, Store
 from forge.tools.ollama import Ollama
-from forge.train.evaluate import Answered, Exact
+from forge.train.figures import Exact, Heldout, HeldoutAnswer, ServedAnswer
 from tests.conftest import copy_of_tiny
 from tests.fake_ollama import FakeOllama
 from tests.makers.tokenizer import CHATML
@@ -285,7 +285,7 @@ def test_an_ollama_that_does_not_answer_is_said_before_anything_runs(
 def test_the_smoke_queries_and_the_held_out_rows_are_asked_of_what_is_served(tmp_path: Path) -> None:
     ship = ship_of(tmp_path, "runtime: embedded")
     asked = [[{"role": "user", "content": text}] for text in ("say hi", "say no")]
-    rows = [Answered(tuple(messages), "SAY HI", "", "SAY HI") for messages in asked]
+    rows = [HeldoutAnswer(tuple(messages), "SAY HI", "", "SAY HI") for messages in asked]
     measured = evaluated(exact=Exact(2, 0, 1, tuple(rows)))
     with StandIn() as server, ExitStack() as stack:
         where = DeployFacts("embedded", server.endpoint.url, server.endpoint.model, 512, 1, None)
@@ -293,7 +293,8 @@ def test_the_smoke_queries_and_the_held_out_rows_are_asked_of_what_is_served(tmp
         results["evaluate"] = Result("evaluate", False, 0.0, to_plain(measured))
         facts = SmokeAction(ship).act(results, stack)
     answers = [
-        Served(**vars(row), served=row.messages[0]["content"].upper(), finish_reason="stop") for row in rows
+        ServedAnswer(**vars(row), served=row.messages[0]["content"].upper(), finish_reason="stop")
+        for row in rows
     ]
     assert facts.heldout == Heldout(2, exact=1, stopped=2, answers=tuple(answers))
     assert [(one.prompt, one.answer.strip(), one.ok) for one in facts.smoke] == [("Hello?", "HELLO?", True)]

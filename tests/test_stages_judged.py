@@ -18,11 +18,11 @@ from forge.stages.calibrate import CalibrateStage
 from forge.stages.deploy import DeployAction, DeployFacts
 from forge.stages.evaluate import EvaluateStage
 from forge.stages.export import ExportStage
-from forge.stages.smoke import Heldout, SmokeAction, SmokeFacts
+from forge.stages.smoke import SmokeAction, SmokeFacts
 from forge.stages.train import TrainStage
 from forge.stages.verify import VerifyStage
 from forge.store.artifacts import Artifact
-from forge.train.evaluate import Exact
+from forge.train.figures import Exact, Heldout
 from forge.train.log import LOG_FILE
 from forge.verify.calibration import MeasuredOn, Search, TypeRow
 from tests.models import evaluated

@@ -17,7 +17,7 @@ from forge.errors import DataError
 from forge.pipeline.stage import Result
 from forge.store.artifacts import Artifact, Build, Facts, Store, open_store
 from forge.store.digest import digest, tree_digest
-from forge.store.lock import hold
+from forge.store.lock import hold_lock
 from tests.test_pipeline_stages import listen
 
 REQUEST: dict[str, Json] = {"stage": "export", "params": {"quant": "q4_k_m"}}
@@ -273,7 +273,7 @@ def test_two_builders_of_one_key_build_once(store: Store) -> None:
 def test_who_holds_a_lock_is_said_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     said = listen(monkeypatch)
     store.prepare()
-    with hold(store.lock("export", KEY), what="export", run="yoda"):
+    with hold_lock(store.lock("export", KEY), what="export", run="yoda"):
         waiting = threading.Thread(target=lambda: made(store))
         waiting.start()
         while not said.lines:

@@ -12,7 +12,7 @@ import pytest
 from forge.store import collect, runs
 from forge.store.artifacts import Artifact, Facts, Store
 from forge.store.digest import digest
-from forge.store.lock import hold
+from forge.store.lock import hold_lock
 from forge.store.runs import publish
 from tests.test_pipeline_stages import listen
 
@@ -79,10 +79,10 @@ def test_the_second_ship_into_a_run_waits(
     order: list[str] = []
 
     def second() -> None:
-        with runs.hold(store, yoda):
+        with runs.hold_run(store, yoda):
             order.append("second")
 
-    with runs.hold(store, yoda):
+    with runs.hold_run(store, yoda):
         thread = threading.Thread(target=second)
         thread.start()
         while not said.lines:
@@ -188,7 +188,7 @@ def used(store: Store, tmp_path: Path) -> dict[str, Artifact]:
 
 def test_what_no_run_uses_is_shown_and_nothing_removed(store: Store, used: dict[str, Artifact]) -> None:
     before = sorted(store.root.rglob("*"))
-    garbage = collect.plan(store)
+    garbage = collect.find_garbage(store)
     train, export = used["train unused"], used["export unused"]
     assert found(garbage) == {("adapter", "train", train.key), ("artifact", "export", export.key)}
     sizes = {item.key: item.bytes for item in garbage.items}
@@ -214,14 +214,16 @@ def test_an_adapter_goes_only_when_told(store: Store, used: dict[str, Artifact])
 def test_a_removed_run_uses_nothing(store: Store, used: dict[str, Artifact], tmp_path: Path) -> None:
     (tmp_path / "runs" / "luke" / "manifest.json").unlink()
     (tmp_path / "runs" / "yoda").rename(tmp_path / "runs" / "moved")
-    assert {item.key for item in collect.plan(store).items} == {artifact.key for artifact in used.values()}
+    assert {item.key for item in collect.find_garbage(store).items} == {
+        artifact.key for artifact in used.values()
+    }
 
 
 def test_partial_directories_are_listed_apart(store: Store, used: dict[str, Artifact]) -> None:
     train = used["train recorded"]
     (store.partial("train", train.key) / "work").mkdir(parents=True)
     (store.partial("train", train.key) / "work" / "checkpoint").write_text("12345")
-    garbage = collect.plan(store)
+    garbage = collect.find_garbage(store)
     assert [(item.kind, item.bytes) for item in garbage.items if item.kind == "partial"] == [("partial", 5)]
     collect.collect(store, adapters=True)
     assert store.partial("train", train.key).exists()
@@ -232,8 +234,8 @@ def test_partial_directories_are_listed_apart(store: Store, used: dict[str, Arti
 def test_what_is_locked_is_not_touched(store: Store, used: dict[str, Artifact]) -> None:
     export = used["export unused"]
     store.partial("export", export.key).mkdir()
-    with hold(store.lock("export", export.key), what="export"):
-        assert "export" not in {item.stage for item in collect.plan(store).items}
+    with hold_lock(store.lock("export", export.key), what="export"):
+        assert "export" not in {item.stage for item in collect.find_garbage(store).items}
         assert found(collect.collect(store, partials=True)) == set()
     assert len(collect.collect(store, partials=True).items) == 2
 
@@ -242,8 +244,8 @@ def test_what_a_ship_took_up_since_the_plan_stays(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifact = made(store, "export", "a")
-    earlier = collect.plan(store)
-    monkeypatch.setattr(collect, "plan", lambda store: earlier)
+    earlier = collect.find_garbage(store)
+    monkeypatch.setattr(collect, "find_garbage", lambda store: earlier)
     runs.remember(store, run_directory(tmp_path, "yoda"), {"export": request("export", "a")})
     assert found(collect.collect(store)) == set()
     assert store.find("export", artifact.key) == artifact
@@ -252,13 +254,13 @@ def test_what_a_ship_took_up_since_the_plan_stays(
 def test_bytes_shared_with_a_run_by_a_hard_link_would_not_be_freed(store: Store, tmp_path: Path) -> None:
     artifact = made(store, "export", "a", size=5000)
     (tmp_path / "kept.gguf").hardlink_to(artifact.path / "output")
-    (item,) = collect.plan(store).items
+    (item,) = collect.find_garbage(store).items
     assert item.bytes == (artifact.path / "artifact.json").stat().st_size
 
 
 def test_an_unfinished_removal_is_finished_later(store: Store) -> None:
     artifact = made(store, "export", "a")
     artifact.path.rename(artifact.path.with_name(artifact.key + ".deleted"))
-    assert [item.kind for item in collect.plan(store).items] == ["partial"]
+    assert [item.kind for item in collect.find_garbage(store).items] == ["partial"]
     collect.collect(store, partials=True)
     assert list(store.directories()) == []

@@ -17,7 +17,7 @@ import pytest
 
 from forge import report
 from forge.cli import sweep as command
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.errors import CheckError, ForgeError, InterruptedByUserError, RecipeError, StageError
 from forge.recipe.load import Loaded
 from forge.recipe.sweep import Sweep, load_sweep, shipped_sweeps
@@ -199,7 +199,7 @@ def test_a_person_at_a_terminal_is_asked(
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: is_terminal)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    assert run(["sweep", "s.yaml", *arguments]) == (0 if begun else 2)
+    assert run_command(["sweep", "s.yaml", *arguments]) == (0 if begun else 2)
     said = capsys.readouterr().err
     assert len(shipped) == begun
     asked = is_terminal and not arguments
@@ -225,7 +225,7 @@ def test_a_sweep_that_comes_with_forge_loads_and_plans(name: str, forge_home: Pa
 def test_a_plan_shows_every_run_and_writes_nothing(
     capsys: pytest.CaptureFixture[str], forge_home: Path
 ) -> None:
-    assert run(["sweep", "rank", "--recipe", "recipe.yaml", "--plan", "--json"]) == 0
+    assert run_command(["sweep", "rank", "--recipe", "recipe.yaml", "--plan", "--json"]) == 0
     shown = capsys.readouterr()
     fields = json.loads(shown.out.splitlines()[-1])
     assert [one["name"] for one in fields["runs"]][:2] == ["rank-r4-alpha8", "rank-r8-alpha16"]
@@ -261,7 +261,7 @@ def swept(
             ship(recipe)
 
         monkeypatch.setattr("forge.commands.sweep.ship", shipped)
-        assert run(["sweep", "s.yaml", *arguments, "--json"]) == code
+        assert run_command(["sweep", "s.yaml", *arguments, "--json"]) == code
         report.close()
         shown = capsys.readouterr()
         return json.loads(shown.out.splitlines()[-1]), shown.err, begun

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from forge.chat import go_interpreter
-from forge.chat.format import Choice, NotInferredError, infer
-from forge.chat.format_check import NOT_CLAIMED, check, compile_template, limit_names
+from forge.chat.format import FeatureChoice, NotInferredError, infer
+from forge.chat.format_check import NOT_CLAIMED, check_format, compile_template, limit_names
 from forge.chat.go_expression import GoTemplateError
 from forge.chat.go_template import quoted, to_go
 from forge.chat.hand_over import hand_over, write_modelfiles
 from forge.chat.renderer import TemplateLimitError
 from forge.chat.template import ChatTemplate, Message
-from forge.cli.main import run
+from forge.cli.main import run_command
 from tests.makers.tokenizer import CHATML
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -70,7 +70,7 @@ def test_systems_folded_into_a_user_message(add_bos: bool) -> None:
         text = template.render(messages, add_generation_prompt=True)
         assert text.startswith("<s>") and found.claims(tuple(messages))
         expected = text.removeprefix("<s>") if add_bos else text
-        assert go_interpreter.parse(found.go).render(messages) == expected
+        assert go_interpreter.parse_go(found.go).render(messages) == expected
 
 
 def test_a_default_system_prompt_is_kept_and_told() -> None:
@@ -140,12 +140,12 @@ def test_the_day_and_the_variables_are_told(tmp_path: Path, capsys: pytest.Captu
     path.write_text(
         "{{ strftime_now('%d %b %Y') }}{% if enable_thinking %}{% endif %}" + CHATML, encoding="utf-8"
     )
-    assert run(["template", str(path)]) == 0
+    assert run_command(["template", str(path)]) == 0
     shown = capsys.readouterr()
     said = shown.out + shown.err
     assert "it writes a date: the text has 2024-07-26 for good" in said
     assert "it reads enable_thinking: the text has them undefined" in said
-    assert run(["template", str(path), "--json"]) == 0
+    assert run_command(["template", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["day"], told["variables_read"]) == ("2024-07-26", ["enable_thinking"])
 
@@ -204,17 +204,17 @@ def test_seeded_faults_are_caught(fault: str) -> None:
     template = ChatTemplate(source, TOKENS)
     chat, add_bos = infer(template), source == DEFAULT
     go = to_go(chat, add_bos=add_bos)
-    assert check(template, chat, go, add_bos=add_bos).go == go
+    assert check_format(template, chat, go, add_bos=add_bos).go == go
     assert go.replace(old, new) != go
-    assert check(template, chat, go.replace(old, new), add_bos=add_bos).status == "refused"
+    assert check_format(template, chat, go.replace(old, new), add_bos=add_bos).status == "refused"
 
 
 def test_a_wrong_format_is_caught() -> None:
     """The system text put into another place than the template's."""
     template = ChatTemplate(DEFAULT, TOKENS)
     chat = infer(template)
-    moved = replace(chat, system="held", prefix={**chat.prefix, "user": Choice("<|user|>\n\x00")})
-    assert check(template, chat, to_go(moved, add_bos=True), add_bos=True).status == "refused"
+    moved = replace(chat, system="held", prefix={**chat.prefix, "user": FeatureChoice("<|user|>\n\x00")})
+    assert check_format(template, chat, to_go(moved, add_bos=True), add_bos=True).status == "refused"
     with pytest.raises(NotInferredError, match="refuses even"):
         infer(ChatTemplate("{{ raise_exception('x') }}"))
 
@@ -231,14 +231,14 @@ def test_a_wrong_format_is_caught() -> None:
 )  # fmt: skip
 def test_the_interpreter_takes_nothing_else(text: str) -> None:
     with pytest.raises(GoTemplateError):
-        go_interpreter.parse(text).render([{"role": "user", "content": "x"}])
+        go_interpreter.parse_go(text).render([{"role": "user", "content": "x"}])
 
 
 def test_literals_survive_a_modelfile() -> None:
     text = 'a "b" \\ {{ x }} """\n\t\r\u00a0\u200b\u2028漢🙂\U000e0001'
     assert quoted(text).isprintable()
     assert '"""' not in quoted(text)
-    assert go_interpreter.parse("{{ " + quoted(text) + " }}").render([]) == text
+    assert go_interpreter.parse_go("{{ " + quoted(text) + " }}").render([]) == text
 
 
 def test_modelfiles_carry_it(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_modelfiles_carry_it(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "chat.jinja"
     path.write_text(CHATML, encoding="utf-8")
-    assert run(["template", str(path), "--json"]) == 0
+    assert run_command(["template", str(path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told.pop("conversations_checked") > 250
     assert told == {
@@ -263,6 +263,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "default_system": None, "day": None, "variables_read": [], "not_claimed": list(NOT_CLAIMED),
     }  # fmt: skip
     path.write_text(DEFAULT, encoding="utf-8")
-    assert run(["template", str(path)]) == 2
+    assert run_command(["template", str(path)]) == 2
     assert "give them: --bos" in capsys.readouterr().err
-    assert run(["template", str(path), "--bos", "<s>"]) == 0
+    assert run_command(["template", str(path), "--bos", "<s>"]) == 0

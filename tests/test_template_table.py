@@ -59,7 +59,7 @@ def wrong(template: ChatTemplate, texts: Sequence[str], conversations: Sequence[
 
 def ours(found: CompiledTemplate, conversations: Sequence[Conversation]) -> list[str]:
     assert found.go is not None
-    parsed = go_interpreter.parse(found.go)
+    parsed = go_interpreter.parse_go(found.go)
     return [parsed.render(one) for one in conversations]
 
 

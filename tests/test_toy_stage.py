@@ -18,7 +18,7 @@ from forge.errors import MissingToolError
 from forge.pipeline.stage import Result, Step
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import ShipStage
-from forge.runs.publish import place
+from forge.runs.publish import publish_output
 from forge.ship.drive import plan, ship
 from forge.stages import stages_for
 from forge.stages.data import DATA_STAGE
@@ -51,7 +51,7 @@ class WordsStage(ShipStage):
         return worker.perform(count_words, request, log=self.ship.log)
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
-        place(artifact, "words.txt", run / "words.txt", published)
+        publish_output(artifact, "words.txt", run / "words.txt", published)
 
     def summary(self, result: Result, run: Path) -> Mapping[str, object]:
         return {"words": str(run / "words.txt")}

@@ -10,7 +10,8 @@ import pytest
 
 from forge.data.prepare import HELDOUT_FILE
 from forge.model.safetensors_header import read_header
-from forge.train.evaluate import Change, evaluate
+from forge.train.evaluate import evaluate
+from forge.train.figures import Change
 from tests.models import PEFT_WARNS, change_tensors, evaluation, load, make_adapter, make_model
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(1500)]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from forge.adapter.read import read_adapter
-from forge.adapter.status import ValidateRequest, validate
+from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.errors import DataError, StageError
 from forge.recipe.training import Lora
 from forge.train.evaluate import evaluate
@@ -76,7 +76,7 @@ def test_a_way_of_training(way: str, base: Path, data: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     facts = trained(base, data, out, **WAYS[way])
     assert facts.steps == 6
-    assert validate(ValidateRequest(base, out)).ok
+    assert validate_adapter(ValidateRequest(base, out)).ok
     measured = evaluate(evaluation(base, out, data))
     assert measured.loss.after < measured.loss.before
     row = (5, 9, 200, 31, 7, 80)
@@ -143,7 +143,7 @@ def test_a_single_step_trains(base: Path, data: Path, tmp_path: Path) -> None:
     """Dry runs with max_steps: 1 (trl, axolotl docs): the step was warm-up with rate 0, then "not sound"."""
     out = tmp_path / "out"
     trained(base, data, out, max_steps=1)
-    assert validate(ValidateRequest(base, out)).ok
+    assert validate_adapter(ValidateRequest(base, out)).ok
     [line] = [json.loads(line) for line in (out / "logs" / "training.jsonl").read_text().splitlines()]
     assert line["learning_rate"] > 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forge.adapter.status import ValidateRequest, validate
+from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.chat.template import ChatTemplate
 from forge.data.layout import Shape
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
@@ -110,7 +110,7 @@ def test_the_chosen_answers_are_preferred(method: str, base: Path, data: Path, t
         method=method, learning_rate=1e-3,
     )  # fmt: skip
     facts = train(given)
-    assert validate(ValidateRequest(base, out)).ok
+    assert validate_adapter(ValidateRequest(base, out)).ok
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["logs", "work"]  # no copy
     first, last = facts.evaluations
     assert last.loss < first.loss < 0.6932 and last.accuracy == 1.0

@@ -16,7 +16,7 @@ import pytest
 
 from forge import worker
 from forge.adapter import vocabulary
-from forge.adapter.status import ValidateRequest, validate
+from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.adapter.vocabulary import saved_whole
 from forge.errors import DataError
 from forge.export.run import GGUF_FILE, MERGED_DIRECTORY
@@ -125,7 +125,7 @@ def check(base: Path, adapter: Path, out: Path, *, rows: int | None = None, owns
 def test_trained_apart_is_written_apart(case: str, tied: Path, tmp_path: Path) -> None:
     """Pitfall 23, silent wrong 6, D7."""
     adapter = make_adapter(tied, tmp_path / "adapter", **APART[case])
-    told = validate(ValidateRequest(tied, adapter))
+    told = validate_adapter(ValidateRequest(tied, adapter))
     assert (told.ok, told.untied, told.exports) == (True, True, ("merged",))
     assert "it trained embedding and output layer apart, which the base ties" in told.impurities
     check(tied, adapter, tmp_path / "out")
@@ -137,7 +137,7 @@ def test_trained_apart_is_written_apart(case: str, tied: Path, tmp_path: Path) -
 @pytest.mark.parametrize("case", TIED)
 def test_trained_as_one_is_written_as_one(case: str, tied: Path, tmp_path: Path) -> None:
     adapter = make_adapter(tied, tmp_path / "adapter", **TIED[case])
-    assert validate(ValidateRequest(tied, adapter)).untied is False
+    assert validate_adapter(ValidateRequest(tied, adapter)).untied is False
     check(tied, adapter, tmp_path / "out")
     assert "output.weight" not in read_gguf(tmp_path / "out" / GGUF_FILE).tensors
 
@@ -152,7 +152,7 @@ def test_forge_trains_the_two_as_one(named: tuple[str, ...], method: str, tied: 
     lora = {"r": 8, "alpha": 16, "modules_to_save": named}
     request = arguments(tied, data, out, method=method, lora=lora, max_steps=8)
     worker.perform(train, request, log=tmp_path / "log.txt")
-    told = validate(ValidateRequest(tied, out))
+    told = validate_adapter(ValidateRequest(tied, out))
     assert (told.untied, told.exports) == (False, ("merged",))
     check(tied, out, tmp_path / "exported")
     curve = (out / "logs" / "training.jsonl").read_text(encoding="utf-8").splitlines()
@@ -190,7 +190,7 @@ def test_factors_that_are_kept_tied(named: str, tied: Path, tmp_path: Path) -> N
     adapter = make_adapter(
         tied, tmp_path / "adapter", target_modules=[named, "q_proj"], ensure_weight_tying=True
     )
-    assert validate(ValidateRequest(tied, adapter)).ok
+    assert validate_adapter(ValidateRequest(tied, adapter)).ok
     check(tied, adapter, tmp_path / "out")
 
 
@@ -203,7 +203,7 @@ def test_a_tied_base_that_stores_both(options: dict[str, Any], stored_twice: Pat
 def test_both_resized_and_trained_apart(tied: Path, tmp_path: Path) -> None:
     """What trl's users do who add tokens: modules_to_save of both, on a small base."""
     adapter = make_resized(tied, tmp_path / "adapter", modules_to_save=[EMBEDDING, HEAD], multiple=128)
-    told = validate(ValidateRequest(tied, adapter))
+    told = validate_adapter(ValidateRequest(tied, adapter))
     assert told.untied and told.vocabulary_rows
     check(tied, adapter, tmp_path / "out", rows=told.vocabulary_rows, owns=True)
 
@@ -212,7 +212,7 @@ def test_factors_of_an_embedding_that_is_saved_without_its_weight(tmp_path: Path
     """peft saves the weight beside the factors of embed_tokens, and of no other name."""
     base = make_model(tmp_path / "base", "gpt2", "home-made", intermediate_size=1024)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=["wte", "c_attn"], fan_in_fan_out=True)
-    assert validate(ValidateRequest(base, adapter)).ok
+    assert validate_adapter(ValidateRequest(base, adapter)).ok
     check(base, adapter, tmp_path / "out")
 
 
@@ -250,7 +250,7 @@ def differing(stored_twice: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_a_head_that_differs_is_not_tied(options: dict[str, Any], differing: Path, tmp_path: Path) -> None:
     """transformers ties no two tensors that differ; peft ties rows of tokens by the configuration."""
     adapter = make_adapter(differing, tmp_path / "adapter", **options)
-    told = validate(ValidateRequest(differing, adapter))
+    told = validate_adapter(ValidateRequest(differing, adapter))
     pure = options == {"target_modules": ["q_proj"]}
     assert (told.untied, told.exports) == (False, ("merged", "adapter") if pure else ("merged",))
     check(differing, adapter, tmp_path / "out")

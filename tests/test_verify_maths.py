@@ -139,7 +139,7 @@ def test_the_sample_is_bounded_and_the_same_again() -> None:
     assert {len(row) for row in drawn.rows} == {LONGEST}
     assert len(drawn.rows) * LONGEST <= 4096
     assert len(drawn.positions) * 150_000 <= 2**26
-    assert drawn.given == 200
+    assert drawn.offered == 200
     assert len(drawn.follows) == len(drawn.answers) == len(drawn.positions)
     assert not any(drawn.answers)  # all of them lie behind where the rows were cut
     with pytest.raises(DataError, match="no row of two tokens"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forge.chat.hand_over import hand_over_of
-from forge.cli.main import run
+from forge.cli.main import run_command
 from forge.model.base import BUILTIN
 from forge.serve.ollama import import_model
 from forge.tools.ollama import Ollama
@@ -43,7 +43,9 @@ def verified(
 ) -> dict[str, Any]:
     """The JSON of the command on the model `yoda`; what was said is under `said`."""
     capsys.readouterr()
-    found = run(["verify", "--ollama", "yoda", "--host", fake.url, "--base", "builtin:tiny", *more, "--json"])
+    found = run_command(
+        ["verify", "--ollama", "yoda", "--host", fake.url, "--base", "builtin:tiny", *more, "--json"]
+    )
     printed = capsys.readouterr()
     assert found == code, printed.err
     fields: dict[str, Any] = json.loads(printed.out.splitlines()[-1])
@@ -146,5 +148,7 @@ def test_bad_input(fake_ollama: FakeOllama, capsys: pytest.CaptureFixture[str]) 
     assert "has no model yoda" in verified(fake_ollama, capsys, code=2)["error"]["message"]
     for more in (("--gguf", "a.gguf"), ("--max-kl", "nan")):
         assert verified(fake_ollama, capsys, *more, code=2)["error"]["hint"]
-    assert run(["verify", "--base", "builtin:tiny", "--gguf", "a.gguf", "--host", fake_ollama.url]) == 2
+    assert (
+        run_command(["verify", "--base", "builtin:tiny", "--gguf", "a.gguf", "--host", fake_ollama.url]) == 2
+    )
     assert "--host" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 
 from forge.errors import DataError
 from forge.export.request import ExportRequest
-from forge.export.run import GGUF_FILE, export
+from forge.export.run import GGUF_FILE, export_gguf
 from forge.model.safetensors_header import read_header
 from forge.train.arithmetic import Arithmetic
 from forge.train.hardware import choose_hardware
@@ -18,7 +18,7 @@ from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.verify.loader import Weights
 from forge.verify.measurement import Gates
 from forge.verify.reference import logits, with_greedy
-from forge.verify.rounding import Rounding
+from forge.verify.rounding import RoundedTypes
 from forge.verify.sample import Sample
 from forge.verify.verdict import judge
 from tests.exporting import ingredients
@@ -110,7 +110,7 @@ def test_rounded_is_the_merged_model_rounded(tmp_path: Path) -> None:
     for parameter in merged.parameters():
         if parameter.dim() > 1:
             parameter.data = parameter.data.bfloat16().float()
-    rounding, lost = Rounding({}, lambda name: None, "BF16"), dict[str, float]()
+    rounding, lost = RoundedTypes({}, lambda name: None, "BF16"), dict[str, float]()
     found = logits(Weights(base, adapter, rounding=rounding), SAMPLE, "rounded", lost)
     np.testing.assert_allclose(found, _whole(merged), atol=2e-3)
     assert np.abs(found - tuned).max() > 1e-2
@@ -193,7 +193,7 @@ def test_a_float32_file_of_gelu(tmp_path: Path) -> None:
     end = {"end_of_turn_id": format_of(specimen.base).end_of_turn_id}
     model = ingredients({}, **{**source_of(specimen), **end})
     (tmp_path / "out").mkdir()
-    export(ExportRequest(model, tmp_path / "out", name="yoda", quant="f32"))
+    export_gguf(ExportRequest(model, tmp_path / "out", name="yoda", quant="f32"))
     measured = specimen.measure(tmp_path / "out" / GGUF_FILE)
     assert judge(measured, Gates()).ok
     leg, own = measured.legs.conversion, measured.legs.arithmetic

@@ -13,7 +13,7 @@ from forge.verify import yardstick
 from forge.verify.kept import holds_any, kept_of
 from forge.verify.loader import changes_nothing
 from forge.verify.measurement import Greedy, VerifyRequest
-from forge.verify.rounding import Rounding, rounding_of
+from forge.verify.rounding import RoundedTypes, rounding_of
 from tests.models import PEFT_WARNS, change_tensors
 from tests.specimens import Specimen, make_specimen, rewrite
 from tests.vocabularies import converters
@@ -65,9 +65,9 @@ def test_a_base_that_its_type_holds_is_not_rounded(plain: Specimen, tmp_path: Pa
 
     import torch
 
-    upstream.load(converters())
+    upstream.load_converters(converters())
     rounding = rounding_of(plain.scratch / "f16" / "model.gguf", 2)
-    assert not rounding.is_exact and Rounding({"norm": "F32"}, lambda name: name, "F32").is_exact
+    assert not rounding.is_exact and RoundedTypes({"norm": "F32"}, lambda name: name, "F32").is_exact
     base = tmp_path / "base"
     shutil.copytree(plain.base, base)
     checkpoint = open_checkpoint(base)

@@ -59,7 +59,7 @@ class Validated:
     problems: tuple[str, ...] = ()
 
 
-def validate(request: ValidateRequest) -> Validated:
+def validate_adapter(request: ValidateRequest) -> Validated:
     """Look for what is wrong with an adapter.
 
     Raises `CheckError` with every problem: irregular, inactive, not finite, zero, or not matching

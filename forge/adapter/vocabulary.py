@@ -171,7 +171,8 @@ def _without_copies(adapter: Adapter) -> Adapter:
         adapter,
         replaced=_without_copy(adapter.replaced, _is_copy),
         rows=_without_copy(
-            adapter.rows, lambda one, two: one.tokens == two.tokens and _is_copy(one.values, two.values)
+            adapter.rows,
+            lambda first, second: first.tokens == second.tokens and _is_copy(first.values, second.values),
         ),
     )
 

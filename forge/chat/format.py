@@ -38,13 +38,13 @@ class NotInferredError(DataError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class FeatureChoice:
     """A text that may depend on features: a leaf has `text`, a node asks `feature`."""
 
     text: str = ""
     feature: str = ""
-    yes: Choice | None = None
-    no: Choice | None = None
+    yes: FeatureChoice | None = None
+    no: FeatureChoice | None = None
 
     @property
     def size(self) -> int:
@@ -68,9 +68,9 @@ class ChatFormat:
     """
 
     lead: str
-    prefix: Mapping[str, Choice]
+    prefix: Mapping[str, FeatureChoice]
     suffix: Mapping[str, str]
-    generation: Choice
+    generation: FeatureChoice
     system: SystemPolicy
     refusal: str = ""
     default_system: str | None = None
@@ -213,7 +213,7 @@ def _common_start(texts: Sequence[str]) -> str:
     return os.path.commonprefix(texts)  # noqa: RUF071 - by characters is what is wanted
 
 
-def _choice(gaps: Sequence[_Gap], role: str, suffix: Mapping[str, str]) -> Choice:
+def _choice(gaps: Sequence[_Gap], role: str, suffix: Mapping[str, str]) -> FeatureChoice:
     """The smallest decision over the features that gives every observed prefix of `role`."""
     observed: dict[frozenset[str], str] = {}
     for gap in gaps:
@@ -228,16 +228,16 @@ def _choice(gaps: Sequence[_Gap], role: str, suffix: Mapping[str, str]) -> Choic
     return min(trees, key=lambda tree: tree.size)
 
 
-def _decision(observed: Mapping[frozenset[str], str], order: Sequence[str]) -> Choice:
+def _decision(observed: Mapping[frozenset[str], str], order: Sequence[str]) -> FeatureChoice:
     texts = list(observed.values())
     if len(set(texts)) <= 1:
-        return Choice(texts[0] if texts else "")
+        return FeatureChoice(texts[0] if texts else "")
     feature, *others = order
     yes = {key: text for key, text in observed.items() if feature in key}
     no = {key: text for key, text in observed.items() if feature not in key}
     if not (yes and no):
         return _decision(observed, others)
-    tree = Choice("", feature, _decision(yes, others), _decision(no, others))
+    tree = FeatureChoice("", feature, _decision(yes, others), _decision(no, others))
     return tree.yes if tree.yes and tree.yes == tree.no else tree
 
 
@@ -252,7 +252,7 @@ def _default_system(gaps: Sequence[_Gap]) -> str | None:
     return None
 
 
-def _stops(template: ChatTemplate, end: str, user: Choice) -> tuple[str, ...]:
+def _stops(template: ChatTemplate, end: str, user: FeatureChoice) -> tuple[str, ...]:
     """The token that closes the assistant's turn (else the one that opens the user's), and EOS."""
     eos = template.special_tokens.get("eos_token", "")
     following = end + next((text for text in user.texts()[::-1] if text), "")

@@ -69,12 +69,12 @@ def compile_template(template: ChatTemplate, *, add_bos: bool) -> CompiledTempla
     """Infer, write and check; raises `TemplateLimitError` for a template that runs into a limit."""
     try:
         chat = infer(template)
-        return check(template, chat, to_go(chat, add_bos=add_bos), add_bos=add_bos)
+        return check_format(template, chat, to_go(chat, add_bos=add_bos), add_bos=add_bos)
     except NotInferredError as error:
         return CompiledTemplate("refused", reason=error.message)
 
 
-def check(
+def check_format(
     template: ChatTemplate,
     chat: ChatFormat,
     go: str,
@@ -90,7 +90,7 @@ def check(
         return CompiledTemplate("refused", reason=reason, chat=chat)
     literals, counts = probe.literals(template), probe.counts(template)
     takes_system = chat.system != "refused"
-    comparison = _Comparison(template, render or go_interpreter.parse(go).render, add_bos)
+    comparison = _Comparison(template, render or go_interpreter.parse_go(go).render, add_bos)
     limits = [] if takes_system else [Limit(NO_SYSTEM, _has_system)]
     checked = 0
     for conversation in probe.conversations(literals, has_system=takes_system, counts=counts):

@@ -52,7 +52,7 @@ class GoTemplate:
         return "".join(written)
 
 
-def parse(source: str, *, cut_after: str = "") -> GoTemplate:
+def parse_go(source: str, *, cut_after: str = "") -> GoTemplate:
     """Parse Go template text; raises `GoTemplateError` outside the language above.
 
     With `cut_after`, a field, all that stands behind the first action which writes it is left out.

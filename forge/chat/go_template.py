@@ -10,7 +10,7 @@ Not covered: tools, thinking: messages of other roles are left out.
 
 from __future__ import annotations
 
-from forge.chat.format import HELD, ChatFormat, Choice
+from forge.chat.format import HELD, ChatFormat, FeatureChoice
 
 # A message's features by its place: user messages stand at 0 or 1, 2 or 3, ... (a system message
 # shifts them by one), answers at 1 or 2, 3 or 4, ...; the last message is the user's.
@@ -56,7 +56,7 @@ def _opening(chat: ChatFormat, asks_for_system: bool) -> list[str]:
     return [declared, '{{- range .Messages }}{{ if eq .Role "system" }}' + noting + "{{ end }}{{ end }}"]
 
 
-def _choice(choice: Choice, role: str) -> str:
+def _choice(choice: FeatureChoice, role: str) -> str:
     if choice.yes is None or choice.no is None:
         return _text(choice.text)
     ending = min(choice.texts(), key=len)
@@ -70,10 +70,10 @@ def _choice(choice: Choice, role: str) -> str:
     return f"{{{{ if {asked} }}}}{yes}" + (f"{{{{ else }}}}{no}" if no else "") + "{{ end }}"
 
 
-def _without(choice: Choice, ending: str) -> Choice:
+def _without(choice: FeatureChoice, ending: str) -> FeatureChoice:
     if choice.yes is None or choice.no is None:
-        return Choice(choice.text.removesuffix(ending))
-    return Choice("", choice.feature, _without(choice.yes, ending), _without(choice.no, ending))
+        return FeatureChoice(choice.text.removesuffix(ending))
+    return FeatureChoice("", choice.feature, _without(choice.yes, ending), _without(choice.no, ending))
 
 
 def _text(text: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from forge import report
 from forge.chat.format_check import NOT_CLAIMED, CompiledTemplate, compile_template, limit_names
 from forge.chat.format_source import read_source
-from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, parse, render
+from forge.chat.modelfile import Modelfile, ModelfileError, Parameter, modelfile_text, parse_modelfile
 from forge.chat.template import ChatTemplate
 from forge.errors import CheckError, DataError, Problem
 from forge.model.config import read_configuration, read_json
@@ -290,7 +290,7 @@ def without_unwritable(handed: HandOver) -> tuple[HandOver, LeftOut]:
 
 def _is_writable(**fields: Any) -> bool:
     try:
-        render(Modelfile("x", **fields))
+        modelfile_text(Modelfile("x", **fields))
     except ModelfileError:
         return False
     return True
@@ -319,16 +319,16 @@ def write_modelfiles(
     if left:
         report.warning(f"Modelfile: {left}")
     beside = f"./{adapter}" if adapter else None
-    jinja = remark + render(written.modelfile("jinja", f"./{file}", adapter=beside))
+    jinja = remark + modelfile_text(written.modelfile("jinja", f"./{file}", adapter=beside))
     (out / MODELFILE_JINJA).write_text(jinja, encoding="utf-8")
     if handed.compiled.go is None:
         reason = f"no Go TEMPLATE says what the chat template does: {handed.compiled.reason}"
         return WrittenModelfiles(**facts, left_out=left, modelfile=None, reason=reason)
-    go = remark + render(written.modelfile("go", f"./{file}", adapter=beside))
+    go = remark + modelfile_text(written.modelfile("go", f"./{file}", adapter=beside))
     (out / MODELFILE).write_text(go, encoding="utf-8")
     return WrittenModelfiles(**facts, left_out=left, modelfile=MODELFILE, reason=None)
 
 
 def read_modelfile(path: Path, left_out: LeftOut | None = None) -> Modelfile:
     """A Modelfile that `write_modelfiles` wrote, with what its facts say was `left_out` put back."""
-    return (left_out or LeftOut()).put_back(parse(path.read_text(encoding="utf-8")))
+    return (left_out or LeftOut()).put_back(parse_modelfile(path.read_text(encoding="utf-8")))

@@ -67,7 +67,7 @@ class Modelfile:
         return stop if isinstance(stop, tuple) else ()
 
 
-def parse(text: str) -> Modelfile:
+def parse_modelfile(text: str) -> Modelfile:
     """Read a Modelfile; raises `ModelfileError` with the line where it cannot be read."""
     fields: dict[str, str] = {}
     parameters: dict[str, Parameter] = {}
@@ -198,7 +198,7 @@ def _typed(name: str, value: str, line: int) -> Parameter:
         ) from None
 
 
-def render(modelfile: Modelfile) -> str:
+def modelfile_text(modelfile: Modelfile) -> str:
     """The file's text, which `parse` reads as the same; raises `ModelfileError` for what it cannot hold."""
     lines = []
     if modelfile.requires is not None:
@@ -215,7 +215,7 @@ def render(modelfile: Modelfile) -> str:
     lines += [f"MESSAGE {role} {_written('MESSAGE', text)}" for role, text in modelfile.messages]
     lines += [f"LICENSE {_written('LICENSE', text)}" for text in modelfile.licences]
     text = "\n".join(lines) + "\n"
-    if parse(text) != modelfile:
+    if parse_modelfile(text) != modelfile:
         raise ModelfileError("this cannot be written as a Modelfile that reads back the same", hint=_HINT)
     return text
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from forge.chat import go_interpreter
 from forge.chat.format import infer
-from forge.chat.format_check import CompiledTemplate, check
+from forge.chat.format_check import CompiledTemplate, check_format
 from forge.chat.hand_over import HandOver
 from forge.chat.modelfile import Modelfile
 from forge.chat.probe import Conversation
@@ -54,7 +54,9 @@ def check_modelfile(modelfile: Modelfile, handed: HandOver) -> Checked:
     if modelfile.template is not None:
         render = as_ollama(modelfile)
         chat = infer(handed.template)
-        prompts = check(handed.template, chat, modelfile.template, add_bos=handed.add_bos, render=render)
+        prompts = check_format(
+            handed.template, chat, modelfile.template, add_bos=handed.add_bos, render=render
+        )
         if prompts.reason:
             problems.append(Problem(prompts.reason, "TEMPLATE"))
         if handed.add_bos and handed.bos and modelfile.template.lstrip().startswith(handed.bos):
@@ -81,7 +83,7 @@ def as_ollama(modelfile: Modelfile) -> Callable[[Conversation], str]:
 
 
 def _by_messages(source: str) -> Callable[[list[dict[str, str]]], str]:
-    template = go_interpreter.parse(source)
+    template = go_interpreter.parse_go(source)
 
     def render(messages: list[dict[str, str]]) -> str:
         listed = tuple({"Role": turn["role"], "Content": turn["content"], **_NO_MORE} for turn in messages)
@@ -94,8 +96,8 @@ def _by_messages(source: str) -> Callable[[list[dict[str, str]]], str]:
 def _by_turns(source: str) -> Callable[[list[dict[str, str]]], str]:
     """Templates of old: one run for each turn."""
     source = source if ".Response" in source else source + "{{ .Response }}"
-    whole = go_interpreter.parse(source)
-    last = go_interpreter.parse(source, cut_after=".Response")
+    whole = go_interpreter.parse_go(source)
+    last = go_interpreter.parse_go(source, cut_after=".Response")
 
     def render(messages: list[dict[str, str]]) -> str:
         written, turn = [], dict.fromkeys(_TURN.values(), "")

@@ -72,7 +72,7 @@ def to_line(value: RenderRequest | Rendered) -> str:
     return json.dumps(value, default=lambda part: vars(part) if is_dataclass(part) else str(part)) + "\n"
 
 
-def request_of(line: str) -> RenderRequest:
+def read_request(line: str) -> RenderRequest:
     """The request that `to_line` wrote."""
     fields = json.loads(line)
     return RenderRequest(**{**fields, "prompts": [Prompts(**prompts) for prompts in fields["prompts"]]})
@@ -95,7 +95,7 @@ def main() -> None:
     templates: dict[int, jinja2.Template] = {}
     for line in sys.stdin:
         try:
-            answer = _answer(request_of(line), templates, longest, len(line))
+            answer = _answer(read_request(line), templates, longest, len(line))
         except MemoryError:
             answer = Rendered(limit=f"takes more than {most >> 20} MiB of memory")
         sys.stdout.write(to_line(answer))

@@ -27,22 +27,22 @@ _MOST_TRIED = 20 * CONVERSATIONS
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedPrompts:
     """How many conversations gave the same prompts, through which templates."""
 
     conversations: int
     through: tuple[str, ...]
 
 
-def compare_prompts(handed: HandOver, gguf_template: str, modelfile: Modelfile | None) -> Compared:
+def compare_prompts(handed: HandOver, gguf_template: str, modelfile: Modelfile | None) -> ComparedPrompts:
     """Raise `CheckError` with the first difference and the place that writes it.
 
     Where there is a Go TEMPLATE the conversations are those that it claims.
     """
-    go = go_interpreter.parse(modelfile.template) if modelfile and modelfile.template else None
+    go = go_interpreter.parse_go(modelfile.template) if modelfile and modelfile.template else None
     conversations = _compare(handed, as_served(gguf_template, handed.template), go)
     places = ("the training tokenizer", "the GGUF's Jinja", *(("the Modelfile's TEMPLATE",) if go else ()))
-    return Compared(conversations, places)
+    return ComparedPrompts(conversations, places)
 
 
 def _compare(handed: HandOver, served: ChatTemplate, go: go_interpreter.GoTemplate | None) -> int:

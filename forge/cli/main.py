@@ -89,12 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The process's entry point; exits with the contract's code."""
     code = InterruptedByUserError.code
     with contextlib.suppress(KeyboardInterrupt):  # another one, while the first was being shown
-        code = run(list(sys.argv[1:] if arguments is None else arguments))
+        code = run_command(list(sys.argv[1:] if arguments is None else arguments))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is said and closed
     sys.exit(code)
 
 
-def run(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; the CLI's edge, where every error is shown."""
     # The hub is asked for what the user names and for nothing else; workers inherit it.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -133,9 +133,9 @@ def _diagnose(failure: ForgeError) -> None:
     """Add what is known of a library's message to the hint of a stage that failed, or of a bug."""
     if failure.code not in (ForgeError.code, StageError.code):
         return
-    from forge.diagnosis import explain
+    from forge.diagnosis import known_cause
 
     for text in (failure.message, *(problem.message for problem in failure.problems)):
-        if known := explain(text):
+        if known := known_cause(text):
             failure.hint = f"{known.cause}: {known.remedy}" + (f" ({failure.hint})" if failure.hint else "")
             return

@@ -60,8 +60,7 @@ def command(
 ) -> None:
     """Serve TARGET, a run or a GGUF file, as an OpenAI-compatible endpoint until Ctrl-C."""
     from forge.commands.serve import serve, show_manifest
-    from forge.ship.serving import Wish
-    from forge.ship.serving import detach as leave_running
+    from forge.ship.serving import Wish, serve_in_background
 
     wanted = Wish(**wish)
     if kind and (detach or show):
@@ -71,7 +70,7 @@ def command(
     elif model_url or replicas != 1:
         raise click.UsageError("--model-url and --replicas go with --print")
     elif detach:
-        report.result(leave_running(wanted, show=show))
+        report.result(serve_in_background(wanted, show=show))
     else:
         # `--detach` types the settings of the server that it starts: data, and the key on no command line.
         typed = sys.stdin.readline() if handed_over else None

@@ -22,9 +22,9 @@ def command(path: Path, bos: str | None, eos: str | None, modelfile: Path | None
     difference is shown.
     """
     if modelfile is not None:
-        from forge.commands.modelfile import check_modelfile
+        from forge.commands.modelfile import compare_modelfile
 
-        report.result(check_modelfile(path, modelfile, bos=bos, eos=eos))
+        report.result(compare_modelfile(path, modelfile, bos=bos, eos=eos))
         return
     from forge.commands.template import template
 

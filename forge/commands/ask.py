@@ -97,14 +97,14 @@ def generate(
     """`forge generate`; raises `CheckError` when rows failed."""
     from dataclasses import asdict
 
-    from forge.serve.generate import generate as run
+    from forge.serve.generate import answer_rows
     from forge.serve.wire import Sampling
 
     if concurrency != "auto" and not (concurrency.isdigit() and int(concurrency) > 0):
         raise RecipeError(f"--concurrency: a number or auto (got {concurrency})")
     if str(out) == "-" or _is_standard_output(out):
         report.keep_output_clear()
-    done = run(
+    done = answer_rows(
         _endpoints(urls, model, read_key(api_key_file)),
         prompts,
         out,

@@ -27,7 +27,7 @@ def bundle(
 ) -> Mapping[str, object]:
     """Write the archive; gives the contract's fields. The smoke question is the run's own first."""
     chosen = settings(Wish(target, context=context))
-    ready.check(chosen)
+    ready.check_settings(chosen)
     run = None if Path(target).is_file() else find_run(target)
     manifest = read_manifest(run) if run else Manifest()
     question, expect = _smoke(manifest)

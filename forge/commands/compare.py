@@ -21,8 +21,9 @@ from forge.pipeline.reasons import short
 from forge.recipe.fields import values
 from forge.runs.figures import SHOWN, Figures, figures_of, read_whole_manifest
 from forge.runs.find import find_run
-from forge.runs.manifest import Certified, Learned, Manifest, RunFacts
+from forge.runs.manifest import Certified, Learned, Manifest, RunView
 from forge.ship.page import page_environment
+from forge.train.figures import HeldoutAnswer, ServedAnswer
 
 _MOST_ANSWERS = 10
 """So many questions are shown on the terminal; the page and `--json` have all."""
@@ -31,7 +32,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedRun:
     """One of the two. Without a certificate there is a reason."""
 
     name: str
@@ -70,7 +71,7 @@ class AnswerPair:
 class Comparison:
     """Two runs, the first run's part first in each pair; `asked_of_one`: questions put to one only."""
 
-    runs: tuple[Compared, Compared]
+    runs: tuple[ComparedRun, ComparedRun]
     recipe: tuple[Difference, ...]
     inputs: tuple[Difference, ...]
     learned: tuple[Learned | None, Learned | None]
@@ -117,9 +118,9 @@ def _comparison(directories: tuple[Path, Path], page: Path | None) -> Comparison
     )
 
 
-def _compared(directory: Path, manifest: Manifest) -> Compared:
+def _compared(directory: Path, manifest: Manifest) -> ComparedRun:
     reason = None if manifest.certificate else manifest.certificate_reason or "none was made"
-    return Compared(
+    return ComparedRun(
         manifest.name,
         directory,
         manifest.base.spec,
@@ -158,7 +159,7 @@ def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterato
             yield Difference(field, first.get(field), second.get(field))
 
 
-def _answers(first: RunFacts, second: RunFacts) -> tuple[tuple[AnswerPair, ...], int]:
+def _answers(first: RunView, second: RunView) -> tuple[tuple[AnswerPair, ...], int]:
     """The questions that both were asked, and how many only one was."""
     smoke = _paired(_smoke(first), _smoke(second))
     heldout = _paired(_heldout(first), _heldout(second))
@@ -172,19 +173,19 @@ _Question = tuple[str, str, int]
 """A question's last turn, all of its turns, and how many of the same text came before."""
 
 
-def _smoke(facts: RunFacts) -> dict[_Question, str]:
+def _smoke(facts: RunView) -> dict[_Question, str]:
     return _numbered((asked.prompt, asked.prompt, asked.answer) for asked in facts.smoke.smoke)
 
 
-def _heldout(facts: RunFacts) -> dict[_Question, tuple[str, str]]:
+def _heldout(facts: RunView) -> dict[_Question, tuple[str, str]]:
     """The answers of the shipped file where it was asked, else of the tuned model, and the expected ones."""
-    exact = facts.evaluate.exact
-    answers = facts.smoke.heldout.answers if facts.smoke.heldout else exact.answers if exact else ()
+    exact, served = facts.evaluate.exact, facts.smoke.heldout
+    answers: Sequence[HeldoutAnswer] = served.answers if served else exact.answers if exact else ()
     return _numbered(
         (
             str(answer.messages[-1].get("content", "")) if answer.messages else "",
             repr(answer.messages),
-            (answer.after if answer.served is None else answer.served, answer.expected),
+            (answer.served if isinstance(answer, ServedAnswer) else answer.after, answer.expected),
         )
         for answer in answers
     )

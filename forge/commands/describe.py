@@ -21,7 +21,7 @@ from forge.resolve.rehearsal import rehearse
 from forge.resolve.resolved import Resolved
 from forge.runs.find import find_run
 from forge.runs.manifest import read_manifest
-from forge.ship.expected import Expected, expected_certificate
+from forge.ship.expected import ExpectedTime, expected_certificate
 from forge.ship.space import free_space, space_needed
 from forge.stages import stages_for
 from forge.stages.train import ADAPTER_STAGE
@@ -131,13 +131,15 @@ def _choices(ship: Resolved, planned: Plan, memory: _MemoryNeeded | None) -> tup
     return choose_speed(ship.training, ship.configuration, memory.trained).choices
 
 
-def _certificate(ship: Resolved, planned: Plan) -> Expected | None:
+def _certificate(ship: Resolved, planned: Plan) -> ExpectedTime | None:
     """What the certificates that will be made take together; each type of a ship has its own."""
-    count = sum(isinstance(one, VerifyStage) and one.name in planned.running for one in stages_for(ship))
+    count = sum(
+        isinstance(stage, VerifyStage) and stage.name in planned.running for stage in stages_for(ship)
+    )
     if ship.base.directory is None or not count:
         return None
     each = expected_certificate(ship.store, ship.parameters)
-    return Expected(round(count * each.seconds, 1), each.measured)
+    return ExpectedTime(round(count * each.seconds, 1), each.measured)
 
 
 def _downloads(ship: Resolved) -> str | int:
@@ -214,7 +216,7 @@ def describe_runs() -> Sequence[KnownRun]:
 def describe_garbage(*, delete: bool, adapters: bool, partials: bool) -> Mapping[str, object]:
     """What no run uses; removed with `delete`."""
     store = open_store(read_only=not delete)
-    garbage = garbage_collection.plan(store)
+    garbage = garbage_collection.find_garbage(store)
     removed = garbage_collection.collect(store, adapters=adapters, partials=partials) if delete else None
     shown = removed or garbage
     rows = [(item.kind, item.stage, item.key[:12], _size(item.bytes)) for item in shown.items]

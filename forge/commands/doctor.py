@@ -178,7 +178,7 @@ def _llama_cpp() -> Iterator[Check]:
 
 def _servers() -> Iterator[Check]:
     try:
-        xllamacpp.check()
+        xllamacpp.check_processor()
         yield Check("embedded server", True, f"xllamacpp {version('xllamacpp')}")
     except MissingToolError as failure:
         yield Check("embedded server", False, failure.message, failure.hint)

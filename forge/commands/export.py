@@ -14,8 +14,7 @@ from forge.data.prompt_format import prompt_format
 from forge.errors import DataError, RecipeError
 from forge.export.cost import cost_of
 from forge.export.request import ExportRequest, Ingredients, MergeBase, Mode
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
-from forge.export.run import export as make_gguf
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY, export_gguf
 from forge.export.types import UNQUANTIZED
 from forge.files import work_beside
 from forge.model.architectures import check_exportable
@@ -79,7 +78,7 @@ def export(
             from forge.commands.calibrate import calibrate_alone
 
             request, calibration = calibrate_alone(request, data, configuration, max_kl)
-        exported = worker.perform(make_gguf, request)
+        exported = worker.perform(export_gguf, request)
         files = _publish(scratch, out, request.importance)
     report.success(f"wrote {out}: {exported.bytes / 1e6:.1f} MB in {exported.seconds:.1f} s")
     report.info(cost_of(read_gguf(out), exported.quant))

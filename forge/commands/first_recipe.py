@@ -35,7 +35,7 @@ _SMALL = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Fit:
+class RowsFit:
     """What the rows are to the base: the longest of those encoded, and which answers can be learned.
 
     `chat_template` names what the base lacks, and `why` says why that one; empty where it has its own.
@@ -83,7 +83,7 @@ def _held_out(rows: int) -> tuple[float, str]:
     return 0.1, "a tenth, held out to measure what was learned"
 
 
-def _fit(base: ResolvedBase, rows: Sequence[Conversation], *, is_text: bool) -> Fit | None:
+def _fit(base: ResolvedBase, rows: Sequence[Conversation], *, is_text: bool) -> RowsFit | None:
     """None where the base is not on this machine."""
     if base.directory is None:
         return None
@@ -93,7 +93,7 @@ def _fit(base: ResolvedBase, rows: Sequence[Conversation], *, is_text: bool) -> 
     name, why, text = "", "", files.chat_template
     if text is None:
         if is_text:
-            return Fit(parameters, configuration.max_positions, 0, "all")
+            return RowsFit(parameters, configuration.max_positions, 0, "all")
         name, why = _missing_template(files)
         text = template_text(name, Path(), files.templates)
     template = ChatTemplate(text, files.template_tokens)
@@ -107,7 +107,7 @@ def _fit(base: ResolvedBase, rows: Sequence[Conversation], *, is_text: bool) -> 
         except DataError:
             raise every from None
     longest = max(len(row.input_ids) for row in encoded)
-    return Fit(parameters, configuration.max_positions, longest, supervise, name, why)
+    return RowsFit(parameters, configuration.max_positions, longest, supervise, name, why)
 
 
 def _missing_template(files: TokenizerFiles) -> tuple[str, str]:
@@ -120,7 +120,7 @@ def _missing_template(files: TokenizerFiles) -> tuple[str, str]:
 
 
 def _lines(
-    name: str, base: str, data: str, rows: Read, heldout: Sequence[Conversation], fit: Fit | None
+    name: str, base: str, data: str, rows: Read, heldout: Sequence[Conversation], fit: RowsFit | None
 ) -> Iterator[str]:
     count, is_text = len(rows.conversations), rows.reading.format == TEXT
     share, why = _held_out(count)
@@ -154,7 +154,7 @@ def _lines(
         yield from questions
 
 
-def _training(count: int, fit: Fit | None) -> Iterator[str]:
+def _training(count: int, fit: RowsFit | None) -> Iterator[str]:
     small = fit is not None and fit.parameters < _SMALL
     reason = "small enough to train in 16 bits" if small else "the base in 4 bits: a seventh of the memory"
     epochs = 3 if count >= 1000 else 5 if count >= 200 else 10

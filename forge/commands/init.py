@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from forge import report
-from forge.recipe.starters import kinds, write, write_starter
+from forge.recipe.starters import kinds, write_kind, write_starter
 
 
 def init(name: str, kind: str, directory: Path) -> Mapping[str, object]:
     """Write `name`.yaml of a kind; raises `RecipeError` for one that there is not."""
-    path = write(name, kind, directory)
+    path = write_kind(name, kind, directory)
     report.success(f"wrote {path}; next: forge plan {path}")
     return {"path": str(path)}
 

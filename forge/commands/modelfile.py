@@ -11,7 +11,7 @@ from forge import report
 from forge.chat import same_prompts
 from forge.chat.format_check import limit_names
 from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
-from forge.chat.modelfile import parse, render
+from forge.chat.modelfile import modelfile_text, parse_modelfile
 from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
 from forge.errors import CheckError, DataError, RecipeError
@@ -49,7 +49,7 @@ def write_modelfile(
         # Of a directory both are meant; who names only the file gets a note.
         adapter = str(beside) if target.is_dir() else None
         report.warning(f"{beside.name} lies beside it: {'both are' if adapter else 'it is not'} named")
-    text = comments + render(written.modelfile(way, base, adapter=adapter))
+    text = comments + modelfile_text(written.modelfile(way, base, adapter=adapter))
     if way == "jinja" and not _is_pinned(Path(base)):
         report.warning(f"{_GUESSED}: --guard OUT.gguf writes a copy of the file that keeps both off")
     if way == "jinja" and not jinja:
@@ -154,21 +154,21 @@ def _remarks(handed: HandOver, way: Way, *, of_directory: bool, is_pinned: bool)
     ]
 
 
-def check_modelfile(
+def compare_modelfile(
     target: Path, modelfile: Path, *, bos: str | None, eos: str | None
 ) -> Mapping[str, object]:
     """`forge template --check`: somebody's Modelfile beside the model's template and stops.
 
     Raises `CheckError` with what differs, the smallest conversation first.
     """
-    from forge.chat.modelfile_check import check_modelfile as compare
+    from forge.chat.modelfile_check import check_modelfile
 
     try:
-        read = parse(modelfile.read_text(encoding="utf-8-sig"))
+        read = parse_modelfile(modelfile.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{modelfile}: cannot be read: {error}") from error
     handed = hand_over_of(target, bos=bos, eos=eos)
-    compared = compare(read, handed)
+    compared = check_modelfile(read, handed)
     for note in compared.notes:
         report.info(note)
     limits = limit_names(compared.prompts.limits) if compared.prompts else []

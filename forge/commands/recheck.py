@@ -23,7 +23,7 @@ from forge.stages.verify import failure_of_certificate, show_certificate
 from forge.store.artifacts import open_store
 from forge.store.digest import DigestCache, file_digest
 from forge.tools.llama_cpp import find_converters
-from forge.verify.basis import Kept, Verdict, read_certificate, write_rows
+from forge.verify.basis import KeptCertificate, Verdict, read_certificate, write_rows
 from forge.verify.measure import measure
 from forge.verify.measurement import VerifyRequest
 from forge.verify.verdict import judge
@@ -98,7 +98,7 @@ def recheck(certificate: Path, elsewhere: Elsewhere) -> Mapping[str, object]:
     return fields_told
 
 
-def _locate(kept: Kept, beside: Path, elsewhere: Elsewhere) -> dict[str, Path]:
+def _locate(kept: KeptCertificate, beside: Path, elsewhere: Elsewhere) -> dict[str, Path]:
     """Each of the certificate's files: where it is named now, where it was, or beside the certificate."""
     paths = {}
     for option, item in kept.basis.items.items():
@@ -122,7 +122,7 @@ def _locate(kept: Kept, beside: Path, elsewhere: Elsewhere) -> dict[str, Path]:
     return paths
 
 
-def _refuse_others(kept: Kept, paths: Mapping[str, Path], cache: DigestCache) -> None:
+def _refuse_others(kept: KeptCertificate, paths: Mapping[str, Path], cache: DigestCache) -> None:
     problems = []
     for option, path in paths.items():
         was, here = kept.basis.items[option].sha256, digest_of(option, path, cache)
@@ -139,7 +139,7 @@ def _refuse_others(kept: Kept, paths: Mapping[str, Path], cache: DigestCache) ->
         )
 
 
-def _tokenizer(kept: Kept, paths: Mapping[str, Path]) -> Path:
+def _tokenizer(kept: KeptCertificate, paths: Mapping[str, Path]) -> Path:
     """The directory of the tokenizer that was trained with: the adapter's own, or the base's."""
     own = trained_tokenizer(paths["base"], paths.get("adapter")).directory
     for directory in (own, read_tokenizer(paths["base"]).directory):
@@ -151,7 +151,7 @@ def _tokenizer(kept: Kept, paths: Mapping[str, Path]) -> Path:
     )
 
 
-def _other_versions(kept: Kept) -> Iterator[tuple[str, tuple[str, str]]]:
+def _other_versions(kept: KeptCertificate) -> Iterator[tuple[str, tuple[str, str]]]:
     here = versions()
     for name, was in kept.basis.versions.items():
         if (now := here.get(name, "not installed")) != was:

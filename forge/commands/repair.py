@@ -11,7 +11,7 @@ from forge.codec import to_plain
 from forge.commands.export import pinned_template
 from forge.commands.verify import Files, judged_of
 from forge.errors import CheckError, Problem, RecipeError
-from forge.export.repair import Change, Repair, repair
+from forge.export.repair import MetadataChange, Repair, repair
 from forge.export.request import Ingredients
 from forge.files import work_beside
 from forge.model.architectures import check_exportable
@@ -83,7 +83,7 @@ def _ingredients(files: Files) -> Ingredients:
     )
 
 
-def _show(changes: tuple[Change, ...]) -> None:
+def _show(changes: tuple[MetadataChange, ...]) -> None:
     for change in changes:
         report.info(str(change))
 

@@ -89,7 +89,7 @@ def show_manifest(kind: str, wish: Wish, *, model_url: str | None, replicas: int
         )
     chosen = settings(replace(wish, runtime="container"))
     # A pod listens to its whole cluster, whatever the host is here.
-    ready.check(replace(chosen, host="0.0.0.0") if kind == "kubernetes" else chosen)
+    ready.check_settings(replace(chosen, host="0.0.0.0") if kind == "kubernetes" else chosen)
     report.output(manifest(kind, chosen, model_url=model_url, replicas=replicas).rstrip("\n"))
 
 
@@ -106,7 +106,7 @@ def ps() -> Mapping[str, object]:
 
 def stop(name: str | None) -> Mapping[str, object]:
     """`forge stop`."""
-    stopped: Sequence[detached.Served] = detached.stop(served_directory(), name)
+    stopped: Sequence[detached.Served] = detached.stop_servers(served_directory(), name)
     for served in stopped:
         report.success(f"stopped {served.name} ({served.endpoint})")
     if not stopped:

@@ -17,7 +17,7 @@ from forge.codec import to_plain
 from forge.errors import ForgeError, InterruptedByUserError, Problem, RecipeError, StageError
 from forge.files import write_text
 from forge.recipe.sweep import Combination, Sweep, load_sweep
-from forge.runs.figures import SHOWN, Figures, Shown, figures_of
+from forge.runs.figures import SHOWN, FigureColumn, Figures, figures_of
 from forge.runs.files import RUNS
 from forge.runs.manifest import read_manifest
 from forge.ship.drive import plan_quietly, run_directory, ship
@@ -197,7 +197,7 @@ def _failed(failures: Mapping[str, ForgeError], plain: Mapping[str, Any]) -> For
     return failure
 
 
-def _shown(result: SweepResult) -> list[Shown]:
+def _shown(result: SweepResult) -> list[FigureColumn]:
     """The figures that one of the runs has."""
     return [
         figure

@@ -20,9 +20,9 @@ _NOT_SHOWN = {"adapted_modules", "impurities", "trainable_parameters"}
 
 
 def validate(base: str, adapter: Path) -> Mapping[str, object]:
-    """`forge validate --base --adapter`; raises what `adapter.status.validate` raises."""
+    """`forge validate --base --adapter`; raises what `adapter.status.validate_adapter` raises."""
     directory = directory_of(base)
-    validated = worker.perform(status.validate, ValidateRequest(directory, adapter.absolute()))
+    validated = worker.perform(status.validate_adapter, ValidateRequest(directory, adapter.absolute()))
     report.success(
         f"sound: {len(validated.adapted_modules)} layers, "
         f"{validated.trainable_parameters:,} parameters, scale {validated.scale}"

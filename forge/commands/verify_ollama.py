@@ -17,7 +17,7 @@ from typing import Any, Literal
 from forge import report
 from forge.chat.beginning import with_beginning
 from forge.chat.hand_over import HandOver, hand_over_of, sampling_of
-from forge.chat.modelfile import Modelfile, Parameter, parse
+from forge.chat.modelfile import Modelfile, Parameter, parse_modelfile
 from forge.codec import to_plain
 from forge.commands.verify import Files, Terms, judged_on
 from forge.errors import CheckError, DataError, Problem
@@ -64,14 +64,14 @@ def certify_in_ollama(name: str, host: str | None, files: Files, terms: Terms) -
     """
     terms.check()
     with reach(server_url(host)) as server:
-        served = parse(str(_shown(server, name).get("modelfile") or ""))
+        served = parse_modelfile(str(_shown(server, name).get("modelfile") or ""))
         model = _compare(server, name, served, files)
     _show(model)
     blob, not_here = _weights(served, files)
     judged = judged_on(blob, terms) if blob else None
     model = replace(model, not_proved=(*model.not_proved, *not_here))
-    problems = [*model.differ, *(Problem(one) for one in (judged.problems if judged else ()))]
-    problems += [Problem(one, "not proved") for one in not_here]
+    problems = [*model.differ, *(Problem(problem) for problem in (judged.problems if judged else ()))]
+    problems += [Problem(leg, "not proved") for leg in not_here]
     plain = judged.plain() if judged else {}
     fields = {**plain, "ok": not problems, "ollama": to_plain(model)}
     if problems:
@@ -118,7 +118,7 @@ def _compare(server: Ollama, name: str, served: Modelfile, files: Files) -> InOl
         prompts = prove(chosen.usual).prompts
         counted = prove(chosen.usual[:PLAIN], count=count).counted
     except PromptsDifferError as wrong:
-        differ += [replace(one, field=f"{wrong.message}: {one.field}") for one in wrong.problems]
+        differ += [replace(problem, field=f"{wrong.message}: {problem.field}") for problem in wrong.problems]
     return InOllama(
         name,
         server.url,

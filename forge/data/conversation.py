@@ -138,5 +138,5 @@ class Conversation:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for rows that say the same, whatever of it is trained."""
-        said = [self.messages(), list(map(dict, self.tools)), self.text]
-        return hashlib.sha256(_SORTED.encode(said).encode()).hexdigest()
+        content = [self.messages(), list(map(dict, self.tools)), self.text]
+        return hashlib.sha256(_SORTED.encode(content).encode()).hexdigest()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from forge.data import fields
 from forge.data.columns import left_out, refuse_keys, refuse_of_prompt, refuse_two_columns
 from forge.data.conversation import Conversation, Row, Rows, RowsOf, Turn
-from forge.data.dialogue import chat, dialogue, is_chat, of_text, with_functions
+from forge.data.dialogue import chat_turns, dialogue, is_chat, of_text, with_functions
 from forge.data.layout import (
     AUTO,
     EMPTY,
@@ -193,7 +193,7 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
             notes.counts["texts of USER: and ASSISTANT:, read as conversations"] += 1
             turns, functions = with_functions(turns, column)
             tools = tools or functions
-            turns += chat(value, column)
+            turns += chat_turns(value, column)
         else:
             turns += turns_of(value, column, shape.roles, notes)
         _think(turns, row, layout, notes)

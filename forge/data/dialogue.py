@@ -32,8 +32,8 @@ def dialogue(text: str, place: str) -> Iterator[Turn]:
             "is one text without Human: and Assistant:, and there is no prompt beside it", place
         )
     roles = {"Human": "user", "Assistant": "assistant", "System": "system"}
-    for speaker, said in zip(pieces[1::2], pieces[2::2], strict=True):
-        yield Turn(roles[speaker], text_of(said.strip(), place))
+    for speaker, words in zip(pieces[1::2], pieces[2::2], strict=True):
+        yield Turn(roles[speaker], text_of(words.strip(), place))
 
 
 _CHAT = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):[ \t]?")
@@ -47,23 +47,23 @@ def is_chat(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and {"USER", "ASSISTANT"} <= {*_CHAT.findall(value)}
 
 
-def chat(text: str, place: str) -> Iterator[Turn]:
+def chat_turns(text: str, place: str) -> Iterator[Turn]:
     """The turns of such a text, its calls and what functions answer included."""
     before, *pieces = _CHAT.split(text)
     if before.strip():
         raise BadRowError("begins before the first USER:", place)
     roles = {"USER": "user", "ASSISTANT": "assistant", "SYSTEM": "system", "FUNCTION RESPONSE": "tool"}
     for speaker, words in zip(pieces[::2], pieces[1::2], strict=True):
-        said = words.strip()
+        answer = words.strip()
         for end in _ENDS:
-            said = said.removesuffix(end).rstrip()
-        call = _CALL.search(said) if speaker == "ASSISTANT" else None
+            answer = answer.removesuffix(end).rstrip()
+        call = _CALL.search(answer) if speaker == "ASSISTANT" else None
         if call is None:
-            yield Turn(roles[speaker], text_of(said, place))
+            yield Turn(roles[speaker], text_of(answer, place))
             continue
         # Its arguments are JSON in single quotes.
         written = _QUOTED.sub(lambda quoted: quoted[1] + json.dumps(quoted[2].replace("\\'", "'")), call[1])
-        yield Turn("assistant", said[: call.start()].rstrip(), tool_calls=calls_of(f"[{written}]", place))
+        yield Turn("assistant", answer[: call.start()].rstrip(), tool_calls=calls_of(f"[{written}]", place))
 
 
 def with_functions(turns: Sequence[Turn], place: str) -> tuple[list[Turn], tuple[Mapping[str, Json], ...]]:

@@ -238,10 +238,10 @@ def _decoded(data: bytes, name: str, encoding: str | None) -> tuple[str, str]:
         b"\xff\xfe": "utf-16",
         b"\xfe\xff": "utf-16",
     }
-    told = next((kind for mark, kind in marks.items() if data.startswith(mark)), "")
-    if not told and data[:400].count(0) >= len(data[:400]) // 3 > 0:
-        told = "utf-16-be" if data[:1] == b"\x00" else "utf-16-le"
-    used = encoding or told or "utf-8-sig"
+    marked = next((kind for mark, kind in marks.items() if data.startswith(mark)), "")
+    if not marked and data[:400].count(0) >= len(data[:400]) // 3 > 0:
+        marked = "utf-16-be" if data[:1] == b"\x00" else "utf-16-le"
+    used = encoding or marked or "utf-8-sig"
     try:
         return decoded(data, used, name).lstrip("\ufeff"), "" if used == "utf-8-sig" else used
     except LookupError as error:

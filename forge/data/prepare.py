@@ -58,7 +58,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ReadRows:
     """What was read: training and held-out conversations, and the account of it."""
 
     training: Sequence[Conversation]
@@ -70,10 +70,10 @@ class Rows:
 def notes_of(reads: Sequence[Read]) -> Notes:
     """Of all sources together."""
     together = Notes()
-    for one in reads:
-        together.counts.update(one.reading.notes.counts)
-        together.unused.update(one.reading.notes.unused)
-        together.roles.update(one.reading.notes.roles)
+    for part in reads:
+        together.counts.update(part.reading.notes.counts)
+        together.unused.update(part.reading.notes.unused)
+        together.roles.update(part.reading.notes.roles)
     return together
 
 
@@ -168,7 +168,9 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
         repeats = _parted(spool, training, settings)
         if not any(repeats):
             raise DataError("no row is left to train on", hint="see what was left out above")
-        used = [lengths for lengths, one in zip(spool.lengths(), repeats, strict=True) if one is None or one]
+        used = [
+            lengths for lengths, times in zip(spool.lengths(), repeats, strict=True) if times is None or times
+        ]
         longest = max(max(lengths) for lengths in used)
         limit = settings.max_length or min(longest, context or longest)
         if context and limit > context:
@@ -220,7 +222,7 @@ def _encode(settings: Settings, form: PromptFormat, spool: Spool) -> tuple[Seque
     if isinstance(settings.heldout, Path):
         reads.append(_read_heldout(settings, settings.heldout, bad))
         parts.append(islice(reads[-1], None))
-    total = sum(len(one.reading.rows) for one in reads)
+    total = sum(len(part.reading.rows) for part in reads)
     ends = []
     for part in parts:
         for conversation, rows in _encoded(part, form, settings, bad):
@@ -355,18 +357,18 @@ def look_at_data(settings: Settings, form: PromptFormat) -> Looked:
     return Looked(**vars(account), looked_at=len(some))
 
 
-def read_all(settings: Settings) -> Rows:
+def read_all(settings: Settings) -> ReadRows:
     """What reading the rows gives, without a tokenizer; raises `DataError` as `prepare` would."""
     bad = BadRows(settings.skip_bad_rows)
     reads = [read(source, limit=settings.limit, bad=bad) for source in settings.sources]
-    rows = [one for part in reads for one in part.conversations][: settings.limit]
+    rows = [conversation for part in reads for conversation in part.conversations][: settings.limit]
     if isinstance(settings.heldout, Path):
         reads.append(_read_heldout(settings, settings.heldout, bad))
         training, heldout = rows, list(reads[-1].conversations)
         refuse_overlap(rows, heldout)
     else:
         training, heldout = split(rows, settings.heldout, settings.seed)
-    return Rows(weighted(training, settings.seed), heldout, reads, bad)
+    return ReadRows(weighted(training, settings.seed), heldout, reads, bad)
 
 
 def _shown(ids: Sequence[int], labels: Sequence[int], form: PromptFormat) -> Shown:

@@ -154,8 +154,8 @@ def prompt_format(template: ChatTemplate, tokenizer: Tokenizer, eos_ids: Sequenc
     """
     question = {"role": "user", "content": "dolor sit amet"}
     text = template.render([question, {"role": "assistant", "content": _SENTINEL}])
-    _, found, after = text.partition(_SENTINEL)
-    if not found:
+    _, answer, after = text.partition(_SENTINEL)
+    if not answer:
         raise DataError(
             "the chat template does not show the assistant's answer",
             hint="look at chat_template.jinja in the base's directory",

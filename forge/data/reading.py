@@ -16,7 +16,7 @@ from forge.data.conversations import Reading, understand
 from forge.data.files import read_file, slice_of
 from forge.data.layout import Reader, Shape
 from forge.data.problems import BadRows
-from forge.data.sources import shown
+from forge.data.sources import in_few_words
 from forge.errors import DataError
 
 
@@ -45,7 +45,7 @@ class Read:
 
     def __iter__(self) -> Iterator[Conversation]:
         weight = self.source.weight
-        return (one if one.weight == weight else replace(one, weight=weight) for one in self.reading)
+        return (row if row.weight == weight else replace(row, weight=weight) for row in self.reading)
 
     @functools.cached_property
     def conversations(self) -> tuple[Conversation, ...]:
@@ -55,9 +55,8 @@ class Read:
     def line(self) -> str:
         """What was read, in a line."""
         kinds, rows = ", ".join(self.kinds), len(self.reading.rows)
-        return (
-            f"{shown(self.source.files)} ({kinds}): {rows:,} rows, {self.reading.format} ({self.reading.why})"
-        )
+        files, reading = in_few_words(self.source.files), self.reading
+        return f"{files} ({kinds}): {rows:,} rows, {reading.format} ({reading.why})"
 
 
 def read(source: Source, *, limit: int | None = None, bad: BadRows | None = None) -> Read:
@@ -68,7 +67,7 @@ def read(source: Source, *, limit: int | None = None, bad: BadRows | None = None
     files = [read_file(path, encoding=source.encoding, split=source.split, bad=bad) for path in source.files]
     places = slice_of(sum(len(file.rows) for file in files), source.split)[:limit]
     if not places:
-        raise DataError(f"data.split: {source.split} of {shown(source.files)} has no rows")
+        raise DataError(f"data.split: {source.split} of {in_few_words(source.files)} has no rows")
 
     def rows() -> Iterator[Row]:
         return islice(chain.from_iterable(file.rows for file in files), places.start, places.stop)

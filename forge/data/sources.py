@@ -76,7 +76,7 @@ def files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
     Where no name says a split, all of them. Raises `DataError` when there is none.
     """
     name = split.partition("[")[0]
-    found = sorted(
+    files = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file()
@@ -85,18 +85,18 @@ def files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
         and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     )
     # Texts count only where they are all there is: a README is no row.
-    found = [path for path in found if path.suffix.lower() not in (".txt", ".md")] or [
-        path for path in found if not path.stem.lower().startswith(("readme", "license", "licence"))
+    files = [path for path in files if path.suffix.lower() not in (".txt", ".md")] or [
+        path for path in files if not path.stem.lower().startswith(("readme", "license", "licence"))
     ]
-    of = {path: _split_of(path.relative_to(folder)) for path in found}
+    of = {path: _split_of(path.relative_to(folder)) for path in files}
     wanted = _SAME_SPLIT.get(name, name)
     chosen = [
-        path for path in found if of[path] == wanted or name in path.relative_to(folder).as_posix().lower()
+        path for path in files if of[path] == wanted or name in path.relative_to(folder).as_posix().lower()
     ]
-    if not chosen and (not any(of.values()) or len(found) == 1) and name == "train":
-        chosen = found
+    if not chosen and (not any(of.values()) or len(files) == 1) and name == "train":
+        chosen = files
     if not chosen:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in found[:20]) or "none"
+        names = ", ".join(path.relative_to(folder).as_posix() for path in files[:20]) or "none"
         raise DataError(
             f"data.split: {folder} has no data file of the split {name!r}; its data files are: {names}",
             hint="set data.split, or name the file you want as data.source",
@@ -113,7 +113,7 @@ def _split_of(path: Path) -> str:
     return _SAME_SPLIT.get(named, named)
 
 
-def shown(paths: Sequence[Path]) -> str:
+def in_few_words(paths: Sequence[Path]) -> str:
     """The files in a few words."""
     names = [path.name for path in paths[:3]]
     return ", ".join(names) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -21,7 +21,7 @@ def split(
     seed only, so adding a row to the data moves no other row by chance of order. Raises `DataError`
     when no row is left to train on.
     """
-    held = held_out([bytes.fromhex(one.fingerprint) for one in conversations], share, seed)
+    held = held_out([bytes.fromhex(conversation.fingerprint) for conversation in conversations], share, seed)
     training = [row for row in conversations if bytes.fromhex(row.fingerprint) not in held]
     return training, [row for row in conversations if bytes.fromhex(row.fingerprint) in held]
 

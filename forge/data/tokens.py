@@ -180,15 +180,15 @@ def _pipeline(
 
 def _rendered(batch: Sequence[_Asked], form: PromptFormat) -> list[_Texts]:
     prompts: list[Prompts] = []
-    for one in batch:
-        messages, tools = form.template.as_read(one.conversation.messages()), one.conversation.tools
-        prompts.append(Prompts(messages, tools, one.cuts))
+    for row in batch:
+        messages, tools = form.template.as_read(row.conversation.messages()), row.conversation.tools
+        prompts.append(Prompts(messages, tools, row.cuts))
         prompts += [Prompts(messages, (), [(len(messages), False)])] if tools else []
     texts = iter(form.template.render_all(prompts))
     made: list[_Texts] = []
-    for one in batch:
-        cuts = dict(zip(one.cuts, next(texts), strict=True))
-        (without,) = next(texts) if one.conversation.tools else [""]
+    for row in batch:
+        cuts = dict(zip(row.cuts, next(texts), strict=True))
+        (without,) = next(texts) if row.conversation.tools else [""]
         made.append(_Texts(cuts, without if isinstance(without, str) else ""))
     return made
 
@@ -203,7 +203,7 @@ def _drafted(asked: _Asked, texts: _Texts, form: PromptFormat) -> _Drafted:
 def _ids(drafted: Sequence[_Drafted], form: PromptFormat) -> list[list[int]]:
     """Those of every draft, in order."""
     return form.ids_of_all(
-        [one.text for _, drafts in drafted if not isinstance(drafts, DataError) for one in drafts]
+        [draft.text for _, drafts in drafted if not isinstance(drafts, DataError) for draft in drafts]
     )
 
 
@@ -285,10 +285,10 @@ def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft
     whole = texts.of(len(conversation.turns), False)
     learned = [_answer(conversation, index, texts, form) for index in asked.looked_at]
     shown.check_prompt(conversation, whole, texts.without_tools)
-    learned = [one for one in learned if one.index in asked.learned]
+    learned = [answer for answer in learned if answer.index in asked.learned]
     if len(learned) == 1 or all(
-        whole.startswith(one.text) and not control.in_answer(conversation.turns[one.index], form)
-        for one in learned
+        whole.startswith(answer.text) and not control.in_answer(conversation.turns[answer.index], form)
+        for answer in learned
     ):
         return [_draft(conversation, learned, form)]
     return _one_each(conversation, learned, form)
@@ -296,7 +296,7 @@ def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft
 
 def _one_each(conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat) -> list[_Draft]:
     """Each answer as a row of its own."""
-    return [_draft(_up_to(conversation, one.index), [one], form, _ONE_EACH) for one in learned]
+    return [_draft(_up_to(conversation, answer.index), [answer], form, _ONE_EACH) for answer in learned]
 
 
 def _draft(conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat, *notes: str) -> _Draft:
@@ -323,10 +323,10 @@ def _rows(draft: _Draft, ids: list[int], form: PromptFormat) -> list[Encoded]:
         raise DataError("the row begins with BOS twice: the template writes one that is there already")
     encoded = EncodedText(draft.text, ids, form)
     labels = [IGNORED] * len(ids)
-    for one in draft.learned:
-        if control.in_answer(draft.conversation.turns[one.index], form):
+    for learned in draft.learned:
+        if control.in_answer(draft.conversation.turns[learned.index], form):
             return [_in_two_pieces(draft, ids, form, control.IN_ANSWER)]
-        start = encoded.tokens_of(one.prompt)
+        start = encoded.tokens_of(learned.prompt)
         if start is None and len(draft.learned) > 1:
             # What the server sends of an earlier answer is its text, so only the last can be in two pieces.
             apart = _one_each(draft.conversation, draft.learned, form)
@@ -336,7 +336,7 @@ def _rows(draft: _Draft, ids: list[int], form: PromptFormat) -> list[Encoded]:
             ]
         if start is None:
             return [_in_two_pieces(draft, ids, form, _IN_TWO_PIECES)]
-        end = len(ids) if one is draft.learned[-1] else encoded.tokens_of(one.text)
+        end = len(ids) if learned is draft.learned[-1] else encoded.tokens_of(learned.text)
         if end is None or ids[end - 1] != form.end_of_turn_id:
             raise DataError(f"the end of turn {form.end_of_turn} is not one token at the end of the answer")
         if end <= start + 1:
@@ -347,9 +347,9 @@ def _rows(draft: _Draft, ids: list[int], form: PromptFormat) -> list[Encoded]:
 
 def _in_two_pieces(draft: _Draft, whole: Sequence[int], form: PromptFormat, why: str) -> Encoded:
     """The prompt's own ids, then the answer's: what a model is given and what it then generates."""
-    (one,) = draft.learned
-    prompt = form.ids(one.prompt)
-    answer = control.answer_ids(one.answer, draft.conversation.turns[one.index], form)
+    (learned,) = draft.learned
+    prompt = form.ids(learned.prompt)
+    answer = control.answer_ids(learned.answer, draft.conversation.turns[learned.index], form)
     ids = [*prompt, *answer]
     decode = form.tokenizer.decode
     is_same = decode(ids, skip_special_tokens=False) == decode(whole, skip_special_tokens=False)

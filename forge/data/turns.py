@@ -76,7 +76,7 @@ def _halves(message: object) -> Iterator[object]:
         return
     if message and all(fields.plain(key) in fields.ROLES for key in message):
         # {user: ...}, or {human: ..., assistant: ...} for both
-        yield from ({"role": key, "content": said} for key, said in message.items() if said is not None)
+        yield from ({"role": key, "content": words} for key, words in message.items() if words is not None)
         return
     asked = [key for key in message if fields.plain(key) in _ASKED]
     answers = [key for key in message if fields.plain(key) in fields.ROW_FIELDS[fields.COMPLETION]]
@@ -240,7 +240,7 @@ def _role(
 
 def _trained(parts: Mapping[str, tuple[str, Any]], role: str, place: str) -> bool | None:
     """What a message says of its own loss: `weight: 0`, `train: false` and their kind."""
-    said: set[bool] = set()
+    carries: set[bool] = set()
     for part in (fields.WEIGHT, fields.TRAINED, fields.MASKED):
         key, value = parts.get(part, ("", None))
         if value is None:
@@ -249,14 +249,14 @@ def _trained(parts: Mapping[str, tuple[str, Any]], role: str, place: str) -> boo
         if on is None:
             raise BadRowError(f"is {value!r}; only 0 and 1 (false and true) are supported", f"{place}.{key}")
         if part == fields.MASKED:
-            said |= {False} if on else set()
+            carries |= {False} if on else set()
             continue
         if on and part == fields.TRAINED and role != "assistant":
             raise BadRowError(f"a turn of the {role} cannot carry loss here", f"{place}.{key}")
-        said.add(on)
-    if len(said) > 1:
+        carries.add(on)
+    if len(carries) > 1:
         raise BadRowError("its keys contradict each other about the loss", place)
-    return next(iter(said), None) if role == "assistant" else None
+    return next(iter(carries), None) if role == "assistant" else None
 
 
 def _calls(

@@ -20,7 +20,7 @@ from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer
 from forge.adapter.vocabulary import Fitted
 from forge.errors import DataError, Problem, StageError
 from forge.export.tensors import LazyTensor, read_tensor_rows, stored, write_safetensors
-from forge.export.upstream import REFUSALS, load, refused
+from forge.export.upstream import REFUSALS, load_converters, refused
 
 SCRIPT = "convert_lora_to_gguf.py"
 
@@ -52,7 +52,7 @@ def write_adapter(tree: Path, description: Path, adapter: Adapter, name: str, wo
     fields = {"peft_type": "LORA", "r": adapter.configuration["r"], "lora_alpha": alpha}
     (scratch / CONFIG_FILE).write_text(json.dumps(fields), encoding="utf-8")
     write_safetensors(scratch / WEIGHTS_FILE, list(_factors(adapter, alpha)), lambda done, total: None)
-    load(tree)
+    load_converters(tree)
     before, sys.argv = sys.argv, [
         SCRIPT, str(scratch), "--base", str(description), "--outfile", str(target), "--outtype", "f32",
     ]  # fmt: skip

@@ -26,7 +26,7 @@ Stated = Mapping[str, Any]
 """What a tokenizer.json states; empty where there is none."""
 
 
-def read(directory: Path) -> Stated:
+def read_stated(directory: Path) -> Stated:
     """The tokenizer.json in `directory`; raises `DataError` for a broken one."""
     path = directory / "tokenizer.json"
     return read_json(path) if path.is_file() else {}
@@ -69,7 +69,7 @@ def space_prefix(stated: Stated) -> bool | None:
     return "Prepend" in kinds
 
 
-def decide(stated: Stated) -> str:
+def pretokenizer_of(stated: Stated) -> str:
     """The pre-tokenizer's name in llama.cpp, or "" when tokenizer.json does not settle it."""
     steps = _steps(stated, "pre_tokenizer")
     kinds = [step.get("type") for step in steps]

@@ -48,7 +48,7 @@ def test_strings(count: int = 300, seed: int = 0) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedIds:
     """How many texts gave the same ids, and for which kind of text that is not claimed."""
 
     texts: int
@@ -90,7 +90,7 @@ def _dialogue(text: str) -> list[Message]:
 
 def compare_ids(
     directory: Path, vocabulary: Path, tried: Sequence[Case], *, end_of_turn: int | None = None
-) -> Compared:
+) -> ComparedIds:
     """Check that the tokenizer in `directory` and the GGUF `vocabulary` give equal ids for every case.
 
     Raises `CheckError` with the first that differ, or when llama.cpp would not stop at `end_of_turn`.
@@ -121,7 +121,7 @@ def compare_ids(
         raise failure
     if not stops:
         raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
-    return Compared(len(compared), limits)
+    return ComparedIds(len(compared), limits)
 
 
 def _difference(case: Case, reference: Tokenizer, served: ServedVocabulary) -> Problem | None:

@@ -22,7 +22,7 @@ from forge.export.merge import base_tensors, merged_tensors
 from forge.export.request import ExportRequest, Ingredients
 from forge.export.run import lay_out
 from forge.export.tensors import one_thread
-from forge.export.types import decide
+from forge.export.types import decide_types
 from forge.export.upstream import bytes_of
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.loading import (
@@ -134,7 +134,7 @@ def _laid_out(
     with one_thread():
         export = ExportRequest(replace(model, adapter=None), place, name=request.name, quant=quant)
         converted, compared = lay_out(description, place, tensors, export, fitted)
-    types = decide(converted, place / "header.gguf", quant, {})
+    types = decide_types(converted, place / "header.gguf", quant, {})
     size = sum(bytes_of(kind, converted.tensors[name].shape) for name, kind in types.items())
     return Rehearsed(size, len(types), compared.texts)
 

@@ -46,7 +46,7 @@ class Repair:
 
 
 @dataclass(frozen=True)
-class Change:
+class MetadataChange:
     """A key of the metadata, and what it said and says; None where it is not there."""
 
     key: str
@@ -66,7 +66,7 @@ class Repaired:
     `beyond`: what no metadata can say otherwise, since the weights are not those of the model.
     """
 
-    changes: tuple[Change, ...]
+    changes: tuple[MetadataChange, ...]
     beyond: tuple[str, ...]
 
 
@@ -152,13 +152,13 @@ def _fixed(theirs: Metadata, ours: Metadata, architecture: str) -> Metadata:
     return {**kept, **same, **{name: ours[name] for name in ours if is_ours(name) and name not in kept}}
 
 
-def _changes(theirs: Metadata, fixed: Metadata) -> list[Change]:
+def _changes(theirs: Metadata, fixed: Metadata) -> list[MetadataChange]:
     names = [name for name in {**theirs, **fixed} if name != _LAID_OUT_ANEW]
     changes = []
     for name in names:
         before, after = theirs.get(name), fixed.get(name)
         if before is None or after is None or before.value != after.value:
-            changes.append(Change(name, *_shown(before and before.value, after and after.value)))
+            changes.append(MetadataChange(name, *_shown(before and before.value, after and after.value)))
     return changes
 
 

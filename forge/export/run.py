@@ -27,7 +27,14 @@ from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
 from forge.export.request import Exported, ExportRequest, Ingredients, Mode
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
-from forge.export.types import UNQUANTIZED, decide, fallbacks, file_type, refuse_unloadable, write_sparse
+from forge.export.types import (
+    UNQUANTIZED,
+    decide_types,
+    fallbacks,
+    file_type,
+    refuse_unloadable,
+    write_sparse,
+)
 from forge.export.upstream import Choices, Converted, Metadata, convert, without_collection
 from forge.export.write import Rounding, write_gguf, writing
 from forge.model.checkpoint import Checkpoint, open_checkpoint, refuse_packed
@@ -44,7 +51,7 @@ MERGED_DIRECTORY = "merged"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
 
-def export(request: ExportRequest) -> Exported:
+def export_gguf(request: ExportRequest) -> Exported:
     """Write `model.gguf` into the request's directory and return what is in it.
 
     Raises `DataError` for an adapter or base that cannot be merged, `CheckError` when llama.cpp would read
@@ -147,7 +154,7 @@ def lay_out(
     tensors: Sequence[LazyTensor],
     request: ExportRequest,
     fitted: Fitted | None,
-) -> tuple[Converted, proof.Compared]:
+) -> tuple[Converted, proof.ComparedIds]:
     """What the converter makes of the model, once its vocabulary is proved and llama.cpp loads it."""
     apart = bool(fitted and fitted.untied)
     if apart:
@@ -175,7 +182,7 @@ def lay_out(
         write_sparse(converted, sparse)
     if choices is None:
         report.warning("plain: the vocabulary is the converter's own, its token ids were not compared")
-        compared = proof.Compared(0, ())
+        compared = proof.ComparedIds(0, ())
     else:
         report.detail(f"comparing token ids of {len(tried)} texts")
         compared = proof.compare_ids(description, sparse, tried, end_of_turn=choices.end_of_turn)
@@ -217,11 +224,11 @@ def _choose(
 
     `rendered` are prompts by the chat template, if there is one.
     """
-    stated = pretokenizer.read(description)
+    stated = pretokenizer.read_stated(description)
     bos = read_tokenizer(description).tokens.get("bos")
     begins = bool(bos and rendered and rendered[0].text.startswith(bos))
     return pretokenizer.model_name(stated, request.name), Choices(
-        pre_tokenizer=pretokenizer.decide(stated),
+        pre_tokenizer=pretokenizer.pretokenizer_of(stated),
         adds_bos=None if rendered is None else begins,
         space_prefix=pretokenizer.space_prefix(stated),
         end_of_turn=request.model.end_of_turn_id,
@@ -252,7 +259,7 @@ def _write(
     """
     quant, sparse = request.quant, work / "header.gguf"
     importance = read_importance(request.importance) if request.importance else {}
-    types = decide(converted, sparse, quant, importance)
+    types = decide_types(converted, sparse, quant, importance)
     written = sparse.stat().st_blocks * 512
     sparse.unlink()
     if request.keep_merged:

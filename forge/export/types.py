@@ -38,7 +38,7 @@ def write_sparse(converted: Converted, path: Path) -> int:
     return start
 
 
-def decide(converted: Converted, sparse: Path, quant: str, importance: Importance) -> dict[str, str]:
+def decide_types(converted: Converted, sparse: Path, quant: str, importance: Importance) -> dict[str, str]:
     """Type by tensor, in the order of the file that llama_model_quantize would write.
 
     `sparse` is the header of `converted`; with an `importance` matrix some tensors get another type.

@@ -120,7 +120,7 @@ def convert(
     """
     import torch
 
-    conversion = load(tree)
+    conversion = load_converters(tree)
     quants = conversion.base.gguf.quants
     quantize, quants.quantize = quants.quantize, Pending
     kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
@@ -158,7 +158,7 @@ def _one_tensor(architecture: str) -> DataError:
     )
 
 
-def load(tree: Path) -> Any:
+def load_converters(tree: Path) -> Any:
     """The package `conversion` of `tree`, with its own gguf-py."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     for directory in (str(tree / "gguf-py"), str(tree)):

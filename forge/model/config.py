@@ -173,24 +173,24 @@ def _above_zero(part: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Each of those numbers, whatever part of the text model's configuration it is in."""
     for name, value in part.items():
         if name in _ABOVE_ZERO:
-            yield from ((name, one) for one in (value if isinstance(value, list) else [value]))
+            yield from ((name, number) for number in (value if isinstance(value, list) else [value]))
         elif name in (*_TEXT_PARTS, *_ROTATIONS) and isinstance(value, dict):
             yield from _above_zero(value)
 
 
 def rope_types(raw: Mapping[str, Any]) -> set[str]:
     """The kinds of rotary scaling that a parsed configuration asks for, `su` by its later name."""
-    found = set()
+    kinds = set()
     for part in (raw, _text_part(raw)):
         for name in ("rope_parameters", "rope_scaling"):
             scaling = part.get(name)
             if not isinstance(scaling, dict):
                 continue
             # One for all layers, or one for each kind of layer.
-            for one in [one for one in scaling.values() if isinstance(one, dict)] or [scaling]:
-                if kind := one.get("rope_type") or one.get("type"):
-                    found.add("longrope" if kind == "su" else str(kind).lower())
-    return found
+            for each in [each for each in scaling.values() if isinstance(each, dict)] or [scaling]:
+                if kind := each.get("rope_type") or each.get("type"):
+                    kinds.add("longrope" if kind == "su" else str(kind).lower())
+    return kinds
 
 
 def with_vocabulary(raw: Mapping[str, Any], rows: int) -> Mapping[str, object]:

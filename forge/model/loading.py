@@ -121,7 +121,7 @@ def load_without_values(directory: Path, tensors: Stored, *, trust_remote_code: 
 
 def _other_activation(configuration: Any) -> str:
     for field in ("hidden_act", "hidden_activation", "activation_function"):
-        stated, usual = (getattr(one, field, None) for one in (configuration, type(configuration)()))
+        stated, usual = (getattr(source, field, None) for source in (configuration, type(configuration)()))
         if isinstance(stated, str) and isinstance(usual, str) and _curve(stated) != _curve(usual):
             return f"{field} is {stated}, the family's is {usual}"
     return ""

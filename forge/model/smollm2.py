@@ -84,7 +84,7 @@ class MakeRequest:
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeBase:
     """How many values the checkpoint has."""
 
     parameters: int
@@ -102,7 +102,7 @@ def packaged_gguf() -> Path:
     return file
 
 
-def make_smollm2(request: MakeRequest) -> Made:
+def make_smollm2(request: MakeRequest) -> MadeBase:
     """Write the checkpoint with its tokenizer, configuration and card."""
     import gguf
     import safetensors.torch
@@ -121,7 +121,7 @@ def make_smollm2(request: MakeRequest) -> Made:
     _write(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
     _write_tokenizer(out, {name: field.contents() for name, field in reader.fields.items()})
     (out / "README.md").write_text(_CARD, encoding="utf-8")
-    return Made(sum(tensor.numel() for tensor in tensors.values()))
+    return MadeBase(sum(tensor.numel() for tensor in tensors.values()))
 
 
 def _name(name: str) -> str:

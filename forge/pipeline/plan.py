@@ -34,7 +34,7 @@ class Plan:
         return frozenset(planned.name for planned in self.stages if not planned.cached)
 
 
-def plan(
+def plan_stages(
     stages: Sequence[Step],
     store: Store,
     previous: Mapping[str, Request],

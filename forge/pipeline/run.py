@@ -24,7 +24,7 @@ from forge.store.artifacts import Artifact, Made, Request, Store
 from forge.store.digest import digest
 
 
-def run(
+def run_stages(
     stages: Sequence[Step],
     store: Store,
     *,

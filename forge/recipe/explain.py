@@ -150,7 +150,7 @@ def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return location
 
 
-def explain(failure: ValidationError, root: Node) -> list[Problem]:
+def problems_of(failure: ValidationError, root: Node) -> list[Problem]:
     """One problem for each of the schema's errors."""
     problems = []
     for error in failure.errors(include_url=False):

@@ -15,16 +15,16 @@ from pydantic import ValidationError
 from forge import report
 from forge.errors import Problem, RecipeError
 from forge.recipe import checks, old_names, presets
-from forge.recipe.explain import explain
+from forge.recipe.explain import problems_of
 from forge.recipe.fields import sections, values
 from forge.recipe.schema import Recipe
-from forge.recipe.tree import Node, Place, Reader
+from forge.recipe.tree import Node, Position, Reader
 
 _EXAMPLE = "`forge init` writes a recipe to start from"
 
 
 @dataclass(frozen=True)
-class Source:
+class ValueSource:
     """Where a value comes from: `where` is `recipe.yaml:12`, `-o train.lora.r`, or what derived it."""
 
     kind: Literal["default", "recipe", "override", "derived"]
@@ -41,7 +41,7 @@ class Loaded:
     recipe: Recipe
     path: Path
     directory: Path
-    sources: Mapping[str, Source]
+    sources: Mapping[str, ValueSource]
     warnings: tuple[str, ...]
 
 
@@ -60,7 +60,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) 
         warnings += noted
         problems += wrong
     problems += _fill_empty_sections(root)
-    presets.fill(root)
+    presets.fill_preset(root)
     if checks.lacks_data(root):
         problems.append(_at(root, "data").problem("data", "is required to train: name its source"))
     recipe, wrong = _validate(root)
@@ -122,9 +122,9 @@ def _override(root: Node, text: str) -> tuple[list[str], list[Problem]]:
     key, equals, written = text.partition("=")
     key = key.strip()
     path = tuple(key.split("."))
-    place = Place(f"-o {key}")
+    place = Position(f"-o {key}")
     if not equals or not all(path):
-        return [], [Place(f"-o {text}").problem("", "must look like key=value")]
+        return [], [Position(f"-o {text}").problem("", "must look like key=value")]
     reader = Reader(place.file, override=True)
     node = reader.read(written)
     if reader.problems:
@@ -159,10 +159,10 @@ def _validate(root: Node) -> tuple[Recipe | None, list[Problem]]:
     try:
         return Recipe.model_validate(root.plain()), []
     except ValidationError as failure:
-        return None, explain(failure, root)
+        return None, problems_of(failure, root)
 
 
-def _at(root: Node, field: str) -> Place:
+def _at(root: Node, field: str) -> Position:
     return root.follow(_parts(field))[0].place
 
 
@@ -170,16 +170,16 @@ def _parts(field: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in field.split("."))
 
 
-def _sources(recipe: Recipe, root: Node) -> dict[str, Source]:
+def _sources(recipe: Recipe, root: Node) -> dict[str, ValueSource]:
     """Where every leaf comes from; `base: SPEC` and its like are the places of all their parts."""
     sources = {}
     for field, value in values(recipe).items():
         path = _parts(field)
         node, depth = root.follow(path)
         if depth < len(path) and (value is None or path[-1] not in ("id", "source", "revision")):
-            sources[field] = Source("default", "default")
+            sources[field] = ValueSource("default", "default")
             continue
         if depth < len(path):
             node = node.child("id") or node.child("source") or node.child("from") or node
-        sources[field] = Source("override" if node.place.is_override else "recipe", str(node.place))
+        sources[field] = ValueSource("override" if node.place.is_override else "recipe", str(node.place))
     return sources

@@ -21,7 +21,7 @@ class Message(Section):
     content: Text = Field(description="what is said")
 
 
-class Sampling(Section):
+class SamplingDefaults(Section):
     """How a server draws tokens where a request does not say; unset: as the base, or the server, has it."""
 
     temperature: NotNegative | None = Field(None, description="0 always takes the likeliest token")
@@ -49,7 +49,9 @@ class Model(Section):
         description="system prompt of a conversation that has none, of training rows too; it becomes a part "
         "of the chat template, and SYSTEM in the Modelfile",
     )
-    sampling: Sampling = Field(Sampling(), description="how servers draw tokens where a request does not say")
+    sampling: SamplingDefaults = Field(
+        SamplingDefaults(), description="how servers draw tokens where a request does not say"
+    )
     messages: tuple[Message, ...] = Field(
         (),
         description="example exchanges in front of every conversation, of training rows too; a part of the "

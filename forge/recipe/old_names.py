@@ -17,7 +17,7 @@ from typing import Any
 from forge.errors import Problem
 from forge.recipe.explain import shown
 from forge.recipe.fields import names_in, sections
-from forge.recipe.tree import Node, Place
+from forge.recipe.tree import Node, Position
 
 DROP = object()
 """Stands for "this value says what is the case anyway": the key is left out with a warning."""
@@ -291,7 +291,7 @@ def look_up(path: tuple[str, ...]) -> Old | None:
 
 
 def rename(
-    root: Node, path: tuple[str, ...], node: Node, old: Old, place: Place, *, replace: bool
+    root: Node, path: tuple[str, ...], node: Node, old: Old, place: Position, *, replace: bool
 ) -> tuple[str, Problem | None]:
     """Move one old name's value to its new place: a warning, or a problem."""
     name = ".".join(path)

@@ -38,7 +38,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-def fill(root: Node) -> None:
+def fill_preset(root: Node) -> None:
     """Put the settings of `train.preset` where the recipe has none, at the preset's own place."""
     named, depth = root.follow(("train", "preset"))
     train = root.child("train")

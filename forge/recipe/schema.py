@@ -357,6 +357,6 @@ class Recipe(Section):
         return self.model_dump(mode="json", by_alias=True)
 
 
-def from_json(values: Mapping[str, object]) -> Recipe:
+def recipe_from_json(values: Mapping[str, object]) -> Recipe:
     """The inverse of `Recipe.as_json`, for a recipe that was valid when it was written."""
     return Recipe.model_validate_json(json.dumps(values))

@@ -30,7 +30,7 @@ def kinds() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in directory_of_starters().glob("*.yaml")))
 
 
-def write(name: str, kind: str, directory: Path) -> Path:
+def write_kind(name: str, kind: str, directory: Path) -> Path:
     """Write the starter `kind` as `directory/name.yaml`, its `name` filled in; the file's path.
 
     Raises `RecipeError` for an unknown kind, a name that is no file name, a file that exists, and

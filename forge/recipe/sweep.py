@@ -21,7 +21,7 @@ from forge.errors import Problem, RecipeError
 from forge.recipe.explain import nearest
 from forge.recipe.load import Loaded, load, read_tree
 from forge.recipe.starters import directory_of_starters
-from forge.recipe.tree import Node, Place, Reader
+from forge.recipe.tree import Node, Position, Reader
 from forge.recipe.words import NAME
 
 MOST_RUNS = 1000
@@ -70,7 +70,7 @@ class _Draft:
     until: str | None = None
     fields: dict[str, list[Any]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=lambda: [{}])
-    places: dict[str, Place] = field(default_factory=dict)
+    places: dict[str, Position] = field(default_factory=dict)
 
 
 def shipped_sweeps() -> tuple[str, ...]:
@@ -198,7 +198,7 @@ def _override(draft: _Draft, text: str, problems: list[Problem]) -> None:
     key, reader = key.strip(), Reader(f"-o {key.strip()}", override=True)
     node = reader.read(written) if equals and key else None
     if node is None or node.empty:
-        problems.extend(reader.problems or [Place(f"-o {text}").problem("", "must look like key=value")])
+        problems.extend(reader.problems or [Position(f"-o {text}").problem("", "must look like key=value")])
         return
     draft.places[key] = node.place
     draft.fields[key] = _values_of(key, node, problems)
@@ -246,9 +246,9 @@ def _combinations(file: Path, draft: _Draft) -> tuple[Combination, ...]:
     if problems:
         raise _failure(file, problems)
     return tuple(
-        Combination(one, {key: value for key, value in values.items() if key in varied})
-        for one, values in zip(loaded, chosen, strict=True)
-        if one is not None
+        Combination(recipe, {key: value for key, value in values.items() if key in varied})
+        for recipe, values in zip(loaded, chosen, strict=True)
+        if recipe is not None
     )
 
 
@@ -311,7 +311,7 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _at_its_line(problem: Problem, places: Mapping[str, Place]) -> Problem:
+def _at_its_line(problem: Problem, places: Mapping[str, Position]) -> Problem:
     """A problem of an override at the line where the sweep's file has its value."""
     place = places.get(problem.file.removeprefix("-o ")) if problem.file.startswith("-o ") else None
     return Problem(problem.message, problem.field, place.file, place.line) if place else problem

@@ -30,7 +30,7 @@ def one_line(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """A line of a file, or an override (`file` is then `-o key` and there is no line)."""
 
     file: str
@@ -53,7 +53,7 @@ class Node:
     """A value and its place: a scalar, a mapping or a list. `empty`: nothing was written at all."""
 
     value: Any
-    place: Place
+    place: Position
     empty: bool = False
 
     def plain(self) -> Any:
@@ -68,8 +68,8 @@ class Node:
         if isinstance(self.value, dict):
             return self.value.get(part)
         if isinstance(self.value, list) and isinstance(part, int) and part < len(self.value):
-            found: Node = self.value[part]
-            return found
+            node: Node = self.value[part]
+            return node
         return None
 
     def follow(self, path: tuple[str | int, ...]) -> tuple[Node, int]:
@@ -125,8 +125,8 @@ class Reader:
                 self.problems = [self._place(many.line).problem("", many.message)]
         return None
 
-    def _place(self, line: int) -> Place:
-        return Place(self.file, 0 if self.override else line)
+    def _place(self, line: int) -> Position:
+        return Position(self.file, 0 if self.override else line)
 
     def _say(self, line: int, field: str, message: str) -> None:
         self.problems.append(self._place(line).problem(field, message))
@@ -156,19 +156,19 @@ class Reader:
             self._open.pop()
 
     def _mapping(self, node: MappingNode, path: tuple[str, ...]) -> dict[str, Node]:
-        found: dict[str, Node] = {}
+        children: dict[str, Node] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
             name = self._text(key.value, path, line) if isinstance(key, ScalarNode) else "a list or a mapping"
             if not isinstance(key, ScalarNode) or key.tag != _CORE + "str":
                 self._say(line, ".".join(path), f"keys must be text (got {name}); put it in quotes")
-            elif name in found:
-                first = found[name].place
+            elif name in children:
+                first = children[name].place
                 where = f" (the first is on line {first.line})" if first.line else ""
                 self._say(line, ".".join((*path, name)), f"is written twice{where}; keep one")
             else:
-                found[name] = self._node(value, (*path, name), line)
-        return found
+                children[name] = self._node(value, (*path, name), line)
+        return children
 
     def _text(self, text: str, path: tuple[str, ...], line: int) -> str:
         """The text with two escaped halves joined, as JSON writes a character beyond 16 bits."""
@@ -197,17 +197,17 @@ class Reader:
 
 
 def _syntax(wrong: MarkedYAMLError) -> str:
-    said = str(wrong.problem or wrong.context)
-    if "'\\t'" in said:
+    problem = str(wrong.problem or wrong.context)
+    if "'\\t'" in problem:
         return "a tab; YAML indents with spaces"
-    if _UNCLOSED & set(said.split("'")):
+    if _UNCLOSED & set(problem.split("'")):
         return "a bracket or a quote that is not closed"
-    if "<block end>" in said:
+    if "<block end>" in problem:
         return "a line that does not fit those above: its indentation, or a missing ':' or quote"
-    if "<document start>" in said:
+    if "<document start>" in problem:
         return "something that does not belong to the fields above it"
     if "expected a single document" in str(wrong.context):
         return "a second document ('---'); a recipe is one"
-    if "mapping values are not allowed" in said:
+    if "mapping values are not allowed" in problem:
         return "a ': ' where none may stand (put the text in quotes), or wrong indentation above"
-    return said
+    return problem

@@ -13,7 +13,7 @@ from forge.model.safetensors_header import TensorSpec
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Adopted, Train
 from forge.resolve.bases import find_base, find_base_headers
-from forge.resolve.refusals import check
+from forge.resolve.refusals import check_base
 from forge.resolve.resolved import Resolved
 from forge.resolve.sources import data_sources
 from forge.runs.manifest import Pins
@@ -52,7 +52,7 @@ def resolve_recipe(
     sources, heldout = data_sources(loaded, offline=offline, fetch=fetch == "all", pinned=pins.data)
     ship = Resolved(loaded, store, run_directory, base, adopted, sources, heldout, headers)
     if base.directory is not None:
-        check(ship)
+        check_base(ship)
     return ship
 
 

@@ -33,7 +33,7 @@ def _located(loaded: Loaded, field: str, message: str) -> Problem:
     return Problem(message, field, *where)
 
 
-def check(ship: Resolved) -> None:
+def check_base(ship: Resolved) -> None:
     """Raise `DataError` for a base that cannot become what the recipe asks for."""
     directory = ship.base_directory
     check_unquantized(ship.configuration, str(directory))

@@ -307,8 +307,8 @@ class Resolved:
             adapter=adopted.spec if adopted else None,
             adapter_revision=adopted.revision if adopted else None,
             data={
-                one.source: source.commit
-                for one, source in zip(named, self.sources, strict=True)
-                if source.commit and one.revision is None
+                written.source: source.commit
+                for written, source in zip(named, self.sources, strict=True)
+                if source.commit and written.revision is None
             },
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from forge.errors import DataError
 from forge.runs.files import MANIFEST
-from forge.runs.manifest import Logits, Manifest, RunFacts, read_manifest
+from forge.runs.manifest import Logits, Manifest, RunView, read_manifest
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Shown:
+class FigureColumn:
     """How a figure is called, and written for people."""
 
     figure: str
@@ -85,25 +85,25 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s"
 
 
-SHOWN: tuple[Shown, ...] = (
-    Shown("trainable_parameters", "trainable parameters", _whole),
-    Shown("steps", "steps", _whole),
-    Shown("heldout_rows", "held-out rows", _whole),
-    Shown("loss_before", "held-out loss before", _fine),
-    Shown("loss_after", "held-out loss", _fine),
-    Shown("exact_before", "exact answers before", _share),
-    Shown("exact_after", "exact answers", _share),
-    Shown("gguf_bytes", "file size", _size),
-    Shown("kl_mean", "KL mean", _small),
-    Shown("kl_max", "KL max", _small),
-    Shown("top1", "top-1", _share),
-    Shown("perplexity_reference", "perplexity, reference", _fine),
-    Shown("perplexity_gguf", "perplexity, file", _fine),
-    Shown("peak_memory_bytes", "training memory", _size),
-    Shown("training_seconds", "training time", _seconds),
-    Shown("export_seconds", "export time", _seconds),
-    Shown("ship_seconds", "last ship", _seconds),
-    Shown("cached", "stages from the store", _whole),
+SHOWN: tuple[FigureColumn, ...] = (
+    FigureColumn("trainable_parameters", "trainable parameters", _whole),
+    FigureColumn("steps", "steps", _whole),
+    FigureColumn("heldout_rows", "held-out rows", _whole),
+    FigureColumn("loss_before", "held-out loss before", _fine),
+    FigureColumn("loss_after", "held-out loss", _fine),
+    FigureColumn("exact_before", "exact answers before", _share),
+    FigureColumn("exact_after", "exact answers", _share),
+    FigureColumn("gguf_bytes", "file size", _size),
+    FigureColumn("kl_mean", "KL mean", _small),
+    FigureColumn("kl_max", "KL max", _small),
+    FigureColumn("top1", "top-1", _share),
+    FigureColumn("perplexity_reference", "perplexity, reference", _fine),
+    FigureColumn("perplexity_gguf", "perplexity, file", _fine),
+    FigureColumn("peak_memory_bytes", "training memory", _size),
+    FigureColumn("training_seconds", "training time", _seconds),
+    FigureColumn("export_seconds", "export time", _seconds),
+    FigureColumn("ship_seconds", "last ship", _seconds),
+    FigureColumn("cached", "stages from the store", _whole),
 )
 
 
@@ -151,10 +151,9 @@ def figures_of(manifest: Manifest) -> Figures:
     )
 
 
-def _exact_after(facts: RunFacts) -> float | None:
+def _exact_after(facts: RunView) -> float | None:
     """Of the shipped file behind its server where that was asked, else of the tuned model."""
     exact, served = facts.evaluate.exact, facts.smoke.heldout
     if exact is None or not exact.rows:
         return None
-    right = sum(answer.served == answer.expected for answer in served.answers) if served else exact.after
-    return right / exact.rows
+    return (served.exact if served else exact.after) / exact.rows

@@ -17,6 +17,7 @@ from forge.chat.hand_over import MODELFILE_JINJA, LeftOut, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.codec import from_plain, to_plain
 from forge.runs.files import MANIFEST
+from forge.train.figures import Change, Exact, Heldout
 
 if TYPE_CHECKING:
     from forge.recipe.schema import Recipe
@@ -70,7 +71,7 @@ class FileMade:
 
 
 @dataclass(frozen=True)
-class Made:
+class ArtifactRecord:
     """An artifact of a stage: `recorded` and `tools` are packages and their versions."""
 
     key: str
@@ -118,7 +119,7 @@ class StageRun:
 
 
 @dataclass(frozen=True)
-class Asked:
+class SmokeAnswer:
     """A smoke query and its answer."""
 
     prompt: str
@@ -127,14 +128,14 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class DataFacts:
+class DataView:
     """Of the stage *data*: the tokens of a training row at most."""
 
     max_length: int = 0
 
 
 @dataclass(frozen=True)
-class TrainFacts:
+class TrainView:
     """Of the stage *train*: nothing of an adapter that was adopted.
 
     `peak_memory_bytes` are the GPU's, else the process's; `seconds` those of a run that was not stopped.
@@ -151,46 +152,17 @@ class TrainFacts:
 
 
 @dataclass(frozen=True)
-class BeforeAfter:
-    """A figure of the base, and of the tuned model."""
-
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class HeldoutAnswer:
-    """A held-out question and its answers; `served` is the shipped file's behind its server."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    expected: str
-    before: str
-    after: str
-    served: str | None = None
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Answers to short held-out questions; how many of the `rows` were exact."""
-
-    rows: int
-    before: int
-    after: int
-    answers: tuple[HeldoutAnswer, ...] = ()
-
-
-@dataclass(frozen=True)
-class EvaluateFacts:
+class EvaluateView:
     """Of the stage *evaluate*: nothing where no row was held out."""
 
     rows: int = 0
-    loss: BeforeAfter | None = None
-    perplexity: BeforeAfter | None = None
+    loss: Change | None = None
+    perplexity: Change | None = None
     exact: Exact | None = None
 
 
 @dataclass(frozen=True)
-class ExportFacts:
+class ExportView:
     """Of the stage *export*: merged or adapter, and the type of the file that is served."""
 
     mode: str = "merged"
@@ -199,45 +171,38 @@ class ExportFacts:
 
 
 @dataclass(frozen=True)
-class ModelfileFacts:
+class ModelfileView:
     """Of the stage *modelfile*: what the files cannot hold."""
 
     left_out: LeftOut | None = None
 
 
 @dataclass(frozen=True)
-class DeployFacts:
+class DeployView:
     """Of the stage *deploy*: the context that was served."""
 
     context_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class ServedAnswers:
-    """The held-out questions as they were put to the server."""
-
-    answers: tuple[HeldoutAnswer, ...] = ()
-
-
-@dataclass(frozen=True)
-class SmokeFacts:
+class SmokeView:
     """Of the stage *smoke*."""
 
-    smoke: tuple[Asked, ...] = ()
-    heldout: ServedAnswers | None = None
+    smoke: tuple[SmokeAnswer, ...] = ()
+    heldout: Heldout | None = None
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunView:
     """Of the stages' facts those that are read after the ship."""
 
-    data: DataFacts = DataFacts()
-    train: TrainFacts = TrainFacts()
-    evaluate: EvaluateFacts = EvaluateFacts()
-    export: ExportFacts = ExportFacts()
-    modelfile: ModelfileFacts = ModelfileFacts()
-    deploy: DeployFacts = DeployFacts()
-    smoke: SmokeFacts = SmokeFacts()
+    data: DataView = DataView()
+    train: TrainView = TrainView()
+    evaluate: EvaluateView = EvaluateView()
+    export: ExportView = ExportView()
+    modelfile: ModelfileView = ModelfileView()
+    deploy: DeployView = DeployView()
+    smoke: SmokeView = SmokeView()
 
 
 @dataclass(frozen=True)
@@ -282,7 +247,7 @@ class Manifest:
     data: DataMade | None = None
     prompt: Prompt = Prompt()
     machine: Mapping[str, str] = field(default_factory=dict)
-    artifacts: Mapping[str, Made] = field(default_factory=dict)
+    artifacts: Mapping[str, ArtifactRecord] = field(default_factory=dict)
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     certificate: Mapping[str, Any] | None = None
     certificate_reason: str | None = None
@@ -295,9 +260,9 @@ class Manifest:
         """The certificate in words."""
         return str(self.certificate["verdict"]) if self.certificate else None
 
-    def read_facts(self) -> RunFacts:
+    def read_facts(self) -> RunView:
         """The stages' facts that are read after the ship; raises `ValueError` for others than they are."""
-        return from_plain(RunFacts, self.facts, is_strict=False)
+        return from_plain(RunView, self.facts, is_strict=False)
 
     def read_certificate(self) -> Certified | None:
         """The certificate's verdict and figures; raises `ValueError` for another shape than it has."""
@@ -305,9 +270,9 @@ class Manifest:
 
     def read_recipe(self) -> Recipe | None:
         """The recipe that was shipped."""
-        from forge.recipe.schema import from_json  # pydantic: most readers do without
+        from forge.recipe.schema import recipe_from_json  # pydantic: most readers do without
 
-        return from_json(dict(self.recipe)) if self.recipe else None
+        return recipe_from_json(dict(self.recipe)) if self.recipe else None
 
     def with_findings(self, findings: Mapping[str, object]) -> Manifest:
         """This manifest with what a stage found in the ship: fields of this class, or others."""

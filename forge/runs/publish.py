@@ -8,7 +8,7 @@ from forge.store.artifacts import Artifact
 from forge.store.runs import publish
 
 
-def place(artifact: Artifact, name: str, target: Path, published: str | None) -> None:
+def publish_output(artifact: Artifact, name: str, target: Path, published: str | None) -> None:
     """Publish an output as `target`, unless this very artifact (digest `published`) lies there whole.
 
     Copying gigabytes again would take long.

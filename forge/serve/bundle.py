@@ -64,7 +64,7 @@ def write_bundle(contents: Contents, out: Path) -> int:
     )
     server, loader = bundle_python.files(settings)
     files |= server
-    files |= bundle_files.texts(settings, contents.files, loader=loader)
+    files |= bundle_files.bundle_texts(settings, contents.files, loader=loader)
     files["LICENCES.txt"] = bundle_files.licences(contents.licence)
     files["smoke.json"] = json.dumps(
         {"messages": [{"role": "user", "content": contents.question}], "max_tokens": 64, "temperature": 0}

@@ -103,7 +103,7 @@ licence of the Python Software Foundation; its packages bring theirs.
 """
 
 
-def texts(settings: ServerSettings, modelfiles: Collection[str], *, loader: str) -> dict[str, str]:
+def bundle_texts(settings: ServerSettings, modelfiles: Collection[str], *, loader: str) -> dict[str, str]:
     """File name -> text."""
     return {
         "smoke.sh": _SMOKE,

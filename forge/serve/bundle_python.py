@@ -100,7 +100,7 @@ def files(settings: ServerSettings) -> tuple[dict[str, Path | str], str]:
 
     Raises `MissingToolError` where the server cannot run here, `DataError` where Python is no Linux program.
     """
-    xllamacpp.check()
+    xllamacpp.check_processor()
     finished = process.run([sys.executable, "-c", _LOADED])
     if finished.status:
         raise DataError(f"the server of the wheel does not load: {finished.output.strip()[-500:]}")

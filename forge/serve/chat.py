@@ -25,7 +25,7 @@ Ctrl-C stops an answer.
 """
 
 
-class Conversation:
+class ChatSession:
     """What was said so far, and what a line of input does to it."""
 
     def __init__(
@@ -134,7 +134,7 @@ def converse(
     they come. Errors of the server are shown, and the conversation goes on.
     """
     with Client(endpoint) as client:
-        conversation = Conversation(client, write, system=system, sampling=sampling)
+        conversation = ChatSession(client, write, system=system, sampling=sampling)
         while True:
             try:
                 line = read(PROMPT)

@@ -71,7 +71,7 @@ class Client:
         """Whether it is Ollama; others imitate its API, and only itself greets so."""
         with wire.failures_of(self.endpoint):
             version = self._http.get(self.endpoint.route(native.VERSION))
-            if not version.is_success or not native.names_version(wire.parse(version.content)):
+            if not version.is_success or not native.names_version(wire.parse_answer(version.content)):
                 return False
             return native.greets(self._http.get(self.endpoint.route(native.ROOT)).content)
 

@@ -21,7 +21,7 @@ from forge.model.gguf_header import read_gguf
 from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.front import Behind
-from forge.serve.options import arguments
+from forge.serve.options import server_arguments
 from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import last_lines, not_started
 from forge.serve.slots import memory_bytes
@@ -45,7 +45,7 @@ def serve_container(settings: ServerSettings, *, log: Path | None = None) -> Ite
 
     Raises what `serve_embedded` raises; `MissingToolError` means that no daemon answers.
     """
-    ready.check(settings)
+    ready.check_settings(settings)
     uses_gpu(settings)  # or refuses, before an image is built or pulled
     with (
         front_server.bound(settings) as listener,
@@ -99,7 +99,7 @@ def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, 
     model = f"/models/{settings.model.name}"
     adapters = {f"/adapters/{number}.gguf": path for number, path in enumerate(settings.loaded_adapters)}
     mounts = {model: settings.model, **adapters}
-    command = arguments(ready.with_threads(settings), model=model, adapters=tuple(adapters))
+    command = server_arguments(ready.with_threads(settings), model=model, adapters=tuple(adapters))
     command += ["--host", "0.0.0.0", "--port", str(PORT)]
     # Only we can enter its directory; the user inside the container, another one, must read the file.
     key_file = private / "api-key"

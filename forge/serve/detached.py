@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from forge import process
-from forge.errors import DataError, RecipeError, StageError, from_json
+from forge.errors import DataError, RecipeError, StageError, error_from_json
 from forge.files import is_locked, lock_file, write_text
 
 _SECONDS_BETWEEN = 0.05
@@ -121,7 +121,7 @@ def detach(directory: Path, name: str, command: Sequence[str], *, typed: str = "
         server.wait()
         for path in (out, log):
             path.unlink(missing_ok=True)
-        raise from_json(failure)
+        raise error_from_json(failure)
     return fields
 
 
@@ -131,7 +131,7 @@ def _first_line(path: Path) -> str:
     return line if end else ""
 
 
-def stop(directory: Path, name: str | None = None) -> list[Served]:
+def stop_servers(directory: Path, name: str | None = None) -> list[Served]:
     """Stop one, or all; give what was stopped. Raises `DataError` for a name that does not run."""
     listed = running(directory)
     chosen = [served for served in listed if name in (None, served.name)]

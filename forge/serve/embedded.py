@@ -30,8 +30,8 @@ def serve_embedded(settings: ServerSettings, *, log: Path | None = None) -> Iter
     there, `MissingToolError` where the server cannot run, `StageError` with the server's last
     lines when it does not start, or answers no chat.
     """
-    ready.check(settings)
-    xllamacpp.check()
+    ready.check_settings(settings)
+    xllamacpp.check_processor()
     with front_server.bound(settings) as listener, private_socket() as socket:
         with started([sys.executable, "-m", "forge.serve.embedded_server"], log) as server:
             server.child.send(json.dumps(_for_child(settings, socket)) + "\n")

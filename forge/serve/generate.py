@@ -27,13 +27,13 @@ import httpx
 from forge import report
 from forge.errors import ForgeError, InterruptedByUserError, RecipeError, StageError
 from forge.serve import native, wire
-from forge.serve.answers import Answer, answer_of, failed_answer
+from forge.serve.answers import AnsweredRow, answer_of, failed_answer
 from forge.serve.endpoint import Endpoint
 from forge.serve.ids import Ids
 from forge.serve.lanes import Lane, freest, slots_of
-from forge.serve.output import Output, OutputError
-from forge.serve.retries import TRIES_OF_ONE_ROW, Asked, Outage, is_of_a_proxy, pause
-from forge.serve.rows import Prompts, Row, WrongRowsError
+from forge.serve.output import AnswerFile, OutputError
+from forge.serve.retries import TRIES_OF_ONE_ROW, Attempts, Outage, is_of_a_proxy, pause
+from forge.serve.rows import PromptRow, PromptRows, WrongRowsError
 from forge.serve.wire import (
     BusyError,
     GarbledError,
@@ -47,7 +47,7 @@ LABEL = "generate"
 # Worth another try.
 FOR_NOW = (BusyError, UnreachableError, GarbledError)
 _AGAIN = "run the same command again: it goes on where it stopped"
-_Task = asyncio.Task[Answer | None]
+_Task = asyncio.Task[AnsweredRow | None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Generated:
     silent: int = 0
 
 
-def generate(
+def answer_rows(
     endpoints: Endpoint | Sequence[Endpoint],
     prompts: Path,
     out: Path,
@@ -93,8 +93,8 @@ def generate(
     endpoints = [endpoints] if isinstance(endpoints, Endpoint) else endpoints
     with contextlib.ExitStack() as stack:
         ids = stack.enter_context(contextlib.closing(Ids()))
-        rows = stack.enter_context(Prompts(prompts, ids, raw=raw))
-        output = stack.enter_context(Output(out, ids, retry_failed=retry_failed))
+        rows = stack.enter_context(PromptRows(prompts, ids, raw=raw))
+        output = stack.enter_context(AnswerFile(out, ids, retry_failed=retry_failed))
         work = iter(rows)
         first = next(work, None)
         lanes = [Lane(endpoint, concurrency or slots_of(endpoint)) for endpoint in endpoints] if first else []
@@ -147,9 +147,9 @@ class _Batch:
     def __init__(
         self,
         lanes: Sequence[Lane],
-        output: Output,
+        output: AnswerFile,
         sampling: Sampling,
-        rows: Prompts,
+        rows: PromptRows,
         patience_seconds: float,
     ) -> None:
         self.lanes = list(lanes)
@@ -157,7 +157,7 @@ class _Batch:
         self.sampling = sampling
         self.rows = rows
         # Rows that are to be asked again, by the number of rows that are to be asked before.
-        self._again: list[tuple[int, int, Asked]] = []
+        self._again: list[tuple[int, int, Attempts]] = []
         self._started = 0
         self._models: set[str] = set()
         self.written = 0
@@ -181,7 +181,7 @@ class _Batch:
         left = self.output.ids.left()
         return f"{self.written} of {finished + left} rows written, {left} left to do"
 
-    async def run(self, rows: Iterator[Row]) -> None:
+    async def run(self, rows: Iterator[PromptRow]) -> None:
         """Keep as many requests running as the pace allows; write all that has come at once."""
         running: set[_Task] = set()
         async with contextlib.AsyncExitStack() as stack:
@@ -210,7 +210,7 @@ class _Batch:
             self.rows.check_some()
             await asyncio.sleep(0)
 
-    def _next(self, rows: Iterator[Row], most: int) -> Iterator[Asked]:
+    def _next(self, rows: Iterator[PromptRow], most: int) -> Iterator[Attempts]:
         """The rows to ask now, at most so many: those whose turn has come again, then new ones."""
         for _ in range(most):
             due = bool(self._again) and self._again[0][0] <= self._started
@@ -218,7 +218,7 @@ class _Batch:
             if row is None and not self._again:
                 return
             self._started += 1
-            yield heapq.heappop(self._again)[2] if row is None else Asked(row)
+            yield heapq.heappop(self._again)[2] if row is None else Attempts(row)
 
     def _write(self, done: set[_Task]) -> None:
         """Write the answers of finished tasks; then raise what one of them raised."""
@@ -239,7 +239,7 @@ class _Batch:
             if error := task.exception():
                 raise error
 
-    async def _answer(self, asked: Asked) -> Answer | None:
+    async def _answer(self, asked: Attempts) -> AnsweredRow | None:
         """The output's row, after as many tries as it takes; None when it is set aside or waits again."""
         row = asked.row
         while True:
@@ -274,7 +274,7 @@ class _Batch:
                 self._tokens += answer.reply.completion_tokens
                 return answer
 
-    def _wait_again(self, asked: Asked) -> None:
+    def _wait_again(self, asked: Attempts) -> None:
         """Let others go first, more of them each time, so that rows that are never answered stop nobody."""
         heapq.heappush(self._again, (self._started + 4 ** min(asked.tries, 20), id(asked), asked))
 
@@ -287,7 +287,7 @@ class _Batch:
             report.warning(f"{refusal.message}: it is left out")
         return lane not in self.lanes
 
-    async def _ask(self, lane: Lane, row: Row) -> Answer:
+    async def _ask(self, lane: Lane, row: PromptRow) -> AnsweredRow:
         client = self._clients[lane]
         with lane.used(), wire.failures_of(lane.endpoint):
             if not lane.endpoint.proved:
@@ -303,14 +303,14 @@ class _Batch:
         self._outage.answered()
         return answer
 
-    def _request(self, row: Row, endpoint: Endpoint) -> tuple[str, dict[str, object]]:
+    def _request(self, row: PromptRow, endpoint: Endpoint) -> tuple[str, dict[str, object]]:
         """The route and the body; Ollama's own route for what its OpenAI-compatible ones drop."""
         body: dict[str, object]
         if row.body is not None:
             self._report_model(row, endpoint)
             path, body = row.path, {**row.body, "model": endpoint.model}
         elif row.messages:
-            texts = native.texts(row.messages) if endpoint.is_ollama else None
+            texts = native.plain_texts(row.messages) if endpoint.is_ollama else None
             if texts is not None:
                 return native.CHAT, native.chat_request(endpoint, texts, self.sampling)
             path, body = wire.CHAT, wire.chat_request(endpoint, row.messages, self.sampling)
@@ -322,7 +322,7 @@ class _Batch:
             native.refuse_ignored(path, body)
         return path, body
 
-    def _report_model(self, row: Row, endpoint: Endpoint) -> None:
+    def _report_model(self, row: PromptRow, endpoint: Endpoint) -> None:
         """A batch that was written for another service names its model: that is not the one that is asked."""
         named = (row.body or {}).get("model")
         if named and named != endpoint.model and str(named) not in self._models and len(self._models) < 5:
@@ -343,14 +343,14 @@ async def _proved(endpoint: Endpoint, client: httpx.AsyncClient) -> Endpoint:
 async def _is_ollama(endpoint: Endpoint, client: httpx.AsyncClient) -> bool:
     """As `Client.is_ollama`."""
     version = await client.get(endpoint.route(native.VERSION))
-    if not version.is_success or not native.names_version(wire.parse(version.content)):
+    if not version.is_success or not native.names_version(wire.parse_answer(version.content)):
         return False
     return native.greets((await client.get(endpoint.route(native.ROOT))).content)
 
 
-async def _require_whole(row: Row, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
+async def _require_whole(row: PromptRow, endpoint: Endpoint, client: httpx.AsyncClient) -> None:
     """Raise `RefusedError` where Ollama would leave out the oldest turns of the row's conversation."""
-    texts = native.texts(row.messages or (row.body or {}).get("messages"))
+    texts = native.plain_texts(row.messages or (row.body or {}).get("messages"))
     if texts and (body := native.render_request(endpoint, texts)):
         response = await client.post(endpoint.route(native.CHAT), json=body)
         rendered = wire.read_object(endpoint, response)

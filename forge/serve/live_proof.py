@@ -32,7 +32,7 @@ _CHOSEN = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repea
 """llama.cpp's defaults, which hold where the file sets none (`general.sampling.*`)."""
 
 
-class Expected(Protocol):
+class ExpectedNext(Protocol):
     """What a server should say after `ids`: its `top` tokens with their log-probabilities.
 
     `shift`: the KL divergence of what its settings cause by themselves.
@@ -50,7 +50,7 @@ def prove_live(
     endpoint: Endpoint,
     questions: Sequence[Sequence[Message]],
     *,
-    expected: Sequence[Expected],
+    expected: Sequence[ExpectedNext],
     file_type: str,
     weight_bytes: int,
     sampling: Mapping[str, float | str],
@@ -82,7 +82,7 @@ def prove_live(
         return LiveProof(handover, _finish_reasons(client, questions), tuple(problems))
 
 
-def _compare(client: Client, expected: Sequence[Expected], file_type: str) -> LiveHandover:
+def _compare(client: Client, expected: Sequence[ExpectedNext], file_type: str) -> LiveHandover:
     """KL over the most likely tokens of each prompt; what the server does not list counts as its least."""
     divergences, shifts, same = [], [], 0
     for number, prompt in enumerate(expected, 1):

@@ -16,7 +16,7 @@ from forge.errors import MissingToolError
 from forge.serve import front_server, ready
 from forge.serve.endpoint import Endpoint
 from forge.serve.front import Behind
-from forge.serve.options import arguments
+from forge.serve.options import server_arguments
 from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import ServerProcess, private_socket, proved, started
 
@@ -33,10 +33,10 @@ def serve_llama_server(settings: ServerSettings, *, log: Path | None = None) -> 
     Call it from the main thread. Raises what `serve_embedded` raises; `MissingToolError` means that
     there is no such program.
     """
-    ready.check(settings)
+    ready.check_settings(settings)
     program = _program(settings)
     with front_server.bound(settings) as listener, private_socket() as socket:
-        command = [program, *arguments(ready.with_threads(settings)), "--host", socket]
+        command = [program, *server_arguments(ready.with_threads(settings)), "--host", socket]
         # The child's standard output has to go somewhere; its log has all that it says.
         with started(["/bin/sh", "-c", 'exec "$0" "$@" >&2', *command], log) as server:
             _await_listening(server, settings)

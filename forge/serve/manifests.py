@@ -21,7 +21,7 @@ from forge.files import sha256_of
 from forge.model.gguf_header import read_gguf
 from forge.serve import front_nginx
 from forge.serve.container import IMAGE, MOST_PROCESSES, PORT, uses_gpu
-from forge.serve.options import arguments
+from forge.serve.options import server_arguments
 from forge.serve.runtime import ServerSettings
 from forge.serve.slots import memory_bytes
 from forge.tools.containers import USER, current_name
@@ -107,7 +107,7 @@ def _shared(settings: ServerSettings, address: list[str]) -> dict[str, object]:
 
 def _flags(settings: ServerSettings) -> list[str]:
     model, *adapters = map(_inside, _files(settings))
-    command = arguments(settings, model=model, adapters=tuple(adapters))
+    command = server_arguments(settings, model=model, adapters=tuple(adapters))
     command += ["--api-key-file", _KEY] if settings.api_key else []
     return [_literal(argument) for argument in command]
 

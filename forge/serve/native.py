@@ -36,7 +36,7 @@ def greets(content: bytes) -> bool:
     return content.strip() == _GREETING.encode()
 
 
-def texts(messages: object) -> list[dict[str, str]] | None:
+def plain_texts(messages: object) -> list[dict[str, str]] | None:
     """The messages as `/api/chat` takes them; None where one is more than a text."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return None

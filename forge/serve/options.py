@@ -54,7 +54,7 @@ OPTIONS: tuple[Option, ...] = (
 )
 
 
-def arguments(settings: ServerSettings, *, model: str = "", adapters: Sequence[str] = ()) -> list[str]:
+def server_arguments(settings: ServerSettings, *, model: str = "", adapters: Sequence[str] = ()) -> list[str]:
     """llama-server's command line, without the program, the address and the key.
 
     `model` and `adapters` replace the paths, for a server that sees them elsewhere.

@@ -30,7 +30,7 @@ class OutputError(StageError):
     """The output cannot be written: its disk is full, or nobody reads the pipe any more."""
 
 
-class Line(Protocol):
+class OutputLine(Protocol):
     """What the output is given: a row, the id that it answers, and whether it succeeded."""
 
     @property
@@ -41,7 +41,7 @@ class Line(Protocol):
     def row(self) -> Mapping[str, object]: ...
 
 
-class Output:
+class AnswerFile:
     """The answers: the file itself is locked while it is open, by whatever name it was opened.
 
     `ids` learns of each id in it whether it succeeded; `failed` counts those that did not. Raises
@@ -58,7 +58,7 @@ class Output:
         self._retry_failed = retry_failed
         self.is_stream = str(path) == "-" or is_stream(path)
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> AnswerFile:
         if str(self.path) != "-" and not self.path.parent.is_dir():
             raise DataError(f"{self.path} cannot be written: there is no such directory")
         try:
@@ -78,7 +78,7 @@ class Output:
         with contextlib.suppress(OSError):
             self._stream.close()
 
-    def append(self, answers: Sequence[Line]) -> None:
+    def append(self, answers: Sequence[OutputLine]) -> None:
         """Write answers, and wait until they are on the disk.
 
         Raises `OutputError` where that fails; the file is then as it was before.

@@ -30,7 +30,7 @@ _BUSY = 0.75
 _SECONDS_TO_LOOK = 0.25
 
 
-def check(settings: ServerSettings) -> None:
+def check_settings(settings: ServerSettings) -> None:
     """Raise `DataError` for files that cannot be served so, `RecipeError` for an open door."""
     check_files(settings)
     _check_door(settings)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from forge.errors import ForgeError
 from forge.serve.lanes import Lane
-from forge.serve.rows import Row
+from forge.serve.rows import PromptRow
 from forge.serve.wire import BusyError, GarbledError
 
 FIRST_PAUSE_SECONDS = 0.5
@@ -25,10 +25,10 @@ _OF_A_GATEWAY = (502, 504)
 
 
 @dataclass(eq=False, slots=True)
-class Asked:
+class Attempts:
     """A row, the failures that spoke against it (`errors`), and how many are to be waited out (`tries`)."""
 
-    row: Row
+    row: PromptRow
     tries: int = 0
     errors: int = 0
     failed_at: float = math.inf

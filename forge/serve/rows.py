@@ -36,7 +36,7 @@ _HINT = (
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """One prompt: a conversation, `raw` text that no template is put around, or a `body` as it is to be sent.
 
     `path` is the route that a body is for.
@@ -50,7 +50,7 @@ class Row:
 
 
 @dataclass
-class Prompts:
+class PromptRows:
     """The rows of `path`, checked some way ahead of where they are read. Use it as a context manager.
 
     `total` is how many rows were checked: all of them once `whole`.
@@ -66,7 +66,7 @@ class Prompts:
     _problems: list[Problem] = field(default_factory=list, init=False)
     _faults: int = field(default=0, init=False)
 
-    def __enter__(self) -> Prompts:
+    def __enter__(self) -> PromptRows:
         self._stack = contextlib.ExitStack()
         try:
             place = self._stack.enter_context(_on_disk(self.path))
@@ -121,7 +121,7 @@ class Prompts:
             self.ids.prompt(row.id, self._lines)
             self.total += 1
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[PromptRow]:
         """The rows without an answer, checking further when it comes to what was not looked at.
 
         Raises `DataError` once a line is known to be wrong.
@@ -174,7 +174,7 @@ def _opened(path: Path) -> IO[bytes]:
         raise DataError(f"{path} cannot be read: {wrong.strerror}") from wrong
 
 
-def _row(line: bytes, raw: bool) -> Row:
+def _row(line: bytes, raw: bool) -> PromptRow:
     fields = parse_object(line)
     if rb"\ud" in line.lower():
         # Half a surrogate pair is JSON but no text: it could be neither sent nor written.
@@ -190,18 +190,18 @@ def _row(line: bytes, raw: bool) -> Row:
     if raw and "prompt" not in fields:
         raise ValueError("messages cannot be sent raw; give a prompt")
     if "prompt" not in fields:
-        return Row(fields["id"], _messages(fields["messages"]))
+        return PromptRow(fields["id"], _messages(fields["messages"]))
     if not isinstance(fields["prompt"], str):
         raise ValueError("prompt must be a text")
     if raw:
-        return Row(fields["id"], raw=fields["prompt"])
-    return Row(fields["id"], ({"role": "user", "content": fields["prompt"]},))
+        return PromptRow(fields["id"], raw=fields["prompt"])
+    return PromptRow(fields["id"], ({"role": "user", "content": fields["prompt"]},))
 
 
 _BATCH_PATHS = (wire.CHAT, wire.COMPLETION, wire.EMBEDDINGS)
 
 
-def _batch_row(fields: Mapping[str, Any], raw: bool) -> Row:
+def _batch_row(fields: Mapping[str, Any], raw: bool) -> PromptRow:
     """A row of OpenAI's batch files: its `body` is the whole request."""
     custom_id, body, path = fields.get("custom_id"), fields.get("body"), fields.get("url", wire.CHAT)
     if not isinstance(custom_id, str) or not isinstance(body, dict):
@@ -214,7 +214,7 @@ def _batch_row(fields: Mapping[str, Any], raw: bool) -> Row:
         raise ValueError("an answer in a file cannot be streamed; leave stream out of the body")
     if path == wire.CHAT:
         body = body | {"messages": _messages(body.get("messages"))}
-    return Row(custom_id, body=body, path=path)
+    return PromptRow(custom_id, body=body, path=path)
 
 
 def _messages(value: object) -> tuple[Turn, ...]:

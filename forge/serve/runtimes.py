@@ -37,11 +37,11 @@ def check_runtime(name: str, *, host: str = DEFAULT_HOST, port: int = 0) -> None
     if name == "embedded":
         from forge.tools import xllamacpp
 
-        xllamacpp.check()
+        xllamacpp.check_processor()
     elif name == "ollama":
         from forge.tools import ollama, ollama_server
 
-        ollama_server.check(ollama.server_url(ollama.address_of(host, port)))
+        ollama_server.check_ollama(ollama.server_url(ollama.address_of(host, port)))
 
 
 def refuse_foreign(name: str, settings: ServerSettings) -> None:

@@ -205,7 +205,7 @@ def read_object(endpoint: Endpoint, response: httpx.Response) -> Mapping[str, An
 
     Raises `BusyError` or `RefusedError` for an error answer, `GarbledError` for what is not a JSON object.
     """
-    payload = parse(response.content)
+    payload = parse_answer(response.content)
     if response.is_success and isinstance(payload, dict):
         check_error(endpoint, payload)
         return payload
@@ -266,7 +266,7 @@ def read_reply(endpoint: Endpoint, payload: Mapping[str, Any]) -> Reply:
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
             reasoning=reasoning_of(message),
-            tool_calls=calls_of(message),
+            tool_calls=tool_calls_in(message),
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as wrong:
         if "choices" in payload:
@@ -306,7 +306,7 @@ def _thought(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def calls_of(message: Mapping[str, Any]) -> tuple[Mapping[str, object], ...]:
+def tool_calls_in(message: Mapping[str, Any]) -> tuple[Mapping[str, object], ...]:
     """The calls of a message; `function_call` is the only one, as OpenAI wrote it before `tool_calls`."""
     calls = message.get("tool_calls") or ()
     single = message.get("function_call")
@@ -379,7 +379,7 @@ def reason_in(payload: object, depth: int = 0) -> str:
     return f"{'.'.join(map(str, place))}: {reason}" if reason and isinstance(place, list) else reason
 
 
-def parse(content: bytes) -> object:
+def parse_answer(content: bytes) -> object:
     """The JSON of an answer; else its text, and None for a page of a proxy."""
     try:
         parsed: object = json.loads(content)

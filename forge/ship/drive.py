@@ -9,9 +9,8 @@ from pathlib import Path
 
 from forge import report
 from forge.errors import ForgeError
-from forge.pipeline.plan import Plan
-from forge.pipeline.plan import plan as plan_stages
-from forge.pipeline.run import run
+from forge.pipeline.plan import Plan, plan_stages
+from forge.pipeline.run import run_stages
 from forge.pipeline.stage import Action, Result, Step
 from forge.recipe.load import Loaded, load
 from forge.resolve.recipe import resolve_recipe
@@ -50,7 +49,7 @@ def ship(
     loaded = _load(recipe, overrides)
     store, directory = open_store(), run_directory(loaded)
     lock = read_lock(loaded.path, directory) if locked else None
-    with runs.hold(store, directory), ExitStack() as stack:
+    with runs.hold_run(store, directory), ExitStack() as stack:
         target = _open(loaded, store, directory, lock)
         stages, force = stages_for(target), frozenset({ADAPTER_STAGE} if retrain else ())
         past = runs.requests(store, directory)
@@ -66,7 +65,7 @@ def ship(
         results: dict[str, Result] = {}
         failure: BaseException | None = None
         try:
-            run(
+            run_stages(
                 stages,
                 store,
                 run_directory=directory,
@@ -120,14 +119,14 @@ def _open(loaded: Loaded, store: Store, directory: Path, lock: Lock | None) -> R
 def _keep(target: Resolved) -> str:
     """Leave the model served as `forge serve --detach` does; give its address."""
     from forge.serve import detached
-    from forge.ship.serving import Wish, detach, served_directory
+    from forge.ship.serving import Wish, serve_in_background, served_directory
     from forge.tools.hosts import DEFAULT_HOST
 
     deploy = target.recipe.deploy
     name = target.recipe.name
     if any(served.name == name for served in detached.running(served_directory())):
         report.info(f"{name} was being served before this ship; it is stopped")
-        detached.stop(served_directory(), name)
+        detached.stop_servers(served_directory(), name)
     # A recipe's host counts where it is another than the usual one; else Ollama is where OLLAMA_HOST says.
     host = None if deploy.host == DEFAULT_HOST else deploy.host
     wish = Wish(
@@ -135,7 +134,7 @@ def _keep(target: Resolved) -> str:
         parallel=deploy.parallel, threads=deploy.threads, gpu_layers=deploy.gpu_layers,
         without_key=deploy.without_key,
     )  # fmt: skip
-    return str(detach(wish)["endpoint"])
+    return str(serve_in_background(wish)["endpoint"])
 
 
 def _load(recipe: Path | Loaded, overrides: Sequence[str]) -> Loaded:

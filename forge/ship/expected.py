@@ -20,21 +20,21 @@ _START_SECONDS, _CORE_SECONDS_OF_A_BILLION = 8.0, 220.0
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedTime:
     """Seconds of one certificate; `measured` where they follow from one that this store has."""
 
     seconds: float
     measured: bool
 
 
-def expected_certificate(store: Store, parameters: int) -> Expected:
+def expected_certificate(store: Store, parameters: int) -> ExpectedTime:
     """That of a file of `parameters`: as the nearest in size took, and more where it was smaller."""
     earlier = list(_earlier(store))
     if not earlier:
         billions = parameters / 1e9
-        return Expected(_START_SECONDS + _CORE_SECONDS_OF_A_BILLION * billions / usable_cores(), False)
-    nearest = min(earlier, key=lambda one: (abs(math.log(one[0] / parameters)), -one[1]))
-    return Expected(nearest[1] * max(1.0, parameters / nearest[0]), True)
+        return ExpectedTime(_START_SECONDS + _CORE_SECONDS_OF_A_BILLION * billions / usable_cores(), False)
+    nearest = min(earlier, key=lambda entry: (abs(math.log(entry[0] / parameters)), -entry[1]))
+    return ExpectedTime(nearest[1] * max(1.0, parameters / nearest[0]), True)
 
 
 def _earlier(store: Store) -> Iterator[tuple[float, float]]:

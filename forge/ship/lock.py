@@ -181,20 +181,20 @@ def failure_of(lock: Lock, manifest: Manifest) -> CheckError | None:
 
 def _inputs(ship: Resolved) -> Mapping[str, str]:
     """What names in the recipe stand for: `UNKNOWN` where it is not here."""
-    found = {
+    digests = {
         "base": ship.base_digest,
         "base's tokenizer": ship.tokenizer_digest,
         "chat template": ship.template_digest if ship.base.directory else UNKNOWN,
     }
     if ship.adopted:
-        found["adapter"] = ship.adapter_digest
+        digests["adapter"] = ship.adapter_digest
     if ship.continued:
-        found["train.continue_from"] = ship.continued_digest
+        digests["train.continue_from"] = ship.continued_digest
     if ship.sources:
-        found["data"] = ship.file_digest(ship.data_files)
+        digests["data"] = ship.file_digest(ship.data_files)
     if isinstance(ship.heldout, Path):
-        found["held-out rows"] = ship.file_digest([ship.heldout])
-    return found
+        digests["held-out rows"] = ship.file_digest([ship.heldout])
+    return digests
 
 
 def _packages(manifest: Manifest) -> tuple[Mapping[str, str], list[str]]:

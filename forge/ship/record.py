@@ -14,10 +14,10 @@ from forge.pipeline.stage import Action, Result, Step
 from forge.resolve.resolved import Resolved
 from forge.runs.files import MANIFEST, REPORT
 from forge.runs.manifest import (
+    ArtifactRecord,
     BaseMade,
     DataMade,
     FileMade,
-    Made,
     Manifest,
     Prompt,
     StageRun,
@@ -104,9 +104,9 @@ def _manifest(
     return manifest
 
 
-def _made(artifact: Artifact) -> Made:
+def _made(artifact: Artifact) -> ArtifactRecord:
     tools = artifact.request.get("tools")
-    return Made(
+    return ArtifactRecord(
         artifact.key,
         artifact.digest,
         recorded=dict(artifact.recorded),

@@ -13,7 +13,7 @@ from forge import report
 from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.runs.find import find_model, find_run
-from forge.runs.manifest import RunFacts, read_manifest, read_run_modelfile
+from forge.runs.manifest import RunView, read_manifest, read_run_modelfile
 from forge.serve import detached
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import ServerSettings
@@ -98,7 +98,7 @@ def _port_of(wish: Wish) -> int:
 
 def _context_of(run: Path | None) -> int:
     """max(4096, longest training row + reply), which deploy has written down."""
-    facts = read_manifest(run).read_facts() if run else RunFacts()
+    facts = read_manifest(run).read_facts() if run else RunView()
     return facts.deploy.context_tokens or max(_DEFAULT_CONTEXT, facts.data.max_length + 256)
 
 
@@ -129,7 +129,7 @@ def served_directory() -> Path:
     return open_store(read_only=True).root / "serving"
 
 
-def detach(wish: Wish, *, show: bool = False) -> Mapping[str, object]:
+def serve_in_background(wish: Wish, *, show: bool = False) -> Mapping[str, object]:
     """Serve in the background; returns once it answers, or raises what it ended with."""
     chosen = settings(wish)
     name = chosen.alias

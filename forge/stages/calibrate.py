@@ -21,7 +21,7 @@ from forge.resolve.resolved import Resolved
 from forge.resolve.rows import measured_file
 from forge.resolve.stage import GgufStage
 from forge.runs.files import CALIBRATION
-from forge.runs.publish import place
+from forge.runs.publish import publish_output
 from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, adapter_of
 from forge.store.artifacts import Artifact
@@ -92,7 +92,7 @@ class CalibrateStage(GgufStage):
         return worker.perform(calibrate, request, log=self.ship.log).facts()
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
-        place(artifact, IMPORTANCE_FILE, run / CALIBRATION / IMPORTANCE_FILE, published)
+        publish_output(artifact, IMPORTANCE_FILE, run / CALIBRATION / IMPORTANCE_FILE, published)
 
     def summary(self, result: Result, run: Path) -> Mapping[str, object]:
         return {"calibration": dict(result.facts)}

@@ -111,7 +111,7 @@ class DeployAction(OfShip, Action):
         endpoint = stack.enter_context(runtime_for(deploy.runtime)(settings, log=self.ship.log))
         live = None
         if not in_ollama:
-            compared += prove_prompts(self.ship, endpoint, talks)
+            compared += prove_served_prompts(self.ship, endpoint, talks)
         if not in_ollama and VERIFY_STAGE in results:
             measured = results[VERIFY_STAGE].read(Measurement)
             live = prove_live(
@@ -160,7 +160,7 @@ def _some_rows(results: Mapping[str, Result]) -> list[Talk]:
     return [talk for talk in talks if talk.messages]  # a plain text has none
 
 
-def prove_prompts(ship: Resolved, endpoint: Endpoint, talks: Sequence[Talk]) -> list[OfKind]:
+def prove_served_prompts(ship: Resolved, endpoint: Endpoint, talks: Sequence[Talk]) -> list[OfKind]:
     """The server writes each prompt as training did, tools and all, in text and in ids.
 
     Where the GGUF adds BOS, llama-server takes it off the text and puts it back as a token. Raises

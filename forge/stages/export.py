@@ -12,8 +12,7 @@ from forge.codec import Json
 from forge.errors import ForgeError
 from forge.export.cost import cost_of
 from forge.export.request import Exported, ExportRequest, MergeBase
-from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY
-from forge.export.run import export as make_gguf
+from forge.export.run import ADAPTER_FILE, GGUF_FILE, MERGED_DIRECTORY, export_gguf
 from forge.model.estimate import export_disk
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result
@@ -30,7 +29,7 @@ from forge.resolve.resolved import Resolved
 from forge.resolve.rows import certificate_rows, certificate_rows_are
 from forge.resolve.stage import GgufStage, OfType
 from forge.runs.files import BESIDE, adapter_beside, of_type, run_gguf
-from forge.runs.publish import place
+from forge.runs.publish import publish_output
 from forge.stages.calibrate import CALIBRATION_STAGE, importance_in, quant_chosen, withdraw
 from forge.stages.data import DATA_STAGE
 from forge.stages.train import ADAPTER_STAGE, adapter_of
@@ -114,7 +113,7 @@ class ExportStage(OfType, GgufStage):
             keep_merged=keeps_merged(self.ship),
         )
         try:
-            exported = worker.perform(make_gguf, request, log=self.ship.log)
+            exported = worker.perform(export_gguf, request, log=self.ship.log)
         except BaseException:
             # Nothing of it can be gone on with, and it may be as large as the model.
             shutil.rmtree(out / "work", ignore_errors=True)
@@ -192,4 +191,4 @@ def _publish_gguf(target: Path, artifact: Artifact, published: str | None, other
     for old in sorted(set(target.parent.glob("*.gguf")) - kept, key=lambda path: path.name.endswith(BESIDE)):
         old.unlink()
     for name, path in {**adapter, GGUF_FILE: target}.items():
-        place(artifact, name, path, published)
+        publish_output(artifact, name, path, published)

@@ -18,7 +18,7 @@ from forge.chat.hand_over import (
     sampling_of,
     write_modelfiles,
 )
-from forge.chat.same_prompts import Compared, compare_prompts
+from forge.chat.same_prompts import ComparedPrompts, compare_prompts
 from forge.chat.stops import require
 from forge.codec import Json
 from forge.data.prepare import Prepared
@@ -54,7 +54,7 @@ class Variables:
 class ModelfileFacts(WrittenModelfiles):
     """The files, and of how many conversations the prompts were the same through every template."""
 
-    same_prompts: Compared
+    same_prompts: ComparedPrompts
     variables: Variables
 
 

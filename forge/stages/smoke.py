@@ -19,27 +19,9 @@ from forge.serve.queries import Answer
 from forge.stages.deploy import DEPLOY_STAGE, DeployFacts
 from forge.stages.evaluate import EvaluateStage, evaluated, learned
 from forge.store.artifacts import Facts
-from forge.train.evaluate import Answered
+from forge.train.figures import Heldout, HeldoutAnswer, ServedAnswer
 
 # The rest of `serve` is imported where it is used: it loads httpx, which a plan has no use for.
-
-
-@dataclass(frozen=True)
-class Served(Answered):
-    """A held-out row with the answer that the server gave to it."""
-
-    served: str
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Heldout:
-    """The held-out rows: how many the server answered to the letter, and how many answers ended."""
-
-    rows: int
-    exact: int
-    stopped: int
-    answers: tuple[Served, ...]
 
 
 @dataclass(frozen=True)
@@ -106,16 +88,18 @@ def failure_of_smoke(facts: SmokeFacts) -> CheckError | None:
     return broken or failed
 
 
-def _ask_heldout(endpoint: Endpoint, rows: Sequence[Answered]) -> Heldout:
+def _ask_heldout(endpoint: Endpoint, rows: Sequence[HeldoutAnswer]) -> Heldout:
     """Held-out questions to the shipped file behind its server: how many answers are exact."""
     from forge.serve.client import Client
     from forge.serve.wire import Sampling
 
-    asked: list[Served] = []
+    asked: list[ServedAnswer] = []
     with Client(endpoint) as client:
         for number, row in enumerate(rows, 1):
             reply = client.chat(row.messages, Sampling(max_tokens=128, seed=0))
-            asked.append(Served(**vars(row), served=reply.text.strip(), finish_reason=reply.finish_reason))
+            asked.append(
+                ServedAnswer(**vars(row), served=reply.text.strip(), finish_reason=reply.finish_reason)
+            )
             report.advance("ask the held-out rows", number, len(rows))
     return Heldout(
         rows=len(asked),

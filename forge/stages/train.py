@@ -19,7 +19,7 @@ from forge.resolve.queries import queries_in
 from forge.resolve.rehearsal import rehearse
 from forge.resolve.stage import ShipStage, installed
 from forge.runs.files import ADAPTER, REPORT
-from forge.runs.publish import place
+from forge.runs.publish import publish_output
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
 from forge.train.checkpoints import MARKER
@@ -58,7 +58,7 @@ class AdapterStage(ShipStage):
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         for name in artifact.outputs:
-            place(artifact, name, run / ADAPTER / name, published)
+            publish_output(artifact, name, run / ADAPTER / name, published)
 
     def summary(self, result: Result, run: Path) -> Mapping[str, object]:
         return {"adapter": str(run / ADAPTER)}

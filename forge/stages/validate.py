@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from forge import worker
-from forge.adapter.status import Validated, ValidateRequest, validate
+from forge.adapter.status import Validated, ValidateRequest, validate_adapter
 from forge.codec import Json
 from forge.resolve.stage import ShipStage, installed
 from forge.stages.train import ADAPTER_STAGE
@@ -33,4 +33,4 @@ class ValidateStage(ShipStage):
         request = ValidateRequest(
             self.ship.base_directory, inputs[ADAPTER_STAGE].path, self.ship.runs_own_code
         )
-        return worker.perform(validate, request, log=self.ship.log)
+        return worker.perform(validate_adapter, request, log=self.ship.log)

@@ -29,7 +29,7 @@ from forge.codec import Json, from_plain
 from forge.errors import DataError
 from forge.files import write_text
 from forge.store.digest import DigestCache, digest, names_digest
-from forge.store.lock import hold
+from forge.store.lock import hold_lock
 from forge.store.publication import (
     MANIFEST,
     PARTIAL,
@@ -148,7 +148,7 @@ class Store:
             raise ValueError(f"{key} is not the digest of the request of {stage}")
         self.prepare()
         final, partial = self.path(stage, key), self.partial(stage, key)
-        with hold(self.lock(stage, key), what=stage, run=run):
+        with hold_lock(self.lock(stage, key), what=stage, run=run):
             finish_replacement(final)
             complete = _read(partial, stage, key) is not None  # killed just before its publication
             kept = self.find(stage, key)

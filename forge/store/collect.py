@@ -31,7 +31,7 @@ _DELETED = ".deleted"
 
 
 @dataclass(frozen=True)
-class Item:
+class Removable:
     """A directory that could go. `bytes` are those of its files that no run shares by a hard link."""
 
     kind: Kind
@@ -45,7 +45,7 @@ class Item:
 class Garbage:
     """What could go, and the size of what stays because a run uses it."""
 
-    items: tuple[Item, ...]
+    items: tuple[Removable, ...]
     used_bytes: int
 
     def bytes(self, *kinds: Kind) -> int:
@@ -53,10 +53,10 @@ class Garbage:
         return sum(item.bytes for item in self.items if not kinds or item.kind in kinds)
 
 
-def plan(store: Store) -> Garbage:
+def find_garbage(store: Store) -> Garbage:
     """Look, and change nothing."""
     used = _used_keys(store)
-    items: list[Item] = []
+    items: list[Removable] = []
     used_bytes = 0
     for stage, name, path in store.directories():
         key, dot, ending = name.partition(".")
@@ -67,19 +67,19 @@ def plan(store: Store) -> Garbage:
             used_bytes += _bytes(path)
             continue
         if not is_locked(store.lock(stage, key)):
-            items.append(Item(kind, stage, key, path, _bytes(path)))
+            items.append(Removable(kind, stage, key, path, _bytes(path)))
     return Garbage(tuple(items), used_bytes)
 
 
 def collect(store: Store, *, adapters: bool = False, partials: bool = False) -> Garbage:
     """Remove what no run uses, adapters and partial directories only when asked; what was removed."""
     kinds = {"artifact", *(["adapter"] if adapters else []), *(["partial"] if partials else [])}
-    garbage = plan(store)
+    garbage = find_garbage(store)
     removed = [item for item in garbage.items if item.kind in kinds and _remove(store, item)]
     return Garbage(tuple(removed), garbage.used_bytes)
 
 
-def _remove(store: Store, item: Item) -> bool:
+def _remove(store: Store, item: Removable) -> bool:
     with lock_file(store.lock(item.stage, item.key)) as is_ours:
         if not is_ours or not item.path.exists():
             return False

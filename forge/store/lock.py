@@ -18,7 +18,7 @@ from forge.files import try_lock
 
 
 @contextlib.contextmanager
-def hold(path: Path, *, what: str, run: str = "") -> Iterator[None]:
+def hold_lock(path: Path, *, what: str, run: str = "") -> Iterator[None]:
     """Hold the lock `path`, waiting for it if need be, and say once for whom.
 
     `what` is being made (for the message), `run` is the name of the run that makes it.

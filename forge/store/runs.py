@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 from forge.files import write_text
 from forge.store.artifacts import Request, Store
 from forge.store.digest import digest
-from forge.store.lock import hold as hold_lock
+from forge.store.lock import hold_lock
 
 How: TypeAlias = Literal["copied", "reflinked", "linked"]
 
@@ -44,7 +44,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def hold(store: Store, directory: Path) -> Iterator[None]:
+def hold_run(store: Store, directory: Path) -> Iterator[None]:
     """Be the only process that ships into `directory`; wait for another, saying for whom."""
     store.prepare()
     lock = store.root / "locks" / f"run-{_record(store, directory).stem}.lock"

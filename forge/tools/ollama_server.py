@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LOOKS = 10.0
 _LOOKS_THAT_MISS_IT = 3
 
 
-def check(url: str | None = None) -> None:
+def check_ollama(url: str | None = None) -> None:
     """Raise `MissingToolError` when no server answers and none can be started here."""
     with Ollama(url or server_url()) as server:
         try:

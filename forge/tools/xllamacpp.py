@@ -16,7 +16,7 @@ NEEDED_FLAGS = ("avx2", "fma", "f16c")
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def check(cpuinfo: Path = CPUINFO) -> None:
+def check_processor(cpuinfo: Path = CPUINFO) -> None:
     """Raise `MissingToolError` unless the embedded server can run here."""
     if importlib.util.find_spec("xllamacpp") is None:
         raise MissingToolError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from forge.adapter.vocabulary import rows_beside
 from forge.data.prepare import HELDOUT_FILE, PreparedRow
 from forge.data.tokens import IGNORED
 from forge.train.arithmetic import Arithmetic
+from forge.train.figures import Change, Exact, HeldoutAnswer
 from forge.train.hardware import choose_hardware
 from forge.train.model import BaseSettings, arithmetic_of, load_base
 from forge.train.questions import greedy
@@ -46,34 +47,6 @@ class EvaluateRequest:
     pad_token_id: int
     beta: float | None = None
     """Of preference pairs: what the rewards are scaled by."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A figure of the base and of the tuned model."""
-
-    before: float
-    after: float
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A held-out question, the answer that its row has, and those of the base and of the tuned model."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    expected: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Of the rows with short answers: how many were given to the letter before and after."""
-
-    rows: int
-    before: int
-    after: int
-    answers: tuple[Answered, ...]
 
 
 @dataclass(frozen=True)
@@ -288,7 +261,7 @@ def _exact(
         return None
     expected = tokenizer.decode_batch([list(_expected(row)) for row in short], skip_special_tokens=True)
     answers = tuple(
-        Answered(tuple(row["messages"][:-1]), want.strip(), was.strip(), now.strip())
+        HeldoutAnswer(tuple(row["messages"][:-1]), want.strip(), was.strip(), now.strip())
         for row, want, was, now in zip(short, expected, before, after, strict=True)
     )
     return Exact(

@@ -13,7 +13,7 @@ from typing import Any
 
 from forge.files import write_text
 from forge.train.log import Evaluation, Step, in_words
-from forge.train.questions import Asked
+from forge.train.questions import LiveQuestions
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 180, 44
 _SECONDS_BETWEEN = 3.0
@@ -35,7 +35,7 @@ Points = Sequence[tuple[float, float]]
 class LivePage:
     """Writes the page at `path`, no more often than every few seconds; nothing where there is no path."""
 
-    def __init__(self, path: Path | None, asked: Asked) -> None:
+    def __init__(self, path: Path | None, asked: LiveQuestions) -> None:
         self._path, self._asked, self._written = path, asked, 0.0
         self._steps: list[Step] = []
         self._began = (0.0, 0)

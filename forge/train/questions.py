@@ -26,7 +26,7 @@ class Question:
     pad_token_id: int
 
 
-class Asked:
+class LiveQuestions:
     """Asks the questions, and keeps the answers in a file that a resumed run finds again."""
 
     def __init__(self, log: Path, questions: Sequence[Question], tokenizer: Any) -> None:

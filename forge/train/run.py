@@ -37,7 +37,7 @@ from forge.train.lora import (
 from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
 from forge.train.pairs import drop_reference, pair_trainer, pairs_of
-from forge.train.questions import Asked
+from forge.train.questions import LiveQuestions
 from forge.train.request import Trained, TrainRequest
 from forge.train.save import save_adapter
 from forge.train.unsloth import import_unsloth, unsloth_model
@@ -217,7 +217,7 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     if settings.evaluation_steps and not heldout:
         raise DataError("train.evaluation_steps: there are no held-out rows", hint="set data.eval")
     work = request.out / "work"
-    asked = Asked(
+    asked = LiveQuestions(
         work / "answers.jsonl",
         request.questions if settings.evaluation_steps else (),
         tokenizers.Tokenizer.from_file(str(request.tokenizer / "tokenizer.json")),

@@ -21,7 +21,7 @@ from forge.model.memory import peak_memory
 from forge.train.checkpoints import seal
 from forge.train.live import LivePage
 from forge.train.log import Evaluation, Step, append, in_words, keep_until
-from forge.train.questions import Asked
+from forge.train.questions import LiveQuestions
 
 PROGRESS = "train"
 _TRY = (
@@ -99,7 +99,7 @@ def _trained(model: Any) -> list[tuple[str, Any]]:
 
 
 def watcher(
-    log: Path, checkpoint_seconds: float, best: Best, asked: Asked, *, vocabulary: int, page: LivePage
+    log: Path, checkpoint_seconds: float, best: Best, asked: LiveQuestions, *, vocabulary: int, page: LivePage
 ) -> Any:
     """A `TrainerCallback`: log lines to `log`, a checkpoint every so often, at each best and on SIGTERM."""
     import transformers

@@ -57,7 +57,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptCertificate:
     """A certificate's file as far as it is read again."""
 
     basis: Basis
@@ -92,7 +92,7 @@ def certificate_text(certificate: Mapping[str, Any], evidence: Evidence) -> str:
     return json.dumps({**certificate, "evidence": to_plain(evidence)}, ensure_ascii=False) + "\n"
 
 
-def read_certificate(path: Path) -> Kept:
+def read_certificate(path: Path) -> KeptCertificate:
     """Raises `DataError` for what is no certificate's file of this format."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -126,4 +126,4 @@ def read_certificate(path: Path) -> Kept:
         ) from lacks
     except ValueError as failure:
         raise DataError(f"{path}: no certificate: {failure}", hint=_AGAIN) from failure
-    return Kept(basis, gates, evidence, verdict)
+    return KeptCertificate(basis, gates, evidence, verdict)

@@ -26,7 +26,7 @@ from forge.errors import DataError, UnmadeTypeError
 from forge.export import upstream
 from forge.export.importance import write_importance
 from forge.export.request import ExportRequest
-from forge.export.run import GGUF_FILE, export
+from forge.export.run import GGUF_FILE, export_gguf
 from forge.files import write_text
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
@@ -63,7 +63,7 @@ def calibrate(request: CalibrationRequest) -> Calibrated:
     """
     out, work = request.out, request.out / "work"
     work.mkdir(exist_ok=True)
-    upstream.load(request.model.converters)  # before anything imports another gguf
+    upstream.load_converters(request.model.converters)  # before anything imports another gguf
     for left in work.iterdir():
         if left.is_dir() and left.name != "f16":
             shutil.rmtree(left)  # of a type that was being tried when the search was killed
@@ -190,7 +190,7 @@ class _Search:
         """One type's row of the table; its file is gone afterwards."""
         request = self._request
         with tempfile.TemporaryDirectory(dir=self._work, prefix=f"{kind}-") as scratch:
-            export(
+            export_gguf(
                 ExportRequest(
                     request.model,
                     Path(scratch),

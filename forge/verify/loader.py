@@ -22,7 +22,7 @@ from typing import Any
 from forge.errors import DataError
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.safetensors_header import TensorSpec
-from forge.verify.rounding import HALVES, Rounding, rounded
+from forge.verify.rounding import HALVES, RoundedTypes, rounded
 
 DAMAGED = "the checkpoint is damaged, or overflows: load it with transformers and look at its answers"
 
@@ -40,7 +40,7 @@ class Weights:
     nf4: bool = False
     trust_remote_code: bool = False
     plain: bool = False
-    rounding: Rounding | None = None
+    rounding: RoundedTypes | None = None
     beside: bool = False
 
 
@@ -152,7 +152,7 @@ def read_float32(spec: TensorSpec) -> Any:
     return tensor
 
 
-def changes_nothing(rounding: Rounding, checkpoint: Checkpoint) -> bool:
+def changes_nothing(rounding: RoundedTypes, checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint's own values are those that the file's types hold, as most bfloat16 ones are."""
     import torch
 

@@ -53,7 +53,7 @@ from forge.verify.measurement import (
     VerifyRequest,
     Vocabulary,
 )
-from forge.verify.rounding import Rounding, most_lost, rounding_of, rounding_of_checkpoint
+from forge.verify.rounding import RoundedTypes, most_lost, rounding_of, rounding_of_checkpoint
 from forge.verify.session import Session, Yardsticks
 from forge.verify.vocabulary import added_tokens, check_vocabulary
 
@@ -68,7 +68,7 @@ def measure(request: VerifyRequest) -> Measurement:
 
     Raises `DataError` for files that cannot be compared at all, with what was compared before.
     """
-    upstream.load(request.converters)  # before anything imports another gguf
+    upstream.load_converters(request.converters)  # before anything imports another gguf
     session = Session(request)
     facts = session.facts
     with session.step("the file's header"):
@@ -260,7 +260,7 @@ class _Comparison:
             make = partial(self._rounded, rounding, logits, leg)
             return self.yardsticks.kept.value(_Conversion, _named(self.drawn, "conversion"), make)
 
-    def _rounded(self, rounding: Rounding, logits: Any, leg: Leg) -> _Conversion:
+    def _rounded(self, rounding: RoundedTypes, logits: Any, leg: Leg) -> _Conversion:
         session = self.session
         source = replace(session.source, rounding=rounding, beside=session.request.lora is not None)
         same = session.source.adapter is None and changes_nothing(

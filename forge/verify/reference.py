@@ -26,7 +26,7 @@ from forge import report
 from forge.errors import DataError
 from forge.verify.loader import DAMAGED, Weights
 from forge.verify.measurement import Greedy
-from forge.verify.rounding import Rounding, rounded
+from forge.verify.rounding import RoundedTypes, rounded
 from forge.verify.sample import Sample
 from forge.verify.tuned import Opened, empty_model, open_model
 
@@ -64,7 +64,7 @@ def logits(weights: Weights, sample: Sample, label: str, lost: dict[str, float] 
     return logits.numpy()
 
 
-def with_table(weights: Weights, rounding: Rounding, sample: Sample) -> Any:
+def with_table(weights: Weights, rounding: RoundedTypes, sample: Sample) -> Any:
     """`logits` with GELU as llama.cpp has it in float32 too, by an exact `rounding`; None without a GELU."""
     if not any(map(_is_gelu, empty_model(weights).modules())):
         return None
@@ -88,7 +88,7 @@ def with_greedy(
         (*sample.rows, *rows),
         (*sample.positions, *((count + row, place) for row, place in places)),
         (*sample.answers, *(True for _ in places)),
-        sample.given,
+        sample.offered,
     )
     both = logits(weights, joint, label)
     best = both[len(sample.positions) :].argmax(axis=1).tolist()
@@ -178,7 +178,9 @@ def _merged(unit: Any) -> Iterator[Any]:
             yield layer
 
 
-def _round(unit: Any, rounding: Rounding, modules: Mapping[int, str], lost: dict[str, float] | None) -> None:
+def _round(
+    unit: Any, rounding: RoundedTypes, modules: Mapping[int, str], lost: dict[str, float] | None
+) -> None:
     """Round what `unit` multiplies by as a file holds it; `modules` are their names by identity."""
     import torch
 

@@ -24,7 +24,7 @@ HALF_STEPS: Mapping[str, float] = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0*
 
 
 @dataclass(frozen=True)
-class Rounding:
+class RoundedTypes:
     """The types of a GGUF's tensors, by the checkpoint's names.
 
     `inputs`: what a weight is multiplied by is rounded as the weight is, as llama.cpp does.
@@ -49,21 +49,21 @@ class Rounding:
         return not any(kind in HALVES for kind in self.types.values())
 
 
-def rounding_of(path: Path, layers: int) -> Rounding:
+def rounding_of(path: Path, layers: int) -> RoundedTypes:
     """How the GGUF in `path` rounds a model of that many `layers`."""
     header = read_gguf(path)
     types = {name: tensor.type for name, tensor in header.tensors.items()}
     most = next((kind for kind in header.tensor_types if kind != "F32"), "F32")
-    return Rounding(types, names_in(header.architecture, layers), most)
+    return RoundedTypes(types, gguf_names(header.architecture, layers), most)
 
 
-def rounding_of_checkpoint(checkpoint: Checkpoint) -> Rounding:
+def rounding_of_checkpoint(checkpoint: Checkpoint) -> RoundedTypes:
     """How a checkpoint rounds its own tensors."""
     types = {name: spec.dtype for name, spec in checkpoint.tensors.items()}
-    return Rounding(types, lambda name: name, "F32")
+    return RoundedTypes(types, lambda name: name, "F32")
 
 
-def names_in(architecture: str, layers: int) -> Callable[[str], str | None]:
+def gguf_names(architecture: str, layers: int) -> Callable[[str], str | None]:
     """From a checkpoint's name to the GGUF's, as llama.cpp's converters have it."""
     import gguf
 

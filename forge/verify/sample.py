@@ -43,7 +43,7 @@ class Sample:
     rows: tuple[tuple[int, ...], ...]
     positions: tuple[tuple[int, int], ...]
     answers: tuple[bool, ...]
-    given: int
+    offered: int
     numbers: tuple[int, ...] = ()
 
     @property

@@ -34,7 +34,7 @@ _SCALE_SLACK, _SURELY = 0.2, 8.0
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class ChangedRows:
     """Rows of one matrix of tokens: `weight` as peft has them, and what of that is `changed` from the base.
 
     `lies` are the file's tensors that hold it, the first that is there; `ids` say which rows these are.
@@ -46,7 +46,7 @@ class TokenRows:
     changed: Any
 
 
-def rows_of(model: Opened, name: str, lies: Sequence[str], weight: Any, added: Any) -> TokenRows:
+def rows_of(model: Opened, name: str, lies: Sequence[str], weight: Any, added: Any) -> ChangedRows:
     """The rows to look at in the tensor `name`: float32 `weight` (tokens, width), peft's factors `added`."""
     import torch
 
@@ -55,7 +55,7 @@ def rows_of(model: Opened, name: str, lies: Sequence[str], weight: Any, added: A
     base = _of_base(model, name)
     if base is None:
         tuned = weight[spread]
-        return TokenRows(lies, spread.tolist(), tuned, torch.zeros_like(tuned))
+        return ChangedRows(lies, spread.tolist(), tuned, torch.zeros_like(tuned))
     common = min(count, len(base))
     is_changed = torch.ones(count, dtype=torch.bool)
     is_changed[:common] = (weight[:common] != base[:common]).any(dim=1)
@@ -67,7 +67,7 @@ def rows_of(model: Opened, name: str, lies: Sequence[str], weight: Any, added: A
     tuned = weight[ids] if added is None else weight[ids] + added[ids]
     before = torch.zeros_like(tuned)
     before[ids < common] = base[ids[ids < common]]
-    return TokenRows(lies, ids.tolist(), tuned, tuned - before)
+    return ChangedRows(lies, ids.tolist(), tuned, tuned - before)
 
 
 def _of_base(model: Opened, name: str) -> Any:
@@ -84,7 +84,7 @@ def _of_base(model: Opened, name: str) -> Any:
 
 
 def look_at_rows(
-    expected: TokenRows, tensors: Mapping[str, GgufTensor], raw: Callable[[GgufTensor], Any]
+    expected: ChangedRows, tensors: Mapping[str, GgufTensor], raw: Callable[[GgufTensor], Any]
 ) -> RowFit | None:
     """What the file's rows are; None where it has no tensor of that width."""
     import numpy as np

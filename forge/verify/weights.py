@@ -26,8 +26,8 @@ from forge.model.gguf_header import GgufTensor, read_gguf
 from forge.verify import token_rows
 from forge.verify.loader import Weights, nf4_and_back
 from forge.verify.measurement import Fits, RowFit
-from forge.verify.rounding import names_in
-from forge.verify.token_rows import EMBEDDING, HEAD, TokenRows, rows_of
+from forge.verify.rounding import gguf_names
+from forge.verify.token_rows import EMBEDDING, HEAD, ChangedRows, rows_of
 from forge.verify.tuned import open_model
 
 _MOST_ROWS = 16384
@@ -38,7 +38,7 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
-class Fit:
+class TensorFit:
     """One tensor: `scale` is f (None where nothing is adapted), `rest` relative to the weight's norm.
 
     `rest_nf4` is the rest over the base's NF4 round trip. `layout`: how its rows are ordered in the
@@ -104,8 +104,8 @@ class _File:
     def __init__(self, path: Path, facts: Configuration) -> None:
         header = read_gguf(path)
         self._facts, self._path, self._tensors = facts, path, header.tensors
-        self.place = names_in(header.architecture, facts.layers or 0)
-        self.fits: list[Fit] = []
+        self.place = gguf_names(header.architecture, facts.layers or 0)
+        self.fits: list[TensorFit] = []
         self.missing: list[str] = []
         self.rows: dict[str, RowFit] = {}
 
@@ -119,7 +119,7 @@ class _File:
         elif place:
             self.missing.append(name)
 
-    def look_at_rows(self, expected: TokenRows) -> None:
+    def look_at_rows(self, expected: ChangedRows) -> None:
         """Keep which of the `expected` rows of tokens are not those of the file."""
         if fit := token_rows.look_at_rows(expected, self._tensors, partial(_raw, self._path)):
             self.rows[expected.lies[0]] = fit
@@ -154,7 +154,7 @@ def spread(names: Sequence[str], most: int = 64) -> list[str]:
 
 def _fit(
     tensor: GgufTensor, raw: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool
-) -> Fit | None:
+) -> TensorFit | None:
     import numpy as np
     import torch
     from gguf import GGMLQuantizationType
@@ -191,7 +191,7 @@ def _fit(
     sure = (
         rest * float(weight.norm() / added.norm()) / math.sqrt(weight.numel()) if scale is not None else 0.0
     )
-    return Fit(tensor.name, scale, rest, layout, rest_nf4, lost, sure)
+    return TensorFit(tensor.name, scale, rest, layout, rest_nf4, lost, sure)
 
 
 def _any(added: Any) -> bool:
@@ -213,7 +213,7 @@ def _layouts(values: Any, weight: Any, facts: Configuration) -> Iterator[tuple[s
         yield "transposed", values.T
 
 
-def _summed(fits: Sequence[Fit], missing: Sequence[str]) -> Fits:
+def _summed(fits: Sequence[TensorFit], missing: Sequence[str]) -> Fits:
     scales = [fit.scale for fit in fits if fit.scale is not None]
     adapted = [fit.rest for fit in fits if fit.scale is not None]
     nf4 = [fit.rest_nf4 for fit in fits if fit.rest_nf4 is not None]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from forge.export.requantize import quantize_file
 from forge.export.request import ExportRequest, Ingredients, MergeBase
-from forge.export.run import GGUF_FILE, export
+from forge.export.run import GGUF_FILE, export_gguf
 from forge.model.gguf_header import GgufHeader, LongArray, read_gguf
 
 _BLOCK = 1 << 24
@@ -35,7 +35,7 @@ def make_f16(
 
 def export_f16(model: Ingredients, out: Path) -> Path:
     """An f16 GGUF of `model` in `out`, an empty directory; raises what `export` raises."""
-    export(ExportRequest(model, out, name="yardstick", quant="f16"))
+    export_gguf(ExportRequest(model, out, name="yardstick", quant="f16"))
     return out / GGUF_FILE
 
 

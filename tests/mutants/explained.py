@@ -45,8 +45,8 @@ EXPLAINED: Mapping[tuple[str, str, str], str] = {
     "the bytes are the same",
     (
         "forge/verify/measure.py",
-        "upstream.load(request.converters)  # before anything imports another gguf",
-        "upstream.load(request.converters) → pass",
+        "upstream.load_converters(request.converters)  # before anything imports another gguf",
+        "upstream.load_converters(request.converters) → pass",
     ): "the order of imports: the tests share a process that has loaded it",
     (
         "forge/stages/deploy.py",
