@@ -44,6 +44,8 @@ TASKS: Mapping[str, str] = {
     "rehearse": "forge.export.rehearsal:rehearse_export",
     "train": "forge.train.run:train",
     "validate": "forge.adapter.status:validate_adapter",
+    "combine": "forge.adapter.combine:combine",
+    "hold": "forge.adapter.several:hold",
     "evaluate": "forge.train.evaluate:evaluate",
     "calibrate": "forge.verify.calibrate:calibrate",
     "export": "forge.export.run:export_gguf",

@@ -34,6 +34,9 @@ def commands() -> str:
         assert command is not None
         inner = click.Context(command, info_name=name, parent=context, terminal_width=100)
         parts.append(f"## forge {name}\n\n```\n{command.get_help(inner)}\n```\n")
+        for part, below in getattr(command, "commands", {}).items():
+            innermost = click.Context(below, info_name=part, parent=inner, terminal_width=100)
+            parts.append(f"### forge {name} {part}\n\n```\n{below.get_help(innermost)}\n```\n")
     return "\n".join(parts)
 
 

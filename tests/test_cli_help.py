@@ -14,6 +14,8 @@ from forge import process
 from forge.cli import main as entry
 from tests.conftest import ROOT
 
+PARTS = ("adapters list", "adapters merge")
+"""Commands of a group, which has no options itself."""
 FORGE = [sys.executable, "-m", "forge"]
 NOT_LOADED = {
     "torch", "numpy", "pydantic", "httpx", "rich", "transformers", "huggingface_hub", "jinja2", "tokenizers",
@@ -53,9 +55,9 @@ def test_every_command_has_its_file_and_its_file_is_thin() -> None:
         assert len(text.splitlines()) <= 100 and "open(" not in text.replace("open_store(", ""), name
 
 
-@pytest.mark.parametrize("name", entry.COMMANDS)
+@pytest.mark.parametrize("name", sorted({*entry.COMMANDS, *PARTS} - {"adapters"}))
 def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert entry.run_command([name, "--help"]) == 0
+    assert entry.run_command([*name.split(), "--help"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"Usage: forge {name} ")
     for option in ("-v", "--offline", "--json", "--help"):

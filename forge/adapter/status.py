@@ -84,8 +84,8 @@ def validate_adapter(request: ValidateRequest) -> Validated:
     rounded = {round(scale, 6) for scale in scales.values()}
     return Validated(
         ok=True,
-        status=_plain(status),
-        layers=tuple(map(_plain, layers)),
+        status=plain_status(status),
+        layers=tuple(map(plain_status, layers)),
         adapted_modules=tuple(sorted(adapter.layers)),
         vocabulary_rows=fitted.rows,
         untied=fitted.untied,
@@ -229,7 +229,7 @@ def _specs(adapter: Adapter) -> Iterator[Any]:
     yield from (rows.values for rows in adapter.rows.values())
 
 
-def _plain(status: Any) -> Mapping[str, object]:
+def plain_status(status: Any) -> Mapping[str, object]:
     """One of peft's statuses as JSON can hold it."""
     return {
         key: (value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value))

@@ -25,6 +25,7 @@ COMMANDS = {
     "ship": "Run the whole pipeline of a recipe.",
     "train": "Run a recipe up to its adapter.",
     "validate": "Check an adapter: a recipe's, or any on disk.",
+    "adapters": "Hold several adapters on one base; merge them with weights.",
     "evaluate": "Measure what was learned on held-out rows.",
     "export": "Make the GGUF: a recipe's, or of any base and adapter.",
     "verify": "Prove that a GGUF is its base and adapter: a recipe's, or anybody's.",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.adapter.save import save_adapter
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, PreparedRow
 from forge.errors import DataError, InterruptedByUserError, OutOfMemoryError, StageError
 from forge.train.arguments import arguments, warmup_steps
@@ -39,7 +40,6 @@ from forge.train.packing import refuse_leaks
 from forge.train.pairs import drop_reference, pair_trainer, pairs_of
 from forge.train.questions import LiveQuestions
 from forge.train.request import Trained, TrainRequest
-from forge.train.save import save_adapter
 from forge.train.unsloth import import_unsloth, unsloth_model
 from forge.train.watch import Best, peak_bytes, watcher
 

@@ -53,10 +53,15 @@ _SEARCHED = tuple(
 )
 TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/adapter/adopt.py": ("test_adapter_names.py",),
+    "forge/adapter/change.py": ("test_adapters_merged.py",),
+    "forge/adapter/combine.py": ("test_adapters_merged.py",),
     "forge/adapter/names.py": _ADAPTER,
     "forge/adapter/places.py": (*_ADAPTER, "test_resized.py::test_the_tuned_model_is_peft_s[untied]"),
+    "forge/adapter/probe.py": ("test_adapters_held.py",),
     "forge/adapter/read.py": (*_ADAPTER, "test_resized.py::test_the_tuned_model_is_peft_s"),
+    "forge/adapter/save.py": ("test_adapters_merged.py",),
     "forge/adapter/settings.py": _ADAPTER,
+    "forge/adapter/several.py": ("test_adapters_held.py",),
     "forge/adapter/status.py": (*_ADAPTER, *_ROWS),
     "forge/adapter/tokenizer.py": ("test_stages_published.py",),
     "forge/adapter/vocabulary.py": (*_ADAPTER, *_ROWS),

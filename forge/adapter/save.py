@@ -28,7 +28,7 @@ def save_adapter(
     model.save_pretrained(str(out), **options)
     weights = out / "adapter_model.safetensors"
     if not weights.exists():
-        raise StageError("train: peft saved no adapter_model.safetensors")
+        raise StageError("peft saved no adapter_model.safetensors")
     weights.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
     # peft's model card holds this machine's paths and versions; forge writes its own elsewhere.
     (out / "README.md").unlink(missing_ok=True)
