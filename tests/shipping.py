@@ -21,6 +21,7 @@ import pytest
 
 from forge.process import Child
 from tests.conftest import link_converters
+from tests.json_fields import check_fields
 
 # Small in every way: two dozen rows, four steps, no claim that anything was learned.
 RECIPE: Mapping[str, Any] = {
@@ -105,7 +106,9 @@ class Workshop:
         """Run a command with `--json`; no traceback may show. `typed` is what a person types."""
         with self.start(*arguments, "--json") as child:
             child.send(typed)
-            return self.heard(child)
+            answer = self.heard(child)
+        check_fields(arguments, answer.fields)
+        return answer
 
     def heard(self, child: Child) -> Answer:
         """Hear a command out."""

@@ -9,6 +9,7 @@ import pytest
 
 from forge.cli.main import run_command
 from forge.errors import StageError
+from tests.json_fields import check_fields
 from tests.test_diagnosis import KNOWN, UNKNOWN
 
 
@@ -23,7 +24,9 @@ def _last(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 def test_the_machine_is_looked_at(forge_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A1, H2: bitsandbytes multiplies one matrix; the converters of the store are there."""
     assert run_command(["doctor", "--json"]) == 0
-    checks = {check["name"]: check for check in _last(capsys)["checks"]}  # type: ignore[attr-defined]
+    shown = _last(capsys)
+    check_fields(["doctor"], shown)
+    checks = {check["name"]: check for check in shown["checks"]}  # type: ignore[attr-defined]
     assert checks["converters"]["ok"] and checks["torch"]["ok"] and checks["memory"]["ok"]
     assert checks["bitsandbytes"]["ok"] and "4-bit layers compute in" in checks["bitsandbytes"]["detail"]
     assert checks["GPU"]["ok"] or "training runs on" in checks["GPU"]["detail"]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from forge.cli.main import COMMANDS
 from forge.recipe.fields import names_in, sections
+from tests.json_fields import STAGES, documented
 
 ROOT = Path(__file__).parent.parent
 _MARKS = re.compile(r"\b(pitfalls?|silent wrongs?|style rows?) (\d+(?:(?:, | and )\d+)*)", re.IGNORECASE)
@@ -112,3 +114,7 @@ def test_every_recipe_field_that_a_document_names_exists(document: str) -> None:
 
 def test_a_field_that_is_none_would_be_seen() -> None:
     assert fields_in("set train.epochs or data.supervise") == ["data.supervise"]
+
+
+def test_the_json_of_every_command_is_documented() -> None:
+    assert {*documented(), *STAGES} - {"certificate"} == set(COMMANDS), "a row in docs/json.md"

@@ -84,10 +84,12 @@ def test_metadata_is_mended_and_the_copy_verified(
     broken = rewrite(sound.path, tmp_path / "theirs.gguf", **changes)
     before = broken.read_bytes()
     code, fields = repair(broken)
-    assert code == 0 and fields["repaired"] is True, fields
+    assert code == 0 and fields["left"] == [], fields
     copy = tmp_path / "theirs-repaired.gguf"
     assert fields["gguf"] == str(copy) and fields["certificate"]["ok"] is True
-    assert {change["key"] for change in fields["changes"]} == _BROKEN[what].keys()
+    repaired = {change["key"]: change for change in fields["repaired"]}
+    assert repaired.keys() == _BROKEN[what].keys()
+    assert all(change["was"] != change["now"] for change in repaired.values())
     made = read_gguf(copy)
     assert made.metadata.keys() == sound.metadata.keys()
     assert {key: made.array(key) for key in made.metadata} == {key: sound.array(key) for key in made.metadata}
@@ -106,7 +108,7 @@ def _bytes(header: GgufHeader, name: str) -> bytes:
 @pytest.mark.slow
 def test_a_sound_file_is_left_alone(repair: Repair, place: Path, tmp_path: Path) -> None:
     code, fields = repair(place / "sound.gguf", "--out", tmp_path / "out.gguf")
-    assert code == 0 and (fields["repaired"], fields["changes"]) == (False, [])
+    assert code == 0 and (fields["repaired"], fields["left"]) == ([], [])
     assert fields["gguf"] == str(place / "sound.gguf") and not list(tmp_path.iterdir())
 
 
@@ -124,6 +126,9 @@ def test_a_wrong_weight_needs_new_weights(repair: Repair, place: Path, tmp_path:
     code, fields = repair(broken)
     error = fields["error"]
     assert code == 5 and "cannot be repaired without new weights" in error["message"]
+    assert (
+        fields["repaired"] == [] and fields["left"] == [item["message"] for item in error["problems"]] != []
+    )
     assert fields["certificate"]["prompt"]["ok"] and not fields["certificate"]["ok"]
     assert error["hint"] == (
         f"make them: forge export --base {place / 'base'} --quant q8_0 --out theirs-new.gguf"

@@ -59,8 +59,8 @@ def repair_file(files: Files, out: Path | None = None) -> Mapping[str, object]:
         report.success(f"{gguf} needs no repair: nothing was written")
     return {
         "gguf": str(out if repaired.changes else gguf),
-        "repaired": bool(repaired.changes),
-        "changes": to_plain(repaired.changes),
+        "repaired": to_plain(repaired.changes),
+        "left": [],
         "certificate": judged.plain(),
     }
 
@@ -90,7 +90,7 @@ def _show(changes: tuple[MetadataChange, ...]) -> None:
 
 def _unsound(files: Files, header: GgufHeader, judged: Certificate) -> CheckError:
     failure = _beyond_repair(files, header, judged.verdict, [Problem(problem) for problem in judged.problems])
-    failure.fields = {"certificate": judged.plain()}
+    failure.fields = {**failure.fields, "certificate": judged.plain()}
     return failure
 
 
@@ -101,8 +101,10 @@ def _beyond_repair(files: Files, header: GgufHeader, why: str, problems: list[Pr
     if files.merge_base != "original":
         words += ["--merge-base", files.merge_base]
     words += ["--quant", type_of(header), "--out", f"{header.path.stem}-new.gguf"]
-    return CheckError(
+    failure = CheckError(
         f"{header.path} cannot be repaired without new weights: {why}",
         hint=f"make them: {shlex.join(words)}",
         problems=problems,
     )
+    failure.fields = {"repaired": [], "left": [str(problem) for problem in problems]}
+    return failure

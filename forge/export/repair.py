@@ -47,16 +47,16 @@ class Repair:
 
 @dataclass(frozen=True)
 class MetadataChange:
-    """A key of the metadata, and what it said and says; None where it is not there."""
+    """A key of the metadata, and what it was and is now; None where it is not there."""
 
     key: str
-    before: str | None
-    after: str | None
+    was: str | None
+    now: str | None
 
     def __str__(self) -> str:
-        if self.before is None:
-            return f"{self.key}: {self.after} (it was missing)"
-        return f"{self.key}: {self.before} → {self.after or 'left out'}"
+        if self.was is None:
+            return f"{self.key}: {self.now} (it was missing)"
+        return f"{self.key}: {self.was} → {self.now or 'left out'}"
 
 
 @dataclass(frozen=True)
