@@ -13,9 +13,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 from forge.errors import ForgeError, InterruptedByUserError, RecipeError
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 Cell = str | int | float | None
+Item = TypeVar("Item")
+_UNSEEN = 0.25  # seconds: what takes less is over before it is read
 
 
 class Sink(Protocol):
@@ -60,9 +62,11 @@ class _Pace:
 
 
 class PlainSink:
-    """Lines of text; progress at most every ten seconds, with the time left, and at its end."""
+    """Lines of text; progress within the first second, then at most every ten, with the time left, and at
+    its end.
+    """
 
-    seconds_between = 10.0
+    seconds_at_first, seconds_between = 0.5, 10.0
 
     def __init__(self, stream: IO[str], errors: IO[str]) -> None:
         self.stream = stream
@@ -84,7 +88,8 @@ class PlainSink:
 
     def advance(self, label: str, done: float, total: float, note: str) -> None:
         now = time.monotonic()
-        pace = self._paces.setdefault(label, _Pace(now, done, now))
+        due = now + self.seconds_at_first - self.seconds_between
+        pace = self._paces.setdefault(label, _Pace(now, done, due))
         share = f"{100 * done / total:.0f} %" if total else ""
         line = " ".join(part for part in (f"{label}:", share, note) if part)
         if done >= total:
@@ -293,6 +298,21 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) ->
 def advance(label: str, done: float, total: float, note: str = "") -> None:
     """Move the progress of `label`; `done == total` ends it."""
     _current().advance(label, done, total, note)
+
+
+def track(
+    label: str, items: Iterable[Item], total: int, size: Callable[[Item], int] | None = None
+) -> Iterator[Item]:
+    """The items, with progress shown where they take long: their number, or their sizes, in all `total`."""
+    done, last, is_shown = 0, time.monotonic(), False
+    for item in items:
+        if (now := time.monotonic()) - last > _UNSEEN:
+            advance(label, min(done, total - 1), total)
+            last, is_shown = now, True
+        yield item
+        done += size(item) if size else 1
+    if is_shown:
+        advance(label, total, total)
 
 
 def close() -> None:

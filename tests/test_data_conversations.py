@@ -472,7 +472,6 @@ WEIGHT = (
 )
 FAULTS: Mapping[str, tuple[Row, str]] = {
     "empty": (row(prompt=" ", completion="x"), "prompt: is empty"),
-    "not text": (row(prompt="Hi", completion=3), "completion: is int, not text"),
     "null": (row(prompt=None, completion="x"), "prompt: is null"),
     "no list": (row(messages="Hi"), "messages: is not a list of messages"),
     "empty list": (row(messages=[]), "messages: is empty"),

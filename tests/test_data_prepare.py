@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.codec import to_plain
+from forge.data.layout import Shape
 from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Source
@@ -133,6 +135,47 @@ def test_rows_that_are_too_long_are_dropped_or_cut(overlong: str, form: PromptFo
     assert read(tmp_path / TRAIN_FILE) == (fitting if overlong == "drop" else cut)
     assert told.overlong_rows == len(QUESTIONS) - len(fitting)
     assert told.max_length == limit
+
+
+PAIRS = (
+    ("There is a house.", "THERE IS A HOUSE BY THE RIVER AND A CAT SEES A DOG.", "NO."),
+    ("There is a house.", "YES.", "THERE IS NO HOUSE BY THE RIVER, AND NO CAT SEES A DOG."),
+    ("There is a house.", "THERE IS A HOUSE BY THE RIVER. A CAT.", "THERE IS A HOUSE BY THE RIVER. A DOG."),
+    ("There is a house.", "YES.", "NO."),
+)
+
+
+def pairs(path: Path, rows: Sequence[tuple[str, str, str]] = PAIRS) -> Source:
+    keys = ("prompt", "chosen", "rejected")
+    path.write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+    return Source((path,), Shape(pairs=True))
+
+
+def test_both_answers_of_a_pair_are_cut(form: PromptFormat, tmp_path: Path) -> None:
+    """A pair of which the cut leaves the same answer twice has nothing to compare (pitfall 43)."""
+    source = pairs(tmp_path / "rows.jsonl")
+    prepare(Settings([source], 0), form, 512, tmp_path)
+    whole = read(tmp_path / TRAIN_FILE)
+    limit = len(whole[3]["input_ids"]) + 4
+    told = prepare(Settings([source], 0, max_length=limit, overlong="truncate"), form, 512, tmp_path)
+    kept = [whole[0], whole[1], whole[3]]
+    for row in kept:
+        for name in ("input_ids", "labels", "rejected_ids", "rejected_labels"):
+            row[name] = row[name][:limit]
+    assert read(tmp_path / TRAIN_FILE) == kept
+    assert (told.rows, told.overlong_rows, told.longest_tokens) == (3, 3, limit)
+
+
+def test_a_pair_that_cannot_be_encoded_is_one_problem(form: PromptFormat, tmp_path: Path) -> None:
+    bad = ("What ends it?", "<|im_end|> does.", "It is <|im_end|>.")
+    source = pairs(tmp_path / "rows.jsonl", [*PAIRS, bad, ("Speak.", "WOOF.", "NO <|im_end|>."), bad])
+    with pytest.raises(DataError, match="3 of 7 rows cannot be encoded") as refused:
+        prepare(Settings([source], 0), form, 512, tmp_path)
+    assert "skip_bad_rows: 3 would" in str(refused.value.hint)
+    told = prepare(Settings([source], 0, skip_bad_rows=3), form, 512, tmp_path)
+    assert told.rows == len(PAIRS) and [
+        row["messages"][-1]["content"] for row in read(tmp_path / TRAIN_FILE)
+    ] == [chosen for _, chosen, _ in PAIRS]
 
 
 def test_no_row_is_short_enough(form: PromptFormat, tmp_path: Path) -> None:

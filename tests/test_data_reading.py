@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,15 @@ def test_hub_data_with_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         sources = sources_of(tmp_path, "  source: org/rows\n  split: train[40%:60%]\n", fetch=True)
         huggingface_hub.close_session()
     assert asked(sources) == ["a4", "b0"]
+
+
+def test_the_only_line_of_a_file_is_a_row(tmp_path: Path) -> None:
+    """E6: what is one line in a file of lines is a row, whatever lists it holds; lists of rows are rows."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    row = {"prompt": "Hi", "chosen": turns, "rejected": [turns[0], {"role": "assistant", "content": "No."}]}
+    for number, name in enumerate(("a.jsonl", "a.ndjson", "a.jsonl.gz")):
+        data = json.dumps(row).encode() + b"\n" * number
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        assert asked((Source((tmp_path / name,)),)) == ["Hi"], name
+    (tmp_path / "b.jsonl").write_text(json.dumps({"data": [exchange("Hi"), exchange("Ho")]}))
+    assert asked((Source((tmp_path / "b.jsonl",)),)) == ["Hi", "Ho"]

@@ -197,6 +197,7 @@ def test_what_is_said(
         "[2/4] export: N s",
         "[3/4] verify: first time",
         "[3/4] verify: N s",
+        "[4/4] deploy: starts",
         "[4/4] deploy: N s",
     ]
     said.lines.clear()

@@ -68,7 +68,7 @@ def test_details_are_shown_with_verbose() -> None:
     assert stream.getvalue() == "shown\n"
 
 
-def test_plain_progress_tells_the_time_left_every_ten_seconds(clock: Clock) -> None:
+def test_plain_progress_is_shown_in_the_first_second_then_every_ten(clock: Clock) -> None:
     sink, stream, _ = plain()
     report.configure(sink=sink)
     report.advance("train", 0, 400, "")
@@ -76,19 +76,36 @@ def test_plain_progress_tells_the_time_left_every_ten_seconds(clock: Clock) -> N
         clock.now += 0.3
         report.advance("train", step, 400, f"loss {1 + 1 / step:.4f}")
     assert stream.getvalue().splitlines() == [
-        "train: 8 % loss 1.0294, 1:50 left",
-        "train: 17 % loss 1.0147, 1:40 left",
-        "train: 26 % loss 1.0098, 1:29 left",
-        "train: 34 % loss 1.0074, 1:19 left",
-        "train: 42 % loss 1.0059, 1:09 left",
-        "train: 51 % loss 1.0049, 0:59 left",
-        "train: 60 % loss 1.0042, 0:49 left",
-        "train: 68 % loss 1.0037, 0:38 left",
-        "train: 76 % loss 1.0033, 0:28 left",
-        "train: 85 % loss 1.0029, 0:18 left",
-        "train: 94 % loss 1.0027, 0:08 left",
+        "train: 0 % loss 1.5000, 1:59 left",
+        "train: 9 % loss 1.0278, 1:49 left",
+        "train: 18 % loss 1.0143, 1:39 left",
+        "train: 26 % loss 1.0096, 1:29 left",
+        "train: 34 % loss 1.0072, 1:19 left",
+        "train: 43 % loss 1.0058, 1:08 left",
+        "train: 52 % loss 1.0049, 0:58 left",
+        "train: 60 % loss 1.0042, 0:48 left",
+        "train: 68 % loss 1.0036, 0:38 left",
+        "train: 77 % loss 1.0032, 0:28 left",
+        "train: 86 % loss 1.0029, 0:17 left",
+        "train: 94 % loss 1.0027, 0:07 left",
         "train: 100 % loss 1.0025",
     ]
+
+
+def test_items_that_take_long_show_their_progress(clock: Clock) -> None:
+    sink, stream, _ = plain()
+    report.configure(sink=sink)
+    for _ in report.track("encode rows", range(100), 100):
+        clock.now += 0.002
+    assert stream.getvalue() == "", "what is over at once needs no line"
+    for number in report.track("encode rows", range(1000), 1000):
+        clock.now += 0.01
+        if number == 99:
+            assert stream.getvalue() == "encode rows: 8 %, 0:09 left\n", "within a second"
+    assert stream.getvalue().splitlines()[-1] == "encode rows: 100 %"
+    for _ in report.track("read rows", ["a" * 30, "b" * 60], 100, len):
+        clock.now += 1
+    assert stream.getvalue().splitlines()[-1] == "read rows: 100 %"
 
 
 def test_the_time_left_does_not_count_what_an_earlier_run_did(clock: Clock) -> None:

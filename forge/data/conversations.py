@@ -14,6 +14,7 @@ from forge.data import fields
 from forge.data.columns import left_out, refuse_keys, refuse_of_prompt, refuse_two_columns
 from forge.data.conversation import Conversation, Row, Rows, RowsOf, Turn
 from forge.data.dialogue import chat_turns, dialogue, is_chat, of_text, with_functions
+from forge.data.exports import plain_row
 from forge.data.layout import (
     AUTO,
     EMPTY,
@@ -27,7 +28,7 @@ from forge.data.layout import (
     layout_of,
 )
 from forge.data.problems import BadRows
-from forge.data.texts import BadRowError, Notes, is_of_parts, parsed, text_of, writable
+from forge.data.texts import BadRowError, Notes, is_of_parts, parsed, text_of, writable, written
 from forge.data.turns import calls_of, finished, tools_of, turns_of
 from forge.errors import DataError, Problem
 
@@ -101,7 +102,7 @@ def understand(rows: Rows, shape: Shape | None = None, bad: BadRows | None = Non
             bad.settle(problems, f"{len(problems)} of {count} rows cannot be used", "look at data.format")
             raise DataError("no row is left to learn from", hint="look at what data.format makes of the rows")
     whole = rows
-    rows = RowsOf(len(whole), lambda: map(_unwrapped, whole))
+    rows = RowsOf(len(whole), lambda: map(_plain, whole))
     layout = layout_of(rows, shape)
     if shape.pairs and not layout.parts.get(fields.REJECTED):
         raise DataError(
@@ -122,12 +123,10 @@ def to_conversations(rows: Rows, shape: Shape | None = None, bad: BadRows | None
     return reading
 
 
-def _unwrapped(row: Row) -> Row:
-    """A row whose `input` holds the messages and their tools, as OpenAI's preference pairs do."""
-    value = row.values.get("input")
-    if not isinstance(value, Mapping) or "messages" not in value:
-        return row
-    return replace(row, values={**{key: row.values[key] for key in row.values if key != "input"}, **value})
+def _plain(row: Row) -> Row:
+    """A row that a service exports, as a row of messages."""
+    values = plain_row(row.values)
+    return row if values is row.values else replace(row, values=values)
 
 
 def _columns_hint(rows: Rows) -> str:
@@ -265,8 +264,13 @@ def _exchange(
                 "stands beside two answers; put it into the messages of its own", place_of_thought
             )
         made, listed = layout.value(row, fields.CALLS)
+        if fields.plain(made) == "answers" and not _are_calls(listed):
+            raise BadRowError(
+                "may hold several answers, and a row learns one; data.format: module:function chooses it",
+                made,
+            )
         calls = calls_of(listed, made)
-        answer = "" if calls and answer is None else _said(answer, row, place)
+        answer = "" if calls and answer is None else written(_said(answer, row, place), place, notes)
         text = text_of(answer, place, empty_ok=bool(calls))
         reply = [Turn("assistant", text, reasoning=reasoning, tool_calls=calls)]
     beside, more = layout.value(row, fields.INPUT)
@@ -280,7 +284,9 @@ def _exchange(
             raise BadRowError(f"stands beside a {asked} that is a list of messages", beside)
         yield from turns_of(prompt, asked, shape.roles, notes)
     else:
-        question = text_of(_said(prompt, row, asked), asked, empty_ok=bool(extra.strip()))
+        question = text_of(
+            written(_said(prompt, row, asked), asked, notes), asked, empty_ok=bool(extra.strip())
+        )
         if marks := [mark for mark in fields.TEMPLATE_MARKS if mark in question]:
             raise BadRowError(
                 f"has {marks[0]}, a chat template's mark: it is rendered already; give the user's words, "
@@ -293,6 +299,12 @@ def _exchange(
         else:
             yield Turn("user", "\n\n".join(text for text in (question, extra) if text.strip()))
     yield from reply
+
+
+def _are_calls(value: object) -> bool:
+    """Whether a column `answers` holds calls, as xLAM's does."""
+    value = parsed(value)
+    return value in EMPTY or (isinstance(value, list) and all(isinstance(call, Mapping) for call in value))
 
 
 def _reasoning(row: Row, layout: Layout, notes: Notes) -> tuple[str, str]:
@@ -327,6 +339,8 @@ def _said(value: object, row: Row, column: str) -> object:
         raise BadRowError("there is no such column", column)
     if value is None:
         raise BadRowError("is null", column)
+    if isinstance(value, BadRowError):  # why a row of an export has no messages
+        raise value
     return value
 
 

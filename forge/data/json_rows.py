@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge import report
 from forge.data.conversation import Row, Rows, RowsOf
 from forge.data.fields import MESSAGES, ROLE, ROW_FIELDS, TEXT, message_part, plain
 from forge.data.problems import BadRows
@@ -68,6 +69,8 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
         documents.append((document, line))
         while at < len(text) and text[at].isspace():
             at += 1
+    if len(documents) == 1 and _is_only_line(documents[0][0], lines, name):
+        return json_lines(text, name, bad), "JSON lines"
     if len(documents) == 1:
         items, kind = _items(documents[0][0], name, split)
         return [Row(item, name, number) for number, item in enumerate(items, start=1)], kind
@@ -77,6 +80,16 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
         problems, f"{name}: {len(problems)} documents are not JSON objects", "one {...} after the other"
     )
     return [Row(row, name, line) for row, line in rows if row is not None], "JSON objects"
+
+
+def _is_only_line(whole: object, lines: Sequence[str], name: str) -> bool:
+    """Whether the one object of a file is a row, by the file's name and by what is no list in it."""
+    return (
+        isinstance(whole, dict)
+        and len(lines) == 1
+        and (".jsonl" in name.lower() or ".ndjson" in name.lower())
+        and not all(isinstance(value, list) for value in whole.values())
+    )
 
 
 def _row(value: object) -> Mapping[str, Any] | None:
@@ -209,7 +222,8 @@ def _of_line(line: str, name: str, number: int) -> Row | Problem | None:
 
 def rows_of_lines(path: Path, bad: BadRows) -> Rows:
     """The rows of a file of JSON lines in UTF-8, read anew each time they are gone through."""
-    count = sum(1 for _ in _settled(_lines(path), path.name, bad))
+    lines = report.track(f"read {path.name}", _lines(path), path.stat().st_size, lambda line: len(line[1]))
+    count = sum(1 for _ in _settled(lines, path.name, bad))
 
     def rows() -> Iterator[Row]:
         for number, line in _lines(path):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from forge import report
 from forge.data import fields
 from forge.data.conversation import Row, Rows
 from forge.data.texts import parsed
@@ -71,7 +72,7 @@ class Layout:
 def _columns_of(rows: Rows) -> dict[str, int]:
     """Every column of the rows -> in how many it holds something."""
     counts: Counter[str] = Counter()
-    for row in rows:
+    for row in report.track("look at the columns", rows, len(rows)):
         for key, value in row.values.items():
             counts[key] += value not in EMPTY
     return dict(counts)
@@ -154,7 +155,8 @@ def _refuse_single_messages(rows: Rows, columns: Sequence[str]) -> None:
         raise DataError(
             f"{first.file}:{first.line}: each row is a single message, not a conversation; its columns "
             f"are: {', '.join(columns)}",
-            hint="put a conversation into one row: {messages: [{role: ..., content: ...}, ...]}",
+            hint="put a conversation into one row: {messages: [{role: ..., content: ...}, ...]}"
+            + ("; OpenAssistant's *.trees.jsonl has whole trees" if "message_tree_id" in columns else ""),
         )
 
 
@@ -183,14 +185,22 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         and not (parts[fields.PROMPT] or parts[fields.COMPLETION])
     ):
         return TEXT
-    hint = "say which is which: data.columns: {prompt: ..., completion: ...} or {messages: ...}"
+    hint = (
+        "say which is which: data.columns: {prompt: ..., completion: ...} or {messages: ...}; "
+        "data.format: module:function reads any other row"
+    )
     if parts[fields.TEXT] and parts[fields.LABEL]:
         text, label = parts[fields.TEXT][0], parts[fields.LABEL][0]
         hint = f"to learn the label: data.columns: {{prompt: {text}, completion: {label}}}"
     elif fields.PROMPT in asked or fields.COMPLETION in asked:
         other = fields.COMPLETION if fields.PROMPT in asked else fields.PROMPT
         hint = f"data.columns: {{{other}: ...}} is missing"
-    elif refused := [key for key in columns if fields.plain(key) in fields.ROW_REFUSED]:
+    elif refused := [
+        key
+        for key in columns
+        if fields.plain(key) in fields.ROW_REFUSED
+        and (isinstance(first.values.get(key), list) or fields.plain(key) != "labels")
+    ]:
         hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
     elif lists := [key for key in columns if _may_be_turns(parsed(first.values.get(key)))]:
         hint = f"where {lists[0]} has the turns of a conversation: data.columns: {{messages: {lists[0]}}}"

@@ -79,14 +79,18 @@ class Fit:
 
 
 def _piece(line: Line, start: int, limit: int) -> Line:
-    """The tokens of a line from `start`, `limit` at most."""
+    """The tokens of a line from `start`, `limit` at most; of a pair, those of both answers."""
     row = json.loads(line.data)
-    row["input_ids"] = row["input_ids"][start : start + limit]
-    row["labels"] = row["labels"][start : start + limit]
+    of_pair = ("rejected_ids", "rejected_labels") if "rejected_ids" in row else ()
+    for name in ("input_ids", "labels", *of_pair):
+        row[name] = row[name][start : start + limit]
+    supervised = len(row["labels"]) - row["labels"].count(IGNORED)
+    if of_pair and (row["rejected_ids"] == row["input_ids"] or {*row["rejected_labels"]} == {IGNORED}):
+        supervised = 0  # nothing is left to compare
     return replace(
         line,
         data=(json.dumps(row, ensure_ascii=False) + "\n").encode(),
-        tokens=len(row["input_ids"]),
-        supervised=len(row["labels"]) - row["labels"].count(IGNORED),
+        tokens=max(len(row[name]) for name in ("input_ids", *of_pair[:1])),
+        supervised=supervised,
         notes=() if line.is_text else line.notes,
     )

@@ -5,34 +5,41 @@ Not covered: single answers with a label (KTO).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from forge.data.conversation import Conversation
 from forge.data.problems import BadRows, refuse
 from forge.data.prompt_format import PromptFormat
-from forge.data.tokens import Encoded, encode_all
+from forge.data.tokens import Encoded, encode_each
+from forge.errors import Problem
 
 
 def encode_pairs(
-    conversations: Sequence[Conversation], form: PromptFormat, bad: BadRows | None = None
-) -> list[Encoded]:
+    conversations: Iterable[Conversation], form: PromptFormat, bad: BadRows | None = None
+) -> Iterator[tuple[Conversation, Sequence[Encoded]]]:
     """Encode preference pairs: the last answer carries loss, in the chosen row and in the rejected one.
 
-    Raises as `encode_all`; of a row that is left out the whole pair is.
+    Raises as `encode_each`; of a row that is left out the whole pair is.
     """
-    chosen = encode_all(conversations, form, supervise="last", bad=bad)
-    asked = [replace(row.conversation, turns=row.conversation.rejected) for row in chosen]
-    rejected = {id(row.conversation): row for row in encode_all(asked, form, supervise="last", bad=bad)}
-    pairs = [
-        replace(row, rejected=rejected[id(other)])
-        for row, other in zip(chosen, asked, strict=True)
-        if id(other) in rejected
-    ]
-    problems = [
-        row.conversation.place.problem("the template writes the prompt of the two answers differently")
-        for row in pairs
-        if row.rejected and row.prompt != row.rejected.prompt
-    ]
-    refuse(problems, f"{len(problems)} of {len(pairs)} pairs cannot be compared", "leave these rows out")
-    return pairs
+    problems: list[Problem] = []
+    count = 0
+    chosen: Encoded | None = None
+    for conversation, (row,) in encode_each(_answers(conversations), form, supervise="last", bad=bad):
+        if conversation.rejected:
+            chosen = row
+        elif chosen and chosen.conversation.rejected is conversation.turns:
+            count += 1
+            if chosen.prompt == row.prompt:
+                yield chosen.conversation, [replace(chosen, rejected=row)]
+            else:
+                words = "the template writes the prompt of the two answers differently"
+                problems.append(conversation.place.problem(words))
+    refuse(problems, f"{len(problems)} of {count} pairs cannot be compared", "leave these rows out")
+
+
+def _answers(pairs: Iterable[Conversation]) -> Iterator[Conversation]:
+    """Each pair as two conversations: with the chosen answer, then with the rejected one."""
+    for pair in pairs:
+        yield pair
+        yield replace(pair, turns=pair.rejected, rejected=())

@@ -35,7 +35,6 @@ TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
 _FEW_ROWS = 50
 _LOOKED_AT = 200
-_MANY_ROWS, _BETWEEN = 5000, 500  # rows: progress is shown from so many, each time so many are done
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,8 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
             )
         fits = Fit(limit, settings.overlong), Fit(limit, settings.overlong)
         if longest > limit:
-            for lines, count in zip(spool, repeats, strict=True):
+            lined = report.track("measure rows", zip(spool, repeats, strict=True), len(repeats))
+            for lines, count in lined:
                 fits[count is None].look_at(lines, 1 if count is None else count)
             for fit in fits:
                 fit.refuse()
@@ -223,25 +223,24 @@ def _encode(settings: Settings, form: PromptFormat, spool: Spool) -> tuple[Seque
         reads.append(_read_heldout(settings, settings.heldout, bad))
         parts.append(islice(reads[-1], None))
     total = sum(len(part.reading.rows) for part in reads)
-    ends = []
-    for part in parts:
-        for conversation, rows in _encoded(part, form, settings, bad):
-            spool.add(conversation, rows)
-            if total > _MANY_ROWS and len(spool.marks) % _BETWEEN == 0:
-                report.advance("encode rows", len(spool.marks) - 1, total)
-        ends.append(len(spool.marks))
-    if total > _MANY_ROWS:
-        report.advance("encode rows", total, total)
+    ends: list[int] = []
+
+    def encoded() -> Iterator[tuple[Conversation, Sequence[Encoded]]]:
+        for part in parts:
+            yield from _encoded(part, form, settings, bad)
+            ends.append(len(spool.marks))
+
+    for conversation, rows in report.track("encode rows", encoded(), total):
+        spool.add(conversation, rows)
     return reads, bad, ends[0]
 
 
 def _encoded(
     conversations: Iterable[Conversation], form: PromptFormat, settings: Settings, bad: BadRows
 ) -> Iterator[tuple[Conversation, Sequence[Encoded]]]:
-    if settings.pairs:  # both answers of a pair are needed at once, so pairs are held in memory
-        yield from ((row.conversation, [row]) for row in encode_pairs(list(conversations), form, bad))
-    else:
-        yield from encode_each(conversations, form, supervise=settings.supervise, bad=bad)
+    if settings.pairs:
+        return encode_pairs(conversations, form, bad)
+    return encode_each(conversations, form, supervise=settings.supervise, bad=bad)
 
 
 def _read_heldout(settings: Settings, path: Path, bad: BadRows) -> Read:
@@ -270,7 +269,7 @@ def _write(
     """Write both files; the figures of the first, and the rows of the other."""
     kept, held_rows = _Kept(), 0
     with (out / TRAIN_FILE).open("wb") as training, (out / HELDOUT_FILE).open("wb") as heldout:
-        for lines, count in zip(spool, repeats, strict=True):
+        for lines, count in report.track("write rows", zip(spool, repeats, strict=True), len(repeats)):
             if count is None:
                 for line in fits[1].of(lines):
                     heldout.write(line.data)

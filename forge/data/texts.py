@@ -53,6 +53,23 @@ def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
     return value
 
 
+# What a message or a part of one has: an object with none of these is data.
+_OF_WORDS = {"type", "content_type", "text", "content", "value", "parts", "role", "from"}
+
+
+def written(value: object, place: str, notes: Notes) -> object:
+    """A number or an object as JSON writes it: a class to learn, or what is to be taken out of a text."""
+    if isinstance(value, (bool, int, float)) and value == value:
+        what = "numbers"
+    elif isinstance(value, Mapping) and value and not _OF_WORDS & value.keys():
+        what = "objects"
+    else:
+        return value
+    ways = "written as JSON; data.format: module:function gives other words"
+    notes.counts[f"{what} in {place}, {ways}"] += 1
+    return json.dumps(value, ensure_ascii=False)
+
+
 def has_half_a_character(text: str) -> bool:
     try:
         return not text.isascii() and not text.encode()

@@ -11,16 +11,16 @@ what the row holds is in the text (`shown`).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
-from forge.chat.render_process import Prompts
 from forge.data import control, shown
 from forge.data.conversation import Conversation
 from forge.data.problems import BadRows
 from forge.data.prompt_format import EncodedText, PromptFormat
+from forge.data.rendered import Asked, Texts, rendered_all
 from forge.errors import DataError, Problem
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
@@ -88,12 +88,16 @@ def encode_each(
     """
     problems: list[Problem] = []
     hints: dict[str, None] = {}
-    count = 0
+    count, is_pair, is_known = 0, False, False
     for asked, rows in _pipeline(_batches(conversations, form, supervise), form):
-        count += 1
+        is_second = is_pair and not asked.conversation.rejected  # a pair is two conversations of one row
+        is_pair = bool(asked.conversation.rejected)
+        count += not is_second
+        is_known = is_known and is_second
         if isinstance(rows, DataError):
-            problems.append(asked.conversation.place.problem(rows.message))
+            problems += [] if is_known else [asked.conversation.place.problem(rows.message)]
             hints |= {rows.hint: None} if rows.hint else {}
+            is_known = True
         else:
             yield asked.conversation, rows
     (bad or BadRows()).settle(
@@ -103,44 +107,10 @@ def encode_each(
     )
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A row before it is rendered: the answers that carry loss, those looked at; or why it cannot be used."""
-
-    conversation: Conversation
-    learned: Sequence[int] = ()
-    looked_at: Sequence[int] = ()
-    error: DataError | None = None
-
-    @property
-    def cuts(self) -> list[tuple[int, bool]]:
-        """The whole row, and each answer as a server prompts it and as the template then writes it."""
-        turns = len(self.conversation.turns)
-        cuts = [(turns, False)] if self.looked_at else []
-        for index in self.looked_at:
-            cuts += [(index, True)] + ([(index + 1, False)] if index + 1 < turns else [])
-        return cuts
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """What the template writes of a row, for each of its cuts; and of the whole row without its tools."""
-
-    cuts: Mapping[tuple[int, bool], str | DataError]
-    without_tools: str
-
-    def of(self, length: int, begins_answer: bool) -> str:
-        """The text of the first messages; raises the template's refusal."""
-        text = self.cuts[length, begins_answer]
-        if isinstance(text, DataError):
-            raise text
-        return text
-
-
 def _batches(
     conversations: Iterable[Conversation], form: PromptFormat, supervise: str
-) -> Iterator[list[_Asked]]:
-    batch: list[_Asked] = []
+) -> Iterator[list[Asked]]:
+    batch: list[Asked] = []
     size = 0
     for conversation in conversations:
         asked = _asked(conversation, form, supervise)
@@ -156,17 +126,17 @@ def _batches(
 
 
 def _pipeline(
-    batches: Iterator[list[_Asked]], form: PromptFormat
-) -> Iterator[tuple[_Asked, Sequence[Encoded] | DataError]]:
+    batches: Iterator[list[Asked]], form: PromptFormat
+) -> Iterator[tuple[Asked, Sequence[Encoded] | DataError]]:
     """What becomes of each row. Three things go on at once: a batch is rendered, in its own process, one is
     encoded, without Python's lock, and the masks of a third are made here.
     """
     with ThreadPoolExecutor(1) as rendering, ThreadPoolExecutor(1) as encoding:
-        rendered: deque[tuple[list[_Asked], Future[list[_Texts]]]] = deque()
+        rendered: deque[tuple[list[Asked], Future[list[Texts]]]] = deque()
         encoded: deque[tuple[list[_Drafted], Future[list[list[int]]]]] = deque()
         while True:
             while len(rendered) < 2 and (batch := next(batches, None)) is not None:
-                rendered.append((batch, rendering.submit(_rendered, batch, form)))
+                rendered.append((batch, rendering.submit(rendered_all, batch, form)))
             if rendered:
                 batch, texts = rendered.popleft()
                 drafted = [_drafted(*pair, form) for pair in zip(batch, texts.result(), strict=True)]
@@ -178,22 +148,7 @@ def _pipeline(
                 return
 
 
-def _rendered(batch: Sequence[_Asked], form: PromptFormat) -> list[_Texts]:
-    prompts: list[Prompts] = []
-    for row in batch:
-        messages, tools = form.template.as_read(row.conversation.messages()), row.conversation.tools
-        prompts.append(Prompts(messages, tools, row.cuts))
-        prompts += [Prompts(messages, (), [(len(messages), False)])] if tools else []
-    texts = iter(form.template.render_all(prompts))
-    made: list[_Texts] = []
-    for row in batch:
-        cuts = dict(zip(row.cuts, next(texts), strict=True))
-        (without,) = next(texts) if row.conversation.tools else [""]
-        made.append(_Texts(cuts, without if isinstance(without, str) else ""))
-    return made
-
-
-def _drafted(asked: _Asked, texts: _Texts, form: PromptFormat) -> _Drafted:
+def _drafted(asked: Asked, texts: Texts, form: PromptFormat) -> _Drafted:
     try:
         return asked, _drafts(asked, texts, form)
     except DataError as error:
@@ -209,7 +164,7 @@ def _ids(drafted: Sequence[_Drafted], form: PromptFormat) -> list[list[int]]:
 
 def _finished(
     drafted: Sequence[_Drafted], ids: Iterator[list[int]], form: PromptFormat
-) -> Iterator[tuple[_Asked, Sequence[Encoded] | DataError]]:
+) -> Iterator[tuple[Asked, Sequence[Encoded] | DataError]]:
     for asked, drafts in drafted:
         if isinstance(drafts, DataError):
             yield asked, drafts
@@ -251,13 +206,13 @@ class _Draft:
         return self.learned[-1].text
 
 
-_Drafted = tuple[_Asked, Sequence[_Draft] | DataError]
+_Drafted = tuple[Asked, Sequence[_Draft] | DataError]
 
 
-def _asked(conversation: Conversation, form: PromptFormat, supervise: str) -> _Asked:
+def _asked(conversation: Conversation, form: PromptFormat, supervise: str) -> Asked:
     turns = conversation.turns
     if not turns:
-        return _Asked(conversation)
+        return Asked(conversation)
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     try:
         for index in answers:
@@ -270,13 +225,13 @@ def _asked(conversation: Conversation, form: PromptFormat, supervise: str) -> _A
         if not asked:
             raise DataError("no answer of the row carries loss: its own weight or train leaves them out")
     except DataError as error:
-        return _Asked(conversation, error=error)
+        return Asked(conversation, error=error)
     # An answer that only calls tools could be left out without a trace, so each is looked at.
     looked_at = sorted({*asked, *(index for index in answers if turns[index].tool_calls)})
-    return _Asked(conversation, asked, looked_at)
+    return Asked(conversation, asked, looked_at)
 
 
-def _drafts(asked: _Asked, texts: _Texts, form: PromptFormat) -> Sequence[_Draft]:
+def _drafts(asked: Asked, texts: Texts, form: PromptFormat) -> Sequence[_Draft]:
     conversation = asked.conversation
     if asked.error is not None:
         raise asked.error
@@ -373,7 +328,7 @@ def _text(conversation: Conversation, form: PromptFormat) -> Encoded:
     return Encoded(tuple(ids), tuple(ids), conversation, notes)
 
 
-def _answer(conversation: Conversation, index: int, texts: _Texts, form: PromptFormat) -> _Answer:
+def _answer(conversation: Conversation, index: int, texts: Texts, form: PromptFormat) -> _Answer:
     """The answer at `index` as a server prompts it and as the template writes it at the end of its row."""
     turns = conversation.turns
     prompt, text = texts.of(index, True), texts.of(index + 1, False)

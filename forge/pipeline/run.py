@@ -93,7 +93,7 @@ class _Session:
 
 def _act(stage: Action, results: Mapping[str, Result], stack: ExitStack, label: str) -> Result:
     started = time.monotonic()
-    report.detail(f"{label}: starts")
+    report.info(f"{label}: starts")
     facts = to_plain(stage.act(results, stack))
     seconds = time.monotonic() - started
     report.info(f"{label}: {duration(seconds)}")

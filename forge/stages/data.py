@@ -38,7 +38,7 @@ class DataStage(ShipStage):
 
     name = DATA_STAGE
     rank = 40
-    version = 5
+    version = 6
 
     def params(self) -> Mapping[str, Json]:
         data, training = self.ship.recipe.data, self.ship.training
@@ -69,8 +69,9 @@ class DataStage(ShipStage):
         self._report(prepared)
         for answers in ("labels", "rejected_labels") if settings.pairs else ("labels",):
             with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
+                lines = report.track("check what ends an answer", rows, prepared.rows)
                 broken = self.ship.stops.in_mask(
-                    ({**row, "labels": row[answers]} for row in map(json.loads, rows)),
+                    ({**row, "labels": row[answers]} for row in map(json.loads, lines)),
                     may_be_cut=data.overlong == "truncate",
                     every_turn=settings.supervise == "all",
                 )
