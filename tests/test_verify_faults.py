@@ -15,7 +15,8 @@ from forge.errors import DataError, StageError
 from forge.export import proof
 from forge.export.run import ADAPTER_FILE, GGUF_FILE
 from forge.model.safetensors_header import read_header
-from forge.model.tokenizer_files import read_tokenizer
+from forge.model.tokenizer_files import read_tokenizer, read_vocabulary
+from forge.verify.measurement import StopCheck
 from forge.verify.vocabulary import check_vocabulary
 from forge.verify.yardstick import make_quantized
 from tests.exporting import export_here
@@ -134,6 +135,26 @@ def _bos(specimen: Specimen, sound: Path, scratch: Path) -> Path:
     template = (specimen.base / "chat_template.jinja").read_text(encoding="utf-8")
     changes["tokenizer__chat_template"] = "{{ bos_token }}" + template  # <|im_start|> is its BOS
     return rewrite(sound, scratch / "broken.gguf", **changes)
+
+
+@pytest.mark.parametrize("key", ["eos", "eot", "eom"])
+def test_a_word_that_ends_an_answer_is_named(
+    key: str, specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """O1: the end of turn ends it still, by its other id or its name; so does a token of plain text."""
+    files = read_tokenizer(specimen.base)
+    assert files.chat_template
+    template = ChatTemplate(files.chat_template, files.template_tokens)
+    asked = [[{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]]
+    ids = read_vocabulary(specimen.base)
+
+    def stops(gguf: Path) -> StopCheck:
+        return check_vocabulary(gguf, specimen.base, template, asked, ids["<|im_end|>"]).stops
+
+    assert stops(sound) == StopCheck(True, "<|im_end|>")
+    changes: dict[str, Any] = {f"tokenizer__ggml__{key}_token_id": ids["*"]}
+    broken = rewrite(sound, tmp_path / "broken.gguf", **changes)
+    assert stops(broken) == StopCheck(False, "<|im_end|>", ("*",))
 
 
 _IN_METADATA = {_bos, _pre_tokenizer, _another_template, _thinking}

@@ -254,10 +254,11 @@ def test_a_misspelt_leg_is_no_leg_that_was_left_out() -> None:
         ("tokens", {"message": "the tokenizer gives other ids"}, "the tokenizer gives other ids"),
         ("prompt", {"message": "their text differs"}, "not the one of training: their text differs"),
         ("stops", {}, "llama.cpp would not stop at </s>"),
+        ("stops", {"words": ("*", "the")}, "llama.cpp would end an answer at '*', 'the', in the middle"),
     ],
 )
 def test_what_differs_before_any_logit_is_the_converters_fault(
-    check: str, changes: dict[str, str], words: str
+    check: str, changes: dict[str, object], words: str
 ) -> None:
     measured = _measurement()
     measured[check] = {**measured[check], "ok": False, **changes}

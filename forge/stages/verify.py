@@ -45,7 +45,7 @@ class VerifyStage(OfType, GgufStage):
     name = VERIFY_STAGE
     rank = 10
     lists_facts = False
-    version = 8
+    version = 9
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)

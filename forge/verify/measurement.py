@@ -231,10 +231,14 @@ class PromptCheck:
 
 @dataclass(frozen=True)
 class StopCheck:
-    """Whether llama.cpp stops at the token that ends an answer."""
+    """Whether llama.cpp stops at the token that ends an answer, and at no word.
+
+    `words`: the tokens of plain text that the file's end ids name.
+    """
 
     ok: bool
     token: str | None = None
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

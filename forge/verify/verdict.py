@@ -147,10 +147,14 @@ def _vocabulary_causes(measured: Measurement) -> list[Cause]:
         words = f"the file's chat template is not the one of training: {measured.prompt.message}"
         causes.append(Cause("convert", words, "export again with the template that was trained with"))
     if not measured.stops.ok:
-        words = f"llama.cpp would not stop at {measured.stops.token}, which ends an answer"
-        causes.append(
-            Cause("convert", words, "set the file's eos or eot token id to it, or export with forge")
-        )
+        if measured.stops.words:
+            listed = ", ".join(map(repr, measured.stops.words))
+            words = f"llama.cpp would end an answer at {listed}, in the middle of a text"
+            remedy = "set the file's eos, eot and eom token ids to the base's, or export with forge"
+        else:
+            words = f"llama.cpp would not stop at {measured.stops.token}, which ends an answer"
+            remedy = "set the file's eos or eot token id to it, or export with forge"
+        causes.append(Cause("convert", words, remedy))
     return causes
 
 

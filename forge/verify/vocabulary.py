@@ -8,6 +8,7 @@ Not covered: what a certain server does on top (deploy asks the real one).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from forge.chat.template import DAY_VARIABLE, ChatTemplate, Message
 from forge.errors import CheckError, DataError
 from forge.export import proof
 from forge.model.gguf_header import GgufHeader, read_gguf
-from forge.model.tokenizer_files import open_tokenizer
+from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 from forge.verify.measurement import PromptCheck, StopCheck, TokenCheck, UnlikeIds, Vocabulary
 
 if TYPE_CHECKING:
@@ -39,12 +40,23 @@ def check_vocabulary(
     tried = proof.cases(template, proof.test_strings(), conversations)
     served = proof.ServedVocabulary(gguf)
     try:
-        stops = end_of_turn is None or served.ends_reply(end_of_turn)
+        ends = end_of_turn is None or served.ends_reply(end_of_turn)
         prompt = _prompts(header, reference, served, template, conversations)
     finally:
         served.close()
     token = reference.id_to_token(end_of_turn) if end_of_turn is not None else None
-    return Vocabulary(_tokens(gguf, tokenizer, tried), prompt, StopCheck(stops, token))
+    words = _words_that_end(header, reference, {end_of_turn, *read_tokenizer(tokenizer).eos_ids})
+    return Vocabulary(_tokens(gguf, tokenizer, tried), prompt, StopCheck(ends and not words, token, words))
+
+
+def _words_that_end(
+    header: GgufHeader, reference: Tokenizer, ends: AbstractSet[int | None]
+) -> tuple[str, ...]:
+    """Tokens of plain text at which llama.cpp ends a reply, since one of the file's end ids names them."""
+    named = {header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+    ids = sorted(number for number in named if isinstance(number, int))
+    special = reference.get_added_tokens_decoder()
+    return tuple(str(reference.id_to_token(one)) for one in ids if one not in special and one not in ends)
 
 
 def added_tokens(base: Path, tokenizer: Path) -> list[str]:
