@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def known_faults() -> tuple[Known, ...]:
 
 
 def _words(pattern: str) -> tuple[str, ...]:
-    """The longest plain text in each alternative of a pattern, in lower case; none where one has none."""
+    """The longest plain text in each alternative of a pattern, in lower case."""
     words = []
     for alternative in _alternatives(pattern):
         # What stands in parentheses or may be left out proves nothing.
@@ -70,7 +71,10 @@ def _words(pattern: str) -> tuple[str, ...]:
         bare = re.sub(r".([?*]|\{[0-9,]+\})", "\0", re.sub(r"\\(.)", r"\1", bare.replace("\\.", "\1")))
         plain = max(re.split(r"[\0\1.+^$|]", bare), key=len).lower()
         words.append(plain)
-    return tuple(words) if all(len(word) > 2 for word in words) else ()
+    assert all(len(word) > 2 for word in words), (
+        f"{pattern}: an alternative without plain text is slow to find"
+    )
+    return tuple(words)
 
 
 def _alternatives(pattern: str) -> Iterator[str]:
@@ -89,12 +93,30 @@ def known_cause(message: str) -> Known | None:
     """The first line of the table that fits a message."""
     text = message[:_LONGEST]
     lowered = text.lower()
-    for known in known_faults():
-        if known.words and not any(word in lowered for word in known.words):
-            continue
-        if known.pattern.search(text):
+    places = _places()
+    letters = {lowered[at : at + 3] for at in range(len(lowered) - 2)}
+    for place in sorted({place for three in places.keys() & letters for place in places[three]}):
+        known = known_faults()[place]
+        if any(word in lowered for word in known.words) and known.pattern.search(text):
             return known
     return None
+
+
+@functools.cache
+def _places() -> Mapping[str, Sequence[int]]:
+    """Three letters of every word of the table, few of them common, and the lines whose word has them.
+
+    A line of a log has a hundred such threes, the table hundreds of words: it is looked for that way round.
+    """
+    threes = {
+        word: [word[at : at + 3] for at in range(len(word) - 2)] for one in known_faults() for word in one.words
+    }
+    often = Counter(three for several in threes.values() for three in several)
+    places: dict[str, list[int]] = {}
+    for place, known in enumerate(known_faults()):
+        for word in known.words:
+            places.setdefault(min(threes[word], key=lambda three: often[three]), []).append(place)
+    return places
 
 
 def diagnose(lines: Iterable[str]) -> list[Match]:
