@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from forge.cli.main import COMMANDS
+from forge.cli.main import forge as group
 from forge.recipe.fields import names_in, sections
+from forge.train.memory import GPUS
 from tests.json_fields import STAGES, documented
 
 ROOT = Path(__file__).parent.parent
@@ -118,3 +121,59 @@ def test_a_field_that_is_none_would_be_seen() -> None:
 
 def test_the_json_of_every_command_is_documented() -> None:
     assert {*documented(), *STAGES} - {"certificate"} == set(COMMANDS), "a row in docs/json.md"
+
+
+_NAMED = """facebook/opt-350m, microsoft/Phi-3-mini-4k-instruct, phi3:mini, dvgodoy/opt-350m-lora-yoda,
+dvgodoy/phi3-mini-yoda-adapter, gpt2, meta-llama/Llama-2-7b-hf, huggyllama/llama-7b, Falcon 7B, Llama 3.2
+3B, Phi-3.5 Mini, Mistral 7B, Qwen-2.5 7B, OLMo 7B, Mixtral, Granite, DBRX, Gemma, StableLM, StarCoder,
+BERT, T5, Guanaco-65B, Vicuna, ChatGPT, Claude, o1, 30B, 65B, 70B, dvgodoy/yoda_sentences, tatsu-lab/alpaca,
+timdettmers/openassistant-guanaco, sentiment, code, medical, torch, transformers, peft, bitsandbytes, trl,
+datasets, accelerate, safetensors, sentencepiece, huggingface_hub, tensorboard, wandb, pandas, matplotlib,
+numpy, psutil, requests, gguf, Ollama, flash-attn, xformers, torchao, deepspeed, Unsloth, llama.cpp, GGML,
+Docker, Podman, GGUF-my-repo, ONNX, Jinja, ChatML, Alpaca, ShareGPT, Hugging Face Hub, Colab, RunPod, CUDA
+toolkit, nvcc, git, make, GTX 1060, T4, RTX 3060, RTX 3080, RTX 3090, RTX 4080, RTX 4090, A10G, A5000, A100,
+H100, MPS, LoRA, QLoRA, NF4, double quantization, paged optimizers, LLM.int8, FP4, rsLoRA, DoRA, LoftQ, IA3,
+prefix and prompt tuning, full fine-tune, packing, flattening, FA1, FA2, SDPA, eager, gradient
+checkpointing, stochastic rounding, RLHF, DPO, RAG, pip install torch, pip install -U flash-attn,
+pytorch_model.bin, nvcc --version, lsb_release -a, git clone, convert_lora_to_gguf.py,
+convert_hf_to_gguf.py, quantize in.gguf out.gguf q4_0, --convert, --quantize, llama.cpp:server,
+FastLanguageModel, save_pretrained_gguf, install.sh, ollama serve, ollama run, ollama.generate, ollama show
+--modelfile, ollama create, ollama list, POST /completion, login(), snapshot_download,
+trainer.push_to_hub(), model.push_to_hub"""
+
+
+def _rows_of_the_named() -> list[tuple[str, str]]:
+    """What the documents name or type, and what is said of it."""
+    text = (ROOT / "docs" / "requirements.md").read_text(encoding="utf-8")
+    lines = text.partition("## What the documents name")[2].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert all(len(row) == 2 for row in rows), rows
+    return [(name, answer) for name, answer in rows if name not in ("name", "command")]
+
+
+def test_everything_that_the_documents_name_is_built_or_answered() -> None:
+    """Sections 4 and 5 of the requirements: each name stands in a row, with a sentence of its own."""
+    rows = _rows_of_the_named()
+    names = [" ".join(name.split()) for name in _NAMED.split(",")]
+    assert [name for name in names if not any(name in left for left, _ in rows)] == []
+    assert all(answer for _, answer in rows)
+
+
+def test_what_an_answer_names_is_there() -> None:
+    """The recipes, fields, commands and options of these rows."""
+    answers = " ".join(answer for _, answer in _rows_of_the_named())
+    assert fields_in(answers) == []
+    recipes = re.findall(r"`(templates/\S+)`", answers)
+    assert len(recipes) > 10 and [name for name in recipes if not (ROOT / name).is_file()] == []
+    calls = re.findall(r"`forge (\w+)([^`]*)`", answers)
+    assert len(calls) > 15
+    for name, arguments in calls:
+        command = group.get_command(click.Context(group), name)
+        assert command is not None, name
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", arguments)) <= known, (name, arguments)
+
+
+def test_the_gpus_that_are_named_are_estimated() -> None:
+    [row] = [name for name, answer in _rows_of_the_named() if "on which of them a training fits" in answer]
+    assert set(row.split(", ")) == {re.sub(r" \d+ GB$", "", gpu) for gpu in GPUS}
