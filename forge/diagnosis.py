@@ -108,9 +108,8 @@ def _places() -> Mapping[str, Sequence[int]]:
 
     A line of a log has a hundred such threes, the table hundreds of words: it is looked for that way round.
     """
-    threes = {
-        word: [word[at : at + 3] for at in range(len(word) - 2)] for one in known_faults() for word in one.words
-    }
+    words = {word for known in known_faults() for word in known.words}
+    threes = {word: [word[at : at + 3] for at in range(len(word) - 2)] for word in words}
     often = Counter(three for several in threes.values() for three in several)
     places: dict[str, list[int]] = {}
     for place, known in enumerate(known_faults()):
