@@ -56,7 +56,8 @@ def _words_that_end(
     named = {header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     ids = sorted(number for number in named if isinstance(number, int))
     special = reference.get_added_tokens_decoder()
-    return tuple(str(reference.id_to_token(one)) for one in ids if one not in special and one not in ends)
+    words = (number for number in ids if number not in special and number not in ends)
+    return tuple(str(reference.id_to_token(number)) for number in words)
 
 
 def added_tokens(base: Path, tokenizer: Path) -> list[str]:
