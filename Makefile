@@ -86,6 +86,7 @@ lint: $(READY)
 
 documents: $(READY)
 	$(BIN)/python -m tests.generated
+	$(BIN)/python -m tests.pictures
 
 # Builds what is uploaded, and sees it start in an empty environment. See CONTRIBUTING.md.
 release: test-all

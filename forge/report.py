@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | None
 Item = TypeVar("Item")
-_UNSEEN = 0.25  # seconds: what takes less is over before it is read
+_UNSEEN = 0.4  # seconds: what takes less is over before it is read
 
 
 class Sink(Protocol):
@@ -66,7 +66,7 @@ class PlainSink:
     its end.
     """
 
-    seconds_at_first, seconds_between = 0.5, 10.0
+    seconds_at_first, seconds_between = 0.4, 10.0
 
     def __init__(self, stream: IO[str], errors: IO[str]) -> None:
         self.stream = stream

@@ -337,8 +337,8 @@ def look_at_data(settings: Settings, form: PromptFormat) -> Looked:
     All rows are read, the first few encoded. Raises `DataError` as `prepare` would of those.
     """
     rows = read_all(settings)
-    first = _encoded(rows.training[:_LOOKED_AT], form, settings, rows.bad)
-    some = [row for _, made in first for row in made]
+    looked = rows.training[:_LOOKED_AT]
+    some = [row for _, made in _encoded(looked, form, settings, rows.bad) for row in made]
     if not some:
         raise DataError("no row is left to train on", hint="see what was left out above")
     kept = _Kept()
@@ -352,7 +352,9 @@ def look_at_data(settings: Settings, form: PromptFormat) -> Looked:
         duplicates=len({id(row) for row in rows.training}) - len({row.fingerprint for row in rows.training}),
         first=_shown(some[0].input_ids, some[0].labels, form),
     )
-    account = dataclasses.replace(account, rows=len(rows.training))
+    # A conversation may become several rows, and of those that were not looked at as many are expected.
+    expected = round(len(rows.training) * len(some) / len(looked))
+    account = dataclasses.replace(account, rows=expected)
     return Looked(**vars(account), looked_at=len(some))
 
 

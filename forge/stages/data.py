@@ -31,6 +31,7 @@ DATA_STAGE = "data"
 _READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s
 
 _SHOWN = 600  # characters of the first row
+_BEFORE = 200  # of them before what carries loss, where it begins later
 
 
 class DataStage(ShipStage):
@@ -107,7 +108,7 @@ class DataStage(ShipStage):
             steps = training.max_steps or whole
             packed = " at most, with packing" if training.packing and not training.max_steps else ""
             report.info(f"training: {steps:,} steps of {at_once} rows{packed}")
-        report.masked(account.first_row.masked[:_SHOWN])
+        report.masked(_beginning(account.first_row.masked))
 
     def settings(self) -> Settings:
         """What the recipe says of the data."""
@@ -123,6 +124,14 @@ class DataStage(ShipStage):
             supervise=training.supervised if training else "all",
             skip_bad_rows=data.skip_bad_rows,
         )
+
+
+def _beginning(masked: str) -> str:
+    """So much of a row that something of what carries loss is seen, however long its prompt is."""
+    begins = masked.find("⟦")
+    if begins < _SHOWN - _BEFORE:
+        return masked[:_SHOWN]
+    return f"{masked[:_BEFORE]} […] {masked[begins - _BEFORE : begins + _BEFORE]}"
 
 
 def _of_sources(data: Data, sources: Sequence[Source]) -> Mapping[str, Sequence[Json]]:
