@@ -37,7 +37,7 @@ KINDS = {
     "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
     "cohere": "Cohere", "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",
-    "starcoder2": "Starcoder2",
+    "starcoder2": "Starcoder2", "gpt_oss": "GptOss", "granitemoe": "GraniteMoe",
 }  # fmt: skip
 _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 512, "sliding_window": None},
@@ -46,6 +46,8 @@ _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
     "gemma3_text": {"head_dim": 64, "query_pre_attn_scalar": 64},
     "mixtral": {"num_local_experts": 4},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
 }  # fmt: skip
 ROWS = {

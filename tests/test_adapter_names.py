@@ -66,8 +66,8 @@ def test_wrapped_names_are_read_through(case: str, base: Path, plain: Path, tmp_
     assert validate_adapter(ValidateRequest(base, adapter)).ok
     ours = place(fit(read_adapter(adapter), open_checkpoint(base))).layers
     theirs = place(fit(read_adapter(plain), open_checkpoint(base))).layers
-    assert {name: layer.scale for name, layer in ours.items()} == {
-        name: layer.scale for name, layer in theirs.items()
+    assert {name: one.layer.scale for name, one in ours.items()} == {
+        name: one.layer.scale for name, one in theirs.items()
     }
     sample = Sample(((5, 9, 200, 31),), ((0, 1), (0, 3)), (True,) * 2, 1)
     np.testing.assert_array_equal(

@@ -79,7 +79,10 @@ REFUSED: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "a bias of its own": ({"lora_bias": True}, "each layer got a bias"),
     "biases": ({"bias": "all"}, "it trained biases too"),
     "biases of its layers": ({"bias": "lora_only"}, "it trained biases too"),
-    "experts": ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "adapts experts by target_parameters"),
+    "experts": (
+        {"target_parameters": ["mlp.experts.gate_up_proj_bias"]},
+        "forge knows gate_up_proj, down_proj, weight only",
+    ),
     "layers anew": ({"layer_replication": [[0, 2], [1, 3]]}, "stacks layers of the base anew"),
     "megatron": ({"megatron_config": {"tensor_model_parallel_size": 2}}, "are those of Megatron"),
     "qalora": ({"use_qalora": True}, "pools the inputs of a GPTQ base"),

@@ -17,7 +17,7 @@ from forge.model.checkpoint import open_checkpoint
 from forge.model.config import check_numbers, configuration_of, rope_types
 from forge.model.loading import load_without_values, refuse_incomplete, refuse_surplus
 from forge.model.tokenizer_files import read_tokenizer
-from tests.models import PEFT_WARNS, change_json, change_tensors, make_model
+from tests.models import PEFT_WARNS, change_json, change_tensors, make_adapter, make_model
 from tests.shipping import Workshop
 from tests.vocabularies import converters, write_tokenizer
 
@@ -221,6 +221,34 @@ def test_a_ship_is_refused_before_it_trains_and_a_plan_says_so_too(workshop: Wor
     alone = workshop.forge("export", "--base", "base", "--out", "out.gguf")
     assert alone.code == 2
     assert "the checkpoint lacks" in alone.fields["error"]["message"]
+
+
+def test_values_that_are_not_finite_are_refused_before_a_training(workshop: Workshop, llama: Path) -> None:
+    """One NaN deep in the base, one infinity in the adapter; the sound base before it is not remembered."""
+    import torch
+    from safetensors.torch import load_file
+
+    base, broken = workshop.directory / "base", load_file(llama / "model.safetensors")[UP].clone()
+    broken[-1, -1] = torch.nan
+    workshop.recipe(base="./base")
+    copy_with(llama, base, {})
+    assert workshop.forge("plan", "recipe.yaml", "--deep").code == 0
+    change_tensors(base / "model.safetensors", {UP: broken})
+    for command in (("plan", "recipe.yaml", "--deep"), ("ship", "recipe.yaml")):
+        answer = workshop.forge(*command)
+        assert answer.code == 2
+        assert f"{UP} has values that are not finite" in answer.fields["error"]["message"]
+    assert not list((workshop.home / "artifacts" / "train").glob("*/adapter_model.safetensors"))
+
+    adapter = make_adapter(llama, workshop.directory / "adapter")
+    name = next(iter(load_file(adapter / "adapter_model.safetensors")))
+    factor = load_file(adapter / "adapter_model.safetensors")[name]
+    change_tensors(adapter / "adapter_model.safetensors", {name: torch.full_like(factor, torch.inf)})
+    recipe = f"name: mini\nbase: {llama}\ntrain: {{from: ./adapter}}\n"
+    (workshop.directory / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    answer = workshop.forge("plan", "recipe.yaml", "--deep")
+    assert answer.code == 2
+    assert f"{name} has values that are not finite" in answer.fields["error"]["message"]
 
 
 def test_the_plan_of_a_sound_base_lays_it_out_and_writes_nothing(workshop: Workshop) -> None:

@@ -107,8 +107,10 @@ def test_the_tuned_model_is_peft_s(case: str, bases: Mapping[str, Path], tmp_pat
     np.testing.assert_allclose(found, wanted, atol=2e-4, rtol=1e-4)
 
 
-def export_of(base: Path, adapter: Path, out: Path, *, tokenizer: Path | None = None) -> Path:
-    """An f16 file, and the merged checkpoint, with the adapter's tokenizer."""
+def export_of(
+    base: Path, adapter: Path, out: Path, *, tokenizer: Path | None = None, quant: str = "f16"
+) -> Path:
+    """A file of the type `quant`, and the merged checkpoint, with the adapter's tokenizer."""
     out.mkdir()
     export_here(
         base=str(base),
@@ -118,7 +120,7 @@ def export_of(base: Path, adapter: Path, out: Path, *, tokenizer: Path | None = 
         data=None,
         out=str(out),
         converters=str(converters()),
-        settings={"name": "yoda", "quant": "f16", "keep_merged": True, "threads": 2, "end_of_turn_id": 2},
+        settings={"name": "yoda", "quant": quant, "keep_merged": True, "threads": 2, "end_of_turn_id": 2},
     )
     return out
 

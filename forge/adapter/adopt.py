@@ -7,8 +7,8 @@ import shutil
 import struct
 from pathlib import Path
 
+from forge.adapter.directory import CONFIG_FILE, WEIGHTS_FILE
 from forge.adapter.names import as_peft_writes, bare, factor
-from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE
 
 _LENGTH = struct.Struct("<Q")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from forge.adapter.experts import is_stored_transposed, names_apart, names_joined
 from forge.adapter.names import PREFIX
 from forge.adapter.read import Adapter, LoraLayer, TokenRows, find_base_tensor
 from forge.adapter.vocabulary import Fitted, is_of_tokens
@@ -16,10 +18,24 @@ _ABSENT = "the base has no such tensor"
 
 
 @dataclass(frozen=True)
+class Placed:
+    """Factors over one tensor of the base, which has the transpose of their product where `transposed`.
+
+    Of joined experts: `expert` is the one whose matrix the tensor has, None where it has all of them; `first`
+    is the first of that matrix's rows.
+    """
+
+    layer: LoraLayer
+    transposed: bool
+    expert: int | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class Parts:
     """An adapter's parts by the names of the base's tensors."""
 
-    layers: dict[str, LoraLayer] = field(default_factory=dict)
+    layers: dict[str, Placed] = field(default_factory=dict)
     replaced: dict[str, TensorSpec] = field(default_factory=dict)
     rows: dict[str, TokenRows] = field(default_factory=dict)
 
@@ -105,8 +121,13 @@ def _rows(fitted: Fitted, parts: Parts) -> Iterator[Problem]:
 def _layers(fitted: Fitted, parts: Parts) -> Iterator[Problem]:
     base = fitted.checkpoint.tensors
     for module, layer in fitted.adapter.layers.items():
+        if layer.experts is not None:
+            yield from _experts(fitted, parts, layer)
+            continue
         transposed = fitted.is_transposed(layer)
         name = find_base_tensor(f"{module}.weight", base)
+        if name is None and layer.is_parameter:  # a router, by its module in transformers
+            name = find_base_tensor(f"{module.replace('.mlp.', '.block_sparse_moe.')}.weight", base)
         if layer.magnitude and transposed:
             yield Problem("DoRA is merged on linear layers only", module)
         elif name is None:
@@ -114,7 +135,55 @@ def _layers(fitted: Fitted, parts: Parts) -> Iterator[Problem]:
         elif (shape := parts.shape(name, base)) != (delta := _delta_shape(layer, transposed)):
             yield Problem(f"{delta} does not fit the base's {shape}", module)
         else:
-            parts.layers[name] = layer
+            parts.layers[name] = Placed(layer, transposed)
+
+
+def _experts(fitted: Fitted, parts: Parts, layer: LoraLayer) -> Iterator[Problem]:
+    """Factors of joined experts, over each expert's tensors or over one that has all of them."""
+    base, parameter = fitted.checkpoint.tensors, layer.module
+    out, width, count = layer.b.shape[0], layer.a.shape[1], layer.experts
+    assert count is not None
+    if out == width and not _knows_sides(fitted.adapter) and not is_stored_transposed(fitted.model_type):
+        yield Problem("its factors are square, and peft before 0.19 has them the other way round", parameter)
+        return
+    for name in filter(None, (find_base_tensor(name, base) for name in names_joined(parameter))):
+        transposed = is_stored_transposed(fitted.model_type)
+        shape = (count, width, out) if transposed else (count, out, width)
+        if transposed is None:
+            yield Problem(f"forge does not know how {fitted.model_type} stores joined experts", parameter)
+        elif base[name].shape != shape:
+            yield Problem(f"{shape} does not fit the base's {base[name].shape}", parameter)
+        else:
+            parts.layers[name] = Placed(layer, transposed)
+        return
+    for expert in range(count):
+        names = _share(parameter, expert, base)
+        if names is None:
+            yield Problem(_ABSENT, f"{parameter} of expert {expert}")
+            return
+        for number, name in enumerate(names):
+            if base[name].shape != (out // len(names), width):
+                delta = (out // len(names), width)
+                yield Problem(f"{delta} does not fit the base's {base[name].shape}", f"{parameter}: {name}")
+                return
+            parts.layers[name] = Placed(layer, False, expert, number * out // len(names))
+    if _share(parameter, count, base):
+        yield Problem(f"it is for {count} experts, the base has more", parameter)
+
+
+def _share(parameter: str, expert: int, base: Mapping[str, TensorSpec]) -> list[str] | None:
+    """The base's tensors that are together one expert's share of `parameter`."""
+    for names in names_apart(parameter, expert):
+        stored = [name for name in (find_base_tensor(name, base) for name in names) if name]
+        if len(stored) == len(names):
+            return stored
+    return None
+
+
+def _knows_sides(adapter: Adapter) -> bool:
+    """Whether it was written by a peft that has A on the side of the input, whatever is stored."""
+    numbers = re.findall(r"\d+", str(adapter.configuration.get("peft_version") or ""))
+    return [int(number) for number in numbers[:2]] >= [0, 19]
 
 
 def _delta_shape(layer: LoraLayer, transposed: bool) -> tuple[int, ...]:

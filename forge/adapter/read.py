@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.directory import CONFIG_FILE, WEIGHTS_FILE, without_settings, without_weights
+from forge.adapter.experts import JOINED, is_of_expert, parameters
 from forge.adapter.names import factor, whole
 from forge.adapter.settings import MERGE, faults
 from forge.errors import DataError, Problem
-from forge.model.checkpoint import INDEX, SINGLE
 from forge.model.safetensors_header import TensorSpec, read_header
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """What families call the embedding of tokens."""
-_MOST_NAMED = 8
 _AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
 # What peft keeps of the base's beside what was trained.
 _ORIGINALS = (".original_module.", ".trainable_tokens_original", ".token_indices")
@@ -46,7 +44,9 @@ class LoraLayer:
     """One adapted module: delta of its weight = scale x B A.
 
     `a` has shape (rank, in), `b` (out, rank); of an embedding A is (rank, vocabulary) and B
-    (hidden, rank).
+    (hidden, rank). Of joined `experts` there is a pair of factors for each, and `module` is the parameter:
+    A has one expert behind the other, (experts x rank, in), B the experts' columns of one rank side by
+    side, (out, rank x experts). `is_parameter`: `target_parameters` names it.
     """
 
     module: str
@@ -55,10 +55,12 @@ class LoraLayer:
     scale: float
     is_embedding: bool
     magnitude: TensorSpec | None
+    is_parameter: bool = False
+    experts: int | None = None
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // (self.experts or 1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ class Adapter:
             reasons.append("DoRA magnitudes have no place in a GGUF adapter")
         if any(layer.is_embedding for layer in self.layers.values()):
             reasons.append("it adapts the embedding")
+        if experts := next(
+            (n for n, layer in self.layers.items() if layer.is_parameter or is_of_expert(n)), ""
+        ):
+            reasons.append(f"it adapts experts or routers, which a GGUF adapter has no place for: {experts}")
         return tuple(reasons)
 
 
@@ -109,10 +115,10 @@ def read_adapter(directory: Path) -> Adapter:
     configuration = _configuration(directory)
     weights = directory / WEIGHTS_FILE
     if not weights.is_file():
-        raise _without_weights(directory)
+        raise without_weights(directory)
     tensors = read_header(weights)
     layers, kept = _sort_tensors(tensors, configuration)
-    _require_adapted(configuration, layers)
+    _require_adapted(configuration, [name for name, layer in layers.items() if not layer.is_parameter])
     trained = {name.removesuffix(_ROWS): spec for name, spec in kept.items() if name.endswith(_ROWS)}
     rows = {f"{name}.weight": _token_rows(name, spec, configuration) for name, spec in trained.items()}
     replaced = {name: spec for name, spec in kept.items() if not name.endswith(_ROWS)}
@@ -207,7 +213,7 @@ def _token_rows(module: str, values: TensorSpec, configuration: Mapping[str, Any
 def _configuration(directory: Path) -> Mapping[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise _without_settings(directory)
+        raise without_settings(directory)
     try:
         configuration: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -236,56 +242,6 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
         hints = dict.fromkeys(fault.hint or _AGAIN for fault in faults(configuration))
         raise DataError(f"{path}: {count} cannot be used", hint="; ".join(hints), problems=problems)
     return configuration
-
-
-def _without_weights(directory: Path) -> DataError:
-    if (directory / "adapter_model.bin").exists():
-        return DataError(
-            f"{directory} has no {WEIGHTS_FILE}: only a pickled .bin",
-            hint="load it with peft and save it again: model.save_pretrained(...) writes safetensors",
-        )
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
-    return DataError(
-        f"{directory} has no {WEIGHTS_FILE}" + (f"; {', '.join(others)} is there" if others else ""),
-        hint="the copy may have been cut short: copy or download the adapter again",
-    )
-
-
-def _without_settings(directory: Path) -> DataError:
-    """What the directory is, which is no adapter's: a training run's, a whole model's, or another."""
-    numbers = [path.name.partition("-")[2] for path in directory.glob("checkpoint-*") if path.is_dir()]
-    if checkpoints := [f"checkpoint-{number}" for number in sorted(filter(str.isdigit, numbers), key=int)]:
-        shown = checkpoints if len(checkpoints) <= _MOST_NAMED else [*checkpoints[:3], "...", checkpoints[-1]]
-        last = directory / checkpoints[-1]
-        is_whole = _is_whole_model(last)
-        return DataError(
-            f"{directory} has no {CONFIG_FILE}: it is a training run's, with {', '.join(shown)}",
-            hint=f"its last is a whole model: ship it with base: {last}, train: none"
-            if is_whole
-            else f"name one of them, such as the last: {last}",
-        )
-    if _is_whole_model(directory):
-        return DataError(
-            f"{directory} is not an adapter: it has no {CONFIG_FILE}; it is a whole model",
-            hint=f"ship it with base: {directory}, train: none",
-        )
-    if not directory.exists():
-        return DataError(f"{directory}: no such directory", hint="name the directory of an adapter")
-    if below := sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}")):
-        return DataError(
-            f"{directory} is not an adapter: it has no {CONFIG_FILE}; its directories "
-            f"{', '.join(path.name for path in below[:_MOST_NAMED])} have one",
-            hint=f"name the adapter: {below[0]}",
-        )
-    return DataError(
-        f"{directory} is not an adapter: it has no {CONFIG_FILE}",
-        hint="name the directory that peft's save_pretrained wrote",
-    )
-
-
-def _is_whole_model(directory: Path) -> bool:
-    names = (SINGLE, INDEX)
-    return (directory / "config.json").is_file() and any((directory / name).is_file() for name in names)
 
 
 def _sort_tensors(
@@ -328,22 +284,49 @@ def _sort_tensors(
                 f"{module}: a factor has the shape {shapes[0]}; forge merges factors of linear layers only",
                 hint=MERGE,
             )
+    of_parameters = parameters(parts, configuration)
     _check_lengths(parts, bool(configuration.get("use_dora")))
     incomplete = sorted(module for module, factors in parts.items() if not {"A", "B"} <= factors.keys())
     if incomplete:
         raise DataError(f"the adapter has only one LoRA factor for {', '.join(incomplete)}", hint=_AGAIN)
-    layers = {
-        module: LoraLayer(
-            module,
-            factors["A"],
-            factors["B"],
-            scale_of(module, factors["A"].shape[0], configuration),
-            module in embeddings,
-            factors.get("magnitude"),
-        )
-        for module, factors in parts.items()
-    }
+    layers = {}
+    for module, own in parts.items():
+        if module not in of_parameters.values():
+            scale = scale_of(module, own["A"].shape[0], configuration)
+            layers[module] = LoraLayer(
+                module, own["A"], own["B"], scale, module in embeddings, own.get("magnitude")
+            )
+    _refuse_apart(layers, configuration)
+    for parameter, module in of_parameters.items():
+        layer = _of_parameter(parameter, parts[module]["A"], parts[module]["B"], configuration)
+        layers[layer.module] = layer
     return layers, replaced
+
+
+def _refuse_apart(layers: Mapping[str, LoraLayer], configuration: Mapping[str, Any]) -> None:
+    """Factors of each expert apart (transformers 4), whose scale peft changes as it joins them."""
+    plain = float(configuration["lora_alpha"]) / configuration["r"]
+    changed = [name for name, layer in layers.items() if is_of_expert(name) and layer.scale != plain]
+    if changed:
+        raise DataError(
+            f"{changed[0]} and {len(changed) - 1} others are of experts apart, with rsLoRA or a pattern of "
+            "ranks or alphas: peft would join them at another scale than they were trained at",
+            hint="merge it with the transformers 4 and peft that it was trained with, and ship that with "
+            "train: none",
+        )
+
+
+def _of_parameter(name: str, a: TensorSpec, b: TensorSpec, configuration: Mapping[str, Any]) -> LoraLayer:
+    """The factors of the parameter `name`: of all its experts, or of the one matrix that a router has."""
+    module, _, own = name.rpartition(".")
+    if own not in JOINED:
+        return LoraLayer(
+            module, a, b, scale_of(name, a.shape[0], configuration), False, None, is_parameter=True
+        )
+    rank = _by_pattern(name, configuration.get("rank_pattern") or {}, configuration.get("r"))
+    experts, rest = divmod(a.shape[0], rank)
+    scale = scale_of(name, rank if not rest else a.shape[0], configuration)
+    return LoraLayer(name, a, b, scale, False, None, is_parameter=True, experts=experts)
 
 
 def _check_lengths(parts: Mapping[str, Mapping[str, TensorSpec]], dora: bool) -> None:

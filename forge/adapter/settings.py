@@ -19,6 +19,8 @@ CONVERT = (
     "save it convertibly: model.save_pretrained(DIRECTORY, path_initial_model_for_weight_conversion=START), "
     "START being the adapter as it was before the first step"
 )
+PARAMETERS = ("gate_up_proj", "down_proj", "weight")
+"""What peft may adapt by `target_parameters`: of joined experts the first two, of a router the last."""
 Check = Callable[[object], "str | None"]
 """What is wrong with a value ("must be ..." or a whole reason); None for one that can be used."""
 
@@ -91,7 +93,7 @@ def _names_or_pattern(value: object) -> str | None:
 
 
 def _targets(value: object) -> str | None:
-    return "names no layer" if value in ("", []) else _names_or_pattern(value)
+    return "names no layer" if value == "" else _names_or_pattern(value)
 
 
 def _regular(pattern: str) -> str | None:
@@ -110,6 +112,15 @@ def _patterns(fits: Callable[[object], bool], words: str) -> Check:
         return "; ".join([*wrong, *filter(None, map(_regular, value))]) or None
 
     return check
+
+
+def _parameters(value: object) -> str | None:
+    if _names(value):
+        return _names(value)
+    assert value is None or isinstance(value, list)
+    if strange := [name for name in value or () if name.rpartition(".")[2] not in PARAMETERS]:
+        return f"{', '.join(strange)}: forge knows {', '.join(PARAMETERS)} only"
+    return None
 
 
 def _layers(value: object) -> str | None:
@@ -192,8 +203,8 @@ SETTINGS: Mapping[str, Setting] = {
     "exclude_modules": Setting("supported", "layers that have none all the same", _names_or_pattern),
     "layers_to_transform": Setting("supported", "the numbers of the layers that have factors", _layers),
     "layers_pattern": Setting("supported", "what the list of layers is called", _names_or_pattern),
-    "target_parameters": Setting("refused", "factors for parameters that are no layers (fused experts)",
-        _unset("it adapts experts by target_parameters, which forge does not merge"), MERGE),
+    "target_parameters": Setting("supported", "joined experts and routers that have factors", _parameters,
+        MERGE),
     # The size of the change: alpha / r, or alpha / sqrt(r).
     "r": Setting("supported", "the rank", _rank),
     "lora_alpha": Setting("supported", "the numerator of the scale", _alpha),
@@ -284,6 +295,12 @@ def faults(configuration: Mapping[str, object]) -> Iterator[Fault]:
 
 def _contradictions(configuration: Mapping[str, object]) -> Iterator[Fault]:
     """What peft refuses to load: settings that are only meant together, or never."""
+    if configuration.get("target_modules") == [] and not configuration.get("target_parameters"):
+        yield Fault("target_modules", "names no layer")
+    if configuration.get("target_parameters"):
+        for field in ("lora_dropout", "use_dora", "fan_in_fan_out"):
+            if configuration.get(field):
+                yield Fault(field, "has no meaning with target_parameters: peft loads no such adapter")
     numbered = configuration.get("layers_to_transform") is not None
     pattern = configuration.get("layers_pattern")
     if numbered and isinstance(configuration.get("target_modules"), str):

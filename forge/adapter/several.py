@@ -202,13 +202,15 @@ def _changes(model: Any, name: str) -> Iterator[tuple[str, float]]:
         known = path.removeprefix("base_model.model.")
         if isinstance(module, LoraLayer) and name in [*module.lora_A, *module.lora_embedding_A]:
             layer: Any = module
-            base = layer.get_base_layer()
-            stored = base.weight
-            base.weight = torch.nn.Parameter(stored.float().clone(), requires_grad=False)
+            base, parameter = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+            stored = getattr(base, parameter)
+            setattr(base, parameter, torch.nn.Parameter(stored.float().clone(), requires_grad=False))
             layer.merge(adapter_names=[name])
-            yield known, _share(base.weight, stored)
+            known = known.replace(".base_layer", "")
+            changed = known if parameter == "weight" else f"{known}.{parameter}"
+            yield changed, _share(getattr(base, parameter), stored)
             layer.merged_adapters.clear()
-            base.weight = stored
+            setattr(base, parameter, stored)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             own = dict(module.modules_to_save[name].named_parameters())
             for key, stored in module.original_module.named_parameters():

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forge.adapter.directory import WEIGHTS_FILE
+from forge.adapter.experts import owner
 from forge.adapter.places import place
-from forge.adapter.read import WEIGHTS_FILE, Adapter, find_base_tensor, read_adapter
+from forge.adapter.read import Adapter, find_base_tensor, read_adapter
 from forge.adapter.vocabulary import Fitted, fit, is_of_tokens
 from forge.errors import CheckError, DataError, Problem
 from forge.model.checkpoint import open_checkpoint
@@ -185,10 +187,13 @@ def _status_problems(
     if status.merged_adapters:
         yield Problem(f"already merged: {status.merged_adapters}", "status.merged_adapters")
     adapted = {
-        layer.name.partition(".")[2]: layer for layer in layers if layer.module_type.startswith("lora.")
+        owner(layer.name.partition(".")[2]): layer
+        for layer in layers
+        if layer.module_type.startswith("lora.")
     }
     # The file's names may lack what peft's have in front; both are those of one module.
-    held = {find_base_tensor(module, adapted) or module for module in adapter.layers}
+    owners = map(owner, adapter.layers)
+    held = {find_base_tensor(module, adapted) or module for module in owners}
     for module in sorted(adapted.keys() - held):
         # peft fills what the file lacks with a fresh layer, which changes nothing.
         yield Problem("the configuration adapts it, the file holds no weights for it", module)

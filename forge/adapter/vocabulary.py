@@ -65,11 +65,14 @@ class Fitted:
 
         That is the base's word, as for peft, and never that of the adapter's fan_in_fan_out.
         """
-        return layer.is_embedding or (self._is_conv1d and layer.module.rpartition(".")[2] not in HEADS)
+        return layer.is_embedding or (
+            self.model_type in CONV1D_FAMILIES and layer.module.rpartition(".")[2] not in HEADS
+        )
 
     @cached_property
-    def _is_conv1d(self) -> bool:
-        return read_json(self.checkpoint.directory / "config.json").get("model_type") in CONV1D_FAMILIES
+    def model_type(self) -> str:
+        """The base's family, as its configuration says."""
+        return str(read_json(self.checkpoint.directory / "config.json").get("model_type"))
 
     def resize(self, configuration: Any) -> None:
         """Give a transformers configuration as many rows as the tuned model has."""

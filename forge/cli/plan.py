@@ -13,7 +13,10 @@ from forge.cli.options import common, overrides_option, recipe_argument
 @overrides_option
 @click.option("--fetch", is_flag=True, help="Read the headers of a hub base that is not here.")
 @click.option(
-    "--deep", is_flag=True, help="Lay the model out without weights, as a ship does before training."
+    "--deep",
+    is_flag=True,
+    help="Lay the model out without weights and look for values that are not finite, as a ship does before "
+    "training.",
 )
 @common
 def command(recipe: Path, overrides: tuple[str, ...], fetch: bool, deep: bool) -> None:

@@ -12,8 +12,9 @@ from typing import Literal
 from forge import report, worker
 from forge.adapter import combine, several
 from forge.adapter.combine import PRUNES, Combination, Combined, CombineRequest, Weighted
+from forge.adapter.directory import CONFIG_FILE, WEIGHTS_FILE
 from forge.adapter.places import other_base
-from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from forge.adapter.read import read_adapter
 from forge.adapter.several import Named, SeveralRequest
 from forge.codec import to_plain
 from forge.errors import RecipeError

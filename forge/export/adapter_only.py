@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.directory import CONFIG_FILE, WEIGHTS_FILE
 from forge.adapter.names import as_peft_writes
-from forge.adapter.read import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraLayer
+from forge.adapter.read import Adapter, LoraLayer
 from forge.adapter.vocabulary import Fitted
 from forge.errors import DataError, Problem, StageError
 from forge.export.tensors import LazyTensor, read_tensor_rows, stored, write_safetensors

@@ -11,11 +11,11 @@ Not covered, and refused: DoRA of an embedding or a Conv1D.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from forge.adapter.places import place
+from forge.adapter.places import Placed, place
 from forge.adapter.read import LoraLayer, TokenRows
 from forge.adapter.vocabulary import Fitted
 from forge.export.nf4 import through_nf4
@@ -44,9 +44,8 @@ def merged_tensors(fitted: Fitted, *, nf4: Collection[str] = ()) -> list[LazyTen
         tensor = stored(whole, name) if whole else _base(name, spec, nf4)
         if rows := parts.rows.get(name):
             tensor = replace(tensor, dtype="F32", read=_with_rows(tensor, rows))
-        if layer := parts.layers.get(name):
-            merger = _merger(tensor, layer, transposed=fitted.is_transposed(layer))
-            tensor = replace(tensor, dtype="F32", read=merger)
+        if placed := parts.layers.get(name):
+            tensor = replace(tensor, dtype="F32", read=_merger(tensor, placed))
         elif whole:
             tensor = replace(tensor, dtype="F32", read=_in_float32(tensor))
         tensors.append(tensor)
@@ -58,16 +57,15 @@ def _base(name: str, spec: TensorSpec, nf4: Collection[str]) -> LazyTensor:
     return through_nf4(tensor) if name in nf4 else tensor
 
 
-def _merger(base: LazyTensor, layer: LoraLayer, *, transposed: bool) -> Callable[[int, int], Any]:
+def _merger(base: LazyTensor, placed: Placed) -> Callable[[int, int], Any]:
     """Rows of W + scale x B A in float32; of the transposed product where the base stores W so."""
+    layer = placed.layer
+    pieces = _pieces(base, placed)
 
     def merge(start: int, stop: int) -> Any:
-        weight = base.read(start, stop).float()
-        if transposed:
-            left, right = _columns(layer.a, start, stop).T, _whole(layer.b).T
-        else:
-            left, right = read_tensor_rows(layer.b, start, stop).float(), _whole(layer.a)
-        merged = weight.addmm_(left, right, alpha=layer.scale)
+        merged = base.read(start, stop).float()
+        for at, left, right in pieces(start, stop):
+            merged[at : at + len(left)].addmm_(left, right, alpha=layer.scale)
         if layer.magnitude is None:
             return merged
         # peft's DoRA: each row keeps its direction and gets the learned length.
@@ -75,6 +73,34 @@ def _merger(base: LazyTensor, layer: LoraLayer, *, transposed: bool) -> Callable
         return merged * (lengths / merged.norm(dim=1)).unsqueeze(1)
 
     return merge
+
+
+def _pieces(base: LazyTensor, placed: Placed) -> Callable[[int, int], Iterator[tuple[int, Any, Any]]]:
+    """Of rows [start, stop) those with factors of their own: where they begin there, and the two factors."""
+    layer, first, rank = placed.layer, placed.first, placed.layer.rank
+
+    def product(expert: int, start: int, stop: int) -> tuple[Any, Any]:
+        a = read_tensor_rows(layer.a, expert * rank, (expert + 1) * rank).float()
+        own = _columns(layer, expert)
+        if placed.transposed:
+            return a[:, start:stop].T, _whole(layer.b)[:, own].T
+        return read_tensor_rows(layer.b, first + start, first + stop).float()[:, own], a
+
+    def of_all(start: int, stop: int) -> Iterator[tuple[int, Any, Any]]:
+        each = base.shape[-2]
+        for expert in range(start // each, -(-stop // each)):
+            above = expert * each
+            begin, end = max(start, above), min(stop, above + each)
+            yield (begin - start, *product(expert, begin - above, end - above))
+
+    if layer.experts and placed.expert is None:
+        return of_all
+    return lambda start, stop: iter([(0, *product(placed.expert or 0, start, stop))])
+
+
+def _columns(layer: LoraLayer, expert: int) -> slice:
+    """Those of B that are the expert's: the experts' columns of one rank lie side by side."""
+    return slice(expert, None, layer.experts or 1)
 
 
 def _with_rows(tensor: LazyTensor, rows: TokenRows) -> Callable[[int, int], Any]:
@@ -92,10 +118,6 @@ def _with_rows(tensor: LazyTensor, rows: TokenRows) -> Callable[[int, int], Any]
 
 def _whole(spec: TensorSpec) -> Any:
     return read_tensor_rows(spec, 0, math.prod(spec.shape[:-1])).float()
-
-
-def _columns(spec: TensorSpec, start: int, stop: int) -> Any:
-    return _whole(spec)[:, start:stop]
 
 
 def _in_float32(tensor: LazyTensor) -> Callable[[int, int], Any]:

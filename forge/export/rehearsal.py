@@ -2,18 +2,21 @@
 
 transformers loads the checkpoint without its values; llama.cpp's converter lays the model out, its token
 ids are compared, llama.cpp checks every shape and says which type each tensor would get. All of it takes
-seconds and reads headers only: what cannot be exported is refused before a GPU hour is spent.
+seconds and reads headers only; then every value is read once, where the weights are here, for one that is
+not finite. What cannot be exported is refused before a GPU hour is spent.
 
-Not covered: values (an overflow, a row that cannot be rounded), and types that need an importance matrix.
+Not covered: values that overflow in the file's type, and types that need an importance matrix.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forge import report
+from forge.adapter.directory import WEIGHTS_FILE
 from forge.adapter.read import read_adapter
 from forge.adapter.vocabulary import Fitted, check_tokenizer, fit, is_of_tokens
 from forge.errors import DataError, ForgeError, UnexportableError, UnmadeTypeError
@@ -21,7 +24,7 @@ from forge.export.describe import describe
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.request import ExportRequest, Ingredients
 from forge.export.run import lay_out
-from forge.export.tensors import one_thread
+from forge.export.tensors import INFINITY, one_thread, read_tensor_rows, slabs
 from forge.export.types import decide_types
 from forge.export.upstream import bytes_of
 from forge.model.checkpoint import Checkpoint, open_checkpoint
@@ -32,7 +35,7 @@ from forge.model.loading import (
     refuse_incomplete,
     refuse_surplus,
 )
-from forge.model.safetensors_header import TensorSpec
+from forge.model.safetensors_header import TensorSpec, read_header
 from forge.tools.scratch import scratch
 
 
@@ -75,9 +78,19 @@ class Rehearsed:
 def rehearse_export(request: RehearsalRequest) -> Rehearsed:
     """Check that this base, with this tokenizer, becomes a GGUF; say how large it would be.
 
-    Raises `DataError` for a base that is not whole or has no GGUF form, `CheckError` when llama.cpp would
-    read prompts differently.
+    Raises `DataError` for a base or adapter that is not whole, not finite or has no GGUF form, `CheckError`
+    when llama.cpp would read prompts differently.
     """
+    rehearsed = _rehearsed(request)
+    adapter = request.model.adapter
+    specs = list(read_header(adapter / WEIGHTS_FILE).values()) if adapter else []
+    if request.headers is None:
+        specs += open_checkpoint(request.model.base).tensors.values()
+    _refuse_not_finite([spec for spec in specs if spec.dtype in INFINITY])
+    return rehearsed
+
+
+def _rehearsed(request: RehearsalRequest) -> Rehearsed:
     model = request.model
     checkpoint = _checkpoint(model.base, request.headers)
     loading = load_without_values(model.base, checkpoint.tensors, trust_remote_code=request.trust_remote_code)
@@ -99,6 +112,17 @@ def rehearse_export(request: RehearsalRequest) -> Rehearsed:
     if idle := loading.surplus:
         report.info(f"{len(idle)} tensors of the base are not of {loading.architecture}, such as {idle[0]}")
     return rehearsed
+
+
+def _refuse_not_finite(specs: Sequence[TensorSpec]) -> None:
+    """Training on such a value ends in loss that is not a number, hours later or at once."""
+    done, total = 0, sum(spec.bytes for spec in specs)
+    for spec in specs:
+        width = spec.shape[-1] if spec.shape else 1
+        for start, stop in slabs(math.prod(spec.shape[:-1]), width):
+            read_tensor_rows(spec, start, stop)
+        done += spec.bytes
+        report.advance("look at the values", done, total)
 
 
 def _checkpoint(directory: Path, headers: Sequence[Header] | None) -> Checkpoint:

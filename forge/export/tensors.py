@@ -22,8 +22,8 @@ from forge.model.safetensors_header import BITS, TensorSpec
 # Values in a slab: 4 MiB in float32. Where a slab ends decides how a merge is rounded in its last bit,
 # so this is a constant, whatever the machine.
 SLAB = 1 << 20
-# The bits of infinity.
-_INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
+INFINITY = {"F64": 0x7FF0 << 48, "F32": 0x7F80 << 16, "F16": 0x7C00, "BF16": 0x7F80}
+"""The bits of infinity, by safetensors' names of the types that are checked for it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def read_tensor_rows(spec: TensorSpec, start: int, stop: int) -> Any:
     if raw.size < count:
         raise DataError(f"{spec.file.name}: {spec.name} ends before its last value: was the file changed?")
     values = torch.from_numpy(raw).view(_torch_type(spec.dtype)).reshape(stop - start, width)
-    if spec.dtype in _INFINITY and not are_finite(values):
+    if spec.dtype in INFINITY and not are_finite(values):
         raise DataError(
             f"{spec.file.name}: {spec.name} has values that are not finite",
             hint="these weights are broken: fetch them again, or train again with a smaller learning rate",
@@ -122,7 +122,7 @@ def are_finite(values: Any) -> bool:
     import torch
 
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    infinity = _INFINITY[names[values.dtype]]
+    infinity = INFINITY[names[values.dtype]]
     size = values.element_size()
     bits = values.reshape(-1).view(torch.uint8).numpy()
     negative = 1 << (8 * size - 1)

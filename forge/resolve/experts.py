@@ -1,7 +1,7 @@
 """What an adapter may be put on in a mixture of experts: neither its experts nor its router.
 
 transformers joins the experts' tensors, and peft adapts what is joined by `target_parameters`: with no
-dropout, and with factors that neither the merge nor a GGUF adapter has a place for.
+dropout, and with factors that a GGUF adapter has no place for. Adapters that have them are merged.
 
 Not covered: experts and routers of families that name them otherwise; peft has the last word in training.
 """
@@ -16,8 +16,8 @@ _ROUTER = re.compile(r"\.(gate|router)$")
 # As transformers joins them, whatever the file names them.
 _JOINED = {"experts", "gate_up_proj"}
 WHY = (
-    "peft adapts experts joined and without dropout, in a form that forge does not merge, and a router that "
-    "moves chooses other experts"
+    "peft adapts experts joined and without dropout, which forge merges but does not train, and a router "
+    "that moves chooses other experts"
 )
 
 

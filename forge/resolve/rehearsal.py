@@ -14,11 +14,11 @@ from forge.export.request import Ingredients
 from forge.resolve.derived import quant_named
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import installed
-from forge.store.digest import digest, file_digest
+from forge.store.digest import digest
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
 
 _NAME = "rehearse"
-_VERSION = 2
+_VERSION = 3
 
 
 def rehearse(ship: Resolved, *, log: Path | None = None) -> Rehearsed:
@@ -44,12 +44,10 @@ def _quant(ship: Resolved) -> str | None:
 
 
 def _request(ship: Resolved) -> dict[str, Json]:
-    """All that the outcome hangs on; of the weights that is their names, types and shapes."""
-    tensors: dict[str, Json] = {n: [spec.dtype, list(spec.shape)] for n, spec in ship.tensors.items()}
+    """All that the outcome hangs on; a base whose weights a plan does not read is never remembered."""
     return {
         "version": _VERSION,
-        "config": file_digest(ship.base_directory / "config.json"),
-        "tensors": digest(tensors),
+        "base": ship.base_digest,
         "tokenizer": ship.tokenizer_digest,
         "chat template": ship.template_digest,
         "adapter": ship.adapter_digest if ship.fitted else None,

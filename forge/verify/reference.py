@@ -172,8 +172,9 @@ def _merged(unit: Any) -> Iterator[Any]:
     for layer in unit.modules():
         if isinstance(layer, BaseTunerLayer) and hasattr(layer, "merge"):
             # A merge is into the weight itself, which an embedding may share with the output layer.
-            base = layer.get_base_layer()
-            base.weight = torch.nn.Parameter(base.weight.clone(), requires_grad=False)
+            base, name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+            own = getattr(base, name).clone()
+            setattr(base, name, torch.nn.Parameter(own, requires_grad=False))
             layer.merge()
             yield layer
 

@@ -109,10 +109,16 @@ class Opened:
 
     def is_looked_up(self, name: str) -> bool:
         """Whether `read` and `added` say all of the tensor `name`: not of experts that peft adapts fused."""
+        target = self.loader.targets.get(name, name)
         return not any(
-            getattr(layer, "parameter_name", None) and name.startswith(f"{module}.")
+            parameter_of(layer) != "weight" and target.startswith(f"{module}.")
             for module, layer in self.layers.items()
         )
+
+
+def parameter_of(layer: Any) -> str:
+    """The name of the base's parameter that a layer of peft's adapts."""
+    return str(getattr(layer, "parameter_name", "weight"))
 
 
 def open_model(weights: Weights) -> Opened:

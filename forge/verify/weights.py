@@ -24,6 +24,7 @@ from forge.export.nf4 import quantized_in_training
 from forge.model.config import Configuration
 from forge.model.gguf_header import GgufTensor, read_gguf
 from forge.verify import token_rows
+from forge.verify.experts import experts
 from forge.verify.loader import Weights, nf4_and_back
 from forge.verify.measurement import Fits, RowFit
 from forge.verify.rounding import gguf_names
@@ -76,10 +77,13 @@ def fit_weights(files: Sequence[Path], source: Weights, facts: Configuration) ->
         adapted += added is not None
         with_nf4 = added is not None and not source.nf4 and adapted <= _NF4_LAYERS
         for file in opened:
-            file.look_at(name, weight, added, with_nf4, touched=model.is_touched(name))
+            file.look_at(name, weight, added, with_nf4=with_nf4, touched=model.is_touched(name))
             for lies in _of_tokens(file, name, names) if weight.dim() == 2 else ():
                 file.look_at_rows(rows_of(model, name, lies, weight, added))
         report.advance("look at the weights", number + 1, len(chosen))
+    for name, weight, added in experts(model):
+        for file in opened:
+            file.look_at(name, weight, added, with_nf4=False, touched=True)
     return tuple(replace(_summed(file.fits, file.missing), rows=file.rows) for file in opened)
 
 
@@ -109,7 +113,7 @@ class _File:
         self.missing: list[str] = []
         self.rows: dict[str, RowFit] = {}
 
-    def look_at(self, name: str, weight: Any, added: Any, with_nf4: bool, *, touched: bool) -> None:
+    def look_at(self, name: str, weight: Any, added: Any, *, with_nf4: bool, touched: bool) -> None:
         """Keep the fit of the tensor that the checkpoint calls `name`, or that it is missing."""
         place = self.place(name)
         if place and place in self._tensors:

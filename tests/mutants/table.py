@@ -55,6 +55,8 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/adapter/adopt.py": ("test_adapter_names.py",),
     "forge/adapter/change.py": ("test_adapters_merged.py",),
     "forge/adapter/combine.py": ("test_adapters_merged.py",),
+    "forge/adapter/directory.py": _ADAPTER,
+    "forge/adapter/experts.py": ("test_expert_factors.py",),
     "forge/adapter/names.py": _ADAPTER,
     "forge/adapter/places.py": (*_ADAPTER, "test_resized.py::test_the_tuned_model_is_peft_s[untied]"),
     "forge/adapter/probe.py": ("test_adapters_held.py",),
@@ -102,6 +104,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/verify/sample.py": (_MATHS, "test_verify_recheck.py", "test_verify_asked.py"),
     "forge/verify/served.py": ("test_verify_asked.py", *_WHOLE),
     "forge/verify/session.py": (_REFUSED, *_WHOLE),
+    "forge/verify/experts.py": ("test_expert_factors.py",),
     "forge/verify/token_rows.py": ("test_resized.py", f"{_CAUGHT}[token rows]"),
     "forge/verify/tuned.py": (
         *_REFERENCE,
