@@ -13,10 +13,12 @@ handles the signal itself, as training does.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -65,42 +67,64 @@ COMMAND: Sequence[str] = (sys.executable, "-m", "forge.worker")
 # How long a task may take to stop when it is asked to. Training finishes its step and a checkpoint.
 _GRACE_SECONDS: Mapping[str, float] = {"train": 600.0}
 _LAST_LINES = 20
+# How long the others of a team have to say what ended it: who loses a partner hears of it at once.
+_OTHERS_SECONDS = 3.0
+# What a worker says that lost another one.
+_LOST = re.compile(r"gloo|nccl|peer|TCPStore|Broken pipe|Dist\w*Error|rendezvous", re.IGNORECASE)
 
 
-def perform(task: Callable[[Request], Answer], request: Request, *, log: Path | None = None) -> Answer:
+def perform(
+    task: Callable[[Request], Answer],
+    request: Request,
+    *,
+    log: Path | None = None,
+    together: Sequence[Mapping[str, str]] = ({},),
+) -> Answer:
     """Run `task`, one of `TASKS`, in a worker process on `request`, a dataclass; its result is one, too.
 
-    Raises what `call` raises.
+    `together` and what is raised are as for `call`.
     """
     where = f"{task.__module__}:{task.__qualname__}"
     [name] = [name for name, function in TASKS.items() if function == where]
     answer: type[Answer] = get_type_hints(task)["return"]
-    return from_plain(answer, call(name, to_plain(request), log=log))
+    return from_plain(answer, call(name, to_plain(request), log=log, together=together))
 
 
-def call(task: str, arguments: Mapping[str, object], *, log: Path | None = None) -> Mapping[str, Any]:
+def call(
+    task: str,
+    arguments: Mapping[str, object],
+    *,
+    log: Path | None = None,
+    together: Sequence[Mapping[str, str]] = ({},),
+) -> Mapping[str, Any]:
     """Run the task of that name on its request as plain JSON, and return its result as such.
 
-    Raises the `ForgeError` that the task raised; `StageError` when the worker died without a word,
-    `OutOfMemoryError` when the system killed it for memory;
-    `InterruptedByUserError` or KeyboardInterrupt when it was stopped. What the worker printed is in
+    `together` has the environment of each of several workers that do it as one: what the first says is shown
+    and its result returned, and the first that fails ends them all. Raises the `ForgeError` that the task
+    raised; `StageError` when a worker died without a word, `OutOfMemoryError` when the system killed it for
+    memory; `InterruptedByUserError` or KeyboardInterrupt when it was stopped. What the workers printed is in
     `log`; without one its last lines are shown with `-v` when it fails.
     """
-    with _log(log) as stream:
-        kills = process.kills_for_memory()
-        environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        with process.Child(COMMAND, log=stream, environment=environment, separate_errors=True) as child:
+    always = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with _log(log) as stream, contextlib.ExitStack() as stack:
+        where = f"see the end of {log}" if log else "-v shows its last lines"
+        team = _Team(task, stream, where)
+        for environment in together:
+            child = process.Child(
+                COMMAND, log=stream, environment=always | {**environment}, separate_errors=True
+            )
+            team.children.append(stack.enter_context(child))
             child.send(json.dumps({"task": task, "arguments": dict(arguments)}) + "\n")
-            try:
-                return _outcome(child, task, log, stream, kills)
-            except KeyboardInterrupt:
-                _stop(child, task)
-                raise
-            except (StageError, MissingToolError):
-                if log is None:
-                    stream.seek(0)
-                    report.detail("".join(stream.readlines()[-_LAST_LINES:]).rstrip())
-                raise
+        try:
+            return team.outcome()
+        except KeyboardInterrupt:
+            team.stop()
+            raise
+        except (StageError, MissingToolError):
+            if log is None:
+                stream.seek(0)
+                report.detail("".join(stream.readlines()[-_LAST_LINES:]).rstrip())
+            raise
 
 
 def _log(path: Path | None) -> IO[str]:
@@ -109,37 +133,109 @@ def _log(path: Path | None) -> IO[str]:
     return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
 
 
-def _outcome(
-    child: process.Child, task: str, log: Path | None, stream: IO[str], kills: int | None
-) -> Mapping[str, Any]:
-    """Read the worker's messages to the end, and let it exit by itself.
+class _Team:
+    """The workers of one task, most often one: the first is listened to, the others are watched."""
 
-    `kills` is how many processes the system had killed for memory before.
-    """
-    where = f"see the end of {log}" if log else "-v shows its last lines"
-    for line in child.lines():
+    def __init__(self, task: str, log: IO[str], where: str) -> None:
+        self.children: list[process.Child] = []
+        self._task, self._log, self._where = task, log, where
+        self._kills = process.kills_for_memory()
+        self._failures: list[tuple[int, ForgeError]] = []
+        self._watched: list[threading.Thread] = []
+        self._ended_first = False
+
+    def outcome(self) -> Mapping[str, Any]:
+        """Read the first one's messages to the end, and let all exit by themselves."""
+        for number in range(1, len(self.children)):
+            thread = threading.Thread(target=self._watch, args=(number,), daemon=True)
+            thread.start()
+            self._watched.append(thread)
         try:
-            outcome = _receive(line)
-        except StageError as failure:
-            failure.hint = failure.hint or where
+            value = self._result(0, _receive)
+            self._wait(process.GRACE_SECONDS)
+            if not self._failures:
+                return value
+        except ForgeError as failure:
+            if len(self.children) == 1:
+                raise
+            self._wait(_OTHERS_SECONDS)
+            if not self._ended_first:
+                self._failures.insert(0, (0, failure))
+        number, cause = next(
+            (entry for entry in self._failures if not _LOST.search(entry[1].message)), self._failures[0]
+        )
+        for child in self.children:
+            child.kill()
+        cause.message += f" (process {number + 1} of {len(self.children)})"
+        cause.args = (cause.message,)
+        raise cause from None
+
+    def _result(self, number: int, receive: Callable[[str], Mapping[str, Any] | None]) -> Mapping[str, Any]:
+        child = self.children[number]
+        for line in child.lines():
+            try:
+                outcome = receive(line)
+            except StageError as failure:
+                failure.hint = failure.hint or self._where
+                raise
+            if outcome is not None:
+                child.ends_within(process.GRACE_SECONDS)
+                return outcome
+        raise self._death(child.wait())
+
+    def _watch(self, number: int) -> None:
+        """Of another than the first only its end is heard; when it fails, so does the first."""
+        try:
+            self._result(number, _receive_end)
+        except ForgeError as failure:
+            self._failures.append((number, failure))
+            first = self.children[0]
+            if not first.ends_within(_OTHERS_SECONDS):
+                self._ended_first = True
+                first.kill()
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        for thread in self._watched:
+            thread.join(max(until - time.monotonic(), 0))
+
+    def _death(self, status: int) -> StageError:
+        reason = ""
+        if status == -signal.SIGKILL:
+            if self._kills is not None and (process.kills_for_memory() or 0) > self._kills:
+                return OutOfMemoryError(
+                    f"{self._task}: this machine ran out of memory, and the system killed the worker",
+                    hint="free some, or use a smaller batch or model",
+                )
+            reason = "; killed from outside, or by the system for lack of memory"
+        elif status == -signal.SIGABRT and (assertion := _assertion(self._log)):
+            reason = f"; llama.cpp gave up: {assertion}"
+        return StageError(
+            f"{self._task}: the worker process ended with status {status} and said nothing{reason}",
+            hint=self._where,
+        )
+
+    def stop(self) -> None:
+        """Ask the workers to stop and read what is reported; a second Ctrl-C, or too long a time, kills."""
+        report.close()
+        report.info(f"stopping {self._task}: it finishes what it must (Ctrl-C again kills it)")
+        killer = threading.Timer(_GRACE_SECONDS.get(self._task, process.GRACE_SECONDS), self._kill)
+        killer.daemon = True
+        killer.start()
+        try:
+            for child in self.children:
+                child.terminate()
+            for line in self.children[0].lines():
+                _receive(line)
+        except KeyboardInterrupt:
+            self._kill()
             raise
-        if outcome is not None:
-            child.ends_within(process.GRACE_SECONDS)
-            return outcome
-    status = child.wait()
-    reason = ""
-    if status == -signal.SIGKILL:
-        if kills is not None and (process.kills_for_memory() or 0) > kills:
-            raise OutOfMemoryError(
-                f"{task}: this machine ran out of memory, and the system killed the worker",
-                hint="free some, or use a smaller batch or model",
-            )
-        reason = "; killed from outside, or by the system for lack of memory"
-    elif status == -signal.SIGABRT and (assertion := _assertion(stream)):
-        reason = f"; llama.cpp gave up: {assertion}"
-    raise StageError(
-        f"{task}: the worker process ended with status {status} and said nothing{reason}", hint=where
-    )
+        finally:
+            killer.cancel()
+
+    def _kill(self) -> None:
+        for child in self.children:
+            child.kill()
 
 
 def _assertion(log: IO[str]) -> str:
@@ -147,24 +243,6 @@ def _assertion(log: IO[str]) -> str:
     log.seek(0)
     failed = [line.strip().rpartition("/")[2] for line in log if "GGML_ASSERT" in line]
     return failed[-1] if failed else ""
-
-
-def _stop(child: process.Child, task: str) -> None:
-    """Ask the worker to stop and read what it reports; a second Ctrl-C, or too long a time, kills it."""
-    report.close()
-    report.info(f"stopping {task}: it finishes what it must (Ctrl-C again kills it)")
-    killer = threading.Timer(_GRACE_SECONDS.get(task, process.GRACE_SECONDS), child.kill)
-    killer.daemon = True
-    killer.start()
-    try:
-        child.terminate()
-        for line in child.lines():
-            _receive(line)
-    except KeyboardInterrupt:
-        child.kill()
-        raise
-    finally:
-        killer.cancel()
 
 
 def _receive(line: str) -> Mapping[str, Any] | None:
@@ -185,6 +263,11 @@ def _receive(line: str) -> Mapping[str, Any] | None:
             value: Mapping[str, Any] = message["value"]
             return value
     return None
+
+
+def _receive_end(line: str) -> Mapping[str, Any] | None:
+    """As `_receive`, of a worker whose words are not shown."""
+    return _receive(line) if line.startswith(('{"event": "result"', '{"event": "error"')) else None
 
 
 class ParentSink:

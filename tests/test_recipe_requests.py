@@ -48,6 +48,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.checkpoint_minutes", "9", NOWHERE),
     ("train.compile", "true", ("train",)),
     ("train.device", "cpu", ("train", "evaluate")),
+    ("train.devices", "2", ("train",)),
     ("train.double_quantization", "false", ("train", "evaluate")),
     ("train.dtype", "fp32", ("train", "evaluate")),
     ("train.epochs", "9", ("train",)),
@@ -78,6 +79,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.method", "lora", ("train", "evaluate", "export", "verify")),
     ("train.neftune_alpha", "5", ("train",)),
     ("train.offload_activations", "true", NOWHERE),
+    ("train.nodes", "2", ("train",)),
     ("train.optimizer", "adafactor", ("train",)),
     ("train.packing", "true", ("train",)),
     ("train.patience", "3", ("train",)),
@@ -125,7 +127,7 @@ ELSEWHERE = (
     "base", "base.chat_template", "base.id", "base.revision", "base.tokens", "data", "data.columns",
     "data.revision", "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export",
     "export.quant.max_kl", "model", "model.sampling", "smoke", "train", "train.continue_from", "train.from",
-    "train.lora", "train.objective", "train.report_to", "train.revision", "verify",
+    "train.lora", "train.objective", "train.report_to", "train.revision", "train.strategy", "verify",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ The choices for a GPU are asked of a machine that is described, not there; its p
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,21 +245,31 @@ def test_a_ship_refuses_it_too(recipe: Path) -> None:
         _stage(recipe, "train.liger=true").require_tools()
 
 
-def test_the_stage_tries_smaller_and_keeps_what_was_chosen(
-    recipe: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.network
+def test_the_stage_asks_for_what_was_chosen(
+    recipe: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """B6: whatever ended the worker for memory, the next has fewer rows at once."""
+    """B6: whatever ended the worker for memory, the next has fewer rows at once; and several processes."""
     asked: list[TrainRequest] = []
+    processes: list[int] = []
+    monkeypatch.setenv("MASTER_PORT", "4711")
 
-    def perform(task: object, request: TrainRequest, log: Path) -> Trained:
+    def perform(
+        task: object, request: TrainRequest, log: Path, together: Sequence[Mapping[str, str]]
+    ) -> Trained:
         asked.append(request)
+        processes.append(len(together))
         if request.batch_size > 2:
             raise OutOfMemoryError("killed")
         return TRAINED
 
     monkeypatch.setattr("forge.stages.train.worker.perform", perform)
     monkeypatch.setattr("forge.stages.train.rehearse", lambda ship, log: None)
-    facts = SimpleNamespace(max_length=64, longest_tokens=60)
+    facts = SimpleNamespace(max_length=64, longest_tokens=60, rows=90)
     prepared: Any = SimpleNamespace(path=data, read=lambda kind: facts)
     with pytest.raises(OutOfMemoryError):
         _stage(recipe).build({"data": prepared}, tmp_path)
@@ -270,3 +280,11 @@ def test_the_stage_tries_smaller_and_keeps_what_was_chosen(
     assert asked[-1].settings.gradient_accumulation == 4
     assert (asked[-1].settings.liger, asked[-1].settings.compile) == (False, True)
     assert [choice.field for choice in made.choices] == ["train.liger", "train.offload_activations"]
+    assert capsys.readouterr().out == ""
+    several = ["train.devices=2", "train.nodes=2", "train.batch_size=2", "train.gradient_accumulation=4"]
+    _stage(recipe, *several).build({"data": prepared}, tmp_path)
+    assert processes == [1, 1, 1, 1, 2]
+    words = capsys.readouterr().out
+    assert "a step has 32 rows" in words
+    assert "sees 6 rows again" in words
+    assert f"forge join {tmp_path}/work/join.json --node 1" in words.replace("\n", "")

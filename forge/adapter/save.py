@@ -18,13 +18,17 @@ def save_adapter(
     base_name: str,
     base_revision: str | None,
     initial: Path | None = None,
+    weights: Any = None,
 ) -> None:
     """Write the adapter and the files of the directory `tokenizer` into `out`.
 
     `initial` holds the factors before training where they took a part of the base with them (PiSSA,
-    OLoRA): peft subtracts them, so that the adapter, of twice the rank, fits the base as it is.
+    OLoRA): peft subtracts them, so that the adapter, of twice the rank, fits the base as it is. `weights`
+    are the model's where it does not hold them whole itself.
     """
     options = {"path_initial_model_for_weight_conversion": str(initial)} if initial else {}
+    if weights is not None:
+        options["state_dict"] = weights
     model.save_pretrained(str(out), **options)
     weights = out / "adapter_model.safetensors"
     if not weights.exists():

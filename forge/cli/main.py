@@ -24,6 +24,7 @@ COMMANDS = {
     "estimate": "Say how much memory training takes, and on what it fits.",
     "ship": "Run the whole pipeline of a recipe.",
     "train": "Run a recipe up to its adapter.",
+    "join": "Take part in a training on several machines.",
     "validate": "Check an adapter: a recipe's, or any on disk.",
     "adapters": "Hold several adapters on one base; merge them with weights.",
     "evaluate": "Measure what was learned on held-out rows.",

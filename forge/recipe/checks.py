@@ -107,6 +107,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     if isinstance(train, Train):
         yield from _not_built(train)
         yield from _fast(recipe, train)
+        yield from _devices(train)
         if train.compares:
             yield from _of_pairs(train, recipe.data)
     if recipe.deploy.runtime == "container" and recipe.deploy.gpu_layers:
@@ -157,6 +158,48 @@ def _not_built(train: Train) -> Iterator[Finding]:
         yield "train.continue_from", "goes on from an adapter, and train.method: full trains none; use lora"
 
 
+def _devices(train: Train) -> Iterator[Finding]:
+    """What several devices leave no room for."""
+    several = train.nodes > 1 or train.devices != 1
+    if isinstance(train.devices, tuple) and train.device in ("cpu", "mps"):
+        yield "train.devices", f"numbers are those of GPUs, and train.device is {train.device}; say how many"
+    if train.device == "mps" and several:
+        yield "train.devices", "a Mac has one GPU; leave it out"
+    if train.nodes > 1 and train.retry_smaller:
+        yield "train.retry_smaller", "the other machines would not hear of it; leave it out with train.nodes"
+    if train.nodes > 1 and train.devices == "auto":
+        yield "train.devices", "say how many, the same on each machine"
+    if train.compile is True and several:
+        yield "train.compile", "is for one device; leave it out"
+    if train.strategy != "ddp":
+        if not several:
+            yield "train.strategy", f"{train.strategy} shares a model among devices; name train.devices"
+        for holds, field, why in _not_shared(train):
+            if holds:
+                yield f"train.{field}", f"train.strategy: {train.strategy}: {why}"
+
+
+def _not_shared(train: Train) -> Iterator[tuple[bool, str, str]]:
+    """What stands in the way of sharing a model's parts among devices: whether, the field and why."""
+    lora, qlora = train.lora, train.method == "qlora"
+    together = "is not put together again; leave it out"
+    yield train.method == "int8", "method", "8-bit weights cannot be cut; use qlora or lora"
+    yield train.method == "auto", "method", "say which: what fits one GPU says nothing of several"
+    yield train.method == "full", "method", "a module saved whole is not put together again; use lora"
+    yield train.compares, "objective", "dpo compares with the whole model"
+    yield lora.dora, "lora.dora", "the length of a row is not known where it is cut; leave it out"
+    yield lora.init != "default", "lora.init", f"{lora.init} is made of whole weights; use default"
+    yield bool(lora.modules_to_save), "lora.modules_to_save", together
+    yield bool(lora.token_indices), "lora.token_indices", together
+    yield bool(train.evaluation_steps), "evaluation_steps", f"the best adapter {together}"
+    yield train.device == "cpu", "device", "is for GPUs; on a CPU use ddp"
+    if qlora and train.strategy == "fsdp":
+        kinds = "packed weights can be cut only as numbers of the compute type; use bfloat16"
+        yield train.quant_storage == "uint8", "quant_storage", kinds
+    if qlora and train.strategy == "deepspeed":
+        yield True, "method", "ZeRO 3 cannot cut 4-bit weights; use lora, or train.strategy: fsdp"
+
+
 def _fast(recipe: Recipe, train: Train) -> Iterator[Finding]:
     """Ways to be fast that stand in each other's way."""
     if train.compile is True:
@@ -184,6 +227,7 @@ _OF_UNSLOTH: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("train.attention", ("auto",), "has its own; leave it out"),
     ("train.compile", ("auto", False), "compiles by itself; leave it out"),
     ("train.continue_from", (None,), "starts anew; leave it out"),
+    ("train.devices", (1,), "is used here on one device"),
     ("train.double_quantization", (True,), "quantizes the scales too; leave it out"),
     ("train.evaluation_steps", (None,), "answers questions from another form of the model; leave it out"),
     ("train.four_bit_type", ("nf4",), "knows nf4 only"),
@@ -195,6 +239,7 @@ _OF_UNSLOTH: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("train.lora.rank_pattern", ({},), "gives every module the same; leave it out"),
     ("train.lora.token_indices", ([],), "has no rows of their own; leave it out"),
     ("train.method", ("auto", "lora", "qlora"), "is used here for lora and qlora only"),
+    ("train.nodes", (1,), "is used here on one device"),
     ("train.objective", ("sft",), "is used here for sft only"),
     ("train.offload_activations", ("auto", False), "has its own; leave it out"),
     ("train.packing", (False,), "packs its own way; leave it out"),

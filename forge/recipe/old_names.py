@@ -134,6 +134,11 @@ OLD_NAMES: Mapping[str, Old] = {
     **_all("train.patience", "early_stopping_patience"),
     **_all("train.neftune_alpha", "neftune_noise_alpha"),
     **_all("train.length_groups", "group_by_length"),
+    **_all("train.liger", "use_liger_kernel", "use_liger", "enable_liger_kernel"),
+    **_all("train.compile", "torch_compile"),
+    **_all("train.offload_activations", "activation_offloading"),
+    **_all("train.devices", "num_processes", "nproc_per_node", "num_gpus"),
+    **_all("train.nodes", "num_machines", "nnodes"),
     **_all("train.schedule_options", "lr_scheduler_kwargs"),
     **_all("train.lora.layers", "layers_to_transform", "lora_layers_to_transform"),
     **_all("train.lora.token_indices", "trainable_token_indices"),
@@ -201,7 +206,7 @@ OLD_NAMES: Mapping[str, Old] = {
         "forge decides it; there is nothing to set",
         *("quantization_config", "gradient_checkpointing_kwargs", "dataset_kwargs"),
         *("gradient_checkpointing_kw_args", "gradient_checkpointing_kwarg", "formatting_func"),
-        *("predict_with_generate", "dataloader_num_workers", "torch_compile"),
+        *("predict_with_generate", "dataloader_num_workers"),
     ),
     # Out of scope.
     **_gone(
@@ -230,11 +235,14 @@ OLD_NAMES: Mapping[str, Old] = {
         *("runpod", "colab", "cloud", "gpu_type"),
     ),
     **_gone("GGUF-my-repo is not needed: export makes the GGUF here", "gguf_my_repo"),
-    **_gone("several GPUs are the affair of `accelerate launch`", "deepspeed", "fsdp", "fsdp_config"),
+    **_gone(
+        "name train.devices and train.strategy: fsdp or deepspeed; forge decides the rest",
+        *("deepspeed", "fsdp", "fsdp_config"),
+    ),
     **_gone(
         "today's training libraries dropped it and nothing takes its place",
         *("save_safetensors", "jit_mode_eval", "use_ipex", "torchdynamo", "push_to_hub_token"),
-        *("dataset_batch_size", "num_of_sequences", "chars_per_token", "use_liger", "sharded_ddp"),
+        *("dataset_batch_size", "num_of_sequences", "chars_per_token", "sharded_ddp"),
         *("half_precision_backend", "include_tokens_per_second", "ray_scope", "mp_parameters", "past_index"),
     ),
 }

@@ -10,6 +10,7 @@ from forge.recipe.presets import Preset
 from forge.recipe.section import Section
 from forge.recipe.words import (
     BatchSize,
+    Devices,
     Fraction,
     NotNegative,
     NotNegativeInteger,
@@ -160,6 +161,19 @@ class Train(Section):
         "auto", description="compute type; `auto` takes the best that the hardware has"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where to train")
+    devices: Devices = Field(
+        1,
+        description="GPUs that train as one (processes on a CPU): how many, a list of their numbers, or "
+        "`auto` for all; each holds `batch_size` rows",
+    )
+    nodes: Positive = Field(
+        1, description="machines that train as one, each with `devices`; what to type on the others is shown"
+    )
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = Field(
+        "ddp",
+        description="several devices: the whole model on each (`ddp`), or its parts shared out (`fsdp`, "
+        "FSDP2; `deepspeed`, ZeRO 3)",
+    )
     packing: bool = Field(
         False, description="several rows in one sequence of `max_length` tokens, kept apart by position ids"
     )

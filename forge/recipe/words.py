@@ -130,6 +130,23 @@ def _batch_size(value: Any) -> Any:
     raise ValueError("must be a whole number above 0, or auto")
 
 
+def _devices(value: Any) -> Any:
+    if value == "auto" or (_is_count(value) and value >= 1):
+        return value
+    if (
+        isinstance(value, list | tuple)
+        and value
+        and len({*value}) == len(value)
+        and all(map(_is_count, value))
+    ):
+        return tuple(value)
+    raise ValueError("must be a whole number above 0, auto, or a list of different numbers of GPUs")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 @functools.cache
 def optimizer_names() -> tuple[str, ...]:
     """Those of the installed transformers, read from its source without importing it; none without it."""
@@ -188,6 +205,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 DataFormat = Annotated[str, BeforeValidator(_format)]
 Targets = Annotated[str | tuple[str, ...], BeforeValidator(_targets)]
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
+Devices = Annotated[int | tuple[int, ...] | Literal["auto"], BeforeValidator(_devices)]
 Reporters = Annotated[tuple[str, ...], BeforeValidator(_reporters)]
 Scalar = Annotated[str | int | float | bool | None, BeforeValidator(_scalar)]
 Optimizer = Annotated[str, AfterValidator(_optimizer)]

@@ -23,10 +23,12 @@ from forge.runs.publish import publish_output
 from forge.stages.data import DATA_STAGE
 from forge.store.artifacts import Artifact
 from forge.train.checkpoints import MARKER
+from forge.train.join import Joining, invite
 from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import moves_base
 from forge.train.memory import choose_batch, job_of, memory_of, training_device
 from forge.train.questions import Question
+from forge.train.ranks import Ranks, ranks_of
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train, within_memory
 from forge.train.speed import choose_speed, require_speed
@@ -122,7 +124,9 @@ class TrainStage(AdapterStage):
     def look(self) -> None:
         """Refuse what cannot be had on this machine (H1)."""
         if self.ship.base.directory is not None:
-            require_speed(self._train, self.ship.configuration, training_device(self._train.device))
+            device = training_device(self._train.device)
+            require_speed(self._train, self.ship.configuration, device)
+            ranks_of(self._train, device)
 
     def bytes_beside(self) -> Mapping[str, int]:
         """Two checkpoints with Adam's two moments, all in float32."""
@@ -179,8 +183,27 @@ class TrainStage(AdapterStage):
             trust_remote_code=ship.runs_own_code,
             questions=tuple(self._questions()) if self._train.evaluation_steps else (),
         )
-        trained = within_memory(request, lambda request: worker.perform(train, request, log=ship.log))
+        ranks = ranks_of(self._train, device)
+        self._report(ranks, data.rows, batch)
+
+        def attempt(request: TrainRequest) -> Trained:
+            invite(Joining(request, ranks))
+            return worker.perform(train, request, log=ship.log, together=ranks.environments())
+
+        trained = within_memory(request, attempt)
         return replace(trained, choices=speed.choices)
+
+    def _report(self, ranks: Ranks, rows: int, batch: int) -> None:
+        """What several processes change: the rows a step, and which are seen twice."""
+        if ranks.count == 1:
+            return
+        together = batch * ranks.count
+        report.info(
+            f"train: {ranks.count} processes hold {batch} rows each: a step has "
+            f"{together * self._train.gradient_accumulation} rows"
+        )
+        if not self._train.packing and (twice := -rows % together):
+            report.info(f"train: the last step of an epoch sees {twice} rows again: all hold as many")
 
     def _questions(self) -> Iterator[Question]:
         """The smoke queries as the model is prompted with them (I2)."""

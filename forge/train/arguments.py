@@ -9,6 +9,7 @@ from typing import Any
 from forge.errors import DataError
 from forge.recipe.training import Train
 from forge.train.hardware import Hardware
+from forge.train.ranks import rank_count
 from forge.train.request import TrainRequest
 
 
@@ -41,7 +42,7 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_gradient_norm,
             neftune_noise_alpha=settings.neftune_alpha,
-            gradient_checkpointing=checkpointing,
+            gradient_checkpointing=checkpointing and settings.strategy != "fsdp",
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             use_liger_kernel=settings.liger is True,
             torch_compile=settings.compile is True,
@@ -62,10 +63,39 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
             eval_steps=settings.evaluation_steps,
             prediction_loss_only=True,
             dataloader_num_workers=0,
+            ddp_find_unused_parameters=False if rank_count() > 1 else None,
             **own,
+            **_of_strategy(settings, checkpointing),
         )
     except (ValueError, TypeError) as error:
         raise DataError(f"train: transformers refuses these settings: {error}") from error
+
+
+def _of_strategy(settings: Train, checkpointing: bool) -> Mapping[str, object]:
+    """How the model's parts are shared among the devices; nothing where each has it whole.
+
+    FSDP recomputes activations itself, layer by layer as it cuts them; what DeepSpeed calls auto it takes
+    from the other arguments.
+    """
+    match settings.strategy:
+        case "fsdp":
+            cut = {"version": 2, "cpu_ram_efficient_loading": True, "activation_checkpointing": checkpointing}
+            return {"fsdp": True, "fsdp_config": cut}
+        case "deepspeed":
+            taken = (
+                "gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
+                "train_micro_batch_size_per_gpu",
+            )  # fmt: skip
+            zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+            return {
+                "deepspeed": {
+                    **dict.fromkeys(taken, "auto"),
+                    "zero_optimization": zero,
+                    "bf16": {"enabled": "auto"},
+                    "fp16": {"enabled": "auto"},
+                }
+            }
+    return {}
 
 
 def _of_objective(request: TrainRequest) -> tuple[str, Mapping[str, object]]:

@@ -13,12 +13,16 @@ from pathlib import Path
 
 from forge import report
 from forge.files import sha256_of
+from forge.train.ranks import rank, wait_for_all
 
 MARKER = "complete"
 
 
 def seal(directory: Path) -> None:
-    """Write the marker of a checkpoint that is complete."""
+    """Write the marker of a checkpoint that is complete: that every process has written its part of."""
+    wait_for_all()
+    if rank():
+        return
     digests = {path.name: sha256_of(path) for path in sorted(directory.iterdir()) if path.is_file()}
     (directory / MARKER).write_text(json.dumps(digests))
 

@@ -15,6 +15,7 @@ from forge.model.loading import configuration_in
 from forge.recipe.training import Train
 from forge.train.arithmetic import Arithmetic, compute_as_asked, measured_arithmetic
 from forge.train.hardware import Hardware
+from forge.train.ranks import local_rank
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class BaseSettings:
     double_quantization: bool = True
     quant_storage: str = "uint8"
     attention: str = "auto"
+    is_shared: bool = False
+    """Whether its parts are shared among devices, which cuts it up after it was loaded."""
 
     @classmethod
     def of(cls, section: Train | None, *, trust_remote_code: bool) -> BaseSettings:
@@ -42,6 +45,7 @@ class BaseSettings:
             section.double_quantization,
             section.quant_storage,
             section.attention,
+            section.strategy != "ddp",
         )
 
     @property
@@ -72,8 +76,8 @@ def load_base(directory: Path, hardware: Hardware, settings: BaseSettings) -> An
         options["quantization_config"] = _quantization(hardware, settings)
     if settings.attention != "auto":
         options["attn_implementation"] = settings.attention
-    if hardware.device != "cpu":
-        options["device_map"] = {"": 0 if hardware.device == "cuda" else hardware.device}
+    if hardware.device != "cpu" and not settings.is_shared:
+        options["device_map"] = {"": local_rank() if hardware.device == "cuda" else hardware.device}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(str(directory), **options)
     except ImportError as error:

@@ -50,7 +50,8 @@ class TrainRequest:
 class Trained:
     """What was done: `modules` counts the adapted ones by short name, `best_step` is that of the weights that
     were kept, `resumed_from` the checkpoint that a stopped run left; such a run has no `seconds` of its own.
-    `batch_size` is how many rows were held at once, `choices` what `auto` meant of what makes it faster.
+    `batch_size` is how many rows each of the `processes` held at once, `choices` what `auto` meant of what
+    makes it faster.
     """
 
     steps: int
@@ -76,3 +77,4 @@ class Trained:
     answers: tuple[Answers, ...] = ()
     batch_size: int | None = None
     choices: tuple[Choice, ...] = ()
+    processes: int = 1

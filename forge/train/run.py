@@ -1,8 +1,8 @@
 """The training run: peft on the base, through trl's SFTTrainer or DPOTrainer. Runs in a worker.
 
 Ids and loss mask come ready from `data.prepare`, so what is trained on was seen and checked
-before. A killed run goes on from its last whole checkpoint, bit for bit. Not covered: more than
-one process (`accelerate launch`).
+before. A killed run goes on from its last whole checkpoint, bit for bit. Of several processes that train as
+one each does all of this; only the first writes what others read.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
 from forge.train.pairs import drop_reference, pair_trainer, pairs_of
 from forge.train.questions import LiveQuestions
+from forge.train.ranks import local_rank, rank, rank_count
 from forge.train.request import Trained, TrainRequest
 from forge.train.unsloth import import_unsloth, unsloth_model
 from forge.train.watch import Best, peak_bytes, watcher
@@ -92,10 +93,13 @@ def train(request: TrainRequest) -> Trained:
     for name, variable in _TRACKER_DIRECTORIES.items():
         os.environ.setdefault(variable, str(request.trackers / name))
     hardware = choose_hardware(settings.device, settings.dtype)
+    if hardware.device == "cuda":
+        torch.cuda.set_device(local_rank())
     arithmetic = arithmetic_of(hardware, request.loading)
     report.info(f"train: {settings.method} on {hardware.device}, computing in {arithmetic.training}")
     trainer, watch = _trainer(request, hardware)
-    checkpoint = last_checkpoint(out / "work")
+    with trainer.args.main_process_first():  # which removes a damaged one
+        checkpoint = last_checkpoint(out / "work")
     if checkpoint:
         report.info(f"train: going on from {checkpoint.name}")
     _loop(trainer, checkpoint, hardware.device, out)
@@ -108,17 +112,11 @@ def train(request: TrainRequest) -> Trained:
     best = watch.best.restore(trainer.model) if settings.keep == "best" else None
     if settings.compares:
         drop_reference(trainer.model)
-    initial = out / "work" / _INITIAL
-    save_adapter(
-        trainer.model,
-        request.tokenizer,
-        out,
-        base_name=request.base_name,
-        base_revision=request.base_revision,
-        initial=initial if initial.is_dir() else None,
-    )
-    (out / LOG_FILE).parent.mkdir(exist_ok=True)
-    shutil.copyfile(watch.log, out / LOG_FILE)
+    weights = None
+    if settings.strategy != "ddp":
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # all give their parts
+    if rank() == 0:
+        _save(request, trainer.model, weights, watch.log)
     trainable, total = trainer.model.get_nb_trainable_parameters()
     return Trained(
         steps=trainer.state.global_step,
@@ -143,7 +141,24 @@ def train(request: TrainRequest) -> Trained:
         questions=tuple(question.text for question in watch.asked.questions),
         answers=tuple(watch.asked.answers),
         batch_size=request.batch_size,
+        processes=rank_count(),
     )
+
+
+def _save(request: TrainRequest, model: Any, weights: Any, log: Path) -> None:
+    """`weights` are the model's, put together, where its parts are shared among devices."""
+    initial = request.out / "work" / _INITIAL
+    save_adapter(
+        model,
+        request.tokenizer,
+        request.out,
+        base_name=request.base_name,
+        base_revision=request.base_revision,
+        initial=initial if initial.is_dir() else None,
+        weights=weights,
+    )
+    (request.out / LOG_FILE).parent.mkdir(exist_ok=True)
+    shutil.copyfile(log, request.out / LOG_FILE)
 
 
 def _loop(trainer: Any, checkpoint: Path | None, device: str, out: Path) -> None:
@@ -195,6 +210,7 @@ def _short_names(modules: Sequence[str]) -> Mapping[str, int]:
 
 
 def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
+    import accelerate
     import tokenizers
     import transformers
     import trl
@@ -203,7 +219,10 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     checkpointing = settings.gradient_checkpointing
     if checkpointing == "auto":
         checkpointing = hardware.device == "cuda"
-    model = _model(request, hardware, checkpointing)
+    if settings.strategy != "ddp":
+        # What cuts the model up while it is loaded asks whether the processes know each other.
+        accelerate.PartialState()
+    model = _model(request, hardware, checkpointing and settings.strategy != "fsdp")
     # The rows are ids already: it only pads, and no class of the base's own is needed for that.
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(request.tokenizer / "tokenizer.json"), pad_token=request.pad_token
@@ -216,10 +235,12 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     heldout = _rows(request.data / HELDOUT_FILE) if settings.evaluation_steps else []
     if settings.evaluation_steps and not heldout:
         raise DataError("train.evaluation_steps: there are no held-out rows", hint="set data.eval")
-    work = request.out / "work"
+    # Each process notes what it sees in files of its own; those of the first are read by others.
+    work = request.out / "work" / (f"rank-{rank()}" if rank() else "")
+    work.mkdir(exist_ok=True)
     asked = LiveQuestions(
         work / "answers.jsonl",
-        request.questions if settings.evaluation_steps else (),
+        request.questions if settings.evaluation_steps and rank() == 0 else (),
         tokenizers.Tokenizer.from_file(str(request.tokenizer / "tokenizer.json")),
     )
     watch = watcher(
@@ -228,12 +249,21 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
         Best(work, settings.patience),
         asked,
         vocabulary=model.config.get_text_config().vocab_size,
-        page=LivePage(request.page, asked),
+        page=LivePage(request.page if rank() == 0 else None, asked),
     )
 
+    accumulation = settings.gradient_accumulation
     parent = pair_trainer() if settings.compares else trl.SFTTrainer
 
     class Trainer(parent):  # type: ignore[misc, valid-type]
+        def _get_train_sampler(self, *rows: Any) -> Any:
+            # Rows of about one length are looked for among those of whole steps, however many share one.
+            one, self.args.gradient_accumulation_steps = accumulation, accumulation * rank_count()
+            try:
+                return super()._get_train_sampler(*rows)
+            finally:
+                self.args.gradient_accumulation_steps = one
+
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             self.args.warmup_steps = warmup_steps(settings, num_training_steps)
             try:
@@ -273,7 +303,7 @@ def _model(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> An
     model = with_lora(model, lora, quantized=quantized, checkpointing=checkpointing)
     counts = _short_names(adapted_modules(model))
     report.info("train: factors on " + ", ".join(f"{count} x {name}" for name, count in counts.items()))
-    if moves_base(lora.init):
+    if moves_base(lora.init) and rank() == 0:
         keep_initial(model, request.out / "work" / _INITIAL)
     return model
 

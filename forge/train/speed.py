@@ -82,6 +82,11 @@ def _impossible(train: Train, family: str, *, has_gpu: bool) -> Iterator[Problem
             yield Problem(f"train.liger: liger-kernel has no kernels for {family}")
     if train.offload_activations is True and not has_gpu:
         yield Problem(f"train.offload_activations: moves what a GPU holds to main memory, and {_NO_GPU}")
+    if train.strategy != "ddp":
+        if not has_gpu:
+            yield Problem(f"train.strategy: {train.strategy} is for GPUs, and {_NO_GPU}; use ddp")
+        elif train.strategy == "deepspeed" and not _is_installed("deepspeed"):
+            yield Problem("train.strategy: the package is not installed: pip install deepspeed")
     if train.backend == "unsloth":
         if not has_gpu:
             yield Problem(f"train.backend: unsloth trains on a GPU, and {_NO_GPU}")

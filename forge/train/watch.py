@@ -22,6 +22,7 @@ from forge.train.checkpoints import seal
 from forge.train.live import LivePage
 from forge.train.log import Evaluation, Step, append, in_words, keep_until
 from forge.train.questions import LiveQuestions
+from forge.train.ranks import agreed
 
 PROGRESS = "train"
 _TRY = (
@@ -130,11 +131,11 @@ def watcher(
             page.end(state, best.evaluations)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if self.stopping or time.monotonic() - self.saved > checkpoint_seconds:
-                control.should_save = True
-            if self.stopping:  # left as it is otherwise: the last step sets it too
-                control.should_training_stop = True
-            elif args.eval_steps and state.global_step >= state.max_steps:
+            is_late = time.monotonic() - self.saved > checkpoint_seconds
+            self.stopping, is_late = agreed(args.device, self.stopping, is_late)
+            control.should_save |= self.stopping or is_late
+            control.should_training_stop |= self.stopping  # the last step sets it too
+            if not self.stopping and args.eval_steps and state.global_step >= state.max_steps:
                 control.should_evaluate = True
 
         def on_evaluate(
