@@ -24,13 +24,14 @@ import pytest
 from forge import process, report, worker
 from forge.commands.join import join
 from forge.errors import DataError, InterruptedByUserError, MissingToolError, RecipeError, StageError
+from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
 from forge.recipe.schema import Train
 from forge.train.arguments import arguments as trainer_arguments
 from forge.train.checkpoints import MARKER
 from forge.train.hardware import Hardware
 from forge.train.join import Joining, invite
-from forge.train.memory import Device
+from forge.train.memory import Device, estimate_of, job_of
 from forge.train.ranks import gpu_count, ranks_of
 from forge.train.request import Trained
 from forge.train.run import train
@@ -263,3 +264,17 @@ def test_sharing_needs_gpus_and_its_package(base: Path) -> None:
     for device, words in ((CPU, "deepspeed is for GPUs"), (GPU, "pip install deepspeed")):
         with pytest.raises(MissingToolError, match=words):
             require_speed(shares, read_configuration(base), device)
+
+
+def test_each_gpu_holds_its_share(base: Path) -> None:
+    """B3: FSDP cuts weights and optimizer, not activations; DDP cuts nothing."""
+    configuration, tensors = read_configuration(base), open_checkpoint(base).tensors
+
+    def parts(**changes: Any) -> Mapping[str, int]:
+        job = job_of(Train.model_validate({"method": "lora", **changes}), 512, GPU)
+        return estimate_of(job, tensors, configuration, GPU).parts
+
+    whole, cut = parts(), parts(strategy="fsdp", devices=(0, 1), nodes=2)
+    assert parts(devices=2) == whole
+    assert (cut["base"], cut["optimizer"]) == (whole["base"] // 4, whole["optimizer"] // 4)
+    assert cut["activations"] == whole["activations"]

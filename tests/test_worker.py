@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from forge import process, report, worker
@@ -173,6 +175,34 @@ def test_a_death_without_a_word(said: Said, tmp_path: Path, how: str, expected: 
         worker.call("die", {"how": how}, log=log)
     assert str(caught.value) == f"die: the worker process {expected}"
     assert caught.value.hint == f"see the end of {log}"
+
+
+_TEAM = tuple({"RANK": str(number)} for number in range(3))
+
+
+def test_several_workers_do_one_task(said: Said) -> None:
+    """What the first says is shown, and its result returned."""
+    assert worker.call("part", {}, together=_TEAM) == {"rank": "0"}
+    assert said.calls == [("info", "rank 0")]
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "words"),
+    [
+        ("fails", CheckError, "the second's own error"),
+        ("killed", StageError, "ended with status -9"),
+        ("heard of", StageError, "ended with status -9"),  # and the first has lost it, which is no cause
+    ],
+)
+def test_the_first_that_fails_ends_all(said: Said, how: str, kind: type[Exception], words: str) -> None:
+    """With its own error, within seconds, though the others hang and would not be asked to stop."""
+    began = time.monotonic()
+    with pytest.raises(kind, match=words) as caught:
+        worker.call("part", {"how": how}, together=_TEAM)
+    assert str(caught.value).endswith("(process 2 of 3)")
+    assert time.monotonic() - began < 15
+    children = psutil.Process().children(recursive=True)
+    assert not [child for child in children if "tests.worker_tasks" in " ".join(child.cmdline())]
 
 
 def test_a_typed_task_takes_one_class_and_gives_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from forge import process, report, worker
-from forge.errors import CheckError, InterruptedByUserError, Problem
+from forge.errors import CheckError, InterruptedByUserError, Problem, StageError
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,27 @@ def die(wish: Wish) -> dict[str, Any]:
     if wish.how == "aborted":
         os.abort()
     sys.exit(3)
+
+
+def part(wish: Wish) -> dict[str, Any]:
+    """One of several: the second does as it is told, the others wait for it, or hear that it is gone."""
+    rank = os.environ["RANK"]
+    report.info(f"rank {rank}")
+    if rank == "1":
+        if wish.how == "fails":
+            time.sleep(0.3)
+            raise CheckError("the second's own error")
+        if wish.how in ("killed", "heard of"):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"rank": rank}
+    if wish.how == "heard of":
+        time.sleep(0.5)
+        raise StageError("train failed: RuntimeError: [gloo] Connection closed by peer")
+    if wish.how:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+    return {"rank": rank}
 
 
 def _protocol() -> int:
@@ -174,6 +195,6 @@ if __name__ == "__main__":
     names = ("speak", "hurry", "fail", "divide", "lack", "hoard", "die", "sleep", "finish_step", "finish_all")
     worker.TASKS = {
         name: f"tests.worker_tasks:{name}"
-        for name in (*names, "environment", "find", "ignore", "deliver", "count_words")
+        for name in (*names, "environment", "find", "ignore", "part", "deliver", "count_words")
     }
     worker.main()

@@ -28,7 +28,7 @@ from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import moves_base
 from forge.train.memory import choose_batch, job_of, memory_of, training_device
 from forge.train.questions import Question
-from forge.train.ranks import Ranks, ranks_of
+from forge.train.ranks import Ranks, gpus_of, ranks_of
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train, within_memory
 from forge.train.speed import choose_speed, require_speed
@@ -126,7 +126,7 @@ class TrainStage(AdapterStage):
         if self.ship.base.directory is not None:
             device = training_device(self._train.device)
             require_speed(self._train, self.ship.configuration, device)
-            ranks_of(self._train, device)
+            gpus_of(self._train, device)
 
     def bytes_beside(self) -> Mapping[str, int]:
         """Two checkpoints with Adam's two moments, all in float32."""

@@ -1,7 +1,7 @@
 """Whether a training run fits the memory of the device that will train, and what would make it fit.
 
-Runs in forge itself, without torch: a GPU is asked through nvidia-smi. Not covered: several GPUs (the
-first one trains), Apple's and AMD's (their memory counts as main memory).
+Runs in forge itself, without torch: a GPU is asked through nvidia-smi. Not covered: several GPUs of
+different sizes (the first one counts), Apple's and AMD's (their memory counts as main memory).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from forge.recipe.schema import Train
 
 PLANNING_LENGTH = 1024  # tokens of a row, where nothing says how long the rows are
 _MOST_ROWS = 64
+# What FSDP and ZeRO 3 cut into as many parts as there are devices.
+_SHARED = ("base", "quantization scales", "adapter", "gradients", "optimizer")
 # GB of memory of the GPUs that the estimate is held against.
 GPUS: Mapping[str, int] = {
     "GTX 1060": 6, "RTX 3080": 10, "RTX 3060": 12, "T4": 15, "RTX 4080": 16, "RTX 3090": 24, "RTX 4090": 24,
@@ -151,8 +153,8 @@ def job_of(train: Train, length: int, device: Device) -> Job:
 def estimate_of(
     job: Job, tensors: Mapping[str, TensorSpec], configuration: Configuration, device: Device
 ) -> Estimate:
-    """The bytes that the job takes on the device."""
-    return training(
+    """The bytes that the job takes on the device, where it has others its share of them."""
+    whole = training(
         tensors,
         configuration,
         method=job.method,
@@ -168,6 +170,17 @@ def estimate_of(
         double_quantization=job.train.double_quantization,
         cuda=device.kind == "cuda",
     )
+    shares = _shares(job.train)
+    return Estimate(
+        {part: count // (shares if part in _SHARED else 1) for part, count in whole.parts.items()}
+    )
+
+
+def _shares(train: Train) -> int:
+    """Among how many devices FSDP or ZeRO 3 share the model out; 1 where each has it whole."""
+    if train.strategy == "ddp" or train.devices == "auto":
+        return 1
+    return train.nodes * (len(train.devices) if isinstance(train.devices, tuple) else train.devices)
 
 
 def memory_of(

@@ -66,8 +66,8 @@ class Ranks:
         )
 
 
-def ranks_of(train: Train, device: Device) -> Ranks:
-    """The processes that the recipe asks for; raises `MissingToolError` for GPUs that are not here."""
+def gpus_of(train: Train, device: Device) -> tuple[int, ...]:
+    """The numbers of the GPUs that train here, none on a CPU; raises `MissingToolError` for absent ones."""
     there = gpu_count() if device.kind == "cuda" else 0
     if isinstance(train.devices, tuple):
         gpus = train.devices
@@ -79,6 +79,12 @@ def ranks_of(train: Train, device: Device) -> Ranks:
             f"train.devices: there is no GPU {', '.join(map(str, absent))} here, but {there}",
             hint="name fewer, or auto for all there are",
         )
+    return gpus
+
+
+def ranks_of(train: Train, device: Device) -> Ranks:
+    """The processes that the recipe asks for; raises what `gpus_of` raises."""
+    gpus = gpus_of(train, device)
     asked = train.devices if isinstance(train.devices, int) else 1
     processes = len(gpus) or asked
     if train.nodes * processes == 1:
