@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from forge import worker
 from forge.commands.describe import describe_plan
 from forge.errors import MissingToolError, OutOfMemoryError, StageError
 from forge.model.config import Configuration, read_configuration
@@ -288,3 +289,25 @@ def test_the_stage_asks_for_what_was_chosen(
     assert "a step has 32 rows" in words
     assert "sees 6 rows again" in words
     assert f"forge join {tmp_path}/work/join.json --node 1" in words.replace("\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.training
+@pytest.mark.programs
+@pytest.mark.timeout(1500)
+def test_a_compiled_run_learns_the_same(base: Path, data: Path, tmp_path: Path) -> None:
+    """Within rounding, which shows that it was compiled; the names are those of any other adapter."""
+    from safetensors.torch import load_file
+
+    weights, losses = [], []
+    for compiled in (False, True):
+        shape = {"r": 4, "alpha": 8, "dropout": 0.0}
+        out = tmp_path / str(compiled)
+        asked = arguments(base, data, out, compile=compiled, max_steps=4, lora=shape)
+        losses.append(worker.perform(train, asked, log=tmp_path / "log.txt").mean_loss)
+        weights.append(load_file(out / "adapter_model.safetensors"))
+    plain, compiled_ones = weights
+    assert plain.keys() == compiled_ones.keys()
+    assert not [name for name in plain if "_orig_mod" in name]
+    assert 0 < max(float((plain[name] - compiled_ones[name]).abs().max()) for name in plain) < 1e-4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -100,7 +100,7 @@ def gpu_count() -> int:
     """How many NVIDIA GPUs a process here may use."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return len([one for one in named.split(",") if one.strip() and one.strip() != "-1"])
+        return len([gpu for gpu in named.split(",") if gpu.strip() not in ("", "-1")])
     if shutil.which("nvidia-smi") is None:
         return 0
     try:

@@ -258,11 +258,11 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     class Trainer(parent):  # type: ignore[misc, valid-type]
         def _get_train_sampler(self, *rows: Any) -> Any:
             # Rows of about one length are looked for among those of whole steps, however many share one.
-            one, self.args.gradient_accumulation_steps = accumulation, accumulation * rank_count()
+            self.args.gradient_accumulation_steps = accumulation * rank_count()
             try:
                 return super()._get_train_sampler(*rows)
             finally:
-                self.args.gradient_accumulation_steps = one
+                self.args.gradient_accumulation_steps = accumulation
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             self.args.warmup_steps = warmup_steps(settings, num_training_steps)
