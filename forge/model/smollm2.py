@@ -119,7 +119,7 @@ def make_smollm2(request: MakeRequest) -> MadeBase:
     safetensors.torch.save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     _write(out / "config.json", {**_CONFIGURATION, "torch_dtype": request.dtype})
     _write(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2})
-    _write_tokenizer(out, {name: field.contents() for name, field in reader.fields.items()})
+    write_tokenizer(out, {name: field.contents() for name, field in reader.fields.items()})
     (out / "README.md").write_text(_CARD, encoding="utf-8")
     return MadeBase(sum(tensor.numel() for tensor in tensors.values()))
 
@@ -144,7 +144,7 @@ def _as_transformers(name: str, values: Any) -> Any:
     )
 
 
-def _write_tokenizer(out: Path, fields: Mapping[str, Any]) -> None:
+def write_tokenizer(out: Path, fields: Mapping[str, Any]) -> None:
     """The tokenizer as the hub has it: byte-level BPE, digits one by one."""
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     control = [number for number, kind in enumerate(kinds) if kind == 3]

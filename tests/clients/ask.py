@@ -1,4 +1,4 @@
-"""`ask.py LIBRARY URL KEY MODEL`: asks a server as people do with that library, and prints what came as JSON.
+"""`ask.py LIBRARY URL KEY MODEL TOKENIZER`: asks a server as people do with it, and prints what came as JSON.
 
 Runs in the environment of `requirements.txt` (`make clients`), which has nothing of forge.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -74,14 +77,72 @@ def ask_anthropic(url: str, key: str, model: str) -> dict[str, object]:
     return {"text": client.messages.create(**asked).content[0].text, "streamed": streamed, "tokens": tokens}
 
 
+def ask_llm(url: str, key: str, model: str) -> dict[str, object]:
+    """The command `llm`, with the file that docs/serving.md shows: a stream, and a schema."""
+    known = {"model_id": "mine", "model_name": model, "api_base": f"{url}/v1", "api_key_name": "mine"}
+    with tempfile.TemporaryDirectory() as directory:
+        models = Path(directory, "extra-openai-models.yaml")
+        models.write_text(json.dumps([{**known, "supports_schema": True}]))
+        environment = os.environ | {"LLM_USER_PATH": directory}
+
+        def run(*arguments: str) -> str:
+            command = [sys.executable, "-m", "llm", *arguments]
+            return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+
+        run("keys", "set", "mine", "--value", key)
+        question, short = (
+            ASKED[0]["content"],
+            ("-m", "mine", "-o", "max_tokens", "32", "-o", "temperature", "0"),
+        )
+        by_schema = run(*short, "--no-stream", "--schema", "city str", "What is the capital of France?")
+        return {
+            "streamed": run(*short, question).strip(),
+            "by_schema": json.loads(by_schema)["city"].strip(" ,."),
+        }
+
+
+def ask_lm_eval(url: str, key: str, model: str) -> dict[str, object]:
+    """lm-eval's multiple choice: log-probabilities of each choice after its question."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    os.environ |= {"OPENAI_API_KEY": key, "HF_HUB_OFFLINE": "1"}
+    answers = {"France": "Paris", "Germany": "Berlin"}
+    with tempfile.TemporaryDirectory() as directory:
+        rows = Path(directory, "rows.jsonl")
+        texts = [
+            {"question": f"The capital of {country} is", "choices": [*answers.values()], "answer": number}
+            for number, country in enumerate(answers)
+        ]
+        rows.write_text("".join(json.dumps(text) + "\n" for text in texts))
+        task = {
+            "task": "capitals",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(rows)}, "cache_dir": directory},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "answer",
+            "doc_to_choice": "choices",
+            "metric_list": [{"metric": "acc"}],
+        }
+        served = {"model": model, "base_url": f"{url}/v1/completions", "tokenizer": sys.argv[5]}
+        results = lm_eval.simple_evaluate(
+            model="local-completions", model_args=served, tasks=[task], task_manager=TaskManager()
+        )
+    return {"accuracy": results["results"]["capitals"]["acc,none"]}
+
+
 LIBRARIES: Mapping[str, Callable[[str, str, str], dict[str, object]]] = {
     "instructor": ask_instructor,
     "langchain": ask_langchain,
     "litellm": ask_litellm,
     "anthropic": ask_anthropic,
+    "llm": ask_llm,
+    "lm_eval": ask_lm_eval,
 }
 
 if __name__ == "__main__":
     os.environ |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "NO_PROXY": "*"}
-    library, *arguments = sys.argv[1:]
+    library, *arguments = sys.argv[1:5]
     sys.stdout.write("\n" + json.dumps(LIBRARIES[library](*arguments)) + "\n")
