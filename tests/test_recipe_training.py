@@ -44,11 +44,15 @@ def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
     ("train", "field", "words"),
     [
         ("{preset: book}", "train.preset", "book-ch0"),
-        ("{objective: orpo}", "train.objective", "among its experiments"),
-        ("{objective: kto}", "train.objective", "a label each; dpo learns from pairs"),
         ("{objective: dpo, method: full}", "train.method", "three times"),
         ("{objective: dpo, lora: {init: pissa}}", "train.lora.init", "moves the base"),
-        ("{objective: dpo, packing: true}", "train.packing", "in pairs"),
+        ("{objective: kto, lora: {init: olora}}", "train.lora.init", "which kto compares with"),
+        ("{objective: kto, method: full}", "train.method", "full and kto would hold the model three times"),
+        ("{objective: kto, batch_size: 1}", "train.batch_size", "2 at least"),
+        ("{objective: kto, length_groups: true}", "train.length_groups", "in an order of its own"),
+        ("{objective: orpo, offload_activations: true}", "train.offload_activations", "no such option"),
+        ("{objective: orpo, packing: true}", "train.packing", "orpo compares whole rows"),
+        ("{objective: dpo, packing: true}", "train.packing", "compares whole rows"),
         ("{objective: dpo, length_groups: true}", "train.length_groups", "in pairs"),
         ("{lora: {init: loftq}}", "train.lora.init", "fits no other file"),
         ("{lora: {init: eva}}", "train.lora.init", "a pass over the rows"),
@@ -107,6 +111,15 @@ def test_what_is_not_built_is_refused_with_its_reason(
     (problem,) = caught.value.problems
     assert problem.field == field
     assert words in problem.message
+
+
+@pytest.mark.parametrize(
+    "train",
+    ["{objective: orpo, method: full}", "{objective: orpo, lora: {init: pissa}}", "{objective: kto}"],
+)
+def test_orpo_compares_with_no_base(train: str, tmp_path: Path) -> None:
+    """So it may be moved, or trained whole."""
+    assert isinstance(loaded(tmp_path, train).recipe.train, Train)
 
 
 def test_a_shape_beside_an_adapter_to_go_on_from_is_a_doubt(tmp_path: Path) -> None:

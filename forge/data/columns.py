@@ -72,9 +72,9 @@ def refuse_two_columns(row: Row, layout: Layout, notes: Notes) -> None:
                 )
 
 
-def left_out(row: Row, layout: Layout, notes: Notes) -> str | None:
-    """Why the row says of itself that it is not to be learned."""
-    for part in (fields.TRAINED, fields.LABEL, fields.WEIGHT):
+def left_out(row: Row, layout: Layout, notes: Notes, *, labels: bool = False) -> str | None:
+    """Why the row says of itself that it is not to be learned; with `labels` they say something else."""
+    for part in (fields.TRAINED, *(() if labels else (fields.LABEL,)), fields.WEIGHT):
         column, value = layout.value(row, part)
         if value in EMPTY:
             continue

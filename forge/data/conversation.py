@@ -130,6 +130,8 @@ class Conversation:
     """How often it is seen in an epoch, against the others."""
     rejected: tuple[Turn, ...] = ()
     """Of a preference pair: the same turns with the answer that was rejected."""
+    desirable: bool | None = None
+    """Of a single answer with a label: whether it is good."""
 
     def messages(self) -> list[dict[str, Json]]:
         """What a chat template is given."""

@@ -104,12 +104,17 @@ def understand(rows: Rows, shape: Shape | None = None, bad: BadRows | None = Non
     whole = rows
     rows = RowsOf(len(whole), lambda: map(_plain, whole))
     layout = layout_of(rows, shape)
-    if shape.pairs and not layout.parts.get(fields.REJECTED):
+    has_pairs = bool(layout.parts.get(fields.REJECTED))
+    has_labels = shape.labels and bool(layout.parts.get(fields.LABEL)) and not has_pairs
+    if shape.pairs and not has_pairs and not has_labels:
+        labelled = ", and no label" if shape.labels else ""
+        or_labelled = ", or of prompt, completion and label" if shape.labels else ""
         raise DataError(
-            f"the rows ({layout.format}) are no preference pairs: they have no rejected answer",
-            hint="give rows of prompt, chosen and rejected (data.columns names them), or leave "
+            f"the rows ({layout.format}) are no preference pairs: they have no rejected answer{labelled}",
+            hint=f"give rows of prompt, chosen and rejected{or_labelled} (data.columns names them), or leave "
             "train.objective out",
         )
+    shape = replace(shape, pairs=shape.pairs and has_pairs, labels=has_labels)
     return Reading(rows, layout, shape, notes, bad, problems)
 
 
@@ -167,7 +172,7 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
     """The row's conversation; None for a row that says itself that it is not to be learned."""
     refuse_keys(row, layout, shape, notes)
     refuse_two_columns(row, layout, notes)
-    if (why := left_out(row, layout, notes)) is not None:
+    if (why := left_out(row, layout, notes, labels=shape.labels)) is not None:
         notes.counts[f"left out: {why}"] += 1
         return None
     column, value = layout.value(row, fields.TOOLS)
@@ -208,7 +213,18 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
     if all(turn.trained is False for turn in done if turn.role == "assistant"):
         notes.counts["left out: no answer carries loss, says the row"] += 1
         return None
-    return Conversation(done, row.place, tools, rejected=rejected)
+    desirable = _judged(row, layout, notes) if shape.labels else None
+    return Conversation(done, row.place, tools, rejected=rejected, desirable=desirable)
+
+
+def _judged(row: Row, layout: Layout, notes: Notes) -> bool:
+    """Whether the row's answer is good."""
+    column, value = layout.value(row, fields.LABEL)
+    good = fields.switch(value)
+    if good is None:
+        raise BadRowError(f"is {value!r}; it must say whether the answer is good: true or false", column)
+    notes.counts[f"answers labelled {'good' if good else 'bad'}"] += 1
+    return good
 
 
 def _refuse_no_pair(chosen: Sequence[Turn], rejected: Sequence[Turn], layout: Layout) -> None:

@@ -50,6 +50,8 @@ class Shape:
     reader: Reader | None = None
     pairs: bool = False
     """Whether the rejected answer of a preference pair is read too."""
+    labels: bool = False
+    """Whether single answers with a label, good or bad, are read too."""
 
 
 @dataclass(frozen=True)

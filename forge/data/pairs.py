@@ -1,6 +1,6 @@
 """Preference pairs to ids and loss mask: each answer as a row of its own, after the same prompt.
 
-Not covered: single answers with a label (KTO).
+Single answers with a label, good or bad, are rows among them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def encode_pairs(
 ) -> Iterator[tuple[Conversation, Sequence[Encoded]]]:
     """Encode preference pairs: the last answer carries loss, in the chosen row and in the rejected one.
 
-    Raises as `encode_each`; of a row that is left out the whole pair is.
+    An answer that is good or bad by itself becomes its own row. Raises as `encode_each`; of a row that is
+    left out the whole pair is.
     """
     problems: list[Problem] = []
     count = 0
@@ -28,6 +29,8 @@ def encode_pairs(
     for conversation, (row,) in encode_each(_answers(conversations), form, supervise="last", bad=bad):
         if conversation.rejected:
             chosen = row
+        elif conversation.desirable is not None:
+            yield conversation, [row]
         elif chosen and chosen.conversation.rejected is conversation.turns:
             count += 1
             if chosen.prompt == row.prompt:
@@ -42,4 +45,5 @@ def _answers(pairs: Iterable[Conversation]) -> Iterator[Conversation]:
     """Each pair as two conversations: with the chosen answer, then with the rejected one."""
     for pair in pairs:
         yield pair
-        yield replace(pair, turns=pair.rejected, rejected=())
+        if pair.rejected:
+            yield replace(pair, turns=pair.rejected, rejected=())

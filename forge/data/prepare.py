@@ -55,6 +55,11 @@ class Settings:
         """Whether the rows are preference pairs, of which both answers are wanted."""
         return any(source.shape.pairs for source in self.sources)
 
+    @property
+    def labels(self) -> bool:
+        """Whether the rows may be single answers that are good or bad."""
+        return any(source.shape.labels for source in self.sources)
+
 
 @dataclass(frozen=True)
 class ReadRows:
@@ -81,7 +86,7 @@ class PreparedRow(TypedDict):
 
     Rows to compare a base on, without a chat template, have no labels. `answers` is how many turns are
     learned, where that is not all of the assistant's. A preference pair has the rejected answer beside it,
-    after the same prompt.
+    after the same prompt; a single answer with a label says whether it is desirable.
     """
 
     input_ids: Sequence[int]
@@ -91,6 +96,7 @@ class PreparedRow(TypedDict):
     answers: NotRequired[int]
     rejected_ids: NotRequired[Sequence[int]]
     rejected_labels: NotRequired[Sequence[int]]
+    desirable: NotRequired[bool]
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,8 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
         repeats = _parted(spool, training, settings)
         if not any(repeats):
             raise DataError("no row is left to train on", hint="see what was left out above")
+        if settings.labels:
+            _require_both(spool, repeats)
         used = [
             lengths for lengths, times in zip(spool.lengths(), repeats, strict=True) if times is None or times
         ]
@@ -261,6 +269,22 @@ def _parted(spool: Spool, training: int, settings: Settings) -> list[int | None]
         None if mark in held else times(weight, mark, settings.seed)
         for mark, weight in zip(marks, spool.weights, strict=True)
     ]
+
+
+def _require_both(spool: Spool, repeats: Sequence[int | None]) -> None:
+    """Good answers are learned from bad ones: there must be both, to train on and to measure with."""
+    for what, hint in (
+        ("to train on", "give answers of both kinds, or pairs"),
+        ("held out", "hold more rows out (data.eval), or name a file of them"),
+    ):
+        judged = [
+            kinds
+            for kinds, count in zip(spool.judgements, repeats, strict=True)
+            if (count is None) == (what == "held out") and count != 0
+        ]
+        lacking = {True, False} - frozenset[bool]().union(*judged)
+        if judged and lacking:
+            raise DataError(f"no answer {what} is {'good' if True in lacking else 'bad'}", hint=hint)
 
 
 def _write(

@@ -40,6 +40,8 @@ class Spool:
         self.marks: list[bytes] = []
         """The fingerprint of each conversation."""
         self.weights = array("d")
+        self.judgements: list[frozenset[bool]] = []
+        """Of each conversation: what its answers are held to be, good (True) and bad."""
         self._lines, self._numbers, self._files = array("I"), array("Q"), array("I")
         self._names: dict[str, int] = {}
         self._sizes, self._tokens, self._supervised = array("Q"), array("Q"), array("Q")
@@ -50,6 +52,7 @@ class Spool:
         place = conversation.place
         self.marks.append(bytes.fromhex(conversation.fingerprint))
         self.weights.append(conversation.weight)
+        self.judgements.append(_judgements(conversation))
         self._lines.append(len(rows))
         self._numbers.append(place.line)
         self._files.append(self._names.setdefault(place.file, len(self._names)))
@@ -93,6 +96,15 @@ class Spool:
             at += count
 
 
+_BOTH, _NONE = frozenset({True, False}), frozenset[bool]()
+
+
+def _judgements(conversation: Conversation) -> frozenset[bool]:
+    if conversation.rejected:
+        return _BOTH
+    return _NONE if conversation.desirable is None else frozenset({conversation.desirable})
+
+
 def line_of(row: Encoded) -> bytes:
     """The row as a line of either file (`prepare.PreparedRow`)."""
     conversation = row.conversation
@@ -103,6 +115,8 @@ def line_of(row: Encoded) -> bytes:
     if any(turn.trained is False for turn in conversation.turns):
         answers = sum(turn.role == "assistant" and turn.trained is not False for turn in conversation.turns)
         line += f', "answers": {answers}'
+    if conversation.desirable is not None:
+        line += f', "desirable": {_encoder.encode(conversation.desirable)}'
     if row.rejected:
         pair = row.rejected
         line += f', "rejected_ids": {_numbers(pair.input_ids)}, "rejected_labels": {_numbers(pair.labels)}'

@@ -109,7 +109,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
         yield from _fast(recipe, train)
         yield from _devices(train)
         if train.compares:
-            yield from _of_pairs(train, recipe.data)
+            yield from _of_preferences(train, recipe.data)
     if recipe.deploy.runtime == "container" and recipe.deploy.gpu_layers:
         yield (
             "deploy.gpu_layers",
@@ -145,8 +145,6 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
 
 def _not_built(train: Train) -> Iterator[Finding]:
     """What the libraries know and forge refuses, each with its reason."""
-    if train.objective in _OTHER_OBJECTIVES:
-        yield "train.objective", f"{train.objective} is not built: {_OTHER_OBJECTIVES[train.objective]}"
     if train.lora.init == "loftq":
         yield (
             "train.lora.init",
@@ -247,22 +245,28 @@ _OF_UNSLOTH: tuple[tuple[str, tuple[object, ...], str], ...] = (
 )
 
 
-_OTHER_OBJECTIVES = {
-    "orpo": "trl has it among its experiments, which change without notice; dpo learns from the same pairs",
-    "kto": "it wants single answers with a label each; dpo learns from pairs",
-}
-
-
-def _of_pairs(train: Train, data: Data | None) -> Iterator[Finding]:
-    """What learning from preference pairs leaves no room for."""
-    if train.method == "full":
-        yield "train.method", "full and dpo would hold the model three times; use lora or qlora"
-    if train.lora.init.startswith(("pissa", "olora")):
-        yield "train.lora.init", f"{train.lora.init} moves the base, which dpo compares with; use default"
+def _of_preferences(train: Train, data: Data | None) -> Iterator[Finding]:
+    """What learning from good and bad answers leaves no room for."""
+    objective = train.objective
+    if train.has_reference and train.method == "full":
+        yield "train.method", f"full and {objective} would hold the model three times; use lora or qlora"
+    if train.has_reference and train.lora.init.startswith(("pissa", "olora")):
+        yield (
+            "train.lora.init",
+            f"{train.lora.init} moves the base, which {objective} compares with; use default",
+        )
     if train.packing:
-        yield "train.packing", "dpo takes its rows in pairs and packs none; leave it out"
+        yield "train.packing", f"{objective} compares whole rows and packs none; leave it out"
     if train.length_groups:
-        yield "train.length_groups", "dpo takes its rows in pairs, which have no one length; leave it out"
+        why = "takes its rows in an order of its own" if objective == "kto" else "takes its rows in pairs"
+        yield "train.length_groups", f"{objective} {why}; leave it out"
+    if train.batch_size != "auto" and train.batch_size < train.least_batch:
+        yield (
+            "train.batch_size",
+            "kto compares each answer with another's of the same step on the device; 2 at least",
+        )
+    if objective == "orpo" and train.offload_activations is True:
+        yield "train.offload_activations", "trl's trainer for orpo has no such option; leave it out"
     if data and data.overlong in ("truncate", "chunk"):
         yield "data.overlong", "an answer that is cut is not the one that was judged; use error or drop"
 

@@ -78,7 +78,12 @@ class Columns(Section):
     )
     reasoning: Text | None = Field(None, description="column of the thinking before the answer")
     chosen: Text | None = Field(None, description="column of the better answer of a preference pair")
-    rejected: Text | None = Field(None, description="column of the worse answer, for `train.objective: dpo`")
+    rejected: Text | None = Field(
+        None, description="column of the worse answer, for `train.objective: dpo`, `orpo` and `kto`"
+    )
+    label: Text | None = Field(
+        None, description="column that says whether the answer is good, for `train.objective: kto`"
+    )
     tools: Text | None = Field(None, description="column of the tools that the model may call")
     messages: Text | None = Field(None, description="column of the list of messages")
     text: Text | None = Field(None, description="column of plain text, learned whole (`format: text`)")

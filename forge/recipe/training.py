@@ -87,11 +87,15 @@ class Train(Section):
     )
     objective: Literal["sft", "dpo", "orpo", "kto"] = Field(
         "sft",
-        description="what is learned: answers (`sft`; of a preference pair the chosen one), or to prefer the "
-        "chosen to the rejected answer (`dpo`); `orpo` and `kto` are refused with the reason",
+        description="what is learned: answers (`sft`; of a preference pair the chosen one), to prefer the "
+        "chosen to the rejected answer (`dpo`; `orpo`: both at once, without a reference), or what makes an "
+        "answer good from single answers with a `label` (`kto`, of pairs too)",
     )
     beta: float = Field(
-        0.1, gt=0, description="`dpo`: how dear it is to move away from the model that training began with"
+        0.1,
+        gt=0,
+        description="`dpo` and `kto`: how dear it is to move away from the model that training began with; "
+        "`orpo`: how much the preference counts beside the answers",
     )
     continue_from: Text | None = Field(
         None,
@@ -219,8 +223,18 @@ class Train(Section):
 
     @property
     def compares(self) -> bool:
-        """Whether preference pairs are learned from, both answers of each."""
-        return self.objective == "dpo"
+        """Whether good answers are learned from bad ones: both of a pair, or single ones with a label."""
+        return self.objective != "sft"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the model is compared with the one that training began with."""
+        return self.objective in ("dpo", "kto")
+
+    @property
+    def least_batch(self) -> int:
+        """Rows at once: kto takes an answer to another prompt for comparison from the same ones."""
+        return 2 if self.objective == "kto" else 1
 
     @property
     def supervised(self) -> Literal["all", "last"]:

@@ -26,9 +26,11 @@ def data_sources(
     if data is None:
         return (), 0
     train = loaded.recipe.train
-    pairs = isinstance(train, Train) and train.compares
+    objective = train.objective if isinstance(train, Train) else "sft"
     sources = tuple(
-        _source(data, source, loaded.directory, pinned or {}, offline=offline, fetch=fetch, pairs=pairs)
+        _source(
+            data, source, loaded.directory, pinned or {}, offline=offline, fetch=fetch, objective=objective
+        )
         for source in data.sources
     )
     heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
@@ -43,7 +45,7 @@ def _source(
     *,
     offline: bool,
     fetch: bool,
-    pairs: bool,
+    objective: str,
 ) -> Source:
     split, form, columns = (
         source.split or data.split,
@@ -64,7 +66,8 @@ def _source(
         data.roles,
         data.ignore,
         reader_named(form, directory) if own else None,
-        pairs,
+        pairs=objective != "sft",
+        labels=objective == "kto",
     )
     return Source(files, shape, split, source.weight, data.encoding, folder.name if folder else None)
 

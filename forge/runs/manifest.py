@@ -83,8 +83,9 @@ class ArtifactRecord:
 
 @dataclass(frozen=True)
 class Learned:
-    """The figure before and after training, over so many held-out rows: exact_match, heldout_loss, or
-    preference (the share of pairs whose chosen answer has the larger reward of DPO, of which the base has 0).
+    """The figure before and after training, over so many held-out rows: exact_match, heldout_loss,
+    preference (the share of pairs whose chosen answer has the larger reward of DPO, of which the base has 0),
+    or judgement (the same of each good answer with each bad one, where they are no pairs).
 
     `served`: `after` was asked of the shipped file behind its server.
     """
@@ -105,6 +106,8 @@ class Learned:
                 return f"{self.rows} held-out rows, exact answers: {shares}"
             case "preference":
                 return f"{self.rows} held-out pairs: the chosen answer is preferred in {self.after:.0%}"
+            case "judgement":
+                return f"{self.rows} held-out good answers: preferred to a bad one in {self.after:.0%}"
             case _:
                 return f"{self.rows} held-out rows: loss {self.before:.4f} -> {self.after:.4f}"
 

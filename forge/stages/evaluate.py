@@ -132,14 +132,18 @@ def figures(measured: Evaluated) -> str:
     answers = f", exact answers {exact.before} -> {exact.after} of {exact.rows}" if exact else ""
     if preferred := measured.preferred:
         answers += (
-            f"; the chosen answer preferred in {preferred.accuracy:.0%}, margin {preferred.margin:.3g} "
-            f"(likelier than the rejected one in {preferred.likelier.before:.0%} -> "
-            f"{preferred.likelier.after:.0%})"
+            f"; {_better(preferred)} preferred in {preferred.accuracy:.0%}, margin {preferred.margin:.3g}"
         )
+        if likelier := preferred.likelier:
+            answers += f" (likelier than the rejected one in {likelier.before:.0%} -> {likelier.after:.0%})"
     return (
         f"held-out rows ({measured.rows}): loss {loss.before:.4f} -> {loss.after:.4f} a token, "
         f"perplexity {perplexity.before:.4g} -> {perplexity.after:.4g}{answers}"
     )
+
+
+def _better(preferred: Preferred) -> str:
+    return "the chosen answer" if preferred.likelier else "a good answer to a bad one"
 
 
 def nothing_learned(measured: Evaluated) -> str | None:
@@ -170,8 +174,8 @@ def _no_preference(preferred: Preferred, rows: int) -> str | None:
     if preferred.margin > doubt:
         return None
     nothing = (
-        f"nothing was learned: the chosen answer is preferred in {preferred.accuracy:.0%} of {rows} held-out "
-        f"pairs, by a margin of {preferred.margin:.3g}"
+        f"nothing was learned: {_better(preferred)} is preferred in {preferred.accuracy:.0%} of {rows} "
+        f"held-out {'pairs' if preferred.likelier else 'good answers'}, by a margin of {preferred.margin:.3g}"
     )
     return (
         f"{nothing}, and they cannot tell one under {doubt:.2g} from none"
@@ -224,7 +228,8 @@ def learned(measured: Evaluated, served_exact: int | None = None) -> Learned:
     """
     exact, preferred = measured.exact, measured.preferred
     if preferred:
-        return Learned("preference", 0.0, preferred.accuracy, measured.rows)
+        metric = "preference" if preferred.likelier else "judgement"
+        return Learned(metric, 0.0, preferred.accuracy, measured.rows)
     if not exact:
         return Learned("heldout_loss", measured.loss.before, measured.loss.after, measured.rows)
     return Learned(

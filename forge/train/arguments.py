@@ -1,8 +1,10 @@
-"""The recipe's `train` section as trl's SFTConfig, or DPOConfig. Runs in a worker."""
+"""The recipe's `train` section as the configuration of trl's trainer. Runs in a worker."""
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,18 +16,16 @@ from forge.train.request import TrainRequest
 
 
 def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> Any:
-    """trl's SFTConfig or DPOConfig; raises `DataError` for an option that transformers does not take.
+    """trl's configuration of the objective; raises `DataError` for an option that transformers does not take.
 
     What is `auto` of the fields in `speed.py` was settled by who asks, and is off otherwise.
     """
-    import trl
-
     settings = request.settings
     # An 8-bit base has its own number types, and float32 around them (A4, A6).
     autocast = "" if settings.method == "int8" else hardware.autocast
     try:
         kind, own = _of_objective(request)
-        return getattr(trl, kind)(
+        return kind(
             output_dir=str(request.out / "work"),
             num_train_epochs=settings.epochs,
             max_steps=settings.max_steps or -1,
@@ -46,11 +46,9 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             use_liger_kernel=settings.liger is True,
             torch_compile=settings.compile is True,
-            activation_offloading=settings.offload_activations is True,
             bf16=autocast == "bf16",
             fp16=autocast == "fp16",
             use_cpu=hardware.device == "cpu",
-            train_sampling_strategy="group_by_length" if settings.length_groups else "random",
             seed=settings.seed,
             data_seed=settings.seed,
             logging_steps=1,
@@ -71,6 +69,7 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
         raise DataError(f"train: transformers refuses these settings: {error}") from error
 
 
+<<<<<<< HEAD
 def _of_strategy(settings: Train, checkpointing: bool) -> Mapping[str, object]:
     """How the model's parts are shared among the devices; nothing where each has it whole.
 
@@ -100,14 +99,39 @@ def _of_strategy(settings: Train, checkpointing: bool) -> Mapping[str, object]:
 
 def _of_objective(request: TrainRequest) -> tuple[str, Mapping[str, object]]:
     """The name of trl's class, and what no other takes."""
+=======
+def _of_objective(request: TrainRequest) -> tuple[Any, Mapping[str, object]]:
+    """trl's class, and what not every other takes."""
+    import trl
+
+>>>>>>> bb53b1d (Learn from single judged answers with KTO, and from pairs with ORPO)
     settings = request.settings
-    if settings.compares:
-        return "DPOConfig", {"beta": settings.beta, "max_length": None}
-    return "SFTConfig", {
+    offload = {"activation_offloading": settings.offload_activations is True}
+    order = {"train_sampling_strategy": "group_by_length" if settings.length_groups else "random"}
+    match settings.objective:
+        case "dpo":
+            return trl.DPOConfig, {"beta": settings.beta, "max_length": None, **offload, **order}
+        case "kto":
+            # The answer that each is compared with is of the same rows, which keep their order for that.
+            own = {"beta": settings.beta, "max_length": None, "train_sampling_strategy": "sequential"}
+            return trl.KTOConfig, {**own, **offload}
+        case "orpo":
+            # The rows are ids already, and cut to no length; without a number trl warns.
+            own = {"beta": settings.beta, "max_length": request.max_length, "remove_unused_columns": False}
+            return experimental("orpo").ORPOConfig, {**own, **order}
+    return trl.SFTConfig, {
         "max_length": request.max_length if settings.packing else None,
         "packing": settings.packing,
         "eval_packing": False if settings.evaluation_steps else None,
+        **offload,
+        **order,
     }
+
+
+def experimental(name: str) -> Any:
+    """A module of trl's experiments, which trl warns of on import."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    return importlib.import_module(f"trl.experimental.{name}")
 
 
 def warmup_steps(settings: Train, steps: int) -> int:

@@ -55,18 +55,19 @@ class Preferred:
 
     `accuracy` is the share of pairs whose chosen answer has the larger reward, `margin` by how much it is the
     larger one on average, `error` that mean's standard error (None for one pair), `likelier` the share whose
-    chosen answer is the likelier of the two.
+    chosen answer is the likelier of the two. Of single answers each good one is paired with each bad one;
+    these answer other prompts, so which is the likelier says nothing.
     """
 
     accuracy: float
     margin: float
     error: float | None
-    likelier: Change
+    likelier: Change | None
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Held-out figures before and after, and the answers behind them.
+    """Held-out figures before and after, and the answers behind them; of bad answers there is no loss.
 
     Loss is the mean negative log-likelihood per supervised token, in nats; `loss_error` is the standard error
     of its change, None for one row. `falling` says what still fell when training ended.
@@ -99,7 +100,12 @@ def evaluate(request: EvaluateRequest) -> Evaluated:
     from tokenizers import Tokenizer
 
     with (request.data / HELDOUT_FILE).open(encoding="utf-8") as stream:
-        rows: list[PreparedRow] = [json.loads(line) for line in stream]
+        heldout: list[PreparedRow] = [json.loads(line) for line in stream]
+    # An answer that is bad is to be unlikely: the loss is that of the others.
+    rows = [row for row in heldout if row.get("desirable", True)]
+    bad = [row for row in heldout if not row.get("desirable", True)]
+    bad += [_rejected(row) for row in rows if "rejected_ids" in row]
+    is_paired = len(bad) == len(rows) and all("rejected_ids" in row for row in rows)
     hardware = choose_hardware(request.device, request.dtype)
     model = load_base(request.base, hardware, request.loading)
     resized = rows_beside(request.base, request.adapter)
@@ -112,8 +118,8 @@ def evaluate(request: EvaluateRequest) -> Evaluated:
     asked = [row for row in rows if row["messages"]]
     short = [row for row in asked if len(_expected(row)) <= _SHORT_TOKENS][:_MOST_ANSWERS]
     with model.disable_adapter():
-        before = _measure(model, rows, short, tokenizer, request, "evaluate the base")
-    after = _measure(model, rows, short, tokenizer, request, "evaluate the tuned model")
+        before = _measure(model, rows, bad, short, tokenizer, request, "evaluate the base")
+    after = _measure(model, rows, bad, short, tokenizer, request, "evaluate the tuned model")
     return Evaluated(
         rows=len(rows),
         vocabulary=int(model.config.get_text_config().vocab_size),
@@ -124,26 +130,39 @@ def evaluate(request: EvaluateRequest) -> Evaluated:
         loss_error=standard_error(before.rows, after.rows),
         perplexity=Change(_perplexity(before.loss), _perplexity(after.loss)),
         exact=_exact(short, before.answers, after.answers, tokenizer),
-        preferred=_preferred(before, after, request.beta) if request.beta is not None else None,
+        preferred=_preferred(before, after, request.beta, is_paired) if request.beta is not None else None,
     )
 
 
-def _preferred(before: _Measured, after: _Measured, beta: float) -> Preferred:
-    margins = [
-        beta * ((chosen_was - chosen) - (rejected_was - rejected))
-        for (chosen_was, _), (rejected_was, _), (chosen, _), (rejected, _) in zip(
-            before.rows, before.rejected, after.rows, after.rejected, strict=True
-        )
-    ]
-    count = len(margins)
-    mean = sum(margins) / count
-    spread = sum((margin - mean) ** 2 for margin in margins)
+def _preferred(before: _Measured, after: _Measured, beta: float, is_paired: bool) -> Preferred:
+    good = _rewards(before.rows, after.rows, beta)
+    bad = _rewards(before.rejected, after.rejected, beta)
+    if is_paired:
+        margins = [better - worse for better, worse in zip(good, bad, strict=True)]
+        square = _square_error(margins)
+    else:
+        margins = [better - worse for better in good for worse in bad]
+        squares = [_square_error(rewards) for rewards in (good, bad)]
+        square = None if None in squares else sum(filter(None, squares))
     return Preferred(
-        accuracy=round(sum(margin > 0 for margin in margins) / count, 4),
-        margin=round(mean, 6),
-        error=round(math.sqrt(spread / (count - 1) / count), 8) if count > 1 else None,
-        likelier=Change(_likelier(before), _likelier(after)),
+        accuracy=round(sum(margin > 0 for margin in margins) / len(margins), 4),
+        margin=round(sum(margins) / len(margins), 6),
+        error=None if square is None else round(math.sqrt(square), 8),
+        likelier=Change(_likelier(before), _likelier(after)) if is_paired else None,
     )
+
+
+def _rewards(before: Sequence[RowLoss], after: Sequence[RowLoss], beta: float) -> list[float]:
+    return [beta * (was - now) for (was, _), (now, _) in zip(before, after, strict=True)]
+
+
+def _square_error(values: Sequence[float]) -> float | None:
+    """The square of the standard error of their mean; None for one."""
+    count = len(values)
+    if count < 2:
+        return None
+    mean = sum(values) / count
+    return sum((value - mean) ** 2 for value in values) / (count - 1) / count
 
 
 def _likelier(measured: _Measured) -> float:
@@ -173,6 +192,7 @@ def _perplexity(loss: float) -> float:
 def _measure(
     model: Any,
     rows: Sequence[PreparedRow],
+    bad: Sequence[PreparedRow],
     short: Sequence[PreparedRow],
     tokenizer: Any,
     request: EvaluateRequest,
@@ -187,7 +207,7 @@ def _measure(
         answers += _answers(model, batch, tokenizer, request)
         report.advance(label, len(rows) + len(answers), len(rows) + len(short))
     rejected: list[RowLoss] = []
-    for batch in _batches([_rejected(row) for row in rows if "rejected_ids" in row]):
+    for batch in _batches(bad):
         rejected += _loss(model, batch, request.pad_token_id)
     total, tokens = sum(loss for loss, _ in losses), sum(count for _, count in losses)
     return _Measured(round(total / max(tokens, 1), 6), losses, answers, rejected)

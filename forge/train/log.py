@@ -27,10 +27,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out loss after a step, in nats a token; of preference pairs it is the trainer's own loss.
+    """The held-out loss after a step, in nats a token; of preferences it is the trainer's own loss.
 
-    Of these there are trl's rewards too: the share of pairs whose chosen answer has the larger one, and by
-    how much on average.
+    Of these there are trl's rewards too: the share of pairs whose chosen answer has the larger one (None of
+    single answers), and by how much the good ones have it on average.
     """
 
     step: int
@@ -41,9 +41,12 @@ class Evaluation:
 
 def in_words(evaluation: Evaluation) -> str:
     """What a person is shown of it."""
-    if evaluation.accuracy is None or evaluation.margin is None:
+    if evaluation.margin is None:
         perplexity = math.exp(min(evaluation.loss, 50))
         return f"held-out loss {evaluation.loss:.4f}, perplexity {perplexity:.4g}"
+    if evaluation.accuracy is None:
+        margin = f"good ones above bad ones by {evaluation.margin:.3g}"
+        return f"held-out answers: loss {evaluation.loss:.4f}, {margin}"
     return (
         f"held-out pairs: loss {evaluation.loss:.4f}, chosen answer preferred in "
         f"{evaluation.accuracy:.0%}, margin {evaluation.margin:.3g}"

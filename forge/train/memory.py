@@ -135,7 +135,7 @@ def job_of(train: Train, length: int, device: Device) -> Job:
     sixteen_bits = device.kind == "cuda" or device.has_bfloat16
     return Job(
         method="qlora" if train.method == "auto" else train.method,
-        batch=1 if train.batch_size == "auto" else train.batch_size,
+        batch=train.least_batch if train.batch_size == "auto" else train.batch_size,
         accumulation=train.gradient_accumulation,
         length=length,
         checkpointing=device.kind == "cuda"
@@ -205,7 +205,7 @@ def _changes(job: Job) -> Iterator[tuple[Mapping[str, Setting], Job]]:
     if not job.checkpointing:
         job, fields = replace(job, checkpointing=True), fields | {"train.gradient_checkpointing": True}
         yield fields, job
-    while job.batch > 1:
+    while job.batch >= 2 * job.train.least_batch:
         half = job.batch // 2
         job = replace(job, batch=half, accumulation=job.accumulation * 2)
         fields |= {"train.batch_size": half, "train.gradient_accumulation": job.accumulation}
@@ -240,7 +240,7 @@ def choose_batch(
     """What `batch_size: auto` means: the largest power of two that fits, `_MOST_ROWS` at most."""
     device = training_device(train.device)
     job = job_of(train, length, device)
-    batch = 1
+    batch = train.least_batch
     while batch < _MOST_ROWS:
         larger = replace(job, batch=batch * 2)
         if estimate_of(larger, tensors, configuration, device).total > 0.9 * device.total:

@@ -1,4 +1,4 @@
-"""The training run: peft on the base, through trl's SFTTrainer or DPOTrainer. Runs in a worker.
+"""The training run: peft on the base, through trl's trainer of the objective. Runs in a worker.
 
 Ids and loss mask come ready from `data.prepare`, so what is trained on was seen and checked
 before. A killed run goes on from its last whole checkpoint, bit for bit. Of several processes that train as
@@ -37,7 +37,7 @@ from forge.train.lora import (
 )
 from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
-from forge.train.pairs import drop_reference, pair_trainer, pairs_of
+from forge.train.preferences import drop_reference, trainer_of, trainer_rows
 from forge.train.questions import LiveQuestions
 from forge.train.ranks import local_rank, rank, rank_count
 from forge.train.request import Trained, TrainRequest
@@ -59,7 +59,7 @@ def within_memory(request: TrainRequest, attempt: Callable[[TrainRequest], Train
         try:
             return attempt(request)
         except OutOfMemoryError as error:
-            if not request.settings.retry_smaller or request.batch_size == 1:
+            if not request.settings.retry_smaller or request.batch_size <= request.settings.least_batch:
                 raise
             report.warning(error.message)
         request = with_fewer_rows(request)
@@ -110,7 +110,7 @@ def train(request: TrainRequest) -> Trained:
             hint="run the same command again to go on from there",
         )
     best = watch.best.restore(trainer.model) if settings.keep == "best" else None
-    if settings.compares:
+    if settings.has_reference:
         drop_reference(trainer.model)
     weights = None
     if settings.strategy != "ddp":
@@ -213,7 +213,6 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     import accelerate
     import tokenizers
     import transformers
-    import trl
 
     settings = request.settings
     checkpointing = settings.gradient_checkpointing
@@ -227,7 +226,6 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(request.tokenizer / "tokenizer.json"), pad_token=request.pad_token
     )
-    dataset = pairs_of if settings.compares else _dataset
     rows = _rows(request.data / TRAIN_FILE)
     _refuse_foreign_ids(rows, model.get_input_embeddings().weight.shape[0])
     if settings.packing:
@@ -252,8 +250,15 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
         page=LivePage(request.page if rank() == 0 else None, asked),
     )
 
+<<<<<<< HEAD
     accumulation = settings.gradient_accumulation
     parent = pair_trainer() if settings.compares else trl.SFTTrainer
+=======
+    def dataset(rows: Sequence[PreparedRow]) -> Any:
+        return trainer_rows(settings.objective, rows, request.batch_size, settings.seed)
+
+    parent = trainer_of(settings.objective)
+>>>>>>> bb53b1d (Learn from single judged answers with KTO, and from pairs with ORPO)
 
     class Trainer(parent):  # type: ignore[misc, valid-type]
         def _get_train_sampler(self, *rows: Any) -> Any:
@@ -283,7 +288,7 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
         callbacks=[watch],
     )
     trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
-    if settings.compares and not request.continue_from:
+    if settings.has_reference and not request.continue_from:
         drop_reference(trainer.model)  # the base is one: the model without its new adapter
     trainable_to_float32(trainer.model)
     return trainer, watch
@@ -311,13 +316,6 @@ def _model(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> An
 def _rows(path: Path) -> list[PreparedRow]:
     with path.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
-
-
-def _dataset(rows: Sequence[PreparedRow]) -> Any:
-    import datasets
-
-    columns = {"input_ids": [row["input_ids"] for row in rows], "labels": [row["labels"] for row in rows]}
-    return datasets.Dataset.from_dict(columns)
 
 
 def _refuse_foreign_ids(rows: Sequence[PreparedRow], embeddings: int) -> None:
