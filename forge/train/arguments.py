@@ -69,7 +69,6 @@ def arguments(request: TrainRequest, hardware: Hardware, checkpointing: bool) ->
         raise DataError(f"train: transformers refuses these settings: {error}") from error
 
 
-<<<<<<< HEAD
 def _of_strategy(settings: Train, checkpointing: bool) -> Mapping[str, object]:
     """How the model's parts are shared among the devices; nothing where each has it whole.
 
@@ -97,14 +96,10 @@ def _of_strategy(settings: Train, checkpointing: bool) -> Mapping[str, object]:
     return {}
 
 
-def _of_objective(request: TrainRequest) -> tuple[str, Mapping[str, object]]:
-    """The name of trl's class, and what no other takes."""
-=======
 def _of_objective(request: TrainRequest) -> tuple[Any, Mapping[str, object]]:
     """trl's class, and what not every other takes."""
     import trl
 
->>>>>>> bb53b1d (Learn from single judged answers with KTO, and from pairs with ORPO)
     settings = request.settings
     offload = {"activation_offloading": settings.offload_activations is True}
     order = {"train_sampling_strategy": "group_by_length" if settings.length_groups else "random"}

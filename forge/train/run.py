@@ -250,15 +250,11 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
         page=LivePage(request.page if rank() == 0 else None, asked),
     )
 
-<<<<<<< HEAD
-    accumulation = settings.gradient_accumulation
-    parent = pair_trainer() if settings.compares else trl.SFTTrainer
-=======
     def dataset(rows: Sequence[PreparedRow]) -> Any:
         return trainer_rows(settings.objective, rows, request.batch_size, settings.seed)
 
     parent = trainer_of(settings.objective)
->>>>>>> bb53b1d (Learn from single judged answers with KTO, and from pairs with ORPO)
+    accumulation = settings.gradient_accumulation
 
     class Trainer(parent):  # type: ignore[misc, valid-type]
         def _get_train_sampler(self, *rows: Any) -> Any:
