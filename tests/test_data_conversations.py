@@ -487,7 +487,10 @@ FAULTS: Mapping[str, tuple[Row, str]] = {
         row(prompt="Hi", completion="x", image="a.png"),
         "image: only text can be learned here; data.ignore: [image] leaves it out of account",
     ),
-    "several answers": (row(prompt="Hi", completion=["a", "b"]), "completion: is list, not text"),
+    "several answers": (
+        row(prompt="Hi", completion=["a", "b"]),
+        "completion: is a list, not one text; data.format: module:function makes one of it",
+    ),
     "a table's nothing": (row(prompt="Hi", completion=math.nan), "completion: is empty"),
     "no role": (
         row(messages=[{"content": "Hi"}, ANSWER]),

@@ -40,9 +40,14 @@ def refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Tur
         value = row.values.get(key)
         if fields.plain(key) not in fields.OF_PROMPT or value in EMPTY or key in shape.ignore:
             continue
-        if isinstance(value, str) and any(value.strip() in turn.content for turn in turns):
+        words = value if isinstance(value, list) else [value]
+        if all(
+            isinstance(word, str) and any(word.strip() in turn.content for turn in turns) for word in words
+        ):
             continue
-        way = f"data.columns: {{system: {key}}} puts it before it; " if isinstance(value, str) else ""
+        way = f"data.columns: {{system: {key}}} puts it before it; "
+        if not isinstance(value, str):
+            way = "data.format: module:function writes it into the prompt; "
         raise BadRowError(
             f"stands beside the conversation; {way}data.ignore: [{key}] leaves it out of account", key
         )

@@ -300,9 +300,10 @@ def _exchange(
             raise BadRowError(f"stands beside a {asked} that is a list of messages", beside)
         yield from turns_of(prompt, asked, shape.roles, notes)
     else:
-        question = text_of(
-            written(_said(prompt, row, asked), asked, notes), asked, empty_ok=bool(extra.strip())
-        )
+        words = _said(prompt, row, asked)
+        if not isinstance(words, Mapping):
+            words = written(words, asked, notes)
+        question = text_of(words, asked, empty_ok=bool(extra.strip()))
         if marks := [mark for mark in fields.TEMPLATE_MARKS if mark in question]:
             raise BadRowError(
                 f"has {marks[0]}, a chat template's mark: it is rendered already; give the user's words, "
@@ -320,7 +321,10 @@ def _exchange(
 def _are_calls(value: object) -> bool:
     """Whether a column `answers` holds calls, as xLAM's does."""
     value = parsed(value)
-    return value in EMPTY or (isinstance(value, list) and all(isinstance(call, Mapping) for call in value))
+    return value in EMPTY or (
+        isinstance(value, list)
+        and all(isinstance(call, Mapping) and {"name", "function"} & call.keys() for call in value)
+    )
 
 
 def _reasoning(row: Row, layout: Layout, notes: Notes) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Rows as services export them: ChatGPT, Claude, OpenAI's completions and batches, OpenAssistant's trees.
+"""Rows as services export them: ChatGPT, Claude, logs and batches of APIs, OpenAssistant's trees.
 
 Each becomes a row of messages. What of it plays no part stays as a column, so that it is listed as unused; a
 row that cannot be learned from holds the reason in place of its messages (`conversations` raises it). Not
@@ -112,84 +112,137 @@ def _claude_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"role": message.get("sender"), "content": blocks or message.get("text")}
 
 
-def _of_completion(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What was asked of OpenAI's API and what it answered: stored, logged, or a batch's lines."""
+def _of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a model's API was asked and what it answered: stored, logged, or the lines of a batch."""
     asked, answered = _asked(values), _answered(values)
-    if not asked and not answered:
+    if asked is None and answered is None:
         return None
-    row = _without(values, *(key for key in ("body", "request", "response", "choices") if key in values))
+    rest = dict(values)
     for name, whole in (("request", asked), ("response", answered)):
-        if whole is not values:
-            row |= {
-                f"{name}.{key}": whole[key] for key in whole if key not in (_MESSAGES, "choices", "tools")
-            }
+        if whole is not None and whole is not values:
+            rest = _without(rest, name, "body")
+            rest |= {f"{name}.{key}": value for key, value in whole.items()}
+    asked = values if asked is None else asked
+    beside = "" if asked is values else "request."
+    used = [f"{beside}{key}" for key in (*_keys_of(asked), "tools")]
+    used += ["choices", "candidates"] if answered is values else [f"response.{key}" for key in _ANSWERS]
+    used += ["message"] if answered is values and "done" in values else []
     tools = asked.get("tools") or values.get("tools")
-    row |= {"tools": tools} if tools else {}
-    messages = asked.get(_MESSAGES, asked.get("input"))
-    if "input" in row and messages is row["input"]:
-        del row["input"]
+    row = {**_without(rest, *used), **({"tools": tools} if tools else {})}
     try:
-        row[_MESSAGES] = [*_prompt(messages), _answer(answered, values)]
+        row[_MESSAGES] = [*_prompt(asked), _answer(answered, values)]
     except BadRowError as wrong:
         row[_MESSAGES] = wrong
     return row
 
 
-def _asked(values: Mapping[str, Any]) -> Mapping[str, Any]:
+# Where APIs have the conversation in a request and in an answer; all else is listed as unused.
+_PROMPTS, _SYSTEMS = (_MESSAGES, "contents", "input"), ("system", "systemInstruction", "instructions")
+_ANSWERS = ("choices", "candidates", "output", "content", "role", "message")
+
+
+def _keys_of(asked: Mapping[str, Any]) -> Iterator[str]:
+    """Where a request has its messages and its system prompt."""
+    for keys in (_PROMPTS, _SYSTEMS):
+        yield from [key for key in keys if asked.get(key)][:1]
+
+
+def _inside(value: object) -> Mapping[str, Any] | None:
+    """A request or an answer, out of what a batch puts around it."""
+    if isinstance(value, Mapping) and isinstance(value.get("body"), Mapping):
+        value = value["body"]
+    return value if isinstance(value, Mapping) else None
+
+
+def _asked(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The request: in a field of its own, or beside the answer."""
-    for key in ("body", "request"):
-        inside = values.get(key)
-        if isinstance(inside, Mapping) and isinstance(inside.get("body"), Mapping):
-            inside = inside["body"]
-        if isinstance(inside, Mapping) and isinstance(inside.get(_MESSAGES), list):
-            return inside
-    return values if _is_answer(values) else {}
+    for whole in (_inside(values.get("request")), _inside(values.get("body"))):
+        if whole is not None and any(isinstance(whole.get(key), (list, str)) for key in _PROMPTS):
+            return whole
+    is_beside = _answered(values) is not None and any(values.get(key) for key in _PROMPTS)
+    return values if is_beside else None
 
 
-def _answered(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    inside = values.get("response")
-    if isinstance(inside, Mapping) and isinstance(inside.get("body"), Mapping):
-        inside = inside["body"]
-    if isinstance(inside, Mapping) and _is_answer(inside):
-        return inside
-    return values if _is_answer(values) else {}
+def _answered(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    whole = _inside(values.get("response"))
+    if whole is not None and _replies(whole):
+        return whole
+    # Beside its prompt an answer of Anthropic's or of OpenAI's responses would be any row.
+    is_call = "choices" in values or "candidates" in values or {"message", "done"} <= values.keys()
+    return values if is_call and _replies(values) else None
 
 
-def _is_answer(value: object) -> bool:
-    choices = value.get("choices") if isinstance(value, Mapping) else None
-    return (
-        isinstance(choices, list)
-        and bool(choices)
-        and isinstance(choices[0], Mapping)
-        and "message" in choices[0]
-    )
+def _replies(whole: Mapping[str, Any]) -> list[tuple[object, object]]:
+    """The messages that an API answered with, each with why it ends."""
+    if isinstance(choices := whole.get("choices"), list):
+        return [
+            (choice["message"], choice.get("finish_reason")) for choice in choices if _has(choice, "message")
+        ]
+    if isinstance(candidates := whole.get("candidates"), list):
+        return [
+            (reply["content"], reply.get("finishReason")) for reply in candidates if _has(reply, "content")
+        ]
+    if whole.get("role") == "assistant" and "content" in whole:
+        return [(_only(whole, "role", "content"), whole.get("stop_reason"))]
+    if _has(whole, "message") and "done" in whole:
+        return [(whole["message"], whole.get("done_reason"))]
+    if isinstance(output := whole.get("output"), list):
+        return [
+            (_only(item, "role", "content"), whole.get("status")) for item in output if _has(item, "content")
+        ]
+    return []
 
 
-def _prompt(messages: object) -> Sequence[Any]:
-    if not isinstance(messages, list) or not messages:
+def _has(value: object, key: str) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get(key), (Mapping, list))
+
+
+def _only(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    return {key: values[key] for key in names if key in values}
+
+
+def _prompt(asked: Mapping[str, Any]) -> Sequence[Any]:
+    messages = next((asked[key] for key in _PROMPTS if asked.get(key)), None)
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list):
         raise BadRowError(
             "is an answer without its prompt; put the messages beside it (a batch's input has them by "
             "custom_id): {messages: [...], choices: [...]}",
             "choices",
         )
-    return messages
+    system = next((asked[key] for key in _SYSTEMS if asked.get(key)), None)
+    if isinstance(system, Mapping) and "parts" in system:
+        system = system["parts"]
+    return [*([{"role": "system", "content": system}] if system else []), *messages]
 
 
-def _answer(answered: Mapping[str, Any], values: Mapping[str, Any]) -> object:
-    if not answered:
+_CUT_OFF = ("length", "content_filter", "max_tokens", "incomplete", "refusal", "safety")
+
+
+def _answer(answered: Mapping[str, Any] | None, values: Mapping[str, Any]) -> object:
+    if answered is None:
         why = "the request failed" if values.get("error") else "a request without its answer"
         raise BadRowError(
             f"is {why}; put the answer beside it (a batch's output has it by custom_id): "
             "{messages: [...], choices: [...]}",
             "response",
         )
-    choices = answered["choices"]
-    if len(choices) > 1:
-        raise BadRowError(f"has {len(choices)} answers to one prompt; keep the one to learn", "choices")
-    reason = choices[0].get("finish_reason")
-    if reason in ("length", "content_filter"):
-        raise BadRowError(f"the answer was cut off (finish_reason: {reason}); leave the row out", "choices")
-    return choices[0]["message"]
+    replies = _replies(answered)
+    if len(replies) > 1:
+        raise BadRowError(f"has {len(replies)} answers to one prompt; keep the one to learn", "choices")
+    ((message, reason),) = replies
+    if isinstance(reason, str) and reason.lower() in _CUT_OFF:
+        raise BadRowError(f"the answer was cut off ({reason}); leave the row out", "choices")
+    return message
+
+
+def _of_data(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A row inside of one."""
+    inside = values["data"]
+    if not isinstance(inside, Mapping) or not isinstance(inside.get(_MESSAGES), list):
+        return None
+    return {**_without(values, "data"), **inside}
 
 
 def _of_tree(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -224,10 +277,8 @@ def _of_input(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 _KINDS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any] | None]] = {
     "mapping": _of_chatgpt,
     "chat_messages": _of_claude,
-    "choices": _of_completion,
-    "response": _of_completion,
-    "body": _of_completion,
-    "request": _of_completion,
+    **dict.fromkeys(("choices", "candidates", "response", "body", "request", "message"), _of_call),
     "prompt": _of_tree,
     "input": _of_input,
+    "data": _of_data,
 }

@@ -33,7 +33,8 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
         "prompt instruction instructions question query request problem user human message input_text"
     ),
     COMPLETION: _names(
-        "completion response answer output reply assistant target targets solution ground_truth output_text"
+        "completion response answer output reply assistant bot gpt target targets solution ground_truth "
+        "generated_solution canonical_solution ideal output_text"
     ),
     CALLS: _names("tool_calls function_calls answers"),
     INPUT: _names("input inputs context"),
@@ -78,8 +79,10 @@ ROW_REFUSED: Mapping[str, str] = {
 # What belongs to a prompt: refused where it plays no part and no turn has its words.
 OF_PROMPT = _names(
     "context document passage article background persona instruction instructions input inputs history "
-    "chat_history"
+    "chat_history passage choices options answer_choices"
 )
+# What may be the answer to a text beside it: refused where the text would be learned whole without it.
+OF_ANSWER = _names("summary highlights abstract headline translation sentiment intent emotion")
 
 ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID = (
     "role", "content", "name", "tool_calls", "function_call", "tool_call_id",

@@ -104,6 +104,8 @@ def layout_of(rows: Rows, shape: Shape) -> Layout:
     for part, names in fields.ROW_FIELDS.items():
         if part not in parts:
             fitting = [key for key in columns if fields.plain(key) in names and key not in taken]
+            if part == fields.MESSAGES:  # `turns` may be their number
+                fitting = [key for key in fitting if not isinstance(first.values.get(key), (int, float))]
             fitting.sort(key=lambda key: names.index(fields.plain(key)))
             # A column that holds nothing in any row is no candidate where another one is.
             parts[part] = [key for key in fitting if counts[key]] or fitting
@@ -144,7 +146,7 @@ def _speaker(values: object) -> str | None:
 def _may_be_turns(value: object) -> bool:
     return (
         isinstance(value, list)
-        and bool(value)
+        and len(value) > 1
         and all(isinstance(item, str) or _speaker(item) for item in value)
     )
 
@@ -185,6 +187,7 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         parts[fields.TEXT]
         and not parts[fields.LABEL]
         and not (parts[fields.PROMPT] or parts[fields.COMPLETION])
+        and not any(fields.plain(key) in fields.OF_ANSWER for key in columns)
     ):
         return TEXT
     hint = (
@@ -194,6 +197,11 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
     if parts[fields.TEXT] and parts[fields.LABEL]:
         text, label = parts[fields.TEXT][0], parts[fields.LABEL][0]
         hint = f"to learn the label: data.columns: {{prompt: {text}, completion: {label}}}"
+    elif parts[fields.TEXT] and (near := [key for key in columns if fields.plain(key) in fields.OF_ANSWER]):
+        hint = (
+            f"data.columns: {{prompt: {parts[fields.TEXT][0]}, completion: {near[0]}}} learns the {near[0]}; "
+            f"data.ignore: [{near[0]}] leaves it out of account"
+        )
     elif fields.PROMPT in asked or fields.COMPLETION in asked:
         other = fields.COMPLETION if fields.PROMPT in asked else fields.PROMPT
         hint = f"data.columns: {{{other}: ...}} is missing"

@@ -44,6 +44,8 @@ def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
         value = _part(value, place)
     if value is None or value != value:  # a table's NaN
         value = ""
+    if isinstance(value, list):
+        raise BadRowError("is a list, not one text; data.format: module:function makes one of it", place)
     if not isinstance(value, str):
         raise BadRowError(f"is {type(value).__name__}, not text", place)
     if has_half_a_character(value):
@@ -54,7 +56,10 @@ def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
 
 
 # What a message or a part of one has: an object with none of these is data.
-_OF_WORDS = {"type", "content_type", "text", "content", "value", "parts", "role", "from"}
+_OF_WORDS = {
+    "type", "content_type", "text", "content", "value", "parts", "role", "from", "message", "messages",
+    "choices", "candidates", "generations", "output",
+}  # fmt: skip
 
 
 def written(value: object, place: str, notes: Notes) -> object:
@@ -63,6 +68,7 @@ def written(value: object, place: str, notes: Notes) -> object:
         what = "numbers"
     elif isinstance(value, Mapping) and value and not _OF_WORDS & value.keys():
         what = "objects"
+        text_of(json.dumps(value, ensure_ascii=False), place)
     else:
         return value
     ways = "written as JSON; data.format: module:function gives other words"
@@ -151,7 +157,10 @@ def parsed(value: object) -> object:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(value.strip()) if len(value) < _LONGEST_LITERAL else value
+        if len(value) >= _LONGEST_LITERAL:
+            return value
+        # numpy writes an array of objects without commas; a line's end within a text is written \\n.
+        return ast.literal_eval(value.strip().replace("}\n {", "}, {"))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
 

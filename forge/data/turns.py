@@ -69,8 +69,22 @@ def _of_pairs(pairs: Sequence[Any]) -> Iterator[Mapping[str, object]]:
 _ASKED = (*fields.ROW_FIELDS[fields.PROMPT], fields.INPUT)
 
 
+def _of_langchain(message: object) -> object:
+    """A message as LangChain keeps it: its role is its type, and its values may stand inside of it."""
+    if not isinstance(message, Mapping) or any(fields.message_part(key) == fields.ROLE for key in message):
+        return message
+    kind, inside = message.get("type"), message.get("data")
+    if isinstance(message.get("kwargs"), Mapping) and isinstance(message.get("id"), list) and message["id"]:
+        kind, inside = str(message["id"][-1]).removesuffix("Message"), message["kwargs"]
+    if str(kind).lower() not in ("human", "ai", "system", "tool"):
+        return message
+    values = inside if isinstance(inside, Mapping) else message
+    return {"role": kind, **{key: value for key, value in values.items() if key != "type"}}
+
+
 def _halves(message: object) -> Iterator[object]:
     """A message; several where one holds input and output (and system), or has a key for each role."""
+    message = _of_langchain(message)
     if not isinstance(message, Mapping):
         yield message
         return
@@ -223,7 +237,7 @@ def _role(
 ) -> tuple[str, str]:
     key, speaker = parts.get(fields.ROLE, ("role", None))
     if isinstance(speaker, Mapping):  # ChatGPT's export
-        speaker = speaker.get("role")
+        speaker = speaker.get("role", speaker.get("name"))
     role = fields.role_of(speaker, roles) if isinstance(speaker, str) else None
     if role is None:
         if speaker is None:
@@ -289,7 +303,8 @@ def _call(call: object, place: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRowError("a call needs a name and arguments", place)
-    arguments = parsed(function.get("arguments", function.get("parameters")))
+    key = next((key for key in ("arguments", "parameters", "args", "input") if key in function), "arguments")
+    arguments = parsed(function.get(key))
     if arguments in (None, ""):
         arguments = {}
     if not isinstance(arguments, Mapping):
