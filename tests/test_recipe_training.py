@@ -65,6 +65,7 @@ def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
         ("{devices: [0, 0]}", "train.devices", "different numbers"),
         ("{devices: [0, 1], device: cpu}", "train.devices", "those of GPUs"),
         ("{devices: 2, device: mps}", "train.devices", "one GPU"),
+        ("{devices: 2, objective: kto}", "train.objective", "on one device"),
         ("{devices: 2, compile: true}", "train.compile", "for one device"),
         ("{devices: auto, nodes: 2}", "train.devices", "the same on each machine"),
         ("{devices: 2, nodes: 2, retry_smaller: true}", "train.retry_smaller", "would not hear of it"),

@@ -167,6 +167,8 @@ def _devices(train: Train) -> Iterator[Finding]:
         yield "train.retry_smaller", "the other machines would not hear of it; leave it out with train.nodes"
     if train.nodes > 1 and train.devices == "auto":
         yield "train.devices", "say how many, the same on each machine"
+    if train.objective == "kto" and several:
+        yield "train.objective", "kto compares answers of one step on one device; leave train.devices out"
     if train.compile is True and several:
         yield "train.compile", "is for one device; leave it out"
     if train.strategy != "ddp":
@@ -184,7 +186,7 @@ def _not_shared(train: Train) -> Iterator[tuple[bool, str, str]]:
     yield train.method == "int8", "method", "8-bit weights cannot be cut; use qlora or lora"
     yield train.method == "auto", "method", "say which: what fits one GPU says nothing of several"
     yield train.method == "full", "method", "a module saved whole is not put together again; use lora"
-    yield train.compares, "objective", "dpo compares with the whole model"
+    yield train.compares, "objective", f"{train.objective} compares with the whole model"
     yield lora.dora, "lora.dora", "the length of a row is not known where it is cut; leave it out"
     yield lora.init != "default", "lora.init", f"{lora.init} is made of whole weights; use default"
     yield bool(lora.modules_to_save), "lora.modules_to_save", together
