@@ -157,6 +157,12 @@ def test_a_word_that_ends_an_answer_is_named(
     assert stops(broken) == StopCheck(False, "<|im_end|>", ("*",))
 
 
+def _numbers(specimen: Specimen, sound: Path, scratch: Path) -> Path:
+    changes: dict[str, Any] = {"llama__attention__layer_norm_rms_epsilon": 0.5}
+    changes |= {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}
+    return rewrite(sound, scratch / "broken.gguf", **changes)
+
+
 _IN_METADATA = {_bos, _pre_tokenizer, _another_template, _thinking}
 FAULTS = {
     "wrong base revision": (_wrong_revision, "merge", "another base or revision"),
@@ -169,6 +175,7 @@ FAULTS = {
     "merged twice": (_scaled_by(2), "merge", "merged twice"),
     "merged into 4-bit": (_merged_into_4_bit, "merge", "4-bit"),
     "wrong pre-tokenizer": (_pre_tokenizer, "convert", "tokenizer gives other ids"),
+    "another base's numbers": (_numbers, "convert", "epsilon is 0.5, the base's is 1e-"),
     "stale merged directory": (_stale, "merge", "earlier run"),
     "another template": (_another_template, "convert", "chat template"),
     "thinking switched on": (_thinking, "convert", "chat template"),

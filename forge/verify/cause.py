@@ -49,6 +49,9 @@ def cause_of(measured: Measurement, handovers: Sequence[Handover]) -> Cause:
         return cause
     if rows := wrong_rows(measured):
         return rows[0]
+    if numbers := measured.weights.numbers:
+        words = f"the file's metadata is not the base's, though its weights are: {'; '.join(numbers)}"
+        return Cause("convert", words, "forge repair puts the base's in its place; or convert it again")
     figures = f"NMSE {broken.nmse:.2g}, KL {broken.kl_mean:.2g}, top-1 {broken.top1:.1%}"
     if broken.beyond_vendor is not None:
         words = (

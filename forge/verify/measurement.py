@@ -169,11 +169,15 @@ class Fits:
 
 @dataclass(frozen=True)
 class FitsOfFiles:
-    """Those of the file, of llama.cpp's own f16, and of its own file of the same type."""
+    """Those of the file, of llama.cpp's own f16, and of its own file of the same type.
+
+    `numbers`: where the file's metadata says another model's shape or rotation than llama.cpp's own.
+    """
 
     file: Fits
     f16: Fits | None = None
     vendor: Fits | None = None
+    numbers: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)

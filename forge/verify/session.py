@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -145,7 +146,25 @@ class Yardsticks:
         with session.step("weights"):
             inside = replace(session.source, adapter=None) if request.lora else session.source
             fits = weights.fit_weights(files, inside, session.facts)
-            return FitsOfFiles(*fits, *fits[:1]) if self.is_own else FitsOfFiles(*fits)
+            made = FitsOfFiles(*fits, *fits[:1]) if self.is_own else FitsOfFiles(*fits)
+        if len(files) == 1:
+            return made
+        return replace(made, numbers=tuple(_other_numbers(read_gguf(files[0]), read_gguf(files[1]))))
+
+
+def _other_numbers(file: GgufHeader, own: GgufHeader) -> Iterator[str]:
+    """What the architecture's keys say otherwise than llama.cpp's own, but the length of the context."""
+    kind = f"{own.architecture}."
+    known = {name for header in (file, own) for name in header.metadata if name.startswith(kind)}
+    for name in sorted(known - {f"{kind}context_length"}):
+        theirs, expected = (header.metadata.get(name) for header in (file, own))
+        if theirs is None or expected is None:
+            yield f"{name} is {'missing' if theirs is None else theirs}, the base has {expected or 'none'}"
+        elif isinstance(theirs, int | float) and isinstance(expected, int | float):
+            if not math.isclose(theirs, expected, rel_tol=1e-6):
+                yield f"{name} is {theirs:g}, the base's is {expected:g}"
+        elif theirs != expected:
+            yield f"{name} is {theirs}, the base's is {expected}"
 
 
 def _doubted(file: FileFacts, header: GgufHeader, vendor: GgufHeader) -> FileFacts:
