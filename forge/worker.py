@@ -187,6 +187,8 @@ class _Team:
         """Of another than the first only its end is heard; when it fails, so does the first."""
         try:
             self._result(number, _receive_end)
+        except InterruptedByUserError as stopped:  # as all were asked to; the first may have work to finish
+            self._failures.append((number, stopped))
         except ForgeError as failure:
             self._failures.append((number, failure))
             first = self.children[0]

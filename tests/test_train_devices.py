@@ -38,6 +38,7 @@ from forge.train.run import train
 from forge.train.speed import require_speed
 from tests.models import PEFT_WARNS
 from tests.test_train import arguments
+from tests.test_train_pairs import PAIRS, prepared
 from tests.told_sink import Told
 
 pytestmark = [PEFT_WARNS, pytest.mark.programs, pytest.mark.network, pytest.mark.timeout(900)]
@@ -70,6 +71,8 @@ WAYS: Mapping[str, dict[str, Any]] = {
     "at random": {},
     "of about one length": {"length_groups": True, "gradient_accumulation": 2},
     "packed": {"packing": True},
+    "4 bits, evaluated": {"method": "qlora", "dtype": "fp32", "evaluation_steps": 3},
+    "pairs": {"objective": "dpo"},
 }
 
 
@@ -77,9 +80,15 @@ WAYS: Mapping[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_what_one_does(way: str, base: Path, data: Path, tmp_path: Path) -> None:
     """The same rows in each step: twice two are four."""
+    if WAYS[way].get("objective"):
+        (tmp_path / "pairs").mkdir()
+        data = prepared(base, tmp_path / "pairs", PAIRS)
+    evaluations: dict[str, list[float]] = {}
     for name, changes in (("one", {"batch_size": 4}), ("two", {"batch_size": 2, "devices": 2})):
         made = _trained(base, data, tmp_path / name, **WAYS[way] | changes)
         assert made.processes == changes.get("devices", 1)
+        evaluations[name] = [evaluation.loss for evaluation in made.evaluations]
+    assert evaluations["two"] == pytest.approx(evaluations["one"], rel=1e-2)  # means of other batches
     assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-4)
     assert _largest_difference(tmp_path / "one", tmp_path / "two") < 1e-4
 

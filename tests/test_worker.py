@@ -186,6 +186,12 @@ def test_several_workers_do_one_task(said: Said) -> None:
     assert said.calls == [("info", "rank 0")]
 
 
+def test_the_first_finishes_what_it_must_when_all_stop(said: Said) -> None:
+    with pytest.raises(InterruptedByUserError):
+        worker.call("part", {"how": "stops"}, together=_TEAM[:2])
+    assert said.calls == [("info", "rank 0"), ("info", "a checkpoint is written")]
+
+
 @pytest.mark.parametrize(
     ("how", "kind", "words"),
     [

@@ -96,7 +96,13 @@ def part(wish: Wish) -> dict[str, Any]:
         if wish.how in ("killed", "heard of"):
             time.sleep(0.3)
             os.kill(os.getpid(), signal.SIGKILL)
+        if wish.how == "stops":
+            raise InterruptedByUserError("the second has stopped")
         return {"rank": rank}
+    if wish.how == "stops":
+        time.sleep(5)
+        report.info("a checkpoint is written")
+        raise InterruptedByUserError("stopped at step 7")
     if wish.how == "heard of":
         time.sleep(0.5)
         raise StageError("train failed: RuntimeError: [gloo] Connection closed by peer")

@@ -21,10 +21,11 @@ MARKER = "complete"
 def seal(directory: Path) -> None:
     """Write the marker of a checkpoint that is complete: that every process has written its part of."""
     wait_for_all()
-    if rank():
-        return
-    digests = {path.name: sha256_of(path) for path in sorted(directory.iterdir()) if path.is_file()}
-    (directory / MARKER).write_text(json.dumps(digests))
+    if rank() == 0:
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        digests = {path.relative_to(directory).as_posix(): sha256_of(path) for path in files}
+        (directory / MARKER).write_text(json.dumps(digests))
+    wait_for_all()
 
 
 def last_checkpoint(directory: Path) -> Path | None:
