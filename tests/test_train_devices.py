@@ -45,6 +45,7 @@ pytestmark = [PEFT_WARNS, pytest.mark.programs, pytest.mark.network, pytest.mark
 
 CPU = Device("cpu", "main memory", 16 << 30, 12 << 30, has_bfloat16=True)
 GPU = Device("cuda", "NVIDIA L4", 24 << 30, 23 << 30, has_bfloat16=True)
+ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's
 SHAPE: Mapping[str, Any] = {"r": 4, "alpha": 8, "dropout": 0.0}
 
 
@@ -205,12 +206,17 @@ def test_what_each_gpu_s_process_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     one = ranks_of(Train(), GPU)
-    assert _told(one.environments()) == [{"CUDA_VISIBLE_DEVICES": "0"}]  # else transformers wants them all
-    assert _told(ranks_of(Train(devices=(2,)), GPU).environments()) == [{"CUDA_VISIBLE_DEVICES": "2"}]
+    assert _told(one.environments()) == [
+        {**ORDER, "CUDA_VISIBLE_DEVICES": "0"}
+    ]  # else transformers wants them all
+    assert _told(ranks_of(Train(devices=(2,)), GPU).environments()) == [
+        {**ORDER, "CUDA_VISIBLE_DEVICES": "2"}
+    ]
     assert ranks_of(Train(devices="auto"), GPU).gpus == (0, 1, 2, 3)
     two = replace(ranks_of(Train(devices=(1, 3)), GPU), port=4711)
     common = {
-        "CUDA_VISIBLE_DEVICES": "1,3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4711", "WORLD_SIZE": "2",
+        **ORDER, "CUDA_VISIBLE_DEVICES": "1,3",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4711", "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     assert _told(two.environments()) == [
@@ -226,7 +232,9 @@ def test_what_each_gpu_s_process_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_gpus_that_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert gpu_count() == 2
-    assert _told(ranks_of(Train(devices=(1,)), GPU).environments()) == [{"CUDA_VISIBLE_DEVICES": "7"}]
+    assert _told(ranks_of(Train(devices=(1,)), GPU).environments()) == [
+        {**ORDER, "CUDA_VISIBLE_DEVICES": "7"}
+    ]
 
 
 def test_the_second_machine_s_processes(monkeypatch: pytest.MonkeyPatch) -> None:

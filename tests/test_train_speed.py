@@ -235,6 +235,12 @@ def test_a_plan_says_what_auto_means_and_refuses_what_cannot_be_had(
         plan(recipe, ["train.backend=unsloth"])
 
 
+def test_a_plan_counts_the_steps_of_several_devices(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for devices, words in (("1", "270 steps of 8 rows"), ("2", "135 steps of 16 rows")):
+        plan(recipe, [f"train.devices={devices}", "data.eval=0"])
+        assert words in capsys.readouterr().out
+
+
 def _stage(recipe: Path, *overrides: str) -> TrainStage:
     store = Store(recipe.parent / "home")
     return TrainStage(resolve_recipe(load(recipe, overrides), store, recipe.parent / "runs" / "mini"))

@@ -222,6 +222,13 @@ class Train(Section):
     report_to: Reporters = Field((), description="trackers such as `tensorboard` or `wandb`; none when empty")
 
     @property
+    def processes(self) -> int | None:
+        """How many devices train, on all machines; None where that is the machine's to say."""
+        if self.devices == "auto":
+            return None
+        return self.nodes * (len(self.devices) if isinstance(self.devices, tuple) else self.devices)
+
+    @property
     def compares(self) -> bool:
         """Whether good answers are learned from bad ones: both of a pair, or single ones with a label."""
         return self.objective != "sft"

@@ -102,8 +102,8 @@ class DataStage(ShipStage):
         for line in lines_of(account):
             report.info(line)
         training = self.ship.training
-        if training and training.batch_size != "auto":
-            at_once = training.batch_size * training.gradient_accumulation
+        if training and training.batch_size != "auto" and training.processes:
+            at_once = training.batch_size * training.gradient_accumulation * training.processes
             whole = math.ceil(training.epochs * math.ceil(account.rows / at_once))
             steps = training.max_steps or whole
             packed = " at most, with packing" if training.packing and not training.max_steps else ""

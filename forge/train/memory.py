@@ -178,9 +178,7 @@ def estimate_of(
 
 def _shares(train: Train) -> int:
     """Among how many devices FSDP or ZeRO 3 share the model out; 1 where each has it whole."""
-    if train.strategy == "ddp" or train.devices == "auto":
-        return 1
-    return train.nodes * (len(train.devices) if isinstance(train.devices, tuple) else train.devices)
+    return 1 if train.strategy == "ddp" else train.processes or 1
 
 
 def memory_of(

@@ -43,7 +43,12 @@ class Ranks:
 
     def environments(self, node: int = 0) -> tuple[Mapping[str, str], ...]:
         """The environment of each process on a machine; what the user has set of it stays."""
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(_visible, self.gpus))} if self.gpus else {}
+        visible = {}
+        if self.gpus:  # by the numbers that nvidia-smi shows
+            visible = {
+                "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+                "CUDA_VISIBLE_DEVICES": ",".join(map(_visible, self.gpus)),
+            }
         if self.count == 1:
             return (visible,)
         threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.processes, 1))}
