@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from forge import process
 from forge.commands.bundle import _licence, _smoke, bundle
 from forge.errors import MissingToolError, RecipeError
 from forge.runs.manifest import BaseMade, Manifest
+from forge.serve import bundle_python
 from forge.serve.bundle import Contents, write_bundle
 from forge.tools.native import libraries
 from tests.docker_daemon import load_image
@@ -59,6 +61,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("bundle")
     write_bundle(_contents(place), place / "yoda.tar")
     return place / "yoda.tar"
+
+
+def test_packed_again_later_it_is_the_same_bytes(
+    contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundle_python, "files", lambda settings: ({}, "ld.so"))
+    write_bundle(contents, tmp_path / "now.tar.gz")
+    now = time.time()
+    monkeypatch.setattr("time.time", lambda: now + 1000)
+    write_bundle(contents, tmp_path / "later.tgz")
+    assert (tmp_path / "now.tar.gz").read_bytes() == (tmp_path / "later.tgz").read_bytes()
+    assert (_unpacked(tmp_path / "later.tgz", tmp_path) / "yoda.gguf").is_file()
 
 
 @pytest.mark.programs

@@ -240,3 +240,13 @@ def test_examples_run_as_they_stand(served: Endpoint, name: str) -> None:
     assert lines[:2] == [REPLY, REPLY]
     if "openai" in name:
         assert "".join(lines[2:]).lstrip().startswith("{")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+def test_a_temperature_that_is_no_number(
+    number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = ("--endpoint", "http://127.0.0.1:9")
+    for command in (("generate", str(tmp_path), str(tmp_path), *url), ("chat", "http://127.0.0.1:9")):
+        assert run_command([*command, "--temperature", number]) == 2
+        assert f"'--temperature': {number} is not a number" in capsys.readouterr().err

@@ -492,3 +492,30 @@ def test_large_bodies_share_a_limit_until_they_are_answered(
             while first.recv(65536):
                 pass
         assert attacks.statuses(attacks.raw(endpoint, request)) == [200]
+
+
+@pytest.mark.parametrize(
+    ("more", "is_refused"),
+    [
+        ({"top_logprobs": 5, "max_tokens": 900}, False),
+        ({"n_probs": 1 << 20, "n_predict": 1}, False),
+        ({"n_probs": 1 << 20}, True),
+        ({"n_probs": 1 << 20, "n_predict": -1, "max_tokens": 1}, False),
+        ({"top_logprobs": 1 << 20, "logprobs": True, "max_tokens": 2}, True),
+    ],
+)
+def test_a_whole_vocabulary_at_every_token_is_refused(more: dict[str, Any], is_refused: bool) -> None:
+    """Of 150,000 tokens and 2,000 of the answer it is some 30 GB, which the server holds."""
+    body = json.dumps({"prompt": "a", **more}).encode()
+    if not is_refused:
+        assert _rules().fields("/completion", None, body)["prompt"] == "a"
+        return
+    with pytest.raises(RefusedRequestError, match="at most 100 log-probabilities") as refused:
+        _rules().fields("/completion", None, body)
+    assert refused.value.status == 400
+
+
+def test_a_number_without_end_is_named() -> None:
+    for number in ("1e999", "-1e999", "Infinity", "NaN"):
+        with pytest.raises(RefusedRequestError, match=f"{number} is no number"):
+            _rules().fields("/completion", None, b'{"temperature": %s}' % number.encode())

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from forge import report
-from forge.cli.options import common
+from forge.cli.options import FiniteRange, common
 
 
 @click.command()
@@ -16,7 +16,7 @@ from forge.cli.options import common
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="A file with a URL's key.")
 @click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer.")
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token."
+    "--temperature", type=FiniteRange(0), default=0.0, show_default=True, help="0: the likeliest token."
 )
 @common
 def command(

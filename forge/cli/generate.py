@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from forge import report
-from forge.cli.options import common
+from forge.cli.options import FiniteRange, common
 
 
 @click.command()
@@ -21,13 +21,11 @@ from forge.cli.options import common
 @click.option("--concurrency", default="auto", show_default=True, help="Requests at once: a number, or auto.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option(
-    "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the likeliest token."
+    "--temperature", type=FiniteRange(0), default=0.0, show_default=True, help="0: the likeliest token."
 )
-@click.option("--top-p", type=click.FloatRange(0, 1), help="Share of likely tokens; default: the server's.")
+@click.option("--top-p", type=FiniteRange(0, 1), help="Share of likely tokens; default: the server's.")
 @click.option("--top-k", type=click.IntRange(0), help="Most tokens to choose from; default: the server's.")
-@click.option(
-    "--min-p", type=click.FloatRange(0, 1), help="Least share of the likeliest; default: the server's."
-)
+@click.option("--min-p", type=FiniteRange(0, 1), help="Least share of the likeliest; default: the server's.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
 @click.option("--stop", multiple=True, help="Text that ends an answer.")
 @click.option("--json-schema", "schema", type=click.Path(path_type=Path), help="What every answer must meet.")

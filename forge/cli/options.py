@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import click
 
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers that ends: click's own lets nan and inf in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a number.", param, ctx)
+        return number
+
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 # Of commands that work on a recipe, or on files that their options name.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ MOST_HEAD_BYTES = 32 << 10
 # From the first byte of a request to the end of its head, and of its body.
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
+# Of each token, where an answer has several.
+MOST_LOG_PROBABILITIES = 100
 # A client that takes nothing of its answer for so long is given up.
 STALLED_SECONDS = 60.0
 
@@ -50,6 +53,8 @@ COMPUTE = frozenset(
 # What changes the server for everybody, or shows what others ask: closed unless asked for.
 CONTROL = {"GET": frozenset({"/slots"}), "POST": frozenset({"/props", "/lora-adapters"})}
 CONTROL_SLOT = re.compile(r"/slots/\d+")
+_COUNTS = ("top_logprobs", "n_probs", "logprobs")
+_LENGTHS = ("max_tokens", "max_completion_tokens", "n_predict")
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 # The web page, and what it is made of.
 PAGE = re.compile(
@@ -181,13 +186,14 @@ class Rules:
             # A page of any site may send the other kinds without asking first.
             raise RefusedRequestError(415, f"send the request as application/json, not as {kind}")
         try:
-            fields = json.loads(content, parse_constant=_no_constant)
+            fields = json.loads(content, parse_constant=_no_number, parse_float=_finite)
         except (ValueError, RecursionError) as wrong:
             raise RefusedRequestError(400, f"the request is no JSON: {wrong}") from None
         if isinstance(fields, dict):
             if not self.control:
                 self._check_fields(fields)
             if path in ASK:
+                _check_log_probabilities(fields)
                 self._choose(fields)
         return fields
 
@@ -216,6 +222,16 @@ class Rules:
         return RefusedRequestError(404, f"no model {name!r}; served are {served}", "not_found_error")
 
 
+def _check_log_probabilities(fields: Mapping[str, Any]) -> None:
+    """Refuse those of a whole vocabulary at every token: an answer of many gigabytes, held by the server."""
+    most = max((fields[name] for name in _COUNTS if type(fields.get(name)) is int), default=0)
+    tokens = [fields[name] for name in _LENGTHS if type(fields.get(name)) is int]
+    if most > MOST_LOG_PROBABILITIES and not (tokens and max(tokens) == 1):
+        raise RefusedRequestError(
+            400, f"at most {MOST_LOG_PROBABILITIES} log-probabilities for each of several tokens"
+        )
+
+
 def _forbidden(message: str) -> RefusedRequestError:
     return RefusedRequestError(403, message, "permission_error")
 
@@ -230,5 +246,10 @@ def _is_of_page(path: str) -> bool:
     return PAGE.fullmatch(path) is not None and ".." not in path
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_number(text)

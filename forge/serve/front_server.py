@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import resource
 import socket
 import sys
@@ -138,11 +140,16 @@ def bound(settings: ServerSettings) -> Iterator[socket.socket]:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=512)
     except OSError as wrong:
         raise StageError(
-            f"{settings.host}:{settings.port} cannot be listened on: {wrong.strerror}",
-            hint="choose another --port",
+            f"{settings.host}:{settings.port} cannot be listened on: {_reason(wrong)}",
+            hint="" if wrong.errno == errno.EADDRINUSE else "choose another --port",
         ) from wrong
     with listener:
         yield listener
+
+
+def _reason(wrong: OSError) -> str:
+    """Without the address, which `create_server` repeats."""
+    return os.strerror(wrong.errno) if wrong.errno else str(wrong)
 
 
 @contextlib.contextmanager
