@@ -14,10 +14,10 @@ from forge.data.files import read_rows
 from forge.data.sources import locate
 from forge.errors import RecipeError
 from forge.recipe import starters
-from forge.recipe.document import describe_recipe
 from forge.recipe.fields import all_names
 from forge.recipe.load import load
 from tests.makers.make_synthetic import SETS
+from tests.recipe_tables import describe_recipe
 
 DATA = {
     "adopt-adapter": "data/heldout.jsonl",

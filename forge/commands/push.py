@@ -30,7 +30,6 @@ from forge.runs.find import find_run
 from forge.runs.manifest import Manifest, read_run_modelfile
 
 Kind = Literal["adapter", "merged", "gguf"]
-KINDS: tuple[Kind, ...] = ("adapter", "merged", "gguf")
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 _WEIGHTS = (".gguf", ".safetensors")
 # The settings that a reader looks for; all others are at forge's defaults or in the recipe.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from forge import report
 from forge.errors import DataError
-from forge.model.config import Configuration, configuration_of
+from forge.model.config import Configuration
 
 LIST = Path(__file__).with_name("architectures.txt")
 MODEL_TYPES = Path(__file__).with_name("model_types.txt")
@@ -142,18 +142,6 @@ def _reason_against_chat(configuration: Configuration) -> str | None:
     if name in _HEADLESS:
         return "it has no language-model head: it embeds text, it does not write any"
     return None
-
-
-def families() -> list[tuple[str, str, str]]:
-    """Every family that transformers has a language model of: `model_type`, class, and why it is refused.
-
-    The reason is empty for a family that has a GGUF form.
-    """
-    raw = ((kind, {"architectures": [name], "model_type": kind}) for kind, name in model_types().items())
-    return [
-        (kind, described["architectures"][0], reason_against(configuration_of(described)) or "")
-        for kind, described in raw
-    ]
 
 
 def registered(tree: Path) -> dict[str, str]:
