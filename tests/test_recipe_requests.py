@@ -27,7 +27,7 @@ NOWHERE: tuple[str, ...] = ()
 TEMPLATE = ("data", "train", "export", "modelfile", "verify")
 # Field, another value than RECIPE's, and the stages whose requests it enters.
 TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("name", "other", ("export", "modelfile")),
+    ("name", "other", ("modelfile",)),
     ("base.trust_remote_code", "true", NOWHERE),  # of a family that transformers has
     ("base.tokens.add", "[<|note|>]", ("data", "train", "export", "modelfile", "verify")),
     ("base.tokens.pad", "<|im_end|>", ("data", "train", "export", "modelfile", "verify")),

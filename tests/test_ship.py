@@ -19,6 +19,7 @@ import pytest
 
 from forge import process
 from forge.cli.main import run_command
+from forge.model.gguf_header import read_gguf
 from forge.serve.client import Client, find
 from forge.store import runs
 from forge.store.artifacts import open_store
@@ -112,6 +113,18 @@ def test_the_run_has_the_files_of_the_contract(shipped: tuple[Workshop, Answer])
     assert all((workshop.directory / "runs" / name).stat().st_mode & 0o444 == 0o444 for name in found)
     for name in ("adapter/adapter_config.json", "Modelfile", "manifest.json"):
         assert (workshop.run / name).stat().st_mode & 0o200, f"{name} cannot be edited"
+
+
+def test_another_name_exports_and_measures_nothing_anew(again: Workshop) -> None:
+    """The GGUF is named by its base inside; the certificate names this run's file."""
+    again.recipe(name="other")
+    answer = again.ship()
+    made = {name for name, cached in answer.cached.items() if not cached}
+    assert made == {"modelfile", "deploy", "smoke"}
+    items = answer.fields["certificate"]["basis"]["items"]
+    assert items["gguf"]["where"] == "other-q4_k_m.gguf" and (again.directory / "runs" / "other").is_dir()
+    header = read_gguf(again.directory / "runs" / "other" / "other-q4_k_m.gguf")
+    assert header.metadata["general.name"] == "tiny-tuned"
 
 
 @pytest.mark.slow

@@ -97,7 +97,10 @@ class Asked:
     requests: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     logs: set[Path | None] = field(default_factory=set)
 
-    def call(self, task: str, arguments: Mapping[str, Any], *, log: Path | None = None) -> Any:
+    def call(
+        self, task: str, arguments: Mapping[str, Any], *, log: Path | None = None, together: Any = ({},)
+    ) -> Any:
+        assert together == ({},)  # one worker
         self.requests[task] = arguments
         self.logs.add(log)
         return to_plain(ANSWERS[task])
@@ -304,7 +307,7 @@ def test_calibration_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
     data = place.directory / "data"
     assert asked.requests["calibrate"] == {
         "model": {**place.ingredients, "merge_base": "nf4"}, "rows": str(data / TRAIN_FILE),
-        "measured_rows": str(data / HELDOUT_FILE), "out": str(place.out), "name": "mini",
+        "measured_rows": str(data / HELDOUT_FILE), "out": str(place.out), "name": "base-tuned",
         "types": list(BUDGETED), "max_kl": 0.01, "plain": False, "threads": None,
     }  # fmt: skip
     assert asked.logs == {place.ship.log}
@@ -336,7 +339,7 @@ def test_an_export_asks_which_base_answers_better_and_merges_into_that(place: Pl
         "trust_remote_code": True,
     }
     assert asked.requests["export"] == {
-        "model": {**place.ingredients, "merge_base": "nf4"}, "out": str(place.out), "name": "mini",
+        "model": {**place.ingredients, "merge_base": "nf4"}, "out": str(place.out), "name": "base-tuned",
         "quant": "q4_k_m", "mode": "merged", "data": str(place.directory / "data"), "importance": None,
         "keep_merged": False, "plain": False, "threads": None,
     }  # fmt: skip
@@ -367,7 +370,7 @@ def test_an_export_that_is_told_its_base_asks_nobody(tmp_path: Path, asked: Aske
 def test_what_a_failed_export_left_is_cleared(
     place: Place, asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(task: str, arguments: Mapping[str, Any], *, log: Path | None = None) -> Any:
+    def fail(task: str, arguments: Mapping[str, Any], **_: Any) -> Any:
         (place.out / "work" / "merged").mkdir(parents=True)
         raise CheckError("llama.cpp reads other ids")
 

@@ -22,6 +22,7 @@ from forge.verify.yardstick import make_quantized
 from tests.exporting import export_here
 from tests.models import PEFT_WARNS, change_json, change_tensors, load, make_adapter
 from tests.specimens import Specimen, make_specimen, merged_tensors, rewrite, scaled, source_of
+from tests.test_resized import export_of
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
 
@@ -281,6 +282,16 @@ def test_fault(fault: str, kind: str, specimen: Specimen, sound: Path, tmp_path:
     assert not found["ok"]
     assert (found["broken_stage"], words) == (stage, words if words in found["verdict"] else found["verdict"])
     assert found["remedy"]
+
+
+def test_a_scale_in_bf16_is_named(specimen: Specimen, tmp_path: Path) -> None:
+    """Beside llama.cpp's own bf16; beside its f16 the rounding alone would look like another adapter's."""
+    assert specimen.adapter
+    adapter = scaled(specimen.adapter, tmp_path / "adapter", 3)
+    export_of(specimen.base, adapter, tmp_path / "out", tokenizer=specimen.base, quant="bf16")
+    found = specimen.verify(tmp_path / "out" / GGUF_FILE)
+    assert (found["ok"], found["broken_stage"]) == (False, "merge")
+    assert found["verdict"].startswith("the adapter is in the file 3 times")
 
 
 @pytest.mark.parametrize("fault", ["another template", "wrong pre-tokenizer", "another day"])

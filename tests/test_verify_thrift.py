@@ -130,6 +130,18 @@ def test_what_was_left_half_made_is_made_anew(tmp_path: Path) -> None:
         kept.forget("files")
 
 
+def test_little_time_bounds_the_first_look_too(plain: Specimen) -> None:
+    """A few positions first, whose time says whether more fit; with enough of it, until all is decided."""
+    file = plain.scratch / "f16" / "model.gguf"
+    short, enough, unbounded = (plain.measure(file, minutes=given).sample for given in (1e-6, 60, None))
+    assert (short.looks, short.positions <= 96) == (1, True)
+    assert enough.looks == 1 or enough.positions > short.positions
+    assert unbounded.positions > 96
+    near = plain.measure(file, minutes=1e-6, min_top1=1.0).sample
+    assert (near.positions, near.undecided) == (short.positions, ("verify.min_top1",))
+    assert plain.measure(file, minutes=60, min_top1=1.0).sample.positions > 96
+
+
 @pytest.mark.slow
 def test_what_is_computed_once_is_what_both_would_be(
     plain: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

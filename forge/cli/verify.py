@@ -40,7 +40,7 @@ from forge.errors import RecipeError
 )
 @click.option("--max-kl", type=float, help="Fail over this mean KL divergence (nats).")
 @click.option("--min-top1", type=float, help="Fail under this share of equal top tokens.")
-@click.option("--minutes", type=float, help="Add no more positions after so long.")
+@click.option("--minutes", type=float, help="Compare no more positions than fit in so long, few at first.")
 @click.option(
     "--certificate", type=click.Path(path_type=Path), help="Write the certificate with its rows to this file."
 )

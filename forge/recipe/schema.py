@@ -268,7 +268,9 @@ class Verify(Section):
     )
     min_top1: UpTo | None = Field(None, description="share of positions with the same top token, at least")
     minutes: float | None = Field(
-        None, gt=0, description="add no more positions after so long; what is then undecided is reported"
+        None,
+        gt=0,
+        description="compare few positions first, and no more than fit; what is then undecided is reported",
     )
     as_trained: Literal["required", "warn"] = Field(
         "required",

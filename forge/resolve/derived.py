@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from forge.codec import Json
 from forge.data.prepare import Prepared
@@ -15,6 +16,12 @@ from forge.runs.files import run_gguf
 def gguf_name(ship: Resolved, quant: str) -> str:
     """What the GGUF is called in the run."""
     return run_gguf(ship.recipe.name, quant)
+
+
+def name_inside(ship: Resolved) -> str:
+    """What the model is called in its GGUF: by its base, since equal files are made once for all recipes."""
+    base = Path(ship.base.spec.partition("@")[0].rpartition(":")[2]).name
+    return f"{base or ship.base_directory.name}{'-tuned' if ship.recipe.train is not None else ''}"
 
 
 def prompt_params(ship: Resolved) -> dict[str, Json]:

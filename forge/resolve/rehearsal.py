@@ -11,7 +11,7 @@ from forge import report, worker
 from forge.codec import Json, from_plain, to_plain
 from forge.export.rehearsal import Header, RehearsalRequest, Rehearsed, rehearse_export
 from forge.export.request import Ingredients
-from forge.resolve.derived import quant_named
+from forge.resolve.derived import name_inside, quant_named
 from forge.resolve.resolved import Resolved
 from forge.resolve.stage import installed
 from forge.store.digest import digest
@@ -73,5 +73,5 @@ def _question(ship: Resolved) -> RehearsalRequest:
         ship.prompt_format.end_of_turn_id,
     )
     return RehearsalRequest(
-        model, ship.recipe.name, _quant(ship), headers, ship.runs_own_code, makes_gguf, ship.rows_to_add_to
+        model, name_inside(ship), _quant(ship), headers, ship.runs_own_code, makes_gguf, ship.rows_to_add_to
     )

@@ -16,7 +16,7 @@ from forge.errors import CheckError, ForgeError
 from forge.model.estimate import certificate_disk
 from forge.pipeline.stage import Result
 from forge.recipe.quants import BUDGETED
-from forge.resolve.derived import merge_base
+from forge.resolve.derived import merge_base, name_inside
 from forge.resolve.resolved import Resolved
 from forge.resolve.rows import measured_file
 from forge.resolve.stage import GgufStage
@@ -85,7 +85,7 @@ class CalibrateStage(GgufStage):
             rows=data.path / TRAIN_FILE,
             measured_rows=data.path / measured_file(data),
             out=out,
-            name=self.ship.recipe.name,
+            name=name_inside(self.ship),
             types=() if max_kl is None else tuple(BUDGETED),
             max_kl=max_kl,
         )

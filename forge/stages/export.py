@@ -21,6 +21,7 @@ from forge.resolve.derived import (
     keeps_merged,
     largest_type,
     merge_base,
+    name_inside,
     quant_asked,
     quant_named,
     sampling_params,
@@ -59,7 +60,7 @@ class ExportStage(OfType, GgufStage):
 
     name = EXPORT_STAGE
     rank = 70
-    version = 6
+    version = 7
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
@@ -70,7 +71,7 @@ class ExportStage(OfType, GgufStage):
     def params(self) -> Mapping[str, Json]:
         export = self.ship.recipe.export
         return {
-            "name": self.ship.recipe.name,
+            "name": name_inside(self.ship),
             "base": self.ship.base_digest,
             "base.tokenizer": self.ship.tokenizer_digest,
             "export.mode": export.mode,
@@ -105,7 +106,7 @@ class ExportStage(OfType, GgufStage):
         request = ExportRequest(
             self.ingredients(adapter_of(inputs), chosen),
             out=out,
-            name=self.ship.recipe.name,
+            name=name_inside(self.ship),
             quant=quant_named(self.ship) or quant_chosen(inputs),
             mode=export.mode,
             data=inputs[DATA_STAGE].path if DATA_STAGE in inputs else None,

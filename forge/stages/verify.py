@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from forge import report, worker
@@ -45,7 +46,7 @@ class VerifyStage(OfType, GgufStage):
     name = VERIFY_STAGE
     rank = 10
     lists_facts = False
-    version = 9
+    version = 10
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
@@ -107,23 +108,11 @@ class VerifyStage(OfType, GgufStage):
             goes_on=True,
         )
         measured = worker.perform(measure, request, log=self.ship.log)
-        basis = basis_of(request, self._names(inputs), self.ship.store.digests)
+        quant = inputs[EXPORT_STAGE].read(ExportFacts).quant
+        basis = basis_of(request, _names(self.ship, quant), self.ship.store.digests)
         evidence = to_plain(evidence_of(request.rows, measured.sample))
         write_text(out / _EVIDENCE, json.dumps(evidence, ensure_ascii=False))
         return measured.of(basis)
-
-    def _names(self, inputs: Mapping[str, Artifact]) -> dict[str, str]:
-        """Where each item of the certificate is in the run, beside `certificate.json`."""
-        base, gguf = self.ship.base, gguf_name(self.ship, inputs[EXPORT_STAGE].read(ExportFacts).quant)
-        hub = f"{base.spec.partition('@')[0]}@{base.revision}" if base.revision else None
-        return {
-            "base": hub or (base.spec if base.spec.startswith("builtin:") else str(self.ship.base_directory)),
-            "gguf": gguf,
-            "adapter": ADAPTER,
-            "lora": adapter_beside(Path(gguf)).name,
-            "merged": MERGED_DIRECTORY,
-            "imatrix": f"{CALIBRATION}/{IMPORTANCE_FILE}",
-        }
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         """The certificate with its rows, for whoever wants to repeat it."""
@@ -162,9 +151,33 @@ def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, obje
     }
 
 
+def _names(ship: Resolved, quant: str) -> dict[str, str]:
+    """Where each item of the certificate is in the run, beside `certificate.json`."""
+    base, gguf = ship.base, gguf_name(ship, quant)
+    hub = f"{base.spec.partition('@')[0]}@{base.revision}" if base.revision else None
+    return {
+        "base": hub or (base.spec if base.spec.startswith("builtin:") else str(ship.base_directory)),
+        "gguf": gguf,
+        "adapter": ADAPTER,
+        "lora": adapter_beside(Path(gguf)).name,
+        "merged": MERGED_DIRECTORY,
+        "imatrix": f"{CALIBRATION}/{IMPORTANCE_FILE}",
+    }
+
+
+def _as_in(ship: Resolved, measured: Measurement) -> Measurement:
+    """The measurement, its items by their names in this run: another recipe's may be of the same file."""
+    if (basis := measured.basis) is None:
+        return measured
+    quant = Path(basis.items["gguf"].where).stem.rpartition("-")[2]
+    names = _names(ship, quant)
+    items = {option: replace(item, where=names[option]) for option, item in basis.items.items()}
+    return measured.of(replace(basis, items=items))
+
+
 def certificate(ship: Resolved, measured: Measurement, live: LiveProof | None = None) -> Certificate:
     """The verdict on this ship's file, with the server's leg `live` where one was asked."""
-    verify = ship.recipe.verify
+    verify, measured = ship.recipe.verify, _as_in(ship, measured)
     gates = Gates(verify.max_kl, verify.min_top1, verify.as_trained == "required")
     return judge(measured, gates, live)
 

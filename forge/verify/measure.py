@@ -60,7 +60,8 @@ from forge.verify.vocabulary import added_tokens, check_vocabulary
 _ADDED = 100
 _LOOKS = (768, sample.TOKENS)
 """Tokens of the rows that are compared, until every gate is decided."""
-_NEXT_LOOK = sample.TOKENS / 768
+_FIRST_IN_TIME = 96
+"""The same of the first look where time is short: what it takes says what the next would take."""
 
 
 def measure(request: VerifyRequest) -> Measurement:
@@ -100,9 +101,9 @@ def measure(request: VerifyRequest) -> Measurement:
     with kept_of(request) as kept:
         yardsticks = Yardsticks(session, kept)
         file = yardsticks.held(file)
-        looks = 0
-        for size in _LOOKS:
-            drawn, looks = draw(size), looks + 1
+        sizes = _LOOKS if request.minutes is None else (_FIRST_IN_TIME, *_LOOKS)
+        for looks, size in enumerate(sizes, start=1):
+            began, drawn = time.monotonic(), draw(size)
             with session.step("the reference in float32"):
                 expected, greedy = _expected(kept, session.source, drawn, answered.made)
             legs = _Comparison(session, drawn, context, expected, yardsticks).legs(file)
@@ -111,8 +112,9 @@ def measure(request: VerifyRequest) -> Measurement:
             report.detail(
                 f"{len(drawn.positions)} positions compared, undecided: {', '.join(left) or 'nothing'}"
             )
-            spent = (time.monotonic() - started) / 60
-            late = request.minutes is not None and _NEXT_LOOK * spent > request.minutes
+            now, larger = time.monotonic(), sizes[looks] / size if looks < len(sizes) else 1.0
+            until = now - started + larger * (now - began)
+            late = request.minutes is not None and until > 60 * request.minutes
             if not left or late or len(drawn.rows) == len(longest.rows):
                 break
         is_sound = converts(legs.conversion, legs.arithmetic)
