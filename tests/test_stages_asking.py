@@ -206,12 +206,16 @@ def place(tmp_path: Path) -> Place:
 
 def test_training_is_rehearsed_and_asked_for_whole(place: Place, asked: Asked) -> None:
     stage = TrainStage(place.ship)
-    assert stage.build(place.inputs, place.out) == TRAINED
+    trained = stage.build(place.inputs, place.out)
+    fields = [choice.field for choice in trained.choices]
+    assert fields == ["train.liger", "train.compile", "train.offload_activations"]
+    assert replace(trained, choices=()) == TRAINED
     assert list(asked.requests) == ["rehearse", "train"] and asked.logs == {place.ship.log}
     assert asked.requests["rehearse"]["trust_remote_code"] is True
     assert place.ship.training is not None
     assert asked.requests["train"] == {
-        "settings": place.ship.training.model_dump(mode="json"),
+        "settings": place.ship.training.model_dump(mode="json")
+        | {"liger": False, "compile": False, "offload_activations": False},
         "batch_size": 4,
         "trust_remote_code": True,
         "max_length": place.inputs["data"].facts["max_length"],
@@ -284,7 +288,7 @@ def test_validation_and_evaluation_are_asked_for_whole(place: Place, asked: Aske
     assert asked.requests["validate"] == {**here, "trust_remote_code": True}
     loading = {
         "method": "qlora", "four_bit_type": "nf4", "double_quantization": True, "quant_storage": "uint8",
-        "attention": "auto", "trust_remote_code": True, "seed": 3,
+        "attention": "auto", "trust_remote_code": True, "seed": 3, "is_shared": False,
     }  # fmt: skip
     assert asked.requests["evaluate"] == {
         **here, "data": str(place.directory / "data"), "loading": loading, "device": "auto", "dtype": "auto",
