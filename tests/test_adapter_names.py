@@ -183,7 +183,7 @@ BASES: Mapping[str, tuple[str, str, bool]] = {
 
 @pytest.mark.parametrize("case", BASES)
 def test_the_base_that_the_adapter_names(case: str, tmp_path: Path) -> None:
-    """Public: huggingface/autotrain-advanced #418 and #487, huggingface/peft #1226."""
+    """K1. Public: huggingface/autotrain-advanced #418 and #487, huggingface/peft #1226."""
     from tests.model_files import write_safetensors
 
     named, base, same = BASES[case]

@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from forge.adapter import combine as room
+from forge.adapter.change import norm, singular_values
 from forge.adapter.combine import Combination, Combined, CombineRequest, Weighted, combine
 from forge.adapter.read import read_adapter
 from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.errors import CheckError, DataError
+from forge.recipe.training import Lora
+from forge.train.lora import with_lora
 from tests.models import PEFT_WARNS, change_tensors, load, make_adapter
 
 pytestmark = [PEFT_WARNS, pytest.mark.training, pytest.mark.timeout(900)]
@@ -73,6 +76,29 @@ def test_cat_is_the_weighted_sum(case: str, base: Path, first: Path, tmp_path: P
     assert (told.ok, told.pure, told.scale) == (True, True, 1.0)
     # The parts stay as they were: what was merged cannot be taken apart.
     assert before == [(path / "adapter_model.safetensors").read_bytes() for path in (first, other)]
+
+
+def test_the_mathematics_of_an_adapter(base: Path, first: Path) -> None:
+    """C6: a fresh one changes nothing; X (W + s B A)^T is X W^T + s (X A^T) B^T, of the factors' rank."""
+    import safetensors.torch
+    import torch
+
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.inference_mode():
+        before = load(base)(ids).logits
+        fresh = with_lora(load(base), Lora(r=8), quantized=False, checkpointing=False).eval()
+        assert torch.equal(fresh(ids).logits, before)
+    layer = read_adapter(first).layers["model.layers.0.mlp.up_proj"]
+    factors = safetensors.torch.load_file(first / "adapter_model.safetensors")
+    a, b = factors[layer.a.name], factors[layer.b.name]
+    plain, tuned = (load(base, adapter).model.layers[0].mlp.up_proj for adapter in (None, first))
+    change = (tuned.weight - plain.weight).detach()
+    assert torch.linalg.matrix_rank(change, rtol=1e-3) == layer.rank == 8
+    values = singular_values([(1.0, layer)])
+    assert norm(values) == pytest.approx(float(change.norm()), rel=1e-4)
+    assert max(values[8:], default=0.0) < 1e-9
+    x = torch.randn(3, 256)
+    torch.testing.assert_close(tuned(x), plain(x) + layer.scale * (x @ a.T) @ b.T, atol=1e-5, rtol=1e-4)
 
 
 def test_the_rank_of_cat_is_the_sum_of_the_ranks(

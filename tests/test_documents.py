@@ -73,6 +73,31 @@ def test_every_requirement_that_a_test_names_is_in_a_document() -> None:
     assert unknown == []
 
 
+def test_every_row_of_training_is_named_in_a_test_or_explained() -> None:
+    """Sections A to C and G to L: a test's words or name have its id, or the table says why there is none."""
+    text = (ROOT / "docs" / "requirements.md").read_text(encoding="utf-8")
+    rows, _, rest = text.partition("## What is not built")
+    ids = re.compile(r"\b(?:[A-CG-K]\d{1,2}|L)\b")
+    listed = [line for line in rest.partition("Beyond the rows")[0].splitlines() if line.startswith("| ")]
+    explained = {name for line in listed for name in ids.findall(line.split(" | ")[0])}
+    wanted = {
+        name
+        for line in rows.splitlines()
+        if line.startswith("| ")
+        for name in ids.findall(line.split(" | ")[0])
+    }
+    assert {"A5", "K4", "L"} <= wanted and len(explained) <= 8
+    named = set()
+    for _, source in _sources("tests"):
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+                named |= set(ids.findall(ast.get_docstring(node) or ""))
+                named |= {part.upper() for part in node.name.split("_") if ids.fullmatch(part.upper())}
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named |= set(re.findall(r"\(([A-CG-K]\d{1,2})\)$", node.value))  # of a case
+    assert sorted(wanted - explained - named) == []
+
+
 def _strings(text: str) -> Iterator[str]:
     """Every string of a module that is no docstring: messages, hints, helps."""
     tree = ast.parse(text)

@@ -68,7 +68,7 @@ def assert_equal(base: Path, adapter: Path, out: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_merge_equals_peft(case: str, bases: Mapping[str, Path], tmp_path: Path) -> None:
-    """Pitfalls 2, 22, 52; silent wrongs 8 and 9. The base has several shards."""
+    """J2, K2, L; pitfalls 2, 22, 52; silent wrongs 8 and 9. The base has several shards."""
     adapter = make_adapter(bases["untied"], tmp_path / "adapter", **CASES[case])
     assert_equal(bases["untied"], adapter, tmp_path / "merged")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from forge.model import estimate
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import Configuration, configuration_of
 from forge.model.safetensors_header import TensorSpec
+from forge.recipe.training import Train
+from forge.train.memory import Device, job_of, memory_of
 from tests.model_files import write_safetensors
 
 Shapes = dict[str, tuple[int, ...]]
@@ -301,3 +304,24 @@ def test_usable_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: py
         assert estimate.usable_cores(tmp_path) == cores
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert estimate.usable_cores(tmp_path) == 3
+
+
+def test_b5_the_cheapest_change_that_fits_is_named(tensors: Models, llama: Configuration) -> None:
+    """From what costs nothing to what changes the result: attention, checkpointing, batch, method."""
+    train = Train.model_validate({"method": "lora", "attention": "eager", "gradient_checkpointing": False})
+    large = Device("cuda", "a GPU", 1 << 50, 1 << 50, has_bfloat16=True)
+    job = job_of(train, 1024, large)
+
+    def named(free: int) -> set[str] | None:
+        told = memory_of(job, tensors["llama-2-7b"], llama, replace(large, free=free))
+        return None if told.cheapest_change is None else set(told.cheapest_change)
+
+    assert named(1 << 50) == set() and memory_of(job, tensors["llama-2-7b"], llama, large).fits
+    seen = []
+    for gigabytes in range(200, 0, -1):
+        if (fields := named(gigabytes * 10**9)) not in seen:
+            seen.append(fields)
+    attention, checkpointing = "train.attention", "train.gradient_checkpointing"
+    batch = {"train.batch_size", "train.gradient_accumulation"}
+    assert [set(), {attention}, {attention, checkpointing}, {attention, checkpointing, *batch}] == seen[:4]
+    assert any(fields and "train.method" in fields for fields in seen) and seen[-1] is None

@@ -74,7 +74,7 @@ CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_tuned_model_is_peft_s(case: str, bases: Mapping[str, Path], tmp_path: Path) -> None:
-    """Pitfalls 6, 7 and 32: the merged checkpoint, the streamed reference and the GGUF have every row."""
+    """K3; pitfalls 6, 7 and 32: the merged checkpoint, the streamed reference and the GGUF have every row."""
     import numpy as np
     import torch
 

@@ -13,10 +13,14 @@ import pytest
 from forge.adapter.read import read_adapter
 from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.errors import DataError, StageError
+from forge.model.config import configuration_of
+from forge.model.estimate import activation_bytes
 from forge.recipe.training import Lora
 from forge.train.evaluate import evaluate
+from forge.train.hardware import choose_hardware
 from forge.train.live import LivePage
 from forge.train.lora import adapted_modules, with_lora
+from forge.train.model import BaseSettings, load_base
 from forge.train.questions import Question
 from forge.train.request import Trained
 from forge.train.run import train, with_fewer_rows, within_memory
@@ -52,6 +56,7 @@ WAYS: Mapping[str, dict[str, Any]] = {
     },
     "layers, attention (C4)": {"lora": {**R4, "layers": (1,), "targets": "attention"}},
     "regular expression (C2)": {"lora": {**R4, "targets": r".*layers\.0\.mlp\.(up|down)_proj"}},
+    "norms saved whole (C3)": {"lora": {**R4, "modules_to_save": ("norm", "layernorm")}},
     "gaussian, dora": {"lora": {**R4, "init": "gaussian", "dora": True}},
     "pissa": {"lora": {**R4, "init": "pissa"}},
     "olora": {"lora": {**R4, "init": "olora"}},
@@ -117,6 +122,81 @@ def test_what_is_adapted_is_reported(base: Path, data: Path, tmp_path: Path) -> 
     facts = trained(base, data, out, max_steps=1, lora={**R4, "targets": "attention", "layers": (1,)})
     assert facts.modules == {"k_proj": 1, "o_proj": 1, "q_proj": 1, "v_proj": 1}
     assert sorted(read_adapter(out).layers) == [f"model.layers.1.self_attn.{one}_proj" for one in "koqv"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+def test_the_book_s_table_of_attention_has_its_shape() -> None:
+    """Table 5.1, H1: of OPT's attention, what 256 and 1,024 tokens keep for the backward pass.
+
+    The book's layer grew 9.87-fold with eager and 2.58-fold with sdpa, weights counted; here they are not.
+    """
+    short, long = (
+        {kind: _kept_by_attention(kind, tokens) for kind in ("eager", "sdpa")} for tokens in (256, 1024)
+    )
+    assert long["eager"] / short["eager"] == pytest.approx(9.87, rel=0.1)
+    assert long["sdpa"] / short["sdpa"] == pytest.approx(4, rel=0.01)
+    assert short["eager"] / short["sdpa"] == pytest.approx(75.63 / 37.99, rel=0.15)
+    assert long["eager"] / long["sdpa"] > 4
+    # What the estimate counts beyond sdpa's are those scores, once for each copy that a GPU keeps.
+    layer = {"hidden_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 16}
+    one = configuration_of({"architectures": ["OPTForCausalLM"], **layer})
+    scores = [
+        activation_bytes(one, batch=2, sequence=tokens, attention="eager", dtype_bytes=4)
+        - activation_bytes(one, batch=2, sequence=tokens, dtype_bytes=4)
+        for tokens in (256, 1024)
+    ]
+    assert scores[1] == 16 * scores[0]
+    assert scores[1] >= long["eager"] - long["sdpa"]
+
+
+def _kept_by_attention(kind: str, tokens: int) -> int:
+    """Bytes that a layer of attention of OPT-350M's shape saves for the backward pass, two rows."""
+    import torch
+    import transformers
+    from transformers.models.opt.modeling_opt import OPTAttention
+
+    settings = transformers.OPTConfig(hidden_size=1024, num_attention_heads=16, attention_dropout=0.0)
+    settings._attn_implementation = kind
+    layer = OPTAttention(settings, layer_idx=0)
+    own = {weight.untyped_storage().data_ptr() for weight in layer.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: Any) -> Any:
+        if (storage := tensor.untyped_storage()).data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    rows = torch.randn(2, tokens, 1024, requires_grad=True)
+    ahead = torch.full((tokens, tokens), float("-inf")).triu(1).expand(2, 1, -1, -1)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(rows, attention_mask=ahead if kind == "eager" else None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_a_run_has_nothing_of_the_one_before(base: Path, data: Path, tmp_path: Path) -> None:
+    """C7, pitfall 36: in one process, with other targets and another rank."""
+    for name, rank in (("q_proj", 4), ("k_proj", 8)):
+        lora = {**R4, "r": rank, "targets": (name,)}
+        assert trained(base, data, tmp_path / name, max_steps=1, lora=lora).modules == {name: 2}
+        layers = read_adapter(tmp_path / name).layers
+        assert {layer.rank for layer in layers.values()} == {rank}
+        assert sorted(layers) == [f"model.layers.{number}.self_attn.{name}" for number in (0, 1)]
+
+
+def test_what_is_quantized(base: Path) -> None:
+    """A6, A7, A8: the decoder's linear layers and no other; all else in the type that is computed in."""
+    hardware = choose_hardware("cpu", "bf16")
+    model = load_base(base, hardware, BaseSettings("qlora"))
+    packed = [name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert len(packed) == 2 * 7 and all(name.startswith("model.layers.") for name in packed)
+    others = {
+        str(weight.dtype)
+        for name, weight in model.named_parameters()
+        if name.removesuffix(".weight") not in packed
+    }
+    assert others == {"torch.bfloat16"}
+    computing = {str(module.compute_dtype) for name, module in model.named_modules() if name in packed}
+    assert computing == {f"torch.{hardware.compute}"}
 
 
 @pytest.mark.parametrize(

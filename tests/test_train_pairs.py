@@ -103,7 +103,9 @@ def test_rows_without_two_answers_are_refused(
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_the_chosen_answers_are_preferred(method: str, base: Path, data: Path, tmp_path: Path) -> None:
-    """trl's rewards while it trains, and forge's own afterwards, are those of the two models' likelihoods."""
+    """C9: forge wraps the model itself, and no copy that trl made of the adapter is left.
+
+    trl's rewards while it trains, and forge's own afterwards, are those of the two models' likelihoods."""
     out = tmp_path / "out"
     given = arguments(
         base, data, out, objective="dpo", beta=BETA, max_steps=12, evaluation_steps=6, dtype="fp32",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,21 @@ def test_a_stopped_run_goes_on_bit_for_bit(objective: str, base: Path, pairs: Pa
     assert str(train(stopped).resumed_from).startswith("checkpoint-")
     adapters = [(request.out / "adapter_model.safetensors").read_bytes() for request in (whole, stopped)]
     assert adapters[0] == adapters[1]
+
+
+def test_the_memory_of_an_objective(base: Path, data: Path, tmp_path: Path) -> None:
+    """B4: pairs are two rows each; ORPO's logits are those of every token."""
+    tensors, configuration = open_checkpoint(base).tensors, read_configuration(base)
+    device = Device("cpu", "any", 1 << 40, 1 << 40, has_bfloat16=False)
+
+    def parts(objective: str) -> Mapping[str, int]:
+        train = arguments(base, data, tmp_path / "out", objective=objective, batch_size=8).settings
+        return estimate_of(job_of(train, 512, device), tensors, configuration, device).parts
+
+    sft, dpo, orpo, kto = map(parts, ("sft", "dpo", "orpo", "kto"))
+    assert sft == kto
+    assert dpo["activations"] == orpo["activations"] == 2 * sft["activations"]
+    assert orpo["logits"] == 2 * 16 * 512 * (configuration.vocabulary_size or 0) * 4 > dpo["logits"]
 
 
 def test_kto_never_holds_one_row(base: Path, data: Path, tmp_path: Path) -> None:

@@ -174,12 +174,13 @@ def training(
     attention: Literal["eager", "sdpa"] = "sdpa",
     double_quantization: bool = True,
     cuda: bool = False,
+    whole_logits: bool = False,
 ) -> Estimate:
     """Bytes of a training run; `dtype_bytes` is the compute type's (2 for bf16 and fp16, 4 for fp32).
 
     A quantized base's other weights are fp32: k-bit preparation casts them up. Full training keeps the
     base beside its float32 copy. `optimizer` not in `OPTIMIZER_BYTES` counts as AdamW. With `cuda` it is
-    the GPU's memory, else the main one.
+    the GPU's memory, else the main one. `whole_logits`: those of all tokens at once, not of a chunk.
     """
     whole = sum(tensor.numel for tensor in tensors.values())
     adapted = target_tensors(tensors, targets).values()
@@ -192,7 +193,7 @@ def training(
     elif method == "int8":  # one float32 for each row
         scales = sum(tensor.shape[0] * 4 for tensor in linear_tensors(tensors).values())
     other_bytes = 4 if bits or method == "full" else dtype_bytes
-    vocabulary = configuration.vocabulary_size or 0
+    vocabulary, tokens = configuration.vocabulary_size or 0, batch * sequence
     return Estimate(
         {
             "base": footprint(tensors, linear_bits=bits, other_bytes=other_bytes),
@@ -208,7 +209,7 @@ def training(
                 checkpointing=checkpointing,
                 dtype_bytes=dtype_bytes,
             ),
-            "logits": 2 * min(batch * sequence, _LOSS_CHUNK_TOKENS) * vocabulary * 4,
+            "logits": 2 * (tokens if whole_logits else min(tokens, _LOSS_CHUNK_TOKENS)) * vocabulary * 4,
             "batch": batch * sequence * 8 * 3,  # ids, mask and labels, 64 bits each
             **({"CUDA context": CUDA_CONTEXT_BYTES} if cuda else {"libraries": TRAINING_START_BYTES}),
         }

@@ -159,7 +159,7 @@ def estimate_of(
         configuration,
         method=job.method,
         rank=job.rank,
-        batch=job.batch * (2 if job.train.compares else 1),  # both answers of a pair
+        batch=job.batch * (2 if job.train.objective in ("dpo", "orpo") else 1),  # both answers of a pair
         sequence=min(job.length, configuration.max_positions or job.length),
         dora=job.train.lora.dora,
         targets=job.train.lora.targets,
@@ -169,6 +169,7 @@ def estimate_of(
         attention=job.attention,
         double_quantization=job.train.double_quantization,
         cuda=device.kind == "cuda",
+        whole_logits=job.train.objective == "orpo",  # trl's trainer for it has no fused output layer
     )
     shares = _shares(job.train)
     return Estimate(
