@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.data.conversation import Conversation, Place, Turn
+from forge.data.files import read_file
 from forge.data.prepare import Settings, read_all
 from forge.data.reading import Source, reader_named
 from forge.data.split import weighted
@@ -143,3 +147,60 @@ def test_the_only_line_of_a_file_is_a_row(tmp_path: Path) -> None:
         assert asked((Source((tmp_path / name,)),)) == ["Hi"], name
     (tmp_path / "b.jsonl").write_text(json.dumps({"data": [exchange("Hi"), exchange("Ho")]}))
     assert asked((Source((tmp_path / "b.jsonl",)),)) == ["Hi", "Ho"]
+
+
+@pytest.mark.parametrize("pack", [None, gzip.compress], ids=["plain", "packed"])
+@pytest.mark.parametrize("kind", ["list.json", "conversations.json", "lines.jsonl", "table.csv", "excel.csv"])
+def test_a_large_file_is_not_held(
+    kind: str, pack: Callable[[bytes], bytes] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read piece by piece, its rows are those of a small file, each time they are gone through."""
+    rows = [{"prompt": f'Why "{number}"?\n,;]', "completion": "Because, é"} for number in range(40)]
+    turns = [
+        [{"role": "user", "content": "]"}, {"role": "assistant", "content": row["prompt"]}] for row in rows
+    ]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["prompt", "completion"], delimiter=";" if kind == "excel.csv" else ",")
+    writer.writeheader()
+    writer.writerows(rows)
+    text = {
+        "list.json": json.dumps(rows, indent=1),
+        "conversations.json": json.dumps(turns),
+        "lines.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "table.csv": table.getvalue(),
+        "excel.csv": "sep=;\r\n" + table.getvalue(),
+    }[kind]
+    path = tmp_path / (kind + (".gz" if pack else ""))
+    path.write_bytes(pack(text.encode()) if pack else text.encode())
+    small = read_file(path)
+    monkeypatch.setattr("forge.data.files._HELD_BYTES", 1000)
+    monkeypatch.setattr("forge.data.json_rows._PIECE", 50)
+    large = read_file(path)
+    assert isinstance(small.rows, list) and not isinstance(large.rows, list)
+    assert (list(large.rows), list(large.rows), large.kind) == (small.rows, small.rows, small.kind)
+    assert len(large.rows) == 40 and next(iter(large.rows)).file == path.name
+
+
+def test_a_large_table_in_another_encoding_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,completion\n" + b"Why?,Because.\n" * 5000 + "Schön,é\n".encode("cp1252"))
+    monkeypatch.setattr("forge.data.files._HELD_BYTES", 1000)
+    with pytest.raises(DataError, match=r"rows\.csv:5002 is not UTF-8"):
+        read_file(path)
+    assert len(read_file(path, encoding="cp1252").rows) == 5001
+
+
+@pytest.mark.parametrize(
+    "text", ["[{}, ", "[{} {}]", "[{},]", "[{}] {}", '[{"a": NULL}]', "[3]", "[]", "[" * 5000]
+)
+def test_a_large_list_that_is_none_is_refused_as_a_small_one_is(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(" " * 1000 + text)
+    with pytest.raises(DataError) as small:
+        read_file(path)
+    monkeypatch.setattr("forge.data.files._HELD_BYTES", 1000)
+    with pytest.raises(DataError) as large:
+        read_file(path)
+    assert large.value.message == small.value.message

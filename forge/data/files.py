@@ -1,18 +1,17 @@
 """Rows of one file, recognized by its content: JSON in its layouts, tables, Parquet, Arrow, text; packed too.
 
-The suffix only decides where the content says nothing. Large JSON lines, Parquet and Arrow are read anew each
-time their rows are gone through; what else there is, and what is packed, is held in memory.
+The suffix only decides where the content says nothing. Large JSON lines, JSON lists and tables, Parquet and
+Arrow are read anew each time their rows are gone through, large packed files from a copy that is not packed;
+what is small, and JSON in other layouts, is held in memory.
 """
 
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
-import io
 import lzma
-import re
-import sys
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,16 +28,15 @@ from forge.data.json_rows import (
     json_lines,
     json_rows,
     rows_of_lines,
+    rows_of_list,
 )
 from forge.data.problems import BadRows
-from forge.errors import DataError, Problem
+from forge.data.tables import delimiter_of, rows_of_table, table_rows
+from forge.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-_EXCEL_DELIMITER = re.compile("sep=.(?=\r?\n)")
-"""Excel's own first line, which is no header; its end stays, so that lines keep their numbers."""
-_SNIFFED_RECORDS, _SNIFFED_LINES, _SNIFFED_BYTES = 50, 20, 4_000_000
+_SNIFFED_LINES, _SNIFFED_BYTES = 20, 4_000_000
 _HELD_BYTES = 32_000_000
 _BATCH = 1000
 _FOREIGN: Mapping[bytes, str] = {
@@ -82,13 +80,12 @@ def read_file(
     """
     bad = bad or BadRows()
     try:
-        if encoding is None and _has_json_lines(path):
-            rows = rows_of_lines(path, bad)
-            if rows:
-                return FileRows(rows, "JSON lines")
-        head, data = _unpacked(path)
         name, suffix = path.name, PurePath(path.name.lower())
         inner = (suffix.with_suffix("") if suffix.suffix in PACKED else suffix).suffix
+        path = _plain(path)
+        if encoding is None and (large := _large_rows(path, name, inner, bad)) is not None:
+            return large
+        head, data = _unpacked(path)
         if head:
             rows, kind = _arrow_rows(path, data, name, head), head
         else:
@@ -101,32 +98,71 @@ def read_file(
     return FileRows(rows, kind)
 
 
-def _has_json_lines(path: Path) -> bool:
-    """Whether a large file is plain text of an object a line."""
+def _large_rows(path: Path, name: str, suffix: str, bad: BadRows) -> FileRows | None:
+    """The rows of a large file of text, read anew each time; None for what must be held as a whole."""
     if path.stat().st_size < _HELD_BYTES:
-        return False
+        return None
     with path.open("rb") as stream:
         first = [stream.readline(_SNIFFED_BYTES) for _ in range(_SNIFFED_LINES)]
     try:
         text = b"".join(first).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return False
-    return are_json_lines([line for line in text.split("\n") if line.strip()])
+        made = _read_anew(path, text, name, suffix, bad)
+    except UnicodeDecodeError:  # reading it as a whole says where
+        return None
+    return FileRows(*made) if made and len(made[0]) else None
+
+
+def _read_anew(path: Path, text: str, name: str, suffix: str, bad: BadRows) -> tuple[Rows, str] | None:
+    """The rows of a file that begins with `text`, and its kind."""
+    if are_json_lines([line for line in text.split("\n") if line.strip()]):
+        return rows_of_lines(path, name, bad), "JSON lines"
+    if text.lstrip().startswith("["):
+        return rows_of_list(path, name)
+    return rows_of_table(path, text, name, bad) if suffix in (".csv", ".tsv") else None
+
+
+def _packing(path: Path) -> Callable[[Path], Any] | None:
+    """What opens a packed file."""
+    openers: Mapping[bytes, Callable[[Path], Any]] = {
+        b"\x1f\x8b": gzip.open,
+        b"BZh": bz2.open,
+        b"\xfd7zXZ\x00": lzma.open,
+        b"\x28\xb5\x2f\xfd": lambda packed: _pyarrow(packed).input_stream(str(packed), compression="zstd"),
+    }
+    with path.open("rb") as stream:
+        start = stream.read(32)
+    return next((opener for mark, opener in openers.items() if start.startswith(mark)), None)
+
+
+_laid_out: dict[Path, Any] = {}
+
+
+def _plain(path: Path) -> Path:
+    """A large packed file as one that is not, which is removed when the process ends; any other as it is."""
+    opener = _packing(path)
+    if opener is None:
+        return path
+    if path not in _laid_out:
+        with opener(path) as packed:
+            start = packed.read(_HELD_BYTES)
+            if len(start) < _HELD_BYTES:
+                return path
+            plain = tempfile.NamedTemporaryFile(prefix="forge-rows-")  # noqa: SIM115 - lives with the process
+            plain.write(start)
+            shutil.copyfileobj(packed, plain)
+            plain.flush()
+        _laid_out[path] = plain
+    return Path(_laid_out[path].name)
 
 
 def _unpacked(path: Path) -> tuple[str, bytes]:
     """What kind of table the file is ("" for text), and its bytes without their packing."""
     with path.open("rb") as stream:
         start = stream.read(32)
-    openers: Mapping[bytes, Callable[[Path], bytes]] = {
-        b"\x1f\x8b": lambda packed: gzip.decompress(packed.read_bytes()),
-        b"BZh": lambda packed: bz2.decompress(packed.read_bytes()),
-        b"\xfd7zXZ\x00": lambda packed: lzma.decompress(packed.read_bytes()),
-        b"\x28\xb5\x2f\xfd": _from_zstd,
-    }
-    opener = next((opener for mark, opener in openers.items() if start.startswith(mark)), None)
+    opener = _packing(path)
     if opener is not None:
-        data = opener(path)
+        with opener(path) as packed:
+            data = bytes(packed.read())
     elif start.startswith((b"PAR1", b"ARROW1")):
         data = b""  # pyarrow maps the file itself
     else:
@@ -144,12 +180,6 @@ def _unpacked(path: Path) -> tuple[str, bytes]:
     if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "Arrow", data
     return "", data
-
-
-def _from_zstd(path: Path) -> bytes:
-    pyarrow = _pyarrow(path)
-    with pyarrow.input_stream(str(path), compression="zstd") as stream:
-        return bytes(stream.read())
 
 
 def _pyarrow(path: Path) -> Any:
@@ -212,14 +242,14 @@ def _text_rows(
     says_json = suffix in (".json", ".jsonl", ".ndjson")
     if start in "{[" and (suffix not in (".txt", ".md") or is_json_line(text) or is_json(text)):
         rows, kind = json_rows(text, name, split, bad)
-    elif says_json and _delimiter(text)[1] > 1 and not is_json_line(text):
-        rows, kind = _table_rows(text, name, bad)
+    elif says_json and delimiter_of(text)[1] > 1 and not is_json_line(text):
+        rows, kind = table_rows(text, name, bad)
     elif says_json:
         rows, kind = json_lines(text, name, bad), "JSON lines"
     elif suffix in (".txt", ".md"):
         rows, kind = [Row({"text": text}, name, 1)], "one text"
-    elif suffix in (".csv", ".tsv") or (suffix not in (".parquet", ".arrow") and _delimiter(text)[1] > 1):
-        rows, kind = _table_rows(text, name, bad)
+    elif suffix in (".csv", ".tsv") or (suffix not in (".parquet", ".arrow") and delimiter_of(text)[1] > 1):
+        rows, kind = table_rows(text, name, bad)
     else:
         wrong = (
             f"not {suffix[1:].capitalize()}, as its name says"
@@ -248,72 +278,6 @@ def _decoded(data: bytes, name: str, encoding: str | None) -> tuple[str, str]:
         raise DataError(
             f"data.encoding: there is no encoding {used!r}", hint="for instance cp1252"
         ) from error
-
-
-def _delimiter(text: str) -> tuple[str, int]:
-    """What separates the values, and how many there are in the header."""
-    best, most = ",", 0
-    for delimiter in _DELIMITERS:
-        widths = []
-        try:
-            for record in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter):
-                widths += [len(record)] if record else []
-                if len(widths) == _SNIFFED_RECORDS:
-                    break
-        except csv.Error:
-            pass
-        even = sum(width == widths[0] for width in widths) if widths and widths[0] > 1 else 0
-        if even > most:
-            best, most = delimiter, even
-    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=best), [])
-    return best, len(header)
-
-
-def _table_rows(text: str, name: str, bad: BadRows) -> tuple[list[Row], str]:
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        if match := _EXCEL_DELIMITER.match(text):
-            text = text[match.end() :]
-        delimiter, _ = _delimiter(text)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        rows, problems = _records(reader, name)
-    finally:
-        csv.field_size_limit(before)
-    bad.settle(
-        problems,
-        f"{name}: {len(problems)} lines do not fit the header",
-        "quote values that hold the delimiter",
-    )
-    return rows, f"a table with {_DELIMITERS[delimiter]}"
-
-
-def _records(reader: Any, name: str) -> tuple[list[Row], list[Problem]]:
-    problems: list[Problem] = []
-    rows: list[Row] = []
-    header: list[str] = []
-    line = 1
-    try:
-        for record in reader:
-            start, line = line, reader.line_num + 1
-            if not record:
-                continue
-            if not header:
-                header = [column.strip() for column in record]
-                if repeated := next((column for column in header if header.count(column) > 1), None):
-                    raise DataError(
-                        f"data.source: {name}: two columns are called {repeated!r}",
-                        hint="rename one of them in its first line",
-                    )
-            elif len(record) != len(header):
-                many = "more" if len(record) > len(header) else "fewer"
-                problems.append(Problem(f"{many} values than columns", "", name, start))
-            else:
-                rows.append(Row(dict(zip(header, record, strict=True)), name, start))
-    except csv.Error as error:
-        raise DataError(
-            f"data.source: {name}:{line}: not CSV: {error}", hint="a quote inside a value is written twice"
-        ) from error
-    return rows, problems
 
 
 def slice_of(count: int, split: str) -> range:

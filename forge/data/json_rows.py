@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from forge.data.fields import MESSAGES, ROLE, ROW_FIELDS, TEXT, message_part, pl
 from forge.data.problems import BadRows
 from forge.errors import DataError, Problem
 
+_PIECE = 4_000_000  # characters of a list that are read at once
+_BEFORE_FIRST, _BEFORE_NEXT = re.compile(r"\s*(\]?)"), re.compile(r"\s*([,\]])\s*")
 _NO_OBJECT = "not an object in braces"
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
@@ -220,25 +224,71 @@ def _of_line(line: str, name: str, number: int) -> Row | Problem | None:
     return Problem(_NO_OBJECT, "", name, number) if row is None else Row(row, name, number)
 
 
-def rows_of_lines(path: Path, bad: BadRows) -> Rows:
-    """The rows of a file of JSON lines in UTF-8, read anew each time they are gone through."""
-    lines = report.track(f"read {path.name}", _lines(path), path.stat().st_size, lambda line: len(line[1]))
-    count = sum(1 for _ in _settled(lines, path.name, bad))
+def rows_of_list(path: Path, name: str) -> tuple[Rows, str] | None:
+    """The rows of a large file that is one JSON list in UTF-8, read anew each time they are gone through.
+
+    None where it is no list of objects or of conversations.
+    """
+    try:
+        items = report.track(f"read {name}", _items_of(path), path.stat().st_size, lambda item: item[1])
+        kinds = Counter(type(item) if _row(item) is not None else None for item, _ in items)
+    except (ValueError, RecursionError):  # reading it as a whole says what is wrong
+        return None
+
+    if len(kinds) != 1 or None in kinds:
+        return None
 
     def rows() -> Iterator[Row]:
-        for number, line in _lines(path):
-            row = _of_line(line, path.name, number)
+        for number, (item, _) in enumerate(_items_of(path), start=1):
+            yield Row(_inner(_row(item) or {}), name, number)
+
+    of = " of conversations" if list in kinds else ""
+    return RowsOf(kinds.total(), rows), f"a JSON list{of}"
+
+
+def _items_of(path: Path) -> Iterator[tuple[object, int]]:
+    """The items of a JSON list, with the characters that each takes; raises `ValueError` where it is none."""
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8-sig") as stream:
+        text, at, size, before = stream.read(_PIECE).lstrip(), 1, _PIECE, _BEFORE_FIRST
+        if not text.startswith("["):
+            raise ValueError("no list")
+        while True:
+            try:
+                match = before.match(text, at)
+                if match and match[1] == "]" and not (text[match.end() :] + stream.read()).strip():
+                    return
+                item, end = decoder.raw_decode(text, match.end() if match else len(text))
+                if end == len(text):
+                    raise ValueError("it may go on")
+            except ValueError:
+                if not (piece := stream.read(size)):
+                    raise
+                text, at, size = text[at:] + piece, 0, 2 * size
+                continue
+            yield item, end - at
+            at, size, before = end, _PIECE, _BEFORE_NEXT
+
+
+def rows_of_lines(path: Path, name: str, bad: BadRows) -> Rows:
+    """The rows of a file of JSON lines in UTF-8, read anew each time they are gone through."""
+    lines = report.track(f"read {name}", _lines(path, name), path.stat().st_size, lambda line: len(line[1]))
+    count = sum(1 for _ in _settled(lines, name, bad))
+
+    def rows() -> Iterator[Row]:
+        for number, line in _lines(path, name):
+            row = _of_line(line, name, number)
             if isinstance(row, Row):
                 yield row
 
     return RowsOf(count, rows)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, name: str) -> Iterator[tuple[int, str]]:
     at = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            yield number, decoded(line, "utf-8-sig" if number == 1 else "utf-8", path.name, number, at)
+            yield number, decoded(line, "utf-8-sig" if number == 1 else "utf-8", name, number, at)
             at += len(line)
 
 
