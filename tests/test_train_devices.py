@@ -23,6 +23,7 @@ import pytest
 
 from forge import process, report, worker
 from forge.commands.join import join
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import DataError, InterruptedByUserError, MissingToolError, RecipeError, StageError
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
@@ -47,6 +48,21 @@ CPU = Device("cpu", "main memory", 16 << 30, 12 << 30, has_bfloat16=True)
 GPU = Device("cuda", "NVIDIA L4", 24 << 30, 23 << 30, has_bfloat16=True)
 ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}  # nvidia-smi's
 SHAPE: Mapping[str, Any] = {"r": 4, "alpha": 8, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def ragged(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows of 9 to 55 tokens: which of them share a step depends on every choice of the sampler."""
+    directory = tmp_path_factory.mktemp("ragged")
+    rows = [json.loads(line) for line in (data / TRAIN_FILE).read_text(encoding="utf-8").splitlines()]
+    made = []
+    for number in range(24):
+        row, tokens = rows[number % len(rows)], 9 + 2 * (7 * number % 24)
+        ids = (row["input_ids"] * 8)[number : number + tokens]
+        made.append({**row, "input_ids": ids, "labels": [-100, *ids[1:]]})
+    (directory / TRAIN_FILE).write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
+    (directory / HELDOUT_FILE).write_bytes((data / HELDOUT_FILE).read_bytes())
+    return directory
 
 
 def _trained(base: Path, data: Path, out: Path, **changes: Any) -> Trained:
@@ -79,14 +95,15 @@ WAYS: Mapping[str, dict[str, Any]] = {
 
 @pytest.mark.training
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_train_what_one_does(way: str, base: Path, data: Path, tmp_path: Path) -> None:
+def test_two_processes_train_what_one_does(way: str, base: Path, ragged: Path, tmp_path: Path) -> None:
     """The same rows in each step: twice two are four."""
+    data = ragged
     if WAYS[way].get("objective"):
         (tmp_path / "pairs").mkdir()
-        data = prepared(base, tmp_path / "pairs", PAIRS)
+        data = prepared(base, tmp_path / "pairs", PAIRS * 6)
     evaluations: dict[str, list[float]] = {}
     for name, changes in (("one", {"batch_size": 4}), ("two", {"batch_size": 2, "devices": 2})):
-        made = _trained(base, data, tmp_path / name, **WAYS[way] | changes)
+        made = _trained(base, data, tmp_path / name, max_steps=8, **WAYS[way] | changes)
         assert made.processes == changes.get("devices", 1)
         evaluations[name] = [evaluation.loss for evaluation in made.evaluations]
     assert evaluations["two"] == pytest.approx(evaluations["one"], rel=1e-2)  # means of other batches
