@@ -94,6 +94,10 @@ def test_a_router_is_a_layer_like_others(family: str, bases: Callable[[str], Pat
     assert len(read_adapter(adapter).layers) == 6
     assert validate_adapter(ValidateRequest(base, adapter)).exports == ("merged",)
     assert_equal(base, adapter, tmp_path / "merged")
+    saved = make_adapter(base, tmp_path / "saved", target_modules=["q_proj"], modules_to_save=["gate"])
+    assert len(read_adapter(saved).replaced) == 2
+    assert validate_adapter(ValidateRequest(base, saved)).exports == ("merged",)
+    assert_equal(base, saved, tmp_path / "merged-saved")
 
 
 def make_apart(base: Path, directory: Path, names: tuple[str, ...], around: str, **options: Any) -> Path:

@@ -91,7 +91,7 @@ def _nearest(name: str, fitted: Fitted) -> str | None:
 def _whole(fitted: Fitted, parts: Parts) -> Iterator[Problem]:
     base = fitted.checkpoint.tensors
     for part, spec in fitted.adapter.replaced.items():
-        name = find_base_tensor(part, base)
+        name = _stored(part, base)
         if name is None:
             yield Problem(_ABSENT, part)
         elif base[name].shape != spec.shape and not (
@@ -100,6 +100,11 @@ def _whole(fitted: Fitted, parts: Parts) -> Iterator[Problem]:
             yield Problem(f"{spec.shape} does not fit the base's {base[name].shape}", part)
         else:
             parts.replaced[name] = spec
+
+
+def _stored(name: str, base: Mapping[str, TensorSpec]) -> str | None:
+    """The checkpoint's name; of a router also where transformers has renamed the block that it is in."""
+    return find_base_tensor(name, base) or find_base_tensor(name.replace(".mlp.", ".block_sparse_moe."), base)
 
 
 def _rows(fitted: Fitted, parts: Parts) -> Iterator[Problem]:
@@ -125,9 +130,7 @@ def _layers(fitted: Fitted, parts: Parts) -> Iterator[Problem]:
             yield from _experts(fitted, parts, layer)
             continue
         transposed = fitted.is_transposed(layer)
-        name = find_base_tensor(f"{module}.weight", base)
-        if name is None and layer.is_parameter:  # a router, by its module in transformers
-            name = find_base_tensor(f"{module.replace('.mlp.', '.block_sparse_moe.')}.weight", base)
+        name = _stored(f"{module}.weight", base)
         if layer.magnitude and transposed:
             yield Problem("DoRA is merged on linear layers only", module)
         elif name is None:
