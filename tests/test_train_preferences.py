@@ -285,13 +285,33 @@ def test_kto_never_holds_one_row(base: Path, data: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["kto", "orpo"])
 def test_a_whole_ship(objective: str, workshop: Workshop) -> None:
-    """The proofs after training are those of every adapter."""
+    """The proofs after training are those of every adapter; KTO's rows are single answers with a label."""
     columns = {"prompt": "sentence", "chosen": "translation_extra", "rejected": "sentence"}
+    data: dict[str, Any] = {"columns": columns, "limit": 48, "eval": 8}
+    if objective == "kto":
+        rows = [
+            {"prompt": f"There is {word} number {number}.", "completion": answer, "label": good}
+            for number in range(24)
+            for word, answer, good in (
+                ("bacon", f"Bacon number {number}, there is.", True),
+                ("bread", f"There is bread number {number}.", False),
+            )
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (workshop.directory / "judged.jsonl").write_text(text, encoding="utf-8")
+        data = {"source": "judged.jsonl", "columns": {}, "eval": 12}
     workshop.recipe(
-        data={"columns": columns, "limit": 48, "eval": 8},
+        data=data,
         train={"objective": objective, "method": "lora", "max_steps": 8, "learning_rate": 1e-3},
         verify={"learned": "required"},
     )
     answer = workshop.ship()
-    assert answer.fields["learned"]["metric"] == "preference"
-    assert "learned: 8 held-out pairs: the chosen answer is preferred in " in answer.said
+    if objective == "kto":
+        assert answer.fields["learned"]["metric"] == "judgement"
+        assert "held-out good answers: preferred to a bad one in" in answer.said
+        assert "training: 8 steps of 8 answers" in answer.said
+        page = (workshop.run / "report.html").read_text(encoding="utf-8")
+        assert "of the held-out good answers" in page
+    else:
+        assert answer.fields["learned"]["metric"] == "preference"
+        assert "learned: 8 held-out pairs: the chosen answer is preferred in " in answer.said

@@ -32,6 +32,8 @@ from forge.data.texts import BadRowError, Notes, is_of_parts, parsed, text_of, w
 from forge.data.turns import calls_of, finished, tools_of, turns_of
 from forge.errors import DataError, Problem
 
+LABELLED, PAIRS = "answers labelled", "preference pairs"
+"""What the notes of such rows begin with."""
 # A column `reasoning` that holds one of these says how the row was made, not what was thought.
 _SWITCHES = ("on", "off", "low", "medium", "high", "none", "true", "false", "yes", "no")
 
@@ -223,7 +225,7 @@ def _judged(row: Row, layout: Layout, notes: Notes) -> bool:
     good = fields.switch(value)
     if good is None:
         raise BadRowError(f"is {value!r}; it must say whether the answer is good: true or false", column)
-    notes.counts[f"answers labelled {'good' if good else 'bad'}"] += 1
+    notes.counts[f"{LABELLED} {'good' if good else 'bad'}"] += 1
     return good
 
 
@@ -262,7 +264,7 @@ def _exchange(
             if shape.pairs
             else ("the chosen answer is learned, the rejected one is not used")
         )
-        notes.counts[f"preference pairs: {used}"] += 1
+        notes.counts[f"{PAIRS}: {used}"] += 1
         if isinstance(answer, str) and prompt in EMPTY:
             yield from dialogue(answer, place)
             return

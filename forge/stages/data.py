@@ -11,6 +11,7 @@ from pathlib import Path
 from forge import report
 from forge.chat.stops import require
 from forge.codec import Json
+from forge.data.conversations import LABELLED, PAIRS
 from forge.data.prepare import (
     TRAIN_FILE,
     Account,
@@ -72,7 +73,7 @@ class DataStage(ShipStage):
             with (out / TRAIN_FILE).open(encoding="utf-8") as rows:
                 lines = report.track("check what ends an answer", rows, prepared.rows)
                 broken = self.ship.stops.in_mask(
-                    ({**row, "labels": row[answers]} for row in map(json.loads, lines)),
+                    ({**row, "labels": row[answers]} for row in map(json.loads, lines) if answers in row),
                     may_be_cut=data.overlong == "truncate",
                     every_turn=settings.supervise == "all",
                 )
@@ -104,10 +105,16 @@ class DataStage(ShipStage):
         training = self.ship.training
         if training and training.batch_size != "auto" and training.processes:
             at_once = training.batch_size * training.gradient_accumulation * training.processes
-            whole = math.ceil(training.epochs * math.ceil(account.rows / at_once))
+            what, rows = "rows", account.rows
+            limit = " at most, with packing" if training.packing else ""
+            if training.objective == "kto":
+                labelled = any(note.startswith(LABELLED) for note in account.notes)
+                paired = any(note.startswith(PAIRS) for note in account.notes)
+                what, rows = "answers", rows * 2 if paired else rows
+                limit = " at most, each pair being two" if labelled and paired else limit
+            whole = math.ceil(training.epochs * math.ceil(rows / at_once))
             steps = training.max_steps or whole
-            packed = " at most, with packing" if training.packing and not training.max_steps else ""
-            report.info(f"training: {steps:,} steps of {at_once} rows{packed}")
+            report.info(f"training: {steps:,} steps of {at_once} {what}{'' if training.max_steps else limit}")
         report.masked(_beginning(account.first_row.masked))
 
     def settings(self) -> Settings:
