@@ -231,6 +231,8 @@ def test_control_tokens_as_words(supervise: str, directories: Mapping[str, Path]
         ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes<|im_end|>\n", 5, "already"),
         ("A text.<|im_end|>", 1, ""),
         ("[INST] Hi [/INST] Yes", 1, "another chat template"),
+        ("### Instruction:\nHi\n\n### Response:\nYes", 1, "another chat template"),
+        ("USER: Hi ASSISTANT: Yes", 1, "another chat template"),
     ],
 )
 def test_control_tokens_of_a_text(text: str, tokens: int, note: str, directories: Mapping[str, Path]) -> None:

@@ -19,6 +19,8 @@ from forge.data.prompt_format import PromptFormat
 from forge.errors import DataError
 
 _BEGINNING = 60  # characters: a mark may stand behind a BOS and a blank
+# How texts begin that were a prompt and its answer: Alpaca's, Vicuna's.
+_OF_TEXTS = ("### Instruction:", "Below is an instruction that", "USER: ", "### User:")
 IN_ANSWER = "hold control tokens as words in an answer: encoded as plain text"
 IN_PROMPT = "hold control tokens in their prompt: encoded as such, which is how servers read them"
 IN_TEXT = "hold control tokens as words: encoded as plain text"
@@ -91,7 +93,7 @@ def text_ids(text: str, form: PromptFormat) -> tuple[list[int], tuple[str, ...]]
     for end in form.ends:
         body = body.removesuffix(end)  # what ends the whole text may stand in it
     if not form.controls_in(body):
-        is_foreign = any(mark in text[:_BEGINNING] for mark in TEMPLATE_MARKS)
+        is_foreign = any(mark in text[:_BEGINNING] for mark in (*TEMPLATE_MARKS, *_OF_TEXTS))
         return ids, (FOREIGN,) if is_foreign else ()
     if is_rendered(body, form):
         return ids[ids[:2] == [form.bos_id] * 2 :], (RENDERED,)

@@ -92,7 +92,10 @@ def _is_only_line(whole: object, lines: Sequence[str], name: str) -> bool:
         isinstance(whole, dict)
         and len(lines) == 1
         and (".jsonl" in name.lower() or ".ndjson" in name.lower())
-        and not all(isinstance(value, list) for value in whole.values())
+        and (
+            not all(isinstance(value, list) for value in whole.values())
+            or {"input", "output"} == whole.keys()
+        )
     )
 
 

@@ -37,8 +37,10 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
         columns = {key: items for key, items in value.items() if isinstance(items, list)}
         if columns and len({len(items) for items in columns.values()}) == 1:
             return [dict(zip(columns, items, strict=True)) for items in zip(*columns.values(), strict=True)]
-        if fields.message_part(next(iter(value), "")):
-            return [value]
+        if fields.message_part(next(iter(value), "")) or all(
+            fields.plain(key) in fields.ROLES for key in value
+        ):
+            value = [value]
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         raise BadRowError("is a text that is neither JSON nor a Python list of messages", place)
     if not isinstance(value, list) or not value:
@@ -299,10 +301,18 @@ def calls_of(value: object, place: str) -> tuple[ToolCall, ...]:
     return tuple(_call(call, place) for call in listed)
 
 
+_OF_CALL = {
+    "name", "arguments", "parameters", "args", "input", "id", "call_id", "type", "index", "description",
+    "response", "status", "caller",
+}  # fmt: skip
+
+
 def _call(call: object, place: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRowError("a call needs a name and arguments", place)
+    if unknown := [key for key in function if key not in _OF_CALL and function[key] not in _EMPTY]:
+        raise BadRowError(f"a call has name and arguments, not {', '.join(map(writable, unknown))}", place)
     key = next((key for key in ("arguments", "parameters", "args", "input") if key in function), "arguments")
     arguments = parsed(function.get(key))
     if arguments in (None, ""):
