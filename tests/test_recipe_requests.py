@@ -159,6 +159,21 @@ def test_a_field_enters_the_requests_of_its_stages_only(
     assert tuple(name for name in after if after[name] != before.get(name)) == stages
 
 
+def test_the_weight_of_a_source_enters_the_request_of_the_data(tmp_path: Path) -> None:
+    """Of several sources each has its own."""
+    requests = []
+    for weight in ("1", "2"):
+        one, two = (
+            f"{{source: builtin:yoda, columns: {{prompt: sentence, completion: {answer}}}, weight: {own}}}"
+            for answer, own in (("translation_extra", "1"), ("translation", weight))
+        )
+        text = f"name: mini\nbase: builtin:tiny\ndata: {{source: [{one}, {two}], eval: 4}}\n"
+        (tmp_path / "recipe.yaml").write_text(text)
+        requests.append(_requests(tmp_path))
+    first, second = requests
+    assert [name for name in first if first[name] != second[name]] == ["data"]
+
+
 def test_every_field_of_the_schema_is_in_the_table() -> None:
     known = {*(row[0] for row in TABLE), *ELSEWHERE}
     leaves = {name for name in all_names() if "*" not in name and not name.startswith("data.columns.")}

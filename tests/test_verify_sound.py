@@ -23,6 +23,11 @@ pytestmark = [
 
 # Routers of random weights are so undecided that float16's rounding turns choices at a fifth of positions.
 NEAR_TIES: dict[str, Any] = {"num_local_experts": 8, "num_hidden_layers": 6}
+# As the hub's Granites have them.
+MULTIPLIED: dict[str, Any] = {
+    "attention_multiplier": 0.015625, "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}  # fmt: skip
 SOUND: list[tuple[str, int, str, dict[str, Any]]] = [
     ("llama", 1, "q4_k_m", {}),
     ("llama", 2, "q8_0", {"tie_word_embeddings": False}),
@@ -50,6 +55,10 @@ SOUND: list[tuple[str, int, str, dict[str, Any]]] = [
     ("mixtral", 24, "q4_k_m", {}),
     ("qwen3_moe", 25, "q4_k_m", {"norm_topk_prob": True}),
     ("mixtral", 27, "f16", NEAR_TIES),
+    ("granite", 28, "q8_0", {**MULTIPLIED, "dtype": "f16"}),
+    ("granite", 29, "f16", {**MULTIPLIED, "dtype": "f32"}),
+    ("mixtral", 30, "f16", {"num_local_experts": 8, "dtype": "f32"}),
+    ("mixtral", 31, "q4_k_m", {"num_local_experts": 8, "dtype": "f16"}),
 ]
 # Each architecture once and each type; the others in `make campaign`.
 EVERY_TIME = {1, 2, 3, 6, 8, 9, 11, 12, 15, 16, 17, 19, 20, 21, 22, 23, 24, 25}
