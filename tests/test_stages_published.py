@@ -211,6 +211,8 @@ def test_a_merged_checkpoint_that_is_kept_takes_its_room(tmp_path: Path) -> None
     assert kept("export: {keep_merged: true}\n") > 2 * kept("")
     whole = place_of(tmp_path, RECIPE.replace("qlora", "full")).ship
     assert TrainStage(whole).bytes_kept() == {"adapter": 4 * whole.parameters}
+    # Two checkpoints, each with weights and Adam's two moments.
+    assert TrainStage(whole).bytes_beside() == {"checkpoints": 2 * 3 * 4 * whole.parameters}
 
 
 def test_the_data_stage_says_how_long_training_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
