@@ -31,6 +31,11 @@ def trainer_of(objective: str) -> Any:
             def tokenize_row(self, feature: Any, model: Any = None) -> Any:
                 return feature
 
+            def store_metrics(self, metrics: Any, train_eval: str = "train") -> None:
+                # Which answer is the likelier, with no base to compare with: no preference that was learned.
+                metrics.pop(f"{train_eval}_rewards/accuracies", None)
+                super().store_metrics(metrics, train_eval)
+
         return OrpoTrainer
     known = trl.DPOTrainer if objective == "dpo" else trl.KTOTrainer
 
