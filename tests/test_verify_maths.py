@@ -18,6 +18,7 @@ from forge.verify.compare import (
     converts,
     converts_mostly,
     distances,
+    losses,
     times_as_far,
     top_log_probabilities,
 )
@@ -96,6 +97,16 @@ def test_faults_of_a_part_of_each_row_are_no_near_ties() -> None:
     )
     assert times_as_far(distances(logits, rounded(0.07, by_chance[1], ties), theirs, sample), sample) > 1.2
     assert times_as_far(distances(logits, logits, logits, sample), sample) == 0.0
+
+
+def test_the_loss_of_each_token_is_of_its_own_position() -> None:
+    """Three positions, five tokens: no square, in which rows and columns could be mistaken."""
+    import numpy as np
+
+    sample = Sample(((0, 3, 1, 4),), ((0, 0), (0, 1), (0, 2)), (True, False, True), 1)
+    logits = np.array([[1.0, 2.0, 0.5, 3.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0], [5.0, 0.0, 0.0, 1.0, 2.0]])
+    shares = np.exp(logits) / np.exp(logits).sum(axis=1)[:, None]
+    np.testing.assert_allclose(losses(logits, sample), -np.log([shares[0, 3], shares[2, 4]]))
 
 
 def test_where_in_the_rows_a_file_is_off_is_kept() -> None:
