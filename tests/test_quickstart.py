@@ -70,10 +70,10 @@ def the_notebook_does_the_same(workshop: Workshop) -> None:
     )
     client.execute(env=environment)
     outputs = ["".join(str(output) for output in cell.get("outputs", ())) for cell in notebook.cells]
-    assert "'verify': True" in outputs[3], "the plan knows that it is in the store"
-    assert "'metric': 'exact_match'" in outputs[5] and "True" in outputs[5]
-    assert "Rich, that strange queen is." in outputs[7]
-    assert "train.lora.r" in outputs[9] and "data" in outputs[9]
+    assert "'verify': True" in outputs[4], "the plan knows that it is in the store"
+    assert "'metric': 'exact_match'" in outputs[6] and "True" in outputs[6]
+    assert "Rich, that strange queen is." in outputs[8]
+    assert "train.lora.r" in outputs[10] and "data" in outputs[10]
 
 
 def answers_as_llama_server_does(endpoint: str) -> None:
