@@ -310,7 +310,7 @@ def test_a_whole_ship(objective: str, workshop: Workshop) -> None:
     if objective == "kto":
         assert answer.fields["learned"]["metric"] == "judgement"
         assert "held-out good answers: preferred to a bad one in" in answer.said
-        assert "training: 8 steps of 8 answers" in answer.said
+        assert "training: 8 steps of 4 answers" in answer.said
         page = (workshop.run / "report.html").read_text(encoding="utf-8")
         assert "of the held-out good answers" in page
     else:
