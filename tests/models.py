@@ -35,7 +35,7 @@ KINDS = {
     "llama": "Llama", "qwen2": "Qwen2", "phi3": "Phi3", "gpt2": "GPT2", "mistral": "Mistral",
     "ministral3": "Ministral3",
     "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "mixtral": "Mixtral",
-    "qwen3_moe": "Qwen3Moe",
+    "qwen3_moe": "Qwen3Moe", "qwen2_moe": "Qwen2Moe", "olmoe": "Olmoe",
     "cohere": "Cohere", "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",
     "starcoder2": "Starcoder2", "gpt_oss": "GptOss", "granitemoe": "GraniteMoe",
 }  # fmt: skip
@@ -48,6 +48,11 @@ _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    "qwen2_moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+        "shared_expert_intermediate_size": 256,
+    },
     "qwen3_moe": {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256},
 }  # fmt: skip
 ROWS = {

@@ -150,6 +150,37 @@ def test_a_configuration_that_cannot_be_is_one_error(case: str, llama: Path, tmp
     assert words in failed.value.message and failed.value.hint
 
 
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field", "stated", "words"),
+    [
+        ("qwen3_moe", "norm_topk_prob", (True, False), "norm_topk_prob is false, and llama.cpp weighs"),
+        ("qwen2_moe", "norm_topk_prob", (False, True), "norm_topk_prob is true, and llama.cpp weighs"),
+        ("olmoe", "norm_topk_prob", (False, True), "norm_topk_prob is true, and llama.cpp weighs"),
+        (
+            "gpt_oss",
+            "rope_parameters",
+            ({**_YARN, "truncate": True}, {**_YARN, "truncate": False}),
+            "llama.cpp rounds the ends of its range",
+        ),
+    ],
+)
+def test_what_llama_cpp_calculates_otherwise_is_refused(
+    tmp_path: Path, architecture: str, field: str, stated: tuple[Any, Any], words: str
+) -> None:
+    """N5: the converter writes neither; the certificate would fail, hours later."""
+    base = make_model(
+        tmp_path / "base", architecture, "home-made", tie_word_embeddings=False, **{field: stated[0]}
+    )
+    assert rehearsed(base).tensors
+    change_json(base / "config.json", **{field: stated[1]})
+    with pytest.raises(DataError, match="cannot become a GGUF") as failed:
+        rehearsed(base)
+    assert words in failed.value.message and "is trained and served alike" in failed.value.hint
+
+
 @pytest.mark.parametrize(
     ("scaling", "words"),
     [

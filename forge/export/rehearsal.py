@@ -31,9 +31,9 @@ from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.loading import (
     Loading,
     load_without_values,
-    refuse_activation,
     refuse_incomplete,
     refuse_surplus,
+    refuse_unlike,
 )
 from forge.model.safetensors_header import TensorSpec, read_header
 from forge.tools.scratch import scratch
@@ -97,7 +97,7 @@ def _rehearsed(request: RehearsalRequest) -> Rehearsed:
     refuse_incomplete(loading, str(model.base))
     if not request.makes_gguf:
         return Rehearsed(0, 0, 0)
-    refuse_activation(loading, str(model.base))
+    refuse_unlike(loading, str(model.base))
     checkpoint = _with_rows(checkpoint, request.rows)
     fitted = fit(read_adapter(model.adapter), checkpoint) if model.adapter else None
     if fitted:

@@ -10,6 +10,7 @@ Not covered: values; families that run by the base's own code.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,14 @@ _HEADS = ("v_head.", "score.", "value_head.", "classifier.", "reward_head.")
 class Loading:
     """What transformers makes of a checkpoint; `misshapen` has name, stored and wanted shape.
 
-    `activation`: that of the configuration and its family's, where the two are not one.
+    `unlike`: what of the configuration llama.cpp calculates otherwise, and how.
     """
 
     architecture: str
     missing: tuple[str, ...] = ()
     surplus: tuple[str, ...] = ()
     misshapen: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
-    activation: str = ""
+    unlike: str = ""
 
 
 def read_transformers(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -107,7 +108,7 @@ def load_without_values(directory: Path, tensors: Stored, *, trust_remote_code: 
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-        other = _other_activation(configuration)
+        unlike = next(_unlike_llama_cpp(configuration), "")
     return Loading(
         kind.__name__,
         tuple(sorted(info["missing_keys"])),
@@ -115,16 +116,35 @@ def load_without_values(directory: Path, tensors: Stored, *, trust_remote_code: 
         tuple(
             sorted((name, tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"])
         ),
-        other,
+        unlike,
     )
 
 
-def _other_activation(configuration: Any) -> str:
+# Whether llama.cpp makes the weights of the chosen experts one in sum, where its converter does not write it.
+_WEIGHTS_IN_SUM = {
+    "lfm2_moe": True, "mellum": True, "olmoe": False, "qwen2_moe": False, "qwen3_moe": True,
+    "qwen3_next": True, "qwen3_vl_moe_text": True,
+}  # fmt: skip
+
+
+def _unlike_llama_cpp(configuration: Any) -> Iterator[str]:
     for field in ("hidden_act", "hidden_activation", "activation_function"):
         stated, usual = (getattr(source, field, None) for source in (configuration, type(configuration)()))
         if isinstance(stated, str) and isinstance(usual, str) and _curve(stated) != _curve(usual):
-            return f"{field} is {stated}, the family's is {usual}"
-    return ""
+            yield f"{field} is {stated}, the family's is {usual}, which is the one that llama.cpp calculates"
+    normalized, usual = (
+        getattr(configuration, "norm_topk_prob", None),
+        _WEIGHTS_IN_SUM.get(configuration.model_type),
+    )
+    if usual is not None and normalized is not usual:
+        yield (
+            f"norm_topk_prob is {json.dumps(normalized)}, and llama.cpp weighs this family's experts as with "
+            f"{json.dumps(usual)}"
+        )
+    rotation = getattr(configuration, "rope_parameters", None) or {}
+    for each in [each for each in rotation.values() if isinstance(each, Mapping)] or [rotation]:
+        if each.get("rope_type") == "yarn" and each.get("truncate") is False:
+            yield "YaRN's truncate is false, and llama.cpp rounds the ends of its range, as with true"
 
 
 def _curve(activation: str) -> str:
@@ -132,12 +152,13 @@ def _curve(activation: str) -> str:
     return "gelu" if "gelu" in activation else activation.replace("swish", "silu")
 
 
-def refuse_activation(loading: Loading, where: str) -> None:
-    """Raise `DataError` for another activation than the family's: llama.cpp has the family's alone."""
-    if loading.activation:
+def refuse_unlike(loading: Loading, where: str) -> None:
+    """Raise `DataError` for a model that llama.cpp would calculate otherwise, whatever its file says."""
+    if loading.unlike:
         raise DataError(
-            f"{where} cannot become a GGUF: {loading.activation}, which is the one that llama.cpp calculates",
-            hint="compare config.json with the one on the hub; or choose another base, or export: none",
+            f"{where} cannot become a GGUF: {loading.unlike}",
+            hint="compare config.json with the one on the hub; a copy of the base that says what llama.cpp "
+            "calculates is trained and served alike; or choose another base, or export: none",
         )
 
 
