@@ -103,6 +103,7 @@ def test_the_first_recipe_writes_itself(place: Path, shape: str) -> None:
     assert run_command(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl"]) == 0
     recipe = load(place / "first.yaml").recipe
     assert recipe.train is not None
+    assert recipe.export is not None and recipe.export.quant == "q8_0"  # of a base this small
     assert bool(recipe.smoke) == (shape != "text")
     ship(place / "first.yaml", until="data")
     assert len(list((place / "store").glob("**/train.jsonl"))) == 1

@@ -32,6 +32,7 @@ from forge.resolve.taught import template_text
 _SEED = 42  # that of `data.seed`, so that the smoke queries are held-out rows
 _ENCODED = 500
 _SMALL = 1_000_000_000
+_TINY = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,9 @@ def _lines(
         way = "chunk" if is_text else "drop"
         yield f"  overlong: {way}  # a row has {fit.longest:,} tokens, the base {fit.context:,} positions"
     yield from _training(count - len(heldout), fit)
+    if fit and fit.parameters < _TINY:
+        yield "export:"
+        yield "  quant: q8_0  # of a small base fewer bits save little, and change many answers"
     if not share or count < 20:
         yield "verify:"
         yield "  learned: warn  # so few rows show little"

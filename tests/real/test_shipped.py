@@ -87,7 +87,7 @@ def test_the_adapter_beside_its_base(place: Workshop) -> None:
 def test_a_chat_with_what_was_shipped(place: Workshop) -> None:
     """O1: the run, asked by its name."""
     ship(place, "export.quant=q8_0")
-    answer = place.forge("chat", "mini", "--system", SYSTEM, typed=f"{_QUESTION}\n")
+    answer = place.forge("chat", "mini", "--system", SYSTEM, typed=f"{_QUESTION}\n/quit\n")
     assert answer.code == 0, answer.said
     assert "cop" in answer.said.rpartition("/quit ends")[2].lower()
 
