@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -26,6 +26,8 @@ SLOWER = 1 / 0.97
 SECONDS_TO_FIRST = 0.002
 # Of the time that a token takes on an idle machine: 0.4 of its tokens a second are left.
 SLOWER_WHEN_BUSY = 1 / 0.4
+# What libgomp does where nobody says: its threads spin for some hundred thousand rounds before they sleep.
+_SPINNING = {"GOMP_SPINCOUNT": "300000"}
 
 _SERVE = """
 import sys
@@ -66,9 +68,19 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
 
 
 def measure_busy(place: Workplace, pairs: int) -> Iterator[Outcome]:
-    """A server that is started while another process is busy on each core, against an idle machine."""
+    """Threads that share: what that costs on an idle machine, and what is left while each core is busy."""
     model = _model()
-    ratios: list[float] = []
+    rates: list[tuple[float, float]] = []
+    for number in range(max(pairs, ROUNDS)):
+        pair = [_rate_with(model, spinning=bool(spins)) for spins in ((0, 1) if number % 2 else (1, 0))]
+        rates.append((pair[1 - number % 2], pair[number % 2]))
+    ratios = [spinning / sharing for sharing, spinning in rates]
+    note = "one client; sharing {:.0f}, spinning {:.0f} tokens/s".format(
+        *map(statistics.median, zip(*rates, strict=True))
+    )
+    value = statistics.median(ratios)
+    yield Outcome("serve, threads that share to those that spin, idle", value, "x", SLOWER, ratios, note)
+    ratios = []
     for _ in range(max(1, pairs // 2)):
         with _served(model) as (url, _):
             idle = asyncio.run(_rate(url, None, 1))
@@ -83,6 +95,11 @@ def measure_busy(place: Workplace, pairs: int) -> Iterator[Outcome]:
     yield Outcome(
         "serve, busy machine to idle", statistics.median(ratios), "x", SLOWER_WHEN_BUSY, ratios, note
     )
+
+
+def _rate_with(model: Path, *, spinning: bool) -> float:
+    with _served(model, _SPINNING if spinning else {}) as (url, _):
+        return statistics.median(asyncio.run(_rate(url, None, 1)) for _ in range(3))
 
 
 def _model() -> Path:
@@ -100,9 +117,10 @@ def _turn(number: int, url: str, socket: str) -> list[tuple[str, str | None]]:
 
 
 @contextmanager
-def _served(model: Path) -> Iterator[tuple[str, str]]:
+def _served(model: Path, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, str]]:
     """`forge serve`'s server in a process of its own: its URL, and the socket behind the front."""
-    with Child([sys.executable, "-c", _SERVE, str(model)], separate_errors=True) as child:
+    command = [sys.executable, "-c", _SERVE, str(model)]
+    with Child(command, separate_errors=True, environment=environment or {}) as child:
         url = next((line for line in child.lines() if line.startswith("http")), "")
         unix = [one for each in psutil.Process(child.pid).children() for one in each.net_connections("unix")]
         sockets = [str(one.laddr) for one in unix if str(one.laddr).endswith("server.sock")]
