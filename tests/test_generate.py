@@ -313,11 +313,11 @@ from pathlib import Path
 from forge import process
 from forge.errors import ForgeError
 from forge.serve.endpoint import Endpoint
-from forge.serve.generate import generate
+from forge.serve.generate import answer_rows
 url, prompts, out = sys.argv[1:]
 with process.signals_as_interrupt():
     try:
-        generate(Endpoint(url, "m"), Path(prompts), Path(out), concurrency=4)
+        answer_rows(Endpoint(url, "m"), Path(prompts), Path(out), concurrency=4)
     except ForgeError as stop:
         print(type(stop).__name__, stop.message)
 """
@@ -332,6 +332,7 @@ def test_stopped_in_the_middle_keeps_what_is_written(tmp_path: Path, number: sig
         command = [sys.executable, "-c", GENERATE, server.endpoint.url, str(prompts), str(out)]
         with process.Child(command) as child:
             while not out.exists() or out.read_bytes().count(b"\n") < 8:
+                assert child.status is None, list(child.lines())
                 time.sleep(0.01)
             os.kill(child.pid, number)
             said = list(child.lines())

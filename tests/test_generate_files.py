@@ -320,7 +320,7 @@ async def noted(self, lane, row):
         print(first[0], peak_memory(), flush=True)  # getrusage counts what the parent had
     return await ask(self, lane, row)
 module._Batch._ask = noted
-module.generate(Endpoint(sys.argv[1], "m"), Path(sys.argv[2]), Path(sys.argv[3]), concurrency=4)
+module.answer_rows(Endpoint(sys.argv[1], "m"), Path(sys.argv[2]), Path(sys.argv[3]), concurrency=4)
 """
 
 

@@ -87,7 +87,16 @@ def ask_llm(url: str, key: str, model: str) -> dict[str, object]:
 
         def run(*arguments: str) -> str:
             command = [sys.executable, "-m", "llm", *arguments]
-            return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            # It reads a prompt from standard input, too, unless that is a terminal.
+            done = subprocess.run(
+                command,
+                env=environment,
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            return done.stdout
 
         run("keys", "set", "mine", "--value", key)
         question, short = (
