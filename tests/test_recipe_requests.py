@@ -80,6 +80,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.neftune_alpha", "5", ("train",)),
     ("train.offload_activations", "true", NOWHERE),
     ("train.nodes", "2", ("train",)),
+    ("train.objective", "dpo", ("data", "train", "evaluate")),
     ("train.optimizer", "adafactor", ("train",)),
     ("train.packing", "true", ("train",)),
     ("train.patience", "3", ("train",)),
@@ -127,7 +128,7 @@ ELSEWHERE = (
     "base", "base.chat_template", "base.id", "base.revision", "base.tokens", "data", "data.columns",
     "data.revision", "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export",
     "export.quant.max_kl", "model", "model.sampling", "smoke", "train", "train.continue_from", "train.from",
-    "train.lora", "train.objective", "train.report_to", "train.revision", "train.strategy", "verify",
+    "train.lora", "train.report_to", "train.revision", "train.strategy", "verify",
 )  # fmt: skip
 
 
@@ -157,6 +158,12 @@ def test_a_field_enters_the_requests_of_its_stages_only(
 ) -> None:
     after = _requests(place, f"{field}={value}")
     assert tuple(name for name in after if after[name] != before.get(name)) == stages
+
+
+def test_each_objective_is_another_request_of_training(place: Path) -> None:
+    """Those that compare take the same rows, so nothing but the objective tells their adapters apart."""
+    requests = [_requests(place, f"train.objective={name}") for name in ("dpo", "orpo", "kto")]
+    assert len({request["train"] for request in requests}) == len(requests)
 
 
 def test_the_weight_of_a_source_enters_the_request_of_the_data(tmp_path: Path) -> None:

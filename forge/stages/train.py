@@ -37,13 +37,13 @@ ADAPTER_STAGE = "train"
 TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 # How the base is held while it is trained and evaluated, besides its method and number type.
 BASE_FIELDS = ("four_bit_type", "double_quantization", "quant_storage", "attention")
-# Fields of `train` that change no byte of the adapter, or do so only through the data stage.
 # Trackers whose package has another name than transformers gives them; any of several will do.
 _TRACKERS: Mapping[str, tuple[str, ...]] = {
     "tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",), "flyte": ("flytekit",)
 }  # fmt: skip
+# Fields of `train` that change no byte of the adapter, or do so only through the data stage.
 _NOT_KEYED = {
-    "preset", "objective", "continue_from", "retry_smaller", "offload_activations",
+    "preset", "continue_from", "retry_smaller", "offload_activations",
     "checkpoint_minutes", "report_to", "max_length", "supervise", "template_variables",
 }  # fmt: skip
 
