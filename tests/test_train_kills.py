@@ -100,6 +100,23 @@ def test_ten_kills_and_the_adapter_is_the_same(base: Path, data: Path, tmp_path:
     assert same(killed, whole)
 
 
+def test_a_wish_to_stop_while_all_are_asked_is_heard_a_step_later(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    votes = 0
+
+    def agreed(device: object, *wishes: bool) -> tuple[bool, ...]:
+        nonlocal votes
+        votes += 1
+        if votes == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return wishes
+
+    monkeypatch.setattr("forge.train.watch.agreed", agreed)
+    with pytest.raises(InterruptedByUserError, match="training stopped at step 4 of 8"):
+        train(arguments(base, data, tmp_path / "out", max_steps=8))
+
+
 def test_a_damaged_checkpoint_is_left_out_for_the_one_before(
     base: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

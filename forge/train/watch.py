@@ -106,6 +106,8 @@ def watcher(
     import transformers
 
     class Watcher(transformers.TrainerCallback):  # type: ignore[misc]
+        is_asked = False
+        """Whether this process was asked to stop; `stopping` is what all agreed on, a step at a time."""
         stopping = False
 
         def __init__(self) -> None:
@@ -132,7 +134,7 @@ def watcher(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             is_late = time.monotonic() - self.saved > checkpoint_seconds
-            self.stopping, is_late = agreed(args.device, self.stopping, is_late)
+            self.stopping, is_late = agreed(args.device, self.is_asked, is_late)
             control.should_save |= self.stopping or is_late
             control.should_training_stop |= self.stopping  # the last step sets it too
             if not self.stopping and args.eval_steps and state.global_step >= state.max_steps:
@@ -175,7 +177,7 @@ def watcher(
     made = Watcher()
 
     def stop(number: int, frame: object) -> None:
-        made.stopping = True
+        made.is_asked = True
 
     signal.signal(signal.SIGTERM, stop)
     return made
