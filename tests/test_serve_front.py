@@ -500,7 +500,20 @@ def test_large_bodies_share_a_limit_until_they_are_answered(
         ({"top_logprobs": 5, "max_tokens": 900}, False),
         ({"n_probs": 1 << 20, "n_predict": 1}, False),
         ({"n_probs": 1 << 20}, True),
-        ({"n_probs": 1 << 20, "n_predict": -1, "max_tokens": 1}, False),
+        ({"n_probs": 1 << 20, "n_predict": 1, "max_tokens": 1, "max_completion_tokens": None}, False),
+        ({"n_probs": 1 << 20, "n_predict": -1, "max_tokens": 1}, True),
+        ({"n_probs": 1 << 20, "n_predict": 1, "max_tokens": -1}, True),
+        ({"n_probs": 1 << 20, "max_tokens": 1, "max_output_tokens": 900}, True),
+        ({"n_probs": 1 << 20, "max_tokens": 1, "n_predict": "900"}, True),
+        ({"n_probs": 150000.0, "max_tokens": 900}, True),
+        ({"n_probs": 150000.0, "max_tokens": 1.0}, False),
+        ({"n_probs": 150000 - (1 << 32), "max_tokens": 900}, True),
+        ({"n_probs": 1 << 20, "max_tokens": 1, "n": 64}, True),
+        ({"n_probs": 1 << 20, "max_tokens": 1, "n_cmpl": 64}, True),
+        ({"n_probs": 1 << 20, "max_tokens": 1, "n": 1}, False),
+        ({"n_probs": 1 << 20, "max_tokens": 1, "prompt": ["a"] * 64}, True),
+        ({"n_probs": 1 << 20, "max_tokens": 1, "prompt": [1, "a", 2]}, False),
+        ({"n_probs": 100, "max_tokens": 900, "n": 64}, False),
         ({"top_logprobs": 1 << 20, "logprobs": True, "max_tokens": 2}, True),
     ],
 )
@@ -508,11 +521,35 @@ def test_a_whole_vocabulary_at_every_token_is_refused(more: dict[str, Any], is_r
     """Of 150,000 tokens and 2,000 of the answer it is some 30 GB, which the server holds."""
     body = json.dumps({"prompt": "a", **more}).encode()
     if not is_refused:
-        assert _rules().fields("/completion", None, body)["prompt"] == "a"
+        assert json.loads(body).items() <= _rules().fields("/completion", None, body).items()
         return
     with pytest.raises(RefusedRequestError, match="at most 100 log-probabilities") as refused:
         _rules().fields("/completion", None, body)
     assert refused.value.status == 400
+
+
+@pytest.mark.network
+@pytest.mark.programs
+def test_the_longest_of_several_lengths_may_be_the_one_that_counts(opened: Endpoint) -> None:
+    """The real server takes `n_predict` first; a whole vocabulary comes of a single token only."""
+    few: list[tuple[dict[str, Any], int]] = [
+        ({"max_tokens": 1, "n_predict": 3}, 3),
+        ({"max_tokens": 3, "n_predict": 1}, 1),
+        ({"max_tokens": 1, "max_completion_tokens": 3}, 3),
+        ({"max_tokens": 1, "n_predict": None}, 1),
+        ({"max_tokens": 1, "n_predict": 3.0}, 3),
+    ]
+    asked = {"prompt": "a", "ignore_eos": True, "temperature": 0}
+    with httpx.Client(base_url=opened.url, trust_env=False) as http:
+        for lengths, count in few:
+            answer = http.post("/completion", json={**asked, **lengths, "n_probs": 2.0}).json()
+            assert len(answer["completion_probabilities"]) == count, lengths
+            whole = http.post("/completion", json={**asked, **lengths, "n_probs": 150000.0})
+            assert whole.status_code == (200 if set(lengths.values()) <= {1, None} else 400), lengths
+        several = http.post("/completion", json={**asked, "max_tokens": 1, "n": 2, "n_probs": 2}).json()
+        assert len(several) == 2
+        several = http.post("/completion", json={**asked, "max_tokens": 1, "n": 2, "n_probs": 150000})
+        assert several.status_code == 400
 
 
 def test_a_number_without_end_is_named() -> None:

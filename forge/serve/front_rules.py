@@ -54,7 +54,9 @@ COMPUTE = frozenset(
 CONTROL = {"GET": frozenset({"/slots"}), "POST": frozenset({"/props", "/lora-adapters"})}
 CONTROL_SLOT = re.compile(r"/slots/\d+")
 _COUNTS = ("top_logprobs", "n_probs", "logprobs")
-_LENGTHS = ("max_tokens", "max_completion_tokens", "n_predict")
+# llama-server takes the first that is there; a response's takes the place of `max_tokens`.
+_LENGTHS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")
+_ANSWERS = ("n_cmpl", "n")
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 # The web page, and what it is made of.
 PAGE = re.compile(
@@ -223,13 +225,29 @@ class Rules:
 
 
 def _check_log_probabilities(fields: Mapping[str, Any]) -> None:
-    """Refuse those of a whole vocabulary at every token: an answer of many gigabytes, held by the server."""
-    most = max((fields[name] for name in _COUNTS if type(fields.get(name)) is int), default=0)
-    tokens = [fields[name] for name in _LENGTHS if type(fields.get(name)) is int]
-    if most > MOST_LOG_PROBABILITIES and not (tokens and max(tokens) == 1):
+    """Refuse those of a whole vocabulary at every token: an answer of many gigabytes, held by the server.
+
+    Whichever of the lengths counts, it is one token, in one answer to one prompt.
+    """
+    counts = [fields[name] for name in _COUNTS if isinstance(fields.get(name), int | float)]
+    # Of a number that is too large for it, or too small, llama-server takes the lowest 32 bits.
+    if all(abs(count) <= MOST_LOG_PROBABILITIES for count in counts):
+        return
+    lengths, answers = (
+        [fields[name] for name in names if fields.get(name) is not None] for names in (_LENGTHS, _ANSWERS)
+    )
+    is_one = lengths and all(number == 1 for number in (*lengths, *answers))
+    if not is_one or _are_several(fields.get("prompt")):
         raise RefusedRequestError(
             400, f"at most {MOST_LOG_PROBABILITIES} log-probabilities for each of several tokens"
         )
+
+
+def _are_several(prompt: object) -> bool:
+    """Whether llama-server reads several prompts: a list with numbers in it is the tokens of a single one."""
+    if not isinstance(prompt, list) or len(prompt) < 2:
+        return False
+    return not any(isinstance(item, int | float) for item in prompt)
 
 
 def _forbidden(message: str) -> RefusedRequestError:
