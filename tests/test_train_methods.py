@@ -325,10 +325,10 @@ def test_out_of_memory_is_tried_again_with_fewer_rows(
 
 def test_rows_are_cut_into_equal_parts(base: Path, tmp_path: Path) -> None:
     given = arguments(base, base, tmp_path / "out", batch_size=6, gradient_accumulation=2)
-    parts = []
-    while given.batch_size > 1:
-        given = with_fewer_rows(given)
-        parts.append((given.batch_size, given.settings.gradient_accumulation))
+    parts, smaller = [], with_fewer_rows(given)
+    while smaller:
+        parts.append((smaller.batch_size, smaller.settings.gradient_accumulation))
+        smaller = with_fewer_rows(smaller)
     assert parts == [(3, 4), (1, 12)]
 
 

@@ -260,7 +260,8 @@ def test_the_memory_of_an_objective(base: Path, data: Path, tmp_path: Path) -> N
     assert orpo["logits"] == 2 * 16 * 512 * (configuration.vocabulary_size or 0) * 4 > dpo["logits"]
 
 
-def test_kto_never_holds_one_row(base: Path, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [(4, 2), (3,), (6, 3)])
+def test_kto_never_holds_one_row(batches: tuple[int, ...], base: Path, data: Path, tmp_path: Path) -> None:
     """B6: an answer by itself has none to be compared with; memory that runs out is said."""
     tried = []
 
@@ -268,10 +269,16 @@ def test_kto_never_holds_one_row(base: Path, data: Path, tmp_path: Path) -> None
         tried.append(request.batch_size)
         raise OutOfMemoryError("the GPU ran out of memory")
 
-    given = arguments(base, data, tmp_path / "out", objective="kto", batch_size=4, retry_smaller=True)
+    given = arguments(
+        base, data, tmp_path / "out", objective="kto", batch_size=batches[0], retry_smaller=True
+    )
     with pytest.raises(OutOfMemoryError):
         within_memory(given, attempt)
-    assert tried == [4, 2]
+    assert tuple(tried) == batches
+
+
+def test_no_advice_for_memory_is_one_row_of_kto(base: Path, data: Path, tmp_path: Path) -> None:
+    given = arguments(base, data, tmp_path / "out", objective="kto", batch_size=4)
     tensors, configuration = open_checkpoint(base).tensors, read_configuration(base)
     device = Device("cpu", "a small one", 1 << 34, 1 << 34, has_bfloat16=False)
     job = replace(job_of(given.settings, 64, device), checkpointing=True)

@@ -59,19 +59,26 @@ def within_memory(request: TrainRequest, attempt: Callable[[TrainRequest], Train
         try:
             return attempt(request)
         except OutOfMemoryError as error:
-            if not request.settings.retry_smaller or request.batch_size <= request.settings.least_batch:
+            smaller = with_fewer_rows(request) if request.settings.retry_smaller else None
+            if smaller is None:
                 raise
             report.warning(error.message)
-        request = with_fewer_rows(request)
+        request = smaller
         report.warning(
             f"train: again with train.batch_size: {request.batch_size} and train.gradient_accumulation: "
             f"{request.settings.gradient_accumulation}, as many rows a step"
         )
 
 
-def with_fewer_rows(request: TrainRequest) -> TrainRequest:
-    """The same steps, of more and smaller parts: half the rows at once where their number is even."""
-    parts = next(parts for parts in range(2, request.batch_size + 1) if request.batch_size % parts == 0)
+def with_fewer_rows(request: TrainRequest) -> TrainRequest | None:
+    """The same steps, of more and smaller parts: half the rows at once where their number is even.
+
+    None where the objective needs as many rows at once as there are.
+    """
+    most = request.batch_size // request.settings.least_batch
+    parts = next((parts for parts in range(2, most + 1) if request.batch_size % parts == 0), None)
+    if parts is None:
+        return None
     accumulation = request.settings.gradient_accumulation * parts
     settings = request.settings.model_copy(update={"gradient_accumulation": accumulation})
     return replace(request, batch_size=request.batch_size // parts, settings=settings)
