@@ -181,6 +181,17 @@ def test_a_large_file_is_not_held(
     assert len(large.rows) == 40 and next(iter(large.rows)).file == path.name
 
 
+def test_a_packed_file_that_is_rewritten_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E9: the rows are those of the file as it is now, large before and after, or small after."""
+    monkeypatch.setattr("forge.data.files._HELD_BYTES", 1000)
+    path = tmp_path / "rows.jsonl.gz"
+    for count, word in ((100, "old"), (200, "new"), (3, "small")):
+        path.write_bytes(gzip.compress(lines(*[exchange(word)] * count)))
+        assert [row.values for row in read_file(path).rows] == [exchange(word)] * count
+
+
 def test_a_large_table_in_another_encoding_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b"prompt,completion\n" + b"Why?,Because.\n" * 5000 + "Schön,é\n".encode("cp1252"))

@@ -134,7 +134,7 @@ def _packing(path: Path) -> Callable[[Path], Any] | None:
     return next((opener for mark, opener in openers.items() if start.startswith(mark)), None)
 
 
-_laid_out: dict[Path, Any] = {}
+_laid_out: dict[Path, tuple[tuple[int, int], Any]] = {}
 
 
 def _plain(path: Path) -> Path:
@@ -142,7 +142,10 @@ def _plain(path: Path) -> Path:
     opener = _packing(path)
     if opener is None:
         return path
-    if path not in _laid_out:
+    status = path.stat()
+    stamp = (status.st_mtime_ns, status.st_size)
+    if path not in _laid_out or _laid_out[path][0] != stamp:
+        _laid_out.pop(path, None)
         with opener(path) as packed:
             start = packed.read(_HELD_BYTES)
             if len(start) < _HELD_BYTES:
@@ -151,8 +154,8 @@ def _plain(path: Path) -> Path:
             plain.write(start)
             shutil.copyfileobj(packed, plain)
             plain.flush()
-        _laid_out[path] = plain
-    return Path(_laid_out[path].name)
+        _laid_out[path] = stamp, plain
+    return Path(_laid_out[path][1].name)
 
 
 def _unpacked(path: Path) -> tuple[str, bytes]:
