@@ -49,6 +49,14 @@ def test_a_dialect_that_is_refused(case: Mapping[str, Any]) -> None:
         assert error.hint == case["hint"]
 
 
+def test_booleans_are_not_counted_as_numbers() -> None:
+    """Pitfall 51: what was done to rows is noted as what it is."""
+    rows = [{"question": "Is it?", "answer": True}, {"question": "2+2?", "answer": 4}]
+    reading = to_conversations([Row(row, "rows.jsonl", 1) for row in rows])
+    ways = "written as JSON; data.format: module:function gives other words"
+    assert reading.notes.counts == {f"booleans in answer, {ways}": 1, f"numbers in answer, {ways}": 1}
+
+
 def test_schemas_in_capitals() -> None:
     """Gemini's types are STRING and OBJECT; a property called type keeps its own."""
     schema = {"type": "OBJECT", "properties": {"type": {"type": "STRING", "enum": ["STRING"]}}}

@@ -35,14 +35,17 @@ def refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
 
 
 def refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Turn]) -> None:
-    """Refuse a column that belongs to the prompt where it plays no part and no turn has its words."""
+    """Refuse a column of the prompt that plays no part and whose words no turn before the last answer has."""
+    answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+    asked = turns[: answers[-1]] if answers else turns
     for key in layout.unused:
         value = row.values.get(key)
         if fields.plain(key) not in fields.OF_PROMPT or value in EMPTY or key in shape.ignore:
             continue
         words = value if isinstance(value, list) else [value]
         if all(
-            isinstance(word, str) and any(word.strip() in turn.content for turn in turns) for word in words
+            isinstance(word, str) and any(_has_words(turn.content, word.strip()) for turn in asked)
+            for word in words
         ):
             continue
         way = f"data.columns: {{system: {key}}} puts it before it; "
@@ -51,6 +54,22 @@ def refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Tur
         raise BadRowError(
             f"stands beside the conversation; {way}data.ignore: [{key}] leaves it out of account", key
         )
+
+
+def _has_words(text: str, words: str) -> bool:
+    """Whether `words` stand in `text`, not as a part of a longer word or number."""
+    at = text.find(words)
+    while at >= 0:
+        end = at + len(words)
+        if not _is_within_word(text[at - 1 : at + 1]) and not _is_within_word(text[end - 1 : end + 1]):
+            return True
+        at = text.find(words, at + 1)
+    return False
+
+
+def _is_within_word(around: str) -> bool:
+    # Chinese, Japanese and Thai have no spaces between words.
+    return len(around) == 2 and around.isascii() and around.isalnum()
 
 
 def _masks(speaker: str, shape: Shape) -> str | None:

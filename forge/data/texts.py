@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from forge.data import fields
 
@@ -55,18 +56,23 @@ def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
     return value
 
 
-# What a message or a part of one has: an object with none of these is data.
-_OF_WORDS = {
-    "type", "content_type", "text", "content", "value", "parts", "role", "from", "message", "messages",
-    "choices", "candidates", "generations", "output",
+# What a message, a typed part or an API's answer has: an object with one of these is no data.
+_OF_MESSAGES = {
+    "type", "content_type", "parts", "role", "from", "message", "messages", "choices", "candidates",
+    "generations", "output",
 }  # fmt: skip
+_OF_TEXT = ("text", "content", "value")
+# What may stand beside a text and is no part of what is said.
+_BESIDE_TEXT = {"annotations", "citations", "cache_control", "logprobs"}
 
 
 def written(value: object, place: str, notes: Notes) -> object:
     """A number or an object as JSON writes it: a class to learn, or what is to be taken out of a text."""
-    if isinstance(value, (bool, int, float)) and value == value:
+    if isinstance(value, bool):
+        what = "booleans"
+    elif isinstance(value, (int, float)) and value == value:
         what = "numbers"
-    elif isinstance(value, Mapping) and value and not _OF_WORDS & value.keys():
+    elif isinstance(value, Mapping) and _is_data(value):
         what = "objects"
         text_of(json.dumps(value, ensure_ascii=False), place)
     else:
@@ -74,6 +80,15 @@ def written(value: object, place: str, notes: Notes) -> object:
     ways = "written as JSON; data.format: module:function gives other words"
     notes.counts[f"{what} in {place}, {ways}"] += 1
     return json.dumps(value, ensure_ascii=False)
+
+
+def _is_data(value: Mapping[str, Any]) -> bool:
+    """Whether an object is to be learned whole: as words, keys of it would be lost."""
+    texts = [value[key] for key in _OF_TEXT if key in value]
+    if not value or _OF_MESSAGES & value.keys() or any(isinstance(text, list) for text in texts):
+        return False
+    beside = [key for key in value if key not in _OF_TEXT and value[key] is not None]
+    return len(texts) != 1 or not _BESIDE_TEXT.issuperset(beside)
 
 
 def has_half_a_character(text: str) -> bool:
@@ -105,7 +120,7 @@ def _part(part: object, place: str) -> str:
         if kind not in _TEXTS:
             why = _BELONGS.get(str(kind), "only text can be learned here")
             raise BadRowError(f"is a part of type {kind!r}; {why}", place)
-        texts = [part[key] for key in ("text", "content", "value") if isinstance(part.get(key), str)]
+        texts = [part[key] for key in _OF_TEXT if isinstance(part.get(key), str)]
         if len(texts) == 1:
             return str(texts[0])
     keys = f"; its keys are: {', '.join(map(writable, map(str, part)))}" if isinstance(part, Mapping) else ""

@@ -40,7 +40,7 @@ class DataStage(ShipStage):
 
     name = DATA_STAGE
     rank = 40
-    version = 6
+    version = 7
 
     def params(self) -> Mapping[str, Json]:
         data, training = self.ship.recipe.data, self.ship.training
