@@ -106,9 +106,7 @@ def watcher(
     import transformers
 
     class Watcher(transformers.TrainerCallback):  # type: ignore[misc]
-        is_asked = False
-        """Whether this process was asked to stop; `stopping` is what all agreed on, a step at a time."""
-        stopping = False
+        is_asked = stopping = False  # this process was asked to stop; all have agreed to
 
         def __init__(self) -> None:
             self.log, self.best, self.asked = log, best, asked
