@@ -5,7 +5,7 @@ Anything that is not a `ForgeError` is a bug (exit code 1, traceback in the run'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
@@ -67,6 +67,22 @@ class MissingToolError(ForgeError):
     """A program, package or service that is needed is not there."""
 
     code = 3
+
+
+def require_each(checks: Iterable[Callable[[], object]]) -> None:
+    """Make every check; raise one `MissingToolError` with all that they raise of it."""
+    problems: dict[Problem, None] = {}  # two checks may need one tool
+    hints: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except MissingToolError as missing:
+            problems |= dict.fromkeys(missing.problems or (Problem(missing.message),))
+            hints[missing.hint] = None
+    if problems:
+        first = next(iter(problems))
+        message = first.message if len(problems) == 1 else f"{len(problems)} tools are missing"
+        raise MissingToolError(message, hint="; ".join(hints), problems=tuple(problems))
 
 
 class StageError(ForgeError):

@@ -23,6 +23,7 @@ from forge.recipe.load import load
 from forge.recipe.schema import Train
 from forge.resolve.recipe import resolve_recipe
 from forge.ship.drive import plan
+from forge.ship.preflight import require_tools
 from forge.stages.train import TrainStage
 from forge.store.artifacts import Store
 from forge.train.arguments import arguments as trainer_arguments
@@ -250,6 +251,29 @@ def test_a_ship_refuses_it_too(recipe: Path) -> None:
     _stage(recipe).require_tools()
     with pytest.raises(MissingToolError, match="its kernels run on a GPU"):
         _stage(recipe, "train.liger=true").require_tools()
+
+
+def test_a_ship_names_all_that_is_missing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What two settings need, a GPU's number and a tracker, each with its hint."""
+    monkeypatch.setattr("forge.stages.train.training_device", lambda asked: GPU)
+    monkeypatch.setattr("forge.train.ranks.gpu_count", lambda: 1)
+    asks = ["liger=true", "strategy=deepspeed", "devices=[0, 4]", "report_to=[dvclive]"]
+    with pytest.raises(MissingToolError, match="4 tools are missing") as caught:
+        require_tools([_stage(recipe, *(f"train.{field}" for field in asks))])
+    assert [problem.message for problem in caught.value.problems] == [
+        "train.liger: the package is not installed: pip install liger-kernel",
+        "train.strategy: the package is not installed: pip install deepspeed",
+        "train.devices: there is no GPU 4 here, but 1",
+        "train.report_to: dvclive is not installed",
+    ]
+    assert "name fewer, or auto" in caught.value.hint and "pip install dvclive" in caught.value.hint
+
+
+def test_a_plan_refuses_gpus_that_are_not_there(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.stages.train.training_device", lambda asked: GPU)
+    monkeypatch.setattr("forge.train.ranks.gpu_count", lambda: 1)
+    with pytest.raises(MissingToolError, match="there is no GPU 4 here, but 1"):
+        plan(recipe, ["train.devices=[4]"])
 
 
 @pytest.mark.network

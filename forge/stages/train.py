@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from forge import report, worker
 from forge.adapter.vocabulary import saved_whole
 from forge.codec import Json
 from forge.data.prepare import Prepared
-from forge.errors import MissingToolError
+from forge.errors import MissingToolError, require_each
 from forge.model.estimate import lora_parameters
 from forge.pipeline.stage import Result
 from forge.recipe.schema import Train
@@ -108,7 +109,9 @@ class TrainStage(AdapterStage):
 
     def require_tools(self) -> None:
         """What the recipe asks for by name, and training would miss only after the data stage."""
-        self.look()
+        require_each([self.look, self._require_trackers])
+
+    def _require_trackers(self) -> None:
         absent = [
             name
             for name in self._train.report_to
@@ -125,8 +128,12 @@ class TrainStage(AdapterStage):
         """Refuse what cannot be had on this machine (H1)."""
         if self.ship.base.directory is not None:
             device = training_device(self._train.device)
-            require_speed(self._train, self.ship.configuration, device)
-            gpus_of(self._train, device)
+            require_each(
+                [
+                    partial(require_speed, self._train, self.ship.configuration, device),
+                    partial(gpus_of, self._train, device),
+                ]
+            )
 
     def bytes_beside(self) -> Mapping[str, int]:
         """Two checkpoints with Adam's two moments, all in float32."""
