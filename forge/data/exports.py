@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from forge.data.texts import BadRowError
+from forge.data import fields
+from forge.data.conversation import Turn
+from forge.data.texts import BadRowError, Notes, parsed
+from forge.data.turns import turns_of
 
 _MESSAGES = "messages"
 
@@ -114,8 +117,13 @@ def _claude_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a model's API was asked and what it answered: stored, logged, or the lines of a batch."""
-    asked, answered = _asked(values), _answered(values)
+    opened = {**values, **{name: parsed(values[name]) for name in _HOLDERS if name in values}}
+    if (answered := _answered(opened)) is not None:
+        values = opened  # else a request in a text is a prompt as it stands
+    asked = _asked(values)
     if asked is None and answered is None:
+        return None
+    if answered is None and any(map(values.get, _conversations(values))):
         return None
     rest = dict(values)
     for name, whole in (("request", asked), ("response", answered)):
@@ -124,33 +132,51 @@ def _of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
             rest |= {f"{name}.{key}": value for key, value in whole.items()}
     asked = values if asked is None else asked
     beside = "" if asked is values else "request."
-    used = [f"{beside}{key}" for key in (*_keys_of(asked), "tools")]
+    keys = [_key(asked, names) for names in (_PROMPTS, _SYSTEMS, _TOOLS)]
+    used = [f"{beside}{key}" for key in (*keys, "tools") if key is not None]
     used += ["choices", "candidates"] if answered is values else [f"response.{key}" for key in _ANSWERS]
     used += ["message"] if answered is values and "done" in values else []
-    tools = asked.get("tools") or values.get("tools")
+    tools = _value(asked, _TOOLS) or values.get("tools")
     row = {**_without(rest, *used), **({"tools": tools} if tools else {})}
+    if asked is not values and values.get(_MESSAGES):
+        row[f"{_MESSAGES} (beside the request)"] = True
+    if answered is not None and any(_kind(item) == "reasoning" for item in _items(answered)):
+        row["response.output (reasoning)"] = True
     try:
-        row[_MESSAGES] = [*_prompt(asked), _answer(answered, values)]
+        row[_MESSAGES] = _with_answer(_prompt(asked), _answer(answered, values))
     except BadRowError as wrong:
         row[_MESSAGES] = wrong
     return row
 
 
+_HOLDERS = ("request", "response", "body")
 # Where APIs have the conversation in a request and in an answer; all else is listed as unused.
 _PROMPTS, _SYSTEMS = (_MESSAGES, "contents", "input"), ("system", "systemInstruction", "instructions")
+_TOOLS = ("tools", "functions")
 _ANSWERS = ("choices", "candidates", "output", "content", "role", "message")
 
 
-def _keys_of(asked: Mapping[str, Any]) -> Iterator[str]:
-    """Where a request has its messages and its system prompt."""
-    for keys in (_PROMPTS, _SYSTEMS):
-        yield from [key for key in keys if asked.get(key)][:1]
+def _conversations(values: Mapping[str, Any]) -> list[str]:
+    """The columns that hold a conversation of the row's own."""
+    names = fields.ROW_FIELDS[fields.MESSAGES]
+    return [key for key in values if fields.plain(key) in names and isinstance(values[key], (list, str))]
+
+
+def _key(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these names under which `values` holds something, as it is spelled there."""
+    spelled = {fields.plain(key): key for key in values if values[key]}
+    return next((spelled[plain] for name in names if (plain := fields.plain(name)) in spelled), None)
+
+
+def _value(values: Mapping[str, Any], names: Sequence[str]) -> Any:
+    key = _key(values, names)
+    return None if key is None else values[key]
 
 
 def _inside(value: object) -> Mapping[str, Any] | None:
     """A request or an answer, out of what a batch puts around it."""
-    if isinstance(value, Mapping) and isinstance(value.get("body"), Mapping):
-        value = value["body"]
+    if isinstance(value, Mapping) and isinstance(body := parsed(value.get("body")), Mapping):
+        value = body
     return value if isinstance(value, Mapping) else None
 
 
@@ -165,7 +191,7 @@ def _asked(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 def _answered(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     whole = _inside(values.get("response"))
-    if whole is not None and _replies(whole):
+    if whole is not None and (_replies(whole) or _items(whole)):
         return whole
     # Beside its prompt an answer of Anthropic's or of OpenAI's responses would be any row.
     is_call = "choices" in values or "candidates" in values or {"message", "done"} <= values.keys()
@@ -176,21 +202,32 @@ def _replies(whole: Mapping[str, Any]) -> list[tuple[object, object]]:
     """The messages that an API answered with, each with why it ends."""
     if isinstance(choices := whole.get("choices"), list):
         return [
-            (choice["message"], choice.get("finish_reason")) for choice in choices if _has(choice, "message")
+            (choice["message"], _value(choice, _REASONS)) for choice in choices if _has(choice, "message")
         ]
     if isinstance(candidates := whole.get("candidates"), list):
-        return [
-            (reply["content"], reply.get("finishReason")) for reply in candidates if _has(reply, "content")
-        ]
+        return [(reply["content"], _value(reply, _REASONS)) for reply in candidates if _has(reply, "content")]
     if whole.get("role") == "assistant" and "content" in whole:
         return [(_only(whole, "role", "content"), whole.get("stop_reason"))]
     if _has(whole, "message") and "done" in whole:
-        return [(whole["message"], whole.get("done_reason"))]
-    if isinstance(output := whole.get("output"), list):
-        return [
-            (_only(item, "role", "content"), whole.get("status")) for item in output if _has(item, "content")
-        ]
-    return []
+        return [(whole["message"], whole.get("done_reason") if whole["done"] is True else "not done")]
+    return [
+        (_only(item, "role", "content"), whole.get("status"))
+        for item in _items(whole)
+        if _kind(item) == "message"
+    ]
+
+
+def _items(whole: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What OpenAI's responses answer with: messages, and what else the model put out."""
+    output = whole.get("output")
+    is_answer = isinstance(output, list) and all(
+        isinstance(item, Mapping) and ("type" in item or _has(item, "content")) for item in output
+    )
+    return output if is_answer and isinstance(output, list) else []
+
+
+def _kind(item: Mapping[str, Any]) -> object:
+    return item.get("type", "message")
 
 
 def _has(value: object, key: str) -> bool:
@@ -202,7 +239,9 @@ def _only(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 
 
 def _prompt(asked: Mapping[str, Any]) -> Sequence[Any]:
-    messages = next((asked[key] for key in _PROMPTS if asked.get(key)), None)
+    messages = _value(asked, _PROMPTS)
+    if isinstance(made := parsed(messages), list) and all(map(_is_message, made)):
+        messages = made
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list):
@@ -211,30 +250,68 @@ def _prompt(asked: Mapping[str, Any]) -> Sequence[Any]:
             "custom_id): {messages: [...], choices: [...]}",
             "choices",
         )
-    system = next((asked[key] for key in _SYSTEMS if asked.get(key)), None)
+    system = _value(asked, _SYSTEMS)
     if isinstance(system, Mapping) and "parts" in system:
         system = system["parts"]
     return [*([{"role": "system", "content": system}] if system else []), *messages]
 
 
-_CUT_OFF = ("length", "content_filter", "max_tokens", "incomplete", "refusal", "safety")
+# Why a whole answer ends, where its API says so; any other reason is of one that is not whole.
+_REASONS = ("finish_reason",)
+_WHOLE_ENDS = {
+    fields.plain(reason)
+    for reason in (
+        "", "stop", "end_turn", "stop_sequence", "tool_use", "tool_calls", "function_call", "completed",
+        "eos", "eos_token", "unspecified", "finish_reason_unspecified",
+    )
+}  # fmt: skip
 
 
 def _answer(answered: Mapping[str, Any] | None, values: Mapping[str, Any]) -> object:
-    if answered is None:
+    for item in _items(answered or {}):
+        if _kind(item) not in ("message", "reasoning"):
+            raise BadRowError(
+                f"an answer of the responses API calls a tool ({_kind(item)}); write it as tool_calls",
+                "response",
+            )
+    replies = _replies(answered or {})
+    if not replies:
         why = "the request failed" if values.get("error") else "a request without its answer"
         raise BadRowError(
             f"is {why}; put the answer beside it (a batch's output has it by custom_id): "
             "{messages: [...], choices: [...]}",
             "response",
         )
-    replies = _replies(answered)
     if len(replies) > 1:
         raise BadRowError(f"has {len(replies)} answers to one prompt; keep the one to learn", "choices")
     ((message, reason),) = replies
-    if isinstance(reason, str) and reason.lower() in _CUT_OFF:
+    if reason is not None and fields.plain(str(reason)) not in _WHOLE_ENDS:
         raise BadRowError(f"the answer was cut off ({reason}); leave the row out", "choices")
     return message
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and "role" in value
+
+
+def _with_answer(prompt: Sequence[Any], answer: object) -> Sequence[Any]:
+    """The conversation that ends with the answer, which may stand in it already."""
+    said = _turns(prompt[-1])
+    if not said or said[-1].role != "assistant":
+        return [*prompt, answer]
+    if said != _turns(answer):
+        raise BadRowError(
+            "end with another answer than the one beside them; keep the one to learn", _MESSAGES
+        )
+    return prompt
+
+
+def _turns(message: object) -> Sequence[Turn]:
+    """The turns of a message; none of what `turns` refuses, which it says when the row is read."""
+    try:
+        return list(turns_of([message], _MESSAGES, {}, Notes()))
+    except BadRowError:
+        return ()
 
 
 def _of_data(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
