@@ -296,10 +296,10 @@ def _is_message(value: object) -> bool:
 
 def _with_answer(prompt: Sequence[Any], answer: object) -> Sequence[Any]:
     """The conversation that ends with the answer, which may stand in it already."""
-    said = _turns(prompt[-1])
-    if not said or said[-1].role != "assistant":
+    last = _turns(prompt[-1])
+    if not last or last[-1].role != "assistant":
         return [*prompt, answer]
-    if said != _turns(answer):
+    if last != _turns(answer):
         raise BadRowError(
             "end with another answer than the one beside them; keep the one to learn", _MESSAGES
         )
