@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from forge import report
-from forge.cli.options import FiniteRange, base_option, common, named_files
+from forge.cli.options import SHARE, base_option, common, named_files
 from forge.errors import RecipeError
 
 
@@ -47,7 +47,7 @@ def list_(adapters: dict[str, Path], base: str | None) -> None:
 @click.option("--rank", type=click.IntRange(1), help="Of svd: the rank; default: the largest of the ranks.")
 @click.option(
     "--density",
-    type=FiniteRange(0, 1, min_open=True),
+    type=SHARE,
     help="Of ties, dare, magnitude_prune: what is kept.",
 )
 @click.option(

@@ -7,7 +7,7 @@ import click
 
 from forge import report
 from forge.cli.options import (
-    FiniteRange,
+    POSITIVE,
     base_option,
     common,
     merge_base_option,
@@ -29,7 +29,7 @@ from forge.errors import RecipeError
 @click.option("--quant", show_default="q4_k_m", help="Type of the weights.")
 @click.option(
     "--max-kl",
-    type=FiniteRange(0, min_open=True),
+    type=POSITIVE,
     help="The smallest type within this mean KL divergence (nats) from F16, instead.",
 )
 @click.option(

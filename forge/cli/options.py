@@ -21,10 +21,12 @@ class FiniteRange(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value} is not a number.", param, ctx)
+            self.fail(f"{value} is not finite.", param, ctx)
         return number
 
 
+POSITIVE = FiniteRange(0, min_open=True)
+SHARE = FiniteRange(0, 1, min_open=True)
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
 # Of commands that work on a recipe, or on files that their options name.
 optional_recipe = click.argument("recipe", type=click.Path(path_type=Path), required=False)

@@ -7,6 +7,8 @@ import click
 
 from forge import report
 from forge.cli.options import (
+    POSITIVE,
+    SHARE,
     base_option,
     common,
     merge_base_option,
@@ -15,38 +17,36 @@ from forge.cli.options import (
 )
 from forge.errors import RecipeError
 
+_PATH = click.Path(path_type=Path)
+
 
 @click.command()
 @optional_recipe
 @overrides_option
 @base_option
-@click.option("--adapter", type=click.Path(path_type=Path), help="The LoRA adapter that was merged.")
-@click.option("--gguf", type=click.Path(path_type=Path), help="The file to check, whoever made it.")
+@click.option("--adapter", type=_PATH, help="The LoRA adapter that was merged.")
+@click.option("--gguf", type=_PATH, help="The file to check, whoever made it.")
 @click.option("--ollama", metavar="NAME", help="The model to check, by its name in an Ollama.")
 @click.option("--host", help="Ollama's address; default: OLLAMA_HOST, or 127.0.0.1:11434.")
-@click.option("--lora", type=click.Path(path_type=Path), help="The adapter's own GGUF beside its base's.")
+@click.option("--lora", type=_PATH, help="The adapter's own GGUF beside its base's.")
 @merge_base_option
 @click.option(
     "--trained-in-4bit", is_flag=True, help="The adapter saw its base in NF4 (QLoRA): show what that shifts."
 )
-@click.option("--merged", type=click.Path(path_type=Path), help="The merged checkpoint, where one was kept.")
+@click.option("--merged", type=_PATH, help="The merged checkpoint, where one was kept.")
 @click.option(
     "--imatrix",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="The importance matrix (GGUF) that the file was rounded by; iq3_xxs and below need it.",
 )
-@click.option(
-    "--data", type=click.Path(path_type=Path), help="Rows to compare on (JSONL); else built-in ones."
-)
-@click.option("--max-kl", type=float, help="Fail over this mean KL divergence (nats).")
-@click.option("--min-top1", type=float, help="Fail under this share of equal top tokens.")
-@click.option("--minutes", type=float, help="Compare no more positions than fit in so long, few at first.")
-@click.option(
-    "--certificate", type=click.Path(path_type=Path), help="Write the certificate with its rows to this file."
-)
+@click.option("--data", type=_PATH, help="Rows to compare on (JSONL); else built-in ones.")
+@click.option("--max-kl", type=POSITIVE, help="Fail over this mean KL divergence (nats).")
+@click.option("--min-top1", type=SHARE, help="Fail under this share of equal top tokens.")
+@click.option("--minutes", type=POSITIVE, help="Compare no more positions than fit in so long, few at first.")
+@click.option("--certificate", type=_PATH, help="Write the certificate with its rows to this file.")
 @click.option(
     "--recheck",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Repeat the certificate in this file, at its positions; its files are where it says, or as named.",
 )
 @common

@@ -62,7 +62,6 @@ def certify_in_ollama(name: str, host: str | None, files: Files, terms: Terms) -
 
     Raises `DataError` for a name that is not there, `CheckError` for what differs or cannot be proved.
     """
-    terms.check()
     with reach(server_url(host)) as server:
         served = parse_modelfile(str(_shown(server, name).get("modelfile") or ""))
         model = _compare(server, name, served, files)
