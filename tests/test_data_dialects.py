@@ -6,7 +6,9 @@ Not covered: what a template makes of the turns (`test_data_thinking`).
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import pytest
 from forge.data.conversation import Row
 from forge.data.conversations import to_conversations
 from forge.errors import DataError
+from tests import fuzz
 
+EACH = 40  # mutants of a row
 DIALECTS = Path(__file__).parent / "cases" / "data" / "dialects"
 
 
@@ -55,6 +59,18 @@ def test_booleans_are_not_counted_as_numbers() -> None:
     reading = to_conversations([Row(row, "rows.jsonl", 1) for row in rows])
     ways = "written as JSON; data.format: module:function gives other words"
     assert reading.notes.counts == {f"booleans in answer, {ways}": 1, f"numbers in answer, {ways}": 1}
+
+
+@pytest.mark.parametrize("name", ["read.jsonl", "refused.jsonl"])
+def test_mutants_of_dialects(name: str) -> None:
+    """Pitfall 15: a row with an odd value in any place is read, or is a row that cannot be used."""
+    for case in cases(name):
+        for seed in range(EACH):
+            (described,) = case.values
+            row = fuzz.value_of(described["row"], random.Random(f"{described['name']} {seed}"))
+            if isinstance(row, dict):
+                with contextlib.suppress(DataError):
+                    to_conversations([Row(row, "rows.jsonl", 1)])
 
 
 def test_schemas_in_capitals() -> None:

@@ -38,12 +38,9 @@ def _of_chatgpt(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     ):
         return None
     at = values.get("current_node")
-    if at not in nodes:
+    if not isinstance(at, str) or at not in nodes:
         at = next((key for key in reversed(nodes) if not nodes[key].get("children")), None)
-    path: list[str] = []
-    while at in nodes and at not in path:
-        path.insert(0, str(at))
-        at = nodes[at].get("parent")
+    path = _path(nodes, at, "parent")
     row = _without(values, "mapping", "current_node")
     spoken = {key: node["message"] for key, node in nodes.items() if isinstance(node["message"], Mapping)}
     if others := [key for key in spoken if key not in path and _author(spoken[key]) != "system"]:
@@ -53,6 +50,15 @@ def _of_chatgpt(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     except BadRowError as wrong:
         row[_MESSAGES] = wrong
     return row
+
+
+def _path(nodes: Mapping[str, Mapping[str, Any]], at: object, parent: str) -> list[str]:
+    """The keys of the nodes from the root to the node `at`."""
+    path: list[str] = []
+    while isinstance(at, str) and at in nodes and at not in path:
+        path.insert(0, at)
+        at = nodes[at].get(parent)
+    return path
 
 
 _WHOLE = "finished_successfully"
@@ -70,7 +76,8 @@ def _chatgpt_messages(
     for message in spoken:
         content, role = message.get("content"), _author(message)
         kind = content.get("content_type") if isinstance(content, Mapping) else None
-        parts = content.get("parts", []) if isinstance(content, Mapping) else []
+        parts = content.get("parts") if isinstance(content, Mapping) else None
+        parts = [] if parts is None else parts if isinstance(parts, list) else [parts]
         if kind in _BESIDE:
             row[f"mapping (content of type {kind})"] = True
         elif role in ("system", "assistant") and kind == "text" and not any(parts):
@@ -86,33 +93,55 @@ def _chatgpt_messages(
             raise BadRowError(f"has content of type {kind}; only text can be learned here", "mapping")
         elif role == "assistant" and message.get("status", _WHOLE) != _WHOLE:
             raise BadRowError(f"an answer was cut off ({message['status']}); leave the row out", "mapping")
+        elif role == "assistant" and message.get("end_turn") is False:
+            raise BadRowError(
+                "an answer goes on in another message (end_turn: false); leave the row out", "mapping"
+            )
         else:
             yield {"role": role, "content": "".join(parts)}
 
 
 def _of_claude(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Messages with a `sender`, each with its text twice: as blocks too, in newer exports."""
+    """Messages with a `sender`, each with its text twice: as blocks too, in newer exports.
+
+    Where two of them answer one message, those that lead to the last are the conversation.
+    """
     messages = values["chat_messages"]
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         return None
-    made: object = [_claude_message(message) for message in messages]
+    row = _without(values, "chat_messages")
+    parents = [parent for message in messages if isinstance(parent := message.get(_PARENT), str)]
+    if len(set(parents)) < len(parents):
+        nodes = {str(message.get("uuid")): message for message in messages}
+        path = _path(nodes, str(messages[-1].get("uuid")), _PARENT)
+        if len(nodes) < len(messages):
+            why = "has branches, and messages without a uuid of their own; leave the row out"
+            return {**row, _MESSAGES: BadRowError(why, "chat_messages")}
+        row["chat_messages (other branches)"] = [key for key in nodes if key not in path]
+        messages = [nodes[key] for key in path]
+    row[_MESSAGES] = [_claude_message(message) for message in messages]
     for message in messages:
         for key in ("attachments", "files", "files_v2"):
             if message.get(key):
-                made = BadRowError(
+                row[_MESSAGES] = BadRowError(
                     f"has {key}, which the answer rests on and the messages do not show; leave the row out",
                     "chat_messages",
                 )
-    return {**_without(values, "chat_messages"), _MESSAGES: made}
+    return row
+
+
+_PARENT = "parent_message_uuid"
 
 
 def _claude_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    blocks = [
-        block
-        for block in message.get("content") or ()
-        if not (isinstance(block, Mapping) and block.get("type") == "token_budget")
-    ]
-    return {"role": message.get("sender"), "content": blocks or message.get("text")}
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [
+            block
+            for block in content
+            if not (isinstance(block, Mapping) and block.get("type") == "token_budget")
+        ]
+    return {"role": message.get("sender"), "content": content or message.get("text")}
 
 
 def _of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -331,7 +360,10 @@ def _of_tree(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     others = 0
     while node is not None:
         messages.append({"role": node.get("role"), "content": node.get("text")})
-        replies = [reply for reply in node.get("replies") or () if isinstance(reply, Mapping)]
+        listed = node.get("replies")
+        replies = (
+            [reply for reply in listed if isinstance(reply, Mapping)] if isinstance(listed, list) else []
+        )
         others += max(0, len(replies) - 1)
         node = min(replies, key=_rank, default=None)
     beside = {"prompt (other replies)": others} if others else {}
