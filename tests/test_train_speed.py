@@ -105,6 +105,8 @@ def test_auto_on_a_gpu(llama: Configuration, packages: Path) -> None:
     assert _chosen(GPU, llama)["compile"][0] is False
     assert _chosen(GPU, llama)["offload_activations"][0] is False
     assert _chosen(GPU, llama, needed=30 << 30)["offload_activations"][0] is True
+    orpo = _chosen(GPU, llama, needed=30 << 30, objective="orpo")["offload_activations"]
+    assert orpo == (False, "trl's trainer for ORPO has no such option")
 
 
 def test_what_the_recipe_says_is_no_choice(llama: Configuration) -> None:

@@ -117,6 +117,8 @@ def _no_offloading(train: Train, memory: Memory, *, has_gpu: bool) -> str:
         return _NO_GPU
     if train.backend == "unsloth":
         return "unsloth has its own"
+    if train.objective == "orpo":
+        return "trl's trainer for ORPO has no such option"
     if train.compile is True:
         return "torch.compile keeps what it saves to itself"
     if memory.estimate.total <= 0.9 * memory.device.total:  # of what is there, as `choose_method` has it
