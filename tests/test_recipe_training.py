@@ -70,6 +70,7 @@ def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
         ("{devices: auto, nodes: 2}", "train.devices", "the same on each machine"),
         ("{devices: 2, nodes: 2, retry_smaller: true}", "train.retry_smaller", "would not hear of it"),
         ("{method: lora, strategy: fsdp}", "train.strategy", "name train.devices"),
+        ("{method: lora, strategy: fsdp, devices: [2]}", "train.strategy", "name train.devices"),
         ("{devices: 2, strategy: fsdp}", "train.quant_storage", "use bfloat16"),
         ("{devices: 2, strategy: deepspeed}", "train.method", "cannot cut 4-bit"),
         ("{devices: 2, strategy: fsdp, method: int8}", "train.method", "cannot be cut"),
@@ -121,6 +122,11 @@ def test_what_is_not_built_is_refused_with_its_reason(
 def test_orpo_compares_with_no_base(train: str, tmp_path: Path) -> None:
     """So it may be moved, or trained whole."""
     assert isinstance(loaded(tmp_path, train).recipe.train, Train)
+
+
+@pytest.mark.parametrize("rest", ["objective: kto", "compile: true", "backend: unsloth"])
+def test_a_gpu_by_its_number_is_one_device(rest: str, tmp_path: Path) -> None:
+    assert isinstance(loaded(tmp_path, f"{{devices: [2], {rest}}}").recipe.train, Train)
 
 
 def test_a_shape_beside_an_adapter_to_go_on_from_is_a_doubt(tmp_path: Path) -> None:

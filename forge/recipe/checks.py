@@ -158,7 +158,7 @@ def _not_built(train: Train) -> Iterator[Finding]:
 
 def _devices(train: Train) -> Iterator[Finding]:
     """What several devices leave no room for."""
-    several = train.nodes > 1 or train.devices != 1
+    several = train.processes != 1
     if isinstance(train.devices, tuple) and train.device in ("cpu", "mps"):
         yield "train.devices", f"numbers are those of GPUs, and train.device is {train.device}; say how many"
     if train.device == "mps" and several:
@@ -173,7 +173,10 @@ def _devices(train: Train) -> Iterator[Finding]:
         yield "train.compile", "is for one device; leave it out"
     if train.strategy != "ddp":
         if not several:
-            yield "train.strategy", f"{train.strategy} shares a model among devices; name train.devices"
+            yield (
+                "train.strategy",
+                f"{train.strategy} shares a model among devices; name train.devices, two or more",
+            )
         for holds, field, why in _not_shared(train):
             if holds:
                 yield f"train.{field}", f"train.strategy: {train.strategy}: {why}"
@@ -215,6 +218,8 @@ def _fast(recipe: Recipe, train: Train) -> Iterator[Finding]:
         if train.device == "mps":
             yield "train.compile", "torch.compile is not made for mps yet; leave it out"
     if train.backend == "unsloth":
+        if train.devices_each != 1:
+            yield "train.devices", "train.backend: unsloth is used here on one device"
         leaves = values(recipe)
         for field, allowed, why in _OF_UNSLOTH:
             if leaves[field] not in allowed:
@@ -227,7 +232,6 @@ _OF_UNSLOTH: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("train.attention", ("auto",), "has its own; leave it out"),
     ("train.compile", ("auto", False), "compiles by itself; leave it out"),
     ("train.continue_from", (None,), "starts anew; leave it out"),
-    ("train.devices", (1,), "is used here on one device"),
     ("train.double_quantization", (True,), "quantizes the scales too; leave it out"),
     ("train.evaluation_steps", (None,), "answers questions from another form of the model; leave it out"),
     ("train.four_bit_type", ("nf4",), "knows nf4 only"),

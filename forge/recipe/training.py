@@ -222,11 +222,21 @@ class Train(Section):
     report_to: Reporters = Field((), description="trackers such as `tensorboard` or `wandb`; none when empty")
 
     @property
-    def processes(self) -> int | None:
-        """How many devices train, on all machines; None where that is the machine's to say."""
+    def devices_each(self) -> int | None:
+        """How many devices train on each machine; None where that is the machine's to say."""
         if self.devices == "auto":
             return None
-        return self.nodes * (len(self.devices) if isinstance(self.devices, tuple) else self.devices)
+        return len(self.devices) if isinstance(self.devices, tuple) else self.devices
+
+    @property
+    def processes(self) -> int | None:
+        """How many devices train, on all machines; None where that is the machine's to say."""
+        return self.nodes * self.devices_each if self.devices_each else None
+
+    @property
+    def may_cut_four_bits(self) -> bool:
+        """Whether the strategy leaves 4-bit weights whole, or cuts them as numbers of the compute type."""
+        return self.strategy == "ddp" or (self.strategy == "fsdp" and self.quant_storage != "uint8")
 
     @property
     def compares(self) -> bool:
