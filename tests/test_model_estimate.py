@@ -325,3 +325,23 @@ def test_b5_the_cheapest_change_that_fits_is_named(tensors: Models, llama: Confi
     batch = {"train.batch_size", "train.gradient_accumulation"}
     assert [set(), {attention}, {attention, checkpointing}, {attention, checkpointing, *batch}] == seen[:4]
     assert any(fields and "train.method" in fields for fields in seen) and seen[-1] is None
+
+
+def test_b5_no_advice_is_one_that_the_recipe_refuses(tensors: Models, llama: Configuration) -> None:
+    """Neither ZeRO 3 nor FSDP cuts 4-bit weights that are packed in bytes."""
+    large = Device("cuda", "a GPU", 1 << 50, 1 << 50, has_bfloat16=True)
+    methods = {}
+    for strategy, storage in (("deepspeed", "bfloat16"), ("fsdp", "uint8"), ("fsdp", "bfloat16")):
+        train = Train.model_validate(
+            {"method": "lora", "devices": 2, "strategy": strategy, "quant_storage": storage}
+        )
+        job = job_of(train, 1024, large)
+        advice = [
+            memory_of(job, tensors["llama-2-7b"], llama, replace(large, free=gigabytes * 10**9))
+            for gigabytes in range(100)
+        ]
+        methods[strategy, storage] = {
+            memory.cheapest_change.get("train.method") for memory in advice if memory.cheapest_change
+        }
+    assert methods["deepspeed", "bfloat16"] == methods["fsdp", "uint8"] == {None}
+    assert methods["fsdp", "bfloat16"] == {None, "qlora"}

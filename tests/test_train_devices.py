@@ -32,7 +32,7 @@ from forge.train.arguments import arguments as trainer_arguments
 from forge.train.checkpoints import MARKER
 from forge.train.hardware import Hardware
 from forge.train.join import Joining, invite
-from forge.train.memory import Device, estimate_of, job_of
+from forge.train.memory import Device, estimate_of, job_of, training_device
 from forge.train.ranks import gpu_count, ranks_of
 from forge.train.request import Trained
 from forge.train.run import train
@@ -252,6 +252,37 @@ def test_gpus_that_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _told(ranks_of(Train(devices=(1,)), GPU).environments()) == [
         {**ORDER, "CUDA_VISIBLE_DEVICES": "7"}
     ]
+
+
+@pytest.mark.parametrize(("named", "count"), [("", 0), ("-1", 0), ("-1,0", 0), ("0,-1,1", 1)])
+def test_hidden_gpus_are_none(
+    named: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As CUDA reads them: -1 ends the list. nvidia-smi shows every GPU all the same."""
+    shown = tmp_path / "nvidia-smi"
+    shown.write_text("#!/bin/sh\necho NVIDIA L4, 24000, 23000, 8.9\n", encoding="utf-8")
+    shown.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("forge.train.memory._torch_has_cuda", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert training_device("auto").kind == "cuda"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert gpu_count() == count
+    assert training_device("auto").kind == ("cuda" if count else "cpu")
+
+
+def test_processes_share_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    told = ranks_of(Train(devices=2), CPU).environments()
+    assert [each["OMP_NUM_THREADS"] for each in told] == ["1", "1"]
+
+
+def test_a_strategy_needs_more_than_the_one_gpu_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("forge.train.ranks.gpu_count", lambda: 1)
+    with pytest.raises(MissingToolError, match="fsdp shares a model among devices, and there"):
+        ranks_of(Train(strategy="fsdp", devices="auto"), GPU)
 
 
 def test_the_second_machine_s_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ different sizes (the first one counts), Apple's and AMD's (their memory counts a
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -100,7 +102,7 @@ def training_device(asked: str) -> Device:
 
 def _gpu() -> Device | None:
     """The first NVIDIA GPU, where the installed torch is built for it."""
-    if shutil.which("nvidia-smi") is None or not _torch_has_cuda():
+    if named_gpus() == () or shutil.which("nvidia-smi") is None or not _torch_has_cuda():
         return None
     query = "--query-gpu=name,memory.total,memory.free,compute_cap"
     try:
@@ -113,6 +115,14 @@ def _gpu() -> Device | None:
             native = parts[3].partition(".")[0].isdecimal() and int(parts[3].partition(".")[0]) >= 8
             return Device("cuda", parts[0], int(parts[1]) << 20, int(parts[2]) << 20, native)
     return None
+
+
+def named_gpus() -> Sequence[str] | None:
+    """Those that CUDA_VISIBLE_DEVICES leaves, which nvidia-smi does not read; None where it names none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return None
+    return tuple(takewhile(lambda gpu: gpu not in ("", "-1"), map(str.strip, named.split(","))))
 
 
 def _torch_has_cuda() -> bool:
@@ -210,6 +220,8 @@ def _changes(job: Job) -> Iterator[tuple[Mapping[str, Setting], Job]]:
         fields |= {"train.batch_size": half, "train.gradient_accumulation": job.accumulation}
         yield dict(fields), job
     for method in ("lora", "qlora"):
+        if method == "qlora" and not job.train.may_cut_four_bits:
+            continue
         if job.method in ("full", "int8", "lora") and job.method != method:
             job, fields = replace(job, method=method), fields | {"train.method": method}
             yield fields, job

@@ -17,8 +17,9 @@ from typing import Any
 
 from forge import process
 from forge.errors import ForgeError, MissingToolError
+from forge.model.estimate import usable_cores
 from forge.recipe.schema import Train
-from forge.train.memory import Device
+from forge.train.memory import Device, named_gpus
 
 # transformers asks these while it loads a model: the first process reads the weights, the others take theirs.
 _FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -51,7 +52,7 @@ class Ranks:
             }
         if self.count == 1:
             return (visible,)
-        threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.processes, 1))}
+        threads = {"OMP_NUM_THREADS": str(max(usable_cores() // self.processes, 1))}
         alone = {"GLOO_SOCKET_IFNAME": "lo"} if self.nodes == 1 and Path("/sys/class/net/lo").exists() else {}
         shared = _FSDP if self.strategy == "fsdp" else {}
         defaults = {name: value for name, value in (threads | alone).items() if name not in os.environ}
@@ -84,6 +85,11 @@ def gpus_of(train: Train, device: Device) -> tuple[int, ...]:
             f"train.devices: there is no GPU {', '.join(map(str, absent))} here, but {there}",
             hint="name fewer, or auto for all there are",
         )
+    if train.strategy != "ddp" and train.nodes * len(gpus) == 1:
+        raise MissingToolError(
+            f"train.strategy: {train.strategy} shares a model among devices, and there is one GPU here",
+            hint="use ddp, or train where there are several",
+        )
     return gpus
 
 
@@ -103,9 +109,9 @@ def ranks_of(train: Train, device: Device) -> Ranks:
 
 def gpu_count() -> int:
     """How many NVIDIA GPUs a process here may use."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = named_gpus()
     if named is not None:
-        return len([gpu for gpu in named.split(",") if gpu.strip() not in ("", "-1")])
+        return len(named)
     if shutil.which("nvidia-smi") is None:
         return 0
     try:
@@ -117,8 +123,8 @@ def gpu_count() -> int:
 
 def _visible(number: int) -> str:
     """What CUDA calls the GPU of that number among those that may be used."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[number].strip() if named else str(number)
+    named = named_gpus()
+    return named[number] if named else str(number)
 
 
 def _free_port(*, is_local: bool) -> int:
