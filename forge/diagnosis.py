@@ -50,7 +50,7 @@ def known_faults() -> tuple[Known, ...]:
         entries = tomllib.load(file)["message"]
     return tuple(
         Known(
-            re.compile(entry["pattern"], re.IGNORECASE),
+            re.compile(entry["pattern"], re.IGNORECASE | re.MULTILINE),
             _words(entry["pattern"]),
             entry["cause"],
             entry["remedy"],

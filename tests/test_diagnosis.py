@@ -50,6 +50,12 @@ def test_the_remedy_says_what_to_do(message: str, words: str) -> None:
     assert known is not None and words in known.remedy
 
 
+def test_a_line_is_known_wherever_it_stands_in_a_message() -> None:
+    """A pattern that begins with `^` means the beginning of a line, not of the message."""
+    for message in KNOWN:
+        assert known_cause(f"it ended with status 1:\n{message}\nbye") is known_cause(message), message
+
+
 def test_unrelated_lines_are_not_known() -> None:
     assert [line for line in UNKNOWN if known_cause(line) is not None] == []
 
