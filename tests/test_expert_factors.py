@@ -19,6 +19,9 @@ from forge.errors import DataError
 from forge.export import merge
 from forge.export.run import GGUF_FILE
 from forge.model.checkpoint import open_checkpoint
+from forge.verify.experts import experts
+from forge.verify.loader import Weights
+from forge.verify.tuned import open_model
 from tests.models import PEFT_WARNS, change_json, make_adapter, make_model
 from tests.specimens import Specimen, write_rows
 from tests.test_export_merge import assert_equal
@@ -252,3 +255,12 @@ def test_the_certificate_catches_a_misreading(
     export_of(base, adapter, tmp_path / "out", tokenizer=base)
     found = specimen.verify(tmp_path / "out" / GGUF_FILE)
     assert (found["ok"], found["broken_stage"]) == ((True, None) if case == "none" else (False, "merge"))
+
+
+def test_the_file_is_looked_at_in_the_first_layer_and_the_last(tmp_path: Path) -> None:
+    """Of many layers four are: a conversion that goes wrong at the end is seen there."""
+    base = make_model(tmp_path / "base", "mixtral", "home-made", num_hidden_layers=7)
+    options: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    opened = open_model(Weights(base, make_adapter(base, tmp_path / "adapter", **options)))
+    layers = [name.split(".")[2] for name, _, _ in experts(opened)]
+    assert (len(layers), layers[0], layers[-1]) == (4, "0", "6")

@@ -26,8 +26,8 @@ from forge.verify.decide import undecided
 from forge.verify.inputs import refuse_too_large, type_of_tensors
 from forge.verify.measurement import Gates, Measurement
 from forge.verify.sample import LONGEST, Sample, draw, least_share
+from forge.verify.spread import spread
 from forge.verify.verdict import judge
-from forge.verify.weights import spread
 
 pytestmark = pytest.mark.training  # numpy
 
@@ -167,7 +167,7 @@ def test_the_sample_knows_which_tokens_are_answers() -> None:
     assert all(draw([{"input_ids": row} for row in ids], 2000, None).answers)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 31, 32, 61, 62, 64, 80])
+@pytest.mark.parametrize("layers", [1, 2, 7, 31, 32, 61, 62, 64, 80])
 def test_every_kind_of_tensor_is_looked_at(layers: int) -> None:
     """However many layers there are: 62 of 9 tensors are a multiple of the 62 that are looked at."""
     kinds = [f"mlp.{letter}_proj.weight" for letter in "abcdefghi"]
@@ -180,6 +180,16 @@ def test_every_kind_of_tensor_is_looked_at(layers: int) -> None:
     # Of each kind from the first layers to the last.
     depths = [[name.split(".")[2] for name in found if name.endswith(kind)] for kind in kinds]
     assert all(max(map(int, one)) - min(map(int, one)) >= layers * 0.7 - 1 for one in depths)
+
+
+@pytest.mark.parametrize("layers", range(1, 33))
+def test_the_first_layer_and_the_last_are_looked_at(layers: int) -> None:
+    """Of one kind of module, few of them: no quarter of a model is left out."""
+    modules = [f"model.layers.{number}.mlp.experts" for number in range(layers)]
+    found = spread(modules, 4)
+    assert len(set(found)) == len(found) == min(4, layers)
+    assert {modules[0], modules[-1]} <= set(found)
+    assert all(set(found) & set(modules[start : start + max(1, layers // 2)]) for start in range(layers // 2))
 
 
 def test_the_confidence_of_a_share() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from forge.verify.spread import spread
 from forge.verify.tuned import Opened, parameter_of
 
 _LAYERS = 4
@@ -20,7 +21,7 @@ def experts(opened: Opened) -> Iterator[tuple[str, Any, Any]]:
     is large.
     """
     modules = [name for name, layer in opened.layers.items() if parameter_of(layer) != "weight"]
-    for module in modules[:: max(1, len(modules) // _LAYERS)][:_LAYERS]:
+    for module in spread(modules, _LAYERS):
         layer = opened.layers[module]
         base = layer.get_base_layer()
         while (parameter := parameter_of(layer)) != "weight":

@@ -11,7 +11,6 @@ Not covered: tensors that a family's converter splits, joins or computes anew; t
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from forge.verify.experts import experts
 from forge.verify.loader import Weights, nf4_and_back
 from forge.verify.measurement import Fits, RowFit
 from forge.verify.rounding import gguf_names
+from forge.verify.spread import spread
 from forge.verify.token_rows import EMBEDDING, HEAD, ChangedRows, rows_of
 from forge.verify.tuned import open_model
 
@@ -35,7 +35,6 @@ _MOST_ROWS = 16384
 """Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
 _NF4_LAYERS = 4
 _OF_TOKENS = (EMBEDDING, HEAD)
-_NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -137,23 +136,6 @@ def _raw(path: Path, tensor: GgufTensor) -> Any:
     if tensor.type in ("F16", "F32"):
         return data.view(np.float16 if tensor.type == "F16" else np.float32).reshape(tensor.shape)
     return data.reshape(*tensor.shape[:-1], -1)
-
-
-def spread(names: Sequence[str], most: int = 64) -> list[str]:
-    """At most `most` of a checkpoint's names, those outside of the layers always among them.
-
-    Each kind of tensor (a layer's name without its number) in turn, at even steps through the layers.
-    """
-    if len(names) <= most:
-        return list(names)
-    outside = [name for name in names if not _NUMBER.search(name)]
-    kinds: dict[str, list[str]] = {}
-    for name in names:
-        if _NUMBER.search(name):
-            kinds.setdefault(_NUMBER.sub(".", name), []).append(name)
-    each, room = list(kinds.values()), max(0, most - len(outside))
-    turns = ((each[number % len(each)], number) for number in range(room))
-    return [*outside, *dict.fromkeys(kind[len(kind) * number // room] for kind, number in turns)]
 
 
 def _fit(

@@ -109,6 +109,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
         *_WHOLE,
     ),
     "forge/verify/experts.py": ("test_expert_factors.py",),
+    "forge/verify/spread.py": (_MATHS,),
     "forge/verify/token_rows.py": ("test_resized.py", f"{_CAUGHT}[token rows]"),
     "forge/verify/tuned.py": (
         *_REFERENCE,
