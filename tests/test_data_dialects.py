@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,20 @@ def test_mutants_of_dialects(name: str) -> None:
             if isinstance(row, dict):
                 with contextlib.suppress(DataError):
                     to_conversations([Row(row, "rows.jsonl", 1)])
+
+
+@pytest.mark.parametrize("beside", [{}, {"choices": [{"message": {"role": "assistant", "content": "b"}}]}])
+def test_a_row_that_is_nested_too_deeply(beside: Mapping[str, Any]) -> None:
+    """Pitfall 15: what no reader can follow is a row that cannot be used, not a traceback."""
+    deep: Any = {}
+    for _ in range(sys.getrecursionlimit()):
+        deep = {"items": deep}
+    call = {"name": "f", "arguments": deep}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]
+    with pytest.raises(DataError) as caught:
+        to_conversations([Row({"messages": messages, **beside}, "rows.jsonl", 1)])
+    (problem,) = caught.value.problems
+    assert str(problem).endswith("is nested too deeply")
 
 
 def test_schemas_in_capitals() -> None:

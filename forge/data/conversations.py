@@ -28,7 +28,7 @@ from forge.data.layout import (
     layout_of,
 )
 from forge.data.problems import BadRows
-from forge.data.texts import BadRowError, Notes, is_of_parts, parsed, text_of, writable, written
+from forge.data.texts import TOO_DEEP, BadRowError, Notes, is_of_parts, parsed, text_of, writable, written
 from forge.data.turns import calls_of, finished, tools_of, turns_of
 from forge.errors import DataError, Problem
 
@@ -77,6 +77,9 @@ class Reading:
                 conversation = _conversation(row, self.layout, self.shape, self.notes)
             except BadRowError as wrong:
                 problems.append(row.problem(wrong.message, wrong.field))
+                continue
+            except RecursionError:
+                problems.append(row.problem(TOO_DEEP))
                 continue
             if conversation is not None:
                 is_any = True

@@ -12,7 +12,7 @@ from typing import Any
 
 from forge.data import fields
 from forge.data.conversation import Turn
-from forge.data.texts import BadRowError, Notes, parsed
+from forge.data.texts import TOO_DEEP, BadRowError, Notes, parsed
 from forge.data.turns import turns_of
 
 _MESSAGES = "messages"
@@ -175,6 +175,8 @@ def _of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
         row[_MESSAGES] = _with_answer(_prompt(asked), _answer(answered, values))
     except BadRowError as wrong:
         row[_MESSAGES] = wrong
+    except RecursionError:
+        row[_MESSAGES] = BadRowError(TOO_DEEP)
     return row
 
 

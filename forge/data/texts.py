@@ -14,6 +14,7 @@ from typing import Any
 
 from forge.data import fields
 
+TOO_DEEP = "is nested too deeply"
 _LONGEST_LITERAL = 10_000_000
 
 
