@@ -146,12 +146,12 @@ def _claude_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What a model's API was asked and what it answered: stored, logged, or the lines of a batch."""
-    opened = {**values, **{name: parsed(values[name]) for name in _HOLDERS if name in values}}
+    opened = _unfolded({**values, **{name: parsed(values[name]) for name in _HOLDERS if name in values}})
     if (answered := _answered(opened)) is not None:
         values = opened  # else a request in a text is a prompt as it stands
     asked = _asked(values)
     if asked is None and answered is None:
-        return None
+        return _of_generated(values)
     if answered is None and any(map(values.get, _conversations(values))):
         return None
     rest = dict(values)
@@ -178,6 +178,15 @@ def _of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     except RecursionError:
         row[_MESSAGES] = BadRowError(TOO_DEEP)
     return row
+
+
+def _of_generated(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Ollama's answer to a bare prompt, where it is not whole."""
+    if not ({"model", "prompt", "done"} <= values.keys() and isinstance(values.get("response"), str)):
+        return None
+    if _is_whole(reason := _ollama_reason(values)):
+        return None
+    return {**values, "response": _cut_off(reason, "response")}
 
 
 _HOLDERS = ("request", "response", "body")
@@ -208,7 +217,14 @@ def _inside(value: object) -> Mapping[str, Any] | None:
     """A request or an answer, out of what a batch puts around it."""
     if isinstance(value, Mapping) and isinstance(body := parsed(value.get("body")), Mapping):
         value = body
-    return value if isinstance(value, Mapping) else None
+    return _unfolded(value) if isinstance(value, Mapping) else None
+
+
+def _unfolded(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A request with what google-genai has in its `config`: system prompt, tools, settings."""
+    config = values.get("config")
+    is_request = isinstance(config, Mapping) and "contents" in values
+    return {**config, **_without(values, "config")} if is_request and config else values
 
 
 def _asked(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -240,12 +256,16 @@ def _replies(whole: Mapping[str, Any]) -> list[tuple[object, object]]:
     if whole.get("role") == "assistant" and "content" in whole:
         return [(_only(whole, "role", "content"), whole.get("stop_reason"))]
     if _has(whole, "message") and "done" in whole:
-        return [(whole["message"], whole.get("done_reason") if whole["done"] is True else "not done")]
+        return [(whole["message"], _ollama_reason(whole))]
     return [
         (_only(item, "role", "content"), whole.get("status"))
         for item in _items(whole)
         if _kind(item) == "message"
     ]
+
+
+def _ollama_reason(whole: Mapping[str, Any]) -> object:
+    return whole.get("done_reason") if whole["done"] is True else "not done"
 
 
 def _items(whole: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -316,9 +336,17 @@ def _answer(answered: Mapping[str, Any] | None, values: Mapping[str, Any]) -> ob
     if len(replies) > 1:
         raise BadRowError(f"has {len(replies)} answers to one prompt; keep the one to learn", "choices")
     ((message, reason),) = replies
-    if reason is not None and fields.plain(str(reason)) not in _WHOLE_ENDS:
-        raise BadRowError(f"the answer was cut off ({reason}); leave the row out", "choices")
+    if not _is_whole(reason):
+        raise _cut_off(reason, "choices")
     return message
+
+
+def _is_whole(reason: object) -> bool:
+    return reason is None or fields.plain(str(reason)) in _WHOLE_ENDS
+
+
+def _cut_off(reason: object, place: str) -> BadRowError:
+    return BadRowError(f"the answer was cut off ({reason}); leave the row out", place)
 
 
 def _is_message(value: object) -> bool:
