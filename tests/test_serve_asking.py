@@ -249,4 +249,4 @@ def test_a_temperature_that_is_no_number(
     url = ("--endpoint", "http://127.0.0.1:9")
     for command in (("generate", str(tmp_path), str(tmp_path), *url), ("chat", "http://127.0.0.1:9")):
         assert run_command([*command, "--temperature", number]) == 2
-        assert f"'--temperature': {number} is not a number" in capsys.readouterr().err
+        assert f"'--temperature': {number} is not finite" in capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from forge.verify import sample
@@ -25,13 +27,23 @@ class Answered:
 
 
 def prompts_of(rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Rows up to their answer: what the model is asked."""
-    prompts = []
-    for row in rows[:_LIVE_PROMPTS]:
-        labels = row.get("labels") or []
-        start = next((at for at, label in enumerate(labels) if label >= 0), len(row["input_ids"]) // 2)
-        prompts.append(list(row["input_ids"][: max(1, min(start, sample.LONGEST))]))
-    return prompts
+    """Rows up to their answer: what the model is asked.
+
+    Few rows are also cut within their answers: over one prompt the mean of a divergence says little.
+    """
+    of_each = math.ceil(_LIVE_PROMPTS / max(len(rows), 1))
+    by_row = [_beginnings(row, of_each) for row in rows[:_LIVE_PROMPTS]]
+    prompts = [prompt for turn in zip_longest(*by_row) for prompt in turn if prompt]
+    return prompts[:_LIVE_PROMPTS]
+
+
+def _beginnings(row: Mapping[str, Any], count: int) -> list[list[int]]:
+    """The row up to its answer, then with ever more of it: at most `count`, evenly spaced."""
+    ids, labels = row["input_ids"], row.get("labels") or []
+    start = next((at for at, label in enumerate(labels) if label >= 0), len(ids) // 2)
+    start, end = (max(1, min(place, sample.LONGEST)) for place in (start, len(ids)))
+    places = {start + (end - start) * number // count for number in range(count)}
+    return [list(ids[:place]) for place in sorted(places)]
 
 
 def answer(model: ServedModel, prompts: Sequence[Sequence[int]]) -> Answered:
