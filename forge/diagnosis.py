@@ -6,16 +6,19 @@ Not covered: messages that no line of the table fits; nothing is guessed about t
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import tomllib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 _TABLE = Path(__file__).with_name("messages.toml")
 _LONGEST = 2000
 """Characters of a line that are looked at: a log may hold a file on one line."""
+_BLOCK = 4096
+_SLAB = 1 << 16
+_DIGITS = str.maketrans("123456789", "000000000")
 _SHOWN = 300
 
 
@@ -25,7 +28,7 @@ class Known:
 
     pattern: re.Pattern[str]
     words: tuple[str, ...]
-    """Of the pattern's alternatives, text that each must have: looked for first, since that is fast."""
+    """Text that each alternative of the pattern must have, 0 for any digit: looked for first, since fast."""
     cause: str
     remedy: str
     source: str
@@ -70,7 +73,7 @@ def _words(pattern: str) -> tuple[str, ...]:
             bare = inner
         bare = re.sub(r".([?*]|\{[0-9,]+\})", "\0", re.sub(r"\\(.)", r"\1", bare.replace("\\.", "\1")))
         plain = max(re.split(r"[\0\1.+^$|]", bare), key=len).lower()
-        words.append(plain)
+        words.append(plain.translate(_DIGITS))
     assert all(len(word) > 2 for word in words), (
         f"{pattern}: an alternative without plain text is slow to find"
     )
@@ -92,52 +95,42 @@ def _alternatives(pattern: str) -> Iterator[str]:
 def known_cause(message: str) -> Known | None:
     """The first line of the table that fits a message."""
     text = message[:_LONGEST]
-    lowered = text.lower()
-    places = _places()
-    letters = {lowered[at : at + 3] for at in range(len(lowered) - 2)}
-    for place in sorted({place for three in places.keys() & letters for place in places[three]}):
-        known = known_faults()[place]
-        if any(word in lowered for word in known.words) and known.pattern.search(text):
-            return known
-    return None
+    return _first_that_fits(_possible(text), text)
 
 
-@functools.cache
-def _places() -> Mapping[str, Sequence[int]]:
-    """Three letters of every word of the table, few of them common, and the lines whose word has them.
+def _possible(text: str) -> list[Known]:
+    """The lines of the table with a word in the text, whatever its numbers."""
+    lowered = text.lower().translate(_DIGITS)
+    return [known for known in known_faults() if any(word in lowered for word in known.words)]
 
-    A line of a log has a hundred such threes, the table hundreds of words: it is looked for that way round.
-    """
-    words = {word for known in known_faults() for word in known.words}
-    threes = {word: [word[at : at + 3] for at in range(len(word) - 2)] for word in words}
-    often = Counter(three for several in threes.values() for three in several)
-    places: dict[str, list[int]] = {}
-    for place, known in enumerate(known_faults()):
-        for word in known.words:
-            places.setdefault(min(threes[word], key=lambda three: often[three]), []).append(place)
-    return places
+
+def _first_that_fits(possible: list[Known], text: str) -> Known | None:
+    return next((known for known in possible if known.pattern.search(text)), None)
 
 
 def diagnose(lines: Iterable[str]) -> list[Match]:
-    """What is known of the lines of a log, in the order in which they first came; each cause once."""
+    """What is known of the lines of a log, in the order in which they first came; each cause once.
+
+    Words are looked for in thousands of lines at once, those that differ only in their numbers once.
+    """
     matches: dict[str, Match] = {}
-    seen: dict[str, Known | None] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.strip()[:_LONGEST]
-        if text not in seen:
-            if len(seen) > 10_000:  # a log of any length needs no more memory than this
-                seen.clear()
-            seen[text] = known_cause(text)
-        known = seen[text]
-        if known is None:
-            continue
-        first = matches.get(known.cause)
-        matches[known.cause] = Match(
-            first.message if first else text[:_SHOWN],
-            known.cause,
-            known.remedy,
-            known.source,
-            first.line if first else number,
-            first.count + 1 if first else 1,
-        )
+    numbered = enumerate((line.strip()[:_LONGEST] for line in lines), start=1)
+    while block := list(itertools.islice(numbered, _BLOCK)):
+        shapes = "\n".join(text for _, text in block).translate(_DIGITS).split("\n")
+        possible = _possible("\n".join(set(shapes)))
+        for number, text in block if possible else ():
+            if known := _first_that_fits(possible, text):
+                first = matches.get(known.cause) or Match(
+                    text[:_SHOWN], known.cause, known.remedy, known.source, number, 0
+                )
+                matches[known.cause] = replace(first, count=first.count + 1)
     return list(matches.values())
+
+
+def log_lines(path: Path) -> Iterator[str]:
+    """The lines of a log of any size, of each the part that is looked at."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while line := file.readline(_LONGEST):
+            yield line
+            while not line.endswith("\n") and (line := file.readline(_SLAB)):
+                pass

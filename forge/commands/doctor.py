@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from forge import process, report, worker
-from forge.diagnosis import Match, diagnose
+from forge.diagnosis import Match, diagnose, log_lines
 from forge.errors import DataError, ForgeError, MissingToolError
 from forge.export.compiled import library_file
 from forge.model.estimate import available, usable_cores
@@ -223,11 +223,7 @@ def explain(message: str) -> Mapping[str, object]:
         is_file = len(message) < 4096 and "\n" not in message and path.is_file()
     except (OSError, ValueError):
         is_file = False
-    if is_file:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            matches = diagnose(lines)
-    else:
-        matches = diagnose(message.splitlines())
+    matches = diagnose(log_lines(path) if is_file else message.splitlines())
     if not matches:
         failure = DataError(
             f"nothing in {path} is known here" if is_file else "this message is not known here",
