@@ -49,6 +49,7 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.compile", "true", ("train",)),
     ("train.device", "cpu", ("train", "evaluate")),
     ("train.devices", "2", ("train",)),
+    ("train.devices", "[5]", NOWHERE),  # one as well, whichever
     ("train.double_quantization", "false", ("train", "evaluate")),
     ("train.dtype", "fp32", ("train", "evaluate")),
     ("train.epochs", "9", ("train",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from forge import report, worker
@@ -27,9 +27,9 @@ from forge.train.checkpoints import MARKER
 from forge.train.join import Joining, invite
 from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import moves_base
-from forge.train.memory import choose_batch, job_of, memory_of, training_device
+from forge.train.memory import Device, choose_batch, job_of, memory_of, training_device
 from forge.train.questions import Question
-from forge.train.ranks import Ranks, gpus_of, ranks_of
+from forge.train.ranks import Ranks, gpus_of, processes_each, ranks_of
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train, within_memory
 from forge.train.speed import choose_speed, require_speed
@@ -84,6 +84,10 @@ class TrainStage(AdapterStage):
         assert self.ship.training is not None
         return self.ship.training
 
+    @cached_property
+    def _device(self) -> Device:
+        return training_device(self._train.device)
+
     def params(self) -> Mapping[str, Json]:
         fields: dict[str, Json] = {}
         for name, value in self._train.model_dump(mode="json", exclude=_NOT_KEYED).items():
@@ -91,6 +95,8 @@ class TrainStage(AdapterStage):
                 fields |= {f"train.lora.{key}": item for key, item in value.items()}
             else:
                 fields[f"train.{name}"] = value
+        # How many devices share a step, not which.
+        fields["train.devices"] = processes_each(self._train, self._device)
         if self._train.packing:
             fields["train.max_length"] = self._train.max_length
         if self.ship.continued:
@@ -127,11 +133,10 @@ class TrainStage(AdapterStage):
     def look(self) -> None:
         """Refuse what cannot be had on this machine (H1)."""
         if self.ship.base.directory is not None:
-            device = training_device(self._train.device)
             require_each(
                 [
-                    partial(require_speed, self._train, self.ship.configuration, device),
-                    partial(gpus_of, self._train, device),
+                    partial(require_speed, self._train, self.ship.configuration, self._device),
+                    partial(gpus_of, self._train, self._device),
                 ]
             )
 
@@ -162,9 +167,8 @@ class TrainStage(AdapterStage):
         if batch == "auto":
             batch = choose_batch(self._train, ship.tensors, ship.configuration, data.longest_tokens)
             report.info(f"train.batch_size: auto means {batch} here")
-        device = training_device(self._train.device)
-        job = replace(job_of(self._train, data.longest_tokens, device), batch=batch)
-        memory = memory_of(job, ship.tensors, ship.configuration, device)
+        job = replace(job_of(self._train, data.longest_tokens, self._device), batch=batch)
+        memory = memory_of(job, ship.tensors, ship.configuration, self._device)
         speed = choose_speed(self._train, ship.configuration, memory)
         request = TrainRequest(
             base=ship.base_directory,
@@ -190,7 +194,7 @@ class TrainStage(AdapterStage):
             trust_remote_code=ship.runs_own_code,
             questions=tuple(self._questions()) if self._train.evaluation_steps else (),
         )
-        ranks = ranks_of(self._train, device)
+        ranks = ranks_of(self._train, self._device)
         self._report(ranks, data.rows, batch)
 
         def attempt(request: TrainRequest) -> Trained:

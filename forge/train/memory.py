@@ -25,6 +25,7 @@ from forge.recipe.schema import Train
 
 PLANNING_LENGTH = 1024  # tokens of a row, where nothing says how long the rows are
 _MOST_ROWS = 64
+_USABLE = 0.9  # share of a device's memory
 # What FSDP and ZeRO 3 cut into as many parts as there are devices.
 _SHARED = ("base", "quantization scales", "adapter", "gradients", "optimizer")
 # GB of memory of the GPUs that the estimate is held against.
@@ -46,6 +47,13 @@ class Device:
     total: int
     free: int
     has_bfloat16: bool
+
+    @property
+    def usable(self) -> float:
+        """The bytes that choices count on: of what is there, not of what happens to be free, so that the
+        same machine always trains alike.
+        """
+        return _USABLE * self.total
 
 
 @dataclass(frozen=True)
@@ -239,8 +247,7 @@ def choose_method(
     job = replace(job_of(train, length, device), method="lora")
     needed = estimate_of(job, tensors, configuration, device).total
     sizes = f"{needed / 1e9:.1f} GB of {device.name}'s {device.total / 1e9:.1f} GB"
-    # Of what is there, not of what happens to be free: the same machine always trains alike.
-    if needed <= 0.9 * device.total:
+    if needed <= device.usable:
         return "lora", f"16-bit LoRA takes {sizes}"
     return "qlora", f"16-bit LoRA would take {sizes}"
 
@@ -254,7 +261,7 @@ def choose_batch(
     batch = train.least_batch
     while batch < _MOST_ROWS:
         larger = replace(job, batch=batch * 2)
-        if estimate_of(larger, tensors, configuration, device).total > 0.9 * device.total:
+        if estimate_of(larger, tensors, configuration, device).total > device.usable:
             break
         batch *= 2
     return batch
@@ -262,4 +269,4 @@ def choose_batch(
 
 def gpus_that_fit(needed: int) -> dict[str, bool]:
     """Whether the bytes fit each of the GPUs that people have, a tenth of it left free."""
-    return {f"{name} ({size} GB)": needed <= 0.9 * size * 1e9 for name, size in GPUS.items()}
+    return {f"{name} ({size} GB)": needed <= _USABLE * size * 1e9 for name, size in GPUS.items()}

@@ -93,11 +93,14 @@ def gpus_of(train: Train, device: Device) -> tuple[int, ...]:
     return gpus
 
 
+def processes_each(train: Train, device: Device) -> int:
+    """How many processes train on each machine, were the GPUs there that the recipe names."""
+    return train.devices_each or max(gpu_count() if device.kind == "cuda" else 0, 1)
+
+
 def ranks_of(train: Train, device: Device) -> Ranks:
     """The processes that the recipe asks for; raises what `gpus_of` raises."""
-    gpus = gpus_of(train, device)
-    asked = train.devices if isinstance(train.devices, int) else 1
-    processes = len(gpus) or asked
+    gpus, processes = gpus_of(train, device), processes_each(train, device)
     if train.nodes * processes == 1:
         return Ranks(1, 1, gpus, "", 0)
     own = train.nodes == 1

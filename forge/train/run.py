@@ -105,7 +105,7 @@ def train(request: TrainRequest) -> Trained:
     arithmetic = arithmetic_of(hardware, request.loading)
     report.info(f"train: {settings.method} on {hardware.device}, computing in {arithmetic.training}")
     trainer, watch = _trainer(request, hardware)
-    with trainer.args.main_process_first():  # which removes a damaged one
+    with trainer.args.main_process_first(local=False):  # of all machines: it removes a damaged one
         checkpoint = last_checkpoint(out / "work")
     if checkpoint:
         report.info(f"train: going on from {checkpoint.name}")

@@ -121,7 +121,7 @@ def _no_offloading(train: Train, memory: Memory, *, has_gpu: bool) -> str:
         return "trl's trainer for ORPO has no such option"
     if train.compile is True:
         return "torch.compile keeps what it saves to itself"
-    if memory.estimate.total <= 0.9 * memory.device.total:  # of what is there, as `choose_method` has it
+    if memory.estimate.total <= memory.device.usable:
         return "the run fits the GPU without, and moving takes time"
     return ""
 
