@@ -108,7 +108,8 @@ def test_two_processes_train_what_one_does(way: str, base: Path, ragged: Path, t
         evaluations[name] = [evaluation.loss for evaluation in made.evaluations]
     assert evaluations["two"] == pytest.approx(evaluations["one"], rel=1e-2)  # means of other batches
     assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), rel=1e-4)
-    assert _largest_difference(tmp_path / "one", tmp_path / "two") < 1e-4
+    # A tenth of one step: Adam divides a gradient that is all rounding by itself.
+    assert _largest_difference(tmp_path / "one", tmp_path / "two") < 5e-4
 
 
 @contextlib.contextmanager

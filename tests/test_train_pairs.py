@@ -13,7 +13,7 @@ import pytest
 from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.chat.template import ChatTemplate
 from forge.data.layout import Shape
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared, Settings, prepare
 from forge.data.prompt_format import prompt_format
 from forge.data.reading import Source
 from forge.errors import DataError, InterruptedByUserError
@@ -39,15 +39,22 @@ BETA = 0.1
 
 def prepared(base: Path, directory: Path, rows: list[dict[str, Any]]) -> Path:
     """Pairs, which are the held-out pairs too."""
+    prepared_as(Shape(pairs=True), base, directory, rows)
+    (directory / HELDOUT_FILE).write_bytes((directory / TRAIN_FILE).read_bytes())
+    return directory
+
+
+def prepared_as(
+    shape: Shape, base: Path, directory: Path, rows: list[dict[str, Any]], heldout: float | int = 0
+) -> Prepared:
+    """As the stage *data* has them for a recipe."""
     from tokenizers import Tokenizer
 
     source = directory / "rows.json"
     source.write_text(json.dumps(rows), encoding="utf-8")
     template = ChatTemplate((base / "chat_template.jinja").read_text(encoding="utf-8"))
     form = prompt_format(template, Tokenizer.from_file(str(base / "tokenizer.json")))
-    prepare(Settings([Source((source,), Shape(pairs=True))], 0), form, 512, directory)
-    (directory / HELDOUT_FILE).write_bytes((directory / TRAIN_FILE).read_bytes())
-    return directory
+    return prepare(Settings([Source((source,), shape)], heldout), form, 512, directory)
 
 
 @pytest.fixture(scope="module")

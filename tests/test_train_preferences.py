@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,25 +14,21 @@ from typing import Any
 import pytest
 
 from forge.adapter.status import ValidateRequest, validate_adapter
-from forge.chat.template import ChatTemplate
 from forge.data.layout import Shape
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared, Settings, prepare
-from forge.data.prompt_format import prompt_format
-from forge.data.reading import Source
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared
 from forge.errors import DataError, InterruptedByUserError, OutOfMemoryError
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
 from forge.stages.evaluate import figures, learned, nothing_learned
-from forge.train.evaluate import Evaluated, evaluate
 from forge.train.memory import Device, estimate_of, job_of, memory_of
 from forge.train.preferences import trainer_rows
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train, within_memory
-from tests.models import PEFT_WARNS, ROWS, evaluation, load
+from tests.models import PEFT_WARNS, ROWS, load
 from tests.shipping import Workshop
 from tests.test_train import arguments
 from tests.test_train_kills import at_step
-from tests.test_train_pairs import PAIRS, prepared
+from tests.test_train_pairs import BETA, PAIRS, preferences, prepared, prepared_as
 
 pytestmark = [
     PEFT_WARNS,
@@ -49,19 +46,11 @@ JUDGED: list[dict[str, Any]] = [
         {"prompt": prompt, "completion": prompt, "label": False},
     )
 ]
-BETA = 0.1
 
 
 def judged(base: Path, directory: Path, rows: list[dict[str, Any]], heldout: float | int = 0) -> Prepared:
     """Answers with a label, as a recipe of KTO reads them."""
-    from tokenizers import Tokenizer
-
-    source = directory / "rows.json"
-    source.write_text(json.dumps(rows), encoding="utf-8")
-    template = ChatTemplate((base / "chat_template.jinja").read_text(encoding="utf-8"))
-    form = prompt_format(template, Tokenizer.from_file(str(base / "tokenizer.json")))
-    shape = Shape(pairs=True, labels=True)
-    return prepare(Settings([Source((source,), shape)], heldout), form, 512, directory)
+    return prepared_as(Shape(pairs=True, labels=True), base, directory, rows, heldout)
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +65,6 @@ def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared(base, tmp_path_factory.mktemp("pairs"), PAIRS)
-
-
-def _measured(base: Path, adapter: Path, data: Path) -> Evaluated:
-    return evaluate(replace(evaluation(base, adapter, data), beta=BETA))
 
 
 def test_a_label_says_which_answers_are_good(base: Path, tmp_path: Path) -> None:
@@ -124,12 +109,10 @@ def test_each_answer_stands_beside_another_s(base: Path, pairs: Path, data: Path
             for start in range(0, 8, batch):
                 answers = made["completion_ids"][start : start + batch]
                 others = made["KL_completion_ids"][start : start + batch]
+                # A last batch of one has joined the one before.
                 if len(answers) > 1 and start + batch != 7:
                     assert sorted(answers) == sorted(others)
-            assert all(
-                answer is not other
-                for answer, other in zip(made["completion_ids"], made["KL_completion_ids"], strict=True)
-            )
+            assert all(map(operator.ne, made["completion_ids"], made["KL_completion_ids"]))
         orders = [trainer_rows("kto", rows, 4, seed)["completion_ids"] for seed in (0, 0, 1)]
         assert orders[0] == orders[1] != orders[2]
 
@@ -150,7 +133,7 @@ def test_good_answers_become_likelier_than_bad_ones(
     assert sorted(path.name for path in out.iterdir() if path.is_dir()) == ["logs", "work"]  # no copy
     first, last = facts.evaluations
     assert last.loss < first.loss < 0.5 and last.accuracy is None
-    measured = _measured(base, out, rows)
+    measured = preferences(base, out, rows)
     preferred = measured.preferred
     assert preferred and preferred.accuracy > 0.9 and measured.rows == 4
     assert preferred.margin == pytest.approx(last.margin, rel=1e-3)
@@ -201,7 +184,7 @@ def test_orpo_learns_the_chosen_answers_without_a_reference(base: Path, pairs: P
     first, last = facts.evaluations
     assert last.loss < first.loss and last.accuracy is None  # of likelihoods, not of what was learned
     assert last.margin is not None and first.margin is not None and last.margin > first.margin
-    measured = _measured(base, out, pairs)
+    measured = preferences(base, out, pairs)
     assert measured.preferred and measured.preferred.accuracy == 1.0
     assert measured.loss.after < measured.loss.before  # the chosen answers are learned, too
     assert nothing_learned(measured) is None

@@ -140,7 +140,7 @@ def _merge(request: CombineRequest, adapters: Sequence[Adapter]) -> None:
     names = [f"part-{number}" for number in range(len(request.parts))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of tied embeddings, which no part adapts
-        model = _with_all(_without_weights(request.base), adapters, names)
+        model = with_all(_without_weights(request.base), _named(names, adapters))
         for name in names:
             # The merged adapter's settings are copied from the first one's: those that choose layers, or
             # scale anew, would choose and scale the others' too.
@@ -198,14 +198,18 @@ def _without_weights(base: Path) -> Any:
     return model
 
 
-def _with_all(model: Any, adapters: Sequence[Adapter], names: Sequence[str]) -> Any:
-    """`model` with every adapter loaded under its name; factors in float32."""
+def _named(names: Sequence[str], adapters: Sequence[Adapter]) -> Mapping[str, Path]:
+    return dict(zip(names, [adapter.directory for adapter in adapters], strict=True))
+
+
+def with_all(model: Any, adapters: Mapping[str, Path]) -> Any:
+    """`model` with every adapter loaded under its name; the first is active, factors are float32."""
     import peft
 
-    first, *others = zip(names, adapters, strict=True)
-    tuned = peft.PeftModel.from_pretrained(model, str(first[1].directory), adapter_name=first[0])
-    for name, adapter in others:
-        tuned.load_adapter(str(adapter.directory), adapter_name=name)
+    (first, directory), *others = adapters.items()
+    tuned = peft.PeftModel.from_pretrained(model, str(directory), adapter_name=first)
+    for name, directory in others:
+        tuned.load_adapter(str(directory), adapter_name=name)
     return tuned
 
 
@@ -262,7 +266,7 @@ def _forward(request: CombineRequest, adapters: Sequence[Adapter]) -> Forward:
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", UserWarning)
         base = transformers.AutoModelForCausalLM.from_pretrained(str(request.base), dtype=torch.float32)
-        together = _with_all(base, adapters, names).eval()
+        together = with_all(base, _named(names, adapters)).eval()
         together.base_model.set_adapter(names)
         for module in together.modules():
             for name, part in zip(names, request.parts, strict=True):

@@ -30,10 +30,10 @@ def save_adapter(
     if weights is not None:
         options["state_dict"] = weights
     model.save_pretrained(str(out), **options)
-    weights = out / "adapter_model.safetensors"
-    if not weights.exists():
+    written = out / "adapter_model.safetensors"
+    if not written.exists():
         raise StageError("peft saved no adapter_model.safetensors")
-    weights.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+    written.chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
     # peft's model card holds this machine's paths and versions; forge writes its own elsewhere.
     (out / "README.md").unlink(missing_ok=True)
     configuration = json.loads((out / "adapter_config.json").read_text())

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.combine import with_all
 from forge.adapter.probe import logits_of
 from forge.adapter.read import read_adapter
 from forge.adapter.status import ValidateRequest, plain_status, validate_adapter
@@ -123,11 +124,7 @@ def _held(request: SeveralRequest, parameters: Mapping[str, int]) -> Several:
                 base = load()
             else:
                 states.compare(f"the base after {named.name} was unloaded", logits_of(base), plain)
-        first, *others = request.adapters
-        model = peft.PeftModel.from_pretrained(base, str(first.adapter), adapter_name=first.name).eval()
-        for named in others:
-            model.load_adapter(str(named.adapter), adapter_name=named.name)
-        model.eval()
+        model = with_all(base, {named.name: named.adapter for named in request.adapters}).eval()
         states.require("the adapters that are loaded", list(model.peft_config), names)
         held = []
         for named in request.adapters:

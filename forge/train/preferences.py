@@ -93,7 +93,7 @@ def _both_whole(rows: Sequence[PreparedRow]) -> dict[str, Any]:
 
 
 def _judged(rows: Sequence[PreparedRow], batch: int, seed: int) -> dict[str, Any]:
-    """Single answers, good or bad, in an order drawn once; beside each, one to another prompt of its batch.
+    """Single answers, good or bad, in an order drawn once; beside each, another of its batch.
 
     On those trl measures how far the model has moved from its reference at all.
     """
