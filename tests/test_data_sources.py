@@ -431,6 +431,7 @@ def test_many_kinds_of_problems_are_cut() -> None:
         ("rows.json", b"[1, 2]", "item 1 of the list is not an object"),
         ("rows.tar", b"rows.jsonl".ljust(257, b"\0") + b"ustar", "is a tar archive"),
         ("rows.json", b'[{"a": 1},\n{"a" 2}]', r"rows\.json:2: not JSON"),
+        ("rows.json", b'[{"a": 1, "a": 2}]', '"a" stands twice in one object'),
         ("rows.jsonl", b'{"a": "\xff"}', "is not UTF-8: invalid start byte at byte 7"),
         ("rows.csv", b'a,b\n1,"x\n', r"rows\.csv:\d: not CSV: unexpected end of data"),
         ("rows.csv", b"a,b\n1,2\n1,2,3\n", "1 lines do not fit the header"),
@@ -445,6 +446,15 @@ def test_faults_of_a_file(name: str, content: bytes, message: str, tmp_path: Pat
     with pytest.raises(DataError, match=message) as caught:
         read_rows(path)
     assert caught.value.code == 2
+
+
+def test_two_values_of_one_key(tmp_path: Path) -> None:
+    """Pitfall 51: of two values of one key the last would be learned without a word."""
+    path = write(tmp_path / "rows.jsonl", '{"a": 1}\n{"a": {"b": 1, "c": 2, "b": 1}}\n')
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    (problem,) = caught.value.problems
+    assert str(problem) == 'rows.jsonl:2: "b" stands twice in one object; keep the value to learn'
 
 
 def test_lines_that_do_not_fit_the_header(tmp_path: Path) -> None:

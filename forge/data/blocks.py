@@ -1,4 +1,5 @@
-"""Messages whose content stands in blocks, as Anthropic, Bedrock and Gemini write it, in OpenAI's form.
+"""Messages of blocks, as Anthropic, Bedrock and Gemini write them, and items of OpenAI's responses, in the
+form of OpenAI's chat completions.
 
 A call among the blocks becomes one of `tool_calls`, a tool's answer a turn of the role tool, thinking a part
 of type thinking; tools in their spelling become functions with `parameters`. What is none of these is left
@@ -8,14 +9,88 @@ as it is, for `turns` to read or to refuse.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from forge.data import fields
+from forge.data.texts import BadRowError
 
 _CALLS = ("toolUse", "functionCall", "function_call")
 _RESULTS = ("toolResult", "functionResponse", "function_response")
 _SCHEMA_TYPES = {"STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NULL"}
+
+
+_CALL_ITEM, _RESULT_ITEM, _THOUGHT_ITEM = "function_call", "function_call_output", "reasoning"
+
+
+def of_items(items: Sequence[Any], place: str) -> Sequence[Any]:
+    """The messages of a list in which calls, their outputs and thinking are items beside them.
+
+    What the model put out between two turns of others is one turn. Raises `BadRowError` for any other item.
+    """
+    if not any(map(_is_item, items)):
+        return items
+    messages: list[Any] = []
+    answer: dict[str, Any] | None = None  # the turn that the model is still at
+    thought: dict[str, Any] = {}
+    for number, item in enumerate(items):
+        kind = item.get("type", "message") if isinstance(item, Mapping) else "message"
+        if isinstance(item, Mapping) and item.get("status") in ("incomplete", "in_progress", "failed"):
+            raise BadRowError(f"was cut off ({item['status']}); leave the row out", f"{place}[{number}]")
+        if kind == _THOUGHT_ITEM:
+            thought |= _thought(item)
+        elif kind == _CALL_ITEM:
+            if answer is None:
+                answer = {"role": "assistant", "content": "", **thought}
+                thought = {}
+                messages.append(answer)
+            call = {"id": item.get("call_id"), "name": item.get("name"), "arguments": item.get("arguments")}
+            answer["tool_calls"] = [*answer.get("tool_calls", ()), call]
+        elif kind == _RESULT_ITEM:
+            answer, thought = None, {}
+            result = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
+            messages.append(result)
+        elif isinstance(item, Mapping) and not _is_message(item):
+            raise BadRowError(
+                f"is a {kind} of the responses API: only messages, reasoning, function_call and "
+                "function_call_output can be learned here",
+                f"{place}[{number}]",
+            )
+        elif isinstance(item, Mapping) and item.get("role") == "assistant":
+            answer = {**without(item, "status", "type"), **thought}
+            thought = {}
+            messages.append(answer)
+        else:
+            answer, thought = None, {}
+            messages.append(without(item, "status", "type") if isinstance(item, Mapping) else item)
+    return messages
+
+
+def without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
+
+
+def _is_item(item: object) -> bool:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    if not isinstance(item, Mapping) or not isinstance(kind, str):
+        return False
+    is_own = kind == _THOUGHT_ITEM or kind.endswith(("_call", "_call_output"))
+    return (is_own or kind == "message") and _is_message(item) == (kind == "message")
+
+
+def _is_message(item: Mapping[str, Any]) -> bool:
+    return any(fields.message_part(key) == fields.ROLE for key in item)
+
+
+def _thought(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An item of reasoning: its text where there is one, not the summary, which is other words."""
+    content = item.get("content")
+    parts = content if isinstance(content, list) else []
+    texts = [
+        part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)
+    ]
+    beside = {f"reasoning.{key}": item[key] for key in ("summary", "encrypted_content") if item.get(key)}
+    return {**({"reasoning_content": "".join(texts)} if texts else {}), **beside}
 
 
 def plain_messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

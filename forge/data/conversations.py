@@ -303,7 +303,12 @@ def _exchange(
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping) and not is_of_parts(prompt):
         if extra.strip():
             raise BadRowError(f"stands beside a {asked} that is a list of messages", beside)
-        yield from turns_of(prompt, asked, shape.roles, notes)
+        before = list(turns_of(prompt, asked, shape.roles, notes))
+        if before[-1].role == reply[0].role == "assistant":
+            last = before.pop()
+            if last.as_message() != reply[0].as_message():
+                raise BadRowError(f"ends with another answer than {place}; keep the one to learn", asked)
+        yield from before
     else:
         words = _said(prompt, row, asked)
         if not isinstance(words, Mapping):

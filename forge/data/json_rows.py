@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from forge import report
 from forge.data.conversation import Row, Rows, RowsOf
 from forge.data.fields import MESSAGES, ROLE, ROW_FIELDS, TEXT, message_part, plain
 from forge.data.problems import BadRows
+from forge.data.texts import JSON, RepeatedKeyError
 from forge.errors import DataError, Problem
 
 _PIECE = 4_000_000  # characters of a list that are read at once
@@ -49,11 +50,11 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
         return json_lines(text, name, bad), "JSON lines"
     is_first_whole = bool(lines) and is_json_line(lines[0])
     documents: list[tuple[object, int]] = []
-    decoder, at = json.JSONDecoder(), len(text) - len(text.lstrip())
+    at = len(text) - len(text.lstrip())
     while at < len(text):
         line = text.count("\n", 0, at) + 1
         try:
-            document, at = decoder.raw_decode(text, at)
+            document, at = JSON.raw_decode(text, at)
         except json.JSONDecodeError as error:
             if is_first_whole and len(lines) > 1:
                 return json_lines(text, name, bad), "JSON lines"
@@ -67,6 +68,9 @@ def json_rows(text: str, name: str, split: str, bad: BadRows) -> tuple[list[Row]
             raise DataError(
                 f"data.source: {name}:{error.lineno}: not JSON: {error.msg}", hint=hint
             ) from error
+        except RepeatedKeyError as error:
+            hint = f"the object begins {error.begins}"
+            raise DataError(f"data.source: {name}: {error}", hint=hint) from error
         except (ValueError, RecursionError) as error:
             hint = "write it again with a JSON library: numbers and nesting have limits"
             raise DataError(f"data.source: {name}:{line}: not JSON: {error}", hint=hint) from error
@@ -207,7 +211,7 @@ def _settled(lines: Iterable[tuple[int, str]], name: str, bad: BadRows) -> Itera
     """The rows of the lines; raises one `DataError` at the end for those that have none."""
     problems: list[Problem] = []
     for number, line in lines:
-        row = _of_line(line, name, number)
+        row = _of_line(line, name, number, JSON.decode)
         if isinstance(row, Row):
             yield row
         elif row:
@@ -215,12 +219,16 @@ def _settled(lines: Iterable[tuple[int, str]], name: str, bad: BadRows) -> Itera
     bad.settle(problems, f"{name}: {len(problems)} lines are not JSON objects", "one {...} a line")
 
 
-def _of_line(line: str, name: str, number: int) -> Row | Problem | None:
+def _of_line(
+    line: str, name: str, number: int, decode: Callable[[str], object] = json.loads
+) -> Row | Problem | None:
     """The line's row, or why it has none; None for an empty one."""
     try:
-        values = json.loads(line.removeprefix("\ufeff"))  # files put one after the other keep their marks
+        values = decode(line.removeprefix("\ufeff"))  # files put one after the other keep their marks
     except json.JSONDecodeError as error:
         return Problem(f"not JSON: {error.msg}", "", name, number) if line.strip() else None
+    except RepeatedKeyError as error:
+        return Problem(str(error), "", name, number)
     except (ValueError, RecursionError) as error:
         return Problem(f"not JSON: {error}", "", name, number)
     row = _row(values)
@@ -251,7 +259,6 @@ def rows_of_list(path: Path, name: str) -> tuple[Rows, str] | None:
 
 def _items_of(path: Path) -> Iterator[tuple[object, int]]:
     """The items of a JSON list, with the characters that each takes; raises `ValueError` where it is none."""
-    decoder = json.JSONDecoder()
     with path.open(encoding="utf-8-sig") as stream:
         text, at, size, before = stream.read(_PIECE).lstrip(), 1, _PIECE, _BEFORE_FIRST
         if not text.startswith("["):
@@ -261,7 +268,7 @@ def _items_of(path: Path) -> Iterator[tuple[object, int]]:
                 match = before.match(text, at)
                 if match and match[1] == "]" and not (text[match.end() :] + stream.read()).strip():
                     return
-                item, end = decoder.raw_decode(text, match.end() if match else len(text))
+                item, end = JSON.raw_decode(text, match.end() if match else len(text))
                 if end == len(text):
                     raise ValueError("it may go on")
             except ValueError:

@@ -27,6 +27,27 @@ class BadRowError(Exception):
         self.field = field
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object that has two values for one key; `begins` is how it begins."""
+
+    def __init__(self, key: str, begins: str) -> None:
+        super().__init__(f"{json.dumps(key)} stands twice in one object; keep the value to learn")
+        self.begins = begins
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(repeated, json.dumps(values)[:80])
+    return values
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
+"""Reads JSON as `json.loads` does, which keeps the last of two values without a word."""
+
+
 @dataclass
 class Notes:
     """What was done to the rows that were read: note -> number of rows, and who was taken for whom."""
@@ -169,7 +190,9 @@ def parsed(value: object) -> object:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
-        return json.loads(value)
+        return JSON.decode(value)
+    except RepeatedKeyError:
+        return value
     except (ValueError, RecursionError):
         pass
     try:

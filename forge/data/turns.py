@@ -51,7 +51,7 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
         value = list(_of_pairs(value))
     return [
         plain
-        for message in value
+        for message in blocks.of_items(value, place)
         for half in _halves(message)
         for plain in (blocks.plain_messages(half) if isinstance(half, Mapping) else [half])
     ]
@@ -343,7 +343,11 @@ def _tool(tool: object, place: str) -> Mapping[str, Json]:
             "a tool needs a name: {type: function, function: {name: ..., parameters: ...}}", place
         )
     text_of(json.dumps(tool, ensure_ascii=False), place)
-    return dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)}
+    if "function" in tool:
+        return dict(tool)
+    # OpenAI's responses have the type beside the name.
+    inside = {key: value for key, value in tool.items() if key != "type" or value != "function"}
+    return {"type": "function", "function": inside}
 
 
 def finished(turns: Sequence[Turn], notes: Notes) -> tuple[Turn, ...]:
