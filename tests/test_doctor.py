@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -21,15 +22,26 @@ def _last(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 @pytest.mark.training
 @pytest.mark.programs
 @pytest.mark.network
-def test_the_machine_is_looked_at(forge_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A1, H2: bitsandbytes multiplies one matrix; the converters of the store are there."""
+def test_the_machine_is_looked_at(
+    forge_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A1, H2: bitsandbytes multiplies one matrix; driver and torch are of one CUDA; a hub that is away."""
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text(
+        '#!/bin/sh\n[ $# = 0 ] && echo "| Driver Version: 550.54 CUDA Version: 12.4 |" || echo "L4, 550.54"\n'
+    )
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert run_command(["doctor", "--json"]) == 0
     shown = _last(capsys)
     check_fields(["doctor"], shown)
     checks = {check["name"]: check for check in shown["checks"]}  # type: ignore[attr-defined]
     assert checks["converters"]["ok"] and checks["torch"]["ok"] and checks["memory"]["ok"]
     assert checks["bitsandbytes"]["ok"] and "4-bit layers compute in" in checks["bitsandbytes"]["detail"]
-    assert checks["GPU"]["ok"] or "training runs on" in checks["GPU"]["detail"]
+    gpu = checks["GPU"]
+    assert gpu["ok"] or "none that torch sees (L4, 550.54; CUDA 12.4 in the driver, " in gpu["detail"]
+    assert not checks["hub"]["ok"] and "http://127.0.0.1:9 does not answer" in checks["hub"]["detail"]
 
 
 @pytest.mark.training
@@ -39,8 +51,10 @@ def test_what_every_ship_needs_is_exit_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORGE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert run_command(["doctor", "--json"]) == 3
     told = _last(capsys)
+    assert any(check["detail"] == "not asked (offline)" for check in told["checks"])  # type: ignore[attr-defined]
     assert "converters" in told["error"]["message"] and "forge setup" in told["error"]["hint"]  # type: ignore[index]
     assert any(not check["ok"] and check["needed"] for check in told["checks"])  # type: ignore[attr-defined]
 

@@ -1,6 +1,6 @@
 """`forge doctor`: what this machine lacks and what that costs; or what a message means and what to do.
 
-Not covered: whether a hub answers (nothing is asked of the network), and what only a training run shows.
+Not covered: what only a training run shows.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import httpx
 import psutil
 
 from forge import process, report, worker
@@ -22,6 +24,7 @@ from forge.diagnosis import Match, diagnose, log_lines
 from forge.errors import DataError, ForgeError, MissingToolError
 from forge.export.compiled import library_file
 from forge.model.estimate import available, usable_cores
+from forge.model.hub_repository import endpoint, is_offline
 from forge.recipe.words import TRACKERS
 from forge.store.artifacts import open_store
 from forge.tools import xllamacpp
@@ -32,6 +35,8 @@ from forge.tools.ollama import Ollama, server_url
 from forge.train.machine import LookRequest, look
 
 _LITTLE_DISK = 20e9
+_PATIENCE = 3.0
+"""Seconds that a hub has to answer."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,8 @@ def _training() -> Iterator[Check]:
         f"{gpu.name}, capability {gpu.capability}, {gpu.bytes_free / 1e9:.1f} of "
         f"{gpu.bytes_total / 1e9:.1f} GB free"
         if gpu
-        else f"none that torch sees ({_driver()}); training runs on {machine.device} in {machine.compute}",
+        else f"none that torch sees ({_driver(machine.cuda)}); training runs on {machine.device} "
+        f"in {machine.compute}",
         "a base of a billion parameters or more takes hours without one; see https://pytorch.org/get-started",
     )
     if gpu:
@@ -147,12 +153,14 @@ def _training() -> Iterator[Check]:
     )
 
 
-def _driver() -> str:
+def _driver(cuda: str | None) -> str:
+    """What the driver says of itself, and of the CUDA that it has for torch's."""
     if shutil.which("nvidia-smi") is None:
         return "no NVIDIA driver"
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    finished = process.run(query)
-    return finished.output.strip().partition("\n")[0] or "nvidia-smi shows none"
+    gpu = process.run(query).output.strip().partition("\n")[0] or "nvidia-smi shows none"
+    version = re.search(r"CUDA Version: (\d+\.\d+)", process.run(["nvidia-smi"]).output)
+    return f"{gpu}; CUDA {version[1] if version else 'unknown'} in the driver, {cuda or 'none'} in torch"
 
 
 def _llama_cpp() -> Iterator[Check]:
@@ -204,6 +212,7 @@ def _surroundings() -> Iterator[Check]:
         "a token is here" if get_token() else "none",
         "only for gated or private models: hf auth login",
     )
+    yield _hub()
     trackers = [name for name in TRACKERS if importlib.util.find_spec(name) is not None]
     yield Check(
         "trackers",
@@ -211,6 +220,17 @@ def _surroundings() -> Iterator[Check]:
         ", ".join(trackers) or "none installed",
         "only for train.report_to: pip install tensorboard",
     )
+
+
+def _hub() -> Check:
+    if is_offline():
+        return Check("hub", True, "not asked (offline)")
+    try:
+        httpx.head(endpoint(), timeout=_PATIENCE)
+    except (httpx.HTTPError, httpx.InvalidURL) as failure:
+        hint = "only for bases and data by a hub's name: check network and proxy, or HF_ENDPOINT of a mirror"
+        return Check("hub", False, f"{endpoint()} does not answer: {failure or 'no answer'}", hint)
+    return Check("hub", True, f"{endpoint()} answers")
 
 
 def explain(message: str) -> Mapping[str, object]:

@@ -42,6 +42,8 @@ class Machine:
     """torch's version, the device that would train, and what 4-bit layers compute in."""
 
     torch: str
+    cuda: str | None
+    """The CUDA that torch was built with."""
     device: str
     compute: str
     processor: str
@@ -58,6 +60,7 @@ def look(request: LookRequest) -> Machine:
     hardware = choose_hardware(request.device, request.dtype)
     return Machine(
         torch=str(torch.__version__),
+        cuda=torch.version.cuda,
         device=hardware.device,
         compute=hardware.compute,
         processor=torch.backends.cpu.get_cpu_capability(),
