@@ -26,6 +26,7 @@ from forge.verify.decide import undecided
 from forge.verify.inputs import refuse_too_large, type_of_tensors
 from forge.verify.measurement import Gates, Measurement
 from forge.verify.sample import LONGEST, Sample, draw, least_share
+from forge.verify.session import other_numbers
 from forge.verify.spread import spread
 from forge.verify.verdict import judge
 
@@ -308,6 +309,41 @@ def test_a_file_that_is_not_its_own_word_says_how_to_fix_it() -> None:
     found = _judged(measured, Gates())
     assert (found["broken_stage"], "mostly Q4_K" in found["verdict"]) == ("quantize", True)
     assert "quantize again from f16" in found["remedy"]
+
+
+def test_metadata_that_both_have_and_differs_is_the_cause() -> None:
+    """What only one of them has may be what the other takes for granted: it is named as what may be why."""
+    own: dict[str, Any] = {"general.architecture": "llama", "llama.a": 0, "llama.b": 0.1, "llama.c": (1, 2.5)}
+    beside = {"llama.context_length": 8192, "general.name": "another"}
+
+    def numbers(**changes: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        theirs = {**own, **beside, **{f"llama.{name}": value for name, value in changes.items()}}
+        kept = {name: value for name, value in theirs.items() if value is not None}
+        file, base = (GgufHeader(Path("model.gguf"), 3, 32, values, {}) for values in (kept, own))
+        return other_numbers(file, base)
+
+    assert numbers(b=0.1 * (1 + 1e-7), c=(1, 2.5)) == ((), ())
+    assert numbers(b=0.10001) == (("llama.b is 0.10001, the base's is 0.1",), ())
+    assert numbers(c=(1, 3.5)) == (("llama.c is [1, 3.5], the base's is [1, 2.5]",), ())
+    assert numbers(a=None, d=0) == (
+        (),
+        ("llama.a is missing, the base's is 0", "llama.d is 0, the base has none"),
+    )
+
+
+@pytest.mark.parametrize("own", ["conversion", "file_against_f16"])
+def test_only_metadata_that_both_have_names_the_cause(own: str) -> None:
+    measured = _measurement(**{own: _leg(nmse=0.1, kl_mean=0.1)})
+    measured["weights"]["unmatched"] = ["llama.rope.freq_base is missing, the base's is 500000"]
+    found = _judged(measured, Gates())
+    assert "though its" in found["verdict"]
+    assert "of its metadata llama.rope.freq_base is missing, the base's is 500000" in found["verdict"]
+    measured["weights"]["numbers"] = ["llama.rope.dimension_count is 32, the base's is 64"]
+    found = _judged(measured, Gates())
+    assert found["verdict"].endswith(
+        "though its weights are: llama.rope.dimension_count is 32, the base's is 64"
+    )
+    assert (found["broken_stage"], "forge repair" in found["remedy"]) == ("convert", True)
 
 
 def test_the_gates_are_judged_afresh_on_one_measurement() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from forge.errors import DataError
+from forge.errors import CheckError, DataError
 from forge.export.importance import write_importance
 from forge.model.estimate import Available
 from forge.verify import measure as measuring
@@ -18,6 +18,7 @@ from forge.verify.measure import measure
 from forge.verify.measurement import VerifyRequest
 from forge.verify.session import Session
 from tests.model_files import write_safetensors
+from tests.specimens import rewrite
 from tests.test_stages_deployed import ship_of
 from tests.tiny_gguf import CONTEXT, WIDTH, write_tiny_gguf
 from tests.vocabularies import converters
@@ -55,6 +56,13 @@ def _other_importance(place: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
     return {"importance": place / "matrix.gguf"}
 
 
+def _called(model: str | None) -> Change:
+    """The vocabulary by another kind's name."""
+    return lambda place, _: {
+        "gguf": rewrite(place / "model.gguf", place / "other.gguf", tokenizer__ggml__model=model)
+    }
+
+
 def _no_memory(_: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     patch.setattr(measuring, "available", lambda: Available(1000, 1000))
     return {}
@@ -79,8 +87,22 @@ def _bias_on_factors(place: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
         (_rows([5, 6, 1000]), "the file is of another vocabulary"),
         (_rows(), "holds no rows: there is nothing to compare on"),
         (_bias_on_factors, "each layer got a bias"),
+        (_called("llama"), "tokenizer.ggml.model is llama, the base's tokenizer is gpt2"),
+        (_called("nonsense"), "tokenizer.ggml.model is nonsense, the base's tokenizer is gpt2"),
+        (_called(None), "tokenizer.ggml.model is missing, the base's tokenizer is gpt2"),
     ],
-    ids=["model", "matrix", "memory", "length", "vocabulary", "no rows", "adapter"],
+    ids=[
+        "model",
+        "matrix",
+        "memory",
+        "length",
+        "vocabulary",
+        "no rows",
+        "adapter",
+        "llama",
+        "nonsense",
+        "none",
+    ],
 )
 def test_what_cannot_be_compared(
     change: Change, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -101,7 +123,7 @@ def test_what_cannot_be_compared(
         scratch=tmp_path / "scratch",
     )
     request = replace(request, **change(tmp_path, monkeypatch))
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(CheckError if "tokenizer" in said else DataError) as refused:
         measure(request)
     problems = [str(problem) for problem in refused.value.problems]
     assert said in " ".join([refused.value.message, *problems])

@@ -107,6 +107,8 @@ def test_what_a_stopped_measurement_made_is_taken_where_it_goes_on(goes_on: bool
     with kept_of(_request(tmp_path, goes_on=True)) as kept:
         assert kept.value(Greedy, "greedy", answers) == Greedy(8, 0 if goes_on else 2)
     assert not (tmp_path / "kept").exists()
+    with kept_of(request):
+        pass  # there was nothing to keep
     (tmp_path / "kept" / "greedy").mkdir(parents=True)
     with pytest.raises(RuntimeError), kept_of(_request(tmp_path, goes_on=False)) as kept:
         assert not kept.directory.exists()

@@ -1,4 +1,4 @@
-"""Can this recipe's model be exported? Asked without weights, before anything is trained.
+"""Can this recipe's model be exported? Asked before anything is trained; values only if they are finite.
 
 What passed is remembered in the store under what was looked at, so a second ship of the base asks nothing.
 """
@@ -22,7 +22,7 @@ _VERSION = 3
 
 
 def rehearse(ship: Resolved, *, log: Path | None = None) -> Rehearsed:
-    """Export without weights; raises what `export.rehearsal.rehearse` raises."""
+    """Export all but the weights, which are only read; raises what `rehearse_export` raises."""
     request = _request(ship)
     key = digest(request)
     passed = ship.store.find(_NAME, key)

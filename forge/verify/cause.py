@@ -53,15 +53,17 @@ def cause_of(measured: Measurement, handovers: Sequence[Handover]) -> Cause:
         words = f"the file's metadata is not the base's, though its weights are: {'; '.join(numbers)}"
         return Cause("convert", words, "forge repair puts the base's in its place; or convert it again")
     figures = f"NMSE {broken.nmse:.2g}, KL {broken.kl_mean:.2g}, top-1 {broken.top1:.1%}"
+    if unmatched := measured.weights.unmatched:
+        figures += f"; of its metadata {'; '.join(unmatched)}, which may be why"
     if broken.beyond_vendor is not None:
         words = (
-            f"the quantized file is {broken.beyond_vendor:.3g} times as far from f16 as llama.cpp's own "
-            f"({figures}), though its base and adapter are the right ones"
+            f"the quantized file is {broken.beyond_vendor:.3g} times as far from f16 as llama.cpp's own, "
+            f"though its base and adapter are the right ones ({figures})"
         )
         return Cause(
             "quantize", words, "quantize again from f16 with llama.cpp's own quantizer, or forge export"
         )
-    words = f"the file does not compute what the checkpoint does ({figures}), though its weights look right"
+    words = f"the file does not compute what the checkpoint does, though its weights look right ({figures})"
     return Cause("convert", words, "convert again; llama.cpp may not cover this configuration of the family")
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from forge import report
 from forge.data.prepare import PreparedRow
-from forge.errors import DataError, Problem
+from forge.errors import CheckError, DataError, Problem
 from forge.export.importance import weights_in
 from forge.export.types import UNQUANTIZED, is_made_by_importance, type_name
-from forge.model.config import Configuration
+from forge.model.config import Configuration, read_json
 from forge.model.gguf_header import GgufHeader, LongArray
 from forge.model.safetensors_header import TensorSpec
 from forge.verify.measurement import FileFacts
@@ -46,6 +46,34 @@ def refuse_other_model(header: GgufHeader, facts: Configuration) -> None:
             f"{facts.architecture}",
             hint="give the base that this file was made from",
             problems=problems,
+        )
+
+
+_KINDS = {
+    "BPE": ("gpt2",),
+    "BPE with bytes": ("llama", "gemma4"),
+    "Unigram": ("t5", "llama"),
+    "WordPiece": ("bert",),
+}
+"""llama.cpp's `tokenizer.ggml.model` by the kind of model that a tokenizer.json has."""
+
+
+def refuse_other_tokenizer(header: GgufHeader, tokenizer: Path) -> None:
+    """Raise `CheckError` for a vocabulary that is called another kind's.
+
+    llama.cpp reads it as what it is called, and most others end the process.
+    """
+    key = "tokenizer.ggml.model"
+    stated = read_json(tokenizer / "tokenizer.json").get("model") or {}
+    kind = f"{stated.get('type', 'BPE')}{' with bytes' if stated.get('byte_fallback') else ''}"
+    known, called = _KINDS.get(kind), header.metadata.get(key)
+    if known and called not in known:
+        what = "is missing" if called is None else f"is {called}"
+        raise CheckError(
+            f"convert broke it: the file's {key} {what}, the base's tokenizer is {known[0]}: llama.cpp would "
+            "read every text otherwise",
+            hint="forge repair puts the base's metadata in its place; or convert it again",
+            problems=[Problem(f"{what}, the base's is {known[0]}", key)],
         )
 
 

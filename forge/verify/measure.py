@@ -37,6 +37,7 @@ from forge.verify.inputs import (
     refuse_long,
     refuse_other_importance,
     refuse_other_model,
+    refuse_other_tokenizer,
     refuse_other_vocabulary,
     refuse_too_large,
 )
@@ -67,7 +68,8 @@ _FIRST_IN_TIME = 96
 def measure(request: VerifyRequest) -> Measurement:
     """Compare a GGUF with what it should have been made of.
 
-    Raises `DataError` for files that cannot be compared at all, with what was compared before.
+    Raises `DataError` for files that cannot be compared at all, `CheckError` for a vocabulary that cannot be
+    read, with what was compared before.
     """
     upstream.load_converters(request.converters)  # before anything imports another gguf
     session = Session(request)
@@ -75,6 +77,7 @@ def measure(request: VerifyRequest) -> Measurement:
     with session.step("the file's header"):
         header = read_gguf(request.gguf)
         refuse_other_model(header, facts)
+        refuse_other_tokenizer(header, request.tokenizer)
         refuse_other_importance(header, request.importance)
     rows = read_token_rows(request.rows)
     file = file_facts(request.gguf, header)

@@ -171,13 +171,15 @@ class Fits:
 class FitsOfFiles:
     """Those of the file, of llama.cpp's own f16, and of its own file of the same type.
 
-    `numbers`: where the file's metadata says another model's shape or rotation than llama.cpp's own.
+    `numbers`: where the file's metadata says another model's shape or rotation than llama.cpp's own;
+    `unmatched`: what only one of the two says, which may be what the other takes for granted.
     """
 
     file: Fits
     f16: Fits | None = None
     vendor: Fits | None = None
     numbers: tuple[str, ...] = field(default=(), kw_only=True)
+    unmatched: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +17,7 @@ from forge.model.config import Configuration, read_configuration
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.verify import weights, yardstick
-from forge.verify.inputs import (
-    most_frequent,
-    type_of_tensors,
-)
+from forge.verify.inputs import most_frequent, type_of_tensors
 from forge.verify.kept import Kept
 from forge.verify.loader import Weights
 from forge.verify.measurement import (
@@ -149,22 +145,35 @@ class Yardsticks:
             made = FitsOfFiles(*fits, *fits[:1]) if self.is_own else FitsOfFiles(*fits)
         if len(files) == 1:
             return made
-        return replace(made, numbers=tuple(_other_numbers(read_gguf(files[0]), read_gguf(files[1]))))
+        numbers, unmatched = other_numbers(read_gguf(files[0]), read_gguf(files[1]))
+        return replace(made, numbers=numbers, unmatched=unmatched)
 
 
-def _other_numbers(file: GgufHeader, own: GgufHeader) -> Iterator[str]:
-    """What the architecture's keys say otherwise than llama.cpp's own, but the length of the context."""
+def other_numbers(file: GgufHeader, own: GgufHeader) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the architecture's keys say otherwise than llama.cpp's own, but the length of the context.
+
+    First those that both have, then those that only one of them has, which may be a default.
+    """
     kind = f"{own.architecture}."
+    numbers, unmatched = list[str](), list[str]()
     known = {name for header in (file, own) for name in header.metadata if name.startswith(kind)}
     for name in sorted(known - {f"{kind}context_length"}):
-        theirs, expected = (header.metadata.get(name) for header in (file, own))
-        if theirs is None or expected is None:
-            yield f"{name} is {'missing' if theirs is None else theirs}, the base has {expected or 'none'}"
-        elif isinstance(theirs, int | float) and isinstance(expected, int | float):
-            if not math.isclose(theirs, expected, rel_tol=1e-6):
-                yield f"{name} is {theirs:g}, the base's is {expected:g}"
+        theirs, expected = (_shown(header, name) for header in (file, own))
+        if theirs is None:
+            unmatched.append(f"{name} is missing, the base's is {expected}")
+        elif expected is None:
+            unmatched.append(f"{name} is {theirs}, the base has none")
         elif theirs != expected:
-            yield f"{name} is {theirs}, the base's is {expected}"
+            numbers.append(f"{name} is {theirs}, the base's is {expected}")
+    return tuple(numbers), tuple(unmatched)
+
+
+def _shown(header: GgufHeader, name: str) -> str | None:
+    """A value of the metadata, floats to the six digits in which other programs' are equal."""
+    if name not in header.metadata:
+        return None
+    values = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in header.array(name)]
+    return values[0] if len(values) == 1 else f"[{', '.join(values)}]"
 
 
 def _doubted(file: FileFacts, header: GgufHeader, vendor: GgufHeader) -> FileFacts:

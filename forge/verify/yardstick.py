@@ -27,14 +27,14 @@ def make_f16(
     end_of_turn_id: int | None = None,
     merge_base: str = "original",
 ) -> Path:
-    """An f16 GGUF of base and adapter in `out`, an empty directory; raises what `export` raises."""
+    """An f16 GGUF of base and adapter in the directory `out`; raises what `export` raises."""
     nf4_or_original: MergeBase = "nf4" if merge_base == "nf4" else "original"
     model = Ingredients(base, adapter, tokenizer, chat_template, converters, end_of_turn_id, nf4_or_original)
     return export_f16(model, out)
 
 
 def export_f16(model: Ingredients, out: Path) -> Path:
-    """An f16 GGUF of `model` in `out`, an empty directory; raises what `export` raises."""
+    """An f16 GGUF of `model` in the directory `out`; raises what `export` raises."""
     export_gguf(ExportRequest(model, out, name="yardstick", quant="f16"))
     return out / GGUF_FILE
 
