@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from forge.serve import front, front_server
+from forge.serve import behind, front_server
 from forge.serve.endpoint import Endpoint
 from forge.serve.runtime import ServerSettings
 from tests.servers import HELLO, KEY
@@ -124,8 +124,8 @@ def test_what_is_asked_without_the_key_is_not_passed_on(adapter_files: Path, sta
         stack.callback(thread.join)
         stack.callback(server.shutdown)
         listener = stack.enter_context(front_server.bound(settings))
-        behind = front.Behind(f"http://127.0.0.1:{server.server_port}")
-        port = stack.enter_context(front_server.opened(listener, settings, behind))
+        front = behind.Behind(f"http://127.0.0.1:{server.server_port}")
+        port = stack.enter_context(front_server.opened(listener, settings, front))
         url = f"http://127.0.0.1:{port}/tokenize"
         body = {"content": "a secret"}
         assert httpx.post(url, json=body, trust_env=False).status_code == 401

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from forge.serve import front, front_rules, front_server
+from forge.serve.behind import Behind
 from forge.serve.client import Client
 from forge.serve.embedded import serve_embedded
 from forge.serve.endpoint import Endpoint
@@ -439,7 +440,7 @@ def _front_before(
         stack.callback(thread.join)
         stack.callback(server.shutdown)
         listener = stack.enter_context(front_server.bound(settings))
-        behind = front.Behind(f"http://127.0.0.1:{server.server_port}")
+        behind = Behind(f"http://127.0.0.1:{server.server_port}")
         port = stack.enter_context(front_server.opened(listener, settings, behind))
         yield Endpoint(f"http://127.0.0.1:{port}", "yes")
 

@@ -41,15 +41,18 @@ HOME = "linux"
 # Loads all that serving loads, and says which files those are.
 _LOADED = """
 import json, sys
-import encodings.idna, traceback, xllamacpp, httpx, starlette.responses
+import encodings.idna, traceback, xllamacpp, starlette.responses
 from pathlib import Path
+from http.client import HTTPConnection
 from forge.serve import embedded_server, front_server, options
-from forge.serve.front import Behind
+from forge.serve.behind import Behind
 from forge.serve.runtime import ServerSettings
 settings = ServerSettings(Path("m"), "m", 512)
 with front_server.bound(settings) as listener:
     with front_server.opened(listener, settings, Behind("http://127.0.0.1:9")) as port:
-        httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
+        asking = HTTPConnection("127.0.0.1", port)
+        asking.request("GET", "/health")
+        asking.getresponse().read()
 files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
 print(json.dumps({name: file for name, file in files.items() if file}))
 """
@@ -65,7 +68,7 @@ from pathlib import Path
 
 from forge.serve import front_server
 from forge.serve.embedded_server import start
-from forge.serve.front import Behind
+from forge.serve.behind import Behind
 from forge.serve.options import attributes
 from forge.serve.runtime import ServerSettings
 

@@ -19,8 +19,8 @@ from forge import process
 from forge.errors import RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve import front_server, ready
+from forge.serve.behind import Behind
 from forge.serve.endpoint import Endpoint
-from forge.serve.front import Behind
 from forge.serve.options import server_arguments
 from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import last_lines, not_started

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from forge.serve import front_server, ready
+from forge.serve.behind import Behind
 from forge.serve.endpoint import Endpoint
-from forge.serve.front import Behind
 from forge.serve.options import attributes
 from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import private_socket, proved, started

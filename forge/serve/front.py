@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
 
-import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from forge.serve import front_openai as openai
 from forge.serve import front_rules as rules
+from forge.serve.behind import SECONDS_TO_ANSWER, Behind, BehindError, ServerAnswer
 from forge.serve.front_rules import RefusedRequestError, Rules, error_body
 from forge.serve.runtime import ServerSettings
 
@@ -33,17 +31,11 @@ _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
 
-# The longest answer that is waited for.
-_SECONDS_TO_ANSWER = 600.0
 _SECONDS_OF_HEALTH = 5.0
 # What the server behind hears of a request's head; the rest is between client and front.
-_PASSED = (
-    b"accept",
-    b"accept-encoding",
-    b"content-type",
-    b"if-none-match",
-    b"anthropic-version",
-)
+_PASSED = frozenset({b"accept", b"accept-encoding", b"content-type", b"if-none-match", b"anthropic-version"})
+# Not where the front itself reads the answer.
+_READ_HERE = frozenset({b"accept-encoding", b"if-none-match"})
 # Of one connection only (RFC 9110, 7.6.1), or the front's own affair.
 _KEPT_BACK = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"trailer", b"server"}
@@ -59,33 +51,12 @@ _MOST_BYTES_AT_ONCE = 64 << 20
 _SPARE = 16
 
 
-@dataclass(frozen=True)
-class Behind:
-    """How the server behind is reached: by a socket file, or a port of loopback with a key of its own."""
-
-    url: str = "http://localhost"
-    socket: str | None = None
-    key: str = ""
-
-    def client(self) -> httpx.AsyncClient:
-        """A client of it. llama-server closes a connection after a stream unsaid: each has one request."""
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        transport = httpx.AsyncHTTPTransport(uds=self.socket, limits=limits, trust_env=False, verify=False)
-        headers = {"Connection": "close", "Accept-Encoding": "identity", "User-Agent": "forge"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        timeout = httpx.Timeout(_SECONDS_TO_ANSWER, connect=10.0)
-        return httpx.AsyncClient(
-            transport=transport, base_url=self.url, headers=headers, timeout=timeout, trust_env=False
-        )
-
-
 class Front:
-    """The ASGI application. Use it in one event loop, as long as `client` is open."""
+    """The ASGI application. Use it in one event loop."""
 
-    def __init__(self, settings: ServerSettings, client: httpx.AsyncClient) -> None:
+    def __init__(self, settings: ServerSettings, behind: Behind) -> None:
         self.rules = Rules.of(settings)
-        self.client = client
+        self.behind = behind
         self.room = asyncio.Semaphore(max(1, settings.http_threads - _SPARE))
         self.held_bytes = 0
         self.knows_tools: bool | None = None
@@ -105,7 +76,7 @@ class Front:
         except RecursionError:
             too_deep = RefusedRequestError(400, "the request is nested too deeply")
             await _refuse(request, too_deep, extra, send)
-        except (ClientDisconnect, httpx.TransportError, httpx.StreamError, ConnectionError, TimeoutError):
+        except (ClientDisconnect, BehindError, ConnectionError, TimeoutError):
             # Too late for another answer: the server closes the connection, in the middle of this one.
             return
 
@@ -184,7 +155,7 @@ class Front:
                 return await JSONResponse(answer, headers=extra)(request.scope, request.receive, send)
             if openai.forces_tool(path, content) and not await self._knows_tools():
                 return await self._call_tool(request, content, extra, send)
-            return await self._exchange(request, content, extra, send, _SECONDS_TO_ANSWER)
+            return await self._exchange(request, content, extra, send, SECONDS_TO_ANSWER)
 
     async def _call_tool(
         self, request: Request, fields: dict[str, Any], extra: dict[str, str], send: _Send
@@ -202,14 +173,14 @@ class Front:
     async def _ask(self, path: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """One more question to the server behind, in the place of a client's; its refusal is the client's."""
         try:
-            answer = await self.client.post(path, json=dict(fields))
-            payload: dict[str, Any] = answer.json()
-        except (httpx.TransportError, ValueError) as broken:
+            async with self.behind.asked("POST", path, dict(fields)) as answer:
+                payload = await answer.json()
+        except BehindError as broken:
             raise _no_answer(broken) from None
         if not answer.is_success:
             error = payload.get("error", {})
             raise RefusedRequestError(
-                answer.status_code, str(error.get("message")), str(error.get("type", "server_error"))
+                answer.status, str(error.get("message")), str(error.get("type", "server_error"))
             )
         return payload
 
@@ -217,8 +188,9 @@ class Front:
         """Whether the template writes tools: llama-server then holds the answer to a call by itself."""
         if self.knows_tools is None:
             try:
-                properties = (await self.client.get("/props")).json()
-            except (httpx.TransportError, ValueError) as broken:
+                async with self.behind.asked("GET", "/props") as answer:
+                    properties = await answer.json()
+            except BehindError as broken:
                 raise _no_answer(broken) from None
             self.knows_tools = bool((properties.get("chat_template_caps") or {}).get("supports_tools"))
         return self.knows_tools
@@ -233,25 +205,22 @@ class Front:
         if query := request.scope["query_string"]:
             # A `#` is no part of a request's target (RFC 9112, 3.2).
             target += b"?" + query.replace(b"#", b"%23")
-        headers = [(name, value) for name, value in request.headers.raw if name in _PASSED]
-        body = None if content is None else json.dumps(content).encode()
-        method = "GET" if path in rules.MODELS else request.method
-        asked = self.client.build_request(
-            method, self.client.base_url.copy_with(raw_path=target), content=body, headers=headers
-        )
-        asked.extensions["timeout"]["read"] = seconds
-        try:
-            answer = await self.client.send(asked, stream=True)
-        except httpx.TransportError as broken:
-            raise _no_answer(broken) from None
-        try:
-            if path in rules.MODELS and answer.is_success:
-                listed = self._models(await _json_of(answer), None if wanted is None else unquote(wanted))
-                await JSONResponse(listed, headers=extra)(request.scope, request.receive, send)
-                return
-            await _stream(answer, extra, send)
-        finally:
-            await answer.aclose()
+        reads = path in rules.MODELS
+        passed = _PASSED - _READ_HERE if reads else _PASSED
+        headers = [(name, value) for name, value in request.headers.raw if name in passed]
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                asked = self.behind.asked(
+                    "GET" if reads else request.method, target, content, headers=headers, seconds=seconds
+                )
+                answer = await stack.enter_async_context(asked)
+                listed = await answer.json() if reads and answer.is_success else None
+            except BehindError as broken:
+                raise _no_answer(broken) from None
+            if listed is None:
+                return await _stream(answer, extra, send)
+        models = self._models(listed, None if wanted is None else unquote(wanted))
+        return await JSONResponse(models, headers=extra)(request.scope, request.receive, send)
 
     def _models(self, listed: dict[str, Any], wanted: str | None) -> dict[str, Any]:
         """The list of models with the adapters in it, or the one that is wanted."""
@@ -282,22 +251,16 @@ def _preflight(request: Request) -> dict[str, str]:
     return headers if "origin" in request.headers else {"allow": "GET, POST, OPTIONS"}
 
 
-async def _json_of(answer: httpx.Response) -> dict[str, Any]:
-    await answer.aread()
-    payload: dict[str, Any] = answer.json()
-    return payload
-
-
-async def _stream(answer: httpx.Response, extra: dict[str, str], send: _Send) -> None:
+async def _stream(answer: ServerAnswer, extra: dict[str, str], send: _Send) -> None:
     """The answer of the server behind, piece by piece as it comes."""
     kept = [
         (name, value)
-        for name, value in answer.headers.raw
+        for name, value in answer.headers
         if (lower := name.lower()) not in _KEPT_BACK and not lower.startswith(b"access-control-")
     ]
     kept += [(name.encode(), value.encode("latin-1")) for name, value in extra.items()]
-    await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
-    async for piece in answer.aiter_raw():
+    await send({"type": "http.response.start", "status": answer.status, "headers": kept})
+    async for piece in answer.pieces():
         async with asyncio.timeout(rules.STALLED_SECONDS):
             await send({"type": "http.response.body", "body": piece, "more_body": True})
     await send({"type": "http.response.body", "body": b"", "more_body": False})

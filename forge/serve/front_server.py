@@ -26,7 +26,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from forge.errors import StageError
 from forge.serve import front_rules as rules
-from forge.serve.front import Behind, Front
+from forge.serve.behind import Behind
+from forge.serve.front import Front
 from forge.serve.front_rules import error_body
 from forge.serve.runtime import ServerSettings
 
@@ -161,16 +162,15 @@ def opened(listener: socket.socket, settings: ServerSettings, behind: Behind) ->
     port: int = listener.getsockname()[1]
 
     async def serve() -> None:
-        async with behind.client() as client:
-            config = uvicorn.Config(
-                Front(settings, client), http=kind, ws="none", loop="asyncio", lifespan="off",
-                log_config=None, log_level="critical", access_log=False, proxy_headers=False,
-                server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=0,
-                h11_max_incomplete_event_size=rules.MOST_HEAD_BYTES,
-            )  # fmt: skip
-            servers.append(uvicorn.Server(config))
-            ready.set()
-            await servers[0].serve(sockets=[listener])
+        config = uvicorn.Config(
+            Front(settings, behind), http=kind, ws="none", loop="asyncio", lifespan="off",
+            log_config=None, log_level="critical", access_log=False, proxy_headers=False,
+            server_header=False, timeout_keep_alive=_KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=0,
+            h11_max_incomplete_event_size=rules.MOST_HEAD_BYTES,
+        )  # fmt: skip
+        servers.append(uvicorn.Server(config))
+        ready.set()
+        await servers[0].serve(sockets=[listener])
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True, name="forge-front")
     thread.start()

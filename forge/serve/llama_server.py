@@ -14,8 +14,8 @@ from pathlib import Path
 
 from forge.errors import MissingToolError
 from forge.serve import front_server, ready
+from forge.serve.behind import Behind
 from forge.serve.endpoint import Endpoint
-from forge.serve.front import Behind
 from forge.serve.options import server_arguments
 from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import ServerProcess, private_socket, proved, started
