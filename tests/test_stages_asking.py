@@ -6,6 +6,7 @@ rows and the files that are published are real.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ from forge.stages.merge import MergeStage
 from forge.stages.modelfile import ModelfileFacts, Variables
 from forge.stages.train import TrainStage
 from forge.stages.validate import ValidateStage
-from forge.stages.verify import VerifyStage
+from forge.stages.verify import VerifyStage, shared_by_types
 from forge.store.artifacts import Artifact, Store
 from forge.train.arithmetic import Arithmetic
 from forge.train.memory import choose_batch
@@ -395,6 +396,30 @@ def test_a_merged_checkpoint_is_asked_for_whole(tmp_path: Path, asked: Asked) ->
     assert asked.logs == {place.ship.log}
 
 
+def test_certificates_of_several_types_share_what_is_made_of_the_same(tmp_path: Path, asked: Asked) -> None:
+    """Gone when the ship ends, with or without a verdict; what is stopped goes on with it."""
+    place = place_of(tmp_path, RECIPE + "export: {quant: [q4_k_m, q8_0]}\n")
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / GGUF_FILE).write_bytes(b"GGUF")
+    copy_of_tiny(tmp_path / "adapter")
+
+    def shared(digest: str, quant: str | None) -> Path:
+        inputs = place.inputs_of("data", "train", "export")
+        inputs["train"] = replace(inputs["train"], digest=digest)
+        VerifyStage(replace(place.ship, further_type=quant)).build(inputs, place.out)
+        return Path(asked.requests["verify"]["shared"])
+
+    first = shared("digest", None)
+    assert shared("digest", "q8_0") == first != shared("another", None)
+    endings: list[BaseException | None] = [None, CheckError("another file"), KeyboardInterrupt()]
+    for ending in endings:
+        with contextlib.suppress(CheckError, KeyboardInterrupt), shared_by_types(place.ship):
+            first.mkdir(parents=True)
+            if ending:
+                raise ending
+        assert first.exists() is isinstance(ending, KeyboardInterrupt)
+
+
 def test_a_certificate_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
     limits = "verify: {max_kl: 0.5, min_top1: 0.75, minutes: 3}\nexport: {quant: q4_k_m, imatrix: true}\n"
     place = place_of(tmp_path, RECIPE + limits)
@@ -415,6 +440,7 @@ def test_a_certificate_is_asked_for_whole(tmp_path: Path, asked: Asked) -> None:
         "importance": str(matrix / IMPORTANCE_FILE), "rows": str(tmp_path / "data" / HELDOUT_FILE),
         "scratch": str(place.out / "work"), "f16": None, "trained_in_4bit": True, "trust_remote_code": True,
         "max_kl": 0.5, "min_top1": 0.75, "minutes": 3.0, "positions": None, "goes_on": True,
+        "shared": None,
     }  # fmt: skip
     assert asked.logs == {place.ship.log} and (place.out / "work").is_dir()
     assert {option: item["where"] for option, item in facts["basis"]["items"].items()} == {

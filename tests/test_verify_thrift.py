@@ -9,7 +9,7 @@ import pytest
 
 from forge.export import upstream
 from forge.model.checkpoint import open_checkpoint
-from forge.verify import yardstick
+from forge.verify import reference, yardstick
 from forge.verify.kept import holds_any, kept_of
 from forge.verify.loader import changes_nothing
 from forge.verify.measurement import Greedy, VerifyRequest
@@ -142,6 +142,29 @@ def test_little_time_bounds_the_first_look_too(plain: Specimen) -> None:
     near = plain.measure(file, minutes=1e-6, min_top1=1.0).sample
     assert (near.positions, near.undecided) == (short.positions, ("verify.min_top1",))
     assert plain.measure(file, minutes=60, min_top1=1.0).sample.positions > 96
+
+
+def test_files_of_two_types_share_what_they_are_held_against(
+    plain: Specimen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's own f16 is made once, and so is what the reference says of it; the figures are the same."""
+    made, computed = list[Path](), list[str]()
+    make_f16, logits = yardstick.make_f16, reference.logits
+
+    def counted(weights: Any, sample: Any, label: str, *more: Any) -> Any:
+        computed.append(label)
+        return logits(weights, sample, label, *more)
+
+    monkeypatch.setattr(yardstick, "make_f16", lambda out, **model: made.append(make_f16(out, **model)))
+    monkeypatch.setattr(reference, "logits", counted)
+    f16 = plain.scratch / "f16" / "model.gguf"
+    files = [yardstick.make_quantized(f16, tmp_path / f"{kind}.gguf", kind, 1) for kind in ("q8_0", "q4_0")]
+    legs = [plain.measure(file, shared=str(tmp_path / "shared"), minutes=1e-6).legs for file in files]
+    assert len(made) == 1 and computed.count("the reference, in 16 bits") == 1
+    alone = plain.measure(files[1], minutes=1e-6).legs
+    assert len(made) == 2
+    assert legs[1].conversion == alone.conversion == legs[0].conversion
+    assert legs[1].vendor == alone.vendor != legs[0].vendor
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from forge.ship.space import require_space
 from forge.stages import stages_for
 from forge.stages.deploy import DEPLOY_STAGE
 from forge.stages.train import ADAPTER_STAGE
+from forge.stages.verify import shared_by_types
 from forge.store import runs
 from forge.store.artifacts import Store, open_store
 
@@ -62,6 +63,7 @@ def ship(
         directory.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(target.log.open("a", encoding="utf-8"))
         stack.enter_context(report.copied_to(log))
+        stack.enter_context(shared_by_types(target))
         results: dict[str, Result] = {}
         failure: BaseException | None = None
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from forge.stages.export import EXPORT_STAGE, ExportFacts, adapter_in
 from forge.stages.modelfile import ModelfileFacts, ModelfileStage
 from forge.stages.train import ADAPTER_STAGE
 from forge.store.artifacts import Artifact
+from forge.store.digest import digest, file_digest
+from forge.store.lock import hold_lock
 from forge.tools.llama_cpp import find_converters
 from forge.verify.basis import Evidence, certificate_text, evidence_of
 from forge.verify.calibrate import IMPORTANCE_FILE
@@ -86,6 +90,7 @@ class VerifyStage(OfType, GgufStage):
         merged, lora = export / MERGED_DIRECTORY, adapter_in(inputs[EXPORT_STAGE])
         work = out / "work"
         work.mkdir(exist_ok=True)
+        rows = certificate_rows(self.ship, inputs, work)
         request = VerifyRequest(
             base=self.ship.base_directory,
             adapter=inputs[ADAPTER_STAGE].path if ADAPTER_STAGE in inputs else None,
@@ -95,7 +100,7 @@ class VerifyStage(OfType, GgufStage):
             importance=importance_in(inputs),
             tokenizer=self.ship.tokenizer.directory,
             chat_template=self.ship.template.pinned_source(),
-            rows=certificate_rows(self.ship, inputs, work),
+            rows=rows,
             converters=find_converters(self.ship.store.root),
             scratch=work,
             merge_base=inputs[EXPORT_STAGE].read(ExportFacts).merge_base,
@@ -106,6 +111,7 @@ class VerifyStage(OfType, GgufStage):
             min_top1=self.ship.recipe.verify.min_top1,
             minutes=self.ship.recipe.verify.minutes,
             goes_on=True,
+            shared=self._shared(inputs, rows, beside=lora is not None),
         )
         measured = worker.perform(measure, request, log=self.ship.log)
         quant = inputs[EXPORT_STAGE].read(ExportFacts).quant
@@ -113,6 +119,20 @@ class VerifyStage(OfType, GgufStage):
         evidence = to_plain(evidence_of(request.rows, measured.sample))
         write_text(out / _EVIDENCE, json.dumps(evidence, ensure_ascii=False))
         return measured.of(basis)
+
+    def _shared(self, inputs: Mapping[str, Artifact], rows: Path, *, beside: bool) -> Path | None:
+        """What the certificates of this ship's types have in common, by what it is made of."""
+        if len(self.ship.recipe.export.types) == 1:
+            return None
+        made_of: dict[str, Json] = {
+            **self.params(),
+            **self.tools(),
+            "adapter": inputs[ADAPTER_STAGE].digest if ADAPTER_STAGE in inputs else None,
+            "merge_base": inputs[EXPORT_STAGE].read(ExportFacts).merge_base,
+            "beside": beside,
+            "rows": file_digest(rows),
+        }
+        return self.ship.store.work(VERIFY_STAGE, _shared_by(self.ship)) / digest(made_of)
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:
         """The certificate with its rows, for whoever wants to repeat it."""
@@ -129,6 +149,26 @@ class VerifyStage(OfType, GgufStage):
         verdict = certificate(self.ship, artifact.read(Measurement))
         show_certificate(verdict)
         return failure_of_certificate(verdict)
+
+
+@contextlib.contextmanager
+def shared_by_types(ship: Resolved) -> Iterator[None]:
+    """Keep what the certificates of several types have in common while the block lasts.
+
+    What is left of a ship that was stopped, or of which a stage failed, the next of this run goes on with.
+    """
+    key = _shared_by(ship)
+    with hold_lock(ship.store.lock(VERIFY_STAGE, key), what=VERIFY_STAGE, run=ship.recipe.name):
+        try:
+            yield
+        except CheckError:
+            shutil.rmtree(ship.store.partial(VERIFY_STAGE, key), ignore_errors=True)
+            raise
+        shutil.rmtree(ship.store.partial(VERIFY_STAGE, key), ignore_errors=True)
+
+
+def _shared_by(ship: Resolved) -> str:
+    return digest({"run": str(ship.run_directory)})
 
 
 def _of_type(ship: Resolved, results: Mapping[str, Result]) -> Mapping[str, object]:

@@ -102,7 +102,7 @@ def measure(request: VerifyRequest) -> Measurement:
             live = expected_live(model, prompts, answered.precise)
     started = time.monotonic()
     with kept_of(request) as kept:
-        yardsticks = Yardsticks(session, kept)
+        yardsticks = Yardsticks(session, kept, Kept(request.shared) if request.shared else kept)
         file = yardsticks.held(file)
         sizes = _LOOKS if request.minutes is None else (_FIRST_IN_TIME, *_LOOKS)
         for looks, size in enumerate(sizes, start=1):
@@ -218,8 +218,9 @@ class _Comparison:
         """The file, the checkpoints behind it, and its yardsticks."""
         request, source = self.session.request, self.session.source
         shifts = source.adapter is not None and request.trained_in_4bit and not source.nf4
-        base = self._checkpoint("base", replace(source, plain=True)) if source.adapter else None
-        trained = self._checkpoint("trained", replace(source, nf4=True)) if shifts else None
+        shared = self.yardsticks.shared
+        base = self._checkpoint(shared, "base", replace(source, plain=True)) if source.adapter else None
+        trained = self._checkpoint(shared, "trained", replace(source, nf4=True)) if shifts else None
         merged, as_merged = self._merged() if request.merged else (None, None)
         logits = self._logits("file", request.gguf)
         file_s = self._compare(logits)
@@ -245,10 +246,11 @@ class _Comparison:
         merged, source = self.session.request.merged, self.session.source
         assert merged is not None
         held = rounding_of_checkpoint(open_checkpoint(merged))
-        made = self._checkpoint("merged", replace(source, base=merged, adapter=None, nf4=False))
+        kept = self.yardsticks.kept
+        made = self._checkpoint(kept, "merged", replace(source, base=merged, adapter=None, nf4=False))
         if held.is_exact:
             return made, None
-        return made, self._checkpoint("as merged", replace(source, rounding=held))
+        return made, self._checkpoint(kept, "as merged", replace(source, rounding=held))
 
     def _conversion(self, path: Path, logits: Any, leg: Leg) -> _Conversion:
         """The unquantized file in `path`, `leg` from the reference; `rounded` is what its type does to it.
@@ -263,7 +265,8 @@ class _Comparison:
             return _Conversion(leg, None, None if own is None else self._compare(own))
         with session.step("the reference, rounded"):
             make = partial(self._rounded, rounding, logits, leg)
-            return self.yardsticks.kept.value(_Conversion, _named(self.drawn, "conversion"), make)
+            kept = self.yardsticks.kept if path == session.request.gguf else self.yardsticks.shared
+            return kept.value(_Conversion, _named(self.drawn, "conversion"), make)
 
     def _rounded(self, rounding: RoundedTypes, logits: Any, leg: Leg) -> _Conversion:
         session = self.session
@@ -279,12 +282,12 @@ class _Comparison:
         converted = leg if same else self._compare(logits, held)
         return _Conversion(converted, self._compare(held), arithmetic, most_lost(lost))
 
-    def _checkpoint(self, name: str, source: Weights) -> Leg:
+    def _checkpoint(self, kept: Kept, name: str, source: Weights) -> Leg:
         def leg() -> Leg:
             return self._compare(reference.logits(source, self.drawn, f"the reference, {name}"))
 
         with self.session.step(name):
-            return self.yardsticks.kept.value(Leg, _named(self.drawn, name), leg)
+            return kept.value(Leg, _named(self.drawn, name), leg)
 
     def _logits(self, name: str, path: Path) -> Any:
         with self.session.step(name), served.loaded(path, self.context, self.session.request.lora) as model:

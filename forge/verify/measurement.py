@@ -31,7 +31,8 @@ class VerifyRequest:
     own conversion, where it is there already. `trained_in_4bit`: the adapter saw the base in NF4.
     `max_kl` and `min_top1` are the limits to be decided; after `minutes` no more positions are added.
     `positions`: exactly those of an earlier measurement, else they are drawn. `goes_on`: `scratch` is of
-    this request only, and what a stopped measurement finished there is taken.
+    this request only, and what a stopped measurement finished there is taken. `shared`: a directory of what
+    is the same for files of any type that are made of this base and adapter and compared on these rows.
     """
 
     base: Path
@@ -55,6 +56,7 @@ class VerifyRequest:
     minutes: float | None = None
     positions: Positions | None = None
     goes_on: bool = False
+    shared: Path | None = None
 
 
 @dataclass(frozen=True)

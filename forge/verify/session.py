@@ -77,10 +77,11 @@ class Session:
 
 @dataclass
 class Yardsticks:
-    """llama.cpp's own files beside the one that is measured, each made once."""
+    """llama.cpp's own files beside the one that is measured, each made once; `shared` is of all types."""
 
     session: Session
     kept: Kept
+    shared: Kept
     vendor: Path | None = None
     is_own: bool = False
     """Whether the file is llama.cpp's own `vendor` to the bit, in whatever computes: it is looked at once."""
@@ -102,7 +103,7 @@ class Yardsticks:
                 end_of_turn_id=request.end_of_turn_id,
                 merge_base=request.merge_base,
             )
-            return self.kept.folder("f16", make) / GGUF_FILE
+            return self.shared.folder("f16", make) / GGUF_FILE
 
     def quantized(self, kind: str, importance: Path | None = None) -> Path:
         """llama.cpp's own file of another type."""
