@@ -41,6 +41,19 @@ def test_model_chooses_the_adapter(served_adapters: Endpoint, model: str, answer
             assert "".join(client.stream_chat(HELLO)) == answer
 
 
+def test_a_route_that_chooses_no_adapter_is_the_models_own(served_adapters: Endpoint) -> None:
+    """llama-server makes a body of its own out of Anthropic's: with every adapter on, were they not off."""
+    body = {"messages": HELLO, "max_tokens": 32, "temperature": 0}
+    with httpx.Client(base_url=served_adapters.url, headers={"X-Api-Key": KEY}, trust_env=False) as http:
+        for model in ({"model": "base"}, {}):
+            answer = http.post("/v1/messages", json={**body, **model}).json()
+            assert answer["content"][0]["text"] == REPLY
+        for path in ("/v1/messages", "/v1/embeddings"):
+            refused = http.post(path, json={**body, "input": "a", "model": "no"})
+            assert refused.status_code == 400
+            assert "answered by base only; ask no by /v1/chat/completions" in refused.text
+
+
 def test_many_at_once_do_not_mix(served_adapters: Endpoint) -> None:
     said: list[tuple[str, str]] = []
 
@@ -127,6 +140,9 @@ _POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + _KEY_LINE
         (b"GET /[x HTTP/1.1\r\nX: a\x00b\r\nConnection: close\r\n\r\n", 400),
         (_POST + b"Content-Length: -1\r\n\r\n", 400),
         (_POST + b"Content-Length: " + b"9" * 15 + b"\r\n\r\n", 413),
+        (_POST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}", 415),
+        (_POST + _KEY_LINE + b"Content-Length: 2\r\n\r\n{}", 400),
+        (_POST + b"Content-Type: application/json\r\nContent-Type: text/plain\r\n\r\n", 400),
         (_POST + b"Content-Length: 50000\r\n\r\n" + b"[" * 50_000, 400),
         (_POST + b"Content-Length: 12\r\n\r\n" + b'{"model": 7}', 404),
         (_POST + b"Content-Length: 13\r\n\r\n" + b'{"model": []}', 404),

@@ -129,7 +129,7 @@ def test_manifests_serve_it_with_its_adapter(run: Path) -> None:
     container, _ = deployment["spec"]["template"]["spec"]["containers"]
     for command in (server["command"], container["args"]):
         assert [command[command.index(flag) + 1] for flag in ("--model", "--lora")] == names
-        assert "--lora-init-without-apply" not in command
+        assert "--lora-scaled" not in command
     header, alone = read_gguf(chosen.model), replace(chosen, adapter=None)
     more = memory_bytes(chosen, header) - memory_bytes(alone, header)
     assert more == (run / "yoda-q8_0-adapter.gguf").stat().st_size
@@ -137,10 +137,14 @@ def test_manifests_serve_it_with_its_adapter(run: Path) -> None:
         manifest("kubernetes", chosen, model_url="https://models.example/yoda.gguf")
 
 
-def test_switched_adapters_wait_for_a_request(run: Path) -> None:
+def test_switched_adapters_are_off_until_a_request_asks_for_one(run: Path) -> None:
     chosen = settings(Wish(str(run)))
-    assert "--lora-init-without-apply" not in server_arguments(chosen)
-    assert "--lora-init-without-apply" in server_arguments(replace(chosen, adapters={"a": Path("a.gguf")}))
+    assert "--lora-scaled" not in server_arguments(chosen)
+    command = server_arguments(replace(chosen, adapters={"a": Path("/a.gguf"), "b": Path("/b.gguf")}))
+    own = str(run.absolute() / "yoda-q8_0-adapter.gguf")
+    assert command[-6:] == ["--lora", own, "--lora-scaled", "/a.gguf:0", "--lora-scaled", "/b.gguf:0"]
+    with pytest.raises(RecipeError, match="llama-server takes no such path"):
+        server_arguments(replace(chosen, adapters={"a": Path("/a:1.gguf")}))
 
 
 @pytest.mark.slow

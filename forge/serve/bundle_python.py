@@ -84,7 +84,7 @@ with front_server.bound(settings) as listener:
     server = start(
         {{
             "model": str(settings.model),
-            "adapters": [str(path) for path in settings.loaded_adapters],
+            "adapters": [(str(path), 1.0) for path in settings.loaded_adapters],
             "attributes": [*attributes(settings), *behind],
         }}
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from forge.serve import front_server, ready
 from forge.serve.behind import Behind
 from forge.serve.endpoint import Endpoint
-from forge.serve.options import attributes
+from forge.serve.options import attributes, scales
 from forge.serve.runtime import ServerSettings
 from forge.serve.server_process import private_socket, proved, started
 from forge.tools import xllamacpp
@@ -44,7 +44,10 @@ def serve_embedded(settings: ServerSettings, *, log: Path | None = None) -> Iter
 def _for_child(settings: ServerSettings, socket: str) -> dict[str, object]:
     return {
         "model": str(settings.model.absolute()),
-        "adapters": [str(path.absolute()) for path in settings.loaded_adapters],
+        "adapters": [
+            (str(path.absolute()), scale)
+            for path, scale in zip(settings.loaded_adapters, scales(settings), strict=True)
+        ],
         # A file that only we reach: clients come through the front.
         "attributes": [*attributes(ready.with_threads(settings)), ("hostnames", [socket])],
     }

@@ -31,7 +31,7 @@ def start(settings: Mapping[str, Any]) -> Any:
         # Not `endpoint_props`: it lets clients change the server's settings; they can be read without.
         owner = functools.reduce(getattr, path, parameters)
         setattr(owner, last, set(value) if last == "model_alias" else value)
-    loras = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in settings["adapters"]]
+    loras = [xllamacpp.CommonAdapterLoraInfo(path, scale) for path, scale in settings["adapters"]]
     if loras:
         parameters.lora_adapters = loras
     return xllamacpp.Server(parameters)

@@ -36,6 +36,8 @@ _SECONDS_OF_HEALTH = 5.0
 _PASSED = frozenset({b"accept", b"accept-encoding", b"content-type", b"if-none-match", b"anthropic-version"})
 # Not where the front itself reads the answer.
 _READ_HERE = frozenset({b"accept-encoding", b"if-none-match"})
+# Given twice, another might read the other one.
+_SINGLE = ("origin", "authorization", "x-api-key", "content-type", "content-encoding")
 # Of one connection only (RFC 9110, 7.6.1), or the front's own affair.
 _KEPT_BACK = frozenset(
     {b"connection", b"keep-alive", b"transfer-encoding", b"te", b"upgrade", b"trailer", b"server"}
@@ -91,6 +93,8 @@ class Front:
         hosts = request.headers.getlist("host")
         if len(hosts) != 1:
             raise RefusedRequestError(400, "a request has one Host header")
+        if twice := [name for name in _SINGLE if len(request.headers.getlist(name)) > 1]:
+            raise RefusedRequestError(400, f"a request has one {twice[0]} header")
         self.rules.check_host(hosts[0], (scope.get("server") or ("",))[0])
         origin = request.headers.get("origin")
         if self.rules.check_origin(origin, hosts[0]) and origin is not None:
@@ -143,6 +147,8 @@ class Front:
         """The body as it goes to the server behind: a JSON value; None where there is none."""
         if request.method != "POST":
             return None
+        if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise RefusedRequestError(415, f"send the request as it is, not as {encoding}")
         return self.rules.fields(_path_of(request), request.headers.get("content-type"), body)
 
     async def _pass(self, request: Request, content: Any, extra: dict[str, str], send: _Send) -> None:

@@ -43,11 +43,14 @@ ASK = frozenset(
         "/embedding",
     }
 )  # fmt: skip
+# Of these, those whose answer llama-server takes from what is loaded: it reads no adapters from the body.
+_OF_FIRST_MODEL = frozenset({"/v1/messages", "/v1/embeddings", "/embeddings", "/embedding"})
 # What computes without the model's answer.
 COMPUTE = frozenset(
     {
         "/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens",
-        "/v1/chat/completions/input_tokens", "/v1/responses/input_tokens",
+        "/v1/chat/completions/input_tokens", "/chat/completions/input_tokens",
+        "/v1/responses/input_tokens", "/responses/input_tokens",
     }
 )  # fmt: skip
 # What changes the server for everybody, or shows what others ask: closed unless asked for.
@@ -196,7 +199,7 @@ class Rules:
                 self._check_fields(fields)
             if path in ASK:
                 _check_log_probabilities(fields)
-                self._choose(fields)
+                self._choose(path, fields)
         return fields
 
     def _check_fields(self, fields: Mapping[str, Any]) -> None:
@@ -206,12 +209,16 @@ class Rules:
                 400, f"`lora` is closed: name the adapter as the model, one of {served}"
             )
 
-    def _choose(self, fields: dict[str, Any]) -> None:
-        name = fields.get("model")
+    def _choose(self, path: str, fields: dict[str, Any]) -> None:
+        name, first = fields.get("model"), next(iter(self.models))
         if name is None:
-            name = next(iter(self.models))
+            name = first
         if not isinstance(name, str) or name not in self.models:
             raise self.no_model(name)
+        if path in _OF_FIRST_MODEL and name != first:
+            raise RefusedRequestError(
+                400, f"{path} is answered by {first} only; ask {name} by /v1/chat/completions"
+            )
         numbers = [number for number in self.models.values() if number is not None]
         # All of them: an adapter that is not named keeps the scale that it was loaded with.
         if len(self.models) > 1 and "lora" not in fields:

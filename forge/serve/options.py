@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from forge.errors import RecipeError
 from forge.serve.runtime import ServerSettings
 
 Value = bool | int | str | list[str] | None
@@ -49,24 +50,38 @@ OPTIONS: tuple[Option, ...] = (
     Option("--embeddings", ("embedding",), lambda s: s.embeddings or None),
     # The mean of a text's tokens; a chat model says nothing of its own.
     Option("--pooling", ("pooling_type",), lambda s: "mean" if s.embeddings else None, lambda _: 1),
-    # Where requests choose, none is on until one asks for it.
-    Option("--lora-init-without-apply", ("lora_init_without_apply",), lambda s: bool(s.adapters) or None),
 )
 
 
 def server_arguments(settings: ServerSettings, *, model: str = "", adapters: Sequence[str] = ()) -> list[str]:
     """llama-server's command line, without the program, the address and the key.
 
-    `model` and `adapters` replace the paths, for a server that sees them elsewhere.
+    `model` and `adapters` replace the paths, for a server that sees them elsewhere. Raises `RecipeError`
+    for an adapter whose path it cannot say.
     """
     command = ["--model", model or str(settings.model.absolute())]
     for option in OPTIONS:
         value = option.value(settings)
         if value is not None:
             command += [option.flag] if value is True else [option.flag, str(value)]
-    for adapter in adapters or [str(path.absolute()) for path in settings.loaded_adapters]:
-        command += ["--lora", adapter]
+    loaded = adapters or [str(path.absolute()) for path in settings.loaded_adapters]
+    for path, scale in zip(loaded, scales(settings), strict=True):
+        command += ["--lora", path] if scale else ["--lora-scaled", f"{_in_pairs(path)}:0"]
     return command
+
+
+def scales(settings: ServerSettings) -> list[float]:
+    """Of each loaded adapter, for requests that choose none: the model's own is on, the others are not."""
+    own = [1.0] if settings.adapter else []
+    return own + [0.0] * len(settings.adapters)
+
+
+def _in_pairs(path: str) -> str:
+    if set(path) & set(':,"'):
+        raise RecipeError(
+            f"--lora {path}: llama-server takes no such path", hint="without : and , and quotes"
+        )
+    return path
 
 
 def attributes(settings: ServerSettings) -> Iterator[tuple[str, Value]]:
