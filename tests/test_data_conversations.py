@@ -473,7 +473,11 @@ WEIGHT = (
 FAULTS: Mapping[str, tuple[Row, str]] = {
     "empty": (row(prompt=" ", completion="x"), "prompt: is empty"),
     "null": (row(prompt=None, completion="x"), "prompt: is null"),
-    "no list": (row(messages="Hi"), "messages: is not a list of messages"),
+    "no list": (
+        row(messages="Hi"),
+        "messages: is a text, not a list of messages; data.columns: {prompt: messages, completion: ...} "
+        "takes it as a question",
+    ),
     "empty list": (row(messages=[]), "messages: is empty"),
     "no object": (row(messages=[1]), "messages: is not a list of messages"),
     "no content": (row(messages=[USER, {"role": "assistant"}]), "messages[1].content: there is no such key"),

@@ -50,7 +50,7 @@ def of_items(items: Sequence[Any], place: str) -> Sequence[Any]:
             answer, thought = None, {}
             result = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
             messages.append(result)
-        elif isinstance(item, Mapping) and not _is_message(item):
+        elif _is_item(item) and not _is_message(item):
             raise BadRowError(
                 f"is a {kind} of the responses API: only messages, reasoning, function_call and "
                 "function_call_output can be learned here",

@@ -14,13 +14,13 @@ import json
 from collections.abc import Iterator
 
 from forge.data.conversation import Conversation, Turn
-from forge.data.fields import TEMPLATE_MARKS
+from forge.data.fields import ALPACA_MARKS, TEMPLATE_MARKS
 from forge.data.prompt_format import PromptFormat
 from forge.errors import DataError
 
 _BEGINNING = 60  # characters: a mark may stand behind a BOS and a blank
 # How texts begin that were a prompt and its answer: Alpaca's, Vicuna's.
-_OF_TEXTS = ("### Instruction:", "Below is an instruction that", "USER: ", "### User:")
+_OF_TEXTS = (*ALPACA_MARKS, "USER: ", "### User:")
 IN_ANSWER = "hold control tokens as words in an answer: encoded as plain text"
 IN_PROMPT = "hold control tokens in their prompt: encoded as such, which is how servers read them"
 IN_TEXT = "hold control tokens as words: encoded as plain text"

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from forge.codec import Json
 from forge.data import fields
 from forge.data.columns import left_out, refuse_keys, refuse_of_prompt, refuse_two_columns
 from forge.data.conversation import Conversation, Row, Rows, RowsOf, Turn
@@ -215,11 +216,25 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
         asked = _exchange(row, layout, shape, Notes(), part=fields.REJECTED)
         rejected = finished([*_system(row, layout), *asked], Notes())
         _refuse_no_pair(done, rejected, layout)
+    _refuse_tools_twice(row, layout, done, tools)
     if all(turn.trained is False for turn in done if turn.role == "assistant"):
         notes.counts["left out: no answer carries loss, says the row"] += 1
         return None
     desirable = _judged(row, layout, notes) if shape.labels else None
     return Conversation(done, row.place, tools, rejected=rejected, desirable=desirable)
+
+
+def _refuse_tools_twice(
+    row: Row, layout: Layout, turns: Sequence[Turn], tools: Sequence[Mapping[str, Json]]
+) -> None:
+    """A system prompt that lists the row's tools would have them twice, once from the template."""
+    if tools and turns[0].role == "system" and "<tools>" in turns[0].content:
+        column, _ = layout.value(row, fields.TOOLS)
+        raise BadRowError(
+            f"stand in the system prompt too (<tools>), and the template writes them there; data.ignore: "
+            f"[{column}] leaves the column out of account",
+            column,
+        )
 
 
 def _judged(row: Row, layout: Layout, notes: Notes) -> bool:
@@ -314,13 +329,16 @@ def _exchange(
         if not isinstance(words, Mapping):
             words = written(words, asked, notes)
         question = text_of(words, asked, empty_ok=bool(extra.strip()))
-        if marks := [mark for mark in fields.TEMPLATE_MARKS if mark in question]:
+        marks = [mark for mark in fields.TEMPLATE_MARKS if mark in question]
+        if question.startswith(fields.ALPACA_MARKS):
+            marks += [fields.ALPACA_MARKS[0]]
+        if marks:
             raise BadRowError(
                 f"has {marks[0]}, a chat template's mark: it is rendered already; give the user's words, "
                 "the template is the base's",
                 asked,
             )
-        if question.lstrip().startswith("Human:") and question.rstrip().endswith("\n\nAssistant:"):
+        if question.lstrip().startswith("Human:") and question.rstrip().endswith("\nAssistant:"):
             notes.counts["prompts of Human: and Assistant:, read as conversations"] += 1
             yield from dialogue(question.rstrip().removesuffix("Assistant:"), asked)
         else:

@@ -34,7 +34,7 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     ),
     COMPLETION: _names(
         "completion response answer output reply assistant bot gpt target targets solution ground_truth "
-        "generated_solution canonical_solution ideal output_text"
+        "generated_solution canonical_solution ideal output_text generation"
     ),
     CALLS: _names("tool_calls function_calls answers"),
     INPUT: _names("input inputs context"),
@@ -71,6 +71,9 @@ ROW_REFUSED: Mapping[str, str] = {
     ),
     **dict.fromkeys(_names("documents"), "documents beside a conversation are not shown to the model"),
     **dict.fromkeys(
+        _names("speakers roles"), "who speaks stands in each turn; data.format: module:function puts it there"
+    ),
+    **dict.fromkeys(
         _names("segments"), "its texts carry their own template and loss; give the conversation as messages"
     ),
     **dict.fromkeys(_names("suffix"), "text that follows the answer is not shown to the model"),
@@ -78,8 +81,8 @@ ROW_REFUSED: Mapping[str, str] = {
 }
 # What belongs to a prompt: refused where it plays no part and no turn has its words.
 OF_PROMPT = _names(
-    "context document passage article background persona instruction instructions input inputs history "
-    "chat_history passage choices options answer_choices"
+    "context document passage article paragraph story table schema background persona definition instruction "
+    "instructions input inputs history chat_history choices options answer_choices"
 )
 # What may be the answer to a text beside it: refused where the text would be learned whole without it.
 OF_ANSWER = _names("summary highlights abstract headline translation sentiment intent emotion")
@@ -118,8 +121,12 @@ MESSAGE_ENDS = _names("need_eos_token add_eos eot end_turn")
 
 # What a chat template writes around a user's words: a prompt that has it is rendered already.
 TEMPLATE_MARKS = (
-    "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<｜User｜>"
+    "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "[INST]", "<|user|>", "<｜User｜>",
+    "<extra_id_1>",
 )  # fmt: skip
+
+# How Alpaca's prompts begin, which are its template.
+ALPACA_MARKS = ("### Instruction:", "Below is an instruction that")
 
 # Who speaks, under the names that people use. `data.roles` adds more.
 CALL = "function_call"
@@ -158,6 +165,8 @@ _OF_LOSS = re.compile("loss|mask|train|learn|weight|advantage|supervis|^ignored?
 
 @functools.lru_cache(4096)
 def _sounds_of_loss(name: str) -> bool:
+    if name.lower().startswith("in_") and name.lower().endswith("_train"):  # of which other data it is a part
+        return False
     return bool(_OF_LOSS.search(plain(name)))
 
 

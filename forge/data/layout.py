@@ -106,6 +106,8 @@ def layout_of(rows: Rows, shape: Shape) -> Layout:
             fitting = [key for key in columns if fields.plain(key) in names and key not in taken]
             if part == fields.MESSAGES:  # `turns` may be their number
                 fitting = [key for key in fitting if not isinstance(first.values.get(key), (int, float))]
+            if part == fields.TOOLS and len(fitting) > 1:  # Gemini's says whether they must be called
+                fitting = [key for key in fitting if fields.plain(key) != "toolconfig"]
             fitting.sort(key=lambda key: names.index(fields.plain(key)))
             # A column that holds nothing in any row is no candidate where another one is.
             parts[part] = [key for key in fitting if counts[key]] or fitting
@@ -164,6 +166,9 @@ def _refuse_single_messages(rows: Rows, columns: Sequence[str]) -> None:
         )
 
 
+_OF_PAIRS = (*fields.ROW_FIELDS[fields.PROMPT], *fields.ROW_FIELDS[fields.COMPLETION])
+
+
 def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[str], rows: Rows) -> str:
     """The format that the columns of these parts make."""
     first = next(iter(rows))
@@ -197,11 +202,12 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
     if parts[fields.TEXT] and parts[fields.LABEL]:
         text, label = parts[fields.TEXT][0], parts[fields.LABEL][0]
         hint = f"to learn the label: data.columns: {{prompt: {text}, completion: {label}}}"
-    elif parts[fields.TEXT] and (near := [key for key in columns if fields.plain(key) in fields.OF_ANSWER]):
-        hint = (
-            f"data.columns: {{prompt: {parts[fields.TEXT][0]}, completion: {near[0]}}} learns the {near[0]}; "
-            f"data.ignore: [{near[0]}] leaves it out of account"
-        )
+    elif (near := [key for key in columns if fields.plain(key) in fields.OF_ANSWER]) and (
+        texts := [*parts[fields.TEXT], *(key for key in columns if fields.plain(key) in fields.OF_PROMPT)]
+    ):
+        hint = f"data.columns: {{prompt: {texts[0]}, completion: {near[0]}}} learns the {near[0]}"
+        if parts[fields.TEXT]:
+            hint += f"; data.ignore: [{near[0]}] leaves it out of account"
     elif fields.PROMPT in asked or fields.COMPLETION in asked:
         other = fields.COMPLETION if fields.PROMPT in asked else fields.PROMPT
         hint = f"data.columns: {{{other}: ...}} is missing"
@@ -212,7 +218,12 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         and (isinstance(first.values.get(key), list) or fields.plain(key) != "labels")
     ]:
         hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
-    elif lists := [key for key in columns if _may_be_turns(parsed(first.values.get(key)))]:
+    elif lists := [
+        key
+        for key in columns
+        if _may_be_turns(parsed(first.values.get(key)))
+        and fields.plain(key).removesuffix("s") not in _OF_PAIRS
+    ]:
         hint = f"where {lists[0]} has the turns of a conversation: data.columns: {{messages: {lists[0]}}}"
     raise DataError(
         f"{where}: cannot tell the data's format from its columns: {', '.join(columns)}",
@@ -276,9 +287,14 @@ def _of_format(
     if fields.COMPLETION in chosen:  # `answers` beside an answer are others that are right
         chosen[fields.CALLS] = [key for key in chosen.get(fields.CALLS, ()) if fields.plain(key) != "answers"]
     pair = _PAIRS.get(form)
-    for part, named in zip((fields.PROMPT, fields.INPUT, fields.COMPLETION), pair or (), strict=False):
+    named_parts = dict(zip((fields.PROMPT, fields.INPUT, fields.COMPLETION), pair or (), strict=False))
+    is_whole = all(
+        part in shape.columns or named_parts.get(part, "") in map(fields.plain, chosen.get(part, ()))
+        for part in (fields.PROMPT, fields.COMPLETION)
+    )
+    for part, named in named_parts.items():
         exact = [key for key in chosen.get(part, ()) if fields.plain(key) == named]
-        if exact and part not in shape.columns:
+        if exact and is_whole and part not in shape.columns:
             chosen[part] = exact
     if fields.PROMPT not in chosen and fields.PROMPT in own and fields.INPUT in chosen:
         first, *beside = chosen.pop(fields.INPUT)

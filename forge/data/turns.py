@@ -44,7 +44,9 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         raise BadRowError("is a text that is neither JSON nor a Python list of messages", place)
     if not isinstance(value, list) or not value:
-        raise BadRowError("is empty" if value in _EMPTY else "is not a list of messages", place)
+        what = "is a text, not a list of messages" if isinstance(value, str) else "is not a list of messages"
+        way = f"; data.columns: {{prompt: {place}, completion: ...}} takes it as a question"
+        raise BadRowError("is empty" if value in _EMPTY else what + way * isinstance(value, str), place)
     if all(isinstance(item, str) and item.lstrip().startswith("{") for item in value):
         value = list(map(parsed, value))
     if all(isinstance(item, (list, tuple)) and len(item) == 2 for item in value):
