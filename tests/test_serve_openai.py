@@ -147,11 +147,11 @@ def test_embeddings_responses_and_messages(client: Any, served: Endpoint) -> Non
     found = client.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float")
     assert len(found.data) == 2 and len(found.data[0].embedding) > 8
     assert client.responses.create(model="tiny", input="Hello", temperature=0).output_text == REPLY
-    body = {"model": "yes", "messages": ASKED, "max_tokens": 32, "temperature": 0}
+    body = {"model": "tiny", "messages": ASKED, "max_tokens": 32, "temperature": 0}
     message = httpx.post(
         served.route("/v1/messages"), json=body, headers={"X-Api-Key": KEY}, trust_env=False
     ).json()
-    assert message["content"][0]["text"] == "Y"
+    assert message["content"][0]["text"] == REPLY
 
 
 def test_without_embeddings_it_says_so(tmp_path: Path) -> None:
