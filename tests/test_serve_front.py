@@ -514,7 +514,13 @@ def test_large_bodies_share_a_limit_until_they_are_answered(
         ({"n_probs": 1 << 20, "max_tokens": 1, "n": 1}, False),
         ({"n_probs": 1 << 20, "max_tokens": 1, "prompt": ["a"] * 64}, True),
         ({"n_probs": 1 << 20, "max_tokens": 1, "prompt": [1, "a", 2]}, False),
-        ({"n_probs": 100, "max_tokens": 900, "n": 64}, False),
+        ({"n_probs": 100, "max_tokens": 9, "n": 64}, False),
+        ({"n_probs": 100, "max_tokens": 900, "n": 64}, True),
+        ({"logprobs": True, "max_tokens": 1.0, "n": 30000}, True),
+        ({"n_probs": 10, "max_tokens": 100, "prompt": ["a"] * 400}, False),
+        ({"n_probs": 10, "prompt": ["a"] * 400}, True),
+        ({"n_probs": 10, "max_tokens": "100", "prompt": ["a"] * 400}, True),
+        ({"n_probs": 10, "max_tokens": 1, "n_predict": -1, "prompt": ["a"] * 400}, True),
         ({"top_logprobs": 1 << 20, "logprobs": True, "max_tokens": 2}, True),
     ],
 )
@@ -524,9 +530,37 @@ def test_a_whole_vocabulary_at_every_token_is_refused(more: dict[str, Any], is_r
     if not is_refused:
         assert json.loads(body).items() <= _rules().fields("/completion", None, body).items()
         return
-    with pytest.raises(RefusedRequestError, match="at most 100 log-probabilities") as refused:
+    with pytest.raises(RefusedRequestError, match=r"at most (100|500000) log-probabilities") as refused:
         _rules().fields("/completion", None, body)
     assert refused.value.status == 400
+
+
+_CHAIN = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(1200)}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"repeat_last_n": (1 << 31) - 1, "repeat_penalty": 1.1}, "repeat_last_n: at most"),
+        ({"dry_penalty_last_n": 1e9, "dry_multiplier": 0.5}, "dry_penalty_last_n: at most"),
+        ({"grammar": "root ::= " + "(" * 60_000 + '"a"' + ")" * 60_000}, "a grammar of at most"),
+        ({"grammar": "".join(f"r{number} ::= r{number + 1}\n" for number in range(5000))}, "a grammar of at"),
+        ({"grammar_triggers": [{"type": 2, "value": "(((.*)*)*)*!!q"}]}, "llama-server's own"),
+        ({"json_schema": {"$defs": _CHAIN, "$ref": "#/$defs/a0"}}, "references in schemas"),
+        ({"prompt": ["a"] * 2049}, "at most 2048 prompts"),
+        ({"prompt": ["a"] * 2000, "stop": ["b" * 65536]}, "too much beside the prompts"),
+        ({"prompt": ["a" * 1000] * 2000, "stop": ["b"]}, ""),
+        ({"prompt": [1] * 3000, "repeat_last_n": 131072, "grammar": 'root ::= ("a" | "b")*'}, ""),
+    ],
+)
+def test_what_would_end_or_stop_the_server_is_refused(more: dict[str, Any], reason: str) -> None:
+    body = json.dumps({"prompt": "a", **more}).encode()
+    if not reason:
+        assert _rules().fields("/completion", None, body)
+        return
+    for path in ("/completion", "/apply-template"):
+        with pytest.raises(RefusedRequestError, match=reason):
+            _rules().fields(path, None, body)
 
 
 @pytest.mark.network

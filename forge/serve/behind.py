@@ -129,7 +129,10 @@ class _Connection:
         try:
             while (event := self.parser.next_event()) is h11.NEED_DATA:
                 async with asyncio.timeout(self.seconds):
-                    self.parser.receive_data(await self.reader.read(_PIECE))
+                    piece = await self.reader.read(_PIECE)
+                if not piece and self.parser.their_state is h11.SEND_RESPONSE:
+                    raise BehindError("it closed the connection without an answer")
+                self.parser.receive_data(piece)
         except (OSError, TimeoutError, h11.RemoteProtocolError) as broken:
             raise BehindError(str(broken) or f"nothing for {self.seconds:.0f} seconds") from None
         return event

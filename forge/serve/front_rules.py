@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from forge.serve.front_limits import too_much_of
 from forge.serve.runtime import ServerSettings
 from forge.tools.hosts import is_loopback
 
@@ -26,8 +27,6 @@ MOST_HEAD_BYTES = 32 << 10
 # From the first byte of a request to the end of its head, and of its body.
 HEAD_SECONDS = 10.0
 BODY_SECONDS = 30.0
-# Of each token, where an answer has several.
-MOST_LOG_PROBABILITIES = 100
 # A client that takes nothing of its answer for so long is given up.
 STALLED_SECONDS = 60.0
 
@@ -56,10 +55,6 @@ COMPUTE = frozenset(
 # What changes the server for everybody, or shows what others ask: closed unless asked for.
 CONTROL = {"GET": frozenset({"/slots"}), "POST": frozenset({"/props", "/lora-adapters"})}
 CONTROL_SLOT = re.compile(r"/slots/\d+")
-_COUNTS = ("top_logprobs", "n_probs", "logprobs")
-# llama-server takes the first that is there; a response's takes the place of `max_tokens`.
-_LENGTHS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")
-_ANSWERS = ("n_cmpl", "n")
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
 # The web page, and what it is made of.
 PAGE = re.compile(
@@ -88,7 +83,7 @@ class Rules:
 
     `models` are the names that a request may ask for, with the number of the adapter that each means (None:
     none of them); the first is the model's own. `control` opens the routes of llama-server that change or
-    inspect it.
+    inspect it. `context_tokens` are those of a request.
     """
 
     models: Mapping[str, int | None]
@@ -96,6 +91,7 @@ class Rules:
     hosts: frozenset[str]
     origins: tuple[str, ...]
     control: bool
+    context_tokens: int
 
     @classmethod
     def of(cls, settings: ServerSettings) -> Rules:
@@ -108,6 +104,7 @@ class Rules:
             hosts=frozenset(name.lower() for name in (settings.host, *settings.allow_hosts)),
             origins=tuple(url.strip().rstrip("/").lower() for url in settings.cors_origins.split(",") if url),
             control=settings.control_routes,
+            context_tokens=settings.context_tokens,
         )
 
     def check_host(self, host: str, address: str) -> None:
@@ -197,8 +194,9 @@ class Rules:
         if isinstance(fields, dict):
             if not self.control:
                 self._check_fields(fields)
+            if reason := too_much_of(path, fields, len(content), self.context_tokens):
+                raise RefusedRequestError(400, reason)
             if path in ASK:
-                _check_log_probabilities(fields)
                 self._choose(path, fields)
         return fields
 
@@ -229,32 +227,6 @@ class Rules:
         """The answer to who asks for a model that is not here."""
         served = ", ".join(self.models)
         return RefusedRequestError(404, f"no model {name!r}; served are {served}", "not_found_error")
-
-
-def _check_log_probabilities(fields: Mapping[str, Any]) -> None:
-    """Refuse those of a whole vocabulary at every token: an answer of many gigabytes, held by the server.
-
-    Whichever of the lengths counts, it is one token, in one answer to one prompt.
-    """
-    counts = [fields[name] for name in _COUNTS if isinstance(fields.get(name), int | float)]
-    # Of a number that is too large for it, or too small, llama-server takes the lowest 32 bits.
-    if all(abs(count) <= MOST_LOG_PROBABILITIES for count in counts):
-        return
-    lengths, answers = (
-        [fields[name] for name in names if fields.get(name) is not None] for names in (_LENGTHS, _ANSWERS)
-    )
-    is_one = lengths and all(number == 1 for number in (*lengths, *answers))
-    if not is_one or _are_several(fields.get("prompt")):
-        raise RefusedRequestError(
-            400, f"at most {MOST_LOG_PROBABILITIES} log-probabilities for each of several tokens"
-        )
-
-
-def _are_several(prompt: object) -> bool:
-    """Whether llama-server reads several prompts: a list with numbers in it is the tokens of a single one."""
-    if not isinstance(prompt, list) or len(prompt) < 2:
-        return False
-    return not any(isinstance(item, int | float) for item in prompt)
 
 
 def _forbidden(message: str) -> RefusedRequestError:

@@ -1,0 +1,98 @@
+"""What a request may take of llama-server's memory, stack and time, which it hardly bounds itself.
+
+Each of these, by a single request, ended the server for everybody, or stopped it (docs/decisions.md).
+
+Not covered: work that is long by its nature, such as a long prompt; nginx, which does not read a body.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Of each token, where an answer has several.
+MOST_LOG_PROBABILITIES = 100
+# In all of a request, which the server holds until it is answered: some 0.7 kB each.
+_MOST_IN_ALL = 500_000
+# What `logprobs: true` means.
+_USUAL_COUNT = 20
+_COUNTS = ("top_logprobs", "n_probs", "logprobs")
+# llama-server takes the first that is there; a response's takes the place of `max_tokens`.
+_LENGTHS = ("n_predict", "max_completion_tokens", "max_tokens", "max_output_tokens")
+_ANSWERS = ("n_cmpl", "n")
+# As many as OpenAI takes. The rest of the request is copied for each of them.
+_MOST_PROMPTS = 2048
+_MOST_COPIED_BYTES = 64 << 20
+# Of these many tokens a place is made in memory, however few there are.
+_LOOK_BACK = ("repeat_last_n", "dry_penalty_last_n")
+_MOST_TOKENS_BACK = 1 << 20
+# The server reads what is nested, or refers to the next, by calling itself.
+_MOST_NESTED = 4096
+_MOST_REFERENCES = 1000
+# A request that is smaller has no more references than that.
+_SMALL_BYTES = 16 << 10
+# Of its own making: patterns that take for ever, and what is read without a check.
+_OWN = ("grammar_triggers", "chat_parser")
+
+
+def too_much_of(path: str, fields: Mapping[str, Any], size: int, context_tokens: int) -> str:
+    """Why a request of `size` bytes is too much for a server of such a context; empty where it is not."""
+    prompts = _prompts(
+        fields.get("input", fields.get("content")) if "embedding" in path else fields.get("prompt")
+    )
+    if own := [name for name in _OWN if name in fields]:
+        return f"`{own[0]}` is llama-server's own: leave it out"
+    for name in _LOOK_BACK:
+        if isinstance(back := fields.get(name), int | float) and back > _MOST_TOKENS_BACK:
+            return f"{name}: at most {_MOST_TOKENS_BACK}"
+    grammar = fields.get("grammar")
+    if isinstance(grammar, str) and max(grammar.count("("), grammar.count("::=")) > _MOST_NESTED:
+        return f"a grammar of at most {_MOST_NESTED} rules and brackets"
+    if size > _SMALL_BYTES and json.dumps(fields).count('"$ref"') > _MOST_REFERENCES:
+        return f"at most {_MOST_REFERENCES} references in schemas"
+    if prompts > _MOST_PROMPTS:
+        return f"at most {_MOST_PROMPTS} prompts in a request"
+    if prompts > 1 and size > _SMALL_BYTES:
+        rest = {name: value for name, value in fields.items() if name not in ("prompt", "input", "content")}
+        if len(json.dumps(rest)) * prompts > _MOST_COPIED_BYTES:
+            return "too much beside the prompts, for so many of them"
+    return _against_log_probabilities(fields, prompts, context_tokens)
+
+
+def _against_log_probabilities(fields: Mapping[str, Any], prompts: int, context_tokens: int) -> str:
+    """Those of a whole vocabulary at every token are many gigabytes, and so are fewer of many answers.
+
+    Whichever of the lengths counts, of a whole vocabulary it is one token, in one answer to one prompt.
+    """
+    counts = [
+        _USUAL_COUNT if number is True else abs(number)
+        for name in _COUNTS
+        if isinstance(number := fields.get(name), int | float)
+    ]
+    if not any(counts):
+        return ""
+    lengths, answers = (
+        [fields[name] for name in names if fields.get(name) is not None] for names in (_LENGTHS, _ANSWERS)
+    )
+    # Of a number that is too large for it, or too small, llama-server takes the lowest 32 bits.
+    if max(counts) > MOST_LOG_PROBABILITIES:
+        is_one = lengths and prompts == 1 and all(number == 1 for number in (*lengths, *answers))
+        return (
+            "" if is_one else f"at most {MOST_LOG_PROBABILITIES} log-probabilities for each of several tokens"
+        )
+    bounds = [
+        min(number, context_tokens) for number in lengths if isinstance(number, int | float) and number >= 0
+    ]
+    tokens = max(bounds) if bounds and len(bounds) == len(lengths) else context_tokens
+    several = max([1, *(number for number in answers if isinstance(number, int | float))])
+    if max(counts) * tokens * several * prompts > _MOST_IN_ALL:
+        return f"at most {_MOST_IN_ALL} log-probabilities in an answer: ask for fewer, or for fewer tokens"
+    return ""
+
+
+def _prompts(prompt: object) -> int:
+    """How many llama-server reads: a list with numbers in it is the tokens of a single one."""
+    if not isinstance(prompt, list) or any(isinstance(item, int | float) for item in prompt):
+        return 1
+    return max(1, len(prompt))
