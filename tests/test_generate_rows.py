@@ -24,16 +24,20 @@ def test_rows_are_checked_before_anything_is_sent(tmp_path: Path) -> None:
         '{"id": 3, "prompt": "x", "messages": []}', '{"id": 4, "prompt": 5}', '{"id": 5, "messages": []}',
         '{"id": 6, "messages": [{"role": "human", "content": "x"}]}',
         '{"id": 7, "messages": [{"role": "user"}]}',
-        '{"id": 8, "prompt": "\\ud83d"}', "", '{"id": "1", "prompt": "a text is another id"}',
+        '{"id": 8, "prompt": "\\ud83d"}', '{"id": 9, "id": 10, "prompt": "x"}',
+        '{"id": 11, "prompt": "x", "system": "Be brief.", "topic": "read by nobody"}', "",
+        '{"id": "1", "prompt": "a text is another id"}',
     ]  # fmt: skip
     prompts.write_text("\n".join(lines))
     with StandIn() as server, pytest.raises(DataError) as caught:
         answer_rows(server.endpoint, prompts, tmp_path / "out.jsonl")
-    assert [problem.line for problem in caught.value.problems] == list(range(2, 15))
+    assert [problem.line for problem in caught.value.problems] == list(range(2, 17))
     messages = [problem.message for problem in caught.value.problems]
     assert messages[0] == "the id 1 stands on line 1 already"
     assert messages[1] == "no id"
     assert "unknown role 'human'" in messages[10]
+    assert "the key 'id' stands twice" in messages[13]
+    assert "system is not read from such a row" in messages[14]
     assert server.asked == []
     assert not (tmp_path / "out.jsonl").exists()
 

@@ -250,3 +250,10 @@ def test_a_temperature_that_is_no_number(
     for command in (("generate", str(tmp_path), str(tmp_path), *url), ("chat", "http://127.0.0.1:9")):
         assert run_command([*command, "--temperature", number]) == 2
         assert f"'--temperature': {number} is not finite" in capsys.readouterr().err
+
+
+def test_an_empty_stop_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server would end every answer before its first word."""
+    command = ["generate", str(tmp_path), str(tmp_path), "--endpoint", "http://127.0.0.1:9", "--stop", ""]
+    assert run_command(command) == 2
+    assert "--stop: an empty text" in capsys.readouterr().err

@@ -102,6 +102,8 @@ def generate(
 
     if concurrency != "auto" and not (concurrency.isdigit() and int(concurrency) > 0):
         raise RecipeError(f"--concurrency: a number or auto (got {concurrency})")
+    if "" in (sampling.get("stop") or ()):
+        raise RecipeError("--stop: an empty text would end every answer before it begins")
     if str(out) == "-" or _is_standard_output(out):
         report.keep_output_clear()
     done = answer_rows(

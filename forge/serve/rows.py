@@ -33,6 +33,14 @@ _HINT = (
     'each line is {"id": ..., "prompt": "..."}, {"id": ..., "messages": [...]}, or a row of OpenAI batches: '
     '{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}'
 )
+# What would ask for another answer, were it read: of a whole request only.
+_OF_REQUESTS = frozenset(
+    {
+        "system", "developer", "instructions", "tools", "tool_choice", "functions", "images",
+        "response_format", "json_schema", "grammar", "temperature", "top_p", "top_k", "min_p", "max_tokens",
+        "max_completion_tokens", "n_predict", "seed", "stop", "logprobs",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,10 @@ def _row(line: bytes, raw: bool) -> PromptRow:
         raise ValueError("no id")
     if not is_id(fields["id"]):
         raise ValueError(f"the id must be a text or a whole number, not {fields['id']!r}")
+    if asked := sorted(_OF_REQUESTS & fields.keys()):
+        raise ValueError(
+            f"{asked[0]} is not read from such a row: write a message, an option, or a whole body"
+        )
     if ("prompt" in fields) == ("messages" in fields):
         raise ValueError("give prompt or messages, one of the two")
     if raw and "prompt" not in fields:
