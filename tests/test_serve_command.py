@@ -149,6 +149,8 @@ def test_what_fails_in_the_background_is_told_in_the_foreground(place: Workshop)
     assert failed.code == 4
     problems = [one["message"] for one in failed.fields["error"]["problems"]]
     assert any("unknown model architecture: 'lxama'" in one for one in problems)
+    hint = failed.fields["error"]["hint"]
+    assert hint.count(hint.partition(" (")[0]) == 1, "both commands say it"
     assert place.forge("ps").fields == {"running": []}
 
 

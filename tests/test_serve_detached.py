@@ -92,7 +92,7 @@ def test_a_record_of_what_was_killed_lists_nothing(tmp_path: Path) -> None:
     _recorded(tmp_path / "tiny.json", child.pid)
     with filelock.FileLock(tmp_path / "tiny.lock"):
         assert detached.running(tmp_path) == []
-        with pytest.raises(DataError, match="tiny is not running"):
+        with pytest.raises(DataError, match="tiny is not running yet: it still loads"):
             detached.stop_servers(tmp_path, "tiny")
     _recorded(tmp_path / "tiny.json", os.getpid())
     with detached.announced(tmp_path, "tiny"):

@@ -414,6 +414,10 @@ def test_a_taken_port_is_said_before_anything_is_loaded(files: Path) -> None:
         with pytest.raises(StageError, match=f"127.0.0.1:{port} cannot be listened on"):
             with serve_embedded(replace(_settings(files, None, False), port=port)):
                 raise AssertionError("it served")
+    unknown = replace(_settings(files, KEY, False), host="no host")
+    with pytest.raises(StageError, match="no host:0 cannot be listened on: there is no such host"):
+        with serve_embedded(unknown):
+            raise AssertionError("it served")
 
 
 @contextlib.contextmanager

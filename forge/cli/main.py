@@ -139,5 +139,8 @@ def _diagnose(failure: ForgeError) -> None:
 
     for text in (failure.message, *(problem.message for problem in failure.problems)):
         if known := known_cause(text):
-            failure.hint = f"{known.cause}: {known.remedy}" + (f" ({failure.hint})" if failure.hint else "")
+            added = f"{known.cause}: {known.remedy}"
+            # A `forge serve --detach` hands on what the server's own command has said already.
+            if added not in failure.hint:
+                failure.hint = added + (f" ({failure.hint})" if failure.hint else "")
             return

@@ -136,6 +136,10 @@ def stop_servers(directory: Path, name: str | None = None) -> list[Served]:
     listed = running(directory)
     chosen = [served for served in listed if name in (None, served.name)]
     if name is not None and not chosen:
+        if is_locked(directory / f"{name}.lock"):
+            raise DataError(
+                f"{name} is not running yet: it still loads", hint="forge ps lists it once it answers"
+            )
         names = ", ".join(served.name for served in listed) or "none"
         raise DataError(f"{name} is not running", hint=f"running are: {names}")
     # All of them while their locks are held, so that the pids are their own: psutil signals no other program

@@ -36,6 +36,7 @@ _MOST_CONNECTIONS = 1000
 # Descriptors for everything else that this process has open.
 _OTHER_DESCRIPTORS = 100
 _SECONDS_TO_STOP = 10.0
+_HINTS = {errno.EADDRINUSE: "", errno.EACCES: "choose another --port"}
 
 
 def most_connections() -> int:
@@ -142,15 +143,17 @@ def bound(settings: ServerSettings) -> Iterator[socket.socket]:
     except OSError as wrong:
         raise StageError(
             f"{settings.host}:{settings.port} cannot be listened on: {_reason(wrong)}",
-            hint="" if wrong.errno == errno.EADDRINUSE else "choose another --port",
+            hint=_HINTS.get(wrong.errno or 0, "choose another --host"),
         ) from wrong
     with listener:
         yield listener
 
 
 def _reason(wrong: OSError) -> str:
-    """Without the address, which `create_server` repeats."""
-    return os.strerror(wrong.errno) if wrong.errno else str(wrong)
+    """Without the address, which `create_server` repeats. Errors of names have numbers under zero."""
+    if wrong.errno is None:
+        return str(wrong)
+    return os.strerror(wrong.errno) if wrong.errno > 0 else "there is no such host"
 
 
 @contextlib.contextmanager
