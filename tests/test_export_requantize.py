@@ -61,6 +61,31 @@ def test_it_is_the_default_type_and_smaller(export: Run, whole: Path, tmp_path: 
     assert fields["bytes"] < whole.stat().st_size / 2.5
 
 
+def test_parts_are_made_taken_and_joined(export: Run, whole: Path, tmp_path: Path) -> None:
+    """O1: `--split-size`; a part is no model where one file is needed."""
+    code, fields = export(
+        "--gguf", whole, "--quant", "copy", "--split-size", "3m", "--out", tmp_path / "apart.gguf"
+    )
+    assert code == 0 and fields["quant"] == "f16" and fields["fallbacks"] == {}
+    parts = sorted(tmp_path.glob("*.gguf"))
+    assert [path.name for path in parts] == [f"apart-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    assert (fields["gguf"], fields["parts"]) == (str(parts[0]), [*map(str, parts)])
+    headers = [read_gguf(part) for part in parts]
+    assert all(header.weight_bytes <= 3_000_000 for header in headers)
+    assert headers[0].chat_template and {"split.no", "split.count"} <= headers[1].metadata.keys()
+    for quant in ("copy", "q8_0"):
+        for source, name in ((parts[0], "joined"), (whole, "direct")):
+            code, _ = export("--gguf", source, "--quant", quant, "--out", tmp_path / f"{name}-{quant}.gguf")
+            assert code == 0
+        joined = tmp_path / f"joined-{quant}.gguf"
+        assert joined.read_bytes() == (tmp_path / f"direct-{quant}.gguf").read_bytes()
+    parts[2].unlink()
+    assert export("--gguf", parts[0], "--quant", "copy", "--out", tmp_path / "less.gguf")[0] == 4
+    for call in (["repair", parts[0], "--base", "builtin:tiny"], ["bundle", parts[0], "--out", "x.tar"]):
+        assert run_command([*map(str, call)]) == 2
+    assert not (tmp_path / "less.gguf").exists()
+
+
 def test_what_is_quantized_is_not_rounded_again(export: Run, whole: Path, tmp_path: Path) -> None:
     once = tmp_path / "once.gguf"
     assert export("--gguf", whole, "--quant", "q8_0", "--out", once)[0] == 0
@@ -81,6 +106,7 @@ def test_a_type_that_needs_a_matrix_says_so(export: Run, whole: Path, tmp_path: 
         (["--quant", "q9_z"], "no files of type q9_z"),
         (["--adapter", "x"], "quantizes a file as it is"),
         (["--max-kl", "0.1"], "quantizes a file as it is"),
+        (["--split-size", "4"], "a whole number with M or G"),
         (["--imatrix", "nowhere.gguf"], "no such file"),
         (["--base", "builtin:tiny"], "one of --base and --gguf"),
     ],

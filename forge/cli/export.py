@@ -9,6 +9,7 @@ from forge import report
 from forge.cli.options import (
     POSITIVE,
     base_option,
+    byte_count,
     common,
     merge_base_option,
     optional_recipe,
@@ -26,7 +27,13 @@ from forge.errors import RecipeError
     "--gguf", type=click.Path(path_type=Path), help="Quantize this GGUF of full precision, instead of a base."
 )
 @click.option("--imatrix", type=click.Path(path_type=Path), help="With --gguf: the matrix to round by.")
-@click.option("--quant", show_default="q4_k_m", help="Type of the weights.")
+@click.option("--quant", show_default="q4_k_m", help="Type of the weights; with --gguf, `copy` keeps it.")
+@click.option(
+    "--split-size",
+    metavar="SIZE",
+    callback=byte_count,
+    help="With --gguf: parts of at most so much, such as 500M or 4G.",
+)
 @click.option(
     "--max-kl",
     type=POSITIVE,
@@ -57,10 +64,14 @@ def command(
     adapter: Path | None,
     gguf: Path | None,
     imatrix: Path | None,
+    split_size: int | None,
     out: Path | None,
     **options: Any,
 ) -> None:
-    """Make the GGUF of RECIPE, or of --base (and --adapter) at --out; or quantize --gguf to --out."""
+    """Make the GGUF of RECIPE, or of --base (and --adapter) at --out; or quantize --gguf to --out.
+
+    A GGUF in several parts is named by its first; `--quant copy` joins them, or divides a file.
+    """
     if recipe is not None:
         from forge.ship.drive import ship_until
 
@@ -69,11 +80,13 @@ def command(
     if gguf is not None and out is not None and not base:
         from forge.commands.requantize import requantize_file
 
-        report.result(requantize_file(gguf, out, imatrix=imatrix, adapter=adapter, **options))
+        report.result(
+            requantize_file(gguf, out, imatrix=imatrix, adapter=adapter, split_size=split_size, **options)
+        )
         return
-    if not (base and out) or gguf or imatrix:
+    if not (base and out) or gguf or imatrix or split_size:
         raise RecipeError(
-            "give a RECIPE, or --out with one of --base and --gguf; --imatrix goes with --gguf",
+            "give a RECIPE, or --out with one of --base and --gguf; --imatrix and --split-size go with it",
             hint="see: forge export --help",
         )
     from forge.commands.export import export

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -54,6 +55,16 @@ def named_files(
             raise click.BadParameter(f"{value}: NAME=FILE, each name once")
         named[name] = Path(path)
     return named
+
+
+def byte_count(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """The callback of an option that takes a size such as 500M or 4G."""
+    if value is None:
+        return None
+    size = re.fullmatch(r"([1-9]\d{0,5})([MG])", value, re.IGNORECASE)
+    if size is None:
+        raise click.BadParameter(f"{value}: a whole number with M or G behind it, such as 500M or 4G")
+    return int(size[1]) * {"M": 10**6, "G": 10**9}[size[2].upper()]
 
 
 def common(function: Callable[Parameters, Value]) -> Callable[Parameters, Value]:

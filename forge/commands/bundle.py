@@ -8,7 +8,7 @@ from pathlib import Path
 
 from forge import report
 from forge.chat.hand_over import MODELFILE, MODELFILE_JINJA
-from forge.model.gguf_header import read_gguf
+from forge.model.gguf_header import read_whole_gguf
 from forge.runs.find import find_run
 from forge.runs.manifest import Manifest, read_manifest
 from forge.serve import ready
@@ -57,6 +57,6 @@ def _smoke(manifest: Manifest) -> tuple[str, str]:
 
 
 def _licence(manifest: Manifest, model: Path) -> str:
-    licence = manifest.base.licence or read_gguf(model).metadata.get("general.license")
+    licence = manifest.base.licence or read_whole_gguf(model).metadata.get("general.license")
     made = f", made from {manifest.base.spec}" if manifest.base.spec else ""
     return f"{model.name}{made}: {licence or 'its licence is not known; ask whoever made the base'}"

@@ -16,7 +16,7 @@ from forge.export.request import Ingredients
 from forge.files import work_beside
 from forge.model.architectures import check_exportable
 from forge.model.config import check_unquantized, read_configuration
-from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.model.gguf_header import GgufHeader, read_whole_gguf
 from forge.resolve.bases import directory_of
 from forge.resolve.taught import trained_tokenizer
 from forge.store.artifacts import open_store
@@ -38,7 +38,7 @@ def repair_file(files: Files, out: Path | None = None) -> Mapping[str, object]:
     if out == gguf or out.is_dir():
         what = "the file that is repaired" if out == gguf else "a directory"
         raise RecipeError(f"--out: {out} is {what}", hint="name the copy to write")
-    header = read_gguf(gguf)
+    header = read_whole_gguf(gguf)
     model = _ingredients(files)
     with work_beside(out) as scratch:
         made = scratch / gguf.name

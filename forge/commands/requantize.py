@@ -1,4 +1,4 @@
-"""`forge export --gguf IN --quant TYPE --out FILE`: an existing GGUF as another type."""
+"""`forge export --gguf IN --quant TYPE --out FILE`: an existing GGUF as another type, or in other parts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ _OF_A_BASE = ("data", "max_kl", "plain", "keep_merged")
 
 
 def requantize_file(
-    gguf: Path, out: Path, *, imatrix: Path | None, adapter: Path | None, quant: str | None, **options: Any
+    gguf: Path,
+    out: Path,
+    *,
+    imatrix: Path | None,
+    adapter: Path | None,
+    quant: str | None,
+    split_size: int | None,
+    **options: Any,
 ) -> Mapping[str, object]:
     """Write `out`, whole or not at all; gives the fields of `forge export`.
+
+    With `split_size`, and more bytes than that, `OUT-00001-of-0000N.gguf` and its others are written instead.
 
     Raises `RecipeError` for options of an export from a base, and what `requantize` raises.
     """
@@ -39,15 +48,23 @@ def requantize_file(
         made = scratch / "model.gguf"
         request = Requantization(
             gguf.absolute(), made, (quant or "q4_k_m").lower(), options.get("threads") or usable_cores(),
-            imatrix.absolute() if imatrix else None,
+            imatrix.absolute() if imatrix else None, split_size,
         )  # fmt: skip
         facts = worker.perform(requantize, request)
-        made.replace(out)
+        parts = [
+            part.replace(out.with_name(out.stem + part.name.removeprefix(made.stem)))
+            for part in reversed(facts.parts)
+        ]
+        if not parts:
+            made.replace(out)
+    first = parts[-1] if parts else out
     if facts.fallbacks:
         kinds = ", ".join(sorted(set(facts.fallbacks.values())))
         report.warning(
             f"{len(facts.fallbacks)} of {sum(facts.tensor_types.values())} tensors have rows that "
             f"{facts.quant} cannot hold and got another type: {kinds}"
         )
-    report.success(f"wrote {out}: {facts.bytes / 1e6:.1f} MB in {facts.seconds:.1f} s")
-    return {"gguf": str(out.absolute()), **to_plain(facts)}
+    whole = f"{first} and the other parts ({len(parts)} in all)" if parts else str(first)
+    report.success(f"wrote {whole}: {facts.bytes / 1e6:.1f} MB in {facts.seconds:.1f} s")
+    files = {"gguf": str(first.absolute()), "parts": [str(part.absolute()) for part in reversed(parts)]}
+    return {**to_plain(facts), **files}

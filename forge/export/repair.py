@@ -4,7 +4,7 @@ llama.cpp's converter lays the model out from the base, as for an export, and it
 the file says otherwise of vocabulary, template, architecture, sampling or licence is replaced; everything
 else that it says of itself, and every tensor's bytes, stay. The certificate of the copy is the command's.
 
-Not covered: files in several parts, an adapter's own GGUF, tensors that are missing or too many.
+Not covered: an adapter's own GGUF, tensors that are missing or too many.
 """
 
 from __future__ import annotations
@@ -112,8 +112,6 @@ def _laid_out(model: Ingredients, name: str, work: Path) -> Converted:
 
 def _beyond(header: GgufHeader, converted: Converted) -> list[str]:
     """What of the file's tensors is not the model's by name or shape; values are the certificate's."""
-    if "split.count" in header.metadata:
-        return ["it is in several parts"]
     expected = {name: tuple(info.shape) for name, info in converted.tensors.items()}
     problems = [f"the tensor {name} is missing" for name in expected if name not in header.tensors]
     problems += [f"the tensor {name} is not the model's" for name in header.tensors if name not in expected]

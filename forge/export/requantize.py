@@ -1,6 +1,7 @@
 """An existing GGUF of full precision as another type, by llama.cpp's own quantizer. Runs in a worker.
 
-Metadata stays as it is, but for the file's type. Not covered: adapters, and files in several parts.
+Metadata stays as it is, but for the file's type. A file in several parts is named by the first of them.
+Not covered: adapters.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from forge import report
 from forge.errors import DataError, StageError
 from forge.export.importance import as_parameter, read_importance
+from forge.export.split import split_file
 from forge.export.types import (
     UNQUANTIZED,
     file_type,
@@ -26,21 +28,31 @@ from forge.export.types import (
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.memory import peak_memory
 
+COPY = "copy"
+"""A type as llama-quantize has it: every tensor as it is."""
+
 
 @dataclass(frozen=True)
 class Requantization:
-    """What is asked: `gguf` as type `quant` in the file `out`, whose directory is there."""
+    """What is asked: `gguf` as type `quant` in the file `out`, whose directory is there.
+
+    `COPY` keeps its types; `part_bytes` is the size of a part, None for one file.
+    """
 
     gguf: Path
     out: Path
     quant: str
     threads: int
     imatrix: Path | None = None
+    part_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Requantized:
-    """What was made; `fallbacks` are tensors that got another type since their rows do not fit."""
+    """What was made; `fallbacks` are tensors that got another type since their rows do not fit.
+
+    `parts` are the files where there are several, the first of them what a server is given.
+    """
 
     quant: str
     seconds: float
@@ -49,6 +61,7 @@ class Requantized:
     peak_rss_bytes: int
     tensor_types: Mapping[str, int]
     fallbacks: Mapping[str, str]
+    parts: tuple[Path, ...] = ()
 
 
 def requantize(request: Requantization) -> Requantized:
@@ -59,25 +72,35 @@ def requantize(request: Requantization) -> Requantized:
     """
     started = time.monotonic()
     header = read_gguf(request.gguf)
-    _refuse_quantized(header)
-    if request.quant not in (known := file_types()):
+    if request.quant not in (known := (*file_types(), COPY)):
         raise DataError(
             f"llama.cpp makes no files of type {request.quant}", hint=f"it makes {', '.join(known)}"
         )
-    report.info(f"quantizing {request.gguf.name} to {request.quant}")
+    if request.quant == COPY:
+        report.info(f"copying {request.gguf.name}")
+    else:
+        _refuse_quantized(header)
+        report.info(f"quantizing {request.gguf.name} to {request.quant}")
     quantize_file(request.gguf, request.out, request.quant, request.threads, request.imatrix)
     made = read_gguf(request.out)
     size = request.out.stat().st_size
     kinds = {name: tensor.type for name, tensor in made.tensors.items()}
     widths = {name: tensor.shape for name, tensor in made.tensors.items()}
+    quant = request.quant
+    if quant == COPY:
+        quant = type_name(made.metadata.get("general.file_type")) or COPY
+    parts: tuple[Path, ...] = ()
+    if request.part_bytes and request.part_bytes < size:
+        parts = split_file(request.out, request.part_bytes)
     return Requantized(
-        request.quant,
+        quant,
         round(time.monotonic() - started, 2),
         size,
         size,
         peak_memory(),
         made.tensor_types,
-        rows_not_held(kinds, widths, request.quant),
+        {} if request.quant == COPY else rows_not_held(kinds, widths, request.quant),
+        parts,
     )
 
 
@@ -101,7 +124,10 @@ def quantize_file(
     import llama_cpp
 
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = file_type(quant)
+    if quant == COPY:
+        parameters.only_copy = True
+    else:
+        parameters.ftype = file_type(quant)
     parameters.nthread = threads
     means = read_importance(importance) if importance else {}
     if means:
@@ -112,7 +138,9 @@ def quantize_file(
         )
     if status:
         target.unlink(missing_ok=True)
+        words = last_words(log)
+        hint = "make one of rows with forge export --base --data, and name it with --imatrix"
         raise StageError(
-            f"llama.cpp could not quantize to {quant}: {last_words(log)}",
-            hint="types below 3 bits need an importance matrix (--imatrix)",
+            f"llama.cpp could not {'copy it' if quant == COPY else f'quantize to {quant}'}: {words}",
+            hint=hint if "matrix" in words else "",
         )

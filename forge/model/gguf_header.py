@@ -159,6 +159,18 @@ def read_gguf(path: Path) -> GgufHeader:
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
+def read_whole_gguf(path: Path) -> GgufHeader:
+    """`read_gguf` of what is to travel as one file: raises `DataError` for one of several parts, too."""
+    header = read_gguf(path)
+    parts = header.metadata.get("split.count", 1)
+    if parts != 1:
+        raise DataError(
+            f"{path} is one of the {parts} parts of a model, and one file is needed here",
+            hint="join them: forge export --gguf FIRST-PART.gguf --quant copy --out FILE.gguf",
+        )
+    return header
+
+
 class _Reader:
     """A position in a memory-mapped GGUF; every read is checked against the file's length."""
 

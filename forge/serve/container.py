@@ -17,7 +17,7 @@ from pathlib import Path
 
 from forge import process
 from forge.errors import RecipeError
-from forge.model.gguf_header import read_gguf
+from forge.model.gguf_header import read_whole_gguf
 from forge.serve import front_server, ready
 from forge.serve.behind import Behind
 from forge.serve.endpoint import Endpoint
@@ -116,7 +116,7 @@ def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, 
         port=PORT,
         gpu=uses_gpu(settings),
         environment=process.waiting_policy(os.environ),
-        memory=memory_bytes(settings, read_gguf(settings.model)),
+        memory=memory_bytes(settings, read_whole_gguf(settings.model)),
         processes=MOST_PROCESSES,
     )
 

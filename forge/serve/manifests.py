@@ -18,7 +18,7 @@ from pathlib import Path
 from forge import process
 from forge.errors import RecipeError
 from forge.files import sha256_of
-from forge.model.gguf_header import read_gguf
+from forge.model.gguf_header import read_whole_gguf
 from forge.serve import front_nginx
 from forge.serve.container import IMAGE, MOST_PROCESSES, PORT, uses_gpu
 from forge.serve.options import server_arguments
@@ -99,7 +99,7 @@ def _shared(settings: ServerSettings, address: list[str]) -> dict[str, object]:
         "key_path": _KEY,
         "environment": process.waiting_policy({}),
         "user": USER,
-        "mebibytes": _mebibytes(memory_bytes(settings, read_gguf(settings.model))),
+        "mebibytes": _mebibytes(memory_bytes(settings, read_whole_gguf(settings.model))),
         "gpu": uses_gpu(settings),
         "front_image": front_nginx.IMAGE,
     }

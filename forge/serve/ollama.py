@@ -27,7 +27,7 @@ from forge.chat.format_check import unseen_bos
 from forge.chat.hand_over import JINJA_SINCE, HandOver, Way, hand_over_of
 from forge.chat.template import ChatTemplate
 from forge.errors import CheckError, ForgeError, Problem, RecipeError
-from forge.model.gguf_header import read_gguf
+from forge.model.gguf_header import read_whole_gguf
 from forge.serve import ready
 from forge.serve.endpoint import Endpoint, Message
 from forge.serve.ollama_talks import PLAIN, Count, choose
@@ -137,7 +137,7 @@ def import_model(
             hint="letters, digits, dots, dashes and underscores, such as yoda, me/yoda or yoda:q4",
         )
     # Ollama checks neither: a wrong one fails when it is loaded, without a reason.
-    ready.check_kinds(gguf, read_gguf(gguf), [adapter] if adapter else [])
+    ready.check_kinds(gguf, read_whole_gguf(gguf), [adapter] if adapter else [])
     _check_bos(gguf, handed)
     fields: dict[str, object] = {"files": {gguf.name: server.push(gguf, gguf.name)}}
     if adapter:
