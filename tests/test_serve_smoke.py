@@ -176,7 +176,8 @@ def test_turns_and_system_prompt_travel() -> None:
 def test_errors_do_not_end_the_conversation() -> None:
     failures = [Failure(503, "Loading model"), Failure(0)]
     with StandIn(failures=failures) as server:
-        text = _talk(server.endpoint, ["one", "two", "three"])
+        text = _talk(server.endpoint, ["one", "two", "caf\udce9", "three"])
+    assert "error: what is asked is no text in UTF-8" in text
     url = server.endpoint.url
     assert f"error: {url} answered 503: Loading model\nhint: try again later" in text
     assert f"error: {url} broke off its answer" in text
@@ -205,8 +206,10 @@ def test_saved_conversation_is_training_data(tmp_path: Path) -> None:
     saved = tmp_path / "talk.jsonl"
     with StandIn() as server:
         text = _talk(
-            server.endpoint, ["/save", f"/save {saved}", "hé", f"/save {saved}", f"/save {tmp_path}"]
+            server.endpoint,
+            ["/save", f"/save {saved}", "hé", f"/save {saved}", f"/save {tmp_path}", "/save ~no\0body/x"],
         )
+    assert "body/x cannot be written: " in text
     assert "save to which file? /save FILE\n" in text
     assert "nothing was said yet\n" in text
     assert f"saved to {saved}\n" in text

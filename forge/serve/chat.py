@@ -114,8 +114,8 @@ class ChatSession:
         try:
             with Path(name).expanduser().open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-        except OSError as wrong:
-            self.write(f"error: {name} cannot be written: {wrong.strerror}\n")
+        except (OSError, ValueError, RuntimeError) as wrong:  # a name with a NUL, the home of nobody
+            self.write(f"error: {name} cannot be written: {getattr(wrong, 'strerror', wrong)}\n")
         else:
             self.write(f"saved to {name}\n")
 

@@ -171,6 +171,9 @@ def failures_of(endpoint: Endpoint) -> Iterator[None]:
         raise RecipeError(
             f"{endpoint.url!r} is not the URL of a server: {wrong}", hint="such as http://127.0.0.1:8080"
         ) from wrong
+    except UnicodeEncodeError as wrong:
+        # Bytes of a terminal or an argument that are no UTF-8.
+        raise RefusedError(f"what is asked is no text in UTF-8: {wrong.reason}", status=400) from wrong
     except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as late:
         raise BusyError(f"{endpoint.url} gave no answer within {TIMEOUT.read:.0f} seconds") from late
     except httpx.TransportError as broken:
