@@ -200,6 +200,42 @@ def test_what_is_out_of_scope_says_so(key: str, words: str) -> None:
     assert f"is not a field: {words}" in problem
 
 
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("train: {method: ia3}", "IA3 is out of scope"),
+        ("train: {method: Prefix-Tuning}", "prefix and prompt tuning are out of scope"),
+        ("train: {objective: grpo}", "rewards (RLHF, PPO, GRPO) are out of scope"),
+        ("export: {quant: onnx}", "ONNX is out of scope"),
+        ("export: {quant: gptq}", "for other servers than llama.cpp"),
+        ("deploy: {runtime: runpod}", "forge rents no machine"),
+        ("deploy: {runtime: vllm}", "export.keep_merged: true"),
+    ],
+)
+def test_what_is_out_of_scope_says_so_as_a_value_too(said: str, words: str) -> None:
+    """Section 4 of the requirements."""
+    [problem] = refused(f"{GOOD}{said}\n")
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("said", "field", "value"),
+    [
+        ("stage: dpo", "train.objective", "dpo"),
+        ("pref_beta: 0.2", "train.beta", 0.2),
+        ("quantization_bit: 4", "train.method", "qlora"),
+        ("full_finetuning: true", "train.method", "full"),
+        ("use_unsloth: true", "train.backend", "unsloth"),
+        ("neat_packing: true", "train.packing", True),
+        ("mask_history: true", "train.supervise", "last"),
+        ("chat_template_path: chatml", "base.chat_template", "chatml"),
+    ],
+)
+def test_names_of_llama_factory_and_unsloth(said: str, field: str, value: object) -> None:
+    fields, warnings = read(GOOD + f"train:\n  {said}\n")
+    assert fields[field] == value and field in warnings[0]
+
+
 def test_a_variable_of_the_template_may_have_any_name() -> None:
     found, warnings = read(GOOD + "train: {template_variables: {lora_r: 1, tokenizer: x}}\n")
     assert found["train.template_variables"] == {"lora_r": 1, "tokenizer": "x"}

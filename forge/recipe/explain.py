@@ -14,6 +14,7 @@ from forge.errors import Problem
 from forge.recipe.fields import all_names, name_of, names_in, sections
 from forge.recipe.schema import Adopted
 from forge.recipe.tree import Node
+from forge.recipe.words import OUT_OF_SCOPE
 
 _TAGS = ("training", "adopted", "none")
 
@@ -107,6 +108,8 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def _choice(path: tuple[str | int, ...], value: Any) -> str:
+    if isinstance(value, str) and (why := OUT_OF_SCOPE.get(value.lower().replace("-", "_"))):
+        return why
     # An item of a list or of a mapping has the words of its field.
     field = _field(path) or _field(path[:-1])
     words = [

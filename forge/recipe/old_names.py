@@ -1,7 +1,7 @@
 """Names that other tools and older releases use, and what they are called here.
 
 Covered: the arguments of transformers, trl, peft and bitsandbytes (today's and the ones they
-dropped), and the commonest keys of axolotl, unsloth and LLaMA-Factory. A name with a counterpart is
+dropped), and the usual keys of axolotl, unsloth and LLaMA-Factory. A name with a counterpart is
 accepted and reported; one without is a problem that says why. A name is looked up only where it is
 not a field of this schema, so no field is ever shadowed.
 
@@ -18,6 +18,7 @@ from forge.errors import Problem
 from forge.recipe.explain import shown
 from forge.recipe.fields import names_in, sections
 from forge.recipe.tree import Node, Position
+from forge.recipe.words import OUT_OF_SCOPE
 
 DROP = object()
 """Stands for "this value says what is the case anyway": the key is left out with a warning."""
@@ -102,7 +103,8 @@ OLD_NAMES: Mapping[str, Old] = {
     **_all("train.optimizer", "optim"),
     **_all("train.max_gradient_norm", "max_grad_norm"),
     **_all("train.gradient_checkpointing", "activation_checkpointing", "use_gradient_checkpointing"),
-    **_all("train.packing", "sample_packing"),
+    **_all("train.packing", "sample_packing", "neat_packing"),
+    **_all("train.beta", "pref_beta"),
     **_all("train.template_variables", "chat_template_kwargs"),
     **_all("train.seed", "random_state", "random_seed"),
     **_all("train.lora.r", "lora_r", "lora_rank", "rank"),
@@ -143,6 +145,11 @@ OLD_NAMES: Mapping[str, Old] = {
     **_all("train.lora.layers", "layers_to_transform", "lora_layers_to_transform"),
     **_all("train.lora.token_indices", "trainable_token_indices"),
     "init_lora_weights": Old("train.lora.init", values=_INITIAL),
+    "stage": Old("train.objective", values={name: name for name in ("sft", "dpo", "kto", "orpo")}),
+    "pref_loss": Old("train.objective", values={"sigmoid": "dpo", "orpo": "orpo"}),
+    "quantization_bit": Old("train.method", values={4: "qlora", 8: "int8"}),
+    **_switch("train.method", "full", DROP, "full_finetuning"),
+    **_switch("train.backend", "unsloth", DROP, "use_unsloth"),
     "adapter": Old("train.method", values={"qlora": "qlora", "lora": "lora"}),
     "finetuning_type": Old("train.method", values={"qlora": "qlora", "lora": "lora", "full": "full"}),
     # What is the case anyway.
@@ -161,7 +168,14 @@ OLD_NAMES: Mapping[str, Old] = {
     **{name: Old("train.report_to", values=_Whatever()) for name in ("logging_steps", "logging_strategy")},
     "completion_only_loss": Old("train.supervise", values={True: DROP}),
     "assistant_only_loss": Old("train.supervise", values={True: "all"}),
-    "train_on_inputs": Old("train.supervise", values={False: DROP}),
+    **{name: Old("train.supervise", values={False: DROP}) for name in ("train_on_inputs", "train_on_prompt")},
+    "mask_history": Old("train.supervise", values={True: "last", False: DROP}),
+    "do_train": Old("train.method", values={True: DROP}),
+    "loss_type": Old(why="the loss is that of train.objective", values={"sigmoid": DROP}),
+    **{
+        name: Old(why="it is not built: the loss is that of train.objective", values={False: DROP})
+        for name in ("reference_free", "label_smoothing", "label_smoothing_factor", "sync_ref_model")
+    },
     # Export and serving.
     **_all("export.quant", "quantization_method", "quantization", "quant_type", "gguf_quant", "ftype"),
     **_all("export.keep_merged", "save_merged", "keep_merged_model"),
@@ -184,16 +198,57 @@ OLD_NAMES: Mapping[str, Old] = {
             "output_dir",
             "logging_dir",
             "overwrite_output_dir",
-            "hub_token",
-            "push_to_hub",
+            "export_dir",
             "dataset_prepared_path",
         ),
     ),
+    **_gone(
+        "`forge push RUN --to ORG/NAME --private` sends a run to a hub, with HF_TOKEN or `hf auth login`",
+        *("hub_token", "push_to_hub", "push_to_hub_token", "hub_private_repo", "hub_strategy"),
+        "export_hub_model_id",
+    ),
+    **_gone(
+        "trackers have environment variables for it (WANDB_PROJECT); train.report_to names the trackers",
+        *("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_experiment_name"),
+    ),
+    **_gone(
+        "the first loss or gradient that is not finite stops a training",
+        *("loss_watchdog_threshold", "loss_watchdog_patience"),
+    ),
+    **_gone(
+        "it is not built: all that is trained has train.learning_rate and train.optimizer",
+        *("loraplus_lr_ratio", "loraplus_lr_embedding", "use_galore", "galore_rank", "use_apollo"),
+        *("use_badam", "badam_mode", "lisa_n_layers"),
+    ),
+    **_gone(
+        "train.method: full trains every weight, LoRA those of train.lora.targets; a base is not divided",
+        *("unfrozen_parameters", "freeze_trainable_layers", "freeze_trainable_modules"),
+    ),
+    **_gone(
+        "train.max_length bounds a row, and data.overlong says what becomes of a longer one",
+        *("max_prompt_length", "max_completion_length"),
+    ),
+    **_gone("name the files in data.source", "dataset_dir"),
+    **_gone("positions are those of the base", "rope_scaling", "rope_theta", "shift_attn"),
+    **_gone("train.attention: eager, sdpa, flash_attention_2 or flash_attention_3", "xformers_attention"),
+    **_gone("an adapter that does not fit its base is refused, always", "strict"),
+    **_gone("how long an answer may be is for each request to say (max_tokens)", "num_predict"),
+    **_gone(
+        "what ends an answer is read from the base and proved; more stops are for each request to say", "stop"
+    ),
     **_gone("name them all in data.source: [a.jsonl, {source: b.jsonl, weight: 0.5}]", "datasets"),
-    **_gone("the tokenizer and the chat template are the base's own", "tokenizer", "processing_class"),
-    **_all("base.chat_template", "chat_template"),
+    **_gone(
+        "the tokenizer and the chat template are the base's own; base.chat_template names another",
+        *("tokenizer", "processing_class", "template", "prompt_template"),
+    ),
+    **_all("base.chat_template", "chat_template", "chat_template_path"),
     **_gone("the tokenizer is the base's own", "tokenizer_type"),
-    **_gone("PAD, EOS and BOS come from the base, and PAD is never EOS", "special_tokens", "pad_token"),
+    **_gone(
+        "PAD, EOS and BOS come from the base, and PAD is never EOS",
+        "special_tokens",
+        "pad_token",
+        "eos_token",
+    ),
     **_gone("packing is padding-free by itself; say train.packing: true", "padding_free"),
     **_gone("only the answers carry loss, always; prompts never do", "response_template", "data_collator"),
     **_gone("name the modules in train.lora.targets", "layers_pattern"),
@@ -206,42 +261,23 @@ OLD_NAMES: Mapping[str, Old] = {
         "forge decides it; there is nothing to set",
         *("quantization_config", "gradient_checkpointing_kwargs", "dataset_kwargs"),
         *("gradient_checkpointing_kw_args", "gradient_checkpointing_kwarg", "formatting_func"),
-        *("predict_with_generate", "dataloader_num_workers"),
+        *("predict_with_generate", "dataloader_num_workers", "dataloader_pin_memory", "dataset_num_proc"),
+        *("preprocessing_num_workers", "dataset_processes", "overwrite_cache", "remove_unused_columns"),
+        *("pad_to_sequence_len", "eval_sample_packing", "eval_packing", "tf32", "upcast_layernorm"),
+        *("torch_empty_cache_steps", "ddp_timeout", "ddp_find_unused_parameters", "local_rank", "device_map"),
+        *("greater_is_better", "precompute_ref_log_probs", "plot_loss", "streaming", "visual_inputs"),
+        *("export_size", "export_device", "export_legacy_format", "infer_backend", "fan_in_fan_out"),
+        *("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload"),
     ),
     # Out of scope.
-    **_gone(
-        "rewards (RLHF, PPO, GRPO) are out of scope: forge learns answers from rows; train with trl, give "
-        "the adapter to forge with train.from",
-        *("rl", "reward_model", "reward_funcs", "reward_weights", "num_generations", "kl_coef", "vllm_mode"),
-    ),
-    **_gone(
-        "prefix and prompt tuning are out of scope: no GGUF holds what they learn; LoRA does what they do",
-        *("num_virtual_tokens", "prefix_projection", "prompt_tuning_init", "encoder_hidden_size"),
-    ),
-    **_gone(
-        "IA3 is out of scope: llama.cpp's adapters are LoRA only", "feedforward_modules", "init_ia3_weights"
-    ),
-    **_gone(
-        "retrieval (RAG) is out of scope: it is the affair of the program that asks the served model",
-        *("rag", "retriever", "embedding_model", "vector_store", "chunk_overlap"),
-    ),
-    **_gone(
-        "ONNX is out of scope: forge makes GGUF; convert the merged checkpoint (export.keep_merged) with "
-        "optimum",
-        *("onnx", "export_onnx"),
-    ),
-    **_gone(
-        "forge rents no machine: run the same recipe on RunPod, Colab or any other computer with a GPU",
-        *("runpod", "colab", "cloud", "gpu_type"),
-    ),
-    **_gone("GGUF-my-repo is not needed: export makes the GGUF here", "gguf_my_repo"),
+    **{name: Old(why=why) for name, why in OUT_OF_SCOPE.items()},
     **_gone(
         "name train.devices and train.strategy: fsdp or deepspeed; forge decides the rest",
         *("deepspeed", "fsdp", "fsdp_config"),
     ),
     **_gone(
         "today's training libraries dropped it and nothing takes its place",
-        *("save_safetensors", "jit_mode_eval", "use_ipex", "torchdynamo", "push_to_hub_token"),
+        *("save_safetensors", "jit_mode_eval", "use_ipex", "torchdynamo"),
         *("dataset_batch_size", "num_of_sequences", "chars_per_token", "sharded_ddp"),
         *("half_precision_backend", "include_tokens_per_second", "ray_scope", "mp_parameters", "past_index"),
     ),
