@@ -62,6 +62,25 @@ def test_booleans_are_not_counted_as_numbers() -> None:
     assert reading.notes.counts == {f"booleans in answer, {ways}": 1, f"numbers in answer, {ways}": 1}
 
 
+def test_cells_that_say_nothing_are_noted() -> None:
+    """Pitfall 51: pandas' `nan` in an answer is learned as that word, which is said."""
+    rows = [{"instruction": "q", "input": "nan", "output": "NULL"}]
+    reading = to_conversations([Row(row, "rows.csv", 2) for row in rows])
+    is_cell = "learned as a word: an empty cell of a table?"
+    assert reading.conversations and reading.notes.counts == {
+        f"input says only nan, {is_cell}": 1,
+        f"output says only NULL, {is_cell}": 1,
+    }
+
+
+def test_many_columns_are_named_in_short() -> None:
+    """One object of questions and answers has its rows as columns."""
+    row = {f"What is {number}, {'really ' * 40}?": "a" for number in range(400)}
+    with pytest.raises(DataError, match=r"What is 3, really .*\.\.\. and 370 more$") as caught:
+        to_conversations([Row(row, "rows.json", 1)])
+    assert len(caught.value.message) < 1200
+
+
 @pytest.mark.parametrize("name", ["read.jsonl", "refused.jsonl"])
 def test_mutants_of_dialects(name: str) -> None:
     """Pitfall 15: a row with an odd value in any place is read, or is a row that cannot be used."""

@@ -63,6 +63,18 @@ def test_a_plan_says_what_was_read(place: Path) -> None:
     assert not (place / "store").exists()
 
 
+def test_a_plan_reads_parquet_and_names_what_it_leaves(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E7: data sets of the hub are Parquet; of rows that a plan does not read it says so."""
+    import pyarrow.parquet
+
+    rows = [{"question": f"q{number}", "answer": "a"} for number in range(20)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "rows.parquet")
+    (place / "r.yaml").write_text("name: a\nbase: builtin:tiny\ndata: {source: rows.parquet, eval: 2}\n")
+    assert planned(place / "r.yaml")[0].startswith("read rows.parquet (Parquet): 20 rows, question")
+    monkeypatch.setattr("forge.stages.data._READ_BY_A_PLAN", 1)
+    assert planned(place / "r.yaml")[0].startswith("rows: not read by a plan")
+
+
 def test_a_plan_refuses_what_the_template_cannot_show(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -438,6 +438,8 @@ def test_many_kinds_of_problems_are_cut() -> None:
         ("rows.csv", b"a,b\n1,2\n1\n", "1 lines do not fit the header"),
         ("rows.parquet", b"text", "is not Parquet, as its name says"),
         ("rows", b"text", "is an unknown kind of file"),
+        ("rows.jsonl", b"<!doctype html>\n<html>", "is a web page, not the file"),
+        ("rows.xls", b"\xd0\xcf\x11\xe0\xa1\xb1", "is an Excel sheet or a Word document"),
     ],
 )
 def test_faults_of_a_file(name: str, content: bytes, message: str, tmp_path: Path) -> None:

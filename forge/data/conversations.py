@@ -26,6 +26,7 @@ from forge.data.layout import (
     Layout,
     Reader,
     Shape,
+    in_short,
     layout_of,
 )
 from forge.data.problems import BadRows
@@ -35,6 +36,8 @@ from forge.errors import DataError, Problem
 
 LABELLED, PAIRS = "answers labelled", "preference pairs"
 """What the notes of such rows begin with."""
+# What programs write into a cell that holds nothing.
+_BLANKS = ("nan", "null", "none", "n/a", "#n/a", "undefined", "<noinput>")
 # A column `reasoning` that holds one of these says how the row was made, not what was thought.
 _SWITCHES = ("on", "off", "low", "medium", "high", "none", "true", "false", "yes", "no")
 
@@ -145,9 +148,9 @@ def _columns_hint(rows: Rows) -> str:
     sets: dict[tuple[str, ...], Row] = {}
     for row in rows:
         sets.setdefault(tuple(key for key, value in row.values.items() if value not in EMPTY), row)
-    shown = [f"{', '.join(keys) or 'none'} ({row.file}:{row.line})" for keys, row in list(sets.items())[:4]]
+    shown = [f"{in_short(keys) or 'none'} ({row.file}:{row.line})" for keys, row in list(sets.items())[:4]]
     if len(sets) < 2:
-        return f"the columns are: {', '.join(map(str, next(iter(rows)).values))}"
+        return f"the columns are: {in_short(list(map(str, next(iter(rows)).values)))}"
     return f"the rows have different columns: {'; '.join(shown)}: make it one shape, or a source for each"
 
 
@@ -313,6 +316,9 @@ def _exchange(
     if isinstance(prompt, str) and _is_messages(more):  # OpenAI's responses: instructions and input
         yield Turn("system", text_of(prompt, asked, empty_ok=True))
         prompt, asked, more = more, beside, None
+    for column, value in ((asked, prompt), (beside, more), (place, answer)):
+        if isinstance(value, str) and (word := value.strip()).lower() in _BLANKS:
+            notes.counts[f"{column} says only {word}, learned as a word: an empty cell of a table?"] += 1
     yield from _history(row, layout, shape, notes)
     extra = text_of(more, beside, empty_ok=True) if more is not None else ""
     if isinstance(prompt, list) and prompt and isinstance(prompt[0], Mapping) and not is_of_parts(prompt):

@@ -44,6 +44,7 @@ _FOREIGN: Mapping[bytes, str] = {
     b"SQLite format 3": "an SQLite database; export the table as CSV",
     b"%PDF": "a PDF; extract its text first",
     b"\x89HDF": "an HDF5 file; save the table as Parquet",
+    b"\xd0\xcf\x11\xe0": "an Excel sheet or a Word document; save the sheet as CSV",
     b"\x80\x04\x95": "a pickle, which forge does not open; save the rows as JSONL",
     b"version https://git-lfs": "a pointer of Git LFS, not the file; run git lfs pull",
     b"<!DOCTYPE": "a web page, not the file; download the file itself",
@@ -172,7 +173,7 @@ def _unpacked(path: Path) -> tuple[str, bytes]:
         data = path.read_bytes()
     start = data[:32] or start
     for mark, what in _FOREIGN.items():
-        if start.startswith(mark):
+        if start[: len(mark)].lower() == mark.lower():
             raise DataError(
                 f"data.source: {path.name} is {what.partition('; ')[0]}", hint=what.partition("; ")[2]
             )

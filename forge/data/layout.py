@@ -36,6 +36,7 @@ _PAIRS: Mapping[str, tuple[str, str, str]] = {
     "dolly": ("instruction", "context", "response"),
     "question": ("question", "context", "answer"),
 }
+_MOST_NAMES, _LONGEST_NAME = 30, 30
 EMPTY: tuple[object, ...] = (None, "", [], {}, ())
 
 
@@ -80,6 +81,14 @@ def _columns_of(rows: Rows) -> dict[str, int]:
     return dict(counts)
 
 
+def in_short(columns: Sequence[str]) -> str:
+    """Names of columns; of a table without a header they may be its first row, of an object its rows."""
+    shown = [name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..." for name in columns]
+    return ", ".join(shown[:_MOST_NAMES]) + f" and {len(shown) - _MOST_NAMES} more" * (
+        len(shown) > _MOST_NAMES
+    )
+
+
 def _require_columns(there: Sequence[str], shape: Shape) -> None:
     for part, column in shape.columns.items():
         if column not in there:
@@ -87,7 +96,7 @@ def _require_columns(there: Sequence[str], shape: Shape) -> None:
             meant = f"; did you mean {near[0]}?" if near else ""
             raise DataError(
                 f"data.columns.{part}: no row has a column {column!r}{meant}",
-                hint=f"the columns are: {', '.join(there)}",
+                hint=f"the columns are: {in_short(there)}",
             )
 
 
@@ -160,10 +169,18 @@ def _refuse_single_messages(rows: Rows, columns: Sequence[str]) -> None:
     if _speaker(values):
         raise DataError(
             f"{first.file}:{first.line}: each row is a single message, not a conversation; its columns "
-            f"are: {', '.join(columns)}",
+            f"are: {in_short(columns)}",
             hint="put a conversation into one row: {messages: [{role: ..., content: ...}, ...]}"
             + ("; OpenAssistant's *.trees.jsonl has whole trees" if "message_tree_id" in columns else ""),
         )
+
+
+def _unknown_turns(columns: Sequence[str], row: Row) -> str:
+    """A column that has another name than turns have and may hold some; texts where only it does."""
+    lists = {key: value for key in columns if _may_be_turns(value := parsed(row.values.get(key)))}
+    spoken = [key for key, value in lists.items() if isinstance(value, list) and _speaker(value[0])]
+    texts = [key for key in lists if fields.plain(key).removesuffix("s") not in _OF_PAIRS]
+    return spoken[0] if spoken else texts[0] if len(texts) == 1 else ""
 
 
 _OF_PAIRS = (*fields.ROW_FIELDS[fields.PROMPT], *fields.ROW_FIELDS[fields.COMPLETION])
@@ -218,15 +235,10 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         and (isinstance(first.values.get(key), list) or fields.plain(key) != "labels")
     ]:
         hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
-    elif lists := [
-        key
-        for key in columns
-        if _may_be_turns(parsed(first.values.get(key)))
-        and fields.plain(key).removesuffix("s") not in _OF_PAIRS
-    ]:
-        hint = f"where {lists[0]} has the turns of a conversation: data.columns: {{messages: {lists[0]}}}"
+    elif turns := _unknown_turns(columns, first):
+        hint = f"where {turns} has the turns of a conversation: data.columns: {{messages: {turns}}}"
     raise DataError(
-        f"{where}: cannot tell the data's format from its columns: {', '.join(columns)}",
+        f"{where}: cannot tell the data's format from its columns: {in_short(columns)}",
         hint=f"{hint}; a table needs a line of column names first",
     )
 
@@ -264,7 +276,7 @@ def _require_format(
         right = _detect(parts, shape, columns, rows)
     if not fits:
         raise DataError(
-            f"data.format: {form} does not fit the rows, whose columns are: {', '.join(columns)}",
+            f"data.format: {form} does not fit the rows, whose columns are: {in_short(columns)}",
             hint=f"set data.format: {right}, or leave it out",
         )
 

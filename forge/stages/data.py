@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from forge import report
@@ -40,7 +41,7 @@ class DataStage(ShipStage):
 
     name = DATA_STAGE
     rank = 40
-    version = 7
+    version = 8
 
     def params(self) -> Mapping[str, Json]:
         data, training = self.ship.recipe.data, self.ship.training
@@ -83,6 +84,10 @@ class DataStage(ShipStage):
     def look(self) -> None:
         """Rows that a ship would refuse are refused by its plan, where reading them takes no time."""
         if not self.is_read_by_a_plan:
+            if self.ship.data_files:
+                report.info(
+                    "rows: not read by a plan (over 4 MB, or pyarrow is missing): a ship begins with them"
+                )
             return
         if self.ship.base.directory is None:
             read_all(self.settings())
@@ -91,12 +96,12 @@ class DataStage(ShipStage):
 
     @property
     def is_read_by_a_plan(self) -> bool:
-        """Whether its files are here and small, and no heavy library is needed for them."""
+        """Whether its files are here and small, and what reads them is installed."""
         ship = self.ship
         files = [*ship.data_files, *([ship.heldout] if isinstance(ship.heldout, Path) else [])]
-        light = all(path.suffix.lower() != ".parquet" for path in files)
-        small = sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN
-        return bool(ship.data_files) and light and small
+        is_table = any(path.suffix.lower() in (".parquet", ".arrow") for path in files)
+        is_small = sum(path.stat().st_size for path in files) < _READ_BY_A_PLAN
+        return bool(ship.data_files) and is_small and not (is_table and find_spec("pyarrow") is None)
 
     def _report(self, account: Account) -> None:
         """What was read, how long that trains, and one row with what carries loss."""
