@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from forge import report
+from forge.cli.main import run_command
 from forge.data.prepare import Prepared
 from forge.runs.manifest import Learned, Manifest, Pins, RunView, manifest_of, read_manifest
 from forge.stages.deploy import DeployFacts
@@ -18,6 +19,7 @@ from forge.stages.modelfile import ModelfileFacts
 from forge.stages.smoke import SmokeFacts
 from forge.train.evaluate import Evaluated
 from forge.train.request import Trained
+from tests.finished_runs import write_run
 
 OLD: dict[str, Any] = {
     "format": 1,
@@ -91,3 +93,32 @@ def test_what_is_read_of_a_stage_is_what_the_stage_says() -> None:
     said = {stage: {field.name for field in fields(kind)} for stage, kind in FACTS.items()}
     assert read.keys() == said.keys()
     assert {stage: names - said[stage] for stage, names in read.items() if names - said[stage]} == {}
+
+
+def test_a_bill_of_materials_has_base_packages_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CycloneDX 1.6: each kind of component once, the same bytes when it is written again."""
+    monkeypatch.chdir(tmp_path)
+    made = {
+        "key": "k", "digest": "d", "recorded": {"torch": "2.13.0"}, "tools": {"llama.cpp converters": "b1"},
+        "files": {"model.gguf": {"sha256": "a" * 64, "bytes": 3}},
+    }  # fmt: skip
+    base = {"spec": "org/tiny", "revision": "c" * 40, "licence": "apache-2.0", "digest": "d1"}
+    write_run("yoda", base=base, data={"digest": "d2"}, artifacts={"export": made})
+    for name in ("one.json", "two.json"):
+        assert run_command(["show", "yoda", "--bom", name]) == 0
+    text = Path("one.json").read_text(encoding="utf-8")
+    assert Path("two.json").read_text(encoding="utf-8") == text
+    bom = json.loads(text)
+    assert (bom["bomFormat"], bom["specVersion"], bom["metadata"]["component"]["name"]) == (
+        "CycloneDX", "1.6", "yoda",
+    )  # fmt: skip
+    by_name = {part["name"]: part for part in bom["components"]}
+    assert by_name["org/tiny"]["licenses"] == [{"license": {"name": "apache-2.0"}}]
+    assert by_name["torch"]["purl"] == "pkg:pypi/torch@2.13.0"
+    assert by_name["llama.cpp"]["type"] == "application" and by_name["training rows"]["type"] == "data"
+    assert by_name["export/model.gguf"]["hashes"] == [{"alg": "SHA-256", "content": "a" * 64}]
+    assert {"type": "top1", "value": "0.97"} in bom["metadata"]["component"]["modelCard"][
+        "quantitativeAnalysis"
+    ]["performanceMetrics"]

@@ -101,7 +101,7 @@ def write_lock(ship: Resolved, manifest: Manifest) -> None:
     makes them all.
     """
     path = ship.run_directory / LOCK
-    packages, mixed = _packages(manifest)
+    packages, mixed = packages_of(manifest)
     if mixed:
         path.unlink(missing_ok=True)
         report.warning(f"no {LOCK}: its stages were made with {'; '.join(mixed)}")
@@ -197,9 +197,9 @@ def _inputs(ship: Resolved) -> Mapping[str, str]:
     return digests
 
 
-def _packages(manifest: Manifest) -> tuple[Mapping[str, str], list[str]]:
+def packages_of(manifest: Manifest) -> tuple[Mapping[str, str], list[str]]:
     """Each package's version, and those of which there are several, in words."""
-    basis = manifest.certificate["basis"] if manifest.certificate else None
+    basis = (manifest.certificate or {}).get("basis")
     computed = from_plain(Basis, basis, is_strict=False).versions if basis else {}
     seen: dict[str, dict[str, str]] = {}
     for name, version in _versions(manifest, computed):
