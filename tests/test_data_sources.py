@@ -175,6 +175,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "semicolons": ("rows.csv", separated_by(";"), "a table with semicolons"),
     "tabs": ("rows.tsv", separated_by("\t"), "a table with tabs"),
     "tabs named .csv": ("rows.csv", separated_by("\t"), "a table with tabs"),
+    "tabs named .txt": ("rows.txt", separated_by("\t"), "a table with tabs"),
     "bars": ("rows.csv", separated_by("|"), "a table with bars"),
     "Excel's": ("rows.csv", separated_by("\t", "utf-16"), "a table with tabs in utf-16"),
     "UTF-16": ("rows.jsonl", in_encoding("utf-16"), "JSON lines in utf-16"),

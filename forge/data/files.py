@@ -20,6 +20,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from forge.data.conversation import Row, Rows, RowsOf
+from forge.data.fields import COMPLETION, PROMPT, ROW_FIELDS, plain
 from forge.data.json_rows import (
     are_json_lines,
     decoded,
@@ -250,6 +251,8 @@ def _text_rows(
         rows, kind = table_rows(text, name, bad)
     elif says_json:
         rows, kind = json_lines(text, name, bad), "JSON lines"
+    elif suffix == ".txt" and _has_known_columns(text):
+        rows, kind = table_rows(text, name, bad)
     elif suffix in (".txt", ".md"):
         rows, kind = [Row({"text": text}, name, 1)], "one text"
     elif suffix in (".csv", ".tsv") or (suffix not in (".parquet", ".arrow") and delimiter_of(text)[1] > 1):
@@ -262,6 +265,13 @@ def _text_rows(
         )
         raise DataError(f"data.source: {name} is {wrong}", hint="it can be one of " + ", ".join(SUFFIXES))
     return rows, kind + (f" in {spelled}" if spelled else "")
+
+
+def _has_known_columns(text: str) -> bool:
+    """Whether a text begins with the names of a question and its answer, as a table does."""
+    delimiter, count = delimiter_of(text[:_SNIFFED_BYTES])
+    names = [plain(name.strip(' "\r')) for name in text.partition("\n")[0].split(delimiter)]
+    return count > 1 and all(any(name in ROW_FIELDS[part] for name in names) for part in (PROMPT, COMPLETION))
 
 
 def _decoded(data: bytes, name: str, encoding: str | None) -> tuple[str, str]:

@@ -7,6 +7,7 @@ images and sound, which are refused by name; what a template makes of the turns 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -125,7 +126,21 @@ def turns_of(value: object, place: str, roles: Mapping[str, str], notes: Notes) 
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise BadRowError("is not a list of messages", place)
-        yield _turn(message, f"{place}[{number}]", roles, notes)
+        turn = _turn(message, f"{place}[{number}]", roles, notes)
+        yield from [turn] if turn.role != "tool" else _unwrapped(turn, notes)
+
+
+_RESPONSE = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+
+
+def _unwrapped(turn: Turn, notes: Notes) -> Iterator[Turn]:
+    """What tools answered, without the marks of Hermes' template around it, which a client does not send."""
+    answers = _RESPONSE.findall(turn.content)
+    if not answers or _RESPONSE.sub("", turn.content):
+        yield turn
+        return
+    notes.counts["<tool_response> around what a tool answered is left to the template"] += 1
+    yield from (replace(turn, content=answer) for answer in answers)
 
 
 def _is_usual(message: object) -> bool:
