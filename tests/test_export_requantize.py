@@ -11,6 +11,7 @@ import pytest
 
 from forge.cli.main import run_command
 from forge.model.gguf_header import read_gguf
+from tests.servers import write_adapter
 
 pytestmark = [pytest.mark.programs, pytest.mark.training]
 
@@ -84,6 +85,37 @@ def test_parts_are_made_taken_and_joined(export: Run, whole: Path, tmp_path: Pat
     for call in (["repair", parts[0], "--base", "builtin:tiny"], ["bundle", parts[0], "--out", "x.tar"]):
         assert run_command([*map(str, call)]) == 2
     assert not (tmp_path / "less.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("quant", "kinds", "moved"),
+    [("f16", {"F16": 2}, 1e-3), ("bf16", {"BF16": 2}, 1e-2), ("q8_0", {"Q8_0": 1, "F16": 1}, 1e-2)],
+)
+def test_an_adapters_factors_become_another_type(
+    export: Run, tmp_path: Path, quant: str, kinds: dict[str, int], moved: float
+) -> None:
+    """N1: rows that hold no block become F16; everything else of the file stays."""
+    import gguf
+    import numpy as np
+    from gguf import quants
+
+    theirs, out = write_adapter(tmp_path / "theirs.gguf", says="Y"), tmp_path / "made.gguf"
+    code, fields = export("--gguf", theirs, "--quant", quant, "--out", out)
+    assert code == 0 and fields["tensor_types"] == kinds and fields["quant"] == quant
+    made, before = read_gguf(out), read_gguf(theirs)
+    assert {**made.metadata, "general.file_type": 0} == {**before.metadata, "general.file_type": 0}
+    both = zip(gguf.GGUFReader(theirs).tensors, gguf.GGUFReader(out).tensors, strict=True)
+    for first, second in both:
+        assert first.name == second.name
+        values = quants.dequantize(second.data, second.tensor_type)
+        assert np.allclose(values, first.data, rtol=0, atol=moved * np.abs(first.data).max())
+
+
+def test_an_adapter_has_no_smaller_type(export: Run, tmp_path: Path) -> None:
+    theirs = write_adapter(tmp_path / "theirs.gguf", says="Y")
+    code, fields = export("--gguf", theirs, "--quant", "q4_k_m", "--out", tmp_path / "made.gguf")
+    assert code == 2 and "f32, f16, bf16, q8_0" in fields["error"]["message"]
+    assert not (tmp_path / "made.gguf").exists()
 
 
 def test_what_is_quantized_is_not_rounded_again(export: Run, whole: Path, tmp_path: Path) -> None:

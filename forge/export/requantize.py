@@ -1,7 +1,6 @@
 """An existing GGUF of full precision as another type, by llama.cpp's own quantizer. Runs in a worker.
 
 Metadata stays as it is, but for the file's type. A file in several parts is named by the first of them.
-Not covered: adapters.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from forge import report
 from forge.errors import DataError, StageError
 from forge.export.importance import as_parameter, read_importance
-from forge.export.split import split_file
+from forge.export.rewrite import ADAPTER_TYPES, round_adapter, split_file
 from forge.export.types import (
     UNQUANTIZED,
     file_type,
@@ -81,7 +80,10 @@ def requantize(request: Requantization) -> Requantized:
     else:
         _refuse_quantized(header)
         report.info(f"quantizing {request.gguf.name} to {request.quant}")
-    quantize_file(request.gguf, request.out, request.quant, request.threads, request.imatrix)
+    if header.metadata.get("general.type") == "adapter":
+        _round_adapter(request)
+    else:
+        quantize_file(request.gguf, request.out, request.quant, request.threads, request.imatrix)
     made = read_gguf(request.out)
     size = request.out.stat().st_size
     kinds = {name: tensor.type for name, tensor in made.tensors.items()}
@@ -102,6 +104,16 @@ def requantize(request: Requantization) -> Requantized:
         {} if request.quant == COPY else rows_not_held(kinds, widths, request.quant),
         parts,
     )
+
+
+def _round_adapter(request: Requantization) -> None:
+    if request.quant not in ADAPTER_TYPES or request.imatrix:
+        raise DataError(
+            f"{request.gguf} is an adapter, whose factors are {', '.join(ADAPTER_TYPES)}",
+            hint="take one of these with --quant, and no --imatrix",
+        )
+    moved = round_adapter(request.gguf, request.out, request.quant)
+    report.info(f"rounding moves a factor by {moved:.2%} at most (root mean square)")
 
 
 def _refuse_quantized(header: GgufHeader) -> None:
