@@ -72,7 +72,6 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.lora.rank_pattern", "{q_proj: 4}", ("train",)),
     ("train.lora.rslora", "true", ("train",)),
     ("train.lora.targets", "[q_proj]", ("train",)),
-    ("train.lora.token_indices", "[5]", ("train",)),
     ("train.beta", "0.5", ("train",)),
     ("train.max_gradient_norm", "0.5", ("train",)),
     ("train.max_length", "40", ("data",)),
@@ -84,7 +83,6 @@ TABLE: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("train.objective", "dpo", ("data", "train", "evaluate")),
     ("train.optimizer", "adafactor", ("train",)),
     ("train.packing", "true", ("train",)),
-    ("train.patience", "3", ("train",)),
     ("train.preset", "t4", ("data", "train", "evaluate")),
     ("train.quant_storage", "float32", ("train", "evaluate")),
     ("train.retry_smaller", "true", NOWHERE),
@@ -129,7 +127,8 @@ ELSEWHERE = (
     "base", "base.chat_template", "base.id", "base.revision", "base.tokens", "data", "data.columns",
     "data.revision", "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export",
     "export.quant.max_kl", "model", "model.sampling", "smoke", "train", "train.continue_from", "train.from",
-    "train.lora", "train.report_to", "train.revision", "train.strategy", "verify",
+    "train.lora", "train.lora.token_indices", "train.patience", "train.report_to", "train.revision",
+    "train.strategy", "verify",
 )  # fmt: skip
 
 
@@ -165,6 +164,11 @@ def test_each_objective_is_another_request_of_training(place: Path) -> None:
     """Those that compare take the same rows, so nothing but the objective tells their adapters apart."""
     requests = [_requests(place, f"train.objective={name}") for name in ("dpo", "orpo", "kto")]
     assert len({request["train"] for request in requests}) == len(requests)
+
+
+def test_patience_is_part_of_the_request_of_a_training_that_evaluates(place: Path) -> None:
+    evaluates = "train.evaluation_steps=5"
+    assert _requests(place, evaluates)["train"] != _requests(place, evaluates, "train.patience=3")["train"]
 
 
 def test_the_weight_of_a_source_enters_the_request_of_the_data(tmp_path: Path) -> None:

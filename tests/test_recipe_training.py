@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -10,6 +12,8 @@ from forge.errors import RecipeError
 from forge.recipe.load import Loaded, load
 from forge.recipe.presets import PRESETS
 from forge.recipe.schema import Train
+from forge.recipe.training_checks import SCHEDULE_OPTIONS
+from forge.recipe.words import TRACKERS
 
 HEAD = "name: mine\nbase: builtin:tiny\ndata: builtin:yoda\n"
 
@@ -45,7 +49,41 @@ def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
     [
         ("{preset: book}", "train.preset", "book-ch0"),
         ("{objective: dpo, method: full}", "train.method", "three times"),
-        ("{objective: dpo, lora: {init: pissa}}", "train.lora.init", "moves the base"),
+        ("{objective: dpo, method: lora, lora: {init: pissa}}", "train.lora.init", "moves the base"),
+        ("{lora: {init: pissa}}", "train.lora.init", "parts of whole weights"),
+        ("{method: auto, lora: {init: pissa}}", "train.lora.init", "use train.method: lora"),
+        ("{lora: {init: olora, dora: true}}", "train.lora.dora", "olora is converted"),
+        ("{lora: {init: olora, modules_to_save: [lm_head]}}", "train.lora.modules_to_save", "without this"),
+        ("{lora: {init: olora, token_indices: [5]}}", "train.lora.token_indices", "without this"),
+        (
+            "{lora: {init: olora, rslora: true, alpha_pattern: {q_proj: 4}}}",
+            "train.lora.rslora",
+            "with patterns cannot be converted",
+        ),
+        ("{lora: {init: orthogonal, rank_pattern: {q_proj: 5}}}", "train.lora.init", "not 5"),
+        ("{method: int8, lora: {dora: true}}", "train.lora.dora", "8-bit weights"),
+        (
+            "{lora: {token_indices: [5], modules_to_save: [embed_tokens]}}",
+            "train.lora.token_indices",
+            "as a whole already",
+        ),
+        (
+            "{method: lora, lora: {targets: [q_proj], modules_to_save: [q_proj]}}",
+            "train.lora.modules_to_save",
+            "in one of the two",
+        ),
+        ("{patience: 3}", "train.patience", "set train.evaluation_steps"),
+        ("{max_steps: 5, warmup_steps: 5}", "train.warmup_steps", "would never train"),
+        (
+            "{schedule: linear, schedule_options: {num_cycles: 2}}",
+            "train.schedule_options",
+            "linear has no num_cycles; it takes none",
+        ),
+        ("{schedule: cosine_with_min_lr}", "train.schedule_options", "needs min_lr or min_lr_rate"),
+        ("{schedule: warmup_stable_decay}", "train.schedule_options", "needs num_decay_steps"),
+        ("{optimizer: galore_adamw_8bit}", "train.optimizer", "gradients of whole matrices"),
+        ("{optimizer: adamw_torch_xla}", "train.optimizer", "is for TPUs"),
+        ("{attention: flash_attention_2, dtype: fp32}", "train.attention", "in 16 bits only"),
         ("{objective: kto, lora: {init: olora}}", "train.lora.init", "which kto compares with"),
         ("{objective: kto, method: full}", "train.method", "full and kto would hold the model three times"),
         ("{objective: kto, batch_size: 1}", "train.batch_size", "2 at least"),
@@ -117,7 +155,11 @@ def test_what_is_not_built_is_refused_with_its_reason(
 
 @pytest.mark.parametrize(
     "train",
-    ["{objective: orpo, method: full}", "{objective: orpo, lora: {init: pissa}}", "{objective: kto}"],
+    [
+        "{objective: orpo, method: full}",
+        "{objective: orpo, lora: {init: olora}}",
+        "{objective: kto}",
+    ],
 )
 def test_orpo_compares_with_no_base(train: str, tmp_path: Path) -> None:
     """So it may be moved, or trained whole."""
@@ -129,9 +171,52 @@ def test_a_gpu_by_its_number_is_one_device(rest: str, tmp_path: Path) -> None:
     assert isinstance(loaded(tmp_path, f"{{devices: [2], {rest}}}").recipe.train, Train)
 
 
-def test_a_shape_beside_an_adapter_to_go_on_from_is_a_doubt(tmp_path: Path) -> None:
-    found = loaded(tmp_path, "{continue_from: ., lora: {r: 4}}")
-    assert any("train.lora: is not used" in warning for warning in found.warnings)
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("{continue_from: ., lora: {r: 4}}", "train.lora: is not used: train.continue_from has its own"),
+        ("{method: full, lora: {r: 4}}", "train.lora: is not used: train.method is full"),
+        ("{method: lora, quant_storage: float32}", "train.quant_storage: is not used: train.method is lora"),
+        ("{beta: 0.5}", "train.beta: is not used: train.objective is sft"),
+        ("{keep: last}", "train.keep: is not used"),
+        ("{warmup_steps: 3, warmup_fraction: 0.1}", "train.warmup_fraction: is not used"),
+        ("{schedule: constant, warmup_steps: 3}", "train.warmup_steps: is not used"),
+        ("{learning_rate: 0.5}", "train.learning_rate: 0.5 is high"),
+    ],
+)
+def test_what_has_no_effect_is_a_doubt(train: str, words: str, tmp_path: Path) -> None:
+    assert any(words in warning for warning in loaded(tmp_path, train).warnings)
+
+
+@pytest.mark.parametrize(
+    ("rest", "field"),
+    [
+        ("train: {lora: {token_indices: [5]}}\nexport: {mode: adapter}", "train.lora.token_indices"),
+        ("train: {method: full}\nexport: {mode: adapter}", "train.method"),
+        ("train: {evaluation_steps: 5}\ndata: {source: builtin:yoda, eval: 0}", "train.evaluation_steps"),
+    ],
+)
+def test_what_other_sections_leave_no_room_for(rest: str, field: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    head = HEAD if "data:" not in rest else "name: mine\nbase: builtin:tiny\n"
+    path.write_text(f"{head}{rest}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        load(path)
+    assert [problem.field for problem in caught.value.problems] == [field]
+
+
+@pytest.mark.training
+def test_schedules_and_trackers_are_those_of_transformers() -> None:
+    """What a schedule takes is refused in a plan, which loads no transformers."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    schedules = get_args(Train.model_fields["schedule"].annotation)
+    own = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for name in schedules:
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[name]).parameters.keys() - own
+        assert {*SCHEDULE_OPTIONS.get(name, ())} == known
+    assert {*TRACKERS} == INTEGRATION_TO_CALLBACK.keys() - {"kubeflow"}  # which its own controller turns on
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from forge.train.memory import Device, estimate_of, job_of, training_device
 from forge.train.ranks import gpu_count, ranks_of
 from forge.train.request import Trained
 from forge.train.run import train
-from forge.train.speed import require_speed
+from forge.train.speed import require_available
 from tests.models import PEFT_WARNS
 from tests.test_train import arguments
 from tests.test_train_pairs import PAIRS, prepared
@@ -264,7 +264,7 @@ def test_hidden_gpus_are_none(
     shown.write_text("#!/bin/sh\necho NVIDIA L4, 24000, 23000, 8.9\n", encoding="utf-8")
     shown.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("forge.train.memory._torch_has_cuda", lambda: True)
+    monkeypatch.setattr("forge.train.memory.is_torch_built_for", lambda platform: True)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert training_device("auto").kind == "cuda"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
@@ -329,7 +329,7 @@ def test_sharing_needs_gpus_and_its_package(base: Path) -> None:
     shares = Train(strategy="deepspeed", devices=2, method="lora")
     for device, words in ((CPU, "deepspeed is for GPUs"), (GPU, "pip install deepspeed")):
         with pytest.raises(MissingToolError, match=words):
-            require_speed(shares, read_configuration(base), device)
+            require_available(shares, read_configuration(base), device)
 
 
 def test_each_gpu_holds_its_share(base: Path) -> None:

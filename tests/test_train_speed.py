@@ -32,7 +32,7 @@ from forge.train.hardware import Hardware
 from forge.train.memory import Device, Memory, job_of
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train
-from forge.train.speed import choose_speed, liger_families, require_speed
+from forge.train.speed import choose_speed, liger_families, require_available
 from tests.models import PEFT_WARNS
 from tests.test_train import arguments
 
@@ -44,6 +44,7 @@ pytestmark = [
 
 CPU = Device("cpu", "main memory", 16 << 30, 12 << 30, has_bfloat16=True)
 GPU = Device("cuda", "NVIDIA L4", 24 << 30, 23 << 30, has_bfloat16=True)
+T4 = Device("cuda", "Tesla T4", 15 << 30, 14 << 30, has_bfloat16=False)
 _TABLE = """
 MODEL_TYPE_TO_APPLY_LIGER_FN = {
     "llama": apply_liger_kernel_to_llama,
@@ -124,22 +125,27 @@ def test_what_the_recipe_says_is_no_choice(llama: Configuration) -> None:
         (CPU, {"backend": "unsloth"}, "train.backend: unsloth trains on a GPU"),
         (GPU, {"backend": "unsloth"}, "pip install unsloth"),
         (CPU, {"liger": True, "backend": "unsloth"}, "2 settings of train cannot be had"),
+        (CPU, {"device": "cuda"}, "train.device: cuda is a GPU"),
+        (CPU, {"attention": "flash_attention_2"}, "flash_attention_2 runs on a GPU"),
+        (T4, {"attention": "flash_attention_2"}, "needs a GPU from Ampere on, not Tesla T4"),
+        (GPU, {"attention": "flash_attention_3"}, "pip install flash-attn"),
+        (GPU, {"optimizer": "schedule_free_adamw"}, "pip install schedulefree"),
     ],
 )
 def test_what_cannot_be_had_is_refused(
     device: Device, changes: dict[str, Any], words: str, llama: Configuration
 ) -> None:
     with pytest.raises(MissingToolError, match=words):
-        require_speed(Train.model_validate(changes), llama, device)
+        require_available(Train.model_validate(changes), llama, device)
 
 
 def test_a_family_without_kernels_is_refused(llama: Configuration, packages: Path) -> None:
     _package(packages, "liger_kernel", monkey_patch=_TABLE)
     assert list(liger_families()) == ["llama", "qwen3"]
     asks = Train.model_validate({"liger": True})
-    require_speed(asks, llama, GPU)
+    require_available(asks, llama, GPU)
     with pytest.raises(MissingToolError, match="no kernels for gpt2"):
-        require_speed(asks, replace(llama, model_type="gpt2"), GPU)
+        require_available(asks, replace(llama, model_type="gpt2"), GPU)
 
 
 @pytest.mark.training

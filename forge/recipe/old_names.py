@@ -254,7 +254,7 @@ OLD_NAMES: Mapping[str, Old] = {
     **_gone("name the modules in train.lora.targets", "layers_pattern"),
     **_gone("layers that stand twice in a model have no GGUF form", "layer_replication"),
     **_gone(
-        "a LoftQ adapter fits a base that only its own quantization gives; take train.lora.init: pissa",
+        "a LoftQ adapter fits a base that only its own quantization gives; take train.lora.init: olora",
         "loftq_config",
     ),
     **_gone(

@@ -60,7 +60,8 @@ class Lora(Section):
     ] = Field(
         "default",
         description="how the factors start; PiSSA and OLoRA take a part of the base with them, and are "
-        "saved converted, at twice the rank; `loftq` and `eva` are refused with the reason",
+        "saved converted, at twice the rank (PiSSA: `method: lora` only); `loftq` and `eva` are refused with "
+        "the reason",
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r) instead")
     dora: bool = Field(False, description="weight-decomposed LoRA of linear layers; exported merged only")
@@ -72,6 +73,11 @@ class Lora(Section):
     token_indices: tuple[NotNegativeInteger, ...] = Field(
         (), description="ids of tokens whose rows of the embedding are trained; exported merged only"
     )
+
+    @property
+    def moves_base(self) -> bool:
+        """Whether it begins by changing the base's weights, so that the adapter must be converted."""
+        return self.init.startswith(("pissa", "olora"))
 
 
 class Train(Section):

@@ -63,7 +63,7 @@ _PINNED = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)@(?P<revision>[^\s@]+)")
 _TARGET_WORDS = ("auto", "all-linear", "attention")
 TRACKERS = (
     *("azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive"),
-    *("flyte", "mlflow", "neptune", "tensorboard", "wandb"),
+    *("flyte", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
 
 

@@ -103,6 +103,11 @@ class Resolved:
         names = [name for name in self.tensors if is_of_tokens(name) and name.endswith(".weight")]
         return tuple(dict.fromkeys(name.split(".")[-2] for name in names))
 
+    @property
+    def tied_embedding(self) -> str | None:
+        """The embedding, where it is the output layer too."""
+        return self.token_modules[0] if len(self.token_modules) == 1 else None
+
     @cached_property
     def rows_to_add_to(self) -> int | None:
         """The rows that training gives the embedding, where the added tokens need more than it has."""

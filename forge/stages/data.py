@@ -28,6 +28,7 @@ from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params
 from forge.resolve.stage import ShipStage
 from forge.store.artifacts import Artifact
+from forge.train.arguments import warmup_steps
 
 DATA_STAGE = "data"
 _READ_BY_A_PLAN = 4_000_000  # bytes of rows: some 0.1 s
@@ -119,6 +120,8 @@ class DataStage(ShipStage):
                 limit = " at most, each pair being two" if labelled and paired else limit
             whole = math.ceil(training.epochs * math.ceil(rows / at_once))
             steps = training.max_steps or whole
+            if not limit:
+                warmup_steps(training, steps)  # refuses as many as there are
             report.info(f"training: {steps:,} steps of {at_once} {what}{'' if training.max_steps else limit}")
         report.masked(_beginning(account.first_row.masked))
 

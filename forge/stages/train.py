@@ -26,13 +26,12 @@ from forge.store.artifacts import Artifact
 from forge.train.checkpoints import MARKER
 from forge.train.join import Joining, invite
 from forge.train.log import LOG_FILE, Step, read_log
-from forge.train.lora import moves_base
 from forge.train.memory import Device, choose_batch, job_of, memory_of, training_device
 from forge.train.questions import Question
 from forge.train.ranks import Ranks, gpus_of, processes_each, ranks_of
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train, within_memory
-from forge.train.speed import choose_speed, require_speed
+from forge.train.speed import choose_speed, require_available
 
 ADAPTER_STAGE = "train"
 TRAINING_STACK = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
@@ -115,7 +114,7 @@ class TrainStage(AdapterStage):
 
     def require_tools(self) -> None:
         """What the recipe asks for by name, and training would miss only after the data stage."""
-        require_each([self.look, self._require_trackers])
+        self.look()
 
     def _require_trackers(self) -> None:
         absent = [
@@ -132,13 +131,16 @@ class TrainStage(AdapterStage):
 
     def look(self) -> None:
         """Refuse what cannot be had on this machine (H1)."""
-        if self.ship.base.directory is not None:
-            require_each(
-                [
-                    partial(require_speed, self._train, self.ship.configuration, self._device),
-                    partial(gpus_of, self._train, self._device),
-                ]
-            )
+        if self.ship.base.directory is None:
+            self._require_trackers()
+            return
+        require_each(
+            [
+                partial(require_available, self._train, self.ship.configuration, self._device),
+                partial(gpus_of, self._train, self._device),
+                self._require_trackers,
+            ]
+        )
 
     def bytes_beside(self) -> Mapping[str, int]:
         """Two checkpoints with Adam's two moments, all in float32."""
@@ -154,7 +156,7 @@ class TrainStage(AdapterStage):
         lora = self._train.lora
         matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) == 2]
         rank = max(lora.r, *lora.rank_pattern.values()) if lora.rank_pattern else lora.r
-        factors = lora_parameters(matrices, rank, dora=lora.dora) * (2 if moves_base(lora.init) else 1)
+        factors = lora_parameters(matrices, rank, dora=lora.dora) * (2 if lora.moves_base else 1)
         return 4 * (factors + saved_whole(self.ship.tensors, lora.modules_to_save))
 
     def goes_on(self, work: Path) -> bool:

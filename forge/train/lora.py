@@ -26,11 +26,6 @@ _NUMBER = re.compile(r"\.(\d+)\.")
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|attention|self_attention)(\.|$)")
 
 
-def moves_base(initial: str) -> bool:
-    """Whether an initialisation changes the base's weights, so that the adapter must be converted."""
-    return initial.startswith(("pissa", "olora"))
-
-
 def with_lora(model: Any, lora: Lora, *, quantized: bool, checkpointing: bool) -> Any:
     """The model with fresh LoRA layers in float32, everything else frozen.
 

@@ -110,7 +110,7 @@ def training_device(asked: str) -> Device:
 
 def _gpu() -> Device | None:
     """The first NVIDIA GPU, where the installed torch is built for it."""
-    if named_gpus() == () or shutil.which("nvidia-smi") is None or not _torch_has_cuda():
+    if named_gpus() == () or shutil.which("nvidia-smi") is None or not is_torch_built_for("cuda"):
         return None
     query = "--query-gpu=name,memory.total,memory.free,compute_cap"
     try:
@@ -133,12 +133,13 @@ def named_gpus() -> Sequence[str] | None:
     return tuple(takewhile(lambda gpu: gpu not in ("", "-1"), map(str.strip, named.split(","))))
 
 
-def _torch_has_cuda() -> bool:
+def is_torch_built_for(platform: Literal["cuda", "hip"]) -> bool:
+    """Whether the installed torch is built for NVIDIA's GPUs, or for AMD's."""
     package = importlib.util.find_spec("torch")
     if package is None or package.origin is None:
         return False
     text = (Path(package.origin).parent / "version.py").read_text(encoding="utf-8")
-    return re.search(r"^cuda\b[^=]*= *['\"]", text, re.MULTILINE) is not None
+    return re.search(rf"^{platform}\b[^=]*= *['\"]", text, re.MULTILINE) is not None
 
 
 def _processor_has_bfloat16() -> bool:

@@ -30,7 +30,6 @@ from forge.train.lora import (
     add_rows,
     continued,
     keep_initial,
-    moves_base,
     trainable_to_float32,
     whole_model,
     with_lora,
@@ -276,7 +275,7 @@ def _trainer(request: TrainRequest, hardware: Hardware) -> tuple[Any, Any]:
             self.args.warmup_steps = warmup_steps(settings, num_training_steps)
             try:
                 return super().create_scheduler(num_training_steps, optimizer)
-            except TypeError as error:
+            except (TypeError, ValueError, ArithmeticError) as error:
                 raise DataError(
                     f"train.schedule_options: {error}",
                     hint=f"transformers' documentation says what {settings.schedule} takes",
@@ -311,7 +310,7 @@ def _model(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> An
     model = with_lora(model, lora, quantized=quantized, checkpointing=checkpointing)
     counts = _short_names(adapted_modules(model))
     report.info("train: factors on " + ", ".join(f"{count} x {name}" for name, count in counts.items()))
-    if moves_base(lora.init) and rank() == 0:
+    if lora.moves_base and rank() == 0:
         keep_initial(model, request.out / "work" / _INITIAL)
     return model
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,18 @@ from pathlib import Path
 from forge.errors import MissingToolError, Problem
 from forge.model.config import Configuration
 from forge.recipe.schema import Train
-from forge.train.memory import Device, Memory
+from forge.train.memory import Device, Memory, is_torch_built_for
 
 _LIGER, _UNSLOTH = "liger_kernel", "unsloth"
+# Beginnings of the names of optimizers, and the package that they are in: its module, and pip's name of it.
+_OPTIMIZERS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("lomo", "adalomo"), "lomo_optim", "lomo-optim"),
+    (("grokadamw",), "grokadamw", "grokadamw"),
+    (("schedule_free",), "schedulefree", "schedulefree"),
+    (("stable_adamw",), "optimi", "torch-optimi"),
+    (("adamw_torch_4bit", "adamw_torch_8bit"), "torchao", "torchao"),
+    (("adamw_anyprecision",), "torchdistx", "torchdistx"),
+)
 _NO_GPU = "no NVIDIA GPU trains here"
 
 
@@ -60,9 +70,9 @@ def choose_speed(train: Train, configuration: Configuration, memory: Memory) -> 
     return Speed(**used, choices=choices)
 
 
-def require_speed(train: Train, configuration: Configuration, device: Device) -> None:
+def require_available(train: Train, configuration: Configuration, device: Device) -> None:
     """Raise `MissingToolError` with all that the recipe asks for by name and cannot be had on the device."""
-    problems = list(_impossible(train, configuration.model_type, has_gpu=device.kind == "cuda"))
+    problems = list(_impossible(train, configuration.model_type, device))
     if problems:
         raise MissingToolError(
             problems[0].message if len(problems) == 1 else f"{len(problems)} settings of train cannot be had",
@@ -71,8 +81,9 @@ def require_speed(train: Train, configuration: Configuration, device: Device) ->
         )
 
 
-def _impossible(train: Train, family: str, *, has_gpu: bool) -> Iterator[Problem]:
+def _impossible(train: Train, family: str, device: Device) -> Iterator[Problem]:
     """What is asked for by name and cannot be had on this machine, or for this base."""
+    has_gpu = device.kind == "cuda"
     if train.liger is True:
         if not has_gpu:
             yield Problem(f"train.liger: its kernels run on a GPU, and {_NO_GPU}")
@@ -82,6 +93,15 @@ def _impossible(train: Train, family: str, *, has_gpu: bool) -> Iterator[Problem
             yield Problem(f"train.liger: liger-kernel has no kernels for {family}")
     if train.offload_activations is True and not has_gpu:
         yield Problem(f"train.offload_activations: moves what a GPU holds to main memory, and {_NO_GPU}")
+    if train.device == "cuda" and not has_gpu and not is_torch_built_for("hip"):
+        yield Problem(f"train.device: cuda is a GPU, and {_NO_GPU}")
+    if train.device == "mps" and sys.platform != "darwin":
+        yield Problem("train.device: mps is a Mac's GPU, and this is none")
+    if train.attention.startswith("flash"):
+        yield from _no_flash(train, device)
+    for names, package, pip in _OPTIMIZERS:
+        if train.optimizer.startswith(names) and not _is_installed(package):
+            yield Problem(f"train.optimizer: {train.optimizer} needs a package: pip install {pip}")
     if train.strategy != "ddp":
         if not has_gpu:
             yield Problem(f"train.strategy: {train.strategy} is for GPUs, and {_NO_GPU}; use ddp")
@@ -95,6 +115,16 @@ def _impossible(train: Train, family: str, *, has_gpu: bool) -> Iterator[Problem
                 "train.backend: unsloth is not installed: pip install unsloth, in an environment of its own "
                 "(pip takes older versions of transformers, trl and datasets for it)"
             )
+
+
+def _no_flash(train: Train, device: Device) -> Iterator[Problem]:
+    """H1: which GPU and which package a named FlashAttention needs."""
+    if device.kind != "cuda":
+        yield Problem(f"train.attention: {train.attention} runs on a GPU, and {_NO_GPU}")
+    elif not device.has_bfloat16:
+        yield Problem(f"train.attention: {train.attention} needs a GPU from Ampere on, not {device.name}")
+    elif not any(map(_is_installed, ("flash_attn", "flash_attn_interface", "kernels"))):
+        yield Problem("train.attention: the package is not installed: pip install flash-attn, or kernels")
 
 
 def _no_liger(train: Train, family: str, *, has_gpu: bool) -> str:

@@ -2,8 +2,8 @@
 
 Unsloth replaces classes of transformers, peft and trl when it is imported, which must be before they are.
 What it makes is an adapter of peft as any other: saved, validated and proved in the same way. What it would
-train otherwise than the recipe says is refused (`recipe/checks.py`). Written against unsloth 2026.10.9; not
-covered: which families it has.
+train otherwise than the recipe says is refused (`recipe/training_checks.py`). Written against unsloth
+2026.10.9; not covered: which families it has.
 """
 
 from __future__ import annotations
