@@ -149,6 +149,7 @@ def _result(block: object) -> Mapping[str, Any] | None:
         "content": content,
         "tool_call_id": str(own.get("tool_use_id") or own.get("toolUseId") or own.get("id") or ""),
         "name": own.get("name"),
+        "is_error": own.get("is_error") or None,
     }
 
 

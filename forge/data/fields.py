@@ -34,7 +34,7 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     ),
     COMPLETION: _names(
         "completion response answer output reply assistant bot gpt target targets solution ground_truth "
-        "generated_solution canonical_solution ideal output_text generation"
+        "generated_solution canonical_solution ideal output_text generation outputs expected expected_output"
     ),
     CALLS: _names("tool_calls function_calls answers"),
     INPUT: _names("input inputs context"),
@@ -94,8 +94,8 @@ MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {
     ROLE: _names("role from speaker sender author"),
     CONTENT: _names("content value text parts message"),
     NAME: _names("name"),
-    TOOL_CALLS: _names("tool_calls"),
-    FUNCTION_CALL: _names("function_call"),
+    TOOL_CALLS: _names("tool_calls function_calls"),
+    FUNCTION_CALL: _names("function_call tool_call"),
     TOOL_CALL_ID: _names("tool_call_id"),
     REASONING: _names("reasoning_content reasoning thinking thinking_content thought thoughts think"),
     WEIGHT: _names("weight loss_weight loss_scale"),
@@ -139,7 +139,8 @@ ROLES: Mapping[str, str] = {
     ),
     **dict.fromkeys(_names("system developer"), "system"),
     **dict.fromkeys(
-        _names("tool observation function function_response tool_response tool_result ipython"), "tool"
+        _names("tool observation function function_response tool_response tool_result ipython environment"),
+        "tool",
     ),
     **dict.fromkeys(_names("function_call tool_call"), CALL),
 }  # fmt: skip
