@@ -58,7 +58,8 @@ def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
             value = statistics.median(ratios)
             yield Outcome(f"front door, {clients} clients, to none", value, "x", SLOWER, ratios, note)
         firsts: list[tuple[float, float]] = []
-        for number in range(4 * rounds):
+        # One pair is 10 ms this way or that: few of them say nothing of 2.
+        for number in range(30 * rounds):
             pair = [asyncio.run(_first(*way)) for way in _turn(number, url, socket)]
             firsts.append((pair[number % 2], pair[1 - number % 2]))
         more = [through - without for through, without in firsts[1:]]
@@ -81,7 +82,7 @@ def measure_busy(place: Workplace, pairs: int) -> Iterator[Outcome]:
     value = statistics.median(ratios)
     yield Outcome("serve, threads that share to those that spin, idle", value, "x", SLOWER, ratios, note)
     ratios = []
-    for _ in range(max(1, pairs // 2)):
+    for _ in range(max(3, pairs // 2)):
         with _served(model) as (url, _):
             idle = asyncio.run(_rate(url, None, 1))
         with ExitStack() as burning:

@@ -85,25 +85,34 @@ def test_slots_for_many_are_for_a_cpu_alone(
 
 
 @pytest.mark.parametrize(
-    ("usable", "load", "shares", "threads"),
+    ("usable", "load", "running", "shares", "threads"),
     [
-        (3, 0.1, [], 3),
-        (64, 0.1, [], 4),
-        (64, 3.0, [100.0, 100.0, 3.0, 0.0], 2),
-        (64, 9.0, [100.0] * 4, 1),
-        (64, 9.0, [2.0, 1.0, 0.0, 0.0], 4),  # it was busy, and is so no more
-        (2, 3.0, [100.0, 100.0, 0.0, 0.0], 2),  # there is room beside us
-        (2, 4.0, [100.0, 100.0, 100.0, 0.0], 1),
+        (3, 0.1, 1, [], 3),
+        (64, 0.1, 1, [], 4),
+        (64, 3.0, 1, [100.0, 100.0, 3.0, 0.0], 2),
+        (64, 9.0, 1, [100.0] * 4, 1),
+        (64, 9.0, 1, [2.0, 1.0, 0.0, 0.0], 4),  # it was busy, and is so no more
+        (2, 3.0, 1, [100.0, 100.0, 0.0, 0.0], 2),  # there is room beside us
+        (2, 4.0, 1, [100.0, 100.0, 100.0, 0.0], 1),
+        (4, 0.2, 4, [100.0, 100.0, 100.0, 0.0], 1),  # they have only begun
     ],
 )
 def test_threads_are_the_cores_that_may_be_used_and_are_free(
-    monkeypatch: pytest.MonkeyPatch, usable: int, load: float, shares: list[float], threads: int
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    usable: int,
+    load: float,
+    running: int,
+    shares: list[float],
+    threads: int,
 ) -> None:
     """As for the export: of a container's share of the machine no more, nor of what OMP_NUM_THREADS says."""
     chosen, said = ServerSettings(Path("m"), "m", 512), io.StringIO()
     monkeypatch.setattr("psutil.cpu_count", lambda logical=True: 8 if logical else 4)
     monkeypatch.setattr("psutil.cpu_percent", lambda interval, percpu: shares)
     monkeypatch.setattr("os.getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(ready, "_LOAD", tmp_path / "loadavg")
+    (tmp_path / "loadavg").write_text(f"{load} {load} {load} {running}/99 1234\n")
     monkeypatch.setenv("OMP_NUM_THREADS", str(usable))
     with report.copied_to(said):
         assert ready.with_threads(chosen).threads == threads

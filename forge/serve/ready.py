@@ -25,8 +25,9 @@ _OFFLOADED = re.compile(r"offloaded (\d+)/(\d+) layers to GPU")
 # A model of many gigabytes on a slow disk.
 _SECONDS_TO_LOAD = 1800.0
 _SECONDS_BETWEEN = 0.05
-# A load under this is nobody's; above it, this long a look decides.
+# A load under this is nobody's; above it, or where others run right now, this long a look decides.
 _BUSY = 0.75
+_LOAD = Path("/proc/loadavg")
 _SECONDS_TO_LOOK = 0.25
 
 
@@ -130,13 +131,24 @@ def with_threads(settings: ServerSettings) -> ServerSettings:
 
 
 def _busy_cores(cores: int) -> int:
-    """How many cores others keep busy; a look takes time only where the last minute's load says so."""
-    if os.getloadavg()[0] < _BUSY:
+    """How many cores others keep busy; a look takes time only where there is something to see.
+
+    The last minute's load says nothing yet of what has begun some seconds ago.
+    """
+    if os.getloadavg()[0] < _BUSY and _others_running() == 0:
         return 0
     shares = psutil.cpu_percent(interval=_SECONDS_TO_LOOK, percpu=True)
     busy = sum(shares) / 100
     # Of a machine with more cores than are ours, only what does not fit beside us.
     return max(0, min(cores, round(busy - (len(shares) - cores))))
+
+
+def _others_running() -> int:
+    """How many threads beside ours run or wait for a core; 0 where the system does not say."""
+    try:
+        return int(_LOAD.read_text(encoding="ascii").split()[3].partition("/")[0]) - 1
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def device_of(lines: Sequence[str]) -> str:
