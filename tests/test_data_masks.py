@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from forge.data.conversation import Conversation, Place, Turn
 from forge.data.prompt_format import PromptFormat, prompt_format
 from forge.data.tokens import IGNORED, Encoded, encode_all
 from forge.errors import DataError
-from tests.vocabularies import home_made_tokenizer, trl_template, trl_templates
+from forge.model.tokenizer_files import read_tokenizer
+from tests.vocabularies import home_made_tokenizer, trl_template, trl_templates, write_tokenizer
 
 pytestmark = [pytest.mark.training, pytest.mark.timeout(600)]
 
@@ -36,6 +39,11 @@ EOS = {
 }
 # They leave out the thinking of every answer, so trl would train what no server prompts for.
 CUT_THINKING = {"deepseek_r1_distill_training", "deepseekv3_training"}
+# Each family's template once more, with its own vocabulary.
+OWN = {
+    "qwen3_training": "qwen3", "gemma3_training": "gemma-3", "llama3_training": "llama-3.1",
+    "deepseekv3_training": "deepseek-v3", "gptoss_training": "gpt-oss",
+}  # fmt: skip
 _SPECIAL = re.compile(r"<[|｜][^|｜\s'\"]+[|｜]>|</?[a-z_]+>|\[/?[A-Z_]+\]|<turn\|>|<\|turn>")
 USER, AGAIN = Turn("user", "Is it?"), Turn("user", "And now?")
 FIRST, SECOND = "It is.", "No, it\nis not."
@@ -46,14 +54,30 @@ CONVERSATIONS = {
 }
 
 
-def form_of(name: str) -> PromptFormat:
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    @cache
+    def directory(vocabulary: str) -> Path:
+        made = tmp_path_factory.mktemp(vocabulary)
+        write_tokenizer(made, vocabulary)
+        return made
+
+    return directory
+
+
+@cache
+def form_of(name: str, directory: Path | None = None) -> PromptFormat:
+    """`name`'s template over the vocabulary in `directory`, or over a home-made one."""
     source = trl_template(name)
-    tokenizer = Tokenizer.from_str(json.dumps(home_made_tokenizer()))
-    special = {*_SPECIAL.findall(source), "</s>", "<bos>"}
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in sorted(special)])
-    tokens = {"bos_token": "<bos>", "eos_token": EOS.get(name.removesuffix("_training"), "</s>")}
-    template = ChatTemplate(source, tokens, {"today": date.today().isoformat()})
-    return prompt_format(template, tokenizer)
+    if directory is None:
+        tokenizer = Tokenizer.from_str(json.dumps(home_made_tokenizer()))
+        special = {*_SPECIAL.findall(source), "</s>", "<bos>"}
+        tokenizer.add_special_tokens([AddedToken(token, special=True) for token in sorted(special)])
+        tokens = {"bos_token": "<bos>", "eos_token": EOS.get(name.removesuffix("_training"), "</s>")}
+    else:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        tokens = read_tokenizer(directory).template_tokens
+    return prompt_format(ChatTemplate(source, tokens, {"today": date.today().isoformat()}), tokenizer)
 
 
 def spoken(turns: Sequence[Turn], form: PromptFormat) -> tuple[Turn, ...]:
@@ -84,13 +108,21 @@ def learned(row: Encoded) -> list[bool]:
 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in OF_PARTS])
-def test_masks_are_those_of_trl(name: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "vocabulary"),
+    [
+        *((name, "") for name in NAMES if name not in OF_PARTS),
+        *(pytest.param(name, own, marks=pytest.mark.slow) for name, own in OWN.items()),
+    ],
+)
+def test_masks_are_those_of_trl(
+    name: str, vocabulary: str, kind: str, directories: Callable[[str], Path]
+) -> None:
     """F1, F3, F4, F7, F9; per turn, assistant-only, completion-only."""
     from trl.data_utils import common_prefix_length
     from trl.trainer.sft_trainer import _tokenize
 
-    form = form_of(name)
+    form = form_of(name, directories(vocabulary) if vocabulary else None)
     turns, tokenizer = spoken(CONVERSATIONS[kind], form), reference(form)
     if name == "gemma_training" and kind == "system":
         with pytest.raises(DataError, match="1 of 1 rows cannot be encoded") as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from forge.data.prompt_format import PromptFormat, prompt_format
 from forge.data.tokens import IGNORED, Encoded, encode_all
 from forge.errors import DataError
 from forge.model.tokenizer_files import read_tokenizer
-from tests.vocabularies import write_tokenizer
+from tests.vocabularies import HUB, write_tokenizer
 
 pytestmark = [pytest.mark.training, pytest.mark.timeout(1500)]
 
@@ -24,15 +25,37 @@ ANSWER = Turn("assistant", "In this sandwich, bacon there is.")
 AGAIN = Turn("user", "  Ünïcode, tabs\tand\nlines 123?")
 SECOND = Turn("assistant", "Hmm.\n\n1. Yes!\n2. No 🙂")
 SYSTEM = Turn("system", "Speak like Yoda.")
-ENDS = {"home-made": "<|im_end|>", "llama-bpe": "<|eot_id|>", "phi-3": "<|end|>", "qwen2": "<|im_end|>"}
+ENDS = {
+    "home-made": "<|im_end|>", "llama-bpe": "<|eot_id|>", "phi-3": "<|end|>", "qwen2": "<|im_end|>",
+    "qwen3": "<|im_end|>", "gemma-3": "<end_of_turn>", "llama-3.1": "<|eot_id|>", "llama-2": "</s>",
+    "deepseek-v3": "<｜end▁of▁sentence｜>", "gpt-oss": "<|return|>",
+}  # fmt: skip
+# What the prompt leaves to the answer, and the template's end of it.
+AROUND = {
+    "qwen3": ("<think>\n\n</think>\n\n", ""), "gpt-oss": ("<|channel|>final<|message|>", ""),
+    "llama-2": ("", " "),
+}  # fmt: skip
+# Their templates write an earlier answer otherwise, so each answer is a row.
+ROW_EACH = {"qwen3", "gpt-oss"}
+VOCABULARIES = [pytest.param(name, marks=[pytest.mark.slow] if name in HUB else []) for name in ENDS]
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
-    for vocabulary in ENDS:
-        write_tokenizer(root / vocabulary, vocabulary)
-    return {vocabulary: root / vocabulary for vocabulary in ENDS}
+
+    class Directories(dict[str, Path]):
+        def __missing__(self, vocabulary: str) -> Path:
+            write_tokenizer(root / vocabulary, vocabulary)
+            return self.setdefault(vocabulary, root / vocabulary)
+
+    return Directories()
+
+
+@cache
+def own_format_of(directory: Path) -> PromptFormat:
+    """With the vocabulary's own template; the hub's take a second or two to read."""
+    return format_of(directory)
 
 
 def format_of(directory: Path, template: str | None = None) -> PromptFormat:
@@ -60,19 +83,26 @@ def supervised_runs(encoded: Encoded) -> list[list[int]]:
     return runs
 
 
-@pytest.mark.parametrize("vocabulary", ENDS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("turns", [[USER, ANSWER], [USER, ANSWER, AGAIN, SECOND], [SYSTEM, AGAIN, SECOND]])
 def test_the_mask_is_the_answer_and_its_end(
     vocabulary: str, turns: Sequence[Turn], directories: Mapping[str, Path]
 ) -> None:
     """F3, F4, F9, F10; pitfalls 16, 27, 28, 46, 50; silent wrong 5: every answer whole, nothing else."""
-    form = format_of(directories[vocabulary])
+    form = own_format_of(directories[vocabulary])
     assert form.end_of_turn == ENDS[vocabulary]
     assert form.end_of_turn_id == form.tokenizer.token_to_id(ENDS[vocabulary])
-    encoded = encode(form, *turns)
-    said = [form.tokenizer.decode(run, skip_special_tokens=False).strip() for run in supervised_runs(encoded)]
+    rows = encode_all([Conversation(tuple(turns), Place("rows.jsonl", 1))], form)
     answers = [turn.content for turn in turns if turn.role == "assistant"]
-    assert said == [answer + ENDS[vocabulary] for answer in answers]
+    assert len(rows) == (len(answers) if vocabulary in ROW_EACH else 1)
+    said = [
+        form.tokenizer.decode(run, skip_special_tokens=False).strip()
+        for row in rows
+        for run in supervised_runs(row)
+    ]
+    before, after = AROUND.get(vocabulary, ("", ""))
+    assert said == [f"{before}{answer}{after}{ENDS[vocabulary]}" for answer in answers]
+    encoded = rows[-1]
     assert all(
         label in (IGNORED, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True)
     )
@@ -85,27 +115,40 @@ def test_the_mask_is_the_answer_and_its_end(
     assert list(encoded.input_ids[: len(prompt)]) == prompt
 
 
-@pytest.mark.parametrize("vocabulary", ENDS)
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 def test_only_the_last_answer_when_asked(vocabulary: str, directories: Mapping[str, Path]) -> None:
-    form = format_of(directories[vocabulary])
+    form = own_format_of(directories[vocabulary])
     encoded = encode(form, USER, ANSWER, AGAIN, SECOND, supervise="last")
     (run,) = supervised_runs(encoded)
-    assert form.tokenizer.decode(run, skip_special_tokens=True).strip() == SECOND.content
+    before, after = AROUND.get(vocabulary, ("", ""))
+    said = form.tokenizer.decode(run, skip_special_tokens=False).strip()
+    assert said == f"{before}{SECOND.content}{after}{ENDS[vocabulary]}"
     assert encoded.supervised == len(run)
 
 
-def test_ids_are_those_of_transformers(directories: Mapping[str, Path]) -> None:
-    """One BOS from the template, none from the tokenizer (pitfall 48), which by itself adds one."""
+# What begins a prompt, where something does.
+BEGINNINGS = {
+    "llama-bpe": 128000, "gemma-3": 2, "llama-3.1": 128000, "llama-2": 1, "deepseek-v3": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_ids_are_those_of_transformers(vocabulary: str, directories: Mapping[str, Path]) -> None:
+    """One BOS from the template, none from the tokenizer (pitfall 48), which by itself may add one."""
     import transformers
 
-    directory = directories["llama-bpe"]
-    reference = transformers.AutoTokenizer.from_pretrained(directory)
+    directory = directories[vocabulary]
+    # Of `AutoTokenizer` Llama's class takes no more than the vocabulary from tokenizer.json.
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
     messages = [turn.as_message() for turn in (SYSTEM, USER, ANSWER)]
-    expected = reference.apply_chat_template(messages, return_dict=True)["input_ids"]
-    encoded = encode(format_of(directory), SYSTEM, USER, ANSWER)
+    form = own_format_of(directory)
+    template = form.template.pinned_source()
+    expected = reference.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"]
+    encoded = encode(form, SYSTEM, USER, ANSWER)
     assert list(encoded.input_ids) == expected[: len(encoded.input_ids)]
-    assert list(encoded.input_ids).count(128000) == 1
-    assert reference("x")["input_ids"][0] == 128000
+    if beginning := BEGINNINGS.get(vocabulary):
+        assert list(encoded.input_ids).count(beginning) == 1
+        assert reference("x")["input_ids"][0] == beginning
 
 
 def refusal(form: PromptFormat, *turns: Turn) -> str:
@@ -125,7 +168,7 @@ MERGING = CHATML_TURNS.replace("{{ m.content }}", "{{ ' ' + m.content }}").repla
 )
 
 
-@pytest.mark.parametrize("vocabulary", ["home-made", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES[:2] + VOCABULARIES[3:5])
 def test_an_answer_that_merges_with_its_prompt(vocabulary: str, directories: Mapping[str, Path]) -> None:
     """Pitfall 50: in two pieces, as a server has them, and each answer after the prompt that it is sent."""
     template = MERGING.replace("<|im_end|>", ENDS[vocabulary])

@@ -16,15 +16,29 @@ from forge.errors import CheckError, StageError
 from forge.export import pretokenizer, proof
 from forge.export.request import ExportRequest, Ingredients
 from forge.export.run import _choose
+from forge.export.tokenizer import repair_tokenizer
 from forge.export.upstream import Choices
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
-from tests.vocabularies import converters, home_made_tokenizer, write_tokenizer
+from tests.vocabularies import HUB, converters, home_made_tokenizer, write_tokenizer
 from tests.vocabulary_gguf import vocabulary_gguf
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500)]
 
-ARCHITECTURES = {"phi-3": "Phi3ForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {
+    "phi-3": "Phi3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "gemma-3": "Gemma3ForCausalLM", "deepseek-v3": "DeepseekV3ForCausalLM", "gpt-oss": "GptOssForCausalLM",
+}  # fmt: skip
+KINDS = {"gemma-3": "gemma3_text", "deepseek-v3": "deepseek_v3", "gpt-oss": "gpt_oss"}
+FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "deepseek-v3": {
+        "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "kv_lora_rank": 64,
+        "q_lora_rank": 64, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0,
+        "norm_topk_prob": True,
+    },
+    "gpt-oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128},
+}  # fmt: skip
 SIZES = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "head_dim": 64,
@@ -34,11 +48,14 @@ SIZES = {
 
 def directory_of(path: Path, vocabulary: str) -> Path:
     """A checkpoint's files without weights: all that the vocabulary's conversion reads."""
-    rows = write_tokenizer(path, vocabulary)
+    rows = -(-write_tokenizer(path, vocabulary) // 64) * 64
     architecture = ARCHITECTURES.get(vocabulary, "LlamaForCausalLM")
-    kind = architecture.removesuffix("ForCausalLM").lower()
-    config = {**SIZES, "architectures": [architecture], "model_type": kind, "vocab_size": -(-rows // 64) * 64}
+    kind = KINDS.get(vocabulary, architecture.removesuffix("ForCausalLM").lower())
+    fields = {"architectures": [architecture], "model_type": kind, "vocab_size": rows}
+    config = {**SIZES, **fields, **FIELDS.get(vocabulary, {})}
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if vocabulary in HUB:
+        repair_tokenizer(path, rows)
     return path
 
 
@@ -81,13 +98,26 @@ EXPECTED: Mapping[str, tuple[str, tuple[str, ...]]] = {
     ),
     "phi-3": ("", ("a message that begins with white space other than ASCII's",)),
     "home-made": ("qwen2", ()),
+    "qwen3": (
+        "qwen2",
+        (
+            "text with </s>, which llama.cpp reads as a special token",
+            "text that is not in Unicode normal form C",
+        ),
+    ),
+    "gemma-3": ("", ()),
+    "llama-3.1": ("llama-bpe", ()),
+    "llama-2": ("", ()),
+    "deepseek-v3": ("", ()),
+    "gpt-oss": ("", ()),
 }
+BEGINS_WITH_BOS = {"llama-bpe", "gemma-3", "llama-3.1", "llama-2", "deepseek-v3"}
 
 
 @pytest.mark.parametrize(
     "vocabulary",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("llama-bpe", "qwen2") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("llama-bpe", "qwen2", *HUB) else [])
         for name in EXPECTED
     ],
 )
@@ -100,7 +130,7 @@ def test_real_vocabularies_are_proved(vocabulary: str, tmp_path: Path) -> None:
     compared = compare(directory, file)
     assert compared.texts > 230
     assert tuple(limit.partition(" (left out")[0] for limit in compared.limits) == limits
-    assert read_gguf(file).metadata["tokenizer.ggml.add_bos_token"] is (vocabulary == "llama-bpe")
+    assert read_gguf(file).metadata["tokenizer.ggml.add_bos_token"] is (vocabulary in BEGINS_WITH_BOS)
 
 
 def test_a_wrong_pre_tokenizer_is_caught(tmp_path: Path) -> None:

@@ -131,6 +131,43 @@ def generates(checkpoint: Path) -> None:
     assert torch.isfinite(model(ids).logits).all()
 
 
+_LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+# The hub's configuration -> its own vocabulary, changes beside the sizes.
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen--Qwen3-4B": ("qwen3", {}),
+    "meta-llama--Llama-3.1-8B-Instruct": ("llama-3.1", {}),
+    "meta-llama--Llama-2-7b-chat-hf": ("llama-2", {}),
+    "google--gemma-3-1b-it": ("gemma-3", {}),
+    "deepseek-ai--DeepSeek-V3": ("deepseek-v3", {
+        "quantization_config": None, "n_routed_experts": 16, "n_group": 4, "topk_group": 2,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 256, "first_k_dense_replace": 1,
+        "num_key_value_heads": 4, "num_nextn_predict_layers": 0,
+    }),
+    "openai--gpt-oss-20b": ("gpt-oss", {
+        **_LAYERS, "quantization_config": None, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "intermediate_size": 256,
+        # The hub's says that its range is not rounded, which llama.cpp does all the same, and is refused.
+        "rope_scaling": {**HUB["openai--gpt-oss-20b"]["rope_scaling"], "truncate": True},
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "hub",
+    [
+        pytest.param(hub, marks=pytest.mark.campaign) if vocabulary[:5] in ("llama", "gpt-o") else hub
+        for hub, (vocabulary, _) in OWN.items()
+    ],
+)
+def test_the_hub_s_own_configuration_and_tokenizer(workshop: Workshop, hub: str) -> None:
+    """The converter takes both, llama.cpp has every shape, and the same ids for some 280 hard texts."""
+    vocabulary, changes = OWN[hub]
+    scaled(workshop.directory / "base", hub, vocabulary, **changes)
+    workshop.recipe(base={"id": "./base"}, train="none", export={"quant": "q8_0"})
+    planned = workshop.forge("plan", "recipe.yaml", "--deep")
+    assert planned.code == 0, planned.said
+
+
 def test_the_readme_s_phi_3_ships(workshop: Workshop) -> None:
     """N5: with the hub's own config.json, `auto_map` and all, scaled down."""
     scaled(workshop.directory / "base", "microsoft--Phi-3-mini-4k-instruct", "phi-3")

@@ -4,7 +4,10 @@ The files are those that Hugging Face's hub has for such models: tokenizer.json,
 chat_template.jinja, and tokenizer.model where the converters need it. Templates are read from trl
 and from the sdist at run time. `home-made` is a byte-level BPE of a few hundred tokens, trained here.
 
-Not covered: bit-equality with the hub's files; the ids of any text are the same.
+Those of `HUB` are the hub's own files, byte for byte: `make tokenizers` fetches them, so only tests marked
+`slow` ask for them.
+
+Not covered: bit-equality with the hub's files of the others; the ids of any text are the same.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import struct
 import tarfile
 import tempfile
@@ -21,12 +25,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from forge.model.gguf_header import read_gguf
+from forge.model.tokenizer_files import read_tokenizer
 from forge.tools.llama_cpp import PACKAGE, VERSION, find_converters
-from tests.conftest import SESSION_HOME
+from tests.conftest import ROOT, SESSION_HOME
 from tests.makers.tokenizer import CHATML
 
 ARCHIVE = SESSION_HOME / "downloads" / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # token types, of GGUF and sentencepiece
+
+HUB = {
+    "qwen3": "qwen3", "gemma-3": "gemma3", "llama-3.1": "llama3_1", "llama-2": "llama2",
+    "deepseek-v3": "deepseek_v3", "gpt-oss": "gptoss",
+}  # fmt: skip
+"""Vocabularies of which there are the hub's own files, and where `make tokenizers` puts them."""
 
 _ARRAYS = "tokenizer.ggml."
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -34,6 +45,7 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
 LLAMA3_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
 
+_LLAMA_2_CHAT = ROOT / "templates" / "chat" / "llama-2.jinja"
 _HOME_MADE_TEXT = (
     "There is bacon in this sandwich. In this sandwich, bacon there is. The small cat sees a red house.",
     "Repeat after me: what did the old farmer carry to the market yesterday? 1 2 3 4 5 6 7 8 9 0!",
@@ -94,10 +106,13 @@ def template_files() -> list[Path]:
 def write_tokenizer(directory: Path, vocabulary: str, *, template: str | None = None) -> int:
     """Write the tokenizer's files; returns how many ids there are.
 
-    `vocabulary` is llama-spm, gemma-spm, llama-bpe, qwen2, phi-3, gpt-2 or home-made. `template` replaces
-    the vocabulary's own (Llama-2, Gemma and GPT-2 get ChatML, for which two tokens are added).
+    `vocabulary` is llama-spm, gemma-spm, llama-bpe, qwen2, phi-3, gpt-2, home-made or one of `HUB`.
+    `template` replaces the vocabulary's own (Llama-2, Gemma and GPT-2 get ChatML, for which two tokens are
+    added).
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if vocabulary in HUB:
+        return _write_of_hub(directory, vocabulary, template)
     writers = {"llama-spm": _llama_2, "llama-bpe": _llama_3, "qwen2": _qwen2, "phi-3": _phi3}
     writers |= {"gpt-2": _gpt2, "home-made": _home_made, "gemma-spm": _gemma}
     tokenizer, config, own_template = writers[vocabulary](directory)
@@ -107,6 +122,19 @@ def write_tokenizer(directory: Path, vocabulary: str, *, template: str | None = 
     (directory / "chat_template.jinja").write_text(template or own_template, encoding="utf-8")
     ids = [*tokenizer["model"]["vocab"].values(), *(token["id"] for token in tokenizer["added_tokens"])]
     return int(max(ids)) + 1
+
+
+def _write_of_hub(directory: Path, vocabulary: str, template: str | None) -> int:
+    source = SESSION_HOME / "tokenizers" / HUB[vocabulary]
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is missing: `make tokenizers` fetches it")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, directory / name)
+    # Their packages leave out what the hub keeps in a file of its own, or what the base has none of.
+    beside = {"gpt-oss": trl_template("gptoss"), "llama-2": _LLAMA_2_CHAT.read_text(encoding="utf-8")}
+    if text := template or beside.get(vocabulary):
+        (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
+    return read_tokenizer(directory).vocabulary_size
 
 
 Files = tuple[dict[str, Any], dict[str, Any], str]

@@ -163,15 +163,15 @@ class ServedVocabulary:
         raw: bytes = llama_cpp.llama_vocab_get_text(self._vocabulary, token)
         return raw.decode(errors="replace")
 
-    def special(self) -> set[str]:
-        """Every text that is read as one token wherever it stands."""
+    def special(self) -> dict[int, str]:
+        """Every text that is read as one token wherever it stands, by its token."""
         import llama_cpp
 
         flags = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
         flags |= llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
         count = llama_cpp.llama_vocab_n_tokens(self._vocabulary)
         attributes = (llama_cpp.llama_vocab_get_attr(self._vocabulary, token) for token in range(count))
-        return {self._text(token) for token, attribute in enumerate(attributes) if attribute & flags}
+        return {token: self._text(token) for token, attribute in enumerate(attributes) if attribute & flags}
 
     def ends_reply(self, token: int) -> bool:
         import llama_cpp
@@ -204,8 +204,13 @@ def _without_limits(
 
 
 def _limits(tokenizer_json: Path, reference: Tokenizer, served: ServedVocabulary) -> Iterator[_Limit]:
-    added = reference.get_added_tokens_decoder().values()
-    foreign = sorted(served.special() - {token.content for token in added} - {""})
+    added_by_id = reference.get_added_tokens_decoder()
+    added = added_by_id.values()
+    known = {token.content for token in added}
+    # Gemma's runs of spaces are added tokens in both, and written otherwise in each.
+    foreign = sorted(
+        {text for token, text in served.special().items() if token not in added_by_id} - known - {""}
+    )
     if foreign:
         shown = ", ".join(foreign[:3])
         pattern = re.compile("|".join(map(re.escape, foreign)))
