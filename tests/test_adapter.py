@@ -290,10 +290,19 @@ def test_quantized_factors_are_refused(dtype: str, plain: Path, tmp_path: Path) 
 
 def test_weights_of_another_name_are_named(plain: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(plain, tmp_path / "a")
-    (adapter / "adapter_model.safetensors").rename(adapter / "model.safetensors")
+    weights = adapter / "adapter_model.safetensors"
+    weights.rename(adapter / "model.safetensors")
     with pytest.raises(DataError, match=r"; model\.safetensors is there") as caught:
         read_adapter(adapter)
-    assert "download the adapter again" in caught.value.hint
+    assert "only renamed" in caught.value.hint
+    (adapter / "model.safetensors").rename(adapter / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(DataError, match="but shards of it") as caught:
+        read_adapter(adapter)
+    assert "join them" in caught.value.hint
+    weights.symlink_to("../../blobs/1234")
+    with pytest.raises(DataError, match=r"a link to \.\./\.\./blobs/1234, which is not there") as caught:
+        read_adapter(adapter)
+    assert "cp -rL" in caught.value.hint
 
 
 def test_a_setting_that_peft_itself_does_not_take_is_one_error(base: Path, tmp_path: Path) -> None:
@@ -326,7 +335,9 @@ def test_directories_that_are_no_adapter(base: Path, plain: Path, tmp_path: Path
         read_adapter(bare)
     marked = b"\xef\xbb\xbf" + (plain / "adapter_config.json").read_bytes()
     (bare / "adapter_config.json").write_bytes(marked)
-    assert read_adapter(bare).layers.keys() == read_adapter(plain).layers.keys()
+    with pytest.raises(DataError, match="is not JSON: Unexpected UTF-8 BOM"):  # peft reads none either
+        read_adapter(bare)
+    shutil.copyfile(plain / "adapter_config.json", bare / "adapter_config.json")
     cut = (plain / "adapter_model.safetensors").read_bytes()[:-10]
     (bare / "adapter_model.safetensors").write_bytes(cut)
     with pytest.raises(DataError, match=r"adapter_model\.safetensors"):
@@ -379,6 +390,19 @@ ODD: Mapping[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str, str]] =
     ),
     "factors by another tool's name": (
         {}, {"model.layers.0.mlp.up_proj.lora_down.weight": (8, 256)}, "peft does not write", "the tool that",
+    ),
+    "factors by diffusers' name": (
+        {}, {"model.layers.0.mlp.up_proj.lora.down.weight": (8, 256)}, "peft does not write", "the tool that",
+    ),
+    "factors in a prefix of another tool": (
+        {"target_modules": "all-linear"}, {"transformer.model.layers.0.mlp.up_proj.lora_A.weight": (8, 256),
+        "transformer.model.layers.0.mlp.up_proj.lora_B.weight": (512, 8)}, "1 of the adapter's 15", "wrapped",
+    ),
+    "a factor twice": (
+        {}, {"_orig_mod.model.layers.0.mlp.up_proj.lora_A.weight": (8, 256)}, "there twice", "each once",
+    ),
+    "a norm twice": (
+        {}, {"model.norm.weight": (256,), "_orig_mod.model.norm.weight": (256,)}, "there twice", "each once",
     ),
 }  # fmt: skip
 

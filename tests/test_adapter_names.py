@@ -35,6 +35,7 @@ WRAPPED: Mapping[str, Callable[[str], str]] = {
     "DataParallel": lambda name: f"module.{name}",
     "the adapter's name": lambda name: name.replace(".weight", ".default.weight"),
     "another adapter's name": lambda name: name.replace(".weight", ".yoda.weight"),
+    "peft around peft": lambda name: PREFIX + name,
     "no prefix": lambda name: name.removeprefix(PREFIX),
     "no model": lambda name: name.replace(f"{PREFIX}model.", PREFIX),
 }

@@ -169,12 +169,22 @@ def test_a_broken_index(tmp_path: Path, index: str, message: str) -> None:
             "consolidated.safetensors",
             ".: no model.safetensors; consolidated.safetensors is there, which transformers does not read",
         ),
+        (
+            "model.fp16.safetensors",
+            ".: no model.safetensors; model.fp16.safetensors is there, which transformers does not read",
+        ),
         (ONE, f".: model.safetensors.index.json is missing, but there are shards: {ONE}"),
     ],
 )
 def test_a_directory_without_weights_says_what_it_is(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / name).touch()
     assert refusal(tmp_path) == [message]
+
+
+def test_a_link_to_nothing_says_so(tmp_path: Path) -> None:
+    """A copy of the hub's cache without its blobs."""
+    (tmp_path / "model.safetensors").symlink_to("../../blobs/1234")
+    assert refusal(tmp_path) == ["model.safetensors: a link to ../../blobs/1234, which is not there"]
 
 
 def test_no_directory(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ def test_add_bos_is_what_transformers_does(
     [
         ("tokenizer.model", "only a SentencePiece tokenizer.model is there; tokenizer.json is needed"),
         ("vocab.json", "only vocab.json and merges.txt are there; tokenizer.json is needed"),
+        ("tekken.json", "only tekken.json is there; tokenizer.json is needed"),
+        ("qwen.tiktoken", "only qwen.tiktoken is there; tokenizer.json is needed"),
         ("config.json", "no tokenizer: tokenizer.json is missing"),
     ],
 )

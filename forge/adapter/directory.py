@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from forge.errors import DataError
-from forge.model.checkpoint import INDEX, SINGLE
+from forge.model.checkpoint import INDEX, SINGLE, broken_link
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -18,10 +18,21 @@ def without_weights(directory: Path) -> DataError:
             f"{directory} has no {WEIGHTS_FILE}: only a pickled .bin",
             hint="load it with peft and save it again: model.save_pretrained(...) writes safetensors",
         )
+    if dangling := broken_link(directory / WEIGHTS_FILE):
+        return dangling
     others = sorted(path.name for path in directory.glob("*.safetensors"))
+    shown = ", ".join(others[:3])
+    if any(name.startswith("adapter_model-") for name in others):
+        return DataError(
+            f"{directory} has no {WEIGHTS_FILE} but shards of it, which peft does not read: {shown}",
+            hint=f"join them: load each with safetensors.torch.load_file, save all tensors as {WEIGHTS_FILE}",
+        )
     return DataError(
-        f"{directory} has no {WEIGHTS_FILE}" + (f"; {', '.join(others)} is there" if others else ""),
-        hint="the copy may have been cut short: copy or download the adapter again",
+        f"{directory} has no {WEIGHTS_FILE}" + (f"; {shown} is there" if others else ""),
+        hint=f"a file of peft's that was only renamed is {WEIGHTS_FILE} again; else merge it with the tool "
+        "that wrote it and ship the result with train: none"
+        if others
+        else "the copy may have been cut short: copy or download the adapter again",
     )
 
 

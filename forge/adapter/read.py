@@ -31,6 +31,8 @@ _AGAIN = "copy the adapter again, or save it again with peft's save_pretrained"
 # What peft keeps of the base's beside what was trained.
 _ORIGINALS = (".original_module.", ".trainable_tokens_original", ".token_indices")
 _ROWS = ".trainable_tokens_delta"
+# A name with one of these inside another prefix is a wrapper's, which peft loads nothing of.
+_OUTER = ("model.", "transformer.", "gpt_neox.", "backbone.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Kinds of peft's that put vectors before the prompt, or choose among adapters: there is nothing to merge.
 _PROMPTS = (
@@ -215,7 +217,7 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise without_settings(directory)
     try:
-        configuration: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        configuration: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))  # as peft does
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}", hint=_AGAIN) from error
     if not isinstance(configuration, dict):
@@ -251,19 +253,26 @@ def _sort_tensors(
     replaced: dict[str, TensorSpec] = {}
     embeddings: set[str] = set()
     owners: set[str] = set()
+    twice: list[Problem] = []
+
+    def put(into: dict[str, TensorSpec], part: str, spec: TensorSpec) -> None:
+        if other := into.get(part):
+            twice.append(Problem(f"stands for the same as {other.name}", spec.name))
+        into[part] = spec
+
     for name, spec in tensors.items():
         if owned := factor(name):
             module, part, owner = owned
             owners.add(owner)
             if part == "rows":
-                replaced[module + _ROWS] = spec
+                put(replaced, module + _ROWS, spec)
                 continue
-            parts.setdefault(module, {})[part.removeprefix("embedding ")] = spec
+            put(parts.setdefault(module, {}), part.removeprefix("embedding "), spec)
             if part.startswith("embedding"):
                 embeddings.add(module)
         elif not any(original in name for original in _ORIGINALS):
-            replaced[whole(name)] = spec
-    if strange := sorted(name for name in replaced if ".lora_" in name):
+            put(replaced, whole(name), spec)
+    if strange := sorted(name for name in replaced if "lora" in name.lower()):
         raise DataError(
             f"the file has tensors of LoRA that peft does not write, such as {strange[0]}",
             hint="merge it with the tool that made it and ship the result with train: none",
@@ -271,6 +280,12 @@ def _sort_tensors(
     if len(owners) > 1:
         names = ", ".join(sorted(owner or "no name" for owner in owners))
         raise DataError(f"the file holds several adapters ({names})", hint="save one of them by itself")
+    if twice:
+        raise DataError(
+            f"{len(twice)} of the file's tensors are there twice, under two names",
+            hint="save the adapter again with peft's save_pretrained, which writes each once",
+            problems=twice[:8],
+        )
     for module, own in parts.items():
         if odd := next((spec for spec in own.values() if spec.dtype not in _FLOATS), None):
             raise DataError(
@@ -369,7 +384,9 @@ def find_base_tensor(name: str, base: Mapping[str, Any]) -> str | None:
     had its part of the name before and behind `model.`.
     """
     _, part, rest = name.partition("language_model.")
-    candidates = [name, f"model.{name}"] if part else [name, name.partition(".")[2], f"model.{name}"]
+    inner = name.partition(".")[2]
+    outer = [] if part or inner.startswith(_OUTER) else [inner]
+    candidates = [name, *outer, f"model.{name}"]
     if part:
         rest = rest.removeprefix("model.")
         candidates += [

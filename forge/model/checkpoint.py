@@ -10,6 +10,7 @@ converters and the streamed merge read safetensors only.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,10 +75,22 @@ def refuse_packed(checkpoint: Checkpoint) -> None:
             )
 
 
+def broken_link(path: Path) -> DataError | None:
+    """What to say of a link to nothing, as a copy of the hub's cache without its blobs has."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return DataError(
+        f"{path}: a link to {path.readlink()}, which is not there",
+        hint="copy what it links to: cp -rL, or download it again",
+    )
+
+
 def _no_weights(directory: Path) -> DataError:
+    if dangling := broken_link(directory / SINGLE):
+        return dangling
     names = sorted(path.name for path in directory.iterdir())
     ends = {Path(name).suffix for name in names}
-    shards = [name for name in names if name.startswith("model") and name.endswith(".safetensors")]
+    shards = [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
     if shards:
         return DataError(
             f"{directory}: {INDEX} is missing, but there are shards: {', '.join(shards[:3])}",

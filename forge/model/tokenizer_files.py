@@ -138,6 +138,19 @@ def _without_tokenizer_json(directory: Path) -> DataError:
         return DataError(
             f"{directory}: only vocab.json and merges.txt are there; tokenizer.json is needed", hint=resave
         )
+    own = (
+        "tekken.json",
+        "*.tiktoken",
+        "tiktoken.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "vocab.txt",
+    )
+    if others := [path.name for pattern in own for path in directory.glob(pattern)]:
+        return DataError(
+            f"{directory}: only {others[0]} is there; tokenizer.json is needed",
+            hint=f"copy tokenizer.json from the model's other copies on the hub, or: {resave}",
+        )
     return DataError(
         f"{directory}: no tokenizer: tokenizer.json is missing",
         hint="the directory of a base holds config.json, the tokenizer's files and the weights",

@@ -189,7 +189,9 @@ def _plain(name: str) -> str:
     """The name of an adapter's tensor without what is around the model's own."""
     for wrapper in _WRAPPED:
         name = name.replace(f".{wrapper}", ".").removeprefix(wrapper)
-    return name.removeprefix(_PREFIX)
+    while name.startswith(_PREFIX):
+        name = name.removeprefix(_PREFIX)
+    return name
 
 
 def _whole_tensors(adapter: Path) -> Mapping[str, TensorSpec]:
