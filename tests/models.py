@@ -37,11 +37,13 @@ KINDS = {
     "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text", "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe", "qwen2_moe": "Qwen2Moe", "olmoe": "Olmoe",
     "cohere": "Cohere", "granite": "Granite", "smollm3": "SmolLM3", "stablelm": "StableLm",
+    "cohere2": "Cohere2", "gpt_neox": "GPTNeoX",
     "starcoder2": "Starcoder2", "gpt_oss": "GptOss", "granitemoe": "GraniteMoe",
 }  # fmt: skip
 _OWN_FIELDS: Mapping[str, Mapping[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 512, "sliding_window": None},
     "qwen3": {"head_dim": 64},
+    "cohere2": {"head_dim": 64},
     # Gemma's own have the head's size for both; llama.cpp takes that for granted.
     "gemma2": {"head_dim": 64, "query_pre_attn_scalar": 64},
     "gemma3_text": {"head_dim": 64, "query_pre_attn_scalar": 64},

@@ -187,7 +187,8 @@ def test_dora_that_no_merge_could_hold(case: str, place: Path, capsys: pytest.Ca
     targets, message = DORA[case]
     configuration = place / "base" / "config.json"
     if case == "Conv1D":
-        configuration.write_text(configuration.read_text().replace('"llama"', '"gpt2"'))
+        text = configuration.read_text().replace("LlamaForCausalLM", "GPT2LMHeadModel")
+        configuration.write_text(text.replace('"llama"', '"gpt2"'))
     with (place / "recipe.yaml").open("a") as recipe:
         recipe.write(f"train: {{lora: {{dora: true, targets: [{targets}]}}}}\n")
     error = failed(capsys, "plan", "recipe.yaml")

@@ -191,6 +191,28 @@ def test_every_configuration_of_the_hub_is_accepted_or_refused_with_a_true_reaso
         assert name not in REFUSED_OF_THE_HUB
 
 
+@pytest.mark.parametrize(
+    ("kind", "tower"), [("qwen2_vl", "vision"), ("mistral3", "vision"), ("qwen2_audio", "audio")]
+)
+def test_a_model_of_more_than_text_is_called_so(kind: str, tower: str) -> None:
+    configuration = configuration_of(
+        {"architectures": ["A"], "model_type": kind, f"{tower}_config": {"a": 1}}
+    )
+    with pytest.raises(DataError, match=f"a model of text and {tower}, of which") as refused:
+        check_trainable(configuration, trust_remote_code=False)
+    assert "base for text" in refused.value.hint
+
+
+def test_two_families_in_one_configuration_are_refused() -> None:
+    """The class of another family; one without its head, or of more than text, is the same family."""
+    mixed = configuration_of({"architectures": ["Qwen2ForCausalLM"], "model_type": "llama"})
+    with pytest.raises(DataError, match=r"architectures says Qwen2ForCausalLM, model_type llama is Llama"):
+        check_trainable(mixed, trust_remote_code=False)
+    for name in ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma3Model"):
+        same = configuration_of({"architectures": [name], "model_type": "gemma3"})
+        check_trainable(same, trust_remote_code=False)
+
+
 def test_a_known_family_never_runs_the_code_that_its_base_names() -> None:
     phi = configuration_of(HUB["microsoft--Phi-3-mini-4k-instruct"])
     assert phi.remote_code and not needs_own_code(phi)

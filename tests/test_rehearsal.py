@@ -84,6 +84,16 @@ def test_a_value_head_is_named_with_how_to_save_without(llama: Path, tmp_path: P
     assert "save_pretrained(OTHER)" in error.hint
 
 
+def test_a_bias_that_transformers_leaves_out_is_refused(llama: Path, tmp_path: Path) -> None:
+    """llama.cpp adds whatever biases a file has, so the GGUF would answer otherwise than what was trained."""
+    import torch
+
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    base = copy_with(llama, tmp_path / "base", {bias: torch.ones(256)})
+    with pytest.raises(DataError, match=f"holds {bias}, which LlamaForCausalLM has no place for"):
+        rehearsed_here(base)
+
+
 def test_other_names_and_other_shapes_are_told_apart(llama: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -228,6 +238,17 @@ def test_phi_4_as_transformers_5_saves_it(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", "phi3", "home-made")
     change_json(base / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
     assert rehearsed_here(base).ids_compared > 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("gpt_neox", {"num_key_value_heads": 4, "tie_word_embeddings": False}), ("cohere2", {})],
+)
+def test_rotations_as_transformers_5_saves_them(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Their converters read `rotary_pct`, which it writes no longer; and -1 is no PAD."""
+    base = make_model(tmp_path / "base", kind, "home-made", **changes)
+    change_json(base / "config.json", pad_token_id=-1)
+    assert rehearsed_here(base).ids_compared > 200
 
 
 def test_a_converter_that_hands_on_to_another(tmp_path: Path) -> None:

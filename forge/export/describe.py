@@ -41,6 +41,9 @@ def describe(
     if fitted and fitted.own_head:
         described = with_own_head(described)
     described.pop("auto_map", None)
+    # LLaMA's early files say -1 for no PAD, which the converter takes for a token.
+    for name in [name for name, value in described.items() if name.endswith("_token_id") and value == -1]:
+        del described[name]
     if "n_positions" in described:
         # GPT-2's converter reads `n_ctx`, which transformers no longer writes.
         described.setdefault("n_ctx", described["n_positions"])

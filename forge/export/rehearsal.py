@@ -31,6 +31,7 @@ from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.loading import (
     Loading,
     load_without_values,
+    refuse_biases,
     refuse_incomplete,
     refuse_surplus,
     refuse_unlike,
@@ -98,6 +99,7 @@ def _rehearsed(request: RehearsalRequest) -> Rehearsed:
     if not request.makes_gguf:
         return Rehearsed(0, 0, 0)
     refuse_unlike(loading, str(model.base))
+    refuse_biases(loading, checkpoint.tensors, str(model.base))
     checkpoint = _with_rows(checkpoint, request.rows)
     fitted = fit(read_adapter(model.adapter), checkpoint) if model.adapter else None
     if fitted:

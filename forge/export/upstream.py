@@ -220,11 +220,20 @@ def _streamed(base: Any, tensors: Sequence[LazyTensor]) -> Iterator[None]:
         lazy = ((tensor.name, partial(_lazy, base.LazyTorchTensor, tensor)) for tensor in tensors)
         return dict(kept for item in lazy if (kept := self.filter_tensors(item)))
 
+    def load_hparams(directory: Path, is_mistral_format: bool) -> dict[str, Any]:
+        stated: dict[str, Any] = read(directory, is_mistral_format)
+        # GPT-NeoX's and Cohere 2's read a name that transformers 5 has no more.
+        rotation = stated.get("rope_parameters") or {}
+        stated.setdefault("rotary_pct", rotation.get("partial_rotary_factor", 1.0))
+        return stated
+
     files, base.ModelBase.index_tensors = base.ModelBase.index_tensors, index_tensors
+    read, base.ModelBase.load_hparams = base.ModelBase.load_hparams, staticmethod(load_hparams)
     try:
         yield
     finally:
         base.ModelBase.index_tensors = files
+        base.ModelBase.load_hparams = staticmethod(read)
 
 
 def _lazy(kind: Any, tensor: LazyTensor) -> Any:

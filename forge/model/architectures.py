@@ -12,6 +12,7 @@ Not covered: tensors or tokenizers that a converter refuses within a family it k
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -39,6 +40,7 @@ _LABEL_ENDINGS = (
     "ForQuestionAnswering",
 )
 _DRAFT_MARKS = ("Draft", "DSpark", "Eagle3", "Speculator", "Assistant")
+_TOWERS = ("vision_config", "audio_config", "speech_config")
 _AUDIO_MODULES = {"wavtokenizer", "pockettts", "qwen3tts"}
 _DIFFUSION = {"dream", "llada"}
 # Converted as embedding models: llama.cpp gives vectors, not text.
@@ -73,13 +75,27 @@ def needs_own_code(configuration: Configuration) -> bool:
 
 def check_trainable(configuration: Configuration, *, trust_remote_code: bool) -> None:
     """Raise `DataError` for a base that transformers cannot load, or only by running the base's own code."""
-    if configuration.model_type in model_types():
+    kind, stated = configuration.model_type, configuration.architecture
+    if kind in model_types():
+        own = model_types()[kind]
+        if stated in model_types().values() and _family(stated) != _family(own):
+            raise DataError(
+                f"config.json is of two families: architectures says {stated}, model_type {kind} is {own}: "
+                "transformers would train the one, and llama.cpp's converter write the other",
+                hint="compare config.json with the one on the hub",
+            )
         return
-    kind = configuration.model_type
-    if not configuration.remote_code:
-        about = f"the model_type {kind!r}" if kind else "no model_type in its config.json"
+    if towers := sorted(part.partition("_")[0] for part in _TOWERS if configuration.raw.get(part)):
         raise DataError(
-            f"{configuration.architecture}: transformers has no language model for {about}",
+            f"{configuration.architecture}: a model of text and {' and '.join(towers)}, of which transformers"
+            f" has no language model by itself (model_type {kind!r})",
+            hint="take the family's base for text; or choose " + _ALTERNATIVE_BASES,
+        )
+    if not configuration.remote_code:
+        raise DataError(
+            f"{configuration.architecture}: transformers has no language model for the model_type {kind!r}"
+            if kind
+            else f"{configuration.architecture}: its config.json has no model_type",
             hint=f"look for a typing error in config.json; or choose {_ALTERNATIVE_BASES}",
         )
     if not trust_remote_code:
@@ -88,6 +104,11 @@ def check_trainable(configuration: Configuration, *, trust_remote_code: bool) ->
             f"transformers has no language model for the model_type {kind!r}",
             hint="read that code, then set base: {id: ..., trust_remote_code: true}",
         )
+
+
+def _family(name: str) -> str:
+    """A class's name without what it is for: `Gemma3` of `Gemma3ForCausalLM`."""
+    return re.split(r"For[A-Z]|LMHead|Model$", name)[0].removesuffix("Text")
 
 
 def own_code_note(configuration: Configuration, *, trust_remote_code: bool) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,17 @@ def refuse_surplus(loading: Loading, where: str) -> None:
         hint=resave(where),
         problems=_named(loading.surplus, "no place for it"),
     )
+
+
+def refuse_biases(loading: Loading, stored: Collection[str], where: str) -> None:
+    """Raise `DataError` for biases that transformers leaves out, of layers that it has.
+
+    llama.cpp takes whatever biases there are in a file.
+    """
+    surplus = {*loading.surplus}
+    layers = {name.removesuffix(".weight") for name in stored if name not in surplus}
+    biases = tuple(sorted(name for name in surplus if name.endswith(".bias") and name[:-5] in layers))
+    refuse_surplus(replace(loading, surplus=biases), where)
 
 
 def resave(where: str) -> str:
