@@ -85,7 +85,7 @@ OF_PROMPT = _names(
     "instructions input inputs history chat_history choices options answer_choices"
 )
 # What may be the answer to a text beside it: refused where the text would be learned whole without it.
-OF_ANSWER = _names("summary highlights abstract headline translation sentiment intent emotion")
+OF_ANSWER = _names("summary highlights abstract headline translation sentiment intent emotion code sql")
 
 ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID = (
     "role", "content", "name", "tool_calls", "function_call", "tool_call_id",
