@@ -134,6 +134,19 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert lines[:3] == ["REQUIRES 0.30", f"FROM {tiny / 'own.gguf'}", 'PARAMETER stop "<|im_end|>"']
 
 
+def test_a_model_of_ollamas_library_under_an_adapter(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """P4, pitfall 54: what the library's file is cannot be proved, and the Modelfile says so."""
+    library = ("modelfile", str(tiny), "--from", "phi3:mini")
+    text = str(told(capsys, *library, "--adapter", "./lora.gguf")["modelfile"])
+    remarks, lines = split(text)
+    assert lines[:2] == ["FROM phi3:mini", "ADAPTER ./lora.gguf"] and lines[2].startswith('TEMPLATE """')
+    assert remarks[-1].startswith("# not proved: what phi3:mini is.")
+    assert f"forge verify --ollama phi3:mini --base {tiny}" in remarks[-1] and "pinned" not in text
+    for more in ([], ["--adapter", "x.gguf", "--jinja"]):
+        error = told(capsys, *library, *more, code=2)["error"]
+        assert isinstance(error, dict) and "give --adapter" in error["message"]
+
+
 def test_a_licence_that_no_modelfile_can_hold_is_left_out_and_said(
     tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

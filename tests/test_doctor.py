@@ -66,6 +66,8 @@ def test_a_message_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_message_that_is_not_known_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["doctor", ""]) == 2
+    capsys.readouterr()
     assert run_command(["doctor", "the moon is full", "--json"]) == 2
     told = _last(capsys)
     assert told["matches"] == [] and "log.txt" in told["error"]["hint"]  # type: ignore[index]

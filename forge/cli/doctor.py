@@ -17,4 +17,4 @@ def command(message: str | None) -> None:
     """
     from forge.commands.doctor import doctor, explain
 
-    report.result(explain(message) if message else doctor())
+    report.result(doctor() if message is None else explain(message))

@@ -12,6 +12,12 @@ from forge.cli.options import common, overrides_option
 @click.argument("target", type=click.Path(path_type=Path))
 @overrides_option
 @click.option("--adapter", help="A GGUF LoRA adapter, for ADAPTER.")
+@click.option(
+    "--from",
+    "library",
+    metavar="NAME",
+    help="With --adapter: FROM this model of Ollama's, such as phi3:mini.",
+)
 @click.option("--jinja", is_flag=True, help="Leave TEMPLATE out: the server uses the GGUF's own (0.30).")
 @click.option(
     "--guard",
@@ -25,6 +31,7 @@ def command(
     target: Path,
     overrides: tuple[str, ...],
     adapter: str | None,
+    library: str | None,
     jinja: bool,
     guard: Path | None,
     out: Path | None,
@@ -41,4 +48,6 @@ def command(
         return
     from forge.commands.modelfile import write_modelfile
 
-    report.result(write_modelfile(target, adapter=adapter, jinja=jinja, out=out, guard=guard))
+    report.result(
+        write_modelfile(target, adapter=adapter, jinja=jinja, out=out, guard=guard, library=library)
+    )

@@ -24,22 +24,43 @@ TEMPLATE_KEY = "tokenizer.chat_template"
 
 
 def write_modelfile(
-    target: Path, *, adapter: str | None, jinja: bool, out: Path | None, guard: Path | None = None
+    target: Path,
+    *,
+    adapter: str | None,
+    jinja: bool,
+    out: Path | None,
+    guard: Path | None = None,
+    library: str | None = None,
 ) -> Mapping[str, object]:
     """The Modelfile of a directory or a GGUF file, written to `out` or shown; returns the contract's fields.
 
-    With `guard` it is that of a copy of the file, written there, whose template is pinned. What no
-    Modelfile can hold is left out and named. Raises what `hand_over_of` and `write_guarded` raise.
+    With `guard` it is that of a copy of the file, written there, whose template is pinned; with `library` its
+    FROM is that model of Ollama's, under the adapter. What no Modelfile can hold is left out and named.
+    Raises `RecipeError` where only the target's own template would do, and what `hand_over_of` and
+    `write_guarded` raise.
     """
     compared = 0
+    if library and not (adapter and guard is None and not jinja):
+        raise RecipeError(
+            "--from puts an adapter on a model of Ollama's library: give --adapter, not --guard or --jinja"
+        )
     if guard is not None:
         compared = write_guarded(target, guard)
         target = guard
     handed = hand_over_of(target)
     written, left = without_unwritable(handed)
     way: Way = "jinja" if jinja or handed.compiled.go is None else "go"
-    base = _from(target)
-    remarks = _remarks(handed, way, of_directory=target.is_dir(), is_pinned=_is_pinned(Path(base)))
+    if library and way == "jinja":
+        raise RecipeError(
+            f"--from: no Go TEMPLATE: {handed.compiled.reason}, and {library} has a template of its own",
+            hint="give Ollama the base's own GGUF: forge export, forge import",
+        )
+    base = library or _from(target)
+    is_pinned = library is None and _is_pinned(Path(base))
+    remarks = _remarks(handed, way, of_directory=target.is_dir(), is_pinned=is_pinned)
+    if library:
+        remarks.append(_of_library(library, target))
+        report.warning(remarks[-1])
     if left:
         report.warning(str(left))
         remarks.append(str(left))
@@ -50,7 +71,7 @@ def write_modelfile(
         adapter = str(beside) if target.is_dir() else None
         report.warning(f"{beside.name} lies beside it: {'both are' if adapter else 'it is not'} named")
     text = comments + modelfile_text(written.modelfile(way, base, adapter=adapter))
-    if way == "jinja" and not _is_pinned(Path(base)):
+    if way == "jinja" and not is_pinned:
         report.warning(f"{_GUESSED}: --guard OUT.gguf writes a copy of the file that keeps both off")
     if way == "jinja" and not jinja:
         report.warning(f"no Go TEMPLATE: {handed.compiled.reason}; it needs Ollama 0.30, for the GGUF's own")
@@ -68,6 +89,13 @@ def write_modelfile(
         **to_plain(handed.facts()),
         **guarded,
     }
+
+
+def _of_library(name: str, target: Path) -> str:
+    return (
+        f"not proved: what {name} is. Ollama's library has most models in 4 bits, and maybe another revision "
+        f"than the adapter was trained on: forge verify --ollama {name} --base {target} compares it"
+    )
 
 
 def write_guarded(gguf: Path, out: Path) -> int:
