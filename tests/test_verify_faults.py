@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from forge.chat.template import ChatTemplate
 from forge.errors import DataError, StageError
 from forge.export import proof
 from forge.export.run import ADAPTER_FILE, GGUF_FILE
+from forge.model.gguf_header import read_gguf
 from forge.model.safetensors_header import read_header
 from forge.model.tokenizer_files import read_tokenizer, read_vocabulary
 from forge.verify.measurement import StopCheck
@@ -156,6 +157,94 @@ def test_a_word_that_ends_an_answer_is_named(
     changes: dict[str, Any] = {f"tokenizer__ggml__{key}_token_id": ids["*"]}
     broken = rewrite(sound, tmp_path / "broken.gguf", **changes)
     assert stops(broken) == StopCheck(False, "<|im_end|>", ("*",))
+
+
+def _swapped(values: list[Any], at: int) -> list[Any]:
+    return [*values[:at], values[at + 1], values[at], *values[at + 2 :]]
+
+
+def _typed(kind: int, at: int) -> Callable[[list[Any]], list[Any]]:
+    return lambda types: [kind if number == at else one for number, one in enumerate(types)]
+
+
+_TABLE: Mapping[str, tuple[str, Any, str]] = {
+    "two tokens swapped": ("tokens", lambda tokens: _swapped(tokens, 300), "token 300 is "),
+    "a merge dropped": ("merges", lambda merges: [*merges[:50], *merges[51:]], "merge 50 is "),
+    "the last merge dropped": ("merges", lambda merges: merges[:-1], " merges, the tokenizer has "),
+    "a word as control": ("token_type", _typed(3, 300), "is control, in the tokenizer plain text"),
+    "a special token as text": ("token_type", _typed(1, 1), "is plain text, in the tokenizer special"),
+    "a special token that is shown": (
+        "token_type",
+        _typed(4, 1),
+        "is user-defined, in the tokenizer special",
+    ),
+    "another BOS": ("bos_token_id", 300, "bos_token_id: is 300, the base's is none"),
+    "a word as PAD": ("padding_token_id", 300, "padding_token_id: is 300, the base's is "),
+    "a word as UNK": ("unknown_token_id", 300, "unknown_token_id: is 300, the base's is none"),
+}
+
+
+@pytest.mark.parametrize("fault", _TABLE)
+def test_an_entry_that_no_text_has_is_the_tokenizers(
+    fault: str, specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    key, value, words = _TABLE[fault]
+    if callable(value):
+        value = value(list(read_gguf(sound).array(f"tokenizer.ggml.{key}")))
+    broken = rewrite(sound, tmp_path / "broken.gguf", **{f"tokenizer__ggml__{key}": value})
+    asked = [[{"role": "user", "content": "Hi."}]]
+    files = read_tokenizer(specimen.base)
+    assert files.chat_template
+    template = ChatTemplate(files.chat_template, files.template_tokens)
+    assert check_vocabulary(sound, specimen.base, template, asked, 2).tokens.ok
+    found = check_vocabulary(broken, specimen.base, template, asked, 2).tokens
+    assert not found.ok and words in found.message, found.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"eos_token_id": None, "eot_token_id": None}, None), ({"eot_token_id": 1}, "<|im_start|>")],
+    ids=["none named", "a turn's beginning"],
+)
+def test_llama_cpp_ends_an_answer_only_where_the_base_does(
+    changes: dict[str, Any], words: str | None, specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """Where a file names no end llama.cpp takes a token by its number."""
+    named: dict[str, Any] = {f"tokenizer__ggml__{key}": value for key, value in changes.items()}
+    broken = rewrite(sound, tmp_path / "broken.gguf", **named)
+    found = check_vocabulary(broken, specimen.base, None, [], 2).stops
+    assert not found.ok and len(found.words) == 1
+    assert words is None or found.words == (words,)
+
+
+@pytest.mark.parametrize("has_f16", [True, False])
+def test_metadata_that_no_row_shows_is_a_fault(
+    has_f16: bool, specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """Held to llama.cpp's own header, which is made where its file is not."""
+    epsilon: dict[str, Any] = {"llama__attention__layer_norm_rms_epsilon": 2e-6}
+    beside = {"f16": str(sound)} if has_f16 else {}
+    found = specimen.verify(rewrite(sound, tmp_path / "broken.gguf", **epsilon), **beside)
+    assert all(handover["ok"] for handover in found["handovers"])
+    assert (found["ok"], found["broken_stage"]) == (False, "convert")
+    assert "epsilon is 2e-06, the base's is 1e-06" in found["verdict"]
+
+
+@pytest.mark.parametrize(("branch", "ok"), [("tools", False), ("messages|length > 50", True)])
+def test_a_template_of_another_text_is_asked_for_what_no_row_has(
+    branch: str, ok: bool, specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """Calls of tools; what is still not asked is said."""
+    files = read_tokenizer(specimen.base)
+    assert files.chat_template
+    other = files.chat_template + f"{{% if {branch} %}}!{{% endif %}}"
+    broken = rewrite(sound, tmp_path / "broken.gguf", tokenizer__chat_template=other)
+    template = ChatTemplate(files.chat_template, files.template_tokens)
+    asked = [[{"role": "user", "content": "Hi."}]]
+    assert check_vocabulary(sound, specimen.base, template, asked, 2).prompt.reason == ""
+    found = check_vocabulary(broken, specimen.base, template, asked, 2).prompt
+    assert found.ok is ok
+    assert "their text differs" in found.message if not ok else "is another text" in found.reason
 
 
 def _numbers(specimen: Specimen, sound: Path, scratch: Path) -> Path:

@@ -18,7 +18,7 @@ from forge.export import run as export_run
 from forge.export.run import GGUF_FILE
 from forge.verify.yardstick import make_quantized
 from tests.models import PEFT_WARNS, make_adapter, make_model
-from tests.specimens import Specimen, write_rows
+from tests.specimens import Specimen, rewrite, write_rows
 from tests.test_resized import export_of
 
 pytestmark = [pytest.mark.training, pytest.mark.programs, pytest.mark.timeout(1500), PEFT_WARNS]
@@ -141,3 +141,23 @@ def test_one_row_of_a_large_vocabulary(
     else:
         assert (found["ok"], found["broken_stage"]) == (False, "merge"), found["verdict"]
         assert f"trained tokens' {TOKEN}" in found["verdict"]
+
+
+@pytest.mark.parametrize(("quant", "stage"), [("f16", "convert"), ("q4_k_m", "quantize")])
+def test_a_row_that_was_damaged_on_the_way(quant: str, stage: str, many_tokens: Path, tmp_path: Path) -> None:
+    """Of a token that nothing trained and no text has: its row is further off than its like are."""
+    import gguf
+    import numpy as np
+
+    specimen = Specimen(many_tokens, None, write_rows(many_tokens, tmp_path), tmp_path)
+    f16 = specimen.f16(tmp_path / "sound")
+    embedding = next(one for one in gguf.GGUFReader(str(f16)).tensors if one.name == "token_embd.weight")
+    values = np.array(embedding.data)
+    values[TOKEN, :128] = values[TOKEN, :128][::-1].copy()
+    file = rewrite(f16, tmp_path / "damaged.gguf", {"token_embd.weight": values})
+    if quant != "f16":
+        file = make_quantized(file, tmp_path / "file.gguf", quant, 2)
+    found = specimen.verify(file, f16=str(f16))
+    assert all(one["ok"] for one in found["handovers"]), found["verdict"]
+    assert (found["ok"], found["broken_stage"]) == (False, stage)
+    assert f"rows {TOKEN} of token_embd.weight" in found["verdict"]

@@ -149,13 +149,13 @@ def test_files_of_two_types_share_what_they_are_held_against(
 ) -> None:
     """llama.cpp's own f16 is made once, and so is what the reference says of it; the figures are the same."""
     made, computed = list[Path](), list[str]()
-    make_f16, logits = yardstick.make_f16, reference.logits
+    export_f16, logits = yardstick.export_f16, reference.logits
 
     def counted(weights: Any, sample: Any, label: str, *more: Any) -> Any:
         computed.append(label)
         return logits(weights, sample, label, *more)
 
-    monkeypatch.setattr(yardstick, "make_f16", lambda out, **model: made.append(make_f16(out, **model)))
+    monkeypatch.setattr(yardstick, "export_f16", lambda model, out: made.append(export_f16(model, out)))
     monkeypatch.setattr(reference, "logits", counted)
     f16 = plain.scratch / "f16" / "model.gguf"
     files = [yardstick.make_quantized(f16, tmp_path / f"{kind}.gguf", kind, 1) for kind in ("q8_0", "q4_0")]

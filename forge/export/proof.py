@@ -178,6 +178,16 @@ class ServedVocabulary:
 
         return bool(llama_cpp.llama_vocab_is_eog(self._vocabulary, token))
 
+    def ending(self) -> list[int]:
+        """Every token at which llama.cpp ends a reply."""
+        import llama_cpp
+
+        return [
+            token
+            for token in range(llama_cpp.llama_vocab_n_tokens(self._vocabulary))
+            if self.ends_reply(token)
+        ]
+
     def close(self) -> None:
         self._model.close()
 

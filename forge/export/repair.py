@@ -21,7 +21,7 @@ from forge.export.describe import describe
 from forge.export.header import write_header
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.request import ExportRequest, Ingredients
-from forge.export.run import lay_out
+from forge.export.run import HEADER, lay_out
 from forge.export.tensors import one_thread
 from forge.export.upstream import Converted, Metadata, without_collection
 from forge.export.write import check_space, writing
@@ -77,10 +77,10 @@ def repair(request: Repair) -> Repaired:
     """
     header = read_gguf(request.gguf)
     work = request.out.with_name("work")
-    converted = _laid_out(request.model, _name_of(header), work)
+    converted = laid_out(request.model, _name_of(header), work)
     if beyond := tuple(_beyond(header, converted)):
         return Repaired((), beyond)
-    theirs, ours = _metadata(request.gguf), _metadata(work / "header.gguf")
+    theirs, ours = _metadata(request.gguf), _metadata(work / HEADER)
     fixed = _fixed(theirs, ours, header.architecture)
     changes = tuple(_changes(theirs, fixed))
     if changes:
@@ -94,8 +94,8 @@ def _name_of(header: GgufHeader) -> str:
     return str(header.metadata.get(_NAME) or header.path.stem)
 
 
-def _laid_out(model: Ingredients, name: str, work: Path) -> Converted:
-    """What llama.cpp's converter makes of the model, its header in `work`; no weight is read."""
+def laid_out(model: Ingredients, name: str, work: Path) -> Converted:
+    """What llama.cpp's converter makes of the model, its header in `work` as `HEADER`; no weight is read."""
     description = work / "description"
     description.mkdir(parents=True)
     checkpoint = open_checkpoint(model.base)

@@ -47,6 +47,7 @@ from forge.model.tokenizer_files import read_tokenizer
 
 GGUF_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
+HEADER = "header.gguf"
 MERGED_DIRECTORY = "merged"
 _WHOLE = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 
@@ -177,7 +178,7 @@ def lay_out(
     )
     report.advance("convert", 1, 1)
     _refuse_lost_rotation(description, converted)
-    sparse = work / "header.gguf"
+    sparse = work / HEADER
     with writing(work):
         write_sparse(converted, sparse)
     if choices is None:
@@ -257,7 +258,7 @@ def _write(
 
     Returns the bytes of all that was written, and the types that compiled kernels quantized.
     """
-    quant, sparse = request.quant, work / "header.gguf"
+    quant, sparse = request.quant, work / HEADER
     importance = read_importance(request.importance) if request.importance else {}
     types = decide_types(converted, sparse, quant, importance)
     written = sparse.stat().st_blocks * 512

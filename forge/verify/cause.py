@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from forge.verify.measurement import FileFacts, Fits, Handover, Lost, Measurement
+from forge.verify.measurement import PLUS_ONE, FileFacts, Fits, Handover, Lost, Measurement
 
-_SCALE_SLACK = 0.2
+_SCALE_SLACK, _DIRECT_SLACK = 0.2, 0.05
+"""Of how often the adapter is in the file: four bits hide a fifth of a small one, 16 bits next to nothing."""
 _SURELY = 8.0
 _HEADS = ("output.weight", "token_embd.weight")
 
@@ -49,9 +50,8 @@ def cause_of(measured: Measurement, handovers: Sequence[Handover]) -> Cause:
         return cause
     if rows := wrong_rows(measured):
         return rows[0]
-    if numbers := measured.weights.numbers:
-        words = f"the file's metadata is not the base's, though its weights are: {'; '.join(numbers)}"
-        return Cause("convert", words, "forge repair puts the base's in its place; or convert it again")
+    if numbers := wrong_numbers(measured):
+        return numbers[0]
     figures = f"NMSE {broken.nmse:.2g}, KL {broken.kl_mean:.2g}, top-1 {broken.top1:.1%}"
     if unmatched := measured.weights.unmatched:
         figures += f"; of its metadata {'; '.join(unmatched)}, which may be why"
@@ -96,6 +96,26 @@ def wrong_rows(measured: Measurement) -> list[Cause]:
             stage = "merge" if rows.wrong_trained else "convert"
             causes.append(Cause(stage, words, "merge the adapter again, with peft, and convert that"))
     return causes
+
+
+def damaged_rows(measured: Measurement) -> list[Cause]:
+    """Rows that are further off than the type's rounding explains, too few to show in the logits."""
+    if not (odd := measured.weights.file.odd_rows):
+        return []
+    name, rows = next(iter(odd.items()))
+    listed = ", ".join(map(str, rows[:3])) + (", ..." if len(rows) > 3 else "")
+    beside = f", and rows of {len(odd) - 1} more tensors" if len(odd) > 1 else ""
+    words = f"rows {listed} of {name} are not the base's, with or without the adapter{beside}"
+    stage = "quantize" if measured.legs.vendor else "convert"
+    return [Cause(stage, words, "convert and quantize the checkpoint again; was the file damaged since?")]
+
+
+def wrong_numbers(measured: Measurement) -> list[Cause]:
+    """Metadata that is not the base's; what it changes may show only in rows longer than those compared."""
+    if not (numbers := measured.weights.numbers):
+        return []
+    words = f"the file's metadata is not the base's, though its weights are: {'; '.join(numbers)}"
+    return [Cause("convert", words, "forge repair puts the base's in its place; or convert it again")]
 
 
 def unlike_its_word(file: FileFacts) -> str:
@@ -143,6 +163,8 @@ def _converted_wrongly(file: Fits, yardstick: Fits, differ: _Differ) -> Cause | 
     if differ.moved:
         names = ", ".join(differ.moved[:4])
         words = f"the rows of {names} are in another order: query and key were permuted by the wrong factor"
+        if all(PLUS_ONE in (file.layouts[name], yardstick.layouts[name]) for name in differ.moved):
+            words = f"{names} is off by one, which converters add to some families' norms"
         return Cause("convert", words, again)
     worse = list(differ.worse)
     if worse and set(worse) <= set(_HEADS) - set(file.touched):
@@ -159,6 +181,7 @@ def _merged_wrongly(
     usual: Fits | None,
 ) -> Cause | None:
     once, scale = _usual_scale(usual), file.scale
+    slack = _SCALE_SLACK if usual else _DIRECT_SLACK
     beside = differ.worse_beside
     if beside:
         words = (
@@ -183,7 +206,7 @@ def _merged_wrongly(
         return Cause("merge", words, "merge the adapter before converting, or serve it with --lora")
     if abs(scale - 2) < _SCALE_SLACK and once < 2 and _is_clean(file, yardstick):
         return Cause("merge", "the adapter was merged twice", "merge it once, into the base as it was")
-    if abs(scale - once) > _SCALE_SLACK and _is_clean(file, yardstick):
+    if abs(scale - once) > slack and _is_clean(file, yardstick):
         words = f"the adapter is in the file {scale:.3g} times: its scale was computed wrongly"
         return Cause("merge", words, "check alpha, r, use_rslora and alpha_pattern in adapter_config.json")
     # A share says something only where nothing but rounding is left beside it: else it is another adapter.
@@ -198,8 +221,8 @@ def _merged_wrongly(
         names = ", ".join(list(differ.worse)[:3])
         words = (
             f"{len(differ.worse)} of {differ.compared} tensors are neither base + adapter nor its "
-            f"rounding ({names}): another adapter was merged, or a merged directory of an earlier "
-            "run was used"
+            f"rounding ({names}): another adapter was merged, a merged directory of an earlier run was used, "
+            "or they were damaged on the way"
         )
         return Cause("merge", words, "delete the merged directory, merge again, convert again")
     return None
@@ -247,6 +270,7 @@ def _unlike(file: Fits, yardstick: Fits, *, direct: bool) -> _Differ:
     both = rests.keys() & usual.keys()
     worse = {name: rests[name] for name in both if _is_worse(rests[name], usual[name])}
     layouts, expected = file.layouts, yardstick.layouts
-    moved = [name for name in both if layouts[name] != expected[name]]
+    # Of a tensor that fits in no order the best says nothing.
+    moved = [name for name in both if layouts[name] != expected[name] and name not in worse]
     plain = {name for name in both if name not in file.touched}
     return _Differ(tuple(sorted(worse)), tuple(sorted(worse.keys() & plain)), tuple(sorted(moved)), len(both))

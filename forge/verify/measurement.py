@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 FIGURES = ("nmse", "kl_mean", "kl_max", "top1")
+PLUS_ONE = "plus one"
+"""The layout of a norm to which one was added."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Fits:
     """What the weights of a file are: how many times the adapter, and what is left; see `weights`.
 
     By tensor: `scales` (how many times, and how far that can be off), `rests`, `layouts`, `lost_rows`,
-    and of those with a row for each token `rows`.
+    `odd_rows` (those that are further off than the others), and of those with a row for each token `rows`.
     """
 
     scale: float | None
@@ -167,6 +169,7 @@ class Fits:
     layouts: Mapping[str, str] = field(default_factory=dict)
     rests: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, RowFit] = field(default_factory=dict)
+    odd_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ class TokenCheck:
 
 @dataclass(frozen=True)
 class PromptCheck:
-    """Conversations whose prompts were compared; `reason` why there were none."""
+    """Conversations whose prompts were compared; `reason` why there were none, or not of all."""
 
     ok: bool
     compared: int

@@ -12,7 +12,7 @@ from pathlib import Path
 from forge import report
 from forge.adapter.read import read_adapter
 from forge.errors import ForgeError, Problem
-from forge.export.run import GGUF_FILE
+from forge.export.run import GGUF_FILE, HEADER
 from forge.model.config import Configuration, read_configuration
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
@@ -93,16 +93,7 @@ class Yardsticks:
             request = self.session.request
             if request.f16:
                 return request.f16
-            make = partial(
-                yardstick.make_f16,
-                base=request.base,
-                adapter=None if request.lora else request.adapter,  # else it is loaded beside this too
-                tokenizer=request.tokenizer,
-                chat_template=request.chat_template,
-                converters=request.converters,
-                end_of_turn_id=request.end_of_turn_id,
-                merge_base=request.merge_base,
-            )
+            make = partial(yardstick.export_f16, yardstick.model_of(request))
             return self.shared.folder("f16", make) / GGUF_FILE
 
     def quantized(self, kind: str, importance: Path | None = None) -> Path:
@@ -144,21 +135,27 @@ class Yardsticks:
             inside = replace(session.source, adapter=None) if request.lora else session.source
             fits = weights.fit_weights(files, inside, session.facts)
             made = FitsOfFiles(*fits, *fits[:1]) if self.is_own else FitsOfFiles(*fits)
-        if len(files) == 1:
-            return made
-        numbers, unmatched = other_numbers(read_gguf(files[0]), read_gguf(files[1]))
+        own = files[1] if len(files) > 1 else self._header()
+        numbers, unmatched = other_numbers(read_gguf(request.gguf), read_gguf(own))
         return replace(made, numbers=numbers, unmatched=unmatched)
+
+    def _header(self) -> Path:
+        """Of a file that llama.cpp's own was not made beside: what it would say of the model."""
+        with self.session.step("llama.cpp's own header"):
+            request = self.session.request
+            make = partial(yardstick.make_header, yardstick.model_of(request))
+            return request.f16 or self.kept.folder("header", make) / HEADER
 
 
 def other_numbers(file: GgufHeader, own: GgufHeader) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the architecture's keys say otherwise than llama.cpp's own, but the length of the context.
+    """What the architecture's keys say otherwise than llama.cpp's own, but context and vocabulary.
 
     First those that both have, then those that only one of them has, which may be a default.
     """
     kind = f"{own.architecture}."
     numbers, unmatched = list[str](), list[str]()
     known = {name for header in (file, own) for name in header.metadata if name.startswith(kind)}
-    for name in sorted(known - {f"{kind}context_length"}):
+    for name in sorted(known - {f"{kind}context_length", f"{kind}vocab_size"}):
         theirs, expected = (_shown(header, name) for header in (file, own))
         if theirs is None:
             unmatched.append(f"{name} is missing, the base's is {expected}")

@@ -20,7 +20,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from forge.codec import to_plain
-from forge.verify.cause import Cause, cause_of, told_by_weights, unlike_its_word, wrong_rows
+from forge.verify.cause import (
+    Cause,
+    cause_of,
+    damaged_rows,
+    told_by_weights,
+    unlike_its_word,
+    wrong_numbers,
+    wrong_rows,
+)
 from forge.verify.compare import FAR_NMSE, MOST_BEYOND_VENDOR, converts, converts_mostly, rounds_soundly
 from forge.verify.measurement import FIGURES, FileFacts, Gates, Handover, Leg, Measurement
 from forge.verify.sample import least_share
@@ -117,7 +125,8 @@ def judge(measured: Measurement, gates: Gates, live: Live | None = None) -> Cert
     if gates.as_trained and (shift := _shift_cause(measured)):
         causes.append(shift)
         handovers[0] = replace(handovers[0], ok=False)
-    causes += [cause for cause in wrong_rows(measured) if cause not in causes]
+    causes += [cause for cause in (*wrong_rows(measured), *wrong_numbers(measured)) if cause not in causes]
+    causes += [] if causes else damaged_rows(measured)
     causes += _gate_causes(measured, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live.problems] if live else []
     first = causes[0] if causes else None
@@ -276,6 +285,8 @@ def _warnings(measured: Measurement) -> list[str]:
     if norm and norm.worse:
         remarks.append(f"{norm.words}; small models lose more")
     remarks += [f"not compared: {limit}" for limit in measured.tokens.limits]
+    if measured.prompt.compared and measured.prompt.reason:
+        remarks.append(measured.prompt.reason)
     if measured.sample.undecided:
         remarks.append(
             f"too near to its limit for {measured.sample.positions} positions to be sure: "

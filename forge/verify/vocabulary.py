@@ -7,24 +7,46 @@ Not covered: what a certain server does on top (deploy asks the real one).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from forge.chat.template import DAY_VARIABLE, ChatTemplate, Message
-from forge.errors import CheckError, DataError
+from forge.errors import CheckError, DataError, Problem
 from forge.export import proof
 from forge.model.gguf_header import GgufHeader, read_gguf
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 from forge.verify.measurement import PromptCheck, StopCheck, TokenCheck, UnlikeIds, Vocabulary
+from forge.verify.token_table import other_entries
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _ANOTHER_DAY = "2001-02-03"
 _SHOWN = 5
+_Prompt = tuple[Sequence[Message], Sequence[Mapping[str, Any]]]
+_USER: Message = {"role": "user", "content": "Is it warm in Rome?"}
+_PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+_TOOL = {"type": "function", "function": {"name": "warmth", "description": "?", "parameters": _PARAMETERS}}
+_CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "warmth", "arguments": {"city": "Rome"}}}
+_CALLED: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_TOLD: Message = {"role": "tool", "content": "31", "name": "warmth", "tool_call_id": "a1b2c3d4e"}
+_SAID: Message = {"role": "assistant", "content": "Yes.", "reasoning_content": "It is."}
+_RARE: Sequence[_Prompt] = (
+    ([{"role": "system", "content": "Be brief."}, _USER, _SAID, _USER, _SAID], ()),
+    ([_USER], [_TOOL]),
+    ([_USER, _CALLED, _TOLD], [_TOOL]),
+    ([_USER, _CALLED, _TOLD, _SAID, _USER], [_TOOL]),
+)
+"""What no row may have: asked of a file's template only where its text is another than training's."""
+_OTHER_TEXT = (
+    "the file's chat template is another text: what no conversation here takes of it was not compared"
+)
+_ENDS = re.compile(r"end|eo[stm]|/s|return|call", re.IGNORECASE)
+"""In the names of special tokens that end a text or a turn."""
 
 
 def check_vocabulary(
@@ -42,22 +64,43 @@ def check_vocabulary(
     try:
         ends = end_of_turn is None or served.ends_reply(end_of_turn)
         prompt = _prompts(header, reference, served, template, conversations)
+        ending = served.ending()
     finally:
         served.close()
     token = reference.id_to_token(end_of_turn) if end_of_turn is not None else None
-    words = _words_that_end(header, reference, {end_of_turn, *read_tokenizer(tokenizer).eos_ids})
-    return Vocabulary(_tokens(gguf, tokenizer, tried), prompt, StopCheck(ends and not words, token, words))
+    files, other = read_tokenizer(tokenizer), list(other_entries(header, tokenizer))
+    bos = files.tokens.get("bos")
+    if template and bos and files.add_bos and not header.adds_bos and tried and tried[0].text.startswith(bos):
+        other.append(Problem(f"is false, prompts begin with {bos}", "tokenizer.ggml.add_bos_token"))
+    words = _words_that_end(ending, header, reference, {end_of_turn, *files.eos_ids})
+    tokens = _with_entries(_tokens(gguf, tokenizer, tried), other)
+    return Vocabulary(tokens, prompt, StopCheck(ends and not words, token, words))
 
 
 def _words_that_end(
-    header: GgufHeader, reference: Tokenizer, ends: AbstractSet[int | None]
+    ending: Sequence[int], header: GgufHeader, reference: Tokenizer, ends: AbstractSet[int | None]
 ) -> tuple[str, ...]:
-    """Tokens of plain text at which llama.cpp ends a reply, since one of the file's end ids names them."""
+    """Tokens at which llama.cpp ends a reply and nobody else does: of plain text, or special ones of a turn.
+
+    It ends replies at some special tokens by their names, whatever the file says.
+    """
     named = {header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
-    ids = sorted(number for number in named if isinstance(number, int))
     special = reference.get_added_tokens_decoder()
-    words = (number for number in ids if number not in special and number not in ends)
-    return tuple(str(reference.id_to_token(number)) for number in words)
+    words = []
+    for number in sorted(set(ending) - ends):
+        text = str(reference.id_to_token(number))
+        if number not in special or (number in named and not _ENDS.search(text)):
+            words.append(text)
+    return tuple(words)
+
+
+def _with_entries(compared: TokenCheck, other: Sequence[Problem]) -> TokenCheck:
+    """What was compared of texts, and which entries of the file's table of tokens are not the tokenizer's."""
+    if not other:
+        return compared
+    words = f"the file's table of tokens is not the tokenizer's: {'; '.join(map(str, other))}"
+    message = f"{compared.message}; {words}" if compared.message else words
+    return replace(compared, ok=False, message=message)
 
 
 def added_tokens(base: Path, tokenizer: Path) -> list[str]:
@@ -138,8 +181,14 @@ def _prompts(
             examples.append({"trained": expected, "file": "a text that depends on the day"})
         elif ids != wanted:
             examples.append({"trained": str(wanted[:24]), "file": str(ids[:24]), "ids": True})
+    if not examples and own.source != template.source:
+        for prompts in _RARE:
+            expected, written = _text_of(template, prompts), _text_of(own, prompts)
+            if written != expected:
+                examples.append({"trained": expected, "file": written})
+        compared += len(_RARE)
     if not examples:
-        return PromptCheck(True, compared)
+        return PromptCheck(True, compared, reason="" if own.source == template.source else _OTHER_TEXT)
     first = examples[0]
     what = "their token ids differ" if "ids" in first else "their text differs"
     what = "BOS stands twice at their beginning" if twice else what
@@ -168,7 +217,13 @@ def _tokens_of(header: GgufHeader, reference: Tokenizer) -> Mapping[str, str]:
 
 
 def _rendered(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
+    return _text_of(template, (messages, ()))
+
+
+def _text_of(template: ChatTemplate, prompts: _Prompt) -> str | None:
+    messages, tools = prompts
+    asks = messages[-1]["role"] != "assistant"
     try:
-        return template.render(messages, add_generation_prompt=messages[-1]["role"] != "assistant")
+        return template.render(messages, add_generation_prompt=asks, tools=tools)
     except DataError:
         return None

@@ -25,16 +25,21 @@ from forge.model.gguf_header import GgufTensor, read_gguf
 from forge.verify import token_rows
 from forge.verify.experts import experts
 from forge.verify.loader import Weights, nf4_and_back
-from forge.verify.measurement import Fits, RowFit
-from forge.verify.rounding import gguf_names
+from forge.verify.measurement import PLUS_ONE, Fits, RowFit
+from forge.verify.rounding import HALVES, gguf_names
 from forge.verify.spread import spread
 from forge.verify.token_rows import EMBEDDING, HEAD, ChangedRows, rows_of
 from forge.verify.tuned import open_model
 
 _MOST_ROWS = 16384
-"""Of longer matrices (embeddings) the first rows and the last are looked at: they are large in float32."""
+"""Of longer matrices (embeddings) the first rows, the last and a spread of the others are looked at: they are
+large in float32."""
 _NF4_LAYERS = 4
 _OF_TOKENS = (EMBEDDING, HEAD)
+_LEAST_ROWS = 16
+_TIMES_OF_THE_MIDDLE, _TIMES_OF_THE_SAME, _ROW_SLACK = 4.0, 2.0, 2e-3
+"""How many times the usual rest a row may have, of the middle row's and of the same row's in llama.cpp's own
+file, and what of its norm besides: an order of sums, or a merge in other steps."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,9 @@ class TensorFit:
 
     `rest_nf4` is the rest over the base's NF4 round trip. `layout`: how its rows are ordered in the
     file. `lost_rows`: rows which the file lacks, or has as zeros where the checkpoint does not. `sure`: how
-    far f can be off by the rounding. `touched`: the values are the adapter's, by factors or whole.
+    far f can be off by the rounding. `touched`: the values are the adapter's, by factors or whole. Of a
+    matrix of the type `kind`, by row (`numbers`): the rest's norm and the weight's, `row_rests` and
+    `row_norms`.
     """
 
     gguf: str
@@ -54,6 +61,10 @@ class TensorFit:
     lost_rows: int = 0
     sure: float = 0.0
     touched: bool = False
+    kind: str = ""
+    numbers: Any = None
+    row_rests: Any = None
+    row_norms: Any = None
 
 
 def fit_weights(files: Sequence[Path], source: Weights, facts: Configuration) -> tuple[Fits, ...]:
@@ -83,7 +94,32 @@ def fit_weights(files: Sequence[Path], source: Weights, facts: Configuration) ->
     for name, weight, added in experts(model):
         for file in opened:
             file.look_at(name, weight, added, with_nf4=False, touched=True)
-    return tuple(replace(_summed(file.fits, file.missing), rows=file.rows) for file in opened)
+    beside = {fit.gguf: fit for fit in opened[-1].fits} if len(opened) > 1 else {}
+    odd = {fit.gguf: rows for fit in opened[0].fits if (rows := odd_rows(fit, beside.get(fit.gguf)))}
+    fits = [replace(_summed(file.fits, file.missing), rows=file.rows) for file in opened]
+    return (replace(fits[0], odd_rows=odd), *fits[1:])
+
+
+def odd_rows(fit: TensorFit, beside: TensorFit | None) -> tuple[int, ...]:
+    """Rows of a file's matrix that are off by more than their type's rounding: damaged, or another row's.
+
+    What that is says llama.cpp's own file, row by row, where that tensor has the same type there, and of
+    unquantized tensors the middle row. Others are not judged.
+    """
+    import numpy as np
+
+    if fit.row_rests is None or len(fit.row_rests) < _LEAST_ROWS:
+        return ()
+    norms = fit.row_norms
+    if fit.kind in (*HALVES, "F32"):
+        usual = _TIMES_OF_THE_MIDDLE * np.median(fit.row_rests / np.maximum(norms, 1e-30)) * norms
+    elif beside is not None and beside.kind == fit.kind and beside.layout == fit.layout:
+        times = max(1.0, float(np.median(fit.row_rests / np.maximum(beside.row_rests, 1e-30))))
+        usual = _TIMES_OF_THE_SAME * times * beside.row_rests
+    else:
+        return ()
+    slack = _ROW_SLACK * np.maximum(norms, np.median(norms))
+    return tuple(fit.numbers[fit.row_rests > usual + slack].tolist())
 
 
 def _of_tokens(file: _File, name: str, names: Sequence[str]) -> Sequence[tuple[str, ...]]:
@@ -152,7 +188,8 @@ def _fit(
         lost = weight.shape[0] - shape[0]
         weight, added = weight[: shape[0]], None if added is None else added[: shape[0]]
     if weight.dim() == 2 and weight.shape[0] > _MOST_ROWS and shape == tuple(weight.shape):
-        rows = np.r_[0:4096, weight.shape[0] - 4096 : weight.shape[0]]
+        last, spread_out = len(weight) - 1, np.linspace(0, len(weight) - 1, _MOST_ROWS // 2, dtype=int)
+        rows = np.unique(np.r_[0:4096, spread_out, last - 4095 : last + 1])
         weight, added = weight[rows], None if added is None else added[rows]
     values = torch.from_numpy(
         np.array(dequantize(raw[rows], GGMLQuantizationType[tensor.type]), dtype=np.float32)
@@ -177,7 +214,24 @@ def _fit(
     sure = (
         rest * float(weight.norm() / added.norm()) / math.sqrt(weight.numel()) if scale is not None else 0.0
     )
-    return TensorFit(tensor.name, scale, rest, layout, rest_nf4, lost, sure)
+    rests = norms = numbers = None
+    if weight.dim() > 1:
+        left = arranged - weight if scale is None else arranged - weight - scale * added
+        rests, norms = (values.reshape(-1, values.shape[-1]).norm(dim=1).numpy() for values in (left, weight))
+        numbers = np.arange(len(rests)) if isinstance(rows, slice) else rows
+    return TensorFit(
+        tensor.name,
+        scale,
+        rest,
+        layout,
+        rest_nf4,
+        lost,
+        sure,
+        kind=tensor.type,
+        numbers=numbers,
+        row_rests=rests,
+        row_norms=norms,
+    )
 
 
 def _any(added: Any) -> bool:
@@ -189,7 +243,7 @@ def _layouts(values: Any, weight: Any, facts: Configuration) -> Iterator[tuple[s
     if values.shape == weight.shape:
         yield "plain", values
         if weight.dim() == 1:
-            yield "plus one", values - 1.0  # Gemma's norms
+            yield PLUS_ONE, values - 1.0  # Gemma's norms
         heads = {facts.heads, facts.key_value_heads} - {None}
         for count in sorted(count for count in heads if count and weight.shape[0] % (2 * count) == 0):
             # Llama's rotary halves, interleaved head by head.

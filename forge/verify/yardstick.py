@@ -8,29 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from forge.export.repair import laid_out
 from forge.export.requantize import quantize_file
-from forge.export.request import ExportRequest, Ingredients, MergeBase
-from forge.export.run import GGUF_FILE, export_gguf
+from forge.export.request import ExportRequest, Ingredients
+from forge.export.run import GGUF_FILE, HEADER, export_gguf
 from forge.model.gguf_header import GgufHeader, LongArray, read_gguf
+from forge.verify.measurement import VerifyRequest
 
 _BLOCK = 1 << 24
 
 
-def make_f16(
-    out: Path,
-    *,
-    base: Path,
-    adapter: Path | None,
-    tokenizer: Path,
-    chat_template: str | None,
-    converters: Path,
-    end_of_turn_id: int | None = None,
-    merge_base: str = "original",
-) -> Path:
-    """An f16 GGUF of base and adapter in the directory `out`; raises what `export` raises."""
-    nf4_or_original: MergeBase = "nf4" if merge_base == "nf4" else "original"
-    model = Ingredients(base, adapter, tokenizer, chat_template, converters, end_of_turn_id, nf4_or_original)
-    return export_f16(model, out)
+def model_of(request: VerifyRequest) -> Ingredients:
+    """What the file of `request` should have been made of, without an adapter that lies beside it."""
+    return Ingredients(
+        request.base,
+        None if request.lora else request.adapter,
+        request.tokenizer,
+        request.chat_template,
+        request.converters,
+        request.end_of_turn_id,
+        request.merge_base,
+    )
+
+
+def make_header(model: Ingredients, out: Path) -> Path:
+    """The header of such a GGUF in the empty directory `out`, without its weights; raises as `export_f16`."""
+    laid_out(model, "yardstick", out)
+    return out / HEADER
 
 
 def export_f16(model: Ingredients, out: Path) -> Path:
