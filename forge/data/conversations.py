@@ -317,7 +317,7 @@ def _exchange(
         yield Turn("system", text_of(prompt, asked, empty_ok=True))
         prompt, asked, more = more, beside, None
     for column, value in ((asked, prompt), (beside, more), (place, answer)):
-        if isinstance(value, str) and (word := value.strip()).lower() in _BLANKS:
+        if isinstance(value, str) and len(value) < 20 and (word := value.strip()).lower() in _BLANKS:
             notes.counts[f"{column} says only {word}, learned as a word: an empty cell of a table?"] += 1
     yield from _history(row, layout, shape, notes)
     extra = text_of(more, beside, empty_ok=True) if more is not None else ""

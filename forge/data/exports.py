@@ -182,7 +182,7 @@ def _of_input(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 _KINDS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any] | None]] = {
     "mapping": _of_chatgpt,
     "chat_messages": _of_claude,
-    **dict.fromkeys(("choices", "candidates", "response", "body", "request", "message"), of_call),
+    **dict.fromkeys(("choices", "candidates", "response", "body", "request", "message", "object"), of_call),
     "prompt": _of_tree,
     "input": _of_input,
     "data": _of_data,

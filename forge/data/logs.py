@@ -38,6 +38,7 @@ def of_call(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     used = [f"{beside}{key}" for key in (*keys, "tools") if key is not None]
     used += ["choices", "candidates"] if answered is values else [f"response.{key}" for key in _ANSWERS]
     used += ["message"] if answered is values and "done" in values else []
+    used += ["output"] if answered is values and _is_response(values) else []
     tools = _value(asked, _TOOLS) or values.get("tools")
     row = {**without(rest, *used), **({"tools": tools} if tools else {})}
     if asked is not values and values.get(_MESSAGES):
@@ -63,7 +64,9 @@ def _of_generated(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 _HOLDERS = ("request", "response", "body")
 # Where APIs have the conversation in a request and in an answer; all else is listed as unused.
 _PROMPTS, _SYSTEMS = (_MESSAGES, "contents", "input"), ("system", "systemInstruction", "instructions")
-_TOOLS = ("tools", "functions")
+_TOOLS = ("tools", "functions", "toolConfig")
+# What an answer of OpenAI's responses goes on from, which is not in its request.
+_EARLIER = ("previous_response_id", "conversation")
 _ANSWERS = ("choices", "candidates", "output", "content", "role", "message")
 
 
@@ -112,8 +115,17 @@ def _answered(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if whole is not None and (_replies(whole) or _items(whole)):
         return whole
     # Beside its prompt an answer of Anthropic's or of OpenAI's responses would be any row.
-    is_call = "choices" in values or "candidates" in values or {"message", "done"} <= values.keys()
+    is_call = (
+        "choices" in values
+        or "candidates" in values
+        or {"message", "done"} <= values.keys()
+        or _is_response(values)
+    )
     return values if is_call and _replies(values) else None
+
+
+def _is_response(values: Mapping[str, Any]) -> bool:
+    return values.get("object") == "response"
 
 
 def _replies(whole: Mapping[str, Any]) -> list[tuple[object, object]]:
@@ -128,6 +140,10 @@ def _replies(whole: Mapping[str, Any]) -> list[tuple[object, object]]:
         return [(_only(whole, "role", "content"), whole.get("stop_reason"))]
     if _has(whole, "message") and "done" in whole:
         return [(whole["message"], _ollama_reason(whole))]
+    if _has(whole, "message") and "finish_reason" in whole:  # Cohere's
+        return [(whole["message"], whole["finish_reason"])]
+    if _has(output := whole.get("output"), "message") and isinstance(output, Mapping):  # Bedrock's
+        return [(output["message"], whole.get("stopReason"))]
     items = _items(whole)
     return [(items, whole.get("status"))] if items else []
 
@@ -154,6 +170,8 @@ def _only(values: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
 
 
 def _prompt(asked: Mapping[str, Any]) -> Sequence[Any]:
+    if earlier := [key for key in _EARLIER if asked.get(key) and isinstance(asked[key], (str, Mapping))]:
+        raise BadRowError("goes on from a conversation that is not in the row; leave the row out", earlier[0])
     messages = _value(asked, _PROMPTS)
     if isinstance(made := parsed(messages), list) and all(map(_is_message, made)):
         messages = made
@@ -176,7 +194,8 @@ _REASONS = ("finish_reason",)
 _WHOLE_ENDS = {
     fields.plain(reason)
     for reason in (
-        "", "stop", "end_turn", "stop_sequence", "tool_use", "tool_calls", "function_call", "completed",
+        "", "stop", "end_turn", "stop_sequence", "tool_use", "tool_calls", "tool_call", "function_call",
+        "completed", "complete",
         "eos", "eos_token", "unspecified", "finish_reason_unspecified",
     )
 }  # fmt: skip

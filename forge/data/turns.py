@@ -255,6 +255,8 @@ def _role(
     notes: Notes,
 ) -> tuple[str, str]:
     key, speaker = parts.get(fields.ROLE, ("role", None))
+    if speaker is None and "parts" in message:  # Gemini's user need not say so
+        speaker = "user"
     if isinstance(speaker, Mapping):  # ChatGPT's export
         speaker = speaker.get("role", speaker.get("name"))
     role = fields.role_of(speaker, roles) if isinstance(speaker, str) else None
