@@ -133,6 +133,16 @@ def test_real_vocabularies_are_proved(vocabulary: str, tmp_path: Path) -> None:
     assert read_gguf(file).metadata["tokenizer.ggml.add_bos_token"] is (vocabulary in BEGINS_WITH_BOS)
 
 
+def test_a_router_scores_as_transformers_does(tmp_path: Path) -> None:
+    """Only the hub's config.json says how, and a model that transformers 5 made has no such field."""
+    directory = directory_of(tmp_path / "base", "home-made")
+    path = directory / "config.json"
+    changed = {"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3"}
+    config = {**json.loads(path.read_text(encoding="utf-8")), **FIELDS["deepseek-v3"], **changed}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    assert read_gguf(convert(directory)).metadata["deepseek2.expert_gating_func"] == 2
+
+
 def test_a_wrong_pre_tokenizer_is_caught(tmp_path: Path) -> None:
     """Silent wrong 13: the file loads and answers, with other tokens than were trained on."""
     directory = directory_of(tmp_path / "base", "home-made")

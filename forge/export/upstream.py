@@ -37,6 +37,8 @@ REFUSALS = (
     NotImplementedError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError,
     RuntimeError, ArithmeticError, OSError, ImportError, SystemExit,
 )  # fmt: skip
+# Families whose routers transformers scores so whatever the file says; llama.cpp does where it is said.
+_SIGMOID = {"deepseek_v3", "dots1"}
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "float32"}
 
 
@@ -225,6 +227,8 @@ def _streamed(base: Any, tensors: Sequence[LazyTensor]) -> Iterator[None]:
         # GPT-NeoX's and Cohere 2's read a name that transformers 5 has no more.
         rotation = stated.get("rope_parameters") or {}
         stated.setdefault("rotary_pct", rotation.get("partial_rotary_factor", 1.0))
+        if stated.get("model_type") in _SIGMOID:
+            stated.setdefault("scoring_func", "sigmoid")
         return stated
 
     files, base.ModelBase.index_tensors = base.ModelBase.index_tensors, index_tensors
