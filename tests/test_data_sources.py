@@ -385,6 +385,21 @@ def test_directories_patterns_and_splits(tmp_path: Path) -> None:
     assert jsonl(tmp_path / "plain" / "a.jsonl") in locate_all("plain", tmp_path, "train")
 
 
+def test_several_sets_of_one_split(tmp_path: Path) -> None:
+    """gsm8k's `main` and `socratic` have the same questions, UltraChat's `train_gen` other rows."""
+    for name in ("main/train", "socratic/train", "main/test"):
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "set" / f"{name}-00000-of-00001.jsonl", "{}")
+    with pytest.raises(
+        DataError, match="several sets of the split 'train': main/train, socratic/train"
+    ) as caught:
+        locate_all("set", tmp_path, "train[:10%]")
+    assert caught.value.hint.startswith("data.split: main/train takes that one")
+    (path,) = locate_all("set", tmp_path, "main/train[:10%]")
+    assert path.parent.name == "main"
+    assert len(locate_all("set", tmp_path, "test")) == 1
+
+
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
     """A byte order mark and empty lines are no rows."""
     path = write(tmp_path / "rows.jsonl", '\ufeff{"a": 1}\n\n  \n{"a": 2}\n')

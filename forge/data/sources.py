@@ -5,6 +5,7 @@ Not covered: the hub (`model.base` fetches; what it gives is a directory).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from forge.data.files import SUFFIXES, is_data_file
 from forge.data.json_rows import SPLITS
 from forge.errors import DataError
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_PREFIX = "builtin:"
 _BUILTIN_FILES = {name: f"{name}.jsonl" for name in ("yoda", "yoda_heldout", "sentiment", "code", "medical")}
@@ -100,6 +102,14 @@ def files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
         raise DataError(
             f"data.split: {folder} has no data file of the split {name!r}; its data files are: {names}",
             hint="set data.split, or name the file you want as data.source",
+        )
+    # The hub's own names: other sets of the same rows, or of other ones, which nobody asked for together.
+    sets = {_SHARD.sub("", path.relative_to(folder).with_suffix("").as_posix()) for path in chosen}
+    if len(sets) > 1 and all(_SHARD.search(path.stem) for path in chosen):
+        named = sorted(sets)
+        raise DataError(
+            f"data.split: {folder} has several sets of the split {name!r}: {', '.join(named)}",
+            hint=f"data.split: {named[0]} takes that one; a list in data.source takes several",
         )
     return tuple(chosen)
 
