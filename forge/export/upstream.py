@@ -38,7 +38,15 @@ REFUSALS = (
     RuntimeError, ArithmeticError, OSError, ImportError, SystemExit,
 )  # fmt: skip
 # Families whose routers transformers scores so whatever the file says; llama.cpp does where it is said.
-_SIGMOID = {"deepseek_v3", "dots1"}
+_SIGMOID = {
+    "deepseek_v3",
+    "deepseek_v32",
+    "dots1",
+    "exaone_moe",
+    "glm4_moe_lite",
+    "glm_moe_dsa",
+    "kimi_linear",
+}
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "float32"}
 
 
