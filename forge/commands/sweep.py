@@ -78,7 +78,8 @@ def plan_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     for run, stages in zip(sweep.combinations, plans, strict=True):
         made = [name for name, cached in stages.items() if not cached]
         rows.append((run.name, run.label, ", ".join(made) or "nothing", len(stages) - len(made)))
-    report.table(f"{sweep.name}: {len(rows)} runs", ("run", "", "makes", "from the store"), rows)
+    count = f"{len(rows)} run{'s' if len(rows) != 1 else ''}"
+    report.table(f"{sweep.name}: {count}", ("run", "", "makes", "from the store"), rows)
     runs = [
         {"name": combination.name, "values": dict(combination.values), "stages": stages}
         for combination, stages in zip(sweep.combinations, plans, strict=True)
