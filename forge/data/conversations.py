@@ -294,6 +294,10 @@ def _exchange(
     if isinstance(answer, list) and answer and isinstance(answer[0], Mapping) and not is_of_parts(answer):
         reply = list(turns_of(answer, place, shape.roles, notes))
         if reply[0].role != "assistant" and layout.format == PREFERENCE:
+            is_listed = _is_messages(prompt)
+            before = list(turns_of(prompt, asked, shape.roles, Notes())) if is_listed else []
+            if not {turn.content for turn in before} <= {turn.content for turn in reply}:
+                raise BadRowError(f"has turns that {place} has not; put them into both answers' turns", asked)
             yield from reply  # the whole conversation, its prompt included
             return
     else:

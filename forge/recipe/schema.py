@@ -94,7 +94,9 @@ class DataSource(Section):
 
     source: Text = Field(description="file, directory, pattern, hub id or `id@revision`, or `builtin:yoda`")
     revision: Text | None = Field(None, description="commit, tag or branch of a hub data set")
-    split: Text | None = Field(None, description="split, slices such as `train[:10%]` too")
+    split: Text | None = Field(
+        None, description="split, or one of its sets (`main/train`); slices such as `train[:10%]` too"
+    )
     format: DataFormat | None = Field(None, description="shape of its rows")
     columns: Columns | None = Field(None, description="which columns play which part")
     weight: float = Field(1.0, gt=0, description="how often each of its rows is seen in an epoch")
@@ -116,7 +118,9 @@ class Data(Section):
         "`rows/*.jsonl`, hub id or `id@revision`, `builtin:yoda`; or a list of sources"
     )
     revision: Text | None = Field(None, description="commit, tag or branch of a hub data set")
-    split: Text = Field("train", description="split, slices such as `train[:10%]` too")
+    split: Text = Field(
+        "train", description="split, or one of its sets (`main/train`); slices such as `train[:10%]` too"
+    )
     format: DataFormat = Field(
         "auto",
         description="shape of the rows: " + ", ".join(DATA_FORMATS) + ", or `module:function` of your own; "
