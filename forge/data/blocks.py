@@ -94,7 +94,10 @@ def _thought(item: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def plain_messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The message, or the several that its blocks are: what tools answered first, then what is left."""
+    """The message, or the several that its blocks are: what tools answered first, then what is left.
+
+    Raises `BadRowError` where it holds calls as well, since their order would be lost.
+    """
     key = next((key for key in message if fields.message_part(key) == fields.CONTENT), None)
     blocks = message.get(key) if key else None
     if not isinstance(blocks, list) or not any(map(_is_special, blocks)):
@@ -102,6 +105,8 @@ def plain_messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         return
     calls = [call for block in blocks if (call := _call(block))]
     results = [result for block in blocks if (result := _result(block))]
+    if calls and results:
+        raise BadRowError("a message holds a call and what the tool answered; make turns of both", str(key))
     rest = [_part(block) for block in blocks if not _call(block) and not _result(block)]
     yield from results
     if rest or calls or not results:

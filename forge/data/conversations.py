@@ -335,25 +335,30 @@ def _exchange(
                 raise BadRowError(f"ends with another answer than {place}; keep the one to learn", asked)
         yield from before
     else:
-        words = _said(prompt, row, asked)
-        if not isinstance(words, Mapping):
-            words = written(words, asked, notes)
-        question = text_of(words, asked, empty_ok=bool(extra.strip()))
-        marks = [mark for mark in fields.TEMPLATE_MARKS if mark in question]
-        if question.startswith(fields.ALPACA_MARKS):
-            marks += [fields.ALPACA_MARKS[0]]
-        if marks:
-            raise BadRowError(
-                f"has {marks[0]}, a chat template's mark: it is rendered already; give the user's words, "
-                "the template is the base's",
-                asked,
-            )
-        if question.lstrip().startswith("Human:") and question.rstrip().endswith("\nAssistant:"):
-            notes.counts["prompts of Human: and Assistant:, read as conversations"] += 1
-            yield from dialogue(question.rstrip().removesuffix("Assistant:"), asked)
-        else:
-            yield Turn("user", "\n\n".join(text for text in (question, extra) if text.strip()))
+        yield from _question(prompt, extra, row, asked, notes)
     yield from reply
+
+
+def _question(prompt: object, extra: str, row: Row, asked: str, notes: Notes) -> Iterator[Turn]:
+    """What the user says: the prompt as a text, and what stands beside it."""
+    words = _said(prompt, row, asked)
+    if not isinstance(words, Mapping):
+        words = written(words, asked, notes)
+    question = text_of(words, asked, empty_ok=bool(extra.strip()))
+    marks = [mark for mark in fields.TEMPLATE_MARKS if mark in question]
+    if question.startswith(fields.ALPACA_MARKS):
+        marks += [fields.ALPACA_MARKS[0]]
+    if marks:
+        raise BadRowError(
+            f"has {marks[0]}, a chat template's mark: it is rendered already; give the user's words, "
+            "the template is the base's",
+            asked,
+        )
+    if question.lstrip().startswith("Human:") and question.rstrip().endswith("\nAssistant:"):
+        notes.counts["prompts of Human: and Assistant:, read as conversations"] += 1
+        yield from dialogue(question.rstrip().removesuffix("Assistant:"), asked)
+    else:
+        yield Turn("user", "\n\n".join(text for text in (question, extra) if text.strip()))
 
 
 def _are_calls(value: object) -> bool:
