@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from forge.errors import RecipeError
-from forge.recipe.fields import all_names, values
+from forge.recipe.fields import all_names, names_in, values
 from forge.recipe.load import load
 from forge.recipe.old_names import DROP, OLD_NAMES
 
@@ -142,6 +145,8 @@ def test_an_override_by_an_old_name_wins() -> None:
         "logging_strategy: epoch",
         "load_in_8bit: false",
         "packing_strategy: bfd",
+        "{deepspeed: null, torch_dtype: null, quantization_config: ~}",
+        "{label_smoothing_factor: 0.0, train_sampling_strategy: random}",
     ],
 )
 def test_what_is_the_case_anyway_is_accepted(said: str) -> None:
@@ -174,7 +179,28 @@ def test_settings_that_have_a_field(said: str, field: str, value: object) -> Non
     assert read(GOOD + f"train:\n  {said}\n")[0][field] == value
 
 
-@pytest.mark.parametrize("said", ["bias: all", "task_type: SEQ_CLS", "peft_type: IA3"])
+@pytest.mark.training
+@pytest.mark.filterwarnings("ignore:.*experimental")
+def test_every_setting_of_the_installed_libraries_has_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field, a name of another that means it, or a sentence: never an unknown key."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    import peft
+    import transformers
+    import trl
+    from trl.experimental.orpo import ORPOConfig
+
+    classes: tuple[Any, ...] = (
+        transformers.TrainingArguments, trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, ORPOConfig,
+        peft.LoraConfig,
+    )  # fmt: skip
+    settings = {field.name for each in classes for field in dataclasses.fields(each)}
+    settings |= inspect.signature(transformers.BitsAndBytesConfig).parameters.keys() - {"kwargs"}
+    assert sorted(settings - OLD_NAMES.keys() - {*names_in("train"), *names_in("train.lora")}) == []
+
+
+@pytest.mark.parametrize(
+    "said", ["bias: all", "bias: [none]", "task_type: SEQ_CLS", "peft_type: IA3", "task_type: {a: 1}"]
+)
 def test_what_is_not_the_case_is_refused(said: str) -> None:
     """C8, pitfall 37."""
     [problem] = refused(GOOD + f"train:\n  lora: {{{said}}}\n")
@@ -247,8 +273,9 @@ def test_every_old_name_leads_to_a_field_or_says_why_not(name: str) -> None:
     old = OLD_NAMES[name]
     assert bool(old.new) != bool(old.why)
     if not old.new:
-        said = refused(GOOD + f"train: {{{name}: 1}}\n")
-        assert said == [f"recipe.yaml:4: train.{name}: is not a field: {old.why}"]
+        inner = name in names_in("train")  # of a section above, where it is a field
+        said = refused(GOOD + (f"train: {{lora: {{{name}: 1}}}}\n" if inner else f"train: {{{name}: 1}}\n"))
+        assert said == [f"recipe.yaml:4: train.{'lora.' * inner}{name}: is not a field: {old.why}"]
         return
     assert old.new in all_names()
     assert old.new.rpartition(".")[2] != name or old.new.count(".") < 2

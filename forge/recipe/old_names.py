@@ -99,12 +99,17 @@ OLD_NAMES: Mapping[str, Old] = {
     **_all("train.batch_size", "per_gpu_train_batch_size"),
     **_all("train.gradient_accumulation", "gradient_accumulation_steps", "grad_accumulation_steps"),
     **_all("train.max_length", "max_seq_length", "max_seq_len", "sequence_len", "sequence_length"),
-    **_all("train.max_length", "cutoff_len", "model_max_length", "max_tokens_per_row"),
+    **_all("train.max_length", "cutoff_len", "model_max_length", "max_tokens_per_row", "block_size"),
     **_all("train.optimizer", "optim"),
     **_all("train.max_gradient_norm", "max_grad_norm"),
     **_all("train.gradient_checkpointing", "activation_checkpointing", "use_gradient_checkpointing"),
+    **_all("train.gradient_checkpointing", "grad_checkpoint", "enable_activation_checkpointing"),
     **_all("train.packing", "sample_packing", "neat_packing"),
-    **_all("train.beta", "pref_beta"),
+    **_all("train.beta", "pref_beta", "dpo_beta", "rl_beta"),
+    **_all("train.max_steps", "iters"),
+    **_all("train.continue_from", "resume_adapter_file"),
+    **_all("train.lora.rank_pattern", "lora_rank_pattern"),
+    **_all("train.lora.alpha_pattern", "lora_alpha_pattern"),
     **_all("train.template_variables", "chat_template_kwargs"),
     **_all("train.seed", "random_state", "random_seed"),
     **_all("train.lora.r", "lora_r", "lora_rank", "rank"),
@@ -174,8 +179,26 @@ OLD_NAMES: Mapping[str, Old] = {
     "loss_type": Old(why="the loss is that of train.objective", values={"sigmoid": DROP}),
     **{
         name: Old(why="it is not built: the loss is that of train.objective", values={False: DROP})
-        for name in ("reference_free", "label_smoothing", "label_smoothing_factor", "sync_ref_model")
+        for name in (
+            *("reference_free", "label_smoothing", "label_smoothing_factor", "sync_ref_model"),
+            *("router_aux_loss_coef", "loss_weights", "ld_alpha", "f_divergence_type", "discopop_tau"),
+            *("f_alpha_divergence_coef", "use_weighting", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+            *("desirable_weight", "undesirable_weight"),
+        )
     },
+    **{
+        name: Old(why="of peft's ways train.lora has those that are built", values={False: DROP})
+        for name in (
+            *("eva_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens"),
+            *("use_qalora", "qalora_group_size", "monteclora_config", "use_bdlora", "arrow_config"),
+            *("kasa_config", "target_parameters"),
+        )
+    },
+    "train_sampling_strategy": Old("train.length_groups", values={"group_by_length": True, "random": DROP}),
+    "shuffle_dataset": Old("train.seed", values={True: DROP}),
+    "disable_gradient_checkpointing": Old("train.gradient_checkpointing", values={True: False, False: True}),
+    "fine_tune_type": Old("train.method", values={"lora": "lora", "full": "full"}),
+    "mixed_precision": Old("train.dtype", values={**_DTYPES, "no": "fp32"}),
     # Export and serving.
     **_all("export.quant", "quantization_method", "quantization", "quant_type", "gguf_quant", "ftype"),
     **_all("export.keep_merged", "save_merged", "keep_merged_model"),
@@ -186,11 +209,15 @@ OLD_NAMES: Mapping[str, Old] = {
     # No counterpart.
     **_gone(
         "held-out rows are evaluated in batches of train.batch_size, every train.evaluation_steps steps",
-        *("evals_per_epoch", "per_device_eval_batch_size", "eval_batch_size"),
+        *("evals_per_epoch", "per_device_eval_batch_size", "eval_batch_size", "val_batches", "do_predict"),
+        *("eval_on_start", "eval_delay", "eval_accumulation_steps", "eval_do_concat_batches"),
+        *("eval_use_gather_object", "generate_during_eval"),
     ),
     **_gone(
         "checkpoints are written by time (train.checkpoint_minutes) and resumed from without being asked",
         *("save_strategy", "save_steps", "save_total_limit", "saves_per_epoch", "resume_from_checkpoint"),
+        *("save_only_model", "save_on_each_node", "save_every", "enable_jit_checkpoint", "ignore_data_skip"),
+        "restore_callback_states_from_checkpoint",
     ),
     **_gone(
         "files have fixed places, runs/<name>/; the name of the recipe decides",
@@ -205,11 +232,12 @@ OLD_NAMES: Mapping[str, Old] = {
     **_gone(
         "`forge push RUN --to ORG/NAME --private` sends a run to a hub, with HF_TOKEN or `hf auth login`",
         *("hub_token", "push_to_hub", "push_to_hub_token", "hub_private_repo", "hub_strategy"),
-        "export_hub_model_id",
+        *("export_hub_model_id", "hub_always_push", "hub_revision"),
     ),
     **_gone(
         "trackers have environment variables for it (WANDB_PROJECT); train.report_to names the trackers",
         *("wandb_project", "wandb_entity", "wandb_name", "wandb_run_id", "mlflow_experiment_name"),
+        *("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     ),
     **_gone(
         "the first loss or gradient that is not finite stops a training",
@@ -218,7 +246,7 @@ OLD_NAMES: Mapping[str, Old] = {
     **_gone(
         "it is not built: all that is trained has train.learning_rate and train.optimizer",
         *("loraplus_lr_ratio", "loraplus_lr_embedding", "use_galore", "galore_rank", "use_apollo"),
-        *("use_badam", "badam_mode", "lisa_n_layers"),
+        *("use_badam", "badam_mode", "lisa_n_layers", "optim_args", "optim_target_modules"),
     ),
     **_gone(
         "train.method: full trains every weight, LoRA those of train.lora.targets; a base is not divided",
@@ -251,7 +279,7 @@ OLD_NAMES: Mapping[str, Old] = {
     ),
     **_gone("packing is padding-free by itself; say train.packing: true", "padding_free"),
     **_gone("only the answers carry loss, always; prompts never do", "response_template", "data_collator"),
-    **_gone("name the modules in train.lora.targets", "layers_pattern"),
+    **_gone("name the modules in train.lora.targets", "layers_pattern", "exclude_modules"),
     **_gone("layers that stand twice in a model have no GGUF form", "layer_replication"),
     **_gone(
         "a LoftQ adapter fits a base that only its own quantization gives; take train.lora.init: olora",
@@ -268,6 +296,18 @@ OLD_NAMES: Mapping[str, Old] = {
         *("greater_is_better", "precompute_ref_log_probs", "plot_loss", "streaming", "visual_inputs"),
         *("export_size", "export_device", "export_legacy_format", "infer_backend", "fan_in_fan_out"),
         *("llm_int8_threshold", "llm_int8_skip_modules", "llm_int8_enable_fp32_cpu_offload"),
+        *("llm_int8_has_fp16_weight", "model_init_kwargs", "accelerator_config", "parallelism_config"),
+        *("activation_checkpointing_kwargs", "liger_kernel_config", "torch_compile_backend"),
+        *("torch_compile_mode", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+        *("dataloader_persistent_workers", "dataloader_in_order", "dataloader_drop_last", "label_names"),
+        *("length_column_name", "pad_to_multiple_of", "padding_value", "ddp_bucket_cap_mb", "ddp_backend"),
+        *("ddp_broadcast_buffers", "ddp_static_graph", "log_level", "log_level_replica", "debug"),
+        *("log_on_each_node", "logging_first_step", "logging_nan_inf_filter", "disable_tqdm", "use_cache"),
+        *("include_num_input_tokens_seen", "average_tokens_across_devices", "skip_memory_metrics"),
+        *("bf16_full_eval", "fp16_full_eval", "full_determinism", "truncation_mode", "disable_dropout"),
+        *("is_encoder_decoder", "precompute_ref_batch_size", "include_for_metrics", "batch_eval_metrics"),
+        *("prediction_loss_only", "auto_mapping", "peft_version", "revision", "inference_mode"),
+        *("megatron_config", "megatron_core", "runtime_config", "ensure_weight_tying"),
     ),
     # Out of scope.
     **{name: Old(why=why) for name, why in OUT_OF_SCOPE.items()},
@@ -294,8 +334,15 @@ class Translation:
     problems: list[Problem]
 
 
+def _says_what_is(old: Old, value: Any) -> bool:
+    """Whether a name without a counterpart has a value that changes nothing: nothing at all, too."""
+    return value is None or (isinstance(value, str | int | float) and value in (old.values or ()))
+
+
 def _renamed(old: Old, node: Node) -> Node | None:
     """The node under its new name; None to leave it out. Raises ValueError with the reason."""
+    if node.value is None and (old.values is not None or not old.new):
+        return None
     if old.values is None:
         return node
     try:
@@ -339,7 +386,7 @@ def rename(
 ) -> tuple[str, Problem | None]:
     """Move one old name's value to its new place: a warning, or a problem."""
     name = ".".join(path)
-    if not old.new and node.value not in (old.values or ()):
+    if not old.new and not _says_what_is(old, node.value):
         return "", place.problem(name, f"is not a field: {old.why}")
     try:
         renamed = _renamed(old, node)
