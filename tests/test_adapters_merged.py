@@ -15,6 +15,7 @@ from forge.adapter.change import norm, singular_values
 from forge.adapter.combine import Combination, Combined, CombineRequest, Weighted, combine
 from forge.adapter.read import read_adapter
 from forge.adapter.status import ValidateRequest, validate_adapter
+from forge.commands.adapters import merge_adapters
 from forge.errors import CheckError, DataError
 from forge.recipe.training import Lora
 from forge.train.lora import with_lora
@@ -160,12 +161,18 @@ def test_linear_of_other_ranks_names_the_way_out(base: Path, first: Path, tmp_pa
     ],
 )
 def test_what_has_no_weighted_sum_is_refused(
-    options: dict[str, Any], words: str, base: Path, first: Path, tmp_path: Path
+    options: dict[str, Any],
+    words: str,
+    base: Path,
+    first: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """K5: peft would leave out what is no factor, or take the first adapter's."""
+    """K5: peft would leave out what is no factor, or take the first adapter's. Before any worker starts."""
     other = make_adapter(base, tmp_path / "b", **options)
+    monkeypatch.setattr("forge.commands.adapters.worker.perform", None)
     with pytest.raises(DataError, match=words):
-        merged(base, (first, other), tmp_path / "out")
+        merge_adapters(str(base), [f"{first}=1", f"{other}=1"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -190,13 +197,13 @@ def test_a_merge_that_went_wrong_is_found(
     def forgetful(settings: Any, name: str, value: object) -> None:
         whole(settings, name, settings.use_rslora if name == "use_rslora" and not value else value)
 
-    loaded = room._with_all
+    loaded = room.with_all
 
     def then_forget(*given: Any) -> Any:
         model = loaded(*given)
         monkeypatch.setattr(peft.LoraConfig, "__setattr__", forgetful)
         return model
 
-    monkeypatch.setattr(room, "_with_all", then_forget)
+    monkeypatch.setattr(room, "with_all", then_forget)
     with pytest.raises(CheckError, match=r"cat: the merged adapter is .* from the weighted sum"):
         merged(base, (first, second), tmp_path / "out")

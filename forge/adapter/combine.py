@@ -111,7 +111,6 @@ def combine(request: CombineRequest) -> Combined:
     for part in request.parts:
         validate_adapter(ValidateRequest(request.base, part.adapter))
     adapters = [read_adapter(part.adapter) for part in request.parts]
-    _refuse_impure(adapters)
     _merge(request, adapters)
     validate_adapter(ValidateRequest(request.base, request.out))
     combined = _compared(request, adapters, read_adapter(request.out))
@@ -124,7 +123,8 @@ def combine(request: CombineRequest) -> Combined:
     return combined
 
 
-def _refuse_impure(adapters: Sequence[Adapter]) -> None:
+def refuse_impure(adapters: Sequence[Adapter]) -> None:
+    """Raise `DataError` for an adapter that has anything beside factors of linear layers."""
     for adapter in adapters:
         if adapter.impurities:
             raise DataError(
