@@ -346,6 +346,29 @@ def test_only_metadata_that_both_have_names_the_cause(own: str) -> None:
     assert (found["broken_stage"], "forge repair" in found["remedy"]) == ("convert", True)
 
 
+@pytest.mark.parametrize(
+    ("scale", "one", "sure", "words"),
+    [
+        (1.0, 1.0, 0.01, None),
+        (1.25, 1.25, 0.01, None),
+        (0.5, 0.5, 0.01, "the adapter is in the file 0.5 times, in llama.cpp's own 1.1 times"),
+        (0.5, 0.5, 0.1, None),  # which chance explains
+        (1.0, 0.0, 0.01, "in 1 of 2 adapted tensors the adapter is not once: 0 in blk.0.attn_v.weight"),
+    ],
+)
+def test_an_adapter_that_four_bits_hide_is_there_as_often_as_in_llama_cpps_own(
+    scale: float, one: float, sure: float, words: str | None
+) -> None:
+    measured = _measurement()
+    scales = {"blk.0.attn_q.weight": (scale, sure), "blk.0.attn_v.weight": (one, sure)}
+    own = dict.fromkeys(scales, (1.1, sure))
+    for file, median, each in (("file", scale, scales), ("vendor", 1.1, own)):
+        measured["weights"][file] = {**measured["weights"][file], "scale": median, "scales": each}
+    found = _judged(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (words is None, None if words is None else "merge")
+    assert words is None or found["verdict"] == words
+
+
 def test_the_gates_are_judged_afresh_on_one_measurement() -> None:
     found = _measurement()
     assert _judged(found, Gates())["ok"]

@@ -6,6 +6,7 @@ Pure: it reads what `weights` measured. The stages: *merge* (which base, which a
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -96,6 +97,24 @@ def wrong_rows(measured: Measurement) -> list[Cause]:
             stage = "merge" if rows.wrong_trained else "convert"
             causes.append(Cause(stage, words, "merge the adapter again, with peft, and convert that"))
     return causes
+
+
+def wrong_share(measured: Measurement) -> list[Cause]:
+    """The adapter is in a quantized file another number of times; its rounding hides that from the logits."""
+    file, usual = measured.weights.file, measured.weights.vendor
+    if usual is None or file.scale is None or not file.scales:
+        return []
+    once, sure = _usual_scale(usual), statistics.median(sure for _, sure in file.scales.values())
+    other = _other_scales(file, usual)
+    if abs(file.scale - once) > _SCALE_SLACK + _SURELY * sure:
+        words = f"the adapter is in the file {file.scale:.3g} times, in llama.cpp's own {once:.3g} times"
+    elif other:
+        name, times = next(iter(other.items()))
+        count = f"{len(other)} of {len(file.scales)}"
+        words = f"in {count} adapted tensors the adapter is not once: {times:.3g} in {name}"
+    else:
+        return []
+    return [Cause("merge", words, "check alpha, r and the patterns in adapter_config.json; merge it again")]
 
 
 def damaged_rows(measured: Measurement) -> list[Cause]:

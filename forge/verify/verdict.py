@@ -28,6 +28,7 @@ from forge.verify.cause import (
     unlike_its_word,
     wrong_numbers,
     wrong_rows,
+    wrong_share,
 )
 from forge.verify.compare import FAR_NMSE, MOST_BEYOND_VENDOR, converts, converts_mostly, rounds_soundly
 from forge.verify.measurement import FIGURES, FileFacts, Gates, Handover, Leg, Measurement
@@ -126,6 +127,7 @@ def judge(measured: Measurement, gates: Gates, live: Live | None = None) -> Cert
         causes.append(shift)
         handovers[0] = replace(handovers[0], ok=False)
     causes += [cause for cause in (*wrong_rows(measured), *wrong_numbers(measured)) if cause not in causes]
+    causes += [] if causes else wrong_share(measured)
     causes += [] if causes else damaged_rows(measured)
     causes += _gate_causes(measured, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live.problems] if live else []
