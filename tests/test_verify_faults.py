@@ -169,7 +169,11 @@ def _typed(kind: int, at: int) -> Callable[[list[Any]], list[Any]]:
 
 _TABLE: Mapping[str, tuple[str, Any, str]] = {
     "two tokens swapped": ("tokens", lambda tokens: _swapped(tokens, 300), "token 300 is "),
-    "a merge dropped": ("merges", lambda merges: [*merges[:50], *merges[51:]], "merge 50 is "),
+    "a merge dropped": (
+        "merges",
+        lambda merges: [*merges[:50], *merges[51:]],
+        "tokenizer.ggml.merges: merge 50 is ",
+    ),
     "the last merge dropped": ("merges", lambda merges: merges[:-1], " merges, the tokenizer has "),
     "a word as control": ("token_type", _typed(3, 300), "is control, in the tokenizer plain text"),
     "a special token as text": ("token_type", _typed(1, 1), "is plain text, in the tokenizer special"),

@@ -347,7 +347,7 @@ def test_only_metadata_that_both_have_names_the_cause(own: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "one", "sure", "words"),
+    ("scale", "second", "sure", "words"),
     [
         (1.0, 1.0, 0.01, None),
         (1.25, 1.25, 0.01, None),
@@ -357,10 +357,10 @@ def test_only_metadata_that_both_have_names_the_cause(own: str) -> None:
     ],
 )
 def test_an_adapter_that_four_bits_hide_is_there_as_often_as_in_llama_cpps_own(
-    scale: float, one: float, sure: float, words: str | None
+    scale: float, second: float, sure: float, words: str | None
 ) -> None:
     measured = _measurement()
-    scales = {"blk.0.attn_q.weight": (scale, sure), "blk.0.attn_v.weight": (one, sure)}
+    scales = {"blk.0.attn_q.weight": (scale, sure), "blk.0.attn_v.weight": (second, sure)}
     own = dict.fromkeys(scales, (1.1, sure))
     for file, median, each in (("file", scale, scales), ("vendor", 1.1, own)):
         measured["weights"][file] = {**measured["weights"][file], "scale": median, "scales": each}
