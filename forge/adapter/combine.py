@@ -123,7 +123,7 @@ def combine(request: CombineRequest) -> Combined:
     return combined
 
 
-def refuse_impure(adapters: Sequence[Adapter]) -> None:
+def refuse_uncombinable(adapters: Sequence[Adapter]) -> None:
     """Raise `DataError` for an adapter that has anything beside factors of linear layers."""
     for adapter in adapters:
         if adapter.impurities:

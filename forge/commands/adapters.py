@@ -78,7 +78,7 @@ def merge_adapters(
     _check_options(out, combination, rank, density)
     parts = tuple(_weighted(text) for text in adapters)
     directory = directory_of(base)
-    combine.refuse_impure([read_adapter(part.adapter) for part in parts])
+    combine.refuse_uncombinable([read_adapter(part.adapter) for part in parts])
     _warn_of_other_bases(base, directory, [part.adapter for part in parts])
     tokenizers = [trained_tokenizer(directory, part.adapter) for part in parts]
     if len({tokenizer.chat_template for tokenizer in tokenizers}) > 1:
