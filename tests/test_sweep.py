@@ -387,3 +387,52 @@ def test_a_real_sweep_shares_what_is_common_and_is_found_again(workshop: Worksho
         assert figures[1]["trainable_parameters"] == 2 * figures[0]["trainable_parameters"] > 0
         assert all(one["peak_memory_bytes"] > 1e8 and one["training_seconds"] > 0 for one in figures)
         assert [one["cached"] for one in figures] == ([2, 2] if is_again else [0, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.programs
+@pytest.mark.training
+def test_runs_are_spread_over_gpus(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is here, so each run says in its reader which one it was given."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    (workshop.directory / "readers.py").write_text(
+        "import os\n"
+        "def read(row):\n"
+        "    gpus = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "    if row['answer'] == 'stop' and gpus != '5,7':\n"
+        "        raise ValueError('not in the plan, which has both')\n"
+        "    with open('gpus.txt', 'a') as file:\n"
+        "        file.write(gpus + '\\n')\n"
+        "    turns = zip(('user', 'assistant'), (row['question'], row['answer']))\n"
+        "    return {'messages': [{'role': role, 'content': content} for role, content in turns]}\n"
+    )
+    rows = [{"question": f"What is {number}?", "answer": f"It is {number}."} for number in range(12)]
+    rows[10]["answer"] = "stop"
+    (workshop.directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (workshop.directory / "recipe.yaml").write_text(
+        "name: mini\nbase: builtin:tiny\ndata: {source: rows.jsonl, format: 'readers:read', eval: 0}\n"
+    )
+    (workshop.directory / "s.yaml").write_text(
+        "recipe: recipe.yaml\nuntil: data\nfields: {data.limit: [8, 9, 10, 12]}\n"
+    )
+    answer = workshop.forge("sweep", "s.yaml", "--devices", "auto")
+    assert answer.code == 2, answer.said
+    assert [run["ok"] for run in answer.fields["runs"]] == [True, True, True, False]
+    assert [problem["field"] for problem in answer.fields["error"]["problems"]] == ["s-limit12"]
+    assert "run 2 of 4 on GPU 1: s-limit9" in answer.said
+    assert {"5", "7"} <= set((workshop.directory / "gpus.txt").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("devices", "code", "message"),
+    [
+        ("0,two", 2, "--devices 0,two: no numbers of GPUs"),
+        ("0,2", 3, "--devices: there is no GPU 2 here, but 2"),
+    ],
+)
+def test_gpus_that_are_not_there(
+    devices: str, code: int, message: str, swept: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    fields, _, begun = swept(finish, "--devices", devices, code=code)
+    assert fields["error"]["message"] == message and begun == []

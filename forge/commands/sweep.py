@@ -1,19 +1,21 @@
-"""Several ships, one after another, and one table and page of what came of them.
+"""Several ships, one after another or one on each GPU, and one table and page of what came of them.
 
 Each run shares the store with the others: what two of them have in common is made once, and a sweep that is
-started again finds what is finished. Not covered: runs side by side, on one device or several.
+started again finds what is finished. Not covered: several runs at once on one device.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from forge import report
 from forge.codec import to_plain
+from forge.commands.side_by_side import Shipped, gpus_named, ship_side_by_side
 from forge.errors import ForgeError, InterruptedByUserError, Problem, RecipeError, StageError
 from forge.files import write_text
 from forge.recipe.sweep import Combination, Sweep, load_sweep
@@ -62,12 +64,16 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """How a sweep is called: see `load_sweep`. `overrides` are `key=value` or `key=[value, ...]`."""
+    """How a sweep is called: see `load_sweep`. `overrides` are `key=value` or `key=[value, ...]`.
+
+    `devices`: the GPUs that runs are spread over (`gpus_named`).
+    """
 
     overrides: tuple[str, ...] = ()
     recipe: Path | None = None
     until: str | None = None
     is_sure: bool = False
+    devices: str | None = None
 
 
 def plan_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
@@ -93,6 +99,7 @@ def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     Raises `RecipeError` before anything runs, with what is wrong with any of them; the error of the runs that
     failed when all had their turn; `InterruptedByUserError` when it is stopped.
     """
+    gpus = gpus_named(options.devices) if options.devices else ()
     sweep = _load(path, options)
     _plans(sweep)
     kept = Path(RUNS).absolute()
@@ -100,18 +107,18 @@ def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     files = (kept / f"{sweep.name}.sweep.{ending}" for ending in ("json", "html", "svg"))
     result = SweepResult(sweep.name, begun, *files)
     failures: dict[str, ForgeError] = {}
-    for number, combination in enumerate(sweep.combinations):
-        report.info(f"run {number + 1} of {len(begun)}: {combination.name}: {combination.label}")
-        try:
-            done, failure = _ship(combination, sweep.until)
-        except (KeyboardInterrupt, InterruptedByUserError) as stop:
-            _keep(result)
-            raise _stopped(result, combination.name) from stop
-        runs = (*result.runs[:number], done, *result.runs[number + 1 :])
-        result = replace(result, runs=runs)
+    shipped = ship_side_by_side(sweep.combinations, gpus, sweep.until) if gpus else _one_by_one(sweep)
+    try:
+        with closing(shipped):
+            for number, failure in shipped:
+                done = _recorded(sweep.combinations[number], failure)
+                result = replace(result, runs=(*result.runs[:number], done, *result.runs[number + 1 :]))
+                _keep(result)
+                if failure:
+                    failures[done.name] = failure
+    except (KeyboardInterrupt, InterruptedByUserError) as stop:
         _keep(result)
-        if failure:
-            failures[combination.name] = failure
+        raise _stopped(result) from stop
     _show(result)
     plain: dict[str, Any] = to_plain(result)
     if failures:
@@ -157,29 +164,40 @@ def _run_of(combination: Combination) -> SweepRun:
     return SweepRun(combination.name, run_directory(combination.loaded), combination.values)
 
 
-def _ship(combination: Combination, until: str | None) -> tuple[SweepRun, ForgeError | None]:
-    """Ship one run; what is wrong with it is no error of the sweep yet."""
-    run, failure = _run_of(combination), None
-    try:
-        ship(combination.loaded, until=until)
-    except InterruptedByUserError:
-        raise
-    except ForgeError as wrong:
-        failure = wrong
-        for problem in wrong.problems:
-            report.warning(f"{combination.name}: {problem}")
-        report.warning(f"{combination.name} failed: {wrong.message}")
+def _one_by_one(sweep: Sweep) -> Shipped:
+    """Ship each; yields its number and what it raised."""
+    for number, combination in enumerate(sweep.combinations):
+        report.info(f"run {number + 1} of {len(sweep.combinations)}: {combination.name}: {combination.label}")
+        failure = None
+        try:
+            ship(combination.loaded, until=sweep.until)
+        except InterruptedByUserError:
+            raise
+        except ForgeError as wrong:
+            failure = wrong
+        yield number, failure
+
+
+def _recorded(combination: Combination, failure: ForgeError | None) -> SweepRun:
+    """What came of a run; what is wrong with it is no error of the sweep yet."""
+    run = _run_of(combination)
+    if failure:
+        for problem in failure.problems:
+            report.warning(f"{run.name}: {problem}")
+        report.warning(f"{run.name} failed: {failure.message}")
     manifest = read_manifest(run.directory)
     if failure and manifest.outcome != failure.message:
         # It failed before its manifest was written: what lies there is of an earlier ship.
-        return replace(run, outcome=failure.message), failure
-    return replace(run, outcome=manifest.outcome, ok=failure is None, figures=figures_of(manifest)), failure
+        return replace(run, outcome=failure.message)
+    return replace(run, outcome=manifest.outcome, ok=failure is None, figures=figures_of(manifest))
 
 
-def _stopped(result: SweepResult, name: str) -> InterruptedByUserError:
-    done = sum(run.outcome is not None for run in result.runs)
+def _stopped(result: SweepResult) -> InterruptedByUserError:
+    left = [run.name for run in result.runs if run.outcome is None]
+    done = f"{len(result.runs) - len(left)} of {len(result.runs)} runs are done"
     stop = InterruptedByUserError(
-        f"the sweep was stopped in {name}; {done} of {len(result.runs)} runs are done", hint=_AGAIN
+        f"the sweep was stopped in {left[0]}; {done}",
+        hint=_AGAIN,
     )
     stop.fields = to_plain(result)
     return stop

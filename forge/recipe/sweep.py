@@ -35,10 +35,14 @@ _LONGEST_NAME = 64
 
 @dataclass(frozen=True)
 class Combination:
-    """One run: its recipe, and what of it is another than in other runs, by dotted field."""
+    """One run: its recipe, and what of it is another than in other runs, by dotted field.
+
+    `words` are the overrides that make the recipe's file this run's.
+    """
 
     loaded: Loaded
     values: Mapping[str, Any]
+    words: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -227,7 +231,7 @@ def _combinations(file: Path, draft: _Draft) -> tuple[Combination, ...]:
     chosen = list(_products(draft))
     varied = _varied(chosen)
     names, problems = _names(draft, chosen, varied), []
-    loaded: list[Loaded | None] = []
+    loaded: list[tuple[Loaded, tuple[str, ...]] | None] = []
     seen: dict[str, str] = {}
     for name, values in zip(names, chosen, strict=True):
         content = json.dumps({key: value for key, value in values.items() if key != "name"}, sort_keys=True)
@@ -237,18 +241,18 @@ def _combinations(file: Path, draft: _Draft) -> tuple[Combination, ...]:
             problems.append(Problem(f"two runs have the name {name}", file=str(file)))
         seen.setdefault(content, name)
         own = {key: value for key, value in values.items() if key not in (_RECIPE, "name")}
-        words = [f"{key}={json.dumps(value)}" for key, value in ({"name": name} | own).items()]
+        words = tuple(f"{key}={json.dumps(value)}" for key, value in ({"name": name} | own).items())
         try:
-            loaded.append(load(Path(values[_RECIPE]), words))
+            loaded.append((load(Path(values[_RECIPE]), words), words))
         except RecipeError as failure:
             loaded.append(None)
             problems += [_at_its_line(problem, draft.places) for problem in failure.problems]
     if problems:
         raise _failure(file, problems)
     return tuple(
-        Combination(recipe, {key: value for key, value in values.items() if key in varied})
-        for recipe, values in zip(loaded, chosen, strict=True)
-        if recipe is not None
+        Combination(made[0], {key: value for key, value in values.items() if key in varied}, made[1])
+        for made, values in zip(loaded, chosen, strict=True)
+        if made is not None
     )
 
 

@@ -48,7 +48,7 @@ class Ranks:
         if self.gpus:  # by the numbers that nvidia-smi shows
             visible = {
                 "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-                "CUDA_VISIBLE_DEVICES": ",".join(map(_visible, self.gpus)),
+                "CUDA_VISIBLE_DEVICES": ",".join(map(visible_gpu, self.gpus)),
             }
         if self.count == 1:
             return (visible,)
@@ -124,7 +124,7 @@ def gpu_count() -> int:
     return sum(line.strip().isdecimal() for line in lines)
 
 
-def _visible(number: int) -> str:
+def visible_gpu(number: int) -> str:
     """What CUDA calls the GPU of that number among those that may be used."""
     named = named_gpus()
     return named[number] if named else str(number)
