@@ -415,7 +415,10 @@ def test_what_other_savers_leave_is_named(case: str, base: Path, plain: Path, tm
     settings, tensors, message, hint = ODD[case]
     adapter = shutil.copytree(plain, tmp_path / "a")
     change_json(adapter / "adapter_config.json", **settings)
-    weights = {f"base_model.model.{name}": torch.ones(*shape) for name, shape in tensors.items()}
+    weights = {
+        f"base_model.model.{name}": torch.full(shape, 1.0 + number)
+        for number, (name, shape) in enumerate(tensors.items())
+    }
     change_tensors(adapter / "adapter_model.safetensors", weights)
     with pytest.raises(DataError, match=message) as caught:
         validate_adapter(ValidateRequest(base, adapter))

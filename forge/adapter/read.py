@@ -33,6 +33,7 @@ _ORIGINALS = (".original_module.", ".trainable_tokens_original", ".token_indices
 _ROWS = ".trainable_tokens_delta"
 # A name with one of these inside another prefix is a wrapper's, which peft loads nothing of.
 _OUTER = ("model.", "transformer.", "gpt_neox.", "backbone.")
+_PIECE = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Kinds of peft's that put vectors before the prompt, or choose among adapters: there is nothing to merge.
 _PROMPTS = (
@@ -246,6 +247,17 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
     return configuration
 
 
+def _are_equal(tensor: TensorSpec, other: TensorSpec) -> bool:
+    """Whether they hold the same; of a module that is trained whole, peft may write an embedding twice."""
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    with tensor.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(tensor.start)
+        second.seek(other.start)
+        pieces = (min(_PIECE, tensor.bytes - at) for at in range(0, tensor.bytes, _PIECE))
+        return all(first.read(piece) == second.read(piece) for piece in pieces)
+
+
 def _sort_tensors(
     tensors: Mapping[str, TensorSpec], configuration: Mapping[str, Any]
 ) -> tuple[dict[str, LoraLayer], dict[str, TensorSpec]]:
@@ -256,7 +268,7 @@ def _sort_tensors(
     twice: list[Problem] = []
 
     def put(into: dict[str, TensorSpec], part: str, spec: TensorSpec) -> None:
-        if other := into.get(part):
+        if (other := into.get(part)) and not _are_equal(other, spec):
             twice.append(Problem(f"stands for the same as {other.name}", spec.name))
         into[part] = spec
 
@@ -282,7 +294,7 @@ def _sort_tensors(
         raise DataError(f"the file holds several adapters ({names})", hint="save one of them by itself")
     if twice:
         raise DataError(
-            f"{len(twice)} of the file's tensors are there twice, under two names",
+            f"{len(twice)} of the file's tensors are there twice, under two names and with other values",
             hint="save the adapter again with peft's save_pretrained, which writes each once",
             problems=twice[:8],
         )
