@@ -23,7 +23,7 @@ from forge.adapter.experts import JOINED, is_of_expert, parameters
 from forge.adapter.names import factor, whole
 from forge.adapter.settings import MERGE, faults
 from forge.errors import DataError, Problem
-from forge.model.safetensors_header import TensorSpec, read_header
+from forge.model.safetensors_header import TensorSpec, is_copy, read_header
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """What families call the embedding of tokens."""
@@ -33,7 +33,6 @@ _ORIGINALS = (".original_module.", ".trainable_tokens_original", ".token_indices
 _ROWS = ".trainable_tokens_delta"
 # A name with one of these inside another prefix is a wrapper's, which peft loads nothing of.
 _OUTER = ("model.", "transformer.", "gpt_neox.", "backbone.")
-_PIECE = 1 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Kinds of peft's that put vectors before the prompt, or choose among adapters: there is nothing to merge.
 _PROMPTS = (
@@ -247,17 +246,6 @@ def _configuration(directory: Path) -> Mapping[str, Any]:
     return configuration
 
 
-def _are_equal(tensor: TensorSpec, other: TensorSpec) -> bool:
-    """Whether they hold the same; of a module that is trained whole, peft may write an embedding twice."""
-    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
-        return False
-    with tensor.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(tensor.start)
-        second.seek(other.start)
-        pieces = (min(_PIECE, tensor.bytes - at) for at in range(0, tensor.bytes, _PIECE))
-        return all(first.read(piece) == second.read(piece) for piece in pieces)
-
-
 def _sort_tensors(
     tensors: Mapping[str, TensorSpec], configuration: Mapping[str, Any]
 ) -> tuple[dict[str, LoraLayer], dict[str, TensorSpec]]:
@@ -268,7 +256,8 @@ def _sort_tensors(
     twice: list[Problem] = []
 
     def put(into: dict[str, TensorSpec], part: str, spec: TensorSpec) -> None:
-        if (other := into.get(part)) and not _are_equal(other, spec):
+        # Of a module that is trained whole, peft may write an embedding twice.
+        if (other := into.get(part)) and not is_copy(other, spec):
             twice.append(Problem(f"stands for the same as {other.name}", spec.name))
         into[part] = spec
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +22,12 @@ from forge.adapter.read import EMBEDDINGS, Adapter, LoraLayer, find_base_tensor,
 from forge.errors import DataError
 from forge.model.checkpoint import Checkpoint, open_checkpoint
 from forge.model.config import CONV1D_FAMILIES, read_json, ties_embeddings
-from forge.model.safetensors_header import TensorSpec
+from forge.model.safetensors_header import TensorSpec, is_copy
 from forge.model.tokenizer_files import read_tokenizer
 
 HEADS = ("lm_head", "embed_out")
 """What families call the output layer."""
 Part = TypeVar("Part")
-_BLOCK = 1 << 20
 _BOTH = "train it with both in modules_to_save, or merge it with peft and ship that with train: none"
 _SAVE = "save it again with save_embedding_layers=True, or merge it with peft and ship that with train: none"
 
@@ -96,7 +95,7 @@ def fit(adapter: Adapter, checkpoint: Checkpoint) -> Fitted:
     ties = ties_embeddings(read_json(checkpoint.directory / "config.json"))
     if embedding is None or ties is False or (ties is None and heads):
         return Fitted(checkpoint, adapter, _resized_rows(adapter, base))
-    if checkpoint.files and not all(_is_copy(base[name], base[embedding]) for name in heads):
+    if checkpoint.files and not all(is_copy(base[name], base[embedding]) for name in heads):
         # transformers ties no two tensors that differ, whatever the configuration says; peft ties rows by it.
         adapter = _with_rows_of_both(adapter, heads[0])
         return Fitted(checkpoint, adapter, _resized_rows(adapter, base), own_head=True)
@@ -172,10 +171,10 @@ def _without_copies(adapter: Adapter) -> Adapter:
     """`adapter` without the copy of the embedding that peft saves as the output layer of a tied base."""
     return replace(
         adapter,
-        replaced=_without_copy(adapter.replaced, _is_copy),
+        replaced=_without_copy(adapter.replaced, is_copy),
         rows=_without_copy(
             adapter.rows,
-            lambda first, second: first.tokens == second.tokens and _is_copy(first.values, second.values),
+            lambda first, second: first.tokens == second.tokens and is_copy(first.values, second.values),
         ),
     )
 
@@ -239,17 +238,3 @@ def _is_weight(name: str, modules: Collection[str]) -> bool:
 def _leaf(name: str) -> str:
     """The last part of the module that the tensor `name` is of."""
     return name.rpartition(".")[0].rpartition(".")[2]
-
-
-@cache
-def _is_copy(tensor: TensorSpec, other: TensorSpec) -> bool:
-    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
-        return False
-    with tensor.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(tensor.start)
-        second.seek(other.start)
-        for start in range(0, tensor.bytes, _BLOCK):
-            count = min(_BLOCK, tensor.bytes - start)
-            if first.read(count) != second.read(count):
-                return False
-    return True

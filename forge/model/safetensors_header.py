@@ -4,7 +4,7 @@ Read with `struct` and `json` only, and believed only after every extent was che
 file: a lying or truncated file is an error here, not a crash in the middle of an export. The
 format: https://huggingface.co/docs/safetensors/index#format.
 
-Not covered: the tensors' values; those are read where they are used.
+Not covered: what the values are; they are read where they are used. `is_copy` compares bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from forge.errors import DataError
 
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
+_BLOCK = 1 << 20
 
 BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16,
@@ -86,6 +87,20 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         if name != "__metadata__"
     ]
     return _check_extents(path, tensors, 8 + length, size)
+
+
+def is_copy(tensor: TensorSpec, other: TensorSpec) -> bool:
+    """Whether both have the same type, shape and bytes."""
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    with tensor.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(tensor.start)
+        second.seek(other.start)
+        for start in range(0, tensor.bytes, _BLOCK):
+            count = min(_BLOCK, tensor.bytes - start)
+            if first.read(count) != second.read(count):
+                return False
+    return True
 
 
 def _check_start(path: Path, start: bytes, size: int) -> None:
