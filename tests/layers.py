@@ -157,6 +157,53 @@ def name_faults(sources: Mapping[str, str]) -> Iterator[str]:
             yield f"{found[1]}: {name} is in {found[0]}, too"
 
 
+def patch_faults(tests: Mapping[str, str], sources: Mapping[str, str]) -> Iterator[str]:
+    """What `monkeypatch.setattr` replaces in a module of forge that has no such name."""
+    modules = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in sources}
+    for path, text in sorted(tests.items()):
+        tree = ast.parse(text, path)
+        local = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call) or not (patched := _patched(node, local)):
+                continue
+            module = max((name for name in modules if patched.startswith(f"{name}.")), key=len, default="")
+            name = patched.removeprefix(f"{module}.").split(".")[0]
+            if module and name not in _top_names(ast.parse(sources[modules[module]])):
+                yield f"{path}:{node.lineno}: {module}.{name} is not there to patch"
+
+
+def _patched(node: ast.AST, local: Mapping[str, str]) -> str:
+    """The whole name of what a call of `setattr` replaces; empty for anything else."""
+    match node:
+        case ast.Call(func=ast.Attribute(attr="setattr"), args=[ast.Constant(value=str(name)), *_]):
+            return name
+        case ast.Call(
+            func=ast.Attribute(attr="setattr"), args=[ast.Name(id=module), ast.Constant(value=str(name)), *_]
+        ):
+            return f"{local.get(module, module)}.{name}"
+    return ""
+
+
+def _top_names(tree: ast.AST) -> set[str]:
+    """What a module binds, functions and classes by their names alone."""
+    names: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+        elif isinstance(node, ast.Name):
+            names |= {node.id} if isinstance(node.ctx, ast.Store) else set()
+        else:
+            names |= _top_names(node)
+    return names
+
+
 def _files_imported(text: str, path: str, sources: Mapping[str, str]) -> Iterator[tuple[str, Import]]:
     for found in imports(ast.parse(text, path)):
         for name in (found.name, *(f"{found.name}.{part}" for part in found.parts)):

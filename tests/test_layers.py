@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.layers import ARROWS, HEAVY, circle_faults, faults, name_faults
+from tests.layers import ARROWS, HEAVY, circle_faults, faults, name_faults, patch_faults
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,3 +132,25 @@ def test_a_heavy_import_belongs_into_a_function(package: str) -> None:
     said = f"forge/train/x.py:2: {package} is imported at the top of a module"
     assert faults({"forge/train/x.py": at_top}) == [said]
     assert faults({"forge/train/x.py": inside}) == faults({"forge/train/x.py": for_types}) == []
+
+
+def test_what_a_test_patches_is_there() -> None:
+    """A name that moved is noticed here in a second, and not by a slow test of an hour later."""
+    here = {path: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").rglob("*.py"))}
+    assert (
+        list(patch_faults({str(path.relative_to(ROOT)): text for path, text in here.items()}, sources()))
+        == []
+    )
+
+
+def test_a_patch_of_what_is_not_there_is_found() -> None:
+    module = "from os import path\nROWS = 1\nclass Row: ...\nif path: later = 2"
+    forge = {"forge/data/__init__.py": "", "forge/data/a.py": module}
+    there = ["a, 'path'", "a, 'ROWS'", "a, 'Row'", "a, 'later'", "'forge.data.a.ROWS'"]
+    gone = ["a, '_rows'", "'forge.data.a._rows'", "'forge.data.b.ROWS'"]
+    lines = ["from forge.data import a", *(f"monkeypatch.setattr({what}, 2)" for what in (*there, *gone))]
+    assert list(patch_faults({"tests/t.py": "\n".join(lines)}, forge)) == [
+        "tests/t.py:7: forge.data.a._rows is not there to patch",
+        "tests/t.py:8: forge.data.a._rows is not there to patch",
+        "tests/t.py:9: forge.data.b is not there to patch",
+    ]

@@ -355,7 +355,7 @@ def test_what_is_read_otherwise_than_peft_has_it_is_refused(
     assert sound["ok"], sound["problems"]
     monkeypatch.setattr(vocabulary, "_moves_embedding_alone", lambda adapter: False)
     monkeypatch.setattr(vocabulary, "_heads", lambda adapter: iter(()))
-    monkeypatch.setattr(vocabulary, "_is_copy", lambda one, other: True)
+    monkeypatch.setattr(vocabulary, "is_copy", lambda one, other: True)
     export_of(tied, adapter, tmp_path / "out", tokenizer=tied)
     found = specimen.verify(tmp_path / "out" / GGUF_FILE, **owns)
     assert not found["ok"]
