@@ -79,7 +79,7 @@ $(LLAMA_SERVER): tests/llama_server/CMakeLists.txt | setup
 	    -DLIBRARIES=$$($(BIN)/python -c 'import llama_cpp, pathlib; print(pathlib.Path(llama_cpp.__file__).parent / "lib")')
 	cmake --build $(FORGE_HOME)/llama-server --target llama-server llama-imatrix --parallel $$(nproc)
 
-# Libraries of others that ask a server, in an environment of their own.
+# Libraries of others that ask a server, and the program that signs, in an environment of their own.
 clients: $(FORGE_HOME)/clients/.ready
 
 $(FORGE_HOME)/clients/.ready: tests/clients/requirements.txt

@@ -1,9 +1,10 @@
-"""`forge push`: what goes to a hub, the card, and what is refused; through huggingface_hub's own client."""
+"""`forge push` through huggingface_hub's own client, `forge sign` by the real program (`make clients`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
+from forge import process
 from forge.cli.main import run_command
 from forge.model.licence import notice
-from tests.conftest import tree
+from tests.conftest import SESSION_HOME, tree
 from tests.finished_runs import CERTIFICATE, write_run
 from tests.hub_stand_in import Hub, StandInRepository
+from tests.json_fields import check_fields
 
 pytestmark = [
     pytest.mark.network,
@@ -171,3 +174,115 @@ def test_what_is_not_pushed(
     made(certificate={**CERTIFICATE, "ok": False, "verdict": "merge broke it"})
     assert "merge broke it" in pushed(capsys, code=5)["error"]["message"]
     assert hub.objects == {}
+
+
+@pytest.fixture
+def keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two pairs of keys in a directory, and the program that signs on the PATH."""
+    programs = SESSION_HOME / "clients" / "bin"
+    assert (programs / "model_signing").is_file(), "it is not there; run: make clients"
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", "")
+    directory = tmp_path / "keys"
+    directory.mkdir()
+    for name in ("mine", "other"):
+        openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{directory / name}.pem")
+        openssl("ec", "-in", f"{directory / name}.pem", "-pubout", "-out", f"{directory / name}.pub")
+    return directory
+
+
+def openssl(*arguments: str) -> None:
+    assert process.run(["openssl", *arguments]).status == 0
+
+
+def sign(
+    capsys: pytest.CaptureFixture[str], target: str, option: str, key: Path, code: int = 0
+) -> dict[str, Any]:
+    """The fields of `forge sign`, or of its error."""
+    capsys.readouterr()
+    status = run_command(["sign", target, option, str(key), "--json"])
+    printed = capsys.readouterr()
+    assert status == code, printed.err
+    fields: dict[str, Any] = json.loads(printed.out.splitlines()[-1])
+    check_fields(["sign"], fields)
+    return fields.get("error", fields)  # type: ignore[no-any-return]
+
+
+@pytest.mark.programs
+@pytest.mark.slow
+def test_a_signature_holds_for_these_very_files(
+    keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """J3: a changed, an added and a lost file, another key; what a download leaves behind is no change."""
+    monkeypatch.chdir(tmp_path)
+    directory = made().absolute()
+    signature = str(directory / "model.sig")
+    assert sign(capsys, "yoda", "--key", keys / "mine.pem") == {
+        "target": str(directory), "signature": signature, "checked": False,
+    }  # fmt: skip
+    (directory / ".cache").mkdir()
+    (directory / ".cache" / "left").touch()
+    assert sign(capsys, "yoda", "--check", keys / "mine.pub")["checked"]
+    assert "Key mismatch" in sign(capsys, "yoda", "--check", keys / "other.pub", code=5)["message"]
+    weights, new = directory / "yoda-q4_k_m.gguf", directory / "new"
+    new.touch()
+    assert "Extra files" in sign(capsys, "yoda", "--check", keys / "mine.pub", code=5)["message"]
+    new.unlink()
+    weights.write_bytes(b"others")
+    assert f"for '{weights.name}'" in sign(capsys, "yoda", "--check", keys / "mine.pub", code=5)["message"]
+    weights.unlink()
+    assert "Missing files" in sign(capsys, "yoda", "--check", keys / "mine.pub", code=5)["message"]
+
+
+@pytest.mark.programs
+@pytest.mark.slow
+def test_keys_that_cannot_sign_and_a_file_by_itself(
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    openssl("genrsa", "-out", str(keys / "rsa.pem"), "2048")
+    locked = ["-aes256", "-passout", "pass:x", "-out", str(keys / "locked.pem")]
+    openssl("ec", "-in", str(keys / "mine.pem"), *locked)
+    for name, words in (
+        ("rsa.pem", "prime256v1"),
+        ("locked.pem", "takes the password off"),
+        ("mine.pub", ""),
+    ):
+        assert words in sign(capsys, str(file), "--key", keys / name, code=2)["hint"]
+    assert sign(capsys, str(file), "--key", keys / "mine.pem")["signature"] == f"{file}.sig"
+    assert sign(capsys, str(file), "--check", keys / "mine.pub")["checked"]
+
+
+@pytest.mark.programs
+@pytest.mark.slow
+def test_a_pushed_signature_holds_for_the_download(
+    hub: Hub, keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made()
+    fields = pushed(capsys, "--what", "adapter", "--what", "gguf", "--sign", str(keys / "mine.pem"))
+    assert "forge sign yoda --check PUBLIC.pem" in fields["card"]
+    download = tmp_path / "download"
+    for name, data in {**hub.repositories["me/yoda"].files, ".gitattributes": b""}.items():
+        (download / name).parent.mkdir(exist_ok=True)
+        (download / name).write_bytes(data)
+    assert sign(capsys, str(download), "--check", keys / "mine.pub")["checked"]
+    (download / "README.md").write_text("another card")
+    assert "README.md" in sign(capsys, str(download), "--check", keys / "mine.pub", code=5)["message"]
+    asked = len(hub.requests)
+    assert "not signed" in pushed(capsys, "--sign", str(keys / "mine.pub"), code=2)["error"]["message"]
+    assert len(hub.requests) == asked
+
+
+def test_what_signing_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    key = tmp_path / "key.pem"
+    assert "no such key" in sign(capsys, "yoda", "--key", key, code=2)["message"]
+    assert "no signature" in sign(capsys, "yoda", "--check", key, code=2)["message"]
+    key.touch()
+    assert "forge-ship[sign]" in sign(capsys, "yoda", "--key", key, code=3)["hint"]
+    assert run_command(["sign", "yoda"]) == 2

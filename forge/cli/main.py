@@ -42,6 +42,7 @@ COMMANDS = {
     "stop": "Stop what runs in the background.",
     "bundle": "Pack a model and its server for a computer without network.",
     "push": "Push a run to a model hub, with a card.",
+    "sign": "Sign a run's files, or check a signature.",
     "generate": "Answer a file of prompts through an endpoint.",
     "show": "Show what a run holds.",
     "runs": "List the runs.",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,6 +20,12 @@ from forge.cli.options import common
 )
 @click.option("--private", "is_private", is_flag=True, help="Only you and your organisation can read it.")
 @click.option("--licence", metavar="ID", help="Publish under this one, where the base's files do not say it.")
+@click.option(
+    "--sign",
+    type=click.Path(path_type=Path),
+    metavar="PRIVATE.pem",
+    help="Push model.sig, too: the files signed with this key.",
+)
 @click.option("--dry-run", "is_dry", is_flag=True, help="Show the card and name the files; push nothing.")
 @common
 def command(run: str, to: str, what: tuple[Any, ...], **options: Any) -> None:

@@ -1,7 +1,7 @@
 """`forge show RUN --bom FILE`: what a run was made of, as a CycloneDX bill of materials.
 
 Specification: https://cyclonedx.org/docs/1.6/json/. Not covered: what the packages themselves depend on, and
-signing; `model_signing sign` of the package model-signing signs a run's directory as it is.
+signing, which is `forge sign`.
 """
 
 from __future__ import annotations

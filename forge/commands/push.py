@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,10 @@ from forge.model.hub_repository import Repository
 from forge.model.licence import notice, refuse_publishing
 from forge.recipe.fields import values
 from forge.runs.figures import read_whole_manifest
-from forge.runs.files import ADAPTER, ADAPTER_SUFFIX
+from forge.runs.files import ADAPTER, ADAPTER_SUFFIX, SIGNATURE
 from forge.runs.find import find_run
 from forge.runs.manifest import Manifest, read_run_modelfile
+from forge.tools.model_signing import sign_files
 
 Kind = Literal["adapter", "merged", "gguf"]
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
@@ -53,6 +55,7 @@ class Push:
     what: tuple[Kind, ...] = ()
     licence: str | None = None
     is_private: bool = False
+    sign: Path | None = None
     is_dry: bool = False
 
 
@@ -79,8 +82,10 @@ def push(asked: Push) -> Mapping[str, object]:
     files |= dict(_without_paths(files))
     if texts := _licence_texts(run):
         files["LICENSE"] = texts.encode()
-    card = _card(asked.to, licence, manifest, files, sums)
+    card = _card(asked, licence, manifest, files, sums)
     files["README.md"] = card.encode()
+    if asked.sign:
+        files[SIGNATURE] = _signature(files, asked.sign)
     repository = Repository(asked.to)
     fields = {"url": repository.page, "files": sorted(files), "private": asked.is_private, "licence": licence}
     if asked.is_dry:
@@ -145,13 +150,29 @@ def _without_paths(files: Mapping[str, Path | bytes]) -> Iterator[tuple[str, byt
             yield name, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
 
+def _signature(files: Mapping[str, Path | bytes], key: Path) -> bytes:
+    """That of the files as a download of the repository has them."""
+    with tempfile.TemporaryDirectory(prefix="forge-push-") as scratch:
+        root = Path(scratch, "files")
+        for name, source in files.items():
+            place = root / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(source, bytes):
+                place.write_bytes(source)
+            else:
+                place.symlink_to(source.absolute())
+        signature = Path(scratch, SIGNATURE)
+        sign_files(root, key, signature)
+        return signature.read_bytes()
+
+
 def _licence_texts(run: Path) -> str:
     modelfile = read_run_modelfile(run)
     return "\n\n".join(modelfile.licences) if modelfile else ""
 
 
 def _card(
-    to: str, licence: str, manifest: Manifest, files: Mapping[str, object], sums: Mapping[str, str]
+    asked: Push, licence: str, manifest: Manifest, files: Mapping[str, object], sums: Mapping[str, str]
 ) -> str:
     recipe, facts = manifest.read_recipe(), manifest.read_facts()
     leaves = values(recipe) if recipe else {}
@@ -165,8 +186,9 @@ def _card(
     environment.filters["cell"] = _cell
     text = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     return environment.from_string(text).render(
-        repository=to,
-        title=to.partition("/")[2],
+        repository=asked.to,
+        title=asked.to.partition("/")[2],
+        signature=SIGNATURE if asked.sign else None,
         manifest=manifest,
         licence=licence,
         licence_id=licence.lower() if _HUB_LICENCES.fullmatch(licence.lower()) else "other",

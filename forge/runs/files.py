@@ -12,6 +12,7 @@ MANIFEST = "manifest.json"
 LOCK = "forge.lock"
 REPORT = "report.html"
 CERTIFICATE = "certificate.json"
+SIGNATURE = "model.sig"
 # Where the importance matrix lies that `forge verify` asks for; beside the model it could be taken for one.
 CALIBRATION = "calibration"
 ADAPTER_SUFFIX = "-adapter.gguf"
