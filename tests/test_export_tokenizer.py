@@ -11,9 +11,11 @@ import pytest
 
 from forge import worker
 from forge.errors import DataError
+from forge.export.reading import settle_reading
 from forge.export.run import export_gguf
 from forge.export.tokenizer import MODEL, repair_tokenizer
 from forge.model.gguf_header import read_gguf
+from forge.model.tokenizer_files import open_tokenizer
 from tests.exporting import export_request
 from tests.models import PEFT_WARNS, change_json, make_adapter, make_model
 from tests.vocabularies import converters, write_tokenizer
@@ -65,6 +67,39 @@ def test_tokens_without_a_row_are_named_and_left_out(tmp_path: Path) -> None:
         repair_tokenizer(tmp_path, 100)
 
 
+def read_otherwise(checkpoint: Path) -> list[str]:
+    """Texts of which a user of the checkpoint gets other ids than its tokenizer.json has."""
+    import transformers
+
+    reader = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    written = open_tokenizer(checkpoint)
+    texts = (
+        "Hello",
+        " Hello",
+        "1234 It's",
+        "<|im_start|>user\nHello<|im_end|>\n",
+        "<s> [INST] a",
+        "don't  x",
+    )
+    return [text for text in texts if reader.encode(text) != written.encode(text).ids]
+
+
+@pytest.mark.training
+def test_a_family_that_no_file_has_read_as_written_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers 5 takes Qwen2's class, whatever stands there: DeepSeek-R1-Distill-Qwen is not split so."""
+    base = make_model(tmp_path, "qwen2", "home-made")
+    change_json(base / "tokenizer.json", normalizer={"type": "Lowercase"})
+    settle_reading(base)
+    said = capsys.readouterr().err
+    assert read_otherwise(base) and "its Qwen2Tokenizer has" in said
+    assert "PreTrainedTokenizerFast.from_pretrained reads it so" in said
+    change_json(base / "config.json", model_type="qwen3")
+    settle_reading(base)
+    assert capsys.readouterr().err == "" and read_otherwise(base) == []
+
+
 @pytest.mark.training
 @pytest.mark.programs
 @PEFT_WARNS
@@ -84,13 +119,17 @@ def test_a_sentencepiece_base_as_transformers_5_saves_it_is_exported(tmp_path: P
         out = tmp_path / f"out{number}"
         out.mkdir()
         settings = {
-            "name": "m", "quant": "q8_0", "keep_merged": False, "threads": 1, "end_of_turn_id": 32001,
+            "name": "m", "quant": "q8_0", "keep_merged": True, "threads": 1, "end_of_turn_id": 32001,
         }  # fmt: skip
         request = export_request(
             base=str(start), adapter=str(factors) if factors else None, tokenizer=str(factors or start),
             chat_template=(base / "chat_template.jinja").read_text(encoding="utf-8"),
             out=str(out), converters=str(converters()), settings=settings,
         )  # fmt: skip
-        assert worker.perform(export_gguf, request).ids_compared > 200
+        exported = worker.perform(export_gguf, request)
+        assert exported.ids_compared > 200
+        # Llama's class of transformers 5 puts no space after a special token; the file and llama.cpp do.
+        assert exported.misread and "LlamaTokenizer has" in exported.misread
+        assert read_otherwise(out / "merged") == []
         tokens = read_gguf(out / "model.gguf").array("tokenizer.ggml.tokens")
         assert list(tokens)[32000:32002] == ["<|im_start|>", "<|im_end|>"]

@@ -65,7 +65,7 @@ data: {SAMPLE}
 train: {{method: qlora, batch_size: 4, seed: 3, max_length: 64}}
 model: {{sampling: {{temperature: 0.5}}}}
 """
-EXPORTED = Exported("llama", "q8_0", 1, {}, {}, 8.5, "merged", (), 1, (), 40, (), None, 1, 0.1)
+EXPORTED = Exported("llama", "q8_0", 1, {}, {}, 8.5, "merged", (), 1, (), 40, (), None, None, 1, 0.1)
 EXPORT_FACTS: dict[str, Any] = {**to_plain(EXPORTED), "merge_base": "nf4", "merge_base_measured": None}
 MODELFILE_FACTS: dict[str, Any] = to_plain(
     ModelfileFacts(

@@ -18,6 +18,7 @@ from forge.adapter.vocabulary import check_tokenizer, fit
 from forge.export.describe import describe
 from forge.export.merge import merged_tensors
 from forge.export.nf4 import quantized_in_training
+from forge.export.reading import settle_reading
 from forge.export.request import MergeBase
 from forge.export.run import MERGED_DIRECTORY
 from forge.export.tensors import one_thread, write_safetensors
@@ -58,6 +59,7 @@ def merge(request: MergeRequest) -> Merged:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     describe(request.base, request.tokenizer, request.chat_template, work, fitted, sampling=request.sampling)
+    settle_reading(work)
     nf4 = quantized_in_training(request.base, checkpoint) if request.merge_base == "nf4" else ()
     tensors = merged_tensors(fitted, nf4=nf4)
     with writing(work), one_thread():

@@ -59,7 +59,7 @@ def describe(
         # Phi-4's converter knows a vocabulary of bytes by this name, which transformers 5 no longer writes.
         model = read_json(out / "tokenizer.json").get("model") or {}
         if not model.get("byte_fallback") and (out / "tokenizer_config.json").is_file():
-            _change(out / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+            change_fields(out / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     for note in repair_tokenizer(out, configuration_of(described).vocabulary_size):
         report.warning(note)
     if sampling:
@@ -73,8 +73,9 @@ def describe(
         _leave_out_named(out)
 
 
-def _change(path: Path, **fields: object) -> None:
-    changed = {**read_json(path), **fields}
+def change_fields(path: Path, **fields: object) -> None:
+    """Set fields of a JSON file."""
+    changed = {**(read_json(path) if path.is_file() else {}), **fields}
     path.write_text(json.dumps(changed, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

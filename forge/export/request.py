@@ -52,7 +52,10 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class Exported:
-    """The file that was written. `mode` is what `auto` came to, `merged_because` why it is no adapter."""
+    """The file that was written. `mode` is what `auto` came to, `merged_because` why it is no adapter.
+
+    `misread` says how transformers' AutoTokenizer reads the tokenizer otherwise than it is written.
+    """
 
     architecture: str
     quant: str
@@ -66,6 +69,7 @@ class Exported:
     compiled_kernels: tuple[str, ...]
     ids_compared: int
     ids_limits: tuple[str, ...]
+    misread: str | None
     pre_tokenizer: str | None
     peak_rss_bytes: int
     seconds: float

@@ -25,6 +25,7 @@ from forge.export.importance import read_importance
 from forge.export.kernels import choose_kernels
 from forge.export.merge import base_tensors, merged_tensors
 from forge.export.nf4 import quantized_in_training
+from forge.export.reading import misreading, settle_reading
 from forge.export.request import Exported, ExportRequest, Ingredients, Mode
 from forge.export.tensors import LazyTensor, one_thread, write_safetensors
 from forge.export.types import (
@@ -75,6 +76,7 @@ def export_gguf(request: ExportRequest) -> Exported:
         tensors = merged if mode == "merged" else base_tensors(checkpoint, nf4=nf4)
         with without_collection(), one_thread():
             converted, compared = lay_out(description, work, tensors, request, fitted)
+            misread = misreading(description)
     except (DataError, UnexportableError) as failure:
         blame_base(failure, checkpoint)
         raise
@@ -97,6 +99,7 @@ def export_gguf(request: ExportRequest) -> Exported:
         compiled_kernels=tuple(compiled),
         ids_compared=compared.texts,
         ids_limits=tuple(compared.limits),
+        misread=misread,
         pre_tokenizer=pre if isinstance(pre := header.metadata.get("tokenizer.ggml.pre"), str) else None,
         peak_rss_bytes=peak_memory(),
         seconds=round(time.monotonic() - started, 2),
@@ -267,6 +270,7 @@ def _write(
         kept = work / MERGED_DIRECTORY
         with writing(work):
             shutil.copytree(description, kept)
+            settle_reading(kept, own_conversations(request.data))
             write_safetensors(
                 kept / "model.safetensors", merged, lambda done, all: report.advance("merge", done, all)
             )

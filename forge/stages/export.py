@@ -39,6 +39,7 @@ from forge.store.runs import publish
 from forge.verify.bases import BasesRequest, ChosenBase, choose_base
 
 EXPORT_STAGE = "export"
+_WAS_TRAINED = "; an adapter that was trained through it was trained on other ids than it is served"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class ExportStage(OfType, GgufStage):
 
     name = EXPORT_STAGE
     rank = 70
-    version = 7
+    version = 8
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)
@@ -125,8 +126,12 @@ class ExportStage(OfType, GgufStage):
         return ExportFacts(**vars(exported), merge_base=chosen, merge_base_measured=measured)
 
     def judge(self, artifact: Artifact) -> ForgeError | None:
-        """Says what the type costs and saves on this model; nothing of it is an error."""
-        report.info(cost_of(read_gguf(artifact.path / GGUF_FILE), artifact.read(ExportFacts).quant))
+        """Says what the type costs and saves on this model, and who would misread it; none is an error."""
+        exported = artifact.read(ExportFacts)
+        report.info(cost_of(read_gguf(artifact.path / GGUF_FILE), exported.quant))
+        if exported.misread and not self.ship.further_type:
+            say = report.warning if self.ship.adopted else report.info
+            say(f"{exported.misread}{_WAS_TRAINED if self.ship.adopted else ''}")
         return None
 
     def publish(self, artifact: Artifact, run: Path, published: str | None) -> None:

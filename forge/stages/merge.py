@@ -23,7 +23,7 @@ class MergeStage(ShipStage):
 
     name = "merge"
     rank = 70
-    version = 1
+    version = 2
     needs = (ADAPTER_STAGE,)
 
     def params(self) -> Mapping[str, Json]:
