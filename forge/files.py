@@ -100,6 +100,15 @@ def sha256_of(path: Path, label: str = "") -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def is_same_piece(path: Path, start: int, other: Path, other_start: int, count: int) -> bool:
+    """Whether `count` bytes of two files are the same, from a place in each."""
+    with path.open("rb") as first, other.open("rb") as second:
+        first.seek(start)
+        second.seek(other_start)
+        pieces = (min(_CHUNK, count - at) for at in range(0, count, _CHUNK))
+        return all(first.read(piece) == second.read(piece) for piece in pieces)
+
+
 @contextlib.contextmanager
 def work_beside(out: Path) -> Iterator[Path]:
     """An empty directory beside `out` that only this process works in; it is removed afterwards.

@@ -134,13 +134,17 @@ def test_modelfile_of_a_directory(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     assert lines[:3] == ["REQUIRES 0.30", f"FROM {tiny / 'own.gguf'}", 'PARAMETER stop "<|im_end|>"']
 
 
-def test_a_model_of_ollamas_library_under_an_adapter(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.network
+def test_a_model_of_ollamas_library_under_an_adapter(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """P4, pitfall 54: what the library's file is cannot be proved, and the Modelfile says so."""
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:1")
     library = ("modelfile", str(tiny), "--from", "phi3:mini")
     text = str(told(capsys, *library, "--adapter", "./lora.gguf")["modelfile"])
     remarks, lines = split(text)
     assert lines[:2] == ["FROM phi3:mini", "ADAPTER ./lora.gguf"] and lines[2].startswith('TEMPLATE """')
-    assert remarks[-1].startswith("# not proved: what phi3:mini is.")
+    assert remarks[-1].startswith("# not proved: what phi3:mini is: no Ollama server answers at ")
     assert f"forge verify --ollama phi3:mini --base {tiny}" in remarks[-1] and "pinned" not in text
     for more in ([], ["--adapter", "x.gguf", "--jinja"]):
         error = told(capsys, *library, *more, code=2)["error"]

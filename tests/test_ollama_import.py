@@ -23,9 +23,10 @@ from forge.serve.runtimes import runtime_for
 from forge.serve.wire import Sampling
 from forge.ship import serving
 from forge.tools.ollama import Ollama, OllamaError
+from tests.conftest import copy_of_tiny
 from tests.fake_ollama import FakeOllama
 from tests.makers.tokenizer import CHATML
-from tests.ollama_servers import PINNED
+from tests.ollama_servers import PINNED, make
 from tests.servers import HELLO, write_adapter
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
@@ -422,3 +423,43 @@ def test_what_no_modelfile_can_hold_goes_over_http(
     assert run_command(["import", str(path), "--name", "yoda", "--json"]) == 0
     model = fake_ollama.models["yoda:latest"]
     assert set(model.parameters["stop"]) == set(stops) and set(model.licences) == set(licences)
+
+
+@pytest.mark.parametrize("of", ["file", "directory"])
+def test_what_a_model_of_the_library_is(
+    of: str,
+    fake_ollama: FakeOllama,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """P4, pitfall 54: the file in the server's store is compared with what the adapter was trained on."""
+    own = write_tiny_gguf(tmp_path / "own.gguf")
+    target = own if of == "file" else copy_of_tiny(tmp_path / "base")
+    lora = write_adapter(tmp_path / "lora.gguf", says="Y")
+    monkeypatch.setenv("OLLAMA_HOST", fake_ollama.url)
+
+    def last_remark(code: int = 0) -> str:
+        capsys.readouterr()
+        asked = ["modelfile", str(target), "--from", "phi3:mini", "--adapter", str(lora), "--json"]
+        assert run_command(asked) == code
+        answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+        if code:
+            return str(answer["error"]["message"])
+        return [str(line) for line in answer["modelfile"].splitlines() if line.startswith("#")][-1]
+
+    assert "not in the Ollama at" in last_remark()
+    with Ollama(fake_ollama.url) as server:
+        make(server, "phi3:mini", own)
+    if of == "file":
+        assert last_remark() == "# phi3:mini has the weights of own.gguf, byte by byte"
+        write_tiny_gguf(own, endless=True)
+        assert "its weights are not those of own.gguf" in last_remark()
+        write_tiny_gguf(own, architecture="qwen2")
+        assert "its architecture is llama, not qwen2" in last_remark(code=2)
+    else:
+        assert "its block_count is 1, not 4" in last_remark(code=2)
+    write_adapter(lora, says="Y", width=64)
+    assert "the adapter's factors are" in last_remark(code=2)
+    fake_ollama.store = Path("/root/.ollama")
+    assert "is not on this machine" in last_remark()

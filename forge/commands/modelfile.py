@@ -14,6 +14,7 @@ from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
 from forge.chat.modelfile import modelfile_text, parse_modelfile
 from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
+from forge.commands.library import doubt_of_library
 from forge.errors import CheckError, DataError, RecipeError
 from forge.files import sync, work_beside, write_text
 from forge.model.gguf_copy import require_same_but, with_text
@@ -58,9 +59,8 @@ def write_modelfile(
     base = library or _from(target)
     is_pinned = library is None and _is_pinned(Path(base))
     remarks = _remarks(handed, way, of_directory=target.is_dir(), is_pinned=is_pinned)
-    if library:
-        remarks.append(_of_library(library, target))
-        report.warning(remarks[-1])
+    if library and adapter:
+        remarks.append(_of_library(library, target, Path(adapter)))
     if left:
         report.warning(str(left))
         remarks.append(str(left))
@@ -91,11 +91,18 @@ def write_modelfile(
     }
 
 
-def _of_library(name: str, target: Path) -> str:
-    return (
-        f"not proved: what {name} is. Ollama's library has most models in 4 bits, and maybe another revision "
-        f"than the adapter was trained on: forge verify --ollama {name} --base {target} compares it"
+def _of_library(name: str, target: Path, adapter: Path) -> str:
+    doubt = doubt_of_library(name, target, adapter)
+    if doubt is None:
+        words = f"{name} has the weights of {target.name}, byte by byte"
+        report.success(words)
+        return words
+    words = (
+        f"not proved: what {name} is: {doubt}. Ollama's library has most models in 4 bits, and maybe another "
+        f"revision than the adapter was trained on: forge verify --ollama {name} --base {target} compares it"
     )
+    report.warning(words)
+    return words
 
 
 def write_guarded(gguf: Path, out: Path) -> int:

@@ -192,13 +192,19 @@ def _weights(served: Modelfile, files: Files) -> tuple[Files | None, tuple[str, 
         raise DataError(
             "the model has an ADAPTER of its own", hint="name the one that it was made from: --adapter"
         )
-    cache = open_store(read_only=True).digests
     for blob in filter(None, (served.base, served.adapter)):
-        path = Path(blob)
-        if not path.is_file():
-            return None, (f"its weights: {blob} is not on this machine",)
-        # A path is the server's word; the bytes are known by their digest.
-        if path.name != f"sha256-{file_digest(path, cache)}":
-            return None, (f"its weights: {blob} has not the bytes that its name says",)
+        if why := unread_because(blob):
+            return None, (why,)
     lora = Path(served.adapter) if served.adapter else None
     return replace(files, gguf=Path(served.base), lora=lora), ()
+
+
+def unread_because(blob: str) -> str | None:
+    """Why the file in a server's store is not the one that its path says; None where it is."""
+    path = Path(blob)
+    if not path.is_file():
+        return f"its weights: {blob} is not on this machine"
+    # A path is the server's word; the bytes are known by their digest.
+    if path.name != f"sha256-{file_digest(path, open_store(read_only=True).digests)}":
+        return f"its weights: {blob} has not the bytes that its name says"
+    return None

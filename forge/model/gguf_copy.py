@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from forge.errors import CheckError, DataError
+from forge.files import is_same_piece
 from forge.model.gguf_header import GgufHeader, read_gguf
 
 _CHUNK = 1 << 20
@@ -55,6 +56,14 @@ def require_same_but(original: GgufHeader, copy: Path, key: str, text: str) -> N
         wrong.append(key)
     if wrong:
         raise CheckError(f"{copy} was not written as it should be: {', '.join(sorted(wrong))}")
+
+
+def has_weights_of(header: GgufHeader, other: GgufHeader) -> bool:
+    """Whether all tensors of two files have the same types, shapes and bytes, wherever they lie in them."""
+    return _shapes(header) == _shapes(other) and all(
+        is_same_piece(header.path, tensor.start, other.path, same.start, tensor.end - tensor.start)
+        for tensor, same in ((tensor, other.tensors[name]) for name, tensor in header.tensors.items())
+    )
 
 
 def _shapes(header: GgufHeader) -> dict[str, object]:

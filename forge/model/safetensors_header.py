@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from forge.errors import DataError
+from forge.files import is_same_piece
 
 # The reference implementation refuses longer headers too.
 MAX_HEADER_BYTES = 100_000_000
-_BLOCK = 1 << 20
 
 BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16,
@@ -91,16 +91,9 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
 
 def is_copy(tensor: TensorSpec, other: TensorSpec) -> bool:
     """Whether both have the same type, shape and bytes."""
-    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
-        return False
-    with tensor.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(tensor.start)
-        second.seek(other.start)
-        for start in range(0, tensor.bytes, _BLOCK):
-            count = min(_BLOCK, tensor.bytes - start)
-            if first.read(count) != second.read(count):
-                return False
-    return True
+    return (tensor.dtype, tensor.shape) == (other.dtype, other.shape) and is_same_piece(
+        tensor.file, tensor.start, other.file, other.start, tensor.bytes
+    )
 
 
 def _check_start(path: Path, start: bytes, size: int) -> None:
