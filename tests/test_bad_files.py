@@ -134,6 +134,11 @@ REFUSED: dict[str, tuple[str, str, str]] = {
         "train.lora.targets: ./base has no module nope",
     ),
     "a regular expression": ("train: {lora: {targets: '.*nope'}}\n", "", ".*nope fits no module of ./base"),
+    "experts": (
+        "train: {method: lora, lora: {dropout: 0, experts: true}}\n",
+        "",
+        "train.lora.experts: ./base is no mixture of experts",
+    ),
     "a norm": ("train: {lora: {targets: [norm]}}\n", "", "train.lora.targets: norm is no linear layer"),
     "layers": ("train: {lora: {layers: [0, 99]}}\n", "", "has no layer 99; its layers are 0 to"),
     "ranks": ("train: {lora: {rank_pattern: {nope: 4}}}\n", "", "rank_pattern: nope fits no module that"),
@@ -215,7 +220,7 @@ def test_dora_that_no_merge_could_hold(case: str, place: Path, capsys: pytest.Ca
 def test_experts_and_routers_are_not_adapted(
     targets: str, inner: tuple[str, ...], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """peft's ParamWrapper takes no dropout, and no merge has a place for its factors."""
+    """peft adapts joined experts by another field, and a router that moves chooses other experts."""
     weights = place / "base" / "model.safetensors"
     renamed = weights.read_bytes().replace(b".mlp.gate_proj.", b".experts.0.w1x.")
     weights.write_bytes(renamed.replace(b".mlp.up_proj.", b".mlp.x1.gate."))
@@ -223,7 +228,7 @@ def test_experts_and_routers_are_not_adapted(
         recipe.write(f"train: {{lora: {{targets: {targets}}}}}\n")
     if inner:
         error = failed(capsys, "plan", "recipe.yaml")
-        assert error["message"].startswith("train.lora.targets: experts and routers cannot be adapted: peft")
+        assert error["message"].startswith("train.lora.targets: experts and routers are not named here: a ")
         assert [problem["message"] for problem in error["problems"]] == [
             f"{target} takes in experts or the router" for target in inner
         ]
@@ -231,7 +236,7 @@ def test_experts_and_routers_are_not_adapted(
         return
     assert run_command(["plan", "recipe.yaml"]) == 0
     shown = "".join(capsys.readouterr())
-    assert ("auto means attention beside experts: peft adapts" in shown) == (targets == "auto")
+    assert ("auto means attention beside experts: a router" in shown) == (targets == "auto")
 
 
 def test_old_names_are_told_beside_what_is_wrong(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

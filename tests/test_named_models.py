@@ -10,7 +10,8 @@ import pytest
 
 from forge.adapter.read import read_adapter
 from forge.train.run import train
-from tests.models import PEFT_WARNS, prepare_rows
+from tests.models import PEFT_WARNS, make_model, prepare_rows
+from tests.test_export_merge import assert_equal
 from tests.test_hub_bases import scaled
 from tests.test_train import arguments
 
@@ -66,3 +67,20 @@ def test_a_named_model_trains(name: str, tmp_path: Path) -> None:
     assert modules <= facts.modules.keys()
     adapter = read_adapter(out)
     assert len(adapter.layers) == sum(facts.modules.values())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])
+def test_the_experts_are_trained_and_merged(family: str, tmp_path: Path) -> None:
+    """C2: transformers has them joined; Granite's configuration lacks what trl reads to balance a router."""
+    base = make_model(tmp_path / "base", family, "home-made", tie_word_embeddings=False)
+    data = tmp_path / "data"
+    data.mkdir()
+    prepare_rows(base, data)
+    lora = {"r": 4, "dropout": 0, "targets": "attention", "experts": True}
+    out = tmp_path / "out"
+    facts = train(arguments(base, data, out, method="lora", max_steps=2, lora=lora))
+    assert {"q_proj": 2, "gate_up_proj": 2, "down_proj": 2}.items() <= facts.modules.items()
+    adapter = read_adapter(out)
+    experts = [layer for layer in adapter.layers.values() if layer.experts]
+    assert len(experts) == 4
+    assert_equal(base, out, tmp_path / "merged")

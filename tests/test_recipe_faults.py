@@ -288,9 +288,11 @@ def test_pitfall_23_the_head_carries_no_adapter() -> None:
     assert line.startswith("recipe.yaml:4: train.lora.targets: lm_head cannot carry an adapter")
 
 
-@pytest.mark.parametrize("lora", ["{modules_to_save: [embed_tokens]}", "{dora: true}"])
+@pytest.mark.parametrize(
+    "lora", ["{modules_to_save: [embed_tokens]}", "{dora: true}", "{experts: true, dropout: 0}"]
+)
 def test_pitfall_52_what_an_adapter_file_cannot_hold_is_told_before_training(lora: str) -> None:
-    (line,) = refused(GOOD + f"train: {{lora: {lora}}}\nexport: {{mode: adapter}}\n")
+    (line,) = refused(GOOD + f"train: {{method: lora, lora: {lora}}}\nexport: {{mode: adapter}}\n")
     assert line.endswith("cannot be exported as an adapter; use export.mode: merged")
 
 

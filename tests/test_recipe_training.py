@@ -53,6 +53,28 @@ def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
         ("{lora: {init: pissa}}", "train.lora.init", "parts of whole weights"),
         ("{method: auto, lora: {init: pissa}}", "train.lora.init", "use train.method: lora"),
         ("{lora: {init: olora, dora: true}}", "train.lora.dora", "olora is converted"),
+        ("{lora: {experts: true, dropout: 0}}", "train.lora.experts", "qlora leaves joined experts as they"),
+        ("{method: lora, lora: {experts: true}}", "train.lora.dropout", "set it to 0"),
+        (
+            "{method: lora, lora: {experts: true, dropout: 0, dora: true}}",
+            "train.lora.dora",
+            "joined experts are parameters",
+        ),
+        (
+            "{method: lora, lora: {experts: true, dropout: 0, init: orthogonal}}",
+            "train.lora.init",
+            "use default beside experts",
+        ),
+        (
+            "{method: lora, lora: {experts: true, dropout: 0, layers: [1]}}",
+            "train.lora.layers",
+            "the experts of every layer",
+        ),
+        (
+            "{devices: 2, strategy: fsdp, method: lora, lora: {experts: true, dropout: 0}}",
+            "train.lora.experts",
+            "not cut with their factors",
+        ),
         ("{lora: {init: olora, modules_to_save: [lm_head]}}", "train.lora.modules_to_save", "without this"),
         ("{lora: {init: olora, token_indices: [5]}}", "train.lora.token_indices", "without this"),
         (

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from forge.adapter.settings import PARAMETERS
 from forge.errors import DataError
+from forge.model.safetensors_header import TensorSpec
 
 JOINED = PARAMETERS[:2]
 """Parameters that hold a matrix for each expert, in the order in which peft nests their factors."""
@@ -30,6 +31,11 @@ _JOINED = {
     "qwen3_5_moe": False, "qwen3_5_moe_text": False,
 }  # fmt: skip
 _OF_ONE = re.compile(r"\.experts\.(?:\d+\.)?[^.]+$")
+_LEAVES = "|".join(leaf for shares in _APART.values() for leaves in shares for leaf in leaves)
+_MATRIX = re.compile(
+    rf"\.experts\.(?:\d+\.(?:{_LEAVES})\.weight|{'|'.join(JOINED)})$|"
+    rf"\.block_sparse_moe\.(?:{'|'.join(_GRANITE.values())})$"
+)
 
 
 def parameters(modules: Collection[str], configuration: Mapping[str, object]) -> dict[str, str]:
@@ -57,6 +63,18 @@ def parameters(modules: Collection[str], configuration: Mapping[str, object]) ->
         for number, own in enumerate(adapted, start=1):
             names[f"{module}.{own}"] = by_depth[len(adapted) - number]
     return names
+
+
+def expert_tensors(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Those of a checkpoint that factors of joined experts would be of."""
+    return {name: tensor for name, tensor in tensors.items() if _MATRIX.search(name)}
+
+
+def can_be_merged(tensors: Mapping[str, TensorSpec], model_type: str) -> bool:
+    """Whether forge knows how such factors go into a checkpoint of these tensors."""
+    matrices = expert_tensors(tensors).values()
+    is_joined = any(len(tensor.shape) > 2 for tensor in matrices)
+    return bool(matrices) and not (is_joined and is_stored_transposed(model_type) is None)
 
 
 def is_of_expert(module: str) -> bool:

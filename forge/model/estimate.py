@@ -9,6 +9,7 @@ Not covered: fragmentation, logits outside trl's fused head, mixture-of-experts 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -112,9 +113,14 @@ def target_tensors(
 def lora_parameters(adapted: Iterable[TensorSpec], rank: int, *, dora: bool = False) -> int:
     """Parameters of A and B over weights of shape (out, in), or (in, out) in a Conv1D: r x (in + out).
 
+    Of joined experts, (experts, out, in), as many for each.
+
     With `dora` a length for each of the `out` rows too.
     """
-    return sum(rank * sum(tensor.shape) + dora * tensor.shape[0] for tensor in adapted)
+    return sum(
+        rank * sum(tensor.shape[-2:]) * math.prod(tensor.shape[:-2]) + dora * tensor.shape[0]
+        for tensor in adapted
+    )
 
 
 def footprint(
@@ -175,15 +181,17 @@ def training(
     double_quantization: bool = True,
     cuda: bool = False,
     whole_logits: bool = False,
+    experts: Iterable[TensorSpec] = (),
 ) -> Estimate:
     """Bytes of a training run; `dtype_bytes` is the compute type's (2 for bf16 and fp16, 4 for fp32).
 
     A quantized base's other weights are fp32: k-bit preparation casts them up. Full training keeps the
     base beside its float32 copy. `optimizer` not in `OPTIMIZER_BYTES` counts as AdamW. With `cuda` it is
     the GPU's memory, else the main one. `whole_logits`: those of all tokens at once, not of a chunk.
+    `experts` are adapted beside `targets`.
     """
     whole = sum(tensor.numel for tensor in tensors.values())
-    adapted = target_tensors(tensors, targets).values()
+    adapted = [*target_tensors(tensors, targets).values(), *experts]
     trained = whole if method == "full" else lora_parameters(adapted, rank, dora=dora)
     linear = sum(tensor.numel for tensor in linear_tensors(tensors).values())
     bits = {"qlora": 4, "int8": 8}.get(method)

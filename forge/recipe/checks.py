@@ -123,6 +123,8 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
             yield "train.lora.modules_to_save", "cannot be exported as an adapter; use export.mode: merged"
         if isinstance(train, Train) and train.lora.dora:
             yield "train.lora.dora", "cannot be exported as an adapter; use export.mode: merged"
+        if isinstance(train, Train) and train.lora.experts:
+            yield "train.lora.experts", "cannot be exported as an adapter; use export.mode: merged"
         if isinstance(train, Train) and train.lora.token_indices:
             yield "train.lora.token_indices", "cannot be exported as an adapter; use export.mode: merged"
         if isinstance(train, Train) and train.method == "full":

@@ -38,6 +38,11 @@ class Lora(Section):
         "`attention`); `attention`: those of attention; a list of module names; or a regular expression of "
         "whole names",
     )
+    experts: bool = Field(
+        False,
+        description="the matrices of a mixture's experts too, with factors for each expert (peft's "
+        "`target_parameters`); wants `method: lora` and `dropout: 0`; exported merged only",
+    )
     rank_pattern: dict[Pattern, Positive] = Field(
         {}, description="ranks of their own: module name or regular expression to rank"
     )

@@ -93,6 +93,8 @@ def _of_adapters(recipe: Recipe, train: Train) -> Iterator[Finding]:
             "train.lora.dora",
             "reads the lengths of rows, which 8-bit weights hide; use qlora or lora",
         )
+    if lora.experts:
+        yield from _of_experts(train)
     odd = [rank for rank in (lora.r, *lora.rank_pattern.values()) if rank % 2]
     if lora.init == "orthogonal" and odd:
         yield "train.lora.init", f"orthogonal begins with even ranks only, not {odd[0]}"
@@ -118,6 +120,21 @@ def _of_adapters(recipe: Recipe, train: Train) -> Iterator[Finding]:
     yield from ((field, lost) for field, is_asked in beside.items() if is_asked)
     if lora.rslora and (lora.rank_pattern or lora.alpha_pattern):
         yield "train.lora.rslora", f"{lora.init} with patterns cannot be converted beside it; leave it out"
+
+
+def _of_experts(train: Train) -> Iterator[Finding]:
+    """What peft's factors for parameters cannot be together with."""
+    lora, field = train.lora, "train.lora.experts"
+    if train.method != "lora":
+        yield field, f"train.method: {train.method} leaves joined experts as they are; use lora"
+    if lora.dropout:
+        yield "train.lora.dropout", "experts are adapted without it; set it to 0"
+    if lora.dora:
+        yield "train.lora.dora", "is for layers, and joined experts are parameters; leave it out"
+    if lora.init not in ("default", "gaussian"):
+        yield "train.lora.init", f"{lora.init} begins with layers' weights; use default beside experts"
+    if lora.layers:
+        yield "train.lora.layers", "peft adapts the experts of every layer; leave one of the two out"
 
 
 def _devices(train: Train) -> Iterator[Finding]:
@@ -155,6 +172,7 @@ def _not_shared(train: Train) -> Iterator[tuple[bool, str, str]]:
     yield train.method == "full", "method", "a module saved whole is not put together again; use lora"
     yield train.compares, "objective", f"{train.objective} compares with the whole model"
     yield lora.dora, "lora.dora", "the length of a row is not known where it is cut; leave it out"
+    yield lora.experts, "lora.experts", "joined experts are not cut with their factors; leave it out"
     yield lora.init != "default", "lora.init", f"{lora.init} is made of whole weights; use default"
     yield bool(lora.modules_to_save), "lora.modules_to_save", together
     yield bool(lora.token_indices), "lora.token_indices", together
@@ -202,6 +220,7 @@ _OF_UNSLOTH: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("train.liger", ("auto", False), "has kernels of its own; leave it out"),
     ("train.lora.alpha_pattern", ({},), "gives every module the same; leave it out"),
     ("train.lora.dora", (False,), "has no fast way for dora; leave it out"),
+    ("train.lora.experts", (False,), "takes experts its own way; leave it out"),
     ("train.lora.init", ("default",), "starts factors the usual way; use default"),
     ("train.lora.modules_to_save", ([],), "saves them its own way; leave it out"),
     ("train.lora.rank_pattern", ({},), "gives every module the same; leave it out"),

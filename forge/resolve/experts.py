@@ -1,7 +1,7 @@
-"""What an adapter may be put on in a mixture of experts: neither its experts nor its router.
+"""What an adapter may be put on in a mixture of experts: not its router, its experts if asked.
 
 transformers joins the experts' tensors, and peft adapts what is joined by `target_parameters`: with no
-dropout, and with factors that a GGUF adapter has no place for. Adapters that have them are merged.
+dropout, and with factors that a GGUF adapter has no place for.
 
 Not covered: experts and routers of families that name them otherwise; peft has the last word in training.
 """
@@ -15,10 +15,7 @@ _EXPERT = re.compile(r"\.experts\.")
 _ROUTER = re.compile(r"\.(gate|router)$")
 # As transformers joins them, whatever the file names them.
 _JOINED = {"experts", "gate_up_proj"}
-WHY = (
-    "peft adapts experts joined and without dropout, which forge merges but does not train, and a router "
-    "that moves chooses other experts"
-)
+WHY = "a router that moves chooses other experts, and train.lora.experts: true adapts the experts"
 
 
 def holds_experts(tensors: Collection[str], count: int | None) -> bool:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from forge.adapter.experts import can_be_merged
 from forge.adapter.read import EMBEDDINGS
 from forge.adapter.vocabulary import is_of_tokens
 from forge.errors import Problem, RecipeError
@@ -45,7 +46,12 @@ def check_shape(ship: Resolved) -> None:
     else:
         if ship.holds_experts:
             _refuse_experts(ship, adapted_experts(train.lora.targets, ship.tensors))
-        findings = [*_layers(ship, train), *_targets(ship, train), *_beside(ship, train)]
+        findings = [
+            *_layers(ship, train),
+            *_targets(ship, train),
+            *_experts(ship, train),
+            *_beside(ship, train),
+        ]
     if findings:
         linear = sorted({name.split(".")[-2] for name in linear_tensors(ship.tensors) if "." in name})
         field, message = findings[0]
@@ -61,7 +67,7 @@ def _refuse_experts(ship: Resolved, inner: Sequence[str]) -> None:
     field = "train.lora.targets"
     if inner:
         raise RecipeError(
-            f"{field}: experts and routers cannot be adapted: {WHY}",
+            f"{field}: experts and routers are not named here: {WHY}",
             hint=f"set {field}: attention, which auto means here",
             problems=[
                 located(ship.loaded, field, f"{target} takes in experts or the router") for target in inner
@@ -125,6 +131,17 @@ def _targets(ship: Resolved, train: Train) -> Iterator[tuple[str, str]]:
                 "train.lora.init",
                 f"{lora.init} takes rank {max(ranks)} out of a matrix that has {min(sizes)}; use default",
             )
+
+
+def _experts(ship: Resolved, train: Train) -> Iterator[tuple[str, str]]:
+    family, field = ship.configuration.model_type, "train.lora.experts"
+    if train.lora.experts and not ship.holds_experts:
+        yield field, f"{ship.base.spec} is no mixture of experts"
+    elif train.lora.experts and not can_be_merged(ship.tensors, family):
+        yield (
+            field,
+            f"forge does not know how {family} stores its experts, and could not merge them",
+        )
 
 
 def _beside(ship: Resolved, train: Train) -> Iterator[tuple[str, str]]:

@@ -154,7 +154,7 @@ class TrainStage(AdapterStage):
         if self._train.method == "full":
             return 4 * self.ship.parameters
         lora = self._train.lora
-        matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) == 2]
+        matrices = [spec for spec in self.ship.tensors.values() if len(spec.shape) > 1]
         rank = max(lora.r, *lora.rank_pattern.values()) if lora.rank_pattern else lora.r
         factors = lora_parameters(matrices, rank, dora=lora.dora) * (2 if lora.moves_base else 1)
         return 4 * (factors + saved_whole(self.ship.tensors, lora.modules_to_save))

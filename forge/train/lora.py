@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.experts import JOINED
 from forge.errors import DataError
 from forge.recipe.training import Lora
 
@@ -52,6 +53,7 @@ def with_lora(model: Any, lora: Lora, *, quantized: bool, checkpointing: bool) -
         init_lora_weights=_INITIAL.get(lora.init, lora.init),
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
+        target_parameters=[f"experts.{name}" for name in JOINED] if lora.experts else None,
         layers_to_transform=list(lora.layers) or None,
         trainable_token_indices=list(lora.token_indices) or None,
         modules_to_save=whole or None,
@@ -65,6 +67,11 @@ def with_lora(model: Any, lora: Lora, *, quantized: bool, checkpointing: bool) -
         raise DataError(
             f"train.lora.targets: {error}", hint=f"the linear layers are {', '.join(names)}"
         ) from error
+    if lora.experts and not any(hasattr(module, "parameter_name") for module in made.modules()):
+        raise DataError(
+            "train.lora.experts: peft adapts joined experts, and transformers does not join these",
+            hint="leave it out; attention can be adapted",
+        )
     _refuse_idle(made, lora)
     return made
 
@@ -143,9 +150,11 @@ def keep_initial(model: Any, directory: Path) -> None:
 
 
 def adapted_modules(model: Any) -> Sequence[str]:
-    """The full names of the layers that carry factors."""
+    """The full names of the layers and the parameters that carry factors."""
     return sorted(
-        name.removeprefix("base_model.model.")
+        f"{name.removeprefix('base_model.model.').replace('.base_layer', '')}.{module.parameter_name}"
+        if hasattr(module, "parameter_name")
+        else name.removeprefix("base_model.model.")
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and (module.lora_A or module.lora_embedding_A)
     )

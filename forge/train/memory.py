@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from forge import process
+from forge.adapter.experts import expert_tensors
 from forge.errors import ForgeError
 from forge.model.config import Configuration
 from forge.model.estimate import Estimate, available, training
@@ -182,6 +183,7 @@ def estimate_of(
         sequence=min(job.length, configuration.max_positions or job.length),
         dora=job.train.lora.dora,
         targets=job.train.lora.targets,
+        experts=expert_tensors(tensors).values() if job.train.lora.experts else (),
         optimizer=job.train.optimizer,
         dtype_bytes=job.dtype_bytes,
         checkpointing=job.checkpointing,
