@@ -20,6 +20,7 @@ from forge.export.tokenizer import repair_tokenizer
 from forge.export.upstream import Choices
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
+from tests.specimens import rewrite
 from tests.vocabularies import HUB, converters, home_made_tokenizer, write_tokenizer
 from tests.vocabulary_gguf import vocabulary_gguf
 
@@ -141,6 +142,22 @@ def test_a_router_scores_as_transformers_does(tmp_path: Path) -> None:
     config = {**json.loads(path.read_text(encoding="utf-8")), **FIELDS["deepseek-v3"], **changed}
     path.write_text(json.dumps(config), encoding="utf-8")
     assert read_gguf(convert(directory)).metadata["deepseek2.expert_gating_func"] == 2
+
+
+def test_no_answer_ends_at_a_word(tmp_path: Path) -> None:
+    """HunYuan's converter ends answers at `eod_token_id`, for which transformers fills in a 3."""
+    directory = directory_of(tmp_path / "base", "home-made")
+    path = directory / "config.json"
+    changed = {"architectures": ["HunYuanDenseV1ForCausalLM"], "model_type": "hunyuan_v1_dense"}
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changed}), encoding="utf-8")
+    end = read_tokenizer(directory).ids["eos"]
+    file = convert(directory, end_of_turn=end)
+    assert read_gguf(file).metadata["tokenizer.ggml.eos_token_id"] == end
+    tried = proof.cases(template_of(directory), ["Hello"], [])
+    assert proof.compare_ids(directory, file, tried, end_of_turn=end).texts == 1
+    ends_at_a_word = rewrite(file, tmp_path / "word.gguf", tokenizer__ggml__eos_token_id=3)
+    with pytest.raises(CheckError, match="would end an answer at '!', in the middle of a text"):
+        proof.compare_ids(directory, ends_at_a_word, tried, end_of_turn=end)
 
 
 def test_a_wrong_pre_tokenizer_is_caught(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from forge.chat.difference import first_difference
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, DataError, Problem
-from forge.model.tokenizer_files import open_tokenizer
+from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -93,7 +93,8 @@ def compare_ids(
 ) -> ComparedIds:
     """Check that the tokenizer in `directory` and the GGUF `vocabulary` give equal ids for every case.
 
-    Raises `CheckError` with the first that differ, or when llama.cpp would not stop at `end_of_turn`.
+    Raises `CheckError` with the first that differ, or, where there is an `end_of_turn`, when llama.cpp would
+    not stop there, or would at a token of plain text.
     Left out, and named as limits: text with NUL (llama.cpp's interface takes C strings); text that
     the tokenizer composes first (Unicode NFC, as Qwen's does; llama.cpp does not); text with words that
     only llama.cpp takes for special tokens (`</s>` with Qwen's vocabulary); white space outside
@@ -104,7 +105,7 @@ def compare_ids(
     try:
         kept, limits = _without_limits(tried, directory / "tokenizer.json", reference, served)
         compared = [_difference(case, reference, served) for case in kept]
-        stops = end_of_turn is None or served.ends_reply(end_of_turn)
+        ending = set() if end_of_turn is None else set(served.ending())
     finally:
         served.close()
     problems = list(filter(None, compared))
@@ -119,8 +120,14 @@ def compare_ids(
         )
         failure.fields = {"compared": len(compared), "different": len(problems)}
         raise failure
-    if not stops:
+    if end_of_turn is not None and end_of_turn not in ending:
         raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
+    ends = {end_of_turn, *read_tokenizer(directory).eos_ids, *reference.get_added_tokens_decoder()}
+    if words := [repr(reference.id_to_token(token)) for token in sorted(ending - ends)]:
+        raise CheckError(
+            f"llama.cpp would end an answer at {', '.join(words[:3])}, in the middle of a text",
+            hint="config.json or generation_config.json names that token as an end: compare it with the hub's",
+        )
     return ComparedIds(len(compared), limits)
 
 

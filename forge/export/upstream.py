@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from forge.errors import DataError, StageError, UnexportableError
 from forge.export.tensors import LazyTensor
+from forge.model.config import read_json
 from forge.model.gguf_header import NUMBERS, TYPES
 
 if TYPE_CHECKING:
@@ -222,6 +223,12 @@ def _kind(conversion: Any, description: Path, tensors: Sequence[LazyTensor]) -> 
     return type(kind.__name__, (kind,), fields)
 
 
+def _special_ids(description: Path) -> set[int]:
+    path = description / "tokenizer.json"
+    added = (read_json(path).get("added_tokens") or []) if path.is_file() else []
+    return {int(token["id"]) for token in added if token.get("special")}
+
+
 @contextlib.contextmanager
 def _streamed(base: Any, tensors: Sequence[LazyTensor]) -> Iterator[None]:
     """Every converter reads `tensors` instead of files; its own way of indexing them goes on above that."""
@@ -237,6 +244,10 @@ def _streamed(base: Any, tensors: Sequence[LazyTensor]) -> Iterator[None]:
         stated.setdefault("rotary_pct", rotation.get("partial_rotary_factor", 1.0))
         if stated.get("model_type") in _SIGMOID:
             stated.setdefault("scoring_func", "sigmoid")
+        for part in (stated, stated.get("text_config") or {}):
+            if part.get("eod_token_id") not in (None, *_special_ids(directory)):
+                # HunYuan's ends answers there, and transformers fills in a 3, which is a word.
+                part["eod_token_id"] = None
         return stated
 
     files, base.ModelBase.index_tensors = base.ModelBase.index_tensors, index_tensors

@@ -18,7 +18,7 @@ from forge.store.digest import digest
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
 
 _NAME = "rehearse"
-_VERSION = 4
+_VERSION = 5
 
 
 def rehearse(ship: Resolved, *, log: Path | None = None) -> Rehearsed:
