@@ -296,3 +296,19 @@ def test_names_that_todays_libraries_refuse_are_all_known() -> None:
         "evaluation_steps gradient_checkpointing_kw_args torch_dtype load_in_4bit predict_with_generate"
     )
     assert set(refused_today.split()) <= OLD_NAMES.keys()
+
+
+ARGUMENTS = (Path(__file__).parent / "cases" / "document_arguments.txt").read_text(encoding="utf-8")
+
+
+def test_every_argument_of_the_documents_scripts_is_answered() -> None:
+    """D0 to D3, section 2's A to R: each is a field, is renamed, or is answered where it is typed."""
+    unanswered = []
+    for argument in ARGUMENTS.splitlines():
+        text = GOOD + f"train:\n  {argument}\n"
+        try:
+            read(text)
+        except RecipeError as failure:
+            words = [problem.message for problem in failure.problems]
+            unanswered += [argument for word in words if "unknown key" in word and "did you mean" not in word]
+    assert unanswered == []

@@ -29,8 +29,8 @@ DATA = {
 def test_the_starters_are_the_files_of_the_templates() -> None:
     assert starters.kinds() == (
         "adopt-adapter", "alpaca", "chat-messages", "code", "falcon", "gpt2", "guanaco", "llama-2", "medical",
-        "mistral", "opt", "plain-base", "preference", "quickstart", "sentiment", "sft-prompts", "smollm2",
-        "yoda",
+        "mistral", "opt", "overview", "plain-base", "preference", "quickstart", "rtx3090", "sentiment",
+        "sft-prompts", "smollm2", "yoda",
     )  # fmt: skip
 
 

@@ -86,7 +86,16 @@ OLD_NAMES: Mapping[str, Old] = {
     **_all("data.columns.completion", "completion_column", "output_column", "field_output"),
     **_all("data.columns.messages", "messages_column", "field_messages"),
     **_all("data.columns.system", "system_column", "field_system"),
-    **_all("data.eval", "val_set_size", "val_size", "test_size", "validation_split", "eval_split", "holdout"),
+    **_all(
+        "data.eval",
+        "val_set_size",
+        "val_size",
+        "test_size",
+        "train_test_split",
+        "validation_split",
+        "eval_split",
+        "holdout",
+    ),
     **_all("data.eval", "eval_file", "validation_file", "eval_source", "eval_dataset"),
     **_all("data.limit", "max_samples", "max_train_samples", "num_samples"),
     **_all("data.seed", "data_seed", "split_seed"),
@@ -124,7 +133,10 @@ OLD_NAMES: Mapping[str, Old] = {
     **_switch("train.method", "qlora", "lora", "load_in_4bit"),
     **_switch("train.method", "int8", DROP, "load_in_8bit"),
     **_switch(
-        "train.attention", "flash_attention_2", DROP, "flash_attention", "flash_attn", "flash_attention_2"
+        "train.attention",
+        "flash_attention_2",
+        DROP,
+        *("flash_attention", "flash_attn", "flash_attention_2", "use_flash_attention_2"),
     ),
     **_switch("train.attention", "sdpa", DROP, "sdp_attention"),
     **_switch("train.batch_size", "auto", DROP, "auto_find_batch_size"),
@@ -176,6 +188,12 @@ OLD_NAMES: Mapping[str, Old] = {
     **{name: Old("train.supervise", values={False: DROP}) for name in ("train_on_inputs", "train_on_prompt")},
     "mask_history": Old("train.supervise", values={True: "last", False: DROP}),
     "do_train": Old("train.method", values={True: DROP}),
+    "early_stopping_threshold": Old(
+        why="train.patience counts evaluations that are no better, by however little", values={0: DROP}
+    ),
+    "mlm": Old(why="the next token is learned; no word is masked", values={False: DROP}),
+    "shuffle": Old("train.seed", values={True: DROP}),
+    "adapter_name": Old(why="a run has one adapter; forge adapters holds several", values={"default": DROP}),
     "loss_type": Old(why="the loss is that of train.objective", values={"sigmoid": DROP}),
     **{
         name: Old(why="it is not built: the loss is that of train.objective", values={False: DROP})
@@ -260,7 +278,23 @@ OLD_NAMES: Mapping[str, Old] = {
     **_gone("positions are those of the base", "rope_scaling", "rope_theta", "shift_attn"),
     **_gone("train.attention: eager, sdpa, flash_attention_2 or flash_attention_3", "xformers_attention"),
     **_gone("an adapter that does not fit its base is refused, always", "strict"),
-    **_gone("how long an answer may be is for each request to say (max_tokens)", "num_predict"),
+    **_gone(
+        "how long an answer may be is for each request to say (max_tokens)",
+        *("num_predict", "n_predict", "max_new_tokens", "min_new_tokens"),
+    ),
+    **_gone("servers draw one token after another", "num_beams"),
+    **_gone("model.sampling.temperature: 0 is greedy; another draws", "do_sample"),
+    **_gone(
+        "rows are padded on the right without loss, prompts on the left where answers are asked for",
+        "padding_side",
+    ),
+    **_gone(
+        "every answer ends in the end of turn that is learned, and BOS is as the base has it",
+        *("add_eos_token", "add_bos_token"),
+    ),
+    **_gone("export.quant is the type of the file, which lies in runs/<name>/", "outtype", "outfile"),
+    **_gone("the hub's login is asked for by HF_TOKEN or `hf auth login`", "use_auth_token", "token"),
+    **_gone("what is fetched lies in the hub's cache (HF_HOME)", "local_dir", "cache_dir"),
     **_gone(
         "what ends an answer is read from the base and proved; more stops are for each request to say", "stop"
     ),
@@ -275,10 +309,15 @@ OLD_NAMES: Mapping[str, Old] = {
         "PAD, EOS and BOS come from the base, and PAD is never EOS",
         "special_tokens",
         "pad_token",
-        "eos_token",
+        *("eos_token", "bos_token", "unk_token", "eos_token_id", "bos_token_id", "pad_token_id"),
     ),
     **_gone("packing is padding-free by itself; say train.packing: true", "padding_free"),
-    **_gone("only the answers carry loss, always; prompts never do", "response_template", "data_collator"),
+    **_gone(
+        "only the answers carry loss, always; prompts never do",
+        "response_template",
+        "instruction_template",
+        "data_collator",
+    ),
     **_gone("name the modules in train.lora.targets", "layers_pattern", "exclude_modules"),
     **_gone("layers that stand twice in a model have no GGUF form", "layer_replication"),
     **_gone(
@@ -307,6 +346,8 @@ OLD_NAMES: Mapping[str, Old] = {
         *("bf16_full_eval", "fp16_full_eval", "full_determinism", "truncation_mode", "disable_dropout"),
         *("is_encoder_decoder", "precompute_ref_batch_size", "include_for_metrics", "batch_eval_metrics"),
         *("prediction_loss_only", "auto_mapping", "peft_version", "revision", "inference_mode"),
+        *("low_cpu_mem_usage", "use_fast", "use_fast_tokenizer", "safe_serialization", "max_shard_size"),
+        *("merge_and_unload", "skip_special_tokens", "infinite"),
         *("megatron_config", "megatron_core", "runtime_config", "ensure_weight_tying"),
     ),
     # Out of scope.
