@@ -118,6 +118,10 @@ def test_a_recipe_is_a_sweep_of_what_the_command_line_says() -> None:
         ),
         ("recipe: recipe.yaml\nfields: {train.lora.r: []}\n", ["s.yaml:2: train.lora.r: is an empty list"]),
         ("recipe: recipe.yaml\nfields: {data.limit: [4, 4]}\n", ["s.yaml:2: data.limit: 4 is there twice"]),
+        (
+            "recipe: recipe.yaml\nfields: {train.epochs: [1, 1.0]}\n",
+            ["s.yaml: two runs are the same: s-epochs1 and s-epochs1.0"],
+        ),
         ("recipe: recipe.yaml\nfields: {}\n", ["s.yaml:2: fields: must be a mapping"]),
         ("recipe: recipe.yaml\nfields: [a]\n", ["s.yaml:2: fields: must be a mapping"]),
         ("recipe: recipe.yaml\nruns: []\n", ["s.yaml:2: runs: is an empty list"]),

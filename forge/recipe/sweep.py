@@ -231,29 +231,35 @@ def _combinations(file: Path, draft: _Draft) -> tuple[Combination, ...]:
     chosen = list(_products(draft))
     varied = _varied(chosen)
     names, problems = _names(draft, chosen, varied), []
-    loaded: list[tuple[Loaded, tuple[str, ...]] | None] = []
+    loaded: list[tuple[Loaded, tuple[str, ...], dict[str, Any]]] = []
     seen: dict[str, str] = {}
     for name, values in zip(names, chosen, strict=True):
-        content = json.dumps({key: value for key, value in values.items() if key != "name"}, sort_keys=True)
+        own = {key: value for key, value in values.items() if key not in (_RECIPE, "name")}
+        words = tuple(f"{key}={json.dumps(value)}" for key, value in ({"name": name} | own).items())
+        try:
+            made = load(Path(values[_RECIPE]), words)
+        except RecipeError as failure:
+            problems += [_at_its_line(problem, draft.places) for problem in failure.problems]
+            continue
+        loaded.append((made, words, values))
+        content = _content(made)
         if content in seen:
             problems.append(Problem(f"two runs are the same: {seen[content]} and {name}", file=str(file)))
         elif name in seen.values():
             problems.append(Problem(f"two runs have the name {name}", file=str(file)))
         seen.setdefault(content, name)
-        own = {key: value for key, value in values.items() if key not in (_RECIPE, "name")}
-        words = tuple(f"{key}={json.dumps(value)}" for key, value in ({"name": name} | own).items())
-        try:
-            loaded.append((load(Path(values[_RECIPE]), words), words))
-        except RecipeError as failure:
-            loaded.append(None)
-            problems += [_at_its_line(problem, draft.places) for problem in failure.problems]
     if problems:
         raise _failure(file, problems)
     return tuple(
-        Combination(made[0], {key: value for key, value in values.items() if key in varied}, made[1])
-        for made, values in zip(loaded, chosen, strict=True)
-        if made is not None
+        Combination(made, {key: value for key, value in values.items() if key in varied}, words)
+        for made, words, values in loaded
     )
+
+
+def _content(loaded: Loaded) -> str:
+    """The recipe's file and what it says, however its values are written."""
+    fields = {**loaded.recipe.as_json(), "name": str(loaded.path.absolute())}
+    return json.dumps(fields, sort_keys=True)
 
 
 def _products(draft: _Draft) -> Iterator[dict[str, Any]]:
