@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from forge.errors import DataError
-from forge.model.gguf_header import LongArray, read_gguf
+from forge.model.gguf_header import LongArray, read_gguf, read_whole_gguf
 from tests.model_files import write_gguf
 from tests.specimens import rewrite
 from tests.tiny_gguf import write_tiny_gguf
@@ -120,6 +120,17 @@ def test_gguf_tensors_that_lie(tmp_path: Path) -> None:
             read_gguf(path)
     with pytest.raises(DataError, match="no such file"):
         read_gguf(tmp_path / "none.gguf")
+
+
+@pytest.mark.parametrize(("count", "is_part"), [(None, False), (0, False), (1, False), (2, True)])
+def test_one_of_several_parts_is_no_whole_file(tmp_path: Path, count: int | None, is_part: bool) -> None:
+    """`llama-gguf-split --merge` leaves 0 as the number of parts."""
+    path = write_gguf(tmp_path / "m.gguf", {} if count is None else {"split.count": count}, {})
+    if is_part:
+        with pytest.raises(DataError, match=r"m\.gguf is one of the 2 parts"):
+            read_whole_gguf(path)
+    else:
+        assert read_whole_gguf(path) == read_gguf(path)
 
 
 def test_bos_is_put_before_prompts_where_llama_cpp_puts_it(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.fake_ollama import FakeOllama
 from tests.makers.tokenizer import CHATML
 from tests.ollama_servers import PINNED, make
 from tests.servers import HELLO, write_adapter
+from tests.specimens import rewrite
 from tests.tiny_gguf import REPLY, write_tiny_gguf
 
 pytestmark = [pytest.mark.network, pytest.mark.programs]
@@ -62,6 +63,13 @@ def test_servers_that_are_too_old(pinned_gguf: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckError, match="yoda is as it was") as failed:
             import_model(server, "yoda", path, hand_over_of(path))
         assert "the server is older than 0.30" in str(failed.value.problems[0]) and only(fake)
+
+
+def test_one_of_several_parts_is_refused(fake_ollama: FakeOllama, pinned_gguf: Path, tmp_path: Path) -> None:
+    part = rewrite(pinned_gguf, tmp_path / "part.gguf", split__count=2)
+    with Ollama(fake_ollama.url) as server, pytest.raises(DataError, match="one of the 2 parts"):
+        import_model(server, "yoda", part, hand_over_of(pinned_gguf))
+    assert fake_ollama.asked == []
 
 
 def test_a_blob_goes_up_once(fake_ollama: FakeOllama, pinned_gguf: Path) -> None:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from forge.errors import MissingToolError, RecipeError, StageError
+from forge.errors import DataError, MissingToolError, RecipeError, StageError
 from forge.serve.client import Client
 from forge.serve.container import IMAGE, MOST_PROCESSES, serve_container
 from forge.serve.runtime import ServerSettings
@@ -22,6 +22,7 @@ from forge.serve.wire import GoneError, RefusedError
 from forge.tools.containers import current_name, docker_files, engine
 from tests.docker_daemon import BASE, load_base
 from tests.servers import HELLO, KEY, listens, write_adapter
+from tests.specimens import rewrite
 from tests.test_docker_files import NEEDS_KEY
 from tests.test_serve_front import attack
 from tests.tiny_gguf import REPLY, write_tiny_gguf
@@ -74,6 +75,15 @@ def test_no_daemon_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_layers_on_a_gpu_without_cuda_are_refused_before_an_image_is_made(settings: ServerSettings) -> None:
     with pytest.raises(RecipeError, match=r"forge-llama-server:.* runs on the CPU only"):
         with serve_container(replace(settings, gpu_layers=5)):
+            raise AssertionError("it served")
+
+
+def test_one_of_several_parts_is_refused_before_an_image_is_made(
+    settings: ServerSettings, tmp_path: Path
+) -> None:
+    part = rewrite(settings.model, tmp_path / "part.gguf", split__count=2)
+    with pytest.raises(DataError, match="one of the 2 parts"):
+        with serve_container(replace(settings, model=part)):
             raise AssertionError("it served")
 
 

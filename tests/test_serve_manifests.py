@@ -14,13 +14,14 @@ from ruamel.yaml import YAML
 
 from forge import process
 from forge.cli.main import run_command
-from forge.errors import RecipeError
+from forge.errors import DataError, RecipeError
 from forge.model.gguf_header import read_gguf
 from forge.serve.container import CUDA_IMAGE, IMAGE
 from forge.serve.front_nginx import front_conf
 from forge.serve.manifests import manifest
 from forge.serve.runtime import ServerSettings
 from forge.serve.slots import memory_bytes
+from tests.specimens import rewrite
 from tests.tiny_gguf import write_tiny_gguf
 
 URL = "https://models.example/yoda.gguf"
@@ -66,6 +67,12 @@ def test_kubernetes_takes_it(settings: ServerSettings, url: str | None, key: str
         [fetcher] = pod["initContainers"]
         digest = hashlib.sha256(settings.model.read_bytes()).hexdigest()
         assert fetcher["command"][-3:] == ["/models/yoda.gguf", url, digest]
+
+
+def test_one_of_several_parts_is_refused(settings: ServerSettings, tmp_path: Path) -> None:
+    part = rewrite(settings.model, tmp_path / "part.gguf", split__count=2)
+    with pytest.raises(DataError, match="one of the 2 parts"):
+        manifest("kubernetes", replace(settings, model=part))
 
 
 def test_the_validator_can_refuse(settings: ServerSettings) -> None:

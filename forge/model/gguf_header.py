@@ -160,10 +160,13 @@ def read_gguf(path: Path) -> GgufHeader:
 
 
 def read_whole_gguf(path: Path) -> GgufHeader:
-    """`read_gguf` of what is to travel as one file: raises `DataError` for one of several parts, too."""
+    """`read_gguf` of what is to travel as one file: raises `DataError` for one of several parts, too.
+
+    `llama-gguf-split --merge` leaves 0 as the number of parts.
+    """
     header = read_gguf(path)
-    parts = header.metadata.get("split.count", 1)
-    if parts != 1:
+    parts = header.metadata.get("split.count")
+    if isinstance(parts, int) and parts > 1:
         raise DataError(
             f"{path} is one of the {parts} parts of a model, and one file is needed here",
             hint="join them: forge export --gguf FIRST-PART.gguf --quant copy --out FILE.gguf",

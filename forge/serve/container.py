@@ -46,7 +46,9 @@ def serve_container(settings: ServerSettings, *, log: Path | None = None) -> Ite
     Raises what `serve_embedded` raises; `MissingToolError` means that no daemon answers.
     """
     ready.check_settings(settings)
-    uses_gpu(settings)  # or refuses, before an image is built or pulled
+    # Both may refuse, before an image is built or pulled.
+    uses_gpu(settings)
+    memory = memory_bytes(settings, read_whole_gguf(settings.model))
     with (
         front_server.bound(settings) as listener,
         engine() as daemon,
@@ -54,7 +56,7 @@ def serve_container(settings: ServerSettings, *, log: Path | None = None) -> Ite
     ):
         image = _image(daemon, settings)
         key = secrets.token_urlsafe(32)
-        container = _start(daemon, image, settings, Path(private), key)
+        container = _start(daemon, image, settings, Path(private), key, memory)
         try:
             with front_server.opened(listener, settings, _behind(container, settings, key)) as port:
                 yield _proved(container, settings, port)
@@ -95,7 +97,9 @@ def _image(daemon: Engine, settings: ServerSettings) -> str:
     return image
 
 
-def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, key: str) -> Container:
+def _start(
+    daemon: Engine, image: str, settings: ServerSettings, private: Path, key: str, memory: int
+) -> Container:
     model = f"/models/{settings.model.name}"
     adapters = {f"/adapters/{number}.gguf": path for number, path in enumerate(settings.loaded_adapters)}
     mounts = {model: settings.model, **adapters}
@@ -116,7 +120,7 @@ def _start(daemon: Engine, image: str, settings: ServerSettings, private: Path, 
         port=PORT,
         gpu=uses_gpu(settings),
         environment=process.waiting_policy(os.environ),
-        memory=memory_bytes(settings, read_whole_gguf(settings.model)),
+        memory=memory,
         processes=MOST_PROCESSES,
     )
 
