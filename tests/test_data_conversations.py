@@ -46,6 +46,18 @@ FORMS: Mapping[str, tuple[Row, Mapping[str, str], list[dict[str, Json]], str]] =
         [USER, ANSWER],
         "prompt",
     ),
+    "the thinking of whose answer is mapped": (
+        row(question="Hi", r1_reasoning="Greet.", gemini_thinking="Greet!", r1_answer="Hello."),
+        {"completion": "r1_answer"},
+        [USER, {**ANSWER, "reasoning_content": "Greet."}],
+        "prompt",
+    ),
+    "mapped thinking": (
+        row(question="Hi", steps_thinking=["Greet."], solution="No.", attempt="Hello."),
+        {"completion": "attempt", "reasoning": "steps_thinking"},
+        [USER, {**ANSWER, "reasoning_content": "Greet."}],
+        "prompt",
+    ),
     "mapped system": (
         row(s="Be brief.", prompt="Hi", completion="Hello."),
         {"system": "s"},

@@ -154,6 +154,34 @@ def test_the_first_recipe_elsewhere(place: Path) -> None:
     assert recipe.smoke[0].messages[-1].content == odd
 
 
+def test_the_first_recipe_of_what_is_asked_for(place: Path) -> None:
+    """A set of several splits, and rows that want a setting: it stands in the recipe, paths as its own."""
+    (place / "set").mkdir()
+    for split in ("train", "test"):
+        rows = [{"q": f"Say {n} {split}.", "a": f"{n}.", "options": ["x", "y"]} for n in range(12)]
+        write(place / "set" / f"{split}.jsonl", rows)
+    asked = ["data.columns={prompt: q, completion: a}", "data.ignore=[options]", "data.split=train[:8]"]
+    line = ["init", "first", "--base", "builtin:tiny", "--data", "set", "-C", "sub"]
+    line += [word for text in [*asked, "data.eval=set/test.jsonl"] for word in ("-o", text)]
+    assert run_command(line) == 0
+    loaded = load(place / "sub" / "first.yaml")
+    data = loaded.recipe.data
+    assert data is not None
+    assert (data.source, data.split, data.eval) == ("../set", "train[:8]", "../set/test.jsonl")
+    assert (data.columns.prompt, data.columns.completion, data.ignore) == ("q", "a", ("options",))
+    assert loaded.recipe.smoke[0].prompt is not None
+    assert loaded.recipe.smoke[0].prompt.endswith("test.")
+    assert run_command(["plan", "sub/first.yaml"]) == 0
+
+
+@pytest.mark.parametrize("text", ["train.epochs=3", "data.source=b", "data.ignor=[a]"])
+def test_init_sets_what_there_is_of_the_data(text: str, place: Path) -> None:
+    write(place / "rows.jsonl", [{"prompt": "Hi", "completion": "Hello."}])
+    assert run_command(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl", "-o", text]) == 2
+    assert run_command(["init", "first", "-o", text]) == 2
+    assert not (place / "first.yaml").exists()
+
+
 def test_init_wants_both(place: Path) -> None:
     assert run_command(["init", "first", "--base", "builtin:tiny"]) == 2
     write(place / "rows.jsonl", [{"a": 1}])

@@ -15,7 +15,7 @@ import pytest
 from forge.data.conversation import Row
 from forge.data.files import read_file, read_rows, slice_of
 from forge.data.problems import BadRows, refuse
-from forge.data.sources import BUILTIN, locate, locate_all
+from forge.data.sources import BUILTIN, files_of_split, locate, locate_all
 from forge.errors import DataError, Problem
 
 ROWS = [
@@ -398,6 +398,97 @@ def test_several_sets_of_one_split(tmp_path: Path) -> None:
     (path,) = locate_all("set", tmp_path, "main/train[:10%]")
     assert path.parent.name == "main"
     assert len(locate_all("set", tmp_path, "test")) == 1
+
+
+README = """---
+license: mit
+configs:
+- config_name: main
+  default: {default}
+  data_files:
+  - split: train
+    path: data/train_sft-*
+  - split: held
+    path: ["rows/**", "extra.jsonl"]
+- config_name: other
+  data_files: other/*.jsonl
+- config_name: named
+  data_dir: other
+tags: [a]
+---
+# A set
+"""
+
+
+def a_set_with_a_readme(folder: Path, default: str) -> None:
+    for name in (
+        "data/train_sft-0",
+        "data/train_gen-0",
+        "rows/x/a",
+        "rows/b",
+        "extra",
+        "other/train",
+        "other/test",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / f"{name}.jsonl", "{}")
+    write(folder / "README.md", README.replace("{default}", default))
+
+
+@pytest.mark.parametrize(
+    ("split", "files"),
+    [
+        ("train", ["data/train_sft-0"]),
+        ("train[:10%]", ["data/train_sft-0"]),
+        ("main/held", ["rows/b", "rows/x/a", "extra"]),
+        ("other/train", ["other/test", "other/train"]),
+        ("named/test", ["other/test"]),
+        ("data/train_gen", ["data/train_gen-0"]),
+    ],
+)
+def test_the_readme_of_a_set_names_its_files(split: str, files: list[str], tmp_path: Path) -> None:
+    """What `datasets` would load: its configurations, the default one where the split names none."""
+    a_set_with_a_readme(tmp_path, "true")
+    located = files_of_split(tmp_path, split)
+    assert [path.relative_to(tmp_path).with_suffix("").as_posix() for path in located] == files
+
+
+@pytest.mark.parametrize(
+    ("split", "message", "hint"),
+    [
+        ("train", "several sets of the split 'train': main/train, other/train, named/train", "main/train"),
+        ("main/test", "no split 'test'; its splits are: main/train, main/held", "main/train"),
+    ],
+)
+def test_a_split_that_no_readme_names(split: str, message: str, hint: str, tmp_path: Path) -> None:
+    a_set_with_a_readme(tmp_path, "false")
+    with pytest.raises(DataError, match=message) as caught:
+        files_of_split(tmp_path, split)
+    assert caught.value.hint.startswith(f"data.split: {hint} takes that one")
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("- config_name: a\n  data_files: hf://sets/a/b/*", "names files elsewhere: hf://sets"),
+        ("- config_name: a\n  data_files: ../*.jsonl", "names files elsewhere"),
+        ("- config_name: a\n  data_files: none-*.jsonl", "names none-[*].jsonl for train, and no such file"),
+        ("- config_name: [a", "its configs cannot be read"),
+        ("- data_files: a.jsonl", "its configs cannot be read"),
+    ],
+)
+def test_a_readme_that_names_no_files(written: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "{}")
+    write(tmp_path / "README.md", f"---\nconfigs:\n{written}\n---\n")
+    with pytest.raises(DataError, match=message):
+        files_of_split(tmp_path, "train")
+
+
+def test_columns_without_a_name_are_kept_apart(tmp_path: Path) -> None:
+    """Excel writes them where cells were once filled: the last one's value stood for all."""
+    path = write(tmp_path / "a.csv", "question;answer;;\nWhy?;So.;a note;\n")
+    (row,) = read_rows(path)
+    assert row.values == {"question": "Why?", "answer": "So.", "column 3": "a note", "column 4": ""}
 
 
 def test_lines_are_those_of_the_file(tmp_path: Path) -> None:

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forge.chat.template import ChatTemplate
+from forge.codec import Json
 from forge.data.conversation import Conversation
 from forge.data.layout import TEXT
+from forge.data.problems import BadRows
 from forge.data.prompt_format import prompt_format
-from forge.data.reading import Read, Source, read
-from forge.data.sources import files_of_split, locate_all
+from forge.data.reading import Read, read
 from forge.data.split import split
 from forge.data.tokens import encode_all
 from forge.errors import DataError
-from forge.model.base import ResolvedBase, fetch_dataset
+from forge.model.base import ResolvedBase
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import TokenizerFiles, open_tokenizer, read_tokenizer
 from forge.recipe.checks import local_path
+from forge.recipe.load import load
 from forge.resolve.bases import find_base
+from forge.resolve.sources import data_sources
 from forge.resolve.taught import template_text
 
-_SEED = 42  # that of `data.seed`, so that the smoke queries are held-out rows
 _ENCODED = 500
 _SMALL = 1_000_000_000
 _TINY = 500_000_000
@@ -50,28 +52,63 @@ class RowsFit:
     why: str = ""
 
 
-def first_recipe(name: str, base: str, data: str, directory: Path) -> str:
-    """The text of a recipe; raises `DataError` for rows or a base that no recipe could ship."""
-    source = Source(_files(data))
-    rows = read(source)
-    training, heldout = split(rows.conversations, _held_out(len(rows.conversations))[0], _SEED)
+@dataclass(frozen=True)
+class _Rows:
+    """The rows, those of them that are held out, and what the recipe is to say of them."""
+
+    read: Read
+    training: Sequence[Conversation]
+    heldout: Sequence[Conversation]
+    settings: Mapping[str, Json]
+    evaluation: tuple[float | str, str]
+
+    @property
+    def is_text(self) -> bool:
+        return self.read.reading.format == TEXT
+
+
+def first_recipe(name: str, base: str, data: str, directory: Path, overrides: Sequence[str] = ()) -> str:
+    """The text of a recipe; raises `DataError` for rows or a base that no recipe could ship.
+
+    `overrides` are settings of `data` as `-o` takes them, which the recipe gets; `RecipeError` for one that
+    there is not.
+    """
+    rows = _rows(data, directory, overrides)
     headers = find_base(base, fetch=False, relative_to=Path())
-    fit = _fit(headers, training, is_text=rows.reading.format == TEXT)
-    return "\n".join(_lines(name, base, _named(data, directory), rows, heldout, fit)) + "\n"
+    fit = _fit(headers, rows.training, is_text=rows.is_text)
+    return "\n".join(_lines(name, _named(base, directory), rows, fit)) + "\n"
 
 
-def _files(data: str) -> tuple[Path, ...]:
-    is_local = data.startswith("builtin:") or local_path(data, Path()) or any(mark in data for mark in "*?[")
-    if is_local or data.count("/") != 1:
-        return locate_all(data, Path(), "train")
-    return files_of_split(fetch_dataset(data), "train")
+def _rows(data: str, directory: Path, overrides: Sequence[str]) -> _Rows:
+    source = json.dumps(data)
+    text = f"name: rows\nbase: builtin:tiny\ndata: {{source: {source}}}\n"
+    asked = load(Path("rows.yaml"), overrides, text=text)  # what the command line names is relative to here
+    chosen = asked.recipe.data
+    assert chosen is not None
+    (its_source,), heldout = data_sources(asked, offline=False, fetch=True)
+    rows = read(its_source, limit=chosen.limit, bad=BadRows(chosen.skip_bad_rows))
+    settings = {**chosen.model_dump(mode="json", exclude_unset=True), "source": _named(data, directory)}
+    usual, why = _held_out(len(rows.conversations))
+    share = heldout if "eval" in settings else usual
+    evaluation: tuple[float | str, str] = usual, why
+    if "eval" in settings:
+        named = settings.pop("eval")
+        evaluation = _named(named, directory) if isinstance(named, str) else named, "as asked for"
+    if isinstance(share, Path):
+        file = replace(its_source, files=(share,), split="train", weight=1.0)
+        return _Rows(rows, rows.conversations, read(file).conversations, settings, evaluation)
+    training, held = split(rows.conversations, share, chosen.seed)
+    return _Rows(rows, training, held, settings, evaluation)
 
 
-def _named(data: str, directory: Path) -> str:
-    """The data as the recipe names it: relative to the recipe's own directory."""
-    if data.startswith("builtin:") or local_path(data, Path()) is None or Path(data).is_absolute():
-        return data
-    return os.path.relpath(Path(data).absolute(), directory.absolute())
+def _named(path: str, directory: Path) -> str:
+    """A file or a base as the recipe names it: relative to the recipe's own directory."""
+    is_pattern = any(mark in path for mark in "*?[")
+    if path.startswith("builtin:") or Path(path).expanduser().is_absolute():
+        return path
+    if local_path(path, Path()) is None and not is_pattern:
+        return path
+    return os.path.relpath(Path(path).absolute(), directory.absolute())
 
 
 def _held_out(rows: int) -> tuple[float, str]:
@@ -120,12 +157,10 @@ def _missing_template(files: TokenizerFiles) -> tuple[str, str]:
     return "alpaca", "the base has none; this one is of words and EOS, so no token is added"
 
 
-def _lines(
-    name: str, base: str, data: str, rows: Read, heldout: Sequence[Conversation], fit: RowsFit | None
-) -> Iterator[str]:
-    count, is_text = len(rows.conversations), rows.reading.format == TEXT
-    share, why = _held_out(count)
-    yield f"# By forge init, of {json.dumps(base)} and {json.dumps(data)}. Next: forge plan {name}.yaml"
+def _lines(name: str, base: str, rows: _Rows, fit: RowsFit | None) -> Iterator[str]:
+    count, notes, heldout = len(rows.training), rows.read.reading.notes, rows.heldout
+    source, evaluation = json.dumps(rows.settings["source"]), rows.evaluation
+    yield f"# By forge init, of {json.dumps(base)} and {source}. Next: forge plan {name}.yaml"
     yield f"name: {json.dumps(name)}"
     size = f"  # {fit.parameters:,} parameters" if fit else "  # not here yet"
     if fit and fit.chat_template:
@@ -135,23 +170,24 @@ def _lines(
     else:
         yield f"base: {json.dumps(base)}{size}"
     yield "data:"
-    yield f"  source: {json.dumps(data)}"
-    yield f"  # {rows.line}"
-    yield from (f"  # {number} rows: {note}" for note, number in rows.reading.notes.counts.items())
-    if rows.reading.notes.unused:
-        yield f"  # not used: {', '.join(rows.reading.notes.unused)}"
-    yield f"  eval: {share:g}  # {why}"
-    if fit and fit.context and fit.longest > fit.context:
-        way = "chunk" if is_text else "drop"
+    for key, value in rows.settings.items():
+        yield f"  {key}: {json.dumps(value, ensure_ascii=False)}"
+    yield f"  # {rows.read.line}"
+    yield from (f"  # {number} rows: {note}" for note, number in notes.counts.items())
+    if notes.unused:
+        yield f"  # not used: {', '.join(notes.unused)}"
+    yield f"  eval: {json.dumps(evaluation[0])}  # {evaluation[1]}"
+    if fit and fit.context and fit.longest > fit.context and "overlong" not in rows.settings:
+        way = "chunk" if rows.is_text else "drop"
         yield f"  overlong: {way}  # a row has {fit.longest:,} tokens, the base {fit.context:,} positions"
-    yield from _training(count - len(heldout), fit)
+    yield from _training(count, fit)
     if fit and fit.parameters < _TINY:
         yield "export:"
         yield "  quant: q8_0  # of a small base fewer bits save little, and change many answers"
-    if not share or count < 20:
+    if not heldout or len(rows.read.conversations) < 20:
         yield "verify:"
         yield "  learned: warn  # so few rows show little"
-    asked = [] if is_text else (heldout or rows.conversations)[:2]
+    asked = [] if rows.is_text else (heldout or rows.training)[:2]
     questions = [line for conversation in asked for line in _query(conversation)]
     if questions:
         yield f"smoke:  # {'held-out rows' if heldout else 'rows'}, asked of the served model"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from forge import report
@@ -16,11 +16,16 @@ def init(name: str, kind: str, directory: Path) -> Mapping[str, object]:
     return {"path": str(path)}
 
 
-def init_for(name: str, base: str, data: str, directory: Path) -> Mapping[str, object]:
-    """Write the recipe that fits a base and some rows; raises `DataError` where none would."""
+def init_for(
+    name: str, base: str, data: str, directory: Path, overrides: Sequence[str] = ()
+) -> Mapping[str, object]:
+    """Write the recipe that fits a base and some rows; raises `DataError` where none would.
+
+    `overrides` are settings of `data`, which the recipe gets.
+    """
     from forge.commands.first_recipe import first_recipe
 
-    path = write_starter(name, first_recipe(name, base, data, directory), directory)
+    path = write_starter(name, first_recipe(name, base, data, directory, overrides), directory)
     report.success(f"wrote {path}; next: forge plan {path}")
     return {"path": str(path)}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from forge.data import fields
 from forge.data.conversation import Row, Turn
-from forge.data.layout import EMPTY, Layout, Shape
+from forge.data.layout import EMPTY, PREFERENCE, Layout, Shape
 from forge.data.texts import BadRowError, Notes, parsed, writable
 
 # Splits of which a model is asked, not taught.
@@ -39,7 +39,13 @@ def refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
         notes.unused[writable(key)] += 1
 
 
-def refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Turn]) -> None:
+def refuse_beside(row: Row, layout: Layout, shape: Shape, turns: Sequence[Turn]) -> None:
+    """Refuse what may belong to the conversation, plays no part in it, and stands in none of its turns."""
+    _refuse_of_prompt(row, layout, shape, turns)
+    _refuse_thinking(row, layout, shape, turns)
+
+
+def _refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Turn]) -> None:
     """Refuse a column of the prompt that plays no part and whose words no turn before the last answer has."""
     answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
     asked = turns[: answers[-1]] if answers else turns
@@ -59,6 +65,35 @@ def refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Tur
         raise BadRowError(
             f"stands beside the conversation; {way}data.ignore: [{key}] leaves it out of account", key
         )
+
+
+def _refuse_thinking(row: Row, layout: Layout, shape: Shape, turns: Sequence[Turn]) -> None:
+    """Refuse a column that may be the thinking before an answer, where nothing says so and no turn has it."""
+    if layout.format == PREFERENCE or layout.value(row, fields.REASONING)[1] not in EMPTY:
+        return
+    for key in layout.unused:
+        value = row.values.get(key)
+        texts = [value] if isinstance(value, str) else value
+        if fields.thinker(key) is None or key in shape.ignore or not isinstance(texts, list):
+            continue
+        words = "\n".join(text for turn in turns for text in (turn.content, turn.reasoning))
+        # A word by itself says how the row was made.
+        thoughts = [text for text in texts if isinstance(text, str) and " " in text.strip()]
+        if thoughts and not all(text.strip() in words for text in thoughts):
+            answer = _answer_with(key, row)
+            raise BadRowError(
+                f"may be the thinking before an answer: data.columns: {{{answer}reasoning: {key}}} learns it "
+                f"so, with a template that shows it; data.ignore: [{key}] leaves it out of account",
+                key,
+            )
+
+
+def _answer_with(thinking: str, row: Row) -> str:
+    """The setting for the answer whose thinking this is, where a column's name says it."""
+    whose = fields.thinker(thinking)
+    answers = [key for key in row.values if whose and fields.answerer(key) == whose]
+    answers += [key for key in row.values if not whose and fields.plain(key) == "attempt"]
+    return f"completion: {answers[0]}, " if answers else ""
 
 
 def _has_words(text: str, words: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from forge.codec import Json
 from forge.data import fields
-from forge.data.columns import left_out, refuse_keys, refuse_of_prompt, refuse_two_columns
+from forge.data.columns import left_out, refuse_beside, refuse_keys, refuse_two_columns
 from forge.data.conversation import Conversation, Row, Rows, RowsOf, Turn
 from forge.data.dialogue import chat_turns, dialogue, is_chat, of_text, with_functions
 from forge.data.exports import plain_row
@@ -212,7 +212,7 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
         _think(turns, row, layout, notes)
     else:
         turns += _exchange(row, layout, shape, notes)
-    refuse_of_prompt(row, layout, shape, turns)
+    refuse_beside(row, layout, shape, turns)
     done = finished(turns, notes)
     rejected: tuple[Turn, ...] = ()
     if shape.pairs:

@@ -179,6 +179,18 @@ def _of_input(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {**without(values, "input"), **value}
 
 
+def _of_swift(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A conversation whose last answer is the chosen one, with the rejected one beside it."""
+    messages, rejected = values.get(_MESSAGES), values["rejected_response"]
+    if not isinstance(messages, list) or not messages or not rejected or "chosen" in values:
+        return None
+    last = messages[-1]
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
+        return None
+    row = without(values, _MESSAGES, "rejected_response")
+    return {**row, "prompt": messages[:-1], "chosen": [last], "rejected": rejected}
+
+
 _KINDS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any] | None]] = {
     "mapping": _of_chatgpt,
     "chat_messages": _of_claude,
@@ -186,4 +198,5 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any] | None]] = 
     "prompt": _of_tree,
     "input": _of_input,
     "data": _of_data,
+    "rejected_response": _of_swift,
 }

@@ -179,6 +179,30 @@ def sets_loss(name: str, value: object) -> bool:
     )
 
 
+# A column of thinking by its name, which may say whose: `deepseek_reasoning`, `thinking_trajectories`.
+_OF_THINKING = re.compile(
+    "(.*?)_?(internal_)?(reasoning|thinking|thoughts?|think|cot|chain_of_thoughts?|rationales?)"
+    "(_(content|text|traces?|trajector(y|ies)|process|steps|chain))?"
+)
+_OF_ANSWER = re.compile("(.*?)_(answer|response|solution|attempt|output|completion|final)")
+
+
+def thinker(name: str) -> str | None:
+    """Whose thinking a column of this name holds: "" where it does not say; None for any other column."""
+    match = _OF_THINKING.fullmatch(_words(name))
+    return match[1] if match else None
+
+
+def answerer(name: str) -> str | None:
+    """Whose answer a column of this name holds; None where it does not say, as `answer` alone does not."""
+    match = _OF_ANSWER.fullmatch(_words(name))
+    return match[1] if match else None
+
+
+def _words(name: str) -> str:
+    return re.sub(r"[ .-]", "_", name.lower())
+
+
 @functools.lru_cache(4096)
 def message_part(key: str) -> str | None:
     """The part that a message's key of this name plays."""

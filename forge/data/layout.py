@@ -130,8 +130,17 @@ def layout_of(rows: Rows, shape: Shape) -> Layout:
         form = _spelling(rows, chosen[fields.MESSAGES], form)
     elif form == PROMPT:
         form = _named(chosen)
+    if form not in (TEXT, PREFERENCE) and not any(counts[key] for key in chosen.get(fields.REASONING, ())):
+        thinking = _thinking_of(chosen.get(fields.COMPLETION, ("",))[0], columns)
+        chosen |= {fields.REASONING: thinking} if thinking else {}
     used = {key for keys in chosen.values() for key in keys}
     return Layout(form, chosen, tuple(key for key in counts if key not in used))
+
+
+def _thinking_of(answer: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """The columns that say by their names that they are the thinking before the answer in this column."""
+    whose = fields.answerer(answer)
+    return tuple(key for key in columns if whose and fields.thinker(key) == whose)
 
 
 def _asks_only(rows: Rows, parts: Mapping[str, Sequence[str]]) -> bool:
@@ -179,8 +188,26 @@ def _unknown_turns(columns: Sequence[str], row: Row) -> str:
     """A column that has another name than turns have and may hold some; texts where only it does."""
     lists = {key: value for key in columns if _may_be_turns(value := parsed(row.values.get(key)))}
     spoken = [key for key, value in lists.items() if isinstance(value, list) and _speaker(value[0])]
-    texts = [key for key in lists if fields.plain(key).removesuffix("s") not in _OF_PAIRS]
+    texts = [
+        key
+        for key in lists
+        if fields.plain(key).removesuffix("s") not in _OF_PAIRS and fields.plain(key) not in fields.OF_PROMPT
+    ]
     return spoken[0] if spoken else texts[0] if len(texts) == 1 else ""
+
+
+def _near_pair(parts: Mapping[str, Sequence[str]], columns: Sequence[str], row: Row) -> str:
+    """What to set where a question or an answer is known and the other half has another name."""
+    asked = [*parts[fields.PROMPT], *parts[fields.INPUT]]
+    if not asked:
+        if not (answers := parts[fields.COMPLETION]):
+            return ""
+        return f"data.columns: {{prompt: ...}} names the question that {answers[0]} answers"
+    texts = [key for key in columns if isinstance(row.values.get(key), str) and key not in asked]
+    near = [key for key in texts if fields.answerer(key) or key in parts[fields.TEXT]]
+    ways = [f"data.columns: {{prompt: {asked[0]}, completion: {key}}} learns {key}" for key in near[:3]]
+    ways = ways or [f"data.columns: {{prompt: {asked[0]}, completion: ...}} names the answer"]
+    return "; ".join([*ways, "data.format: module:function reads any other row"])
 
 
 _OF_PAIRS = (*fields.ROW_FIELDS[fields.PROMPT], *fields.ROW_FIELDS[fields.COMPLETION])
@@ -208,7 +235,9 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
     if (
         parts[fields.TEXT]
         and not parts[fields.LABEL]
-        and not (parts[fields.PROMPT] or parts[fields.COMPLETION])
+        and not any(
+            parts[part] for part in (fields.PROMPT, fields.INPUT, fields.COMPLETION, fields.REASONING)
+        )
         and not any(fields.plain(key) in fields.OF_ANSWER for key in columns)
     ):
         return TEXT
@@ -237,6 +266,8 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
     elif turns := _unknown_turns(columns, first):
         hint = f"where {turns} has the turns of a conversation: data.columns: {{messages: {turns}}}"
+    elif pair := _near_pair(parts, columns, first):
+        hint = pair
     raise DataError(
         f"{where}: cannot tell the data's format from its columns: {in_short(columns)}",
         hint=f"{hint}; a table needs a line of column names first",

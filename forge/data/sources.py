@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from forge.data.configurations import configured_files
 from forge.data.files import SUFFIXES, is_data_file
 from forge.data.json_rows import SPLITS
 from forge.errors import DataError
@@ -73,11 +74,19 @@ def locate_all(source: str, directory: Path, split: str) -> tuple[Path, ...]:
 
 
 def files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
-    """The data files below a directory that belong to `split` by their name, as the hub does it.
+    """The data files below a directory that belong to `split`: by its README, else by their names, as the
+    hub does it.
 
     Where no name says a split, all of them. Raises `DataError` when there is none.
     """
     name = split.partition("[")[0]
+    files = configured_files(folder, name)
+    if isinstance(files, tuple):
+        return files
+    return _named_files(files, name.rpartition("/")[2]) if files else _named_files(folder, name)
+
+
+def _named_files(folder: Path, name: str) -> tuple[Path, ...]:
     files = sorted(
         path
         for path in folder.rglob("*")

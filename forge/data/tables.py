@@ -112,7 +112,8 @@ def _records(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Row | 
             if not record:
                 continue
             if not header:
-                header = [column.strip() for column in record]
+                # Excel writes columns without a name where cells were once filled.
+                header = [column.strip() or f"column {at}" for at, column in enumerate(record, start=1)]
                 if repeated := next((column for column in header if header.count(column) > 1), None):
                     raise DataError(
                         f"data.source: {name}: two columns are called {repeated!r}",

@@ -201,7 +201,10 @@ def _turn(message: Mapping[str, Any], place: str, roles: Mapping[str, str], note
     if thought and beside:
         raise BadRowError("has thinking among its parts and beside them", f"{place}.{key}")
     text = text_of(content, f"{place}.{key}", empty_ok=bool(calls) or role in ("system", "tool"))
-    if beside and role != "assistant":
+    is_repeated = bool(beside.strip()) and text.strip().startswith(
+        beside.strip()
+    )  # SWE-agent has its answers twice
+    if beside and (role != "assistant" or is_repeated):
         notes.unused[f"{place.partition('[')[0]}[].{writable(parts[fields.REASONING][0])}"] += 1
         beside = ""
     trained = _trained(parts, role, place)
