@@ -12,11 +12,12 @@ import pytest
 
 from forge.model import estimate
 from forge.model.checkpoint import open_checkpoint
-from forge.model.config import Configuration, configuration_of
+from forge.model.config import Configuration, configuration_of, read_configuration
 from forge.model.safetensors_header import TensorSpec
 from forge.recipe.training import Train
-from forge.train.memory import Device, job_of, memory_of
+from forge.train.memory import Device, choose_method, job_of, memory_of
 from tests.model_files import write_safetensors
+from tests.models import make_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -187,6 +188,34 @@ def test_a7_what_is_quantized(tensors: Models) -> None:
     assert len(estimate.linear_tensors(tensors["opt-350m"])) == 24 * 6 + 2
     assert len(estimate.linear_tensors(tensors["phi-3-mini"])) == 32 * 4
     assert len(estimate.linear_tensors(tensors["gpt2"])) == 12 * 4
+
+
+@pytest.mark.training
+def test_a_mixture_in_4_bits_keeps_its_experts_in_32(tmp_path: Path) -> None:
+    """A3: transformers joins them to parameters, which bitsandbytes does not quantize and peft casts up."""
+    import peft
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    base = make_model(tmp_path / "base", "mixtral", "home-made", tie_word_embeddings=False)
+    quantized = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantized)
+    loaded = peft.prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=False
+    ).get_memory_footprint(return_buffers=False)
+    assert estimate.footprint(open_checkpoint(base).tensors, linear_bits=4) == loaded
+
+
+@pytest.mark.parametrize(("family", "method"), [("mixtral", "lora"), ("llama", "qlora")])
+def test_auto_is_qlora_only_where_that_is_less(
+    family: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A2: on a device that has no room for either."""
+    small = Device("cuda", "a GPU", 1 << 20, 1 << 20, True)
+    monkeypatch.setattr("forge.train.memory.training_device", lambda asked: small)
+    base = make_model(tmp_path / "base", family, "home-made", hidden_size=512, intermediate_size=1024)
+    tensors, configuration = open_checkpoint(base).tensors, read_configuration(base)
+    chosen, why = choose_method(Train(method="auto"), tensors, configuration, 64)
+    assert (chosen, "experts" in why) == (method, family == "mixtral")
 
 
 def test_b3_b4_a_qlora_run_is_the_sum_of_its_parts(tensors: Models, llama: Configuration) -> None:

@@ -54,6 +54,8 @@ _EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|embed_positions|tok_embeddings|word_embeddings|position_embeddings|embed_in|wte|wpe|"
     r"shared|lm_head|embed_out)\.weight$|^output\.weight$"
 )
+# Parameters of modules of their own as transformers loads them, the experts of a layer joined.
+_OF_MIXTURES = re.compile(r"\.experts\.\d+\.|\.(mlp|block_sparse_moe|feed_forward)\.(gate|router)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,17 @@ class Available:
 
 
 def linear_tensors(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The weights of linear layers: what QLoRA quantizes and `all-linear` adapts; no embedding, no head."""
+    """The weights of linear layers: what QLoRA quantizes and `all-linear` adapts.
+
+    No embedding, no head, and neither experts nor routers.
+    """
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if len(tensor.shape) == 2 and name.endswith(".weight") and not _EMBEDDING.search(name)
+        if len(tensor.shape) == 2
+        and name.endswith(".weight")
+        and not _EMBEDDING.search(name)
+        and not _OF_MIXTURES.search(name)
     }
 
 

@@ -87,6 +87,11 @@ class Resolved:
             method, reason = choose_method(train, self.tensors, self.configuration, length)
             report.info(f"train.method: auto means {method} here: {reason}")
             train = train.model_copy(update={"method": method})
+        if train.method in ("qlora", "int8") and self.holds_experts:
+            report.warning(
+                f"train.method: {train.method} leaves experts in 32 bits: transformers joins "
+                "them to parameters, bitsandbytes quantizes layers; train.method: lora holds them in 16 bits"
+            )
         if train.method != "full" and train.lora.targets == "auto" and self.holds_experts:
             report.info(f"train.lora.targets: auto means attention beside experts: {WHY}")
             lora = train.lora.model_copy(update={"targets": "attention"})

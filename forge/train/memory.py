@@ -252,6 +252,8 @@ def choose_method(
     sizes = f"{needed / 1e9:.1f} GB of {device.name}'s {device.total / 1e9:.1f} GB"
     if needed <= device.usable:
         return "lora", f"16-bit LoRA takes {sizes}"
+    if estimate_of(replace(job, method="qlora"), tensors, configuration, device).total >= needed:
+        return "lora", f"16-bit LoRA takes {sizes}, and experts, which stay as they are, more with QLoRA"
     return "qlora", f"16-bit LoRA would take {sizes}"
 
 
