@@ -526,6 +526,8 @@ def test_large_bodies_share_a_limit_until_they_are_answered(
         ({"n_probs": 10, "max_tokens": "100", "prompt": ["a"] * 400}, True),
         ({"n_probs": 10, "max_tokens": 1, "n_predict": -1, "prompt": ["a"] * 400}, True),
         ({"top_logprobs": 1 << 20, "logprobs": True, "max_tokens": 2}, True),
+        ({"top_logprobs": "1", "logprobs": True, "n": 100}, True),
+        ({"top_logprobs": True, "logprobs": True, "n": 1000}, True),
     ],
 )
 def test_a_whole_vocabulary_at_every_token_is_refused(more: dict[str, Any], is_refused: bool) -> None:
@@ -537,6 +539,23 @@ def test_a_whole_vocabulary_at_every_token_is_refused(more: dict[str, Any], is_r
     with pytest.raises(RefusedRequestError, match=r"at most (100|500000) log-probabilities") as refused:
         _rules().fields("/completion", None, body)
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("context", [512, 32768, 131072])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"logprobs": True},
+        {"logprobs": True, "top_logprobs": 1, "n": 8},
+        {"logprobs": True, "top_logprobs": 0},
+    ],
+)
+def test_the_usual_log_probabilities_are_never_too_many(context: int, more: dict[str, Any]) -> None:
+    body = json.dumps({"messages": [], **more}).encode()
+    rules = Rules.of(ServerSettings(Path("m"), "m", context))
+    assert more.items() <= rules.fields("/v1/chat/completions", None, body).items()
+    with pytest.raises(RefusedRequestError, match="log-probabilities in an answer"):
+        rules.fields("/v1/chat/completions", None, json.dumps({"logprobs": True, "n": 4000}).encode())
 
 
 _CHAIN = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(1200)}

@@ -169,6 +169,9 @@ def test_memory_is_file_cache_and_server(settings: ServerSettings) -> None:
     more = replace(settings, context_tokens=2048)
     assert memory_bytes(more, header) - memory_bytes(settings, header) == 256 * 1024 * 2
     assert memory_bytes(settings, header) > settings.model.stat().st_size + 256 * 2048
+    longest = replace(settings, context_tokens=131072)
+    with_log_probabilities = 131072 * 20 * 700
+    assert memory_bytes(longest, header) > 131072 * 256 * 2 + with_log_probabilities
 
 
 def test_what_a_manifest_cannot_say_is_refused(settings: ServerSettings) -> None:

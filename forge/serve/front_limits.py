@@ -13,9 +13,10 @@ from typing import Any
 
 # Of each token, where an answer has several.
 MOST_LOG_PROBABILITIES = 100
-# In all of a request, which the server holds until it is answered: some 0.7 kB each.
+# In all of a request, which the server holds until it is answered.
 _MOST_IN_ALL = 500_000
-# What `logprobs: true` means.
+BYTES_OF_LOG_PROBABILITY = 700
+# What `logprobs: true` means, where no `top_logprobs` says another.
 _USUAL_COUNT = 20
 _COUNTS = ("top_logprobs", "n_probs", "logprobs")
 # llama-server takes the first that is there; a response's takes the place of `max_tokens`.
@@ -34,6 +35,11 @@ _MOST_REFERENCES = 1000
 _SMALL_BYTES = 16 << 10
 # Of its own making: patterns that take for ever, and what is read without a check.
 _OWN = ("grammar_triggers", "chat_parser")
+
+
+def most_log_probabilities(context_tokens: int) -> int:
+    """How many a request may ask for: the usual ones of an answer that fills the context, at least."""
+    return max(_MOST_IN_ALL, _USUAL_COUNT * context_tokens)
 
 
 def too_much_of(path: str, fields: Mapping[str, Any], size: int, context_tokens: int) -> str:
@@ -65,11 +71,10 @@ def _against_log_probabilities(fields: Mapping[str, Any], prompts: int, context_
 
     Whichever of the lengths counts, of a whole vocabulary it is one token, in one answer to one prompt.
     """
-    counts = [
-        _USUAL_COUNT if number is True else abs(number)
-        for name in _COUNTS
-        if isinstance(number := fields.get(name), int | float)
-    ]
+    numbers = {name: number for name in _COUNTS if isinstance(number := fields.get(name), int | float)}
+    counts = [abs(number) for number in numbers.values()]
+    if numbers.get("logprobs") is True and "top_logprobs" not in numbers:
+        counts.append(_USUAL_COUNT)
     if not any(counts):
         return ""
     lengths, answers = (
@@ -86,8 +91,9 @@ def _against_log_probabilities(fields: Mapping[str, Any], prompts: int, context_
     ]
     tokens = max(bounds) if bounds and len(bounds) == len(lengths) else context_tokens
     several = max([1, *(number for number in answers if isinstance(number, int | float))])
-    if max(counts) * tokens * several * prompts > _MOST_IN_ALL:
-        return f"at most {_MOST_IN_ALL} log-probabilities in an answer: ask for fewer, or for fewer tokens"
+    most = most_log_probabilities(context_tokens)
+    if max(counts) * tokens * several * prompts > most:
+        return f"at most {most} log-probabilities in an answer: ask for fewer, or for fewer tokens"
     return ""
 
 

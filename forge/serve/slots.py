@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from forge.model.estimate import SERVER_START_BYTES, available
 from forge.model.gguf_header import GgufHeader, read_gguf
+from forge.serve.front_limits import BYTES_OF_LOG_PROBABILITY, most_log_probabilities
 from forge.serve.ready import check_kinds
 from forge.serve.runtime import MOST_CONTEXT_OF_ALL_SLOTS, ServerSettings
 
@@ -34,12 +35,13 @@ def slots_for(settings: ServerSettings) -> int:
 
 
 def memory_bytes(settings: ServerSettings, header: GgufHeader) -> int:
-    """What the server needs: the file, the key-value cache of all slots, and itself.
+    """What the server needs: the file, the key-value cache of all slots, what a request adds, and itself.
 
     A limit; what of the file is not in use makes room by itself.
     """
     cache = cache_bytes_per_token(header) * settings.context_tokens * settings.slots
-    return settings.file_bytes + cache + SERVER_START_BYTES + _MARGIN_BYTES
+    held = most_log_probabilities(settings.context_tokens) * BYTES_OF_LOG_PROBABILITY
+    return settings.file_bytes + cache + SERVER_START_BYTES + max(_MARGIN_BYTES, held)
 
 
 def cache_bytes_per_token(header: GgufHeader) -> int:
