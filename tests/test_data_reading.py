@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from forge import report
 from forge.data.conversation import Conversation, Place, Turn
 from forge.data.files import read_file
 from forge.data.prepare import Settings, read_all
@@ -21,6 +22,7 @@ from forge.errors import DataError
 from forge.recipe.load import load
 from forge.resolve.sources import data_sources
 from tests.hub_stand_in import Hub, StandInRepository
+from tests.told_sink import Told
 
 RECIPE = "name: a\nbase: builtin:tiny\ndata:\n"
 
@@ -179,6 +181,20 @@ def test_a_large_file_is_not_held(
     assert isinstance(small.rows, list) and not isinstance(large.rows, list)
     assert (list(large.rows), list(large.rows), large.kind) == (small.rows, small.rows, small.kind)
     assert len(large.rows) == 40 and next(iter(large.rows)).file == path.name
+
+
+def test_a_large_document_is_said_to_be_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One JSON document that is no list of rows cannot be read row by row; a list can."""
+    monkeypatch.setattr("forge.data.files._HELD_BYTES", 1000)
+    rows = [exchange("x" * 100)] * 20
+    for whole, warnings in ((rows, 0), ({"data": rows}, 1)):
+        told = Told()
+        report.configure(sink=told)
+        (tmp_path / "rows.json").write_text(json.dumps(whole))
+        assert len(read_file(tmp_path / "rows.json").rows) == 20
+        texts = [text for kind, text in told.texts if kind == "warning"]
+        assert len(texts) == warnings
+        assert all(text.startswith("rows.json (0 MB) is held whole in memory") for text in texts)
 
 
 def test_a_packed_file_that_is_rewritten_is_read_anew(

@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 from typing import Any
 
+from forge import report
 from forge.data.conversation import Row, Rows, RowsOf
 from forge.data.fields import COMPLETION, PROMPT, ROW_FIELDS, plain
 from forge.data.json_rows import (
@@ -91,6 +92,11 @@ def read_file(
         if head:
             rows, kind = _arrow_rows(path, data, name, head), head
         else:
+            if len(data) >= _HELD_BYTES:
+                report.warning(
+                    f"{name} ({len(data) / 1e6:,.0f} MB) is held whole in memory: JSON lines, a JSON list "
+                    "and a table, in UTF-8, are read row by row"
+                )
             rows, kind = _text_rows(data, name, inner, encoding, split, bad)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         why = getattr(error, "strerror", None) or error

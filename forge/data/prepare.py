@@ -7,11 +7,12 @@ is wrong here.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -34,6 +35,7 @@ from forge.errors import DataError
 TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
 _FEW_ROWS = 50
+_BETWEEN_COLLECTIONS = 50_000
 _LOOKED_AT = 200
 
 
@@ -168,7 +170,7 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
 
     `context` is the base's number of positions. Raises `DataError` with every problem at once.
     """
-    with closing(Spool(out)) as spool:
+    with closing(Spool(out)) as spool, _collecting_seldom():
         reads, bad, training = _encode(settings, form, spool)
         repeats = _parted(spool, training, settings)
         if not any(repeats):
@@ -217,6 +219,17 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
         end_of_turn=form.end_of_turn,
         end_of_turn_id=form.end_of_turn_id,
     )
+
+
+@contextmanager
+def _collecting_seldom() -> Iterator[None]:
+    """Rows are many objects without circles: to look for some at every 700 takes 8 % of the time."""
+    usual = gc.get_threshold()
+    gc.set_threshold(_BETWEEN_COLLECTIONS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
 
 
 def _encode(settings: Settings, form: PromptFormat, spool: Spool) -> tuple[Sequence[Read], BadRows, int]:
