@@ -127,7 +127,6 @@ def test_every_recipe_field_that_a_message_names_exists() -> None:
     unknown = [
         f"{path}: {name}"
         for path, text in _sources("forge")
-        if path not in ("forge/recipe/old_names.py",)
         for string in _strings(text)
         if " " in string and "forge." not in string
         for name in fields_in(string)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from forge.errors import RecipeError
 from forge.recipe.fields import all_names, names_in, values
 from forge.recipe.load import load
-from forge.recipe.old_names import DROP, OLD_NAMES
+from forge.recipe.old_names import DROP, OLD_NAMES, TABLE
+from tests.test_documents import fields_in
 
 GOOD = "name: small\nbase: builtin:tiny\ndata: {source: builtin:yoda}\n"
 
@@ -255,11 +257,43 @@ def test_what_is_out_of_scope_says_so_as_a_value_too(said: str, words: str) -> N
         ("neat_packing: true", "train.packing", True),
         ("mask_history: true", "train.supervise", "last"),
         ("chat_template_path: chatml", "base.chat_template", "chatml"),
+        ("rl: kto", "train.objective", "kto"),
+        ("eager_attention: true", "train.attention", "eager"),
+        ("use_wandb: true", "train.report_to", ["wandb"]),
+        ("early_stopping_steps: 3\n  eval_steps: 5", "train.patience", 3),
+        ("clip_grad_norm: 0.5", "train.max_gradient_norm", 0.5),
+        ("quantize_base: true", "train.method", "qlora"),
+        ("system_prompt: Be brief.", "model.system", "Be brief."),
+        ("excess_length_strategy: drop", "data.overlong", "drop"),
     ],
 )
-def test_names_of_llama_factory_and_unsloth(said: str, field: str, value: object) -> None:
+def test_names_of_other_tools(said: str, field: str, value: object) -> None:
     fields, warnings = read(GOOD + f"train:\n  {said}\n")
     assert fields[field] == value and field in warnings[0]
+
+
+def test_a_name_that_is_meant_in_one_section_only() -> None:
+    found, _ = read(GOOD.replace("{source: builtin:yoda}", "{path: builtin:yoda, type: chat_template}"))
+    assert (found["data.source"], found["data.format"]) == ("builtin:yoda", "messages")
+    assert "unknown key" in refused(GOOD + "train: {type: chat_template}\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("{path: builtin:yoda}", "unknown key; did you mean source?"),
+        ("{source: builtin:yoda, shards: 2}", "is not a field: data.split names one of a data set's sets"),
+    ],
+)
+def test_an_item_of_a_list_has_the_same_answers(item: str, words: str) -> None:
+    said = refused(GOOD.replace("{source: builtin:yoda}", f"{{source: [{item}]}}"))
+    assert any(words in one for one in said)
+
+
+def test_a_list_of_one_value_is_that_value() -> None:
+    _, warnings = read(GOOD + "train: {roles_to_train: [assistant]}\n")
+    assert warnings[0].endswith("says what is the case anyway; leave it out")
+    assert "has a counterpart" in refused(GOOD + "train: {roles_to_train: [assistant, user]}\n")[0]
 
 
 def test_a_variable_of_the_template_may_have_any_name() -> None:
@@ -268,22 +302,35 @@ def test_a_variable_of_the_template_may_have_any_name() -> None:
     assert warnings == ()
 
 
-@pytest.mark.parametrize("name", sorted(OLD_NAMES))
-def test_every_old_name_leads_to_a_field_or_says_why_not(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name, old in OLD_NAMES.items() if old.new])
+def test_every_old_name_leads_to_a_field(name: str) -> None:
     old = OLD_NAMES[name]
-    assert bool(old.new) != bool(old.why)
-    if not old.new:
-        inner = name in names_in("train")  # of a section above, where it is a field
-        said = refused(GOOD + (f"train: {{lora: {{{name}: 1}}}}\n" if inner else f"train: {{{name}: 1}}\n"))
-        assert said == [f"recipe.yaml:4: train.{'lora.' * inner}{name}: is not a field: {old.why}"]
-        return
-    assert old.new in all_names()
+    assert not old.why and old.new in all_names()
     assert old.new.rpartition(".")[2] != name or old.new.count(".") < 2
     for value, new in (old.values or {}).items():
         if new is not DROP:
             written = str(value).lower() if isinstance(value, bool) else value
-            whole = ["train.method=lora"] if name == "init_lora_weights" else []  # as PiSSA needs it
-            assert read(GOOD + f"{name}: {written}\n", *whole)[0][old.new] == new
+            whole = ["train.method=lora"] if "pissa" in f"{name} {value}" else []  # as PiSSA needs it
+            found, warnings = read(GOOD, f"{name}={written}", *whole)
+            assert found[old.new] == ([new] if old.new == "train.report_to" else new)
+            assert f"-o {name}: {name} is now {old.new}" in warnings
+
+
+def test_every_other_old_name_says_why_not() -> None:
+    answered = {name: old for name, old in OLD_NAMES.items() if not old.new}
+    # Some are a field of the section above.
+    keys = {name: f"train.{'lora.' * (name in names_in('train'))}{name}" for name in answered}
+    keys |= {name: name for name in answered if "." in name}
+    said = refused(GOOD, *(f"{key}=1" for key in keys.values()))
+    assert said == [f"-o {keys[name]}: is not a field: {old.why}" for name, old in answered.items()]
+    assert [fields_in(old.why) for old in answered.values()] == [[]] * len(answered)
+
+
+def test_no_name_has_two_answers() -> None:
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    lines = [*table["renamed"].values(), *(entry["names"] for entry in table["valued"] + table["answered"])]
+    names = " ".join(lines).split()
+    assert sorted(names) == sorted({*names}) == sorted(OLD_NAMES)
 
 
 def test_names_that_todays_libraries_refuse_are_all_known() -> None:

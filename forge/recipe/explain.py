@@ -12,9 +12,9 @@ from pydantic_core import ErrorDetails
 
 from forge.errors import Problem
 from forge.recipe.fields import all_names, name_of, names_in, sections
+from forge.recipe.old_names import OLD_NAMES, OUT_OF_SCOPE
 from forge.recipe.schema import Adopted
 from forge.recipe.tree import Node
-from forge.recipe.words import OUT_OF_SCOPE
 
 _TAGS = ("training", "adopted", "none")
 
@@ -65,6 +65,10 @@ def unknown_key(path: tuple[str, ...], names: Sequence[str]) -> str:
     key = path[-1]
     if ".".join(path) in all_names():
         return "is not used beside train.from: nothing is trained; leave it out"
+    if old := OLD_NAMES.get(f"{path[0]}.{key}") or OLD_NAMES.get(key):  # in an item of a list
+        here = old.new.rpartition(".")[2]
+        meant_here = here if here in names else old.new
+        return f"unknown key; did you mean {meant_here}?" if old.new else f"is not a field: {old.why}"
     elsewhere = [name for name in all_names() if name.rpartition(".")[2] == key and "*" not in name]
     meant = elsewhere[:2] or [nearest(key, names)]
     if meant[0]:
@@ -145,8 +149,8 @@ def _message(error: ErrorDetails, path: tuple[str | int, ...], root: Node) -> st
 
 
 def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Where an error is, without the tag of the kind of `train` or `export.quant`."""
-    if location[:2] == ("export", "quant"):
+    """Where an error is, without the tag of the kind of `train`, `data.source` or `export.quant`."""
+    if location[:2] in (("data", "source"), ("export", "quant")):
         return (*location[:2], *location[3:])
     if location[:1] == ("train",) and len(location) > 1 and location[1] in _TAGS:
         return ("train", *location[2:])

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from forge import report
 from forge.errors import Problem, RecipeError
-from forge.recipe import checks, old_names, presets
+from forge.recipe import checks, presets, translate
 from forge.recipe.explain import problems_of
 from forge.recipe.fields import sections, values
 from forge.recipe.schema import Recipe
@@ -52,7 +52,7 @@ def load(path: Path, overrides: Sequence[str] = (), *, text: str | None = None) 
     problem of the file, in its order, then those of the overrides.
     """
     root, problems = read_tree(path, text)
-    translation = old_names.translate(root)
+    translation = translate.translate(root)
     problems += translation.problems
     warnings = translation.warnings
     for text in overrides:
@@ -131,11 +131,11 @@ def _override(root: Node, text: str) -> tuple[list[str], list[Problem]]:
         return [], reader.problems
     if node is None or node.empty:
         return [], [place.problem(key, "has no value; `null` unsets a field")]
-    old = old_names.look_up(path)
+    old = translate.look_up(path)
     if old:
-        warning, problem = old_names.rename(root, path, node, old, place, replace=True)
+        warning, problem = translate.rename(root, path, node, old, place, replace=True)
         return [warning] if warning else [], [problem] if problem else []
-    in_the_way = old_names.place_at(root, path, node, replace=True)
+    in_the_way = translate.place_at(root, path, node, replace=True)
     return [], [place.problem(key, f"cannot be set: {in_the_way}")] if in_the_way else []
 
 

@@ -27,37 +27,6 @@ DATA_FORMATS = (
 )
 _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
-_REWARDS = (
-    "rewards (RLHF, PPO, GRPO) are out of scope: forge learns answers from rows; train with trl, give the "
-    "adapter to forge with train.from"
-)
-_PREFIX = "prefix and prompt tuning are out of scope: no GGUF holds what they learn; LoRA does what they do"
-_IA3 = "IA3 is out of scope: llama.cpp's adapters are LoRA only"
-_RAG = "retrieval (RAG) is out of scope: it is the affair of the program that asks the served model"
-_ONNX = (
-    "ONNX is out of scope: forge makes GGUF; convert the merged checkpoint (export.keep_merged) with optimum"
-)
-_RENT = "forge rents no machine: run the same recipe on RunPod, Colab or any other computer with a GPU"
-_PACKED = (
-    "this type is for other servers than llama.cpp and out of scope: quantize the merged checkpoint "
-    "(export.keep_merged) with its own tool"
-)
-_VLLM = "forge does not start it: it serves the merged checkpoint (export.keep_merged: true) as it is"
-OUT_OF_SCOPE = {
-    **dict.fromkeys(("rl", "rlhf", "ppo", "grpo", "rloo", "reward_model", "reward_funcs"), _REWARDS),
-    **dict.fromkeys(("reward_weights", "num_generations", "kl_coef", "vllm_mode"), _REWARDS),
-    **dict.fromkeys(("prefix_tuning", "prompt_tuning", "p_tuning", "num_virtual_tokens"), _PREFIX),
-    **dict.fromkeys(("prefix_projection", "prompt_tuning_init", "encoder_hidden_size"), _PREFIX),
-    **dict.fromkeys(("ia3", "feedforward_modules", "init_ia3_weights"), _IA3),
-    **dict.fromkeys(("rag", "retriever", "embedding_model", "vector_store", "chunk_overlap"), _RAG),
-    **dict.fromkeys(("onnx", "export_onnx"), _ONNX),
-    **dict.fromkeys(("runpod", "colab", "cloud", "gpu_type"), _RENT),
-    **dict.fromkeys(("gptq", "awq", "exl2", "exl3", "fp8"), _PACKED),
-    **dict.fromkeys(("vllm", "sglang", "tgi"), _VLLM),
-    "gguf_my_repo": "GGUF-my-repo is not needed: export makes the GGUF here",
-}
-"""What recipes name as keys or as values and forge does not do: a sentence for each."""
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PINNED = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)@(?P<revision>[^\s@]+)")
 _TARGET_WORDS = ("auto", "all-linear", "attention")
