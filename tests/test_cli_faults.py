@@ -363,6 +363,26 @@ def test_a_hub_that_is_down(place: Place, hub: Hub) -> None:
     assert not (place.directory / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("deploy: {host: 0.0.0.0}\n", "others than this machine could use the server"),
+        ("base: what is this?\n", "is neither a directory nor a hub id"),
+        ("data: {source: builtin:yoda, revision: v1}\n", "data.revision: builtin:yoda has none"),
+        ("data: {source: builtin:yoda, eval: absent.jsonl}\n", "data.eval: no such file: absent.jsonl"),
+        ("data: {source: builtin:yoda, eval: absent}\n", "data.eval: "),
+    ],
+)
+def test_a_plan_refuses_what_a_ship_would_only_find_out(
+    lines: str, words: str, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    section = lines.partition(":")[0]
+    text = "".join(line for line in RECIPE.splitlines(True) if not line.startswith(f"{section}:"))
+    place.recipe(text + lines)
+    assert run_command(["plan", "recipe.yaml"]) == 2
+    assert words in capsys.readouterr().err
+
+
 @pytest.mark.network
 def test_a_plan_asks_no_hub_and_shows_what_it_does_not_know(
     place: Place, hub: Hub, capsys: pytest.CaptureFixture[str]

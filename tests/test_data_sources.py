@@ -583,6 +583,26 @@ def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
         read_rows(path)
 
 
+@pytest.mark.parametrize(
+    ("source", "split", "is_known"),
+    [
+        ("rows.csv", "train", True), ("rows.csv", "train[:10%]", True), ("rows.csv", "test", False),
+        ("test.csv", "test", True), ("dev-00000.csv", "validation", True), ("builtin:yoda", "test", False),
+        ("*.csv", "test", True), ("*.csv", "other", False),
+    ],
+)  # fmt: skip
+def test_a_split_of_which_nothing_has_the_name(
+    source: str, split: str, is_known: bool, tmp_path: Path
+) -> None:
+    for name in ("rows.csv", "test.csv", "dev-00000.csv"):
+        write(tmp_path / name, "prompt,completion\na,b\n")
+    if is_known:
+        assert locate_all(source, tmp_path, split)
+        return
+    with pytest.raises(DataError, match="nothing says which rows of"):
+        locate_all(source, tmp_path, split)
+
+
 def test_locate(tmp_path: Path) -> None:
     inside = write(tmp_path / "rows.jsonl", "{}")
     assert locate("rows.jsonl", tmp_path) == inside

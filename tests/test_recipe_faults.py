@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from forge.errors import RecipeError
+from forge.recipe.fields import all_names, sections
 from forge.recipe.load import load
 
 GOOD = "name: small\nbase: builtin:tiny\ndata: {source: builtin:yoda}\n"
@@ -27,6 +28,37 @@ def refused(text: str | bytes, *overrides: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("value", ['"a\\0b"', ".nan", "1e300", "-1e300", "[[1]]", "{a: {b: 1}}", "''"])
+def test_no_field_takes_what_no_field_can_hold(value: str) -> None:
+    leaves = [name for name in all_names() if name not in sections() and "*" not in name]
+    leaves = [name for name in leaves if name not in ("train.from", "train.revision", "export.quant.max_kl")]
+    faults = refused(GOOD, *(f"{name}={value}" for name in leaves))
+    untouched = [name for name in leaves if not any(fault.startswith(f"-o {name}: ") for fault in faults)]
+    assert untouched == []
+    assert max(map(len, faults)) < 1200 and not any("is not valid (got" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("train.max_steps=2147483648", "must be at most 2147483647 (got 2147483648)"),
+        ("train.batch_size=2147483648", "must be a whole number from 1 to 2147483647, or auto"),
+        ("train.liger=1", "must be true, false or auto (got 1)"),
+        ("train.gradient_checkpointing=0", "must be true, false or auto (got 0)"),
+        ("train.devices=[{}]", "must be a whole number from 1 to 2147483647, auto, or a list"),
+        ("train.epochs=1e7", "must be at most 1000000 (got 10000000.0)"),
+        ("base=" + "x" * 300, "is neither a path nor an id of the hub"),
+        ("data.eval=" + "x" * 300, "is neither a path nor an id of the hub"),
+        ("base.revision=abc", "builtin:tiny has none, only a model of the hub does; leave it out"),
+        ("deploy.host=http://here", "must be an address or the name of a computer"),
+        ("deploy.host=../../etc/passwd", "must be an address or the name of a computer"),
+    ],
+)
+def test_what_the_tools_behind_could_not_hold(said: str, words: str) -> None:
+    [fault] = refused(GOOD, said)
+    assert words in fault
 
 
 def test_three_faults_give_three_lines() -> None:
@@ -162,8 +194,14 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ("train: {epochs: '3'}", 'train.epochs: must be a number (got "3")'),
         ("train: {epochs: 0}", "train.epochs: must be greater than 0 (got 0)"),
         ("train: {epochs: .nan}", "train.epochs: must be a finite number (got nan)"),
-        ("train: {batch_size: 1.5}", "train.batch_size: must be a whole number above 0, or auto (got 1.5)"),
-        ("train: {batch_size: true}", "train.batch_size: must be a whole number above 0, or auto (got true)"),
+        (
+            "train: {batch_size: 1.5}",
+            "train.batch_size: must be a whole number from 1 to 2147483647, or auto (got 1.5)",
+        ),
+        (
+            "train: {batch_size: true}",
+            "train.batch_size: must be a whole number from 1 to 2147483647, or auto (got true)",
+        ),
         ("train: {learning_rate: 0}", "train.learning_rate: must be greater than 0 (got 0)"),
         ("train: {learning_rate: }", "train.learning_rate: must be a number (got nothing)"),
         ("train: {packing: yes}", 'train.packing: must be true or false (got "yes")'),
@@ -229,7 +267,7 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
             "smoke: [{messages: [{role: user, content: x}], system: y}]",
             "smoke.0: put the system prompt into messages, or use prompt",
         ),
-        ('deploy: {host: "\\ud800"}', "deploy.host: holds half of a character"),
+        ('model: {system: "\\ud800"}', "model.system: holds half of a character"),
         (
             '"a\\nb": 1',
             "a\\nb: unknown key; known here: name, base, data, train, model, export, verify, deploy, smoke",

@@ -256,7 +256,13 @@ def test_held_out_rows_are_a_share_or_a_number(tmp_path: Path, value: float) -> 
 
 
 def test_later_overrides_win_and_reach_sections_that_are_not_there(tmp_path: Path) -> None:
-    overrides = ("train.epochs=1", "deploy.port=8080", "train.epochs=2", "base.revision=v1", "name=x=y")
+    overrides = (
+        "train.epochs=1",
+        "deploy.port=8080",
+        "train.epochs=2",
+        "base=org/model@v1",
+        "name=x=y",
+    )
     with pytest.raises(RecipeError) as refused:
         loaded(tmp_path, SMALL, *overrides)
     assert [problem.file for problem in refused.value.problems] == ["-o name"]
@@ -321,7 +327,7 @@ trains = st.builds(
     Train,
     epochs=st.floats(0.1, 1000),
     learning_rate=st.floats(1e-8, 1),
-    batch_size=st.integers(1, 2**40),
+    batch_size=st.integers(1, 2**31 - 1),
     gradient_checkpointing=st.sampled_from(["auto", True, False]),
     template_variables=st.dictionaries(words, st.one_of(st.none(), st.booleans(), st.integers(), words)),
     report_to=st.sampled_from([(), ("wandb",), ("mlflow", "tensorboard")]),
@@ -329,7 +335,7 @@ trains = st.builds(
 recipes = st.builds(
     Recipe,
     name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
-    base=st.builds(Base, id=st.just("builtin:tiny"), revision=st.none() | words),
+    base=st.builds(Base, id=st.just("org/model"), revision=st.none() | words),
     data=st.just({"source": "builtin:yoda"}),
     train=st.one_of(trains, st.none(), st.builds(Adopted, source=st.just("org/adapter"), revision=words)),
     smoke=st.lists(st.builds(SmokeQuery, prompt=words, max_tokens=st.integers(1, 99))).map(tuple),

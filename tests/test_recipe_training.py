@@ -121,7 +121,7 @@ def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
         ("{compile: true, offload_activations: true}", "train.offload_activations", "nothing would be moved"),
         ("{compile: true, method: int8}", "train.compile", "cannot be compiled"),
         ("{compile: true, device: mps}", "train.compile", "not made for mps"),
-        ("{devices: 0}", "train.devices", "above 0, auto, or a list"),
+        ("{devices: 0}", "train.devices", "auto, or a list"),
         ("{devices: [0, 0]}", "train.devices", "different numbers"),
         ("{devices: [0, 1], device: cpu}", "train.devices", "those of GPUs"),
         ("{devices: 2, device: mps}", "train.devices", "one GPU"),

@@ -112,6 +112,12 @@ FAULTY: Mapping[str, Case] = {
     ),
     "no tensors": Case(_no_tensors, GGUF, "holds no tensors"),
     "targets": Case(_nothing, "train: {lora: {targets: [nowhere]}}\n", "has no module nowhere"),
+    "rows beyond its positions": Case(
+        _nothing, "train: {max_length: 9999}\n", "9999 tokens is more than the base's 1024 positions"
+    ),
+    "a context beyond its positions": Case(
+        _nothing, "deploy: {context_tokens: 9999}\n", "9999 tokens is more than the base's 1024 positions"
+    ),
     "an embedding of its own": Case(
         _nothing, "train: {lora: {targets: [embed_tokens]}}\nexport: {mode: adapter}\n", "for linear layers"
     ),

@@ -431,7 +431,7 @@ def test_runs_are_spread_over_gpus(workshop: Workshop, monkeypatch: pytest.Monke
     ("devices", "code", "message"),
     [
         ("0,two", 2, "--devices 0,two: no numbers of GPUs"),
-        ("0,2", 3, "--devices: there is no GPU 2 here, but 2"),
+        ("0,2", 3, "--devices: there is no GPU 2 here, only GPUs 0 to 1"),
     ],
 )
 def test_gpus_that_are_not_there(

@@ -240,7 +240,7 @@ def test_what_each_gpu_s_process_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert _told(two.environments()) == [
         {**common, "RANK": "0", "LOCAL_RANK": "0"}, {**common, "RANK": "1", "LOCAL_RANK": "1"}
     ]  # fmt: skip
-    with pytest.raises(MissingToolError, match="there is no GPU 4 here, but 4"):
+    with pytest.raises(MissingToolError, match="there is no GPU 4 here, only GPUs 0 to 3"):
         ranks_of(Train(devices=(4,)), GPU)
     with pytest.raises(MissingToolError, match="there is no GPU 4, 5 here"):
         ranks_of(Train(devices=6), GPU)

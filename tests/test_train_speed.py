@@ -271,7 +271,7 @@ def test_a_ship_names_all_that_is_missing(recipe: Path, monkeypatch: pytest.Monk
     assert [problem.message for problem in caught.value.problems] == [
         "train.liger: the package is not installed: pip install liger-kernel",
         "train.strategy: the package is not installed: pip install deepspeed",
-        "train.devices: there is no GPU 4 here, but 1",
+        "train.devices: there is no GPU 4 here, only GPU 0",
         "train.report_to: dvclive is not installed",
     ]
     assert "name fewer, or auto" in caught.value.hint and "pip install dvclive" in caught.value.hint
@@ -280,7 +280,7 @@ def test_a_ship_names_all_that_is_missing(recipe: Path, monkeypatch: pytest.Monk
 def test_a_plan_refuses_gpus_that_are_not_there(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("forge.stages.train.training_device", lambda asked: GPU)
     monkeypatch.setattr("forge.train.ranks.gpu_count", lambda: 1)
-    with pytest.raises(MissingToolError, match="there is no GPU 4 here, but 1"):
+    with pytest.raises(MissingToolError, match="there is no GPU 4 here, only GPU 0"):
         plan(recipe, ["train.devices=[4]"])
 
 

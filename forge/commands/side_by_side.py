@@ -17,7 +17,7 @@ from forge import report
 from forge.errors import ForgeError, MissingToolError, RecipeError, StageError, error_from_json
 from forge.process import Child
 from forge.recipe.sweep import Combination
-from forge.train.ranks import gpu_count, visible_gpu
+from forge.train.ranks import gpu_count, only, visible_gpu
 
 Shipped = Generator[tuple[int, ForgeError | None], None, None]
 """The runs by their numbers, as they end, with what they raised."""
@@ -64,7 +64,7 @@ def gpus_named(text: str) -> tuple[int, ...]:
     if absent or not gpus:
         named = ", ".join(map(str, absent)) or "at all"
         raise MissingToolError(
-            f"--devices: there is no GPU {named} here, but {there}",
+            f"--devices: there is no GPU {named} here{only(there)}",
             hint="leave it out: the runs then go one after another",
         )
     return gpus

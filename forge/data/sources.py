@@ -26,27 +26,47 @@ _NOT_ROWS = {
 _SAME_SPLIT = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 
 
-def locate(source: str, directory: Path) -> Path:
+def locate(source: str, directory: Path, field: str = "data.source") -> Path:
     """The one file that `source` names: built in, absolute, or relative to `directory`.
 
     Raises `DataError` when there is no such file. Hub ids are resolved before (see `model.base`).
     """
-    files = locate_all(source, directory, "train")
+    files = locate_all(source, directory, "train", field)
     if len(files) != 1:
-        raise DataError(f"data.source: {source} is {len(files)} files, and one is needed here")
+        raise DataError(f"{field}: {source} is {len(files)} files, and one is needed here")
     return files[0]
 
 
-def locate_all(source: str, directory: Path, split: str) -> tuple[Path, ...]:
+def locate_all(source: str, directory: Path, split: str, field: str = "data.source") -> tuple[Path, ...]:
     """The files that `source` names: built in, a file, those of a directory or of a pattern (`*.jsonl`).
 
-    Raises `DataError` when there is none.
+    Raises `DataError` when there is none, and for a split of which nothing there has the name.
     """
+    files = _files_of(source, directory, split, field)
+    if not (directory / Path(source).expanduser()).is_dir():
+        _require_named(source, files, split.partition("[")[0])
+    return files
+
+
+def _require_named(source: str, files: Sequence[Path], split: str) -> None:
+    """A JSON file may hold several splits, which is seen when it is read; of others the name must say it."""
+    wanted = _SAME_SPLIT.get(split, split)
+    for path in files:
+        named = f"{source} {path.name}".lower()
+        if wanted in ("train", _split_of(Path(path.name))) or ".json" in path.suffixes or split in named:
+            return
+    raise DataError(
+        f"data.split: nothing says which rows of {source} are of the split {split!r}",
+        hint="leave it out, or take a slice such as train[:10%]",
+    )
+
+
+def _files_of(source: str, directory: Path, split: str, field: str) -> tuple[Path, ...]:
     if source.startswith(BUILTIN_PREFIX):
         name = source.removeprefix(BUILTIN_PREFIX)
         if name not in _BUILTIN_FILES:
             raise DataError(
-                f"data.source: there is no built-in data {source!r}",
+                f"{field}: there is no built-in data {source!r}",
                 hint="built in are " + ", ".join(BUILTIN_PREFIX + known for known in _BUILTIN_FILES),
             )
         return (BUILTIN / _BUILTIN_FILES[name],)
@@ -66,9 +86,9 @@ def locate_all(source: str, directory: Path, split: str) -> tuple[Path, ...]:
         ]
         if files:
             return tuple(files)
-        raise DataError(f"data.source: no file matches {source}", hint=f"looked in {directory}")
+        raise DataError(f"{field}: no file matches {source}", hint=f"looked in {directory}")
     raise DataError(
-        f"data.source: {path} does not exist",
+        f"{field}: {path} does not exist",
         hint=f"name a file ({', '.join(SUFFIXES)}), a directory or a pattern",
     )
 

@@ -138,6 +138,7 @@ def at(spec: str, directory: Path, revision: str | None = None) -> ResolvedBase:
 
 def _from_hub(spec: str, repository: Repository, *, offline: bool, fetch: bool) -> ResolvedBase:
     from forge.model import hub  # here, because huggingface_hub takes a while to import
+    from forge.model.hub_errors import NotAnIdError
 
     if fetch and not (offline or is_offline()):
         snapshot = hub.fetch_snapshot(repository)
@@ -145,7 +146,7 @@ def _from_hub(spec: str, repository: Repository, *, offline: bool, fetch: bool) 
     try:
         here = hub.local_snapshot(repository)
     except DataError as error:
-        if fetch:
+        if fetch or isinstance(error, NotAnIdError):
             raise
         return ResolvedBase(spec, None, None, None, (Problem(f"{UNKNOWN}: {error.message}", "base"),))
     if here is not None:

@@ -74,8 +74,12 @@ def _translated(repository: Repository, error: Exception) -> ForgeError:
     )
 
 
-def not_an_id(repository: Repository) -> DataError:
-    return DataError(
+class NotAnIdError(DataError):
+    """No directory, and nothing that the hub would call a repository."""
+
+
+def not_an_id(repository: Repository) -> NotAnIdError:
+    return NotAnIdError(
         f"{repository.id!r} is neither a directory nor a hub id",
         hint="a hub id looks like organisation/name or organisation/name@revision",
     )

@@ -101,6 +101,8 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     """Fields that cannot hold together."""
     train = recipe.train
     yield from _calibration(recipe)
+    if recipe.base.revision and recipe.base.id.startswith("builtin:"):
+        yield "base.revision", f"{recipe.base.id} has none, only a model of the hub does; leave it out"
     if isinstance(train, Train):
         yield from contradictions_of(recipe, train)
     if recipe.deploy.runtime == "container" and recipe.deploy.gpu_layers:

@@ -126,7 +126,7 @@ def _choice(path: tuple[str | int, ...], value: Any) -> str:
 
 
 def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    return int(value) if isinstance(value, float) and value.is_integer() and value < 1e9 else value
 
 
 def _message(error: ErrorDetails, path: tuple[str | int, ...], root: Node) -> str:

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from forge.recipe.section import Section
-from forge.recipe.words import NotNegative, NotNegativeInteger, Text, UpTo
+from forge.recipe.words import AboveZero, NotNegative, NotNegativeInteger, Text, UpTo
 
 
 class Message(Section):
@@ -32,8 +32,8 @@ class SamplingDefaults(Section):
     min_p: UpTo | None = Field(
         None, description="leave out tokens with less than this share of the likeliest one's probability"
     )
-    repetition_penalty: float | None = Field(
-        None, gt=0, description="divide what was said already by this; 1: not at all"
+    repetition_penalty: AboveZero | None = Field(
+        None, description="divide what was said already by this; 1: not at all"
     )
 
     def asked(self) -> Mapping[str, int | float]:

@@ -22,12 +22,16 @@ from forge.recipe.training import Lora as Lora
 from forge.recipe.training import Train as Train
 from forge.recipe.words import (
     DATA_FORMATS,
+    AboveZero,
     DataFormat,
     Evaluation,
+    Host,
     Name,
     Names,
     Nothing,
+    NotNegativeInteger,
     Pattern,
+    Place,
     Positive,
     Quant,
     Seed,
@@ -47,11 +51,11 @@ class Tokens(Section):
 class Base(Section):
     """The model to start from; `base: SPEC` is short for `base: {id: SPEC}`."""
 
-    id: Text = Field(
+    id: Place = Field(
         description="hub id, `id@revision`, a directory, `builtin:tiny` or `builtin:smollm2` (a real "
         "model, with the extra `real`)"
     )
-    revision: Text | None = Field(None, description="commit, tag or branch on the hub; pinned at first ship")
+    revision: Place | None = Field(None, description="commit, tag or branch on the hub; pinned at first ship")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the base")
     chat_template: Text | None = Field(
         None,
@@ -92,14 +96,14 @@ class Columns(Section):
 class DataSource(Section):
     """One of several sources; what is unset is as `data` has it."""
 
-    source: Text = Field(description="file, directory, pattern, hub id or `id@revision`, or `builtin:yoda`")
-    revision: Text | None = Field(None, description="commit, tag or branch of a hub data set")
+    source: Place = Field(description="file, directory, pattern, hub id or `id@revision`, or `builtin:yoda`")
+    revision: Place | None = Field(None, description="commit, tag or branch of a hub data set")
     split: Text | None = Field(
         None, description="split, or one of its sets (`main/train`); slices such as `train[:10%]` too"
     )
     format: DataFormat | None = Field(None, description="shape of its rows")
     columns: Columns | None = Field(None, description="which columns play which part")
-    weight: float = Field(1.0, gt=0, description="how often each of its rows is seen in an epoch")
+    weight: float = Field(1.0, gt=0, le=1000, description="how often each of its rows is seen in an epoch")
 
     @model_validator(mode="before")
     @classmethod
@@ -111,13 +115,13 @@ class Data(Section):
     """The rows to learn from; `data: SOURCE` is short for `data: {source: SOURCE}`."""
 
     source: Annotated[
-        Annotated[Text, Tag("one")] | Annotated[tuple[DataSource, ...], Tag("several")],
+        Annotated[Place, Tag("one")] | Annotated[tuple[DataSource, ...], Tag("several")],
         Discriminator(lambda value: "several" if isinstance(value, list | tuple) else "one"),
     ] = Field(
         description="file (jsonl, json, csv, parquet, arrow, text; packed too), directory, pattern such as "
         "`rows/*.jsonl`, hub id or `id@revision`, `builtin:yoda`; or a list of sources"
     )
-    revision: Text | None = Field(None, description="commit, tag or branch of a hub data set")
+    revision: Place | None = Field(None, description="commit, tag or branch of a hub data set")
     split: Text = Field(
         "train", description="split, or one of its sets (`main/train`); slices such as `train[:10%]` too"
     )
@@ -132,7 +136,9 @@ class Data(Section):
     )
     ignore: Names = Field((), description="columns that are left out of account")
     encoding: Text | None = Field(None, description="of text files; UTF-8, or what the file says, when unset")
-    skip_bad_rows: int = Field(0, ge=0, description="so many rows that cannot be used may be left out")
+    skip_bad_rows: NotNegativeInteger = Field(
+        0, description="so many rows that cannot be used may be left out"
+    )
     eval: Evaluation = Field(
         0.1,
         description="held-out rows: a share (below 1), a number, or a file (or `builtin:`) of their own",
@@ -180,8 +186,8 @@ class Data(Section):
 class Adopted(Section):
     """An adapter that another tool made; nothing is trained."""
 
-    source: Text = Field(alias="from", description="adapter: a directory, hub id or `id@revision`")
-    revision: Text | None = Field(None, description="commit, tag or branch on the hub")
+    source: Place = Field(alias="from", description="adapter: a directory, hub id or `id@revision`")
+    revision: Place | None = Field(None, description="commit, tag or branch on the hub")
 
     @model_validator(mode="before")
     @classmethod
@@ -192,7 +198,7 @@ class Adopted(Section):
 class Budget(Section):
     """A loss instead of a type: the smallest type within it is found by trying, from `q8_0` down."""
 
-    max_kl: float = Field(gt=0, description="mean KL divergence (nats) from F16 on held-out rows, at most")
+    max_kl: AboveZero = Field(description="mean KL divergence (nats) from F16 on held-out rows, at most")
 
 
 def _quant_kind(value: Any) -> str:
@@ -267,13 +273,12 @@ class Verify(Section):
     learned: Literal["required", "warn", "off"] = Field(
         "required", description="the tuned model must do better than the base on held-out rows"
     )
-    max_kl: float | None = Field(
-        None, gt=0, description="mean KL divergence (nats) of the GGUF from fp32 base + adapter, at most"
+    max_kl: AboveZero | None = Field(
+        None, description="mean KL divergence (nats) of the GGUF from fp32 base + adapter, at most"
     )
     min_top1: UpTo | None = Field(None, description="share of positions with the same top token, at least")
-    minutes: float | None = Field(
+    minutes: AboveZero | None = Field(
         None,
-        gt=0,
         description="compare few positions first, and no more than fit; what is then undecided is reported",
     )
     as_trained: Literal["required", "warn"] = Field(
@@ -289,7 +294,7 @@ class Deploy(Section):
         "embedded", description="what serves it"
     )
     keep: bool = Field(False, description="leave it running after the smoke queries; `forge stop` ends it")
-    host: Text = Field("127.0.0.1", description="address to listen on; of `ollama`, where it is")
+    host: Host = Field("127.0.0.1", description="address to listen on; of `ollama`, where it is")
     without_key: bool = Field(False, description="let others than this machine in, where `host` does")
     port: int = Field(0, ge=0, le=65535, description="port; 0: any free one")
     context_tokens: Positive | None = Field(
@@ -297,7 +302,7 @@ class Deploy(Section):
     )
     parallel: Positive | None = Field(None, description="requests served at once; chosen when unset")
     threads: Positive | None = Field(None, description="CPU threads; the physical cores when unset")
-    gpu_layers: int | None = Field(None, ge=-1, description="layers on the GPU; -1: all")
+    gpu_layers: int | None = Field(None, ge=-1, le=2**31 - 1, description="layers on the GPU; -1: all")
 
 
 class ExpectedCall(Section):

@@ -9,6 +9,7 @@ from pydantic import Field
 from forge.recipe.presets import Preset
 from forge.recipe.section import Section
 from forge.recipe.words import (
+    AboveZero,
     BatchSize,
     Devices,
     Fraction,
@@ -16,6 +17,7 @@ from forge.recipe.words import (
     NotNegativeInteger,
     Optimizer,
     Pattern,
+    Place,
     Positive,
     Reporters,
     Scalar,
@@ -102,13 +104,12 @@ class Train(Section):
         "chosen to the rejected answer (`dpo`; `orpo`: both at once, without a reference), or what makes an "
         "answer good from single answers with a `label` (`kto`, of pairs too)",
     )
-    beta: float = Field(
+    beta: AboveZero = Field(
         0.1,
-        gt=0,
         description="`dpo` and `kto`: how dear it is to move away from the model that training began with; "
         "`orpo`: how much the preference counts beside the answers",
     )
-    continue_from: Text | None = Field(
+    continue_from: Place | None = Field(
         None,
         description="directory of a LoRA adapter to go on from, with its shape in place of `lora`: more "
         "epochs, or new data",
@@ -121,9 +122,9 @@ class Train(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"] = Field(
         "auto", description="attention of the training run; `auto`: the family's default"
     )
-    epochs: float = Field(3.0, gt=0, description="passes over the training rows")
+    epochs: float = Field(3.0, gt=0, le=1e6, description="passes over the training rows")
     max_steps: Positive | None = Field(None, description="stop after this many steps; overrides `epochs`")
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate; 1e-4 to 3e-4 suits LoRA")
+    learning_rate: AboveZero = Field(2e-4, description="peak learning rate; 1e-4 to 3e-4 suits LoRA")
     schedule: Literal[
         "cosine",
         "linear",
@@ -161,12 +162,11 @@ class Train(Section):
     )
     adam_beta1: Fraction = Field(0.9, description="decay of the mean of the gradients")
     adam_beta2: Fraction = Field(0.999, description="decay of the mean of their squares")
-    adam_epsilon: float = Field(1e-8, gt=0, description="what keeps Adam from dividing by zero")
+    adam_epsilon: AboveZero = Field(1e-8, description="what keeps Adam from dividing by zero")
     weight_decay: NotNegative = Field(0.0, description="weight decay")
     max_gradient_norm: NotNegative = Field(1.0, description="gradients are clipped to this norm; 0: never")
-    neftune_alpha: float | None = Field(
+    neftune_alpha: AboveZero | None = Field(
         None,
-        gt=0,
         description="noise on the embeddings in training (NEFTune), 5 is usual; none when unset",
     )
     gradient_checkpointing: Switch = Field(
@@ -228,7 +228,7 @@ class Train(Section):
     template_variables: dict[str, Scalar] = Field(
         {}, description="variables of the chat template (a date, thinking), the same in training and serving"
     )
-    checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints to resume from")
+    checkpoint_minutes: AboveZero = Field(5.0, description="minutes between checkpoints to resume from")
     seed: Seed = Field(42, description="seed of initialisation and row order")
     report_to: Reporters = Field((), description="trackers such as `tensorboard` or `wandb`; none when empty")
 

@@ -10,7 +10,7 @@ import importlib.util
 import re
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -27,6 +27,12 @@ DATA_FORMATS = (
 )
 _READER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
+# What the tools behind count in 32 bits, and calculate with; what a file system takes for a name.
+_MOST = 2**31 - 1
+_LARGEST = 1e30
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,253}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _PINNED = re.compile(r"(?P<id>[\w-][\w.-]*(?:/[\w.-]+)?)@(?P<revision>[^\s@]+)")
 _TARGET_WORDS = ("auto", "all-linear", "attention")
@@ -51,6 +57,21 @@ def split_revision(value: Any, key: str) -> Any:
 def _text(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty")
+    if "\0" in value:
+        raise ValueError("holds a null character, which ends a text elsewhere")
+    return value
+
+
+def _place(value: str) -> str:
+    long = max(map(len, value.encode("utf-8", "replace").split(b"/"))) > _LONGEST_NAME
+    if long or len(value) > _LONGEST_PATH or _CONTROL.search(value):
+        raise ValueError("is neither a path nor an id of the hub: too long, or with control characters")
+    return _text(value)
+
+
+def _host(value: str) -> str:
+    if not _HOST.fullmatch(_text(value)):
+        raise ValueError("must be an address or the name of a computer, without http:// and port")
     return value
 
 
@@ -64,6 +85,7 @@ def _name(value: str) -> str:
 
 
 def _pattern(value: str) -> str:
+    _text(value)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -75,8 +97,8 @@ def _pattern(value: str) -> str:
 
 def _evaluation(value: Any) -> float | int | str:
     if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return _place(value)
+    if _is_count(value):
         return value
     if isinstance(value, float) and 0 <= value < 1:
         return value
@@ -125,26 +147,30 @@ def _targets(value: Any) -> Any:
 
 
 def _batch_size(value: Any) -> Any:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if value == "auto" or (_is_count(value) and value >= 1):
         return value
-    raise ValueError("must be a whole number above 0, or auto")
+    raise ValueError(f"must be a whole number from 1 to {_MOST}, or auto")
 
 
 def _devices(value: Any) -> Any:
     if value == "auto" or (_is_count(value) and value >= 1):
         return value
-    if (
-        isinstance(value, list | tuple)
-        and value
-        and len({*value}) == len(value)
-        and all(map(_is_count, value))
-    ):
-        return tuple(value)
-    raise ValueError("must be a whole number above 0, auto, or a list of different numbers of GPUs")
+    numbers = value if isinstance(value, list | tuple) and all(map(_is_count, value)) else ()
+    if numbers and len({*numbers}) == len(numbers):
+        return tuple(numbers)
+    raise ValueError(
+        f"must be a whole number from 1 to {_MOST}, auto, or a list of different numbers of GPUs"
+    )
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _switch(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):  # to Python 1 is True
+        raise ValueError("must be true, false or auto")
+    return value
 
 
 @functools.cache
@@ -194,9 +220,12 @@ def _none(_: Any) -> None:
 Text = Annotated[str, AfterValidator(_text)]
 Name = Annotated[str, AfterValidator(_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
-Positive = Annotated[int, Field(ge=1)]
-NotNegativeInteger = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Place = Annotated[str, AfterValidator(_place)]
+Host = Annotated[str, AfterValidator(_host)]
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+NotNegativeInteger = Annotated[int, Field(ge=0, le=_MOST)]
+AboveZero = Annotated[float, Field(gt=0, le=_LARGEST)]
+NotNegative = Annotated[float, Field(ge=0, le=_LARGEST)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 UpTo = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -209,6 +238,6 @@ Devices = Annotated[int | tuple[int, ...] | Literal["auto"], BeforeValidator(_de
 Reporters = Annotated[tuple[str, ...], BeforeValidator(_reporters)]
 Scalar = Annotated[str | int | float | bool | None, BeforeValidator(_scalar)]
 Optimizer = Annotated[str, AfterValidator(_optimizer)]
-Switch = Literal["auto", True, False]
+Switch = Annotated[Literal["auto", True, False], BeforeValidator(_switch)]
 Nothing = Annotated[None, BeforeValidator(_none)]
 Quant = Annotated[QuantName, BeforeValidator(_lower)]

@@ -39,6 +39,7 @@ def check_base(ship: Resolved) -> None:
     refuse_packed(ship.checkpoint)
     check_shape(ship)
     check_linear(ship)
+    _check_lengths(ship)
     _check_generation(ship)
     _check_tokens(ship)
     if ship.beginning != (None, ()):
@@ -59,6 +60,26 @@ def _warn_of_other_base(ship: Resolved, adapter: Adapter) -> None:
     trained, here = adapter.configuration.get("revision"), ship.base.revision
     if here and trained and len(str(trained)) == len(here) and trained != here:
         report.warning(f"the adapter was trained on revision {trained} of {spec}, the base here is {here}")
+
+
+def _check_lengths(ship: Resolved) -> None:
+    """Neither trained nor served beyond the base's positions (pitfall 4)."""
+    most, deploy, train = ship.configuration.max_positions, ship.recipe.deploy, ship.training
+    asked = {
+        "train.max_length": train.max_length if train else None,
+        "deploy.context_tokens": deploy.context_tokens if deploy.runtime != "none" else None,
+    }
+    problems = [
+        located(ship.loaded, field, f"{tokens} tokens is more than the base's {most} positions")
+        for field, tokens in asked.items()
+        if most and tokens and tokens > most
+    ]
+    if problems:
+        raise RecipeError(
+            f"{ship.base.spec} was made for {most} tokens at a time",
+            hint=f"ask for at most {most}",
+            problems=problems,
+        )
 
 
 def _check_tokens(ship: Resolved) -> None:

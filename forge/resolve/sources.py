@@ -9,6 +9,7 @@ from forge.data.files import is_data_file
 from forge.data.layout import AUTO, Shape
 from forge.data.reading import Source, reader_named
 from forge.data.sources import files_of_split, locate, locate_all
+from forge.errors import DataError
 from forge.model.base import fetch_dataset, local_directory
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Data, DataSource, Train
@@ -33,7 +34,7 @@ def data_sources(
         )
         for source in data.sources
     )
-    heldout = locate(data.eval, loaded.directory) if isinstance(data.eval, str) else data.eval
+    heldout = locate(data.eval, loaded.directory, "data.eval") if isinstance(data.eval, str) else data.eval
     return sources, heldout
 
 
@@ -57,6 +58,11 @@ def _source(
         revision = source.revision or pinned.get(source.source)
         folder = fetch_dataset(source.source, revision=revision, offline=offline) if fetch else None
         files = files_of_split(folder, split) if folder else ()
+    elif source.revision:
+        raise DataError(
+            f"data.revision: {source.source} has none, only a data set of the hub does",
+            hint="leave it out, or name the hub id in data.source",
+        )
     else:
         files = locate_all(source.source, directory, split)
     own = ":" in form

@@ -34,7 +34,7 @@ _SECONDS_TO_LOOK = 0.25
 def check_settings(settings: ServerSettings) -> None:
     """Raise `DataError` for files that cannot be served so, `RecipeError` for an open door."""
     check_files(settings)
-    _check_door(settings)
+    check_door(settings.host, has_key=bool(settings.api_key), without_key=settings.without_key)
 
 
 def check_files(settings: ServerSettings) -> None:
@@ -97,15 +97,16 @@ def _check_shapes(path: Path, adapter: GgufHeader, model: GgufHeader) -> None:
             )
 
 
-def _check_door(settings: ServerSettings) -> None:
-    if settings.api_key or is_loopback(settings.host):
+def check_door(host: str, *, has_key: bool, without_key: bool) -> None:
+    """Raise `RecipeError` where everybody could use the server and nobody said so."""
+    if has_key or is_loopback(host):
         return
-    if not settings.without_key:
+    if not without_key:
         raise RecipeError(
-            f"on {settings.host} others than this machine could use the server, and there is no API key",
+            f"on {host} others than this machine could use the server, and there is no API key",
             hint="give it one with --api-key-file, or say --without-key (deploy.without_key: true)",
         )
-    report.warning(f"everyone who reaches {settings.host} can use the server: it has no API key")
+    report.warning(f"everyone who reaches {host} can use the server: it has no API key")
 
 
 def url_of(host: str, port: int | str) -> str:

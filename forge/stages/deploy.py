@@ -27,6 +27,7 @@ from forge.resolve.rows import measured_file
 from forge.resolve.stage import OfShip
 from forge.serve.endpoint import Endpoint
 from forge.serve.live import LiveProof
+from forge.serve.ready import check_door
 from forge.serve.runtimes import check_runtime
 from forge.serve.talk import Kind, OfKind, Talk
 from forge.stages.data import DATA_STAGE
@@ -62,7 +63,14 @@ class DeployAction(OfShip, Action):
     rank = 75
     needs = (EXPORT_STAGE,)
 
+    def look(self) -> None:
+        """Refuse a door that is open for everybody before anything is trained."""
+        deploy = self.ship.recipe.deploy
+        if deploy.runtime != "ollama" and not deploy.without_key:
+            check_door(deploy.host, has_key=False, without_key=False)
+
     def require_tools(self) -> None:
+        self.look()
         deploy = self.ship.recipe.deploy
         check_runtime(deploy.runtime, host=deploy.host, port=deploy.port)
 

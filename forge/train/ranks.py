@@ -72,6 +72,11 @@ class Ranks:
         )
 
 
+def only(there: int) -> str:
+    """Which GPUs there are, after what there is not."""
+    return "" if not there else ", only GPU 0" if there == 1 else f", only GPUs 0 to {there - 1}"
+
+
 def gpus_of(train: Train, device: Device) -> tuple[int, ...]:
     """The numbers of the GPUs that train here, none on a CPU; raises `MissingToolError` for absent ones."""
     there = gpu_count() if device.kind == "cuda" else 0
@@ -82,7 +87,7 @@ def gpus_of(train: Train, device: Device) -> tuple[int, ...]:
     absent = [number for number in gpus if number >= there]
     if absent:
         raise MissingToolError(
-            f"train.devices: there is no GPU {', '.join(map(str, absent))} here, but {there}",
+            f"train.devices: there is no GPU {', '.join(map(str, absent))} here{only(there)}",
             hint="name fewer, or auto for all there are",
         )
     if train.strategy != "ddp" and train.nodes * len(gpus) == 1:
