@@ -101,6 +101,7 @@ DEFAULTS: dict[str, object] = {
     "train.lora.token_indices": [],
     "train.lora.rslora": False,
     "train.lora.dora": False,
+    "train.lora.experts": False,
     "train.lora.modules_to_save": [],
     "train.optimizer": "adamw_torch",
     "train.adam_beta1": 0.9,
