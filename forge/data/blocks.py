@@ -21,12 +21,14 @@ _SCHEMA_TYPES = {"STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "N
 
 
 _CALL_ITEM, _RESULT_ITEM, _THOUGHT_ITEM = "function_call", "function_call_output", "reasoning"
+_THOUGHT = "reasoning_content"
 
 
 def of_items(items: Sequence[Any], place: str) -> Sequence[Any]:
     """The messages of a list in which calls, their outputs and thinking are items beside them.
 
-    What the model put out between two turns of others is one turn. Raises `BadRowError` for any other item.
+    Calls belong to the message before them, thinking to the message or the call behind it. Raises
+    `BadRowError` for thinking without either, and for any other item.
     """
     if not any(map(_is_item, items)):
         return items
@@ -35,35 +37,57 @@ def of_items(items: Sequence[Any], place: str) -> Sequence[Any]:
     thought: dict[str, Any] = {}
     for number, item in enumerate(items):
         kind = item.get("type", "message") if isinstance(item, Mapping) else "message"
+        where = f"{place}[{number}]"
         if isinstance(item, Mapping) and item.get("status") in ("incomplete", "in_progress", "failed"):
-            raise BadRowError(f"was cut off ({item['status']}); leave the row out", f"{place}[{number}]")
+            raise BadRowError(f"was cut off ({item['status']}); leave the row out", where)
         if kind == _THOUGHT_ITEM:
-            thought |= _thought(item)
+            thought = _joined(thought, _thought(item))
         elif kind == _CALL_ITEM:
             if answer is None:
-                answer = {"role": "assistant", "content": "", **thought}
-                thought = {}
+                answer = {"role": "assistant", "content": ""}
                 messages.append(answer)
+            elif _THOUGHT in thought:
+                raise BadRowError("is a call of a turn that began before its thinking", where)
+            answer |= thought
+            thought = {}
             call = {"id": item.get("call_id"), "name": item.get("name"), "arguments": item.get("arguments")}
             answer["tool_calls"] = [*answer.get("tool_calls", ()), call]
-        elif kind == _RESULT_ITEM:
-            answer, thought = None, {}
-            result = {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
-            messages.append(result)
-        elif _is_item(item) and not _is_message(item):
-            raise BadRowError(
-                f"is a {kind} of the responses API: only messages, reasoning, function_call and "
-                "function_call_output can be learned here",
-                f"{place}[{number}]",
-            )
         elif isinstance(item, Mapping) and item.get("role") == "assistant":
             answer = {**without(item, "status", "type"), **thought}
             thought = {}
             messages.append(answer)
+        elif _is_item(item) and kind != _RESULT_ITEM and not _is_message(item):
+            raise BadRowError(
+                f"is a {kind} of the responses API: only messages, reasoning, function_call and "
+                "function_call_output can be learned here",
+                where,
+            )
         else:
-            answer, thought = None, {}
-            messages.append(without(item, "status", "type") if isinstance(item, Mapping) else item)
+            _refuse_thinking(thought, where)
+            answer = None
+            messages.append(_of_others(item))
+    _refuse_thinking(thought, f"{place}[{len(items) - 1}]")
     return messages
+
+
+def _of_others(item: Any) -> Any:
+    """A turn that the model did not write, as a message."""
+    if not isinstance(item, Mapping):
+        return item
+    if item.get("type") == _RESULT_ITEM:
+        return {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
+    return without(item, "status", "type")
+
+
+def _refuse_thinking(thought: Mapping[str, Any], place: str) -> None:
+    if thought:
+        raise BadRowError("thinking stands here with neither a message nor a call behind it", place)
+
+
+def _joined(thought: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Thinking that was put out as several items."""
+    texts = [part[_THOUGHT] for part in (thought, more) if part.get(_THOUGHT)]
+    return {**thought, **more, **({_THOUGHT: "\n\n".join(texts)} if texts else {})}
 
 
 def without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -90,7 +114,7 @@ def _thought(item: Mapping[str, Any]) -> Mapping[str, Any]:
         part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)
     ]
     beside = {f"reasoning.{key}": item[key] for key in ("summary", "encrypted_content") if item.get(key)}
-    return {**({"reasoning_content": "".join(texts)} if texts else {}), **beside}
+    return {**({_THOUGHT: "".join(texts)} if texts else {}), **beside}
 
 
 def plain_messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -212,6 +212,8 @@ def _answer(answered: Mapping[str, Any] | None, values: Mapping[str, Any]) -> ob
         )
     message, reason = replies[0]
     messages = of_items(message, "response.output") if isinstance(message, tuple) else [m for m, _ in replies]
+    if not messages:
+        raise BadRowError("holds no answer, only thinking that is not shown; leave the row out", "response")
     if len(messages) != 1:
         raise BadRowError(f"has {len(messages)} answers to one prompt; keep the one to learn", "choices")
     if not _is_whole(reason):
