@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import sys
@@ -137,6 +138,17 @@ def test_a_bug_is_exit_1_with_its_traceback_at_hand(
     shown = capsys.readouterr()
     assert json.loads(shown.out)["error"]["code"] == 1
     assert "Traceback (most recent call last)" in shown.err
+
+
+def test_a_full_disk_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/manifest.json")
+
+    monkeypatch.setattr("forge.commands.describe.describe_runs", full)
+    assert entry.run_command(["runs"]) == 4
+    said = capsys.readouterr().err
+    assert "error: the disk is full: runs/a/manifest.json could not be written\n" in said
+    assert "forge gc" in said and "bug" not in said
 
 
 @pytest.mark.programs

@@ -240,6 +240,48 @@ def test_b3_b4_a_qlora_run_is_the_sum_of_its_parts(tensors: Models, llama: Confi
     assert found.total == sum(found.parts.values())
 
 
+def llama_of(layers: int, hidden: int, inner: int, keys: int, heads: int) -> tuple[Shapes, Configuration]:
+    """Of Llama 2 with a vocabulary of 32,000, and its configuration."""
+    shapes: Shapes = {f"{name}.weight": (32000, hidden) for name in ("model.embed_tokens", "lm_head")}
+    for layer in range(layers):
+        block = f"model.layers.{layer}"
+        for name, rows in (("q", hidden), ("k", keys), ("v", keys), ("o", hidden)):
+            shapes[f"{block}.self_attn.{name}_proj.weight"] = (rows, hidden)
+        shapes |= {f"{block}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes |= {f"{block}.mlp.down_proj.weight": (hidden, inner)}
+    sizes = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "vocab_size": 32000,
+    }
+    return shapes, configuration_of({**LLAMA_7B, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length", "gigabytes", "documents"),
+    [
+        ((32, 4096, 11008, 4096, 32), 1024, 6.1, (6, 8)),
+        ((40, 5120, 13824, 5120, 40), 1024, 10.1, (10, 12)),
+        ((80, 8192, 28672, 1024, 64), 512, 42.2, (40, 48)),
+    ],
+    ids=["7B", "13B", "70B"],
+)
+def test_b5_qlora_takes_what_the_documents_say(
+    sizes: tuple[int, int, int, int, int], length: int, gigabytes: float, documents: tuple[int, int]
+) -> None:
+    """The documents' table of QLoRA: 7B 6 to 8 GB, 13B 10 to 12, 70B 40 to 48."""
+    shapes, configuration = llama_of(*sizes)
+    tensors = {name: TensorSpec(name, "BF16", size, Path("x"), 0, 0) for name, size in shapes.items()}
+    memory = estimate.training(
+        tensors, configuration, method="qlora", rank=16, batch=1, sequence=length, checkpointing=True,
+        cuda=True,
+    )  # fmt: skip
+    assert round(memory.total / 1e9, 1) == gigabytes
+    assert documents[0] <= gigabytes <= documents[1]
+
+
 def test_b4_activations_follow_the_formula(llama: Configuration) -> None:
     def activations(**options: Any) -> int:
         return estimate.activation_bytes(llama, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import keyword
 import os
@@ -123,13 +124,24 @@ def run_command(arguments: Sequence[str]) -> int:
         failure = StageError("standard output was closed before everything was written")
     except Exception as bug:  # noqa: BLE001 - the edge
         report.detail(traceback.format_exc())
-        failure = ForgeError(
+        failure = _full_disk(bug) or ForgeError(
             f"a bug in forge: {type(bug).__name__}: {bug}",
             hint="run it again with -v for the traceback, and please report it",
         )
     _diagnose(failure)
     report.error(failure)
     return failure.code
+
+
+def _full_disk(error: Exception) -> ForgeError | None:
+    """What a full disk is, wherever it was met: no bug."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    what = f": {error.filename} could not be written" if error.filename else ""
+    return StageError(
+        f"the disk is full{what}",
+        hint="make room (`forge gc` shows what can go) and run the same command again",
+    )
 
 
 def _diagnose(failure: ForgeError) -> None:
