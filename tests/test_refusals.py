@@ -86,6 +86,21 @@ def _impure(directory: Path) -> None:
     write_adapter(directory / "theirs", norm=True)
 
 
+def _dora(directory: Path) -> None:
+    """DoRA with its magnitude, which stands where the norm would in the file."""
+    theirs = write_adapter(directory / "theirs", norm=True)
+    magnitude = "base_model.model.model.layers.0.self_attn.o_proj.lora_magnitude_vector"
+    path = theirs / "adapter_model.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    text = content[8 : 8 + length].replace(b"base_model.model.model.norm.weight", magnitude.encode())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    settings = json.loads((theirs / "adapter_config.json").read_text())
+    (theirs / "adapter_config.json").write_text(
+        json.dumps({**settings, "use_dora": True, "modules_to_save": None})
+    )
+
+
 def _nothing(directory: Path) -> None:
     """The recipe itself is at fault."""
 
@@ -135,6 +150,14 @@ FAULTY: Mapping[str, Case] = {
     "an adapter of rank nought": Case(_settings(r=0), ADOPTED, "must be a whole number above 0 (got 0)"),
     "an impure adapter of its own": Case(
         _impure, ADOPTED + "export: {mode: adapter}\n", "no GGUF form of its own"
+    ),
+    "an adapter of another base to go on from": Case(
+        _header(_elsewhere, "theirs/adapter_model.safetensors"),
+        "train: {continue_from: ./theirs}\n",
+        "parts do not fit this base",
+    ),
+    "DoRA to go on from in 8 bits": Case(
+        _dora, "train: {continue_from: ./theirs, method: int8}\n", "the adapter is DoRA"
     ),
     "no adapter to go on from": Case(
         lambda directory: (directory / "earlier").mkdir(), CONTINUED, "earlier"

@@ -5,12 +5,13 @@ Not covered: tools that are missing (`preflight`), the disk (`space`) and the ro
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge import report
 from forge.adapter.places import other_base, place
-from forge.adapter.read import Adapter
-from forge.adapter.vocabulary import check_tokenizer
+from forge.adapter.read import Adapter, read_adapter
+from forge.adapter.vocabulary import check_tokenizer, fit
 from forge.chat.beginning import refuse_unwritten
 from forge.chat.stops import GENERATION, require
 from forge.errors import DataError, RecipeError
@@ -44,12 +45,27 @@ def check_base(ship: Resolved) -> None:
     _check_tokens(ship)
     if ship.beginning != (None, ()):
         refuse_unwritten(ship.template, *ship.beginning)
+    if ship.continued:
+        _check_continued(ship, ship.continued)
     if ship.fitted:
         place(ship.fitted)
         _warn_of_other_base(ship, ship.fitted.adapter)
         check_tokenizer(ship.fitted, ship.tokenizer.directory)
         if ship.recipe.export.mode == "adapter":
             refuse_impure(why_merged(ship.fitted))
+
+
+def _check_continued(ship: Resolved, directory: Path) -> None:
+    """The adapter that training goes on from is one of this base, and of what the base is held in."""
+    adapter = read_adapter(directory)
+    place(fit(adapter, ship.checkpoint))
+    _warn_of_other_base(ship, adapter)
+    if adapter.configuration.get("use_dora") and ship.training and ship.training.method == "int8":
+        raise RecipeError(
+            "train.continue_from: the adapter is DoRA, which reads lengths of rows that 8-bit weights hide",
+            hint="use train.method: qlora or lora",
+            problems=[located(ship.loaded, "train.continue_from", "cannot be trained further in 8 bits")],
+        )
 
 
 def _warn_of_other_base(ship: Resolved, adapter: Adapter) -> None:

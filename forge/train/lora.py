@@ -102,7 +102,7 @@ def continued(model: Any, adapter: Path, *, quantized: bool, checkpointing: bool
         made = peft.get_peft_model(model, configuration)
         weights = load_peft_weights(str(adapter), device="cpu")
         set_peft_model_state_dict(made, weights)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, KeyError) as error:
         raise DataError(
             f"train.continue_from: the adapter does not fit this base: {str(error).splitlines()[0]}",
             hint="name the base that the adapter was trained on",
