@@ -139,7 +139,10 @@ def _gguf_name(module: str) -> str:
 
 
 def rewrite(source: Path, target: Path, tensors: Mapping[str, Any] | None = None, **metadata: Any) -> Path:
-    """Copy a GGUF with other tensors or metadata (`__` stands for a dot); None leaves one out."""
+    """Copy a GGUF with other tensors or metadata (`__` stands for a dot); None leaves one out.
+
+    A tensor is an array, or one of a GGUFReader, whose type it has.
+    """
     import gguf
 
     reader = gguf.GGUFReader(str(source))
@@ -159,7 +162,9 @@ def rewrite(source: Path, target: Path, tensors: Mapping[str, Any] | None = None
         writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if name.endswith("_id") else kind)
     for tensor in reader.tensors:
         values = (tensors or {}).get(tensor.name, tensor.data)
-        if values is not None:
+        if isinstance(values, gguf.ReaderTensor):
+            writer.add_tensor(tensor.name, values.data, raw_dtype=values.tensor_type)
+        elif values is not None:
             raw = tensor.tensor_type if values.dtype == tensor.data.dtype else None
             writer.add_tensor(tensor.name, values, raw_dtype=raw)
     writer.write_header_to_file()

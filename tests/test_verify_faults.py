@@ -18,6 +18,7 @@ from forge.model.gguf_header import read_gguf
 from forge.model.safetensors_header import read_header
 from forge.model.tokenizer_files import read_tokenizer, read_vocabulary
 from forge.verify.measurement import StopCheck
+from forge.verify.pretokenizers import other_pre_tokenizer
 from forge.verify.vocabulary import check_vocabulary
 from forge.verify.yardstick import make_quantized
 from tests.exporting import export_here
@@ -182,6 +183,12 @@ _TABLE: Mapping[str, tuple[str, Any, str]] = {
         _typed(4, 1),
         "is user-defined, in the tokenizer special",
     ),
+    "a word that is read wherever it stands": (
+        "token_type",
+        _typed(4, 300),
+        "is user-defined, in the tokenizer plain text",
+    ),
+    "a special token as unknown": ("token_type", _typed(2, 1), "is unknown, in the tokenizer special"),
     "another BOS": ("bos_token_id", 300, "bos_token_id: is 300, the base's is none"),
     "a word as PAD": ("padding_token_id", 300, "padding_token_id: is 300, the base's is "),
     "a word as UNK": ("unknown_token_id", 300, "unknown_token_id: is 300, the base's is none"),
@@ -225,13 +232,78 @@ def test_llama_cpp_ends_an_answer_only_where_the_base_does(
 def test_metadata_that_no_row_shows_is_a_fault(
     has_f16: bool, specimen: Specimen, sound: Path, tmp_path: Path
 ) -> None:
-    """Held to llama.cpp's own header, which is made where its file is not."""
-    epsilon: dict[str, Any] = {"llama__attention__layer_norm_rms_epsilon": 2e-6}
+    """Held to llama.cpp's own header, which is made where its file is not.
+
+    PAD is another special token; the pre-tokenizer takes capitals apart, as no row has them.
+    """
+    changes: dict[str, Any] = {
+        "llama__attention__layer_norm_rms_epsilon": 2e-6,
+        "tokenizer__ggml__padding_token_id": 1,
+        "tokenizer__ggml__pre": "gpt-4o",
+    }
     beside = {"f16": str(sound)} if has_f16 else {}
-    found = specimen.verify(rewrite(sound, tmp_path / "broken.gguf", **epsilon), **beside)
+    found = specimen.verify(rewrite(sound, tmp_path / "broken.gguf", **changes), **beside)
     assert all(handover["ok"] for handover in found["handovers"])
     assert (found["ok"], found["broken_stage"]) == (False, "convert")
-    assert "epsilon is 2e-06, the base's is 1e-06" in found["verdict"]
+    for words in (
+        "epsilon is 2e-06, the base's is 1e-06",
+        "tokenizer.ggml.padding_token_id is 1, the base's is ",
+        "tokenizer.ggml.pre is gpt-4o, the base's is qwen2, which reads ",
+    ):
+        assert words in found["verdict"]
+
+
+def test_another_name_of_the_same_pre_tokenizer_is_no_fault(
+    specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """To this vocabulary: it has no token of several digits."""
+    other = rewrite(sound, tmp_path / "other.gguf", tokenizer__ggml__pre="llama-bpe")
+    assert other_pre_tokenizer(read_gguf(other), read_gguf(sound), specimen.base) is None
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
+def test_a_share_of_the_adapter_that_rounding_hides(
+    kind: str, specimen: Specimen, sound: Path, tmp_path: Path
+) -> None:
+    """0.9 times in all modules; not at all in one of them."""
+    assert specimen.adapter
+    adapter = scaled(specimen.adapter, tmp_path / "adapter", 0.9)
+    name = "blk.1.attn_v.weight"
+    without = {name: merged_tensors(specimen.base, None)[name]}
+    whole = merged_tensors(specimen.base, adapter)
+    for tensors, words in ((whole, "the adapter is in the file 0.9"), (without, f"in {name}")):
+        broken = rewrite(sound, tmp_path / "broken.gguf", tensors)
+        found = specimen.verify(make_quantized(broken, tmp_path / "file.gguf", kind, 2), f16=str(sound))
+        assert (found["ok"], found["broken_stage"]) == (False, "merge")
+        assert words in found["verdict"]
+
+
+def test_a_tensor_that_is_not_as_in_llama_cpps_own(specimen: Specimen, sound: Path, tmp_path: Path) -> None:
+    """Of a coarser type than the mixture has, of a finer one, and a norm that is 1 % too large."""
+    import gguf
+
+    quantized, coarse, fine = (
+        make_quantized(sound, tmp_path / f"{kind}.gguf", kind, 2) for kind in ("q4_k_m", "q4_0", "q8_0")
+    )
+    name, norm = "blk.0.attn_v.weight", "blk.1.ffn_norm.weight"
+
+    def held(file: Path, name: str) -> Any:
+        return next(tensor for tensor in gguf.GGUFReader(str(file)).tensors if tensor.name == name)
+
+    def verified(tensor: Any, name: str) -> Mapping[str, Any]:
+        file = rewrite(quantized, tmp_path / "file.gguf", {name: tensor})
+        found = specimen.verify(file, f16=str(sound))
+        assert all(handover["ok"] for handover in found["handovers"])
+        return found
+
+    found = verified(held(coarse, name), name)
+    assert (found["ok"], found["broken_stage"]) == (False, "quantize")
+    assert f"{name} is Q4_0 in the file, Q4_K in llama.cpp's own" in found["verdict"]
+    found = verified(held(fine, name), name)
+    assert found["ok"] and f"{name} is Q8_0, there Q4_K" in str(found["warnings"])
+    found = verified(held(quantized, norm).data * 1.01, norm)
+    assert (found["ok"], found["broken_stage"]) == (False, "convert")
+    assert f"1 of 21 tensors ({norm}) are not what" in found["verdict"]
 
 
 @pytest.mark.parametrize(("branch", "ok"), [("tools", False), ("messages|length > 50", True)])
@@ -249,6 +321,15 @@ def test_a_template_of_another_text_is_asked_for_what_no_row_has(
     found = check_vocabulary(broken, specimen.base, template, asked, 2).prompt
     assert found.ok is ok
     assert "their text differs" in found.message if not ok else "is another text" in found.reason
+
+
+def test_a_template_that_takes_spaces_off_is_another(specimen: Specimen, sound: Path, tmp_path: Path) -> None:
+    source = read_tokenizer(specimen.base).chat_template
+    assert source and "message['content'] +" in source
+    other = source.replace("message['content'] +", "message['content'] | trim +")
+    broken = rewrite(sound, tmp_path / "broken.gguf", tokenizer__chat_template=other)
+    asked = [[{"role": "user", "content": "Hi."}]]
+    assert not check_vocabulary(broken, specimen.base, ChatTemplate(source), asked, 2).prompt.ok
 
 
 def _numbers(specimen: Specimen, sound: Path, scratch: Path) -> Path:

@@ -347,26 +347,68 @@ def test_only_metadata_that_both_have_names_the_cause(own: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scale", "second", "sure", "words"),
+    ("shares", "error", "words"),
     [
-        (1.0, 1.0, 0.01, None),
-        (1.25, 1.25, 0.01, None),
-        (0.5, 0.5, 0.01, "the adapter is in the file 0.5 times, in llama.cpp's own 1.1 times"),
-        (0.5, 0.5, 0.1, None),  # which chance explains
-        (1.0, 0.0, 0.01, "in 1 of 2 adapted tensors the adapter is not once: 0 in blk.0.attn_v.weight"),
+        ((0.0, 0.0, 0.0), 0.001, None),
+        ((0.04, 0.04, 0.04), 0.001, None),
+        ((-0.1, -0.1, -0.1), 0.001, "the adapter is in {} 0.9 times, in a sound one once"),
+        ((-0.1, -0.1, -0.1), 0.03, None),  # which chance explains
+        ((-0.5, -0.5, -0.5), 0.03, "the adapter is in {} 0.5 times, in a sound one once"),
+        (
+            (0.0, 0.0, -1.0),
+            0.01,
+            "in 1 of 3 adapted tensors of {} the adapter is not once: 0 in blk.2.attn_q",
+        ),
+        ((0.0, 0.0, -1.0), 0.15, None),
     ],
 )
-def test_an_adapter_that_four_bits_hide_is_there_as_often_as_in_llama_cpps_own(
-    scale: float, second: float, sure: float, words: str | None
+@pytest.mark.parametrize(("file", "whose"), [("file", "the file"), ("f16", "the f16 made here")])
+def test_an_adapter_that_rounding_hides_is_there_as_often_as_in_a_sound_file(
+    file: str, whose: str, shares: tuple[float, ...], error: float, words: str | None
 ) -> None:
     measured = _measurement()
-    scales = {"blk.0.attn_q.weight": (scale, sure), "blk.0.attn_v.weight": (second, sure)}
-    own = dict.fromkeys(scales, (1.1, sure))
-    for file, median, each in (("file", scale, scales), ("vendor", 1.1, own)):
-        measured["weights"][file] = {**measured["weights"][file], "scale": median, "scales": each}
+    fit = measured["weights"][file]
+    listed = {f"blk.{number}.attn_q.weight": (share, error) for number, share in enumerate(shares)}
+    measured["weights"][file] = {**fit, "shares": listed}
     found = _judged(measured, Gates())
     assert (found["ok"], found["broken_stage"]) == (words is None, None if words is None else "merge")
-    assert words is None or found["verdict"] == words
+    assert words is None or found["verdict"].startswith(words.format(whose))
+
+
+@pytest.mark.parametrize(
+    ("worse", "missing", "stage", "words"),
+    [
+        ({}, [], None, ""),
+        ({"a": ("Q4_K", "Q6_K", 0.08, 0.02)}, [], "quantize", "a is Q4_K in the file, Q6_K in llama.cpp's"),
+        (
+            {"a": ("Q6_K", "Q6_K", 1.4, 0.02)},
+            [],
+            "convert",
+            "a is not what base and adapter are: a share of 1.4",
+        ),
+        (
+            {"a": ("Q6_K", "Q6_K", 1.4, 0.02), "b": ("Q4_0", "Q6_K", 0.1, 0.02)},
+            [],
+            "quantize",
+            "b and 1 more is",
+        ),
+        ({}, ["c"], "convert", "1 tensors are missing from the file, such as c"),
+    ],
+)
+def test_a_tensor_that_is_worse_than_llama_cpps_own_is_a_fault(
+    worse: dict[str, tuple[str, str, float, float]], missing: list[str], stage: str | None, words: str
+) -> None:
+    """Whatever the logits say: one of many tensors moves them by less than four bits do."""
+    measured = _measurement()
+    others = {name: (kind, own) for name, (kind, own, _, _) in {**worse, "d": ("Q8_0", "Q6_K", 0, 0)}.items()}
+    fields = ("kind", "own", "rest", "usual")
+    listed = {name: dict(zip(fields, values, strict=True)) for name, values in worse.items()}
+    measured["weights"]["beside"] = {"worse": listed, "other_types": others, "missing": missing}
+    found = _judged(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (stage is None, stage)
+    assert words in found["verdict"]
+    remark = "one tensor is of another type than in llama.cpp's own q4_k_m: d is Q8_0, there Q6_K"
+    assert remark in found["warnings"]
 
 
 def test_the_gates_are_judged_afresh_on_one_measurement() -> None:

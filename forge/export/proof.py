@@ -195,6 +195,12 @@ class ServedVocabulary:
             if self.ends_reply(token)
         ]
 
+    def __enter__(self) -> ServedVocabulary:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self._model.close()
 

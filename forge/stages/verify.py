@@ -50,7 +50,7 @@ class VerifyStage(OfType, GgufStage):
     name = VERIFY_STAGE
     rank = 10
     lists_facts = False
-    version = 11
+    version = 12
 
     def __init__(self, ship: Resolved) -> None:
         super().__init__(ship)

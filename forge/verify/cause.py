@@ -6,15 +6,16 @@ Pure: it reads what `weights` measured. The stages: *merge* (which base, which a
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from forge.verify.measurement import PLUS_ONE, FileFacts, Fits, Handover, Lost, Measurement
+from forge.verify.measurement import PLUS_ONE, TRANSPOSED, FileFacts, Fits, Handover, Lost, Measurement
 
 _SCALE_SLACK, _DIRECT_SLACK = 0.2, 0.05
 """Of how often the adapter is in the file: four bits hide a fifth of a small one, 16 bits next to nothing."""
 _SURELY = 8.0
+_LEAST_ERROR = 0.01
+"""Of a module's share: one that rounding hides nothing of does not speak for all others."""
 _HEADS = ("output.weight", "token_embd.weight")
 
 
@@ -49,6 +50,8 @@ def cause_of(measured: Measurement, handovers: Sequence[Handover]) -> Cause:
     # Where the f16 made here is wrong too, that file is looked at: the quantized one follows from it.
     if cause := told_by_weights(measured, own=broken.after == "GGUF f16" and measured.legs.f16 is not None):
         return cause
+    if shares := wrong_share(measured):
+        return shares[0]
     if rows := wrong_rows(measured):
         return rows[0]
     if numbers := wrong_numbers(measured):
@@ -100,21 +103,66 @@ def wrong_rows(measured: Measurement) -> list[Cause]:
 
 
 def wrong_share(measured: Measurement) -> list[Cause]:
-    """The adapter is in a quantized file another number of times; its rounding hides that from the logits."""
-    file, usual = measured.weights.file, measured.weights.vendor
-    if usual is None or file.scale is None or not file.scales:
+    """The adapter is in the file another number of times; the type's rounding hides that from the logits.
+
+    In all modules together, each by how well it is known, or in one of them.
+    """
+    for fits, whose in ((measured.weights.file, "the file"), (measured.weights.f16, "the f16 made here")):
+        if fits is None or not fits.shares:
+            continue
+        more, sure = _together(fits.shares.values())
+        other = {
+            name: share
+            for name, (share, error) in fits.shares.items()
+            if abs(share) > _SCALE_SLACK + _SURELY * error
+        }
+        if other and 2 * len(other) <= len(fits.shares):
+            name = max(other, key=lambda name: abs(other[name]))
+            count, times = f"{len(other)} of {len(fits.shares)}", f"{1 + other[name]:.3g} in {name}"
+            words = f"in {count} adapted tensors of {whose} the adapter is not once: {times}"
+        elif other or abs(more) > _DIRECT_SLACK + _SURELY * sure:
+            words = f"the adapter is in {whose} {1 + more:.3g} times, in a sound one once"
+        else:
+            continue
+        remedy = "check alpha, r and the patterns in adapter_config.json; merge it again"
+        return [Cause("merge", words, remedy)]
+    return []
+
+
+def _together(shares: Collection[tuple[float, float]]) -> tuple[float, float]:
+    """The mean of what several modules say, and its standard error."""
+    weights = [1 / (error**2 + _LEAST_ERROR**2) for _, error in shares]
+    mean = sum(weight * share for weight, (share, _) in zip(weights, shares, strict=True)) / sum(weights)
+    return mean, sum(weights) ** -0.5
+
+
+def worse_tensors(measured: Measurement) -> list[Cause]:
+    """Tensors that keep less than llama.cpp's own, too few to show in the logits; or that are missing."""
+    beside = measured.weights.beside
+    if missing := beside.missing:
+        words = f"{len(missing)} tensors are missing from the file, such as {missing[0]}"
+        return [Cause("convert", words, "convert the same checkpoint again, with forge export")]
+    if not beside.worse:
         return []
-    once, sure = _usual_scale(usual), statistics.median(sure for _, sure in file.scales.values())
-    other = _other_scales(file, usual)
-    if abs(file.scale - once) > _SCALE_SLACK + _SURELY * sure:
-        words = f"the adapter is in the file {file.scale:.3g} times, in llama.cpp's own {once:.3g} times"
-    elif other:
-        name, times = next(iter(other.items()))
-        count = f"{len(other)} of {len(file.scales)}"
-        words = f"in {count} adapted tensors the adapter is not once: {times:.3g} in {name}"
-    else:
-        return []
-    return [Cause("merge", words, "check alpha, r and the patterns in adapter_config.json; merge it again")]
+    coarse = {name: tensor for name, tensor in beside.worse.items() if tensor.kind != tensor.own}
+    name, tensor = next(iter((coarse or beside.worse).items()))
+    count = f" and {len(beside.worse) - 1} more" if len(beside.worse) > 1 else ""
+    if coarse:
+        words = (
+            f"{name}{count} is {tensor.kind} in the file, {tensor.own} in llama.cpp's own: it keeps less "
+            f"(a share of {tensor.rest:.2g} is gone, there {tensor.usual:.2g})"
+        )
+        remedy = "quantize again from f16 with llama.cpp's own quantizer, or forge export"
+        return [Cause("quantize", words, remedy)]
+    if cause := told_by_weights(measured, own=False):
+        return [cause]
+    if causes := wrong_share(measured):
+        return causes
+    words = (
+        f"{name}{count} is not what base and adapter are: a share of {tensor.rest:.2g} is another, which the "
+        f"type's rounding ({tensor.usual:.2g}) does not explain"
+    )
+    return [Cause("convert", words, "convert and quantize the checkpoint again; was the file damaged since?")]
 
 
 def damaged_rows(measured: Measurement) -> list[Cause]:
@@ -182,6 +230,8 @@ def _converted_wrongly(file: Fits, yardstick: Fits, differ: _Differ) -> Cause | 
     if differ.moved:
         names = ", ".join(differ.moved[:4])
         words = f"the rows of {names} are in another order: query and key were permuted by the wrong factor"
+        if all(TRANSPOSED in (file.layouts[name], yardstick.layouts[name]) for name in differ.moved):
+            words = f"{names} is transposed"
         if all(PLUS_ONE in (file.layouts[name], yardstick.layouts[name]) for name in differ.moved):
             words = f"{names} is off by one, which converters add to some families' norms"
         return Cause("convert", words, again)
@@ -201,8 +251,8 @@ def _merged_wrongly(
 ) -> Cause | None:
     once, scale = _usual_scale(usual), file.scale
     slack = _SCALE_SLACK if usual else _DIRECT_SLACK
-    beside = differ.worse_beside
-    if beside:
+    beside, few = differ.worse_beside, _is_of_few(file, differ)
+    if beside and not few:
         words = (
             f"{beside[0]}{' and others differ' if len(beside) > 1 else ' differs'} from the base, though no "
             "adapter touches it: it was merged into another base or revision"
@@ -211,7 +261,7 @@ def _merged_wrongly(
             "merge", words, "merge into the very revision that was trained on, or name the right --base"
         )
     if scale is None:
-        return None
+        return _damaged(differ) if few else None
     nf4, full = file.rest_nf4, file.rest_beside_nf4
     if nf4 is not None and full is not None and nf4 < 0.7 * full:
         words = "the adapter was merged into the 4-bit (NF4) base: its rounding is in the weights"
@@ -236,6 +286,8 @@ def _merged_wrongly(
             f"another number of times: {times:.3g} in {name}"
         )
         return Cause("merge", words, "check rank_pattern, alpha_pattern and target_modules; export again")
+    if few:
+        return _damaged(differ)
     if differ.worse:
         names = ", ".join(list(differ.worse)[:3])
         words = (
@@ -245,6 +297,26 @@ def _merged_wrongly(
         )
         return Cause("merge", words, "delete the merged directory, merge again, convert again")
     return None
+
+
+def _is_of_few(file: Fits, differ: _Differ) -> bool:
+    """Whether only few tensors are worse, which no other base and no other adapter leaves so.
+
+    Those that an adapter has whole may be few.
+    """
+    worse, touched = set(differ.worse), set(file.touched)
+    if worse & (touched - set(file.adapted)) or 4 * len(worse) > differ.compared:
+        return False
+    return bool(worse) and (not touched or 2 * len(worse & touched) < len(touched))
+
+
+def _damaged(differ: _Differ) -> Cause:
+    words = (
+        f"{len(differ.worse)} of {differ.compared} tensors ({', '.join(differ.worse[:3])}) are not what base "
+        "and adapter make of them, the others are: rows or tensors went to another place, or were damaged on "
+        "the way"
+    )
+    return Cause("convert", words, "convert the same checkpoint again, with forge export")
 
 
 def _other_scales(file: Fits, usual: Fits | None) -> dict[str, float]:

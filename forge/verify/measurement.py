@@ -13,6 +13,7 @@ from typing import Literal
 FIGURES = ("nmse", "kl_mean", "kl_max", "top1")
 PLUS_ONE = "plus one"
 """The layout of a norm to which one was added."""
+TRANSPOSED = "transposed"
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,9 @@ class RowFit:
 class Fits:
     """What the weights of a file are: how many times the adapter, and what is left; see `weights`.
 
-    By tensor: `scales` (how many times, and how far that can be off), `rests`, `layouts`, `lost_rows`,
-    `odd_rows` (those that are further off than the others), and of those with a row for each token `rows`.
+    By tensor: `scales` (how many times, and how far that can be off), `shares` (how many times more than in a
+    sound file, and its standard error), `rests`, `layouts`, `lost_rows`, `odd_rows` (those that are further
+    off than the others), and of those with a row for each token `rows`.
     """
 
     scale: float | None
@@ -165,11 +167,34 @@ class Fits:
     touched: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     scales: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     lost_rows: Mapping[str, int] = field(default_factory=dict)
     layouts: Mapping[str, str] = field(default_factory=dict)
     rests: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, RowFit] = field(default_factory=dict)
     odd_rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Worse:
+    """A tensor of the type `kind` whose rest is over that of llama.cpp's own of the type `own`."""
+
+    kind: str
+    own: str
+    rest: float
+    usual: float
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A quantized file's tensors beside llama.cpp's own: those that are `worse`, and those it lacks.
+
+    `other_types`: the type, and that of llama.cpp's own, where these differ.
+    """
+
+    worse: Mapping[str, Worse] = field(default_factory=dict)
+    other_types: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,6 +208,7 @@ class FitsOfFiles:
     file: Fits
     f16: Fits | None = None
     vendor: Fits | None = None
+    beside: Beside = field(default=Beside(), kw_only=True)
     numbers: tuple[str, ...] = field(default=(), kw_only=True)
     unmatched: tuple[str, ...] = field(default=(), kw_only=True)
 

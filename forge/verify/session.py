@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,17 +18,21 @@ from forge.model.config import Configuration, read_configuration
 from forge.model.estimate import usable_cores
 from forge.model.gguf_header import GgufHeader, bits_of, read_gguf
 from forge.verify import weights, yardstick
+from forge.verify.beside import compare_tensors, is_weighted
 from forge.verify.inputs import most_frequent, type_of_tensors
 from forge.verify.kept import Kept
 from forge.verify.loader import Weights
 from forge.verify.measurement import (
+    Beside,
     FileFacts,
     FitsOfFiles,
     Unlike,
     VerifyRequest,
 )
+from forge.verify.pretokenizers import other_pre_tokenizer
 from forge.verify.tuned import open_model
 
+_SPECIAL = re.compile(r"tokenizer\.ggml\.(?!eos_|eot_|eom_)\w+_token_id")
 DIRECT = ("f16", "bf16", "f32")
 """Types that only convert: everything else is judged by llama.cpp's own file of that type."""
 
@@ -133,11 +138,23 @@ class Yardsticks:
                 files.append(self.quantized(file.type))
         with session.step("weights"):
             inside = replace(session.source, adapter=None) if request.lora else session.source
-            fits = weights.fit_weights(files, inside, session.facts)
+            beside = self._beside(file)
+            fits = weights.fit_weights(files, inside, session.facts, beside.worse)
             made = FitsOfFiles(*fits, *fits[:1]) if self.is_own else FitsOfFiles(*fits)
-        own = files[1] if len(files) > 1 else self._header()
-        numbers, unmatched = other_numbers(read_gguf(request.gguf), read_gguf(own))
-        return replace(made, numbers=numbers, unmatched=unmatched)
+        header, own = read_gguf(request.gguf), read_gguf(files[1] if len(files) > 1 else self._header())
+        numbers, unmatched = other_numbers(header, own)
+        if splits := other_pre_tokenizer(header, own, request.tokenizer):
+            numbers = (*numbers, splits)
+        return replace(made, beside=beside, numbers=numbers, unmatched=unmatched)
+
+    def _beside(self, file: FileFacts) -> Beside:
+        """A file that does not say its type is held to one of its kind, whose mixture is another."""
+        if self.vendor is None or self.is_own:
+            return Beside()
+        request = self.session.request
+        known = request.importance is not None or not is_weighted(read_gguf(request.gguf))
+        same_types = known and file.says == file.type
+        return compare_tensors(request.gguf, self.vendor, self.f16, same_types=same_types)
 
     def _header(self) -> Path:
         """Of a file that llama.cpp's own was not made beside: what it would say of the model."""
@@ -148,12 +165,17 @@ class Yardsticks:
 
 
 def other_numbers(file: GgufHeader, own: GgufHeader) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the architecture's keys say otherwise than llama.cpp's own, but context and vocabulary.
+    """What the architecture's keys and special tokens say otherwise than llama.cpp's own.
 
-    First those that both have, then those that only one of them has, which may be a default.
+    First those that both have, then those that only one of them has, which may be a default. Not the context
+    and the vocabulary's size; nor what ends an answer, of which llama.cpp itself is asked.
     """
     kind = f"{own.architecture}."
     numbers, unmatched = list[str](), list[str]()
+    for name in sorted(file.metadata.keys() & own.metadata.keys()):
+        theirs, expected = (_shown(header, name) for header in (file, own))
+        if _SPECIAL.fullmatch(name) and theirs != expected:
+            numbers.append(f"{name} is {theirs}, the base's is {expected}")
     known = {name for header in (file, own) for name in header.metadata if name.startswith(kind)}
     for name in sorted(known - {f"{kind}context_length", f"{kind}vocab_size"}):
         theirs, expected = (_shown(header, name) for header in (file, own))

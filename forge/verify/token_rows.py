@@ -20,6 +20,7 @@ from typing import Any
 from forge.model.gguf_header import GgufTensor
 from forge.verify.measurement import RowFit
 from forge.verify.rounding import HALVES, rounded
+from forge.verify.tensor_values import float32_of
 from forge.verify.tuned import Opened
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -88,17 +89,13 @@ def look_at_rows(
 ) -> RowFit | None:
     """What the file's rows are; None where it has no tensor of that width."""
     import numpy as np
-    import torch
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
 
     tensor = next((tensors[name] for name in expected.lies if name in tensors), None)
     if tensor is None or tensor.shape[1:] != tuple(expected.weight.shape[1:]):
         return None
     ids = np.array(expected.ids)
     there = ids < tensor.shape[0]
-    kind = GGMLQuantizationType[tensor.type]
-    values = torch.from_numpy(np.array(dequantize(raw(tensor)[ids[there]], kind), dtype=np.float32))
+    values = float32_of(raw(tensor)[ids[there]], tensor.type)
     weight, changed = expected.weight[there], expected.changed[there]
     wrong = _wrong(values, weight, changed, tensor.type)
     # A padding row that a converter leaves out is nobody's; one that the adapter trained is lost.

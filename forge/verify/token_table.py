@@ -3,8 +3,8 @@
 Texts that are tried say nothing of a token or a merge that none of them has. So each token's text, the merges
 in their order, which tokens are special, and the ids of BOS, PAD and UNK are compared themselves.
 
-Not covered: the scores of a SentencePiece vocabulary and which of its special tokens are shown; the
-pre-tokenizer's name, since several mean the same.
+Not covered: the scores of a SentencePiece vocabulary and which of its special tokens are shown; BOS, PAD and
+UNK that are another special token, and the pre-tokenizer's name: `session` asks llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def _types(
     for number, kind in enumerate(types):
         token = added.get(number)
         if token is None:
-            wrong = number in texts and kind in (_CONTROL, _UNUSED)
+            wrong = number in texts and (kind != _NORMAL if is_bytes else kind in (_CONTROL, _UNUSED))
         elif kind in (_CONTROL, _USER_DEFINED) and is_bytes:
             may_be = token.get("special") or _LOOKS_SPECIAL.fullmatch(token["content"])
             wrong = not may_be if kind == _CONTROL else bool(token.get("special"))
         else:
-            wrong = kind in (_NORMAL, _UNUSED)
+            wrong = is_bytes or kind in (_NORMAL, _UNUSED)
         if wrong:
             other.append(number)
     if other:

@@ -26,6 +26,7 @@ from forge.verify.cause import (
     damaged_rows,
     told_by_weights,
     unlike_its_word,
+    worse_tensors,
     wrong_numbers,
     wrong_rows,
     wrong_share,
@@ -127,8 +128,8 @@ def judge(measured: Measurement, gates: Gates, live: Live | None = None) -> Cert
         causes.append(shift)
         handovers[0] = replace(handovers[0], ok=False)
     causes += [cause for cause in (*wrong_rows(measured), *wrong_numbers(measured)) if cause not in causes]
-    causes += [] if causes else wrong_share(measured)
-    causes += [] if causes else damaged_rows(measured)
+    for look in (worse_tensors, wrong_share, damaged_rows):
+        causes += [] if causes else look(measured)
     causes += _gate_causes(measured, gates)
     causes += [Cause("deploy", problem, _LIVE_REMEDY) for problem in live.problems] if live else []
     first = causes[0] if causes else None
@@ -267,7 +268,7 @@ def _sound_words(measured: Measurement, share: float) -> str:
 
 
 def _warnings(measured: Measurement) -> list[str]:
-    legs, remarks = measured.legs, _type_remarks(measured.file)
+    legs, remarks = measured.legs, [*_type_remarks(measured.file), *_mix_remarks(measured)]
     trained = legs.trained
     if trained and trained.kl_mean > _SHIFT_KL:
         remarks.append(
@@ -304,6 +305,19 @@ def _type_remarks(file: FileFacts) -> list[str]:
         return [f"the file says that it is {says}, its weights are {kind}: held against that"]
     unlike = unlike_its_word(file)
     return [unlike] if unlike else []
+
+
+def _mix_remarks(measured: Measurement) -> list[str]:
+    """Tensors of other types than llama.cpp gives them, which keep as much."""
+    beside = measured.weights.beside
+    others = {name: kinds for name, kinds in beside.other_types.items() if name not in beside.worse}
+    if not others:
+        return []
+    name, (kind, own) = next(iter(others.items()))
+    count = f"{len(others)} tensors are" if len(others) > 1 else "one tensor is"
+    return [
+        f"{count} of another type than in llama.cpp's own {measured.file.type}: {name} is {kind}, there {own}"
+    ]
 
 
 def _norm(measured: Measurement) -> Norm | None:

@@ -35,7 +35,10 @@ _CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "warmth", "
 _CALLED: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
 _TOLD: Message = {"role": "tool", "content": "31", "name": "warmth", "tool_call_id": "a1b2c3d4e"}
 _SAID: Message = {"role": "assistant", "content": "Yes.", "reasoning_content": "It is."}
+_SPACED: Sequence[Message] = [{"role": "system", "content": " A "}, {"role": "user", "content": "\n B \n"}]
 _RARE: Sequence[_Prompt] = (
+    (_SPACED, ()),
+    ([*_SPACED, {"role": "assistant", "content": " C "}, _SPACED[1]], ()),
     ([{"role": "system", "content": "Be brief."}, _USER, _SAID, _USER, _SAID], ()),
     ([_USER], [_TOOL]),
     ([_USER, _CALLED, _TOLD], [_TOOL]),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,10 @@ from forge.model.gguf_header import GgufTensor, read_gguf
 from forge.verify import token_rows
 from forge.verify.experts import experts
 from forge.verify.loader import Weights, nf4_and_back
-from forge.verify.measurement import PLUS_ONE, Fits, RowFit
-from forge.verify.rounding import HALVES, gguf_names
+from forge.verify.measurement import PLUS_ONE, TRANSPOSED, Fits, RowFit
+from forge.verify.rounding import HALVES, gguf_names, rounded
 from forge.verify.spread import spread
+from forge.verify.tensor_values import first_columns, float32_of, raw_rows
 from forge.verify.token_rows import EMBEDDING, HEAD, ChangedRows, rows_of
 from forge.verify.tuned import open_model
 
@@ -35,6 +36,15 @@ _MOST_ROWS = 16384
 """Of longer matrices (embeddings) the first rows, the last and a spread of the others are looked at: they are
 large in float32."""
 _NF4_LAYERS = 4
+_PART, _PART_COLUMNS = 1 << 18, 256
+"""Of an adapter's module at least so many numbers are looked at: beside four bits its share is known to a
+hundredth then. The columns are whole blocks of any type."""
+_LEAST_ONCE = 0.2
+"""How little of an adapter a sound file's rounding leaves at most, for what is counted as once."""
+_FACTOR = 0.01
+"""By how much a converter's factor differs from 1 at least."""
+_FITS = 0.25
+"""A rest at which no other order of the rows can fit better: in a wrong one most of them are others."""
 _OF_TOKENS = (EMBEDDING, HEAD)
 _LEAST_ROWS = 16
 _TIMES_OF_THE_MIDDLE, _TIMES_OF_THE_SAME, _ROW_SLACK = 4.0, 2.0, 2e-3
@@ -67,37 +77,109 @@ class TensorFit:
     row_norms: Any = None
 
 
-def fit_weights(files: Sequence[Path], source: Weights, facts: Configuration) -> tuple[Fits, ...]:
-    """Of each GGUF: every tensor that can be looked up, and in sum: scale, rest, what it has no place for.
+@dataclass(frozen=True)
+class _Looked:
+    """A tensor's fit, its values in the checkpoint's order, and what they are of: as far as was looked at."""
 
-    A tensor of the checkpoint and what the adapter adds to it are read once for all files.
+    fit: TensorFit
+    arranged: Any
+    weight: Any
+    added: Any
+
+
+def fit_weights(
+    files: Sequence[Path], source: Weights, facts: Configuration, also: Collection[str] = ()
+) -> tuple[Fits, ...]:
+    """Of each GGUF: tensors that can be looked up, and in sum: scale, rest, what it has no place for.
+
+    Those that the adapter touches, a spread of the others and `also`. A third file is llama.cpp's own of the
+    first one's type. A tensor of the checkpoint and what the adapter adds to it are read once for all files.
     """
     model = open_model(source)
     checkpoint = model.loader.checkpoint
-    rounded = quantized_in_training(source.base, checkpoint) if source.nf4 else frozenset()
+    by_training = quantized_in_training(source.base, checkpoint) if source.nf4 else frozenset()
     opened = [_File(path, facts) for path in files]
     names = model.tensors
-    chosen = spread(
-        [name for name in names if model.is_looked_up(name) and any(file.place(name) for file in opened)]
-    )
+    looked_up = [
+        name for name in names if model.is_looked_up(name) and any(file.place(name) for file in opened)
+    ]
+    chosen = [*spread(looked_up), *(name for name in looked_up if opened[0].place(name) in also)]
+    # Of an adapter every module, a part of it at least: it may be missing in one.
+    others = [name for name in looked_up if model.is_touched(name) and name not in chosen]
+    chosen = [*dict.fromkeys(chosen), *others]
     adapted = 0
     for number, name in enumerate(chosen):
-        weight = model.read(name, nf4=name in rounded)
+        weight = model.read(name, nf4=name in by_training)
         added = model.added(name, weight)
         adapted += added is not None
         with_nf4 = added is not None and not source.nf4 and adapted <= _NF4_LAYERS
+        touched, whole = model.is_touched(name), number < len(chosen) - len(others)
+        _look_at(opened, name, weight, added, with_nf4=with_nf4, touched=touched, whole=whole)
         for file in opened:
-            file.look_at(name, weight, added, with_nf4=with_nf4, touched=model.is_touched(name))
             for lies in _of_tokens(file, name, names) if weight.dim() == 2 else ():
                 file.look_at_rows(rows_of(model, name, lies, weight, added))
         report.advance("look at the weights", number + 1, len(chosen))
     for name, weight, added in experts(model):
-        for file in opened:
-            file.look_at(name, weight, added, with_nf4=False, touched=True)
+        _look_at(opened, name, weight, added, with_nf4=False, touched=True, whole=True)
     beside = {fit.gguf: fit for fit in opened[-1].fits} if len(opened) > 1 else {}
     odd = {fit.gguf: rows for fit in opened[0].fits if (rows := odd_rows(fit, beside.get(fit.gguf)))}
-    fits = [replace(_summed(file.fits, file.missing), rows=file.rows) for file in opened]
+    fits = [replace(_summed(file.fits, file.missing), rows=file.rows, shares=file.shares) for file in opened]
     return (replace(fits[0], odd_rows=odd), *fits[1:])
+
+
+def _look_at(
+    opened: Sequence[_File],
+    name: str,
+    weight: Any,
+    added: Any,
+    *,
+    with_nf4: bool,
+    touched: bool,
+    whole: bool,
+) -> None:
+    """Look at one tensor in each file, and whether an adapter is there as often as in a sound one."""
+    looked = [
+        file.look_at(name, weight, added, with_nf4=with_nf4, touched=touched, whole=whole) for file in opened
+    ]
+    for file, looked_at in zip(opened, looked, strict=True):
+        if looked_at is None or looked_at.fit.scale is None:
+            continue
+        if looked_at.fit.kind in (*HALVES, "F32"):
+            sound, once = _as_held(looked_at), 1.0
+        elif len(looked) > 2 and (own := looked[2]) and _are_alike(own, looked_at):
+            sound, once = own.arranged, min(1.0, max(own.fit.scale or 0.0, _LEAST_ONCE))
+        else:
+            continue
+        share, error = _share(looked_at, sound)
+        file.shares[looked_at.fit.gguf] = (round(share / once, 6), round(error / once, 6))
+
+
+def _are_alike(looked_at: _Looked, other: _Looked) -> bool:
+    return looked_at.fit.layout == other.fit.layout and looked_at.arranged.shape == other.arranged.shape
+
+
+def _as_held(looked_at: _Looked) -> Any:
+    """What peft has of a tensor, as the file's type holds it; a converter's factor is put to it."""
+    tuned, arranged = looked_at.weight + looked_at.added, looked_at.arranged
+    times = float((arranged * tuned).sum() / (tuned * tuned).sum().clamp_min(1e-30))
+    kind = looked_at.fit.kind
+    return rounded(tuned if abs(times - 1) < _FACTOR else times * tuned, kind if kind in HALVES else None)
+
+
+def _share(looked_at: _Looked, sound: Any) -> tuple[float, float]:
+    """How much more of the adapter is in a tensor than in a `sound` one, and the standard error of that.
+
+    llama.cpp's own tensor hides as much of the change by its rounding. What lies along the weight itself is
+    not counted: quantizers stretch it. Rows are independent of each other, numbers of one block are not.
+    """
+    weight, added = looked_at.weight, looked_at.added
+    along = added - (added * weight).sum() / (weight * weight).sum().clamp_min(1e-30) * weight
+    along, error = (values.reshape(-1, weight.shape[-1]) for values in (along, looked_at.arranged - sound))
+    power, products = (along * along).sum(dim=1), (error * along).sum(dim=1)
+    whole = max(float(power.sum()), 1e-30)
+    share = float(products.sum()) / whole
+    rest = float((error - share * along).norm()) / math.sqrt(whole * error.numel())
+    return share, max(float((products - share * power).norm()) / whole, rest)
 
 
 def odd_rows(fit: TensorFit, beside: TensorFit | None) -> tuple[int, ...]:
@@ -147,40 +229,42 @@ class _File:
         self.fits: list[TensorFit] = []
         self.missing: list[str] = []
         self.rows: dict[str, RowFit] = {}
+        self.shares: dict[str, tuple[float, float]] = {}
 
-    def look_at(self, name: str, weight: Any, added: Any, *, with_nf4: bool, touched: bool) -> None:
-        """Keep the fit of the tensor that the checkpoint calls `name`, or that it is missing."""
+    def look_at(
+        self, name: str, weight: Any, added: Any, *, with_nf4: bool, touched: bool, whole: bool
+    ) -> _Looked | None:
+        """Keep the fit of the tensor that the checkpoint calls `name`, or that it is missing.
+
+        Where not the `whole` is needed, of some of its columns if these fit.
+        """
         place = self.place(name)
         if place and place in self._tensors:
             tensor = self._tensors[place]
-            fit = _fit(tensor, _raw(self._path, tensor), weight, added, self._facts, with_nf4)
-            self.fits += [replace(fit, touched=touched)] if fit else []
-        elif place:
+            raw = raw_rows(self._path, tensor)
+            looked = None
+            if not whole and _any(added) and weight.dim() == 2 and tensor.shape == tuple(weight.shape):
+                width = _PART_COLUMNS * math.ceil(_PART / _PART_COLUMNS / len(weight))
+                part = first_columns(raw, tensor.type, width)
+                looked = _fit(tensor, part, weight[:, :width], added[:, :width], self._facts, with_nf4)
+            if looked is None or looked.fit.rest >= _FITS:
+                looked = _fit(tensor, raw, weight, added, self._facts, with_nf4)
+            self.fits += [replace(looked.fit, touched=touched)] if looked else []
+            return looked
+        if place:
             self.missing.append(name)
+        return None
 
     def look_at_rows(self, expected: ChangedRows) -> None:
         """Keep which of the `expected` rows of tokens are not those of the file."""
-        if fit := token_rows.look_at_rows(expected, self._tensors, partial(_raw, self._path)):
+        if fit := token_rows.look_at_rows(expected, self._tensors, partial(raw_rows, self._path)):
             self.rows[expected.lies[0]] = fit
-
-
-def _raw(path: Path, tensor: GgufTensor) -> Any:
-    """The rows of a tensor as they lie in the file, mapped: blocks of bytes, or numbers of 16 or 32 bits."""
-    import numpy as np
-
-    data = np.memmap(path, np.uint8, "r", tensor.start, (tensor.end - tensor.start,))
-    if tensor.type in ("F16", "F32"):
-        return data.view(np.float16 if tensor.type == "F16" else np.float32).reshape(tensor.shape)
-    return data.reshape(*tensor.shape[:-1], -1)
 
 
 def _fit(
     tensor: GgufTensor, raw: Any, weight: Any, added: Any, facts: Configuration, with_nf4: bool
-) -> TensorFit | None:
+) -> _Looked | None:
     import numpy as np
-    import torch
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
 
     rows, lost = slice(None), 0
     shape = tensor.shape
@@ -191,15 +275,15 @@ def _fit(
         last, spread_out = len(weight) - 1, np.linspace(0, len(weight) - 1, _MOST_ROWS // 2, dtype=int)
         rows = np.unique(np.r_[0:4096, spread_out, last - 4095 : last + 1])
         weight, added = weight[rows], None if added is None else added[rows]
-    values = torch.from_numpy(
-        np.array(dequantize(raw[rows], GGMLQuantizationType[tensor.type]), dtype=np.float32)
-    )
-    fits = []
+    values = float32_of(raw[rows], tensor.type)
+    fits, norm = [], weight.norm().clamp_min(1e-30)
     for layout, arranged in _layouts(values, weight, facts):
         error = arranged - weight
         scale = float((error * added).sum() / (added * added).sum()) if _any(added) else None
         rest = error - scale * added if scale is not None else error
-        fits.append((float(rest.norm() / weight.norm().clamp_min(1e-30)), layout, scale, arranged))
+        fits.append((float(rest.norm() / norm), layout, scale, arranged))
+        if fits[-1][0] < _FITS:
+            break
     if not fits:
         return None
     rest, layout, scale, arranged = min(fits, key=lambda candidate: candidate[0])
@@ -219,7 +303,7 @@ def _fit(
         left = arranged - weight if scale is None else arranged - weight - scale * added
         rests, norms = (values.reshape(-1, values.shape[-1]).norm(dim=1).numpy() for values in (left, weight))
         numbers = np.arange(len(rests)) if isinstance(rows, slice) else rows
-    return TensorFit(
+    fit = TensorFit(
         tensor.name,
         scale,
         rest,
@@ -232,6 +316,7 @@ def _fit(
         row_rests=rests,
         row_norms=norms,
     )
+    return _Looked(fit, arranged, weight, added)
 
 
 def _any(added: Any) -> bool:
@@ -250,7 +335,7 @@ def _layouts(values: Any, weight: Any, facts: Configuration) -> Iterator[tuple[s
             split = values.reshape(count, weight.shape[0] // count // 2, 2, *weight.shape[1:])
             yield f"interleaved by {count} heads", split.swapaxes(1, 2).reshape(weight.shape)
     if weight.dim() == 2 and values.shape == weight.T.shape:
-        yield "transposed", values.T
+        yield TRANSPOSED, values.T
 
 
 def _summed(fits: Sequence[TensorFit], missing: Sequence[str]) -> Fits:

@@ -20,6 +20,8 @@ _FAULTS = tuple(
         "an_adapter_beside_its_base", "a_prompt_that_differs_is_shown",
     )
 )  # fmt: skip
+_BESIDE = "test_verify_faults.py::test_a_tensor_that_is_not_as_in_llama_cpps_own"
+_SHARES = ("test_verify_faults.py::test_a_share_of_the_adapter_that_rounding_hides",)
 # Whole certificates of small models, sound ones and a faulty one.
 _WHOLE = (
     _MATHS, f"{_CAUGHT}[none]", f"{_CAUGHT}[dropped layer]", *_FAULTS,
@@ -89,6 +91,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/verify/asked.py": ("test_verify_asked.py",),
     "forge/verify/bases.py": ("test_verify_bases.py",),
     "forge/verify/basis.py": ("test_verify_recheck.py", "test_stages_asking.py"),
+    "forge/verify/beside.py": (_BESIDE,),
     "forge/verify/calibrate.py": _SEARCHED,
     "forge/verify/calibration.py": ("test_stages_asking.py", "test_stages_judged.py"),
     "forge/verify/cause.py": (*_WHOLE, f"{_CAUGHT}[scale]", f"{_CAUGHT}[wrong layer]"),
@@ -101,16 +104,22 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     "forge/verify/measurement.py": (_MATHS,),
     "forge/verify/reference.py": _REFERENCE,
     "forge/verify/rounding.py": ("test_verify_thrift.py", *_REFERENCE, *_WHOLE),
+    "forge/verify/pretokenizers.py": (
+        "test_verify_faults.py::test_metadata_that_no_row_shows_is_a_fault",
+        "test_verify_faults.py::test_another_name_of_the_same_pre_tokenizer_is_no_fault",
+    ),
     "forge/verify/sample.py": (_MATHS, "test_verify_recheck.py", "test_verify_asked.py"),
     "forge/verify/served.py": ("test_verify_asked.py", *_WHOLE),
     "forge/verify/session.py": (
         _REFUSED,
         "test_verify_faults.py::test_a_scale_in_bf16_is_named",
         "test_verify_faults.py::test_metadata_that_no_row_shows_is_a_fault",
+        _BESIDE,
         *_WHOLE,
     ),
     "forge/verify/experts.py": ("test_expert_factors.py",),
     "forge/verify/spread.py": (_MATHS,),
+    "forge/verify/tensor_values.py": ("test_resized.py", _BESIDE, *_SHARES),
     "forge/verify/token_rows.py": ("test_resized.py", f"{_CAUGHT}[token rows]"),
     "forge/verify/token_table.py": (
         "test_verify_faults.py::test_an_entry_that_no_text_has_is_the_tokenizers",
@@ -137,6 +146,7 @@ TESTS: Mapping[str, tuple[str, ...]] = {
     ),
     "forge/verify/weights.py": (
         *_WHOLE,
+        *_SHARES,
         *_RETIED,
         "test_verify_misreadings.py::test_one_row_of_a_large_vocabulary[dropped-f16]",
         "test_verify_misreadings.py::test_a_row_that_was_damaged_on_the_way",
