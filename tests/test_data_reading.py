@@ -134,9 +134,36 @@ def test_hub_data_with_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # --offline of another test sets it
-        sources = sources_of(tmp_path, "  source: org/rows\n  split: train[40%:60%]\n", fetch=True)
+        sources = sources_of(
+            tmp_path, "  source: org/rows\n  split: train[40%:60%]\n  eval: test\n", fetch=True
+        )
+        _, heldout = data_sources(load(tmp_path / "recipe.yaml"), offline=False, fetch=True)
         huggingface_hub.close_session()
     assert asked(sources) == ["a4", "b0"]
+    assert isinstance(heldout, Path) and heldout.name == "test-00000-of-00001.jsonl"
+
+
+def test_the_held_out_rows_are_a_split_of_the_set(tmp_path: Path) -> None:
+    """One file of it; a slice, several files and a name that no split has are refused."""
+    for name in ("train", "test", "dev-a", "dev-b"):
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"{name}.jsonl").write_bytes(lines(exchange(name)))
+
+    def held_out(split: str, source: str = "set") -> object:
+        (tmp_path / "recipe.yaml").write_text(RECIPE + f"  source: {source}\n  eval: {split}\n")
+        return data_sources(load(tmp_path / "recipe.yaml"), offline=True, fetch=False)[1]
+
+    assert held_out("test") == tmp_path / "set" / "test.jsonl"
+    assert held_out("test", "org/rows") == 0.1  # not here yet
+    for split, message in (
+        ("test[:10%]", "is a slice"),
+        ("dev", "2 files, and one file is needed"),
+        ("gold", "no data file of the split 'gold'"),
+    ):
+        with pytest.raises(DataError, match=message):
+            held_out(split)
+    with pytest.raises(DataError, match="there is no file test"):
+        held_out("test", "set/train.jsonl")
 
 
 def test_the_only_line_of_a_file_is_a_row(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ class Data(Section):
     )
     eval: Evaluation = Field(
         0.1,
-        description="held-out rows: a share (below 1), a number, or a file (or `builtin:`) of their own",
+        description="held-out rows: a share (below 1), a number, a file (or `builtin:`) of their own, or a "
+        "split of the directory or hub data set",
     )
     seed: Seed = Field(42, description="seed of the split into training and held-out rows")
     limit: Positive | None = Field(None, description="use at most this many rows; all when unset")

@@ -11,8 +11,11 @@ from forge.data.reading import Source, reader_named
 from forge.data.sources import files_of_split, locate, locate_all
 from forge.errors import DataError
 from forge.model.base import fetch_dataset, local_directory
+from forge.recipe.checks import local_path
 from forge.recipe.load import Loaded
 from forge.recipe.schema import Data, DataSource, Train
+
+_BEFORE_IT_IS_HERE = 0.1
 
 
 def data_sources(
@@ -34,8 +37,33 @@ def data_sources(
         )
         for source in data.sources
     )
-    heldout = locate(data.eval, loaded.directory, "data.eval") if isinstance(data.eval, str) else data.eval
-    return sources, heldout
+    if not isinstance(data.eval, str):
+        return sources, data.eval
+    if not _is_split(data.eval, loaded.directory):
+        return sources, locate(data.eval, loaded.directory, "data.eval")
+    folder = _folder(data.sources[0], loaded.directory, pinned or {}, offline=offline, fetch=fetch)
+    return sources, _file_of_split(data, folder, is_here=bool(sources[0].files))
+
+
+def _is_split(named: str, directory: Path) -> bool:
+    """Whether `data.eval` can only be a split of the rows' own set, as no file is called so."""
+    return not named.startswith("builtin:") and local_path(named, directory) is None
+
+
+def _file_of_split(data: Data, folder: Path | None, *, is_here: bool) -> float | Path:
+    """The file of held-out rows; before the set is fetched a share stands for it."""
+    split = str(data.eval)
+    if folder is None and not is_here:
+        return _BEFORE_IT_IS_HERE
+    if folder is None or len(data.sources) > 1:
+        raise DataError(f"data.eval: there is no file {split}", hint="name a file, or a split of a directory")
+    files = files_of_split(folder, split)
+    if "[" in split or len(files) > 1:
+        raise DataError(
+            f"data.eval: {split} is a slice or {len(files)} files, and one file is needed here",
+            hint=f"name one of the files, such as {files[0]}",
+        )
+    return files[0]
 
 
 def _source(
@@ -55,8 +83,7 @@ def _source(
     )
     folder = None
     if _is_hub_id(source.source, directory):
-        revision = source.revision or pinned.get(source.source)
-        folder = fetch_dataset(source.source, revision=revision, offline=offline) if fetch else None
+        folder = _folder(source, directory, pinned, offline=offline, fetch=fetch)
         files = files_of_split(folder, split) if folder else ()
     elif source.revision:
         raise DataError(
@@ -76,6 +103,17 @@ def _source(
         labels=objective == "kto",
     )
     return Source(files, shape, split, source.weight, data.encoding, folder.name if folder else None)
+
+
+def _folder(
+    source: DataSource, directory: Path, pinned: Mapping[str, str], *, offline: bool, fetch: bool
+) -> Path | None:
+    """A set's directory; None for a file, and for a set of the hub that may not be fetched."""
+    if not _is_hub_id(source.source, directory):
+        path = directory / Path(source.source).expanduser()
+        return path.resolve() if path.is_dir() else None
+    revision = source.revision or pinned.get(source.source)
+    return fetch_dataset(source.source, revision=revision, offline=offline) if fetch else None
 
 
 def _is_hub_id(source: str, directory: Path) -> bool:
