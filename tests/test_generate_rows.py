@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from forge.chat.modelfile import OLLAMA_PARAMETERS
 from forge.errors import DataError, StageError
 from forge.serve.endpoint import Endpoint
 from forge.serve.generate import answer_rows
@@ -40,6 +42,52 @@ def test_rows_are_checked_before_anything_is_sent(tmp_path: Path) -> None:
     assert "system is not read from such a row" in messages[14]
     assert server.asked == []
     assert not (tmp_path / "out.jsonl").exists()
+
+
+# Fields of OpenAI's that ask for no other answer, or that tables have for things of their own, too.
+_REPORTED = {
+    "access_programs", "audio", "background", "background_options", "context_management", "conversation",
+    "image", "include", "input", "metadata", "model", "moderation", "prediction", "prompt_cache_key",
+    "prompt_cache_options", "prompt_cache_retention", "reasoning", "safety_identifier", "service_tier",
+    "store", "stream_options", "text", "truncation", "user",
+}  # fmt: skip
+
+
+def test_what_would_ask_for_another_answer_is_refused(tmp_path: Path) -> None:
+    """Each field of OpenAI's requests, each parameter of Ollama's, and llama-server's own."""
+    from openai.types import completion_create_params
+    from openai.types.chat import completion_create_params as chat_create_params
+    from openai.types.responses import response_create_params
+
+    bases = (
+        completion_create_params.CompletionCreateParamsBase,
+        chat_create_params.CompletionCreateParamsBase,
+        response_create_params.ResponseCreateParamsBase,
+    )
+    openai = {name for base in bases for name in base.__annotations__} - {"prompt", "messages"} - _REPORTED
+    names = sorted(openai | OLLAMA_PARAMETERS | {"chat_template_kwargs", "enable_thinking", "n_probs"})
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text("".join(json.dumps({"id": name, "prompt": "x", name: 1}) + "\n" for name in names))
+    with StandIn() as server, pytest.raises(DataError) as caught:
+        answer_rows(server.endpoint, prompts, tmp_path / "out.jsonl")
+    assert [problem.message.partition(" is not read")[0] for problem in caught.value.problems] == names
+
+
+def test_what_else_is_not_read_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "in.jsonl"
+    rows: list[dict[str, object]] = [
+        {"id": 1, "prompt": "a", "topic": 1, "response": "b"},
+        {"id": 2, "messages": [{"role": "user", "content": "a"}], "topic": 2},
+        {
+            "custom_id": "3",
+            "body": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 3},
+            "set": 1,
+        },
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with StandIn() as server:
+        answer_rows(server.endpoint, prompts, tmp_path / "out.jsonl")
+    assert f"{prompts}: not read of its rows: topic, response, set" in capsys.readouterr().out.split("\n")
 
 
 @pytest.mark.parametrize(

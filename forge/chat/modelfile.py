@@ -28,6 +28,8 @@ _IGNORED = {
     "penalize_newline", "low_vram", "f16_kv", "logits_all", "vocab_only", "use_mlock", "mirostat",
     "mirostat_tau", "mirostat_eta",
 }  # fmt: skip
+OLLAMA_PARAMETERS = frozenset(_INTEGERS | _NUMBERS | _SWITCHES | _IGNORED | {"stop"})
+"""Every parameter of Ollama's, as a Modelfile or the options of a request name it."""
 _ROLES = ("system", "user", "assistant")
 _SINGLE = ("adapter", "draft", "template", "system", "renderer", "parser", "requires")
 _TRUTHS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from forge import report
+from forge.chat.modelfile import OLLAMA_PARAMETERS
 from forge.errors import DataError, Problem, StageError
 from forge.serve import wire
 from forge.serve.endpoint import ROLES, Turn
@@ -33,21 +35,39 @@ _HINT = (
     'each line is {"id": ..., "prompt": "..."}, {"id": ..., "messages": [...]}, or a row of OpenAI batches: '
     '{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}'
 )
-# What would ask for another answer, were it read: of a whole request only.
-_OF_REQUESTS = frozenset(
-    {
-        "system", "developer", "instructions", "tools", "tool_choice", "functions", "images",
-        "response_format", "json_schema", "grammar", "temperature", "top_p", "top_k", "min_p", "max_tokens",
-        "max_completion_tokens", "n_predict", "seed", "stop", "logprobs",
-    }
-)  # fmt: skip
+# What would ask for another answer, were it read, by whose requests have it: of a whole request only.
+# What tables have for things of their own, too (options, reasoning, prediction), is only reported.
+_OPENAI = {
+    "best_of", "echo", "frequency_penalty", "function_call", "functions",
+    "instructions", "logit_bias", "logprobs", "max_completion_tokens", "max_output_tokens", "max_tokens",
+    "max_tool_calls", "modalities", "n", "parallel_tool_calls", "presence_penalty",
+    "previous_response_id", "reasoning_effort", "response_format", "seed", "stop", "suffix",
+    "temperature", "tool_choice", "tools", "top_logprobs", "top_p", "verbosity", "web_search_options",
+}  # fmt: skip
+_LLAMA_SERVER = {
+    "adaptive_decay", "adaptive_target", "add_generation_prompt", "chat_format", "chat_template",
+    "chat_template_kwargs", "continue_final_message", "dry_allowed_length", "dry_base", "dry_multiplier",
+    "dry_penalty_last_n", "dry_sequence_breakers", "dynatemp_exponent", "dynatemp_range",
+    "enable_thinking", "generation_prompt", "grammar", "grammar_lazy", "grammar_triggers", "ignore_eos",
+    "input_prefix", "input_suffix", "json_schema", "lora", "min_keep", "min_tokens", "n_cmpl", "n_discard",
+    "n_indent", "n_keep", "n_predict", "n_probs", "post_sampling_probs", "reasoning_budget_message",
+    "reasoning_budget_tokens", "reasoning_format", "repetition_penalty", "samplers", "t_max_predict_ms",
+    "thinking_budget_tokens", "top_n_sigma", "xtc_probability", "xtc_threshold",
+}  # fmt: skip
+_OTHERS = {
+    "system", "developer", "images", "think", "stop_sequences", "system_instruction", "generation_config",
+    "max_new_tokens",
+}  # fmt: skip
+_OF_REQUESTS = OLLAMA_PARAMETERS | _OPENAI | _LLAMA_SERVER | _OTHERS
+# As many names are shown of what is not read.
+_MOST_NAMES = 20
 
 
 @dataclass(frozen=True)
 class PromptRow:
     """One prompt: a conversation, `raw` text that no template is put around, or a `body` as it is to be sent.
 
-    `path` is the route that a body is for.
+    `path` is the route that a body is for; `unread` are the fields beside it.
     """
 
     id: Id
@@ -55,6 +75,7 @@ class PromptRow:
     raw: str = ""
     body: Mapping[str, Any] | None = None
     path: str = wire.CHAT
+    unread: tuple[str, ...] = ()
 
 
 @dataclass
@@ -73,6 +94,7 @@ class PromptRows:
     _lines: int = field(default=0, init=False)
     _problems: list[Problem] = field(default_factory=list, init=False)
     _faults: int = field(default=0, init=False)
+    _unread: dict[str, None] = field(default_factory=dict, init=False)
 
     def __enter__(self) -> PromptRows:
         self._stack = contextlib.ExitStack()
@@ -114,6 +136,10 @@ class PromptRows:
             )
         if not self.total:
             raise DataError(f"{self.path}: no prompts in it")
+        if self._unread:
+            names = list(self._unread)
+            more = " and more" if len(names) > _MOST_NAMES else ""
+            report.info(f"{self.path}: not read of its rows: {', '.join(names[:_MOST_NAMES])}{more}")
 
     def _check_line(self, line: bytes) -> None:
         try:
@@ -127,6 +153,8 @@ class PromptRows:
                 self._problems.append(Problem(str(wrong), file=str(self.path), line=self._lines))
         else:
             self.ids.prompt(row.id, self._lines)
+            if len(self._unread) <= _MOST_NAMES:
+                self._unread |= dict.fromkeys(row.unread)
             self.total += 1
 
     def __iter__(self) -> Iterator[PromptRow]:
@@ -197,17 +225,22 @@ def _row(line: bytes, raw: bool) -> PromptRow:
         raise ValueError(
             f"{asked[0]} is not read from such a row: write a message, an option, or a whole body"
         )
+    unread = _beside(fields, "id", "prompt", "messages")
     if ("prompt" in fields) == ("messages" in fields):
         raise ValueError("give prompt or messages, one of the two")
     if raw and "prompt" not in fields:
         raise ValueError("messages cannot be sent raw; give a prompt")
     if "prompt" not in fields:
-        return PromptRow(fields["id"], _messages(fields["messages"]))
+        return PromptRow(fields["id"], _messages(fields["messages"]), unread=unread)
     if not isinstance(fields["prompt"], str):
         raise ValueError("prompt must be a text")
     if raw:
-        return PromptRow(fields["id"], raw=fields["prompt"])
-    return PromptRow(fields["id"], ({"role": "user", "content": fields["prompt"]},))
+        return PromptRow(fields["id"], raw=fields["prompt"], unread=unread)
+    return PromptRow(fields["id"], ({"role": "user", "content": fields["prompt"]},), unread=unread)
+
+
+def _beside(fields: Mapping[str, Any], *read: str) -> tuple[str, ...]:
+    return tuple(name for name in fields if name not in read)
 
 
 _BATCH_PATHS = (wire.CHAT, wire.COMPLETION, wire.EMBEDDINGS)
@@ -226,7 +259,8 @@ def _batch_row(fields: Mapping[str, Any], raw: bool) -> PromptRow:
         raise ValueError("an answer in a file cannot be streamed; leave stream out of the body")
     if path == wire.CHAT:
         body = body | {"messages": _messages(body.get("messages"))}
-    return PromptRow(custom_id, body=body, path=path)
+    unread = _beside(fields, "custom_id", "method", "url", "body")
+    return PromptRow(custom_id, body=body, path=path, unread=unread)
 
 
 def _messages(value: object) -> tuple[Turn, ...]:
