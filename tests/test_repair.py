@@ -109,6 +109,23 @@ def _bytes(header: GgufHeader, name: str) -> bytes:
 
 
 @pytest.mark.slow
+def test_a_value_of_another_type_is_mended(
+    repair: Repair, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp does not load a flag that stands there as a number, and says which."""
+    key = "tokenizer.ggml.add_bos_token"
+    without, number = ({key: value} for value in (None, 0))
+    broken = rewrite(place / "sound.gguf", tmp_path / "without.gguf", None, **without)
+    broken = rewrite(broken, tmp_path / "theirs.gguf", None, **number)
+    assert run_command(["verify", "--base", str(place / "base"), "--gguf", str(broken)]) == 5
+    said = capsys.readouterr().err
+    assert f"{key} has wrong type" in said and "forge repair" in said
+    code, fields = repair(broken)
+    assert code == 0 and fields["certificate"]["ok"] is True
+    assert fields["repaired"] == [{"key": key, "was": "of type INT32", "now": "of type BOOL"}]
+
+
+@pytest.mark.slow
 def test_a_sound_file_is_left_alone(repair: Repair, place: Path, tmp_path: Path) -> None:
     code, fields = repair(place / "sound.gguf", "--out", tmp_path / "out.gguf")
     assert code == 0 and (fields["repaired"], fields["left"]) == ([], [])

@@ -217,6 +217,14 @@ def test_a_locked_ship_names_each_difference_before_anything_runs(
     ]
     assert tree(here.directory) == before
     copied_lock(shipped, here, packages={"torch": "1.0"})
+    lock = here.directory / "recipe.lock"
+    content = json.loads(lock.read_text())
+    del content["recipe"]["train.lora.dora"]  # a field that is newer than the lock
+    lock.write_text(json.dumps(content))
+    assert [one["field"] for one in refused(capsys, "-o", "train.lora.dora=true")["problems"]] == [
+        "train.lora.dora",
+        "torch",
+    ]
     error = refused(capsys)
     assert (error["code"], len(error["problems"])) == (3, 1) and "pip install torch==1.0;" in error["hint"]
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from forge.chat.difference import first_difference
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, DataError, Problem
+from forge.export.types import last_words, listening
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -150,10 +151,14 @@ class ServedVocabulary:
     def __init__(self, vocabulary: Path) -> None:
         import llama_cpp
 
-        try:
-            self._model = llama_cpp.Llama(model_path=str(vocabulary), vocab_only=True, verbose=False)
-        except ValueError as error:
-            raise CheckError(f"llama.cpp cannot load the model's vocabulary: {error}") from error
+        with listening() as printed:
+            try:
+                self._model = llama_cpp.Llama(model_path=str(vocabulary), vocab_only=True, verbose=False)
+            except ValueError as error:
+                raise CheckError(
+                    f"llama.cpp cannot load the model's vocabulary: {last_words(printed)}",
+                    hint="of somebody's GGUF: forge repair writes a copy with the base's metadata",
+                ) from error
         self._vocabulary = llama_cpp.llama_model_get_vocab(self._model.model)
         bos = llama_cpp.llama_vocab_bos(self._vocabulary)
         adds = llama_cpp.llama_vocab_get_add_bos(self._vocabulary)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from forge import report
 from forge.adapter.read import read_adapter
@@ -146,7 +146,7 @@ def _fixed(theirs: Metadata, ours: Metadata, architecture: str) -> Metadata:
         for name, value in theirs.items()
         if name != _LAID_OUT_ANEW and (name in ours or not is_ours(name))
     }
-    same = {name: theirs[name] for name in kept if name in theirs and kept[name].value == theirs[name].value}
+    same = {name: theirs[name] for name in kept if name in theirs and _is_same(kept[name], theirs[name])}
     return {**kept, **same, **{name: ours[name] for name in ours if is_ours(name) and name not in kept}}
 
 
@@ -155,9 +155,18 @@ def _changes(theirs: Metadata, fixed: Metadata) -> list[MetadataChange]:
     changes = []
     for name in names:
         before, after = theirs.get(name), fixed.get(name)
-        if before is None or after is None or before.value != after.value:
+        if before is None or after is None:
             changes.append(MetadataChange(name, *_shown(before and before.value, after and after.value)))
+        elif before.value != after.value:
+            changes.append(MetadataChange(name, *_shown(before.value, after.value)))
+        elif not _is_same(before, after):
+            changes.append(MetadataChange(name, *(f"of type {value.type.name}" for value in (before, after))))
     return changes
+
+
+def _is_same(first: Any, second: Any) -> bool:
+    """Value and type: llama.cpp does not load a number or a flag of another type than it asks for."""
+    return bool(first.value == second.value and first.type == second.type)
 
 
 def _shown(before: object, after: object) -> tuple[str | None, str | None]:

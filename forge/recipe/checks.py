@@ -208,6 +208,8 @@ def doubts(recipe: Recipe, root: Node) -> Iterator[Finding]:
             "base.trust_remote_code",
             "runs the base's own Python code where transformers lacks its family",
         )
+    if not recipe.export.makes_gguf and recipe.deploy.runtime != "none" and root.child("deploy") is not None:
+        yield "deploy", "is not used: export is none"
     if recipe.smoke and (recipe.deploy.runtime == "none" or not recipe.export.makes_gguf):
         why = "deploy.runtime is none" if recipe.export.makes_gguf else "export is none"
         yield "smoke", f"is not asked: {why}"

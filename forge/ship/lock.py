@@ -80,7 +80,10 @@ def read_lock(recipe: Path, run: Path) -> Lock:
             hint="a whole ship without --locked writes the second; copy it beside the recipe to keep it",
         ) from None
     except (OSError, ValueError) as failure:
-        raise DataError(f"{path}: cannot be read: {getattr(failure, 'strerror', failure)}") from failure
+        raise DataError(
+            f"{path}: cannot be read: {getattr(failure, 'strerror', failure)}",
+            hint="copy it again: a whole ship writes one into its run",
+        ) from failure
     schema, number = (
         content.get(name) if isinstance(content, dict) else None for name in ("schema", "format")
     )
@@ -132,7 +135,7 @@ def require_locked(lock: Lock, ship: Resolved) -> None:
     packages = differences(lock.packages, {name: installed_here[name] for name in lock.packages})
     now = _inputs(ship)
     known = {name: lock.inputs.get(name) if sha256 == UNKNOWN else sha256 for name, sha256 in now.items()}
-    others = [*differences(lock.recipe, values(ship.recipe)), *differences(lock.inputs, known)]
+    others = [*differences(lock.recipe, _recipe(lock, ship)), *differences(lock.inputs, known)]
     if not (others or packages):
         return
     kind: type[ForgeError] = RecipeError if others else MissingToolError
@@ -177,6 +180,16 @@ def failure_of(lock: Lock, manifest: Manifest) -> CheckError | None:
         "GPU or number of threads rounds otherwise)",
         problems=problems,
     )
+
+
+def _recipe(lock: Lock, ship: Resolved) -> Mapping[str, Any]:
+    """The recipe without fields that are newer than the lock and that nobody has set: they change nothing."""
+    sources = ship.loaded.sources
+    return {
+        name: value
+        for name, value in values(ship.recipe).items()
+        if name in lock.recipe or sources[name].kind != "default"
+    }
 
 
 def _inputs(ship: Resolved) -> Mapping[str, str]:

@@ -22,7 +22,10 @@ from forge.model.estimate import usable_cores
 from forge.verify.sample import Sample
 
 _BATCH = 128
-_AGAIN = "the file is damaged, or another program's: make or download it again"
+_AGAIN = (
+    "forge repair writes a copy with the base's metadata, if that is the fault; "
+    "a damaged file must be made or downloaded again"
+)
 
 
 Watch = Callable[[int, bool, object], bool]
