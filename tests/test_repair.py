@@ -108,6 +108,16 @@ def _bytes(header: GgufHeader, name: str) -> bytes:
     return header.path.read_bytes()[tensor.start : tensor.end]
 
 
+def test_a_template_that_is_none_is_named(
+    repair: Repair, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pitfall 30: verify says what is wrong with it instead of failing on it."""
+    changes = {"tokenizer.chat_template": "{% for m in messages %}{{ m.content "}
+    broken = rewrite(place / "sound.gguf", tmp_path / "theirs.gguf", None, **changes)
+    assert run_command(["verify", "--base", str(place / "base"), "--gguf", str(broken)]) == 5
+    assert "the file's chat template is not valid Jinja: line 1" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_value_of_another_type_is_mended(
     repair: Repair, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

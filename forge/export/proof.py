@@ -150,10 +150,14 @@ class ServedVocabulary:
 
     def __init__(self, vocabulary: Path) -> None:
         import llama_cpp
+        from llama_cpp._internals import LlamaModel
 
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.vocab_only = True
         with listening() as printed:
             try:
-                self._model = llama_cpp.Llama(model_path=str(vocabulary), vocab_only=True, verbose=False)
+                # Not `Llama`, which compiles the file's chat template, and fails on a broken one.
+                self._model = LlamaModel(path_model=str(vocabulary), params=parameters, verbose=False)
             except ValueError as error:
                 raise CheckError(
                     f"llama.cpp cannot load the model's vocabulary: {last_words(printed)}",
