@@ -66,9 +66,21 @@ def try_lock(opened: IO[bytes] | int) -> bool:
 @contextlib.contextmanager
 def lock_file(path: Path) -> Iterator[bool]:
     """Hold the lock file `path`, which is made, until the block ends; False where another process does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as opened:
+    with open_lock(path) as opened:
         yield try_lock(opened)
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Open the lock file `path`, which is made; raises `DataError` where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be locked: {error.strerror}",
+            hint="forge makes this file itself: remove what is in its place, or set FORGE_HOME to another "
+            "directory",
+        ) from error
 
 
 def is_locked(path: Path) -> bool:

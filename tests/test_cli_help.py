@@ -151,6 +151,14 @@ def test_a_full_disk_is_no_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "forge gc" in said and "bug" not in said
 
 
+def test_a_file_in_the_way_is_no_bug(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("forge.commands.describe.describe_runs", tmp_path.read_bytes)
+    assert entry.run_command(["runs"]) == 4
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: is a directory\n")
+
+
 @pytest.mark.programs
 def test_a_reader_that_goes_away_is_no_bug(forge_home: Path) -> None:
     finished = process.run(["sh", "-c", f"{sys.executable} -m forge runs 2>&1 >&3 3>&- | cat"])

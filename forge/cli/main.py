@@ -122,25 +122,30 @@ def run_command(arguments: Sequence[str]) -> int:
         # Whoever read the output (head, less) has what it wanted; what is left in the buffer goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         failure = StageError("standard output was closed before everything was written")
-    except Exception as bug:  # noqa: BLE001 - the edge
+    except Exception as unforeseen:  # noqa: BLE001 - the edge
         report.detail(traceback.format_exc())
-        failure = _full_disk(bug) or ForgeError(
-            f"a bug in forge: {type(bug).__name__}: {bug}",
-            hint="run it again with -v for the traceback, and please report it",
-        )
+        failure = _unforeseen(unforeseen)
     _diagnose(failure)
     report.error(failure)
     return failure.code
 
 
-def _full_disk(error: Exception) -> ForgeError | None:
-    """What a full disk is, wherever it was met: no bug."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
-    what = f": {error.filename} could not be written" if error.filename else ""
-    return StageError(
-        f"the disk is full{what}",
-        hint="make room (`forge gc` shows what can go) and run the same command again",
+def _unforeseen(failure: Exception) -> ForgeError:
+    """What nobody expected: a file that is in the way, closed to us or gone is named, the rest is a bug."""
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        what = f": {failure.filename} could not be written" if failure.filename else ""
+        return StageError(
+            f"the disk is full{what}",
+            hint="make room (`forge gc` shows what can go) and run the same command again",
+        )
+    if isinstance(failure, OSError) and failure.filename is not None and failure.strerror:
+        return StageError(
+            f"{failure.filename}: {failure.strerror[0].lower()}{failure.strerror[1:]}",
+            hint="run it again with -v for what was done with it",
+        )
+    return ForgeError(
+        f"a bug in forge: {type(failure).__name__}: {failure}",
+        hint="run it again with -v for the traceback, and please report it",
     )
 
 

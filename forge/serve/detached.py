@@ -1,7 +1,9 @@
 """Servers that were left running: started in the background, listed, stopped.
 
 Each is a `forge serve` of its own that holds a lock for as long as it lives, so that a server that
-was killed is known to be gone whatever its record says. The key is in none of the files.
+was killed is known to be gone whatever its record says. A process is the server, and may be ended, only
+where it has that lock's file open: a record is but a file, and numbers of processes are given again. The
+key is in none of the files.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from pathlib import Path
 
 import psutil
 
-from forge import process
+from forge import process, report
+from forge.codec import from_plain
 from forge.errors import DataError, RecipeError, StageError, error_from_json
 from forge.files import is_locked, lock_file, write_text
 
@@ -39,21 +42,33 @@ class Served:
 
 
 def running(directory: Path) -> list[Served]:
-    """What runs, by name; records of what has died are taken away."""
+    """What runs, by name; records of what has died are taken away, and what is no record is reported."""
     servers = []
     for path in sorted(directory.glob("*.json")):
-        if not is_locked(path.with_suffix(".lock")):
-            _forget(path)
+        try:
+            if not is_locked(path.with_suffix(".lock")):
+                _forget(path)
+                continue
+            served = _recorded(path)
+        except (OSError, ValueError, DataError) as wrong:
+            report.warning(f"{path} is left out: {wrong}")
+            continue
         # A lock that the next one holds, which still loads, says nothing of the one that was killed.
-        elif (server := _recorded(path)) and psutil.pid_exists(server.pid):
-            servers.append(server)
+        if served and _process_of(served, path):
+            servers.append(served)
     return servers
 
 
 def _recorded(path: Path) -> Served | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Served(**json.loads(path.read_text(encoding="utf-8")))
-    return None
+    """What the record says; None where there is none. Raises `OSError` or `ValueError` for what is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    served = from_plain(Served, json.loads(text))
+    if served.name != path.stem:
+        raise ValueError(f"it is of {served.name}")
+    return served
 
 
 def _forget(path: Path) -> None:
@@ -136,31 +151,43 @@ def stop_servers(directory: Path, name: str | None = None) -> list[Served]:
     listed = running(directory)
     chosen = [served for served in listed if name in (None, served.name)]
     if name is not None and not chosen:
-        if is_locked(directory / f"{name}.lock"):
-            raise DataError(
-                f"{name} is not running yet: it still loads", hint="forge ps lists it once it answers"
-            )
-        names = ", ".join(served.name for served in listed) or "none"
-        raise DataError(f"{name} is not running", hint=f"running are: {names}")
+        raise _not_running(directory, name, [served.name for served in listed])
     # All of them while their locks are held, so that the pids are their own: psutil signals no other program
     # that has one of them later, however long the first take to stop.
-    processes = [_process_of(served) for served in chosen]
-    for served, server in zip(chosen, processes, strict=True):
-        path = directory / f"{served.name}.json"
+    paths = [directory / f"{served.name}.json" for served in chosen]
+    processes = [_process_of(served, path) for served, path in zip(chosen, paths, strict=True)]
+    for served, path, server in zip(chosen, paths, processes, strict=True):
         if server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 _end(server)
         if not is_locked(path.with_suffix(".lock")):
             _forget(path)
         # By now the next one of that name may hold the lock, and all but this record is its own.
-        elif (left := _recorded(path)) and left.pid == served.pid:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            if (left := _recorded(path)) and left.pid == served.pid:
+                path.unlink(missing_ok=True)
     return chosen
 
 
-def _process_of(served: Served) -> psutil.Process | None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(served.pid)
+def _not_running(directory: Path, name: str, names: Sequence[str]) -> DataError:
+    lock = directory / f"{name}.lock"
+    if not is_locked(lock):
+        return DataError(f"{name} is not running", hint=f"running are: {', '.join(names) or 'none'}")
+    if (directory / f"{name}.json").exists():
+        return DataError(
+            f"{name} cannot be stopped: its record does not name the process that serves it",
+            hint=f"`lsof {lock}` shows that process: end it by its number",
+        )
+    return DataError(f"{name} is not running yet: it still loads", hint="forge ps lists it once it answers")
+
+
+def _process_of(served: Served, path: Path) -> psutil.Process | None:
+    """The process that the record at `path` names, if it has the lock open."""
+    lock = path.with_suffix(".lock")
+    with contextlib.suppress(psutil.Error, OSError, ValueError, OverflowError):
+        server = psutil.Process(served.pid)
+        if any(lock.samefile(opened.path) for opened in server.open_files()):
+            return server
     return None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from forge import report
-from forge.files import try_lock
+from forge.files import open_lock, try_lock
 
 
 @contextlib.contextmanager
@@ -23,8 +23,7 @@ def hold_lock(path: Path, *, what: str, run: str = "") -> Iterator[None]:
 
     `what` is being made (for the message), `run` is the name of the run that makes it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as opened:
+    with open_lock(path) as opened:
         if not try_lock(opened):
             report.info(f"{what}: waiting for {holder(path)}")
             fcntl.flock(opened, fcntl.LOCK_EX)
