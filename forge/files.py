@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from forge import report
 from forge.errors import DataError
@@ -47,6 +48,14 @@ def write_text(path: Path, text: str) -> None:
     finally:
         beside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def kept_json(path: Path) -> Any:
+    """What a JSON file of forge's own holds; raises `OSError`, or `ValueError` for what is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def try_lock(opened: IO[bytes] | int) -> bool:

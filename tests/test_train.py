@@ -22,6 +22,7 @@ from forge.model.safetensors_header import read_header
 from forge.recipe.schema import Train
 from forge.train.checkpoints import MARKER, last_checkpoint, seal
 from forge.train.evaluate import evaluate
+from forge.train.log import Answers, append, read_log
 from forge.train.request import Trained, TrainRequest
 from forge.train.run import train
 from forge.train.watch import refuse_not_finite
@@ -216,6 +217,19 @@ def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path) -> None:
             seal(directory)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
     assert last_checkpoint(tmp_path / "absent") is None
+    for damage in (b"[1]", b"", b"\xff"):
+        (tmp_path / "checkpoint-20" / MARKER).write_bytes(damage)
+        assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+        (tmp_path / "checkpoint-20").mkdir()
+
+
+def test_a_damaged_line_of_a_log_is_left_out(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    append(log, Answers(3, ("yes",)))
+    with log.open("ab") as stream:
+        stream.write(b'{}\n[1]\n\xff\n{"step": 4, "texts"')
+    assert read_log(log, Answers) == [Answers(3, ("yes",))]
+    assert read_log(tmp_path, Answers) == []
 
 
 def test_a_run_that_diverges_is_stopped(base: Path, data: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ what a stage adds besides, or a newer version, is in `others` and stays in the f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,6 +15,7 @@ from forge import report
 from forge.chat.hand_over import MODELFILE_JINJA, LeftOut, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.codec import from_plain, to_plain
+from forge.files import kept_json
 from forge.runs.files import MANIFEST
 from forge.train.figures import Change, Exact, Heldout
 
@@ -292,7 +292,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The run's last manifest; one without a name when there is none that can be read."""
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = kept_json(path)
     except (OSError, ValueError):
         return Manifest()
     try:

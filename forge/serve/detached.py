@@ -22,7 +22,7 @@ import psutil
 from forge import process, report
 from forge.codec import from_plain
 from forge.errors import DataError, RecipeError, StageError, error_from_json
-from forge.files import is_locked, lock_file, write_text
+from forge.files import is_locked, kept_json, lock_file, write_text
 
 _SECONDS_BETWEEN = 0.05
 _SECONDS_TO_STOP = 40.0
@@ -62,10 +62,9 @@ def running(directory: Path) -> list[Served]:
 def _recorded(path: Path) -> Served | None:
     """What the record says; None where there is none. Raises `OSError` or `ValueError` for what is none."""
     try:
-        text = path.read_text(encoding="utf-8")
+        served = from_plain(Served, kept_json(path))
     except FileNotFoundError:
         return None
-    served = from_plain(Served, json.loads(text))
     if served.name != path.stem:
         raise ValueError(f"it is of {served.name}")
     return served

@@ -17,7 +17,7 @@ from typing import Any
 from forge import report, worker
 from forge.codec import from_plain, to_plain
 from forge.errors import CheckError, DataError, ForgeError, MissingToolError, Problem, RecipeError
-from forge.files import write_text
+from forge.files import kept_json, write_text
 from forge.model.base import UNKNOWN
 from forge.pipeline.reasons import differences, short
 from forge.recipe.fields import values
@@ -73,7 +73,7 @@ def read_lock(recipe: Path, run: Path) -> Lock:
     beside = recipe.with_suffix(".lock")
     path = beside if beside.is_file() else run / LOCK
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = kept_json(path)
     except FileNotFoundError:
         raise RecipeError(
             f"--locked: there is no {beside}, and no {path}",

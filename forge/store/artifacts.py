@@ -8,8 +8,8 @@
 
 An artifact's outputs are all its files but `work/` (resumable state, kept when a run is killed and
 removed at publication), `logs/` and the manifest. The manifest `artifact.json` is written last,
-then one rename publishes. A directory is an artifact only if its manifest is valid and its
-outputs have the sizes that it says.
+then one rename publishes. A directory is an artifact only if its manifest is valid, its facts are
+those that were written, and its outputs have the sizes that it says.
 
 Not covered: outputs changed without changing their size (they are read-only for that reason).
 """
@@ -17,7 +17,6 @@ Not covered: outputs changed without changing their size (they are read-only for
 from __future__ import annotations
 
 import functools
-import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from forge.codec import Json, from_plain
 from forge.errors import DataError
-from forge.files import write_text
+from forge.files import kept_json, write_text
 from forge.store.digest import DigestCache, digest, names_digest
 from forge.store.lock import hold_lock
 from forge.store.publication import (
@@ -197,11 +196,13 @@ def _check_format(root: Path) -> None:
 
 def _read(path: Path, stage: str, key: str) -> Artifact | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = kept_json(path / MANIFEST)
         outputs = {name: Output(**entry) for name, entry in manifest["outputs"].items()}
         whole = (
             (manifest["format"] <= FORMAT and manifest["stage"] == stage and manifest["key"] == key)
             and digest(manifest["request"]) == key
+            # Earlier versions did not seal what a stage reports.
+            and manifest.get("sealed") in (None, digest([manifest["facts"], manifest["recorded"]]))
             and names_digest({name: output.sha256 for name, output in outputs.items()}) == manifest["digest"]
             and all(_size(path / name) == output.bytes for name, output in outputs.items())
         )

@@ -11,14 +11,13 @@ then fails on a missing file and can be started again.
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from forge.files import is_locked, lock_file
+from forge.files import is_locked, kept_json, lock_file
 from forge.store.artifacts import Store
 from forge.store.digest import digest
 from forge.store.publication import PARTIAL
@@ -105,7 +104,7 @@ def _used_keys(store: Store) -> set[str]:
 def _keys_in(manifest: Path) -> Iterator[str]:
     """The keys of a run's manifest.json: `artifacts: {name: {key, ...}}`."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        for entry in json.loads(manifest.read_text(encoding="utf-8"))["artifacts"].values():
+        for entry in kept_json(manifest)["artifacts"].values():
             if isinstance(entry, dict) and isinstance(entry.get("key"), str):
                 yield entry["key"]
 

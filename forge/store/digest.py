@@ -124,7 +124,7 @@ class DigestCache:
                 if not _SHA256.fullmatch(sha256):
                     raise ValueError(sha256)
                 known[real] = ((int(size), int(modified), int(inode)), sha256)
-            except (ValueError, TypeError):  # not JSON, not UTF-8, not what `_line` writes
+            except (ValueError, TypeError, RecursionError):  # not JSON, not UTF-8, not what `_line` writes
                 broken += 1
         if not self.read_only and (broken or len(lines) > 2 * len(known) + 100):
             # Written anew. A line that another process appends at this moment is lost, which

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from forge import report
-from forge.files import open_lock, try_lock
+from forge.files import kept_json, open_lock, try_lock
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def hold_lock(path: Path, *, what: str, run: str = "") -> Iterator[None]:
 def holder(path: Path) -> str:
     """Who holds the lock, in words."""
     try:
-        held = json.loads(_beside(path).read_text(encoding="utf-8"))
+        held = kept_json(_beside(path))
         run = f"run {held['run']}, " if held["run"] else ""
         return f"process {held['pid']} ({run}since {held['since']})"
     except (OSError, ValueError, KeyError, TypeError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from forge.codec import Json, to_plain
 from forge.files import sync, write_text
-from forge.store.digest import canonical, file_digest, names_digest
+from forge.store.digest import canonical, digest, file_digest, names_digest
 
 MANIFEST = "artifact.json"
 WORK = "work"
@@ -59,6 +59,7 @@ def fill(
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "outputs": to_plain(outputs),
             "digest": names_digest({name: output.sha256 for name, output in outputs.items()}),
+            "sealed": digest([facts, dict(recorded)]),
         }
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     except BaseException:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from forge.files import write_text
+from forge.files import kept_json, write_text
 from forge.store.artifacts import Request, Store
 from forge.store.digest import digest
 from forge.store.lock import hold_lock
@@ -155,7 +155,7 @@ def _record(store: Store, directory: Path) -> Path:
 
 def _read(record: Path) -> Run | None:
     try:
-        content = json.loads(record.read_text(encoding="utf-8"))
+        content = kept_json(record)
         return Run(Path(content["directory"]), dict(content["requests"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # as good as never registered: the next ship writes it anew

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from forge import report
-from forge.files import sha256_of
+from forge.files import kept_json, sha256_of
 from forge.train.ranks import rank, wait_for_all
 
 MARKER = "complete"
@@ -43,8 +43,8 @@ def last_checkpoint(directory: Path) -> Path | None:
 def _fault(directory: Path) -> str:
     """What is wrong with a sealed checkpoint, or nothing."""
     try:
-        digests: Mapping[str, str] = json.loads((directory / MARKER).read_text())
-    except ValueError:
+        digests: Mapping[str, str] = dict(kept_json(directory / MARKER))
+    except (OSError, TypeError, ValueError):
         return f"{MARKER} cannot be read"
     for name, digest in digests.items():
         path = directory / name

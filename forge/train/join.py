@@ -9,7 +9,7 @@ from pathlib import Path
 from forge import report
 from forge.codec import from_plain, to_plain
 from forge.errors import DataError
-from forge.files import write_text
+from forge.files import kept_json, write_text
 from forge.train.ranks import Ranks
 from forge.train.request import TrainRequest
 
@@ -40,7 +40,7 @@ def invite(joining: Joining) -> None:
 def read_joining(path: Path) -> Joining:
     """Raises `DataError` where the file is none of `invite`."""
     try:
-        return from_plain(Joining, json.loads(path.read_text(encoding="utf-8")))
+        return from_plain(Joining, kept_json(path))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is no training to join: {error}",

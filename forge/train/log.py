@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -65,11 +66,12 @@ Entry = TypeVar("Entry", Step, Evaluation, Answers)
 
 
 def read_log(path: Path, kind: type[Entry]) -> list[Entry]:
-    """The whole lines of a log; one that was cut off is left out, and no file is no lines."""
-    if not path.exists():
-        return []
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [from_plain(kind, json.loads(line), is_strict=False) for line in lines]
+    """The whole lines of a log; one that was cut off or damaged is left out, and no file is no lines."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(from_plain(kind, json.loads(line), is_strict=False))
+    return entries
 
 
 def append(path: Path, entry: Step | Evaluation | Answers) -> None:

@@ -12,6 +12,7 @@ adapter beside its base, whose products with the weights are no part of the file
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -27,7 +28,7 @@ from forge.export import upstream
 from forge.export.importance import write_importance
 from forge.export.request import ExportRequest
 from forge.export.run import GGUF_FILE, export_gguf
-from forge.files import write_text
+from forge.files import kept_json, write_text
 from forge.model.config import read_configuration
 from forge.model.tokenizer_files import read_tokenizer
 from forge.verify import sample, served
@@ -91,8 +92,9 @@ def smallest(types: Sequence[TypeRow], max_kl: float) -> str | None:
 def _importance(request: CalibrationRequest, f16: Path, work: Path) -> Importance:
     """Write the importance matrix of the rows; returns what it was made of, which is written last."""
     made = work / "importance.json"
-    if made.is_file() and (work / IMPORTANCE_FILE).is_file():
-        return from_plain(Importance, json.loads(made.read_text(encoding="utf-8")))
+    if (work / IMPORTANCE_FILE).is_file():
+        with contextlib.suppress(OSError, ValueError):
+            return from_plain(Importance, kept_json(made))
     context = read_configuration(request.model.base).max_positions
     rows = _drawn(read_token_rows(request.rows), context)
     means = squares(f16, rows)
@@ -179,12 +181,16 @@ class _Search:
         )
 
     def _known(self) -> dict[str, TypeRow]:
-        """What a stopped search has measured; a line that was cut is removed."""
-        text = self._kept.read_text(encoding="utf-8") if self._kept.is_file() else ""
-        whole = text[: text.rfind("\n") + 1]
+        """What a stopped search has measured; a line that was cut or damaged is removed."""
+        known: dict[str, TypeRow] = {}
+        whole = ""
+        for line in self._kept.read_bytes().splitlines() if self._kept.is_file() else ():
+            with contextlib.suppress(ValueError):
+                row = from_plain(TypeRow, json.loads(line))
+                known[row.quant] = row
+                whole += json.dumps(to_plain(row)) + "\n"
         write_text(self._kept, whole)
-        rows = [from_plain(TypeRow, json.loads(line)) for line in whole.splitlines()]
-        return {row.quant: row for row in rows}
+        return known
 
     def _try(self, kind: str) -> TypeRow:
         """One type's row of the table; its file is gone afterwards."""
