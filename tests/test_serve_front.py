@@ -300,7 +300,9 @@ def test_a_body_is_written_anew() -> None:
     assert rules.fields("/completion", "application/json", '{"prompt": "ü"}'.encode("utf-16")) == {
         "prompt": "ü"
     }
-    for wrong in (b'{"x": NaN}', b'{"x": 1,}', b'{"lora": []}', b""):
+    halves = (b'{"prompt": "\\ud83d"}', b'{"prompt": "\\ud83d\\ude00"}')
+    assert rules.fields("/completion", None, halves[1])["prompt"] == "\N{GRINNING FACE}"
+    for wrong in (b'{"x": NaN}', b'{"x": 1,}', b'{"lora": []}', b"", b"null", b"[]", b'"a"', halves[0]):
         with pytest.raises(RefusedRequestError):
             rules.fields("/completion", "application/json", wrong)
 
@@ -558,6 +560,10 @@ def test_the_usual_log_probabilities_are_never_too_many(context: int, more: dict
         rules.fields("/v1/chat/completions", None, json.dumps({"logprobs": True, "n": 4000}).encode())
 
 
+def _object(optional: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(optional)}}
+
+
 _CHAIN = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(1200)}
 
 
@@ -570,6 +576,19 @@ _CHAIN = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(1
         ({"grammar": "".join(f"r{number} ::= r{number + 1}\n" for number in range(5000))}, "a grammar of at"),
         ({"grammar_triggers": [{"type": 2, "value": "(((.*)*)*)*!!q"}]}, "llama-server's own"),
         ({"json_schema": {"$defs": _CHAIN, "$ref": "#/$defs/a0"}}, "references in schemas"),
+        ({"grammar": "root ::= " + '"a" | ' * 5000 + '"b"'}, "a grammar of at most"),
+        ({"json_schema": {"enum": [*range(5000)]}}, "at most 4096 alternatives"),
+        ({"tools": [{"function": {"parameters": {"oneOf": [{"enum": [1, 2]}] * 2000}}}]}, "alternatives"),
+        ({"json_schema": {"enum": [*range(4000)]}}, ""),
+        ({"json_schema": _object(257)}, "at most 256 properties"),
+        ({"tools": [{"function": {"parameters": _object(200)}}] * 30}, "at most 256 properties"),
+        (
+            {"response_format": {"schema": {"allOf": [_object(100), _object(100)] * 2}}},
+            "at most 256 properties",
+        ),
+        ({"json_schema": {"allOf": [{"$ref": "#/a"}] * 9, "a": _object(50)}}, "at most 256 properties"),
+        ({"json_schema": _object(256), "tools": [{"function": {"parameters": _object(20)}}] * 100}, ""),
+        ({"json_schema": {**_object(2000), "required": [f"p{number}" for number in range(1900)]}}, ""),
         ({"prompt": ["a"] * 2049}, "at most 2048 prompts"),
         ({"prompt": ["a"] * 2000, "stop": ["b" * 65536]}, "too much beside the prompts"),
         ({"prompt": ["a" * 1000] * 2000, "stop": ["b"]}, ""),
@@ -584,6 +603,50 @@ def test_what_would_end_or_stop_the_server_is_refused(more: dict[str, Any], reas
     for path in ("/completion", "/apply-template"):
         with pytest.raises(RefusedRequestError, match=reason):
             _rules().fields(path, None, body)
+
+
+_IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"functions": [{"name": "f"}]}, "use tools"),
+        ({"modalities": ["text", "audio"]}, "answers in text"),
+        ({"modalities": ["text"], "functions": None, "background": False, "suffix": ""}, ""),
+        ({"web_search_options": {"search_context_size": "low"}}, "searches nothing"),
+        ({"previous_response_id": "resp_1"}, "send all of the turns"),
+        ({"background": True}, "answers at once"),
+        ({"suffix": "b"}, "/infill"),
+        ({"best_of": 3}, "ask for n"),
+        ({"best_of": 3, "n": 3}, ""),
+        ({"tool_choice": "required"}, "no tools to choose from"),
+        ({"tool_choice": {"type": "any"}}, "no tools to choose from"),
+        ({"tool_choice": {"type": "auto"}}, ""),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, _IMAGE]}]},
+            "not image_url",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "x"}]}]},
+            "not input_file",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": [_IMAGE]}]}]},
+            "image",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "not document"),
+        ({"input": ["image", 1], "messages": "file", "store": True, "metadata": {"a": "b"}}, ""),
+    ],
+)
+def test_what_would_be_left_out_in_silence_is_refused(more: dict[str, Any], reason: str) -> None:
+    body = json.dumps(more).encode()
+    if not reason:
+        assert _rules().fields("/v1/chat/completions", None, body)
+        return
+    with pytest.raises(RefusedRequestError, match=reason) as refused:
+        _rules().fields("/v1/chat/completions", None, body)
+    assert refused.value.status == 400
 
 
 @pytest.mark.network

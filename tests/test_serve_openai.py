@@ -147,6 +147,13 @@ def test_embeddings_responses_and_messages(client: Any, served: Endpoint) -> Non
     found = client.embeddings.create(model="tiny", input=["one", "two"], encoding_format="float")
     assert len(found.data) == 2 and len(found.data[0].embedding) > 8
     assert client.responses.create(model="tiny", input="Hello", temperature=0).output_text == REPLY
+    schema = {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "a", "strict": True, "schema": schema}
+    held = client.responses.create(model="tiny", input="Hello", text={"format": form}, max_output_tokens=128)
+    assert json.loads(held.output_text) == {"a": 7}
+    tool = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    with pytest.raises(openai.BadRequestError, match="the template knows no tools"):
+        client.responses.create(model="tiny", input="Hello", tools=[tool], tool_choice="required")
     body = {"model": "tiny", "messages": ASKED, "max_tokens": 32, "temperature": 0}
     message = httpx.post(
         served.route("/v1/messages"), json=body, headers={"X-Api-Key": KEY}, trust_env=False

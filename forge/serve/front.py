@@ -24,9 +24,12 @@ from starlette.responses import JSONResponse, Response
 from forge.serve import front_openai as openai
 from forge.serve import front_rules as rules
 from forge.serve.behind import SECONDS_TO_ANSWER, Behind, BehindError, ServerAnswer
+from forge.serve.front_asks import is_forced
 from forge.serve.front_rules import RefusedRequestError, Rules, error_body
 from forge.serve.runtime import ServerSettings
 
+# Where llama-server itself holds an answer to a call, or nobody does.
+_CALLS_BY_TEMPLATE = openai.RESPONSE | {"/v1/messages"}
 _Message = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[_Message]]
 _Send = Callable[[_Message], Awaitable[None]]
@@ -149,7 +152,9 @@ class Front:
             return None
         if (encoding := request.headers.get("content-encoding", "identity").lower()) != "identity":
             raise RefusedRequestError(415, f"send the request as it is, not as {encoding}")
-        return self.rules.fields(_path_of(request), request.headers.get("content-type"), body)
+        path = _path_of(request)
+        fields = self.rules.fields(path, request.headers.get("content-type"), body)
+        return openai.with_response_format(path, fields)
 
     async def _pass(self, request: Request, content: Any, extra: dict[str, str], send: _Send) -> None:
         path = _path_of(request)
@@ -161,6 +166,9 @@ class Front:
                 return await JSONResponse(answer, headers=extra)(request.scope, request.receive, send)
             if openai.forces_tool(path, content) and not await self._knows_tools():
                 return await self._call_tool(request, content, extra, send)
+            if path in _CALLS_BY_TEMPLATE and is_forced(content) and not await self._knows_tools():
+                message = "tool_choice: the template knows no tools; /v1/chat/completions holds it to a call"
+                raise RefusedRequestError(400, message)
             return await self._exchange(request, content, extra, send, SECONDS_TO_ANSWER)
 
     async def _call_tool(

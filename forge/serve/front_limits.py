@@ -33,6 +33,13 @@ _MOST_NESTED = 4096
 _MOST_REFERENCES = 1000
 # A request that is smaller has no more references than that.
 _SMALL_BYTES = 16 << 10
+# The rules for what an object may leave out grow with the cube of their number (1000 take 4 s, 2000 34 s),
+# the time for alternatives with their square (an `enum` of 20,000 takes 21 s).
+_MOST_OPTIONAL = 256
+_MOST_OPTIONAL_IN_ALL = 4096
+_MOST_ALTERNATIVES = 4096
+_ALTERNATIVES = ("enum", "anyOf", "oneOf")
+_SCHEMAS = ("json_schema", "response_format", "tools", "text")
 # Of its own making: patterns that take for ever, and what is read without a check.
 _OWN = ("grammar_triggers", "chat_parser")
 
@@ -53,10 +60,12 @@ def too_much_of(path: str, fields: Mapping[str, Any], size: int, context_tokens:
         if isinstance(back := fields.get(name), int | float) and back > _MOST_TOKENS_BACK:
             return f"{name}: at most {_MOST_TOKENS_BACK}"
     grammar = fields.get("grammar")
-    if isinstance(grammar, str) and max(grammar.count("("), grammar.count("::=")) > _MOST_NESTED:
-        return f"a grammar of at most {_MOST_NESTED} rules and brackets"
+    if isinstance(grammar, str) and max(map(grammar.count, ("(", "::=", "|"))) > _MOST_NESTED:
+        return f"a grammar of at most {_MOST_NESTED} rules, brackets and alternatives"
     if size > _SMALL_BYTES and json.dumps(fields).count('"$ref"') > _MOST_REFERENCES:
         return f"at most {_MOST_REFERENCES} references in schemas"
+    if reason := _against_choices([fields.get(name) for name in _SCHEMAS]):
+        return reason
     if prompts > _MOST_PROMPTS:
         return f"at most {_MOST_PROMPTS} prompts in a request"
     if prompts > 1 and size > _SMALL_BYTES:
@@ -64,6 +73,33 @@ def too_much_of(path: str, fields: Mapping[str, Any], size: int, context_tokens:
         if len(json.dumps(rest)) * prompts > _MOST_COPIED_BYTES:
             return "too much beside the prompts, for so many of them"
     return _against_log_probabilities(fields, prompts, context_tokens)
+
+
+def _against_choices(schemas: list[Any]) -> str:
+    """What `allOf` puts together is one object, each reference in it as large as all that there is."""
+    counts, references, is_joined, alternatives = [0], 1, False, 0
+    waiting = schemas
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, list):
+            waiting += node
+        elif isinstance(node, dict):
+            required = node.get("required")
+            names = {name for name in required if isinstance(name, str)} if isinstance(required, list) else ()
+            if isinstance(properties := node.get("properties"), dict):
+                counts.append(len(properties.keys() - names))
+            parts = node.get("allOf")
+            is_joined = is_joined or (isinstance(parts, list) and len(parts) > 1)
+            references += "$ref" in node
+            lists = (node.get(name) for name in _ALTERNATIVES)
+            alternatives += sum(len(several) for several in lists if isinstance(several, list))
+            waiting += node.values()
+    largest = sum(counts) * references if is_joined else max(counts)
+    if largest > _MOST_OPTIONAL or sum(counts) > _MOST_OPTIONAL_IN_ALL:
+        return f"at most {_MOST_OPTIONAL} properties of an object that may be left out"
+    if alternatives > _MOST_ALTERNATIVES:
+        return f"at most {_MOST_ALTERNATIVES} alternatives in schemas"
+    return ""
 
 
 def _against_log_probabilities(fields: Mapping[str, Any], prompts: int, context_tokens: int) -> str:

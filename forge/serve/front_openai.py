@@ -16,11 +16,13 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from forge.serve.front_asks import is_forced
 from forge.serve.front_rules import RefusedRequestError
 
 Ask = Callable[[str, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 CHAT = frozenset({"/v1/chat/completions", "/chat/completions"})
+RESPONSE = frozenset({"/v1/responses", "/responses"})
 COMPLETION = frozenset({"/v1/completions"})
 _MOST_ECHOED = 2048
 # Most tokens of a text are among these; for the others the whole vocabulary is asked.
@@ -33,12 +35,18 @@ _TOLD = (
 
 def forces_tool(path: str, fields: object) -> bool:
     """Whether a request wants a call of a tool and nothing else."""
-    return (
-        path in CHAT
-        and isinstance(fields, dict)
-        and bool(fields.get("tools"))
-        and (fields.get("tool_choice") == "required" or isinstance(fields.get("tool_choice"), dict))
-    )
+    return path in CHAT and isinstance(fields, dict) and bool(fields.get("tools")) and is_forced(fields)
+
+
+def with_response_format(path: str, fields: Any) -> Any:
+    """A request for a response with its form of the answer where llama-server reads it: as a chat has it."""
+    text = fields.get("text") if path in RESPONSE and isinstance(fields, dict) else None
+    form = text.get("format") if isinstance(text, dict) else None
+    if not isinstance(form, dict):
+        return fields
+    held = {name: form[name] for name in ("name", "strict", "schema") if name in form}
+    as_chat = {"type": form.get("type"), **({"json_schema": held} if held else {})}
+    return {**fields, "response_format": as_chat}
 
 
 def with_forced_tool(fields: Mapping[str, Any]) -> dict[str, Any]:

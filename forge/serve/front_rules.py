@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from forge.serve.front_asks import not_done
 from forge.serve.front_limits import too_much_of
 from forge.serve.runtime import ServerSettings
 from forge.tools.hosts import is_loopback
@@ -55,7 +56,7 @@ COMPUTE = frozenset(
 # What changes the server for everybody, or shows what others ask: closed unless asked for.
 CONTROL = {"GET": frozenset({"/slots"}), "POST": frozenset({"/props", "/lora-adapters"})}
 CONTROL_SLOT = re.compile(r"/slots/\d+")
-_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?")
+_HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{0,5})?")
 # The web page, and what it is made of.
 PAGE = re.compile(
     r"/(_app/[A-Za-z0-9_][A-Za-z0-9._/-]*|[A-Za-z0-9-]+\.(png|svg|ico|html|js|css|webmanifest))?"
@@ -189,12 +190,18 @@ class Rules:
             raise RefusedRequestError(415, f"send the request as application/json, not as {kind}")
         try:
             fields = json.loads(content, parse_constant=_no_number, parse_float=_finite)
+            if b"\\u" in content:
+                json.dumps(fields, ensure_ascii=False).encode()  # half a character is none to the server
         except (ValueError, RecursionError) as wrong:
             raise RefusedRequestError(400, f"the request is no JSON: {wrong}") from None
+        if path in (ASK | COMPUTE) and not isinstance(fields, dict):
+            raise RefusedRequestError(400, "a request is a JSON object")
         if isinstance(fields, dict):
             if not self.control:
                 self._check_fields(fields)
             if reason := too_much_of(path, fields, len(content), self.context_tokens):
+                raise RefusedRequestError(400, reason)
+            if path in ASK and (reason := not_done(fields)):
                 raise RefusedRequestError(400, reason)
             if path in ASK:
                 self._choose(path, fields)
