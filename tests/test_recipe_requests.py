@@ -17,6 +17,7 @@ from forge.recipe.load import load
 from forge.resolve.recipe import resolve_recipe
 from forge.stages import stages_for
 from forge.store.artifacts import Store
+from tests.models import make_model
 
 RECIPE = (
     "name: mini\nbase: builtin:tiny\n"
@@ -127,8 +128,8 @@ ELSEWHERE = (
     "base", "base.chat_template", "base.id", "base.revision", "base.tokens", "data", "data.columns",
     "data.revision", "data.roles", "data.source", "data.split", "deploy", "deploy.gpu_layers", "export",
     "export.quant.max_kl", "model", "model.sampling", "smoke", "train", "train.continue_from", "train.from",
-    "train.lora", "train.lora.token_indices", "train.patience", "train.report_to", "train.revision",
-    "train.strategy", "verify",
+    "train.lora", "train.lora.experts", "train.lora.token_indices", "train.patience", "train.report_to",
+    "train.revision", "train.strategy", "verify",
 )  # fmt: skip
 
 
@@ -169,6 +170,15 @@ def test_each_objective_is_another_request_of_training(place: Path) -> None:
 def test_patience_is_part_of_the_request_of_a_training_that_evaluates(place: Path) -> None:
     evaluates = "train.evaluation_steps=5"
     assert _requests(place, evaluates)["train"] != _requests(place, evaluates, "train.patience=3")["train"]
+
+
+@pytest.mark.training
+def test_experts_are_part_of_the_request_of_a_training_that_can_have_them(
+    place: Path, tmp_path: Path
+) -> None:
+    base = make_model(tmp_path / "base", "mixtral", "home-made")
+    fits = (f"base.id={base}", "train.method=lora", "train.lora.dropout=0")
+    assert _requests(place, *fits)["train"] != _requests(place, *fits, "train.lora.experts=true")["train"]
 
 
 def test_the_weight_of_a_source_enters_the_request_of_the_data(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from forge.verify.sample import LONGEST, Sample, draw, least_share
 from forge.verify.session import other_numbers
 from forge.verify.spread import spread
 from forge.verify.verdict import judge
+from forge.verify.weights import TensorFit, odd_rows
 
 pytestmark = pytest.mark.training  # numpy
 
@@ -311,6 +312,21 @@ def test_a_file_that_is_not_its_own_word_says_how_to_fix_it() -> None:
     assert "quantize again from f16" in found["remedy"]
 
 
+def test_rows_are_judged_beside_the_same_rows_only() -> None:
+    """A file that lacks rows of tokens has fewer than llama.cpp's own: that is said elsewhere."""
+    import numpy as np
+
+    def rows(count: int, kind: str, *, damaged: int = 0) -> TensorFit:
+        rests, numbers = np.full(count, 0.1), np.arange(count)
+        rests[:damaged] = 5
+        return TensorFit("a", None, 0.1, "plain", kind=kind, numbers=numbers, row_rests=rests,
+                         row_norms=np.full(count, 10.0))  # fmt: skip
+
+    assert odd_rows(rows(32, "Q8_0", damaged=1), rows(32, "Q8_0")) == (0,)
+    assert odd_rows(rows(32, "Q8_0", damaged=1), rows(40, "Q8_0")) == ()
+    assert odd_rows(rows(32, "Q8_0", damaged=1), rows(32, "Q4_K")) == ()
+
+
 def test_metadata_that_both_have_and_differs_is_the_cause() -> None:
     """What only one of them has may be what the other takes for granted: it is named as what may be why."""
     own: dict[str, Any] = {"general.architecture": "llama", "llama.a": 0, "llama.b": 0.1, "llama.c": (1, 2.5)}
@@ -323,6 +339,7 @@ def test_metadata_that_both_have_and_differs_is_the_cause() -> None:
         return other_numbers(file, base)
 
     assert numbers(b=0.1 * (1 + 1e-7), c=(1, 2.5)) == ((), ())
+    assert numbers(a=(0, 0)) == ((), ())
     assert numbers(b=0.10001) == (("llama.b is 0.10001, the base's is 0.1",), ())
     assert numbers(c=(1, 3.5)) == (("llama.c is [1, 3.5], the base's is [1, 2.5]",), ())
     assert numbers(a=None, d=0) == (

@@ -189,11 +189,14 @@ def other_numbers(file: GgufHeader, own: GgufHeader) -> tuple[tuple[str, ...], t
 
 
 def _shown(header: GgufHeader, name: str) -> str | None:
-    """A value of the metadata, floats to the six digits in which other programs' are equal."""
+    """A value of the metadata, floats to the six digits in which other programs' are equal.
+
+    Of a value for each layer, all the same, it is that value: converters write either.
+    """
     if name not in header.metadata:
         return None
     values = [f"{value:.6g}" if isinstance(value, float) else str(value) for value in header.array(name)]
-    return values[0] if len(values) == 1 else f"[{', '.join(values)}]"
+    return values[0] if len({*values}) == 1 else f"[{', '.join(values)}]"
 
 
 def _doubted(file: FileFacts, header: GgufHeader, vendor: GgufHeader) -> FileFacts:

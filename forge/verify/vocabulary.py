@@ -33,16 +33,16 @@ _PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "re
 _TOOL = {"type": "function", "function": {"name": "warmth", "description": "?", "parameters": _PARAMETERS}}
 _CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "warmth", "arguments": {"city": "Rome"}}}
 _CALLED: Message = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-_TOLD: Message = {"role": "tool", "content": "31", "name": "warmth", "tool_call_id": "a1b2c3d4e"}
-_SAID: Message = {"role": "assistant", "content": "Yes.", "reasoning_content": "It is."}
+_TOOL_TURN: Message = {"role": "tool", "content": "31", "name": "warmth", "tool_call_id": "a1b2c3d4e"}
+_ANSWER: Message = {"role": "assistant", "content": "Yes.", "reasoning_content": "It is."}
 _SPACED: Sequence[Message] = [{"role": "system", "content": " A "}, {"role": "user", "content": "\n B \n"}]
 _RARE: Sequence[_Prompt] = (
     (_SPACED, ()),
     ([*_SPACED, {"role": "assistant", "content": " C "}, _SPACED[1]], ()),
-    ([{"role": "system", "content": "Be brief."}, _USER, _SAID, _USER, _SAID], ()),
+    ([{"role": "system", "content": "Be brief."}, _USER, _ANSWER, _USER, _ANSWER], ()),
     ([_USER], [_TOOL]),
-    ([_USER, _CALLED, _TOLD], [_TOOL]),
-    ([_USER, _CALLED, _TOLD, _SAID, _USER], [_TOOL]),
+    ([_USER, _CALLED, _TOOL_TURN], [_TOOL]),
+    ([_USER, _CALLED, _TOOL_TURN, _ANSWER, _USER], [_TOOL]),
 )
 """What no row may have: asked of a file's template only where its text is another than training's."""
 _OTHER_TEXT = (
@@ -187,9 +187,9 @@ def _prompts(
     if not examples and own.source != template.source:
         for prompts in _RARE:
             expected, written = _text_of(template, prompts), _text_of(own, prompts)
-            if written != expected:
+            compared += expected is not None
+            if expected is not None and written != expected:
                 examples.append({"trained": expected, "file": written})
-        compared += len(_RARE)
     if not examples:
         return PromptCheck(True, compared, reason="" if own.source == template.source else _OTHER_TEXT)
     first = examples[0]

@@ -195,13 +195,21 @@ def odd_rows(fit: TensorFit, beside: TensorFit | None) -> tuple[int, ...]:
     norms = fit.row_norms
     if fit.kind in (*HALVES, "F32"):
         usual = _TIMES_OF_THE_MIDDLE * np.median(fit.row_rests / np.maximum(norms, 1e-30)) * norms
-    elif beside is not None and beside.kind == fit.kind and beside.layout == fit.layout:
+    elif beside is not None and _is_alike(fit, beside):
         times = max(1.0, float(np.median(fit.row_rests / np.maximum(beside.row_rests, 1e-30))))
         usual = _TIMES_OF_THE_SAME * times * beside.row_rests
     else:
         return ()
     slack = _ROW_SLACK * np.maximum(norms, np.median(norms))
     return tuple(fit.numbers[fit.row_rests > usual + slack].tolist())
+
+
+def _is_alike(fit: TensorFit, beside: TensorFit) -> bool:
+    """Whether two files have the same rows of a matrix in the same type: one may lack rows of tokens."""
+    import numpy as np
+
+    in_type = beside.kind == fit.kind and beside.layout == fit.layout
+    return in_type and np.array_equal(beside.numbers, fit.numbers)
 
 
 def _of_tokens(file: _File, name: str, names: Sequence[str]) -> Sequence[tuple[str, ...]]:
