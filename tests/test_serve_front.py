@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from forge.errors import StageError
 from forge.serve import front, front_rules, front_server
 from forge.serve.behind import Behind
 from forge.serve.client import Client
@@ -562,6 +563,19 @@ def test_the_usual_log_probabilities_are_never_too_many(context: int, more: dict
 
 def _object(optional: int) -> dict[str, Any]:
     return {"type": "object", "properties": {f"p{number}": {"type": "integer"} for number in range(optional)}}
+
+
+@pytest.mark.parametrize("number", [-2, 8])
+def test_a_host_without_an_address_is_said(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-2 on Linux; 8 on macOS, which is `exec format error` among the other errors."""
+
+    def create_server(*arguments: object, **options: object) -> None:
+        raise socket.gaierror(number, "nodename nor servname provided, or not known")
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    with pytest.raises(StageError, match=r"nowhere:0 cannot be listened on: there is no such host$"):
+        with front_server.bound(ServerSettings(Path("m"), "m", 512, host="nowhere")):
+            raise AssertionError("it listened")
 
 
 _CHAIN = {f"a{number}": {"$ref": f"#/$defs/a{number + 1}"} for number in range(1200)}

@@ -150,10 +150,10 @@ def bound(settings: ServerSettings) -> Iterator[socket.socket]:
 
 
 def _reason(wrong: OSError) -> str:
-    """Without the address, which `create_server` repeats. Errors of names have numbers under zero."""
-    if wrong.errno is None:
-        return str(wrong)
-    return os.strerror(wrong.errno) if wrong.errno > 0 else "there is no such host"
+    """Without the address, which `create_server` repeats."""
+    if isinstance(wrong, socket.gaierror):
+        return "there is no such host"  # its numbers are those of no other error, and differ by system
+    return str(wrong) if wrong.errno is None else os.strerror(wrong.errno)
 
 
 @contextlib.contextmanager
