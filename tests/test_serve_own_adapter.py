@@ -26,6 +26,7 @@ from forge.serve.client import Client, find
 from forge.serve.embedded import serve_embedded
 from forge.serve.manifests import manifest
 from forge.serve.options import server_arguments
+from forge.serve.runtime import ServerSettings
 from forge.serve.runtimes import runtime_for
 from forge.serve.slots import memory_bytes
 from forge.ship.serving import Wish, settings
@@ -143,8 +144,23 @@ def test_switched_adapters_are_off_until_a_request_asks_for_one(run: Path) -> No
     command = server_arguments(replace(chosen, adapters={"a": Path("/a.gguf"), "b": Path("/b.gguf")}))
     own = str(run.absolute() / "yoda-q8_0-adapter.gguf")
     assert command[-6:] == ["--lora", own, "--lora-scaled", "/a.gguf:0", "--lora-scaled", "/b.gguf:0"]
-    with pytest.raises(RecipeError, match="llama-server takes no such path"):
-        server_arguments(replace(chosen, adapters={"a": Path("/a:1.gguf")}))
+    for name in ("/a:1.gguf", "/a,b/x.gguf", '/"x".gguf'):
+        with pytest.raises(RecipeError, match="llama-server takes no such path"):
+            server_arguments(replace(chosen, adapters={"a": Path(name)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"), [("/a,b/x.gguf", False), ('/"x".gguf', False), ("/a:1.gguf", True)]
+)
+def test_the_own_adapters_path_is_one_of_a_list(name: str, fits: bool) -> None:
+    """`--lora` takes several, by commas; only `--lora-scaled` reads colons."""
+    chosen = ServerSettings(Path("/m.gguf"), "m", 512, adapter=Path(name))
+    if fits:
+        assert server_arguments(chosen)[-2:] == ["--lora", name]
+    else:
+        with pytest.raises(RecipeError, match="llama-server takes no such path") as refused:
+            server_arguments(chosen)
+        assert "rename the file or its directory" in refused.value.hint
 
 
 @pytest.mark.slow

@@ -66,7 +66,9 @@ def server_arguments(settings: ServerSettings, *, model: str = "", adapters: Seq
             command += [option.flag] if value is True else [option.flag, str(value)]
     loaded = adapters or [str(path.absolute()) for path in settings.loaded_adapters]
     for path, scale in zip(loaded, scales(settings), strict=True):
-        command += ["--lora", path] if scale else ["--lora-scaled", f"{_in_pairs(path)}:0"]
+        # llama-server takes a list of either, as a row of CSV; only a pair ends in a colon and a scale.
+        _refuse(path, ',"' if scale else ',":')
+        command += ["--lora", path] if scale else ["--lora-scaled", f"{path}:0"]
     return command
 
 
@@ -76,12 +78,12 @@ def scales(settings: ServerSettings) -> list[float]:
     return own + [0.0] * len(settings.adapters)
 
 
-def _in_pairs(path: str) -> str:
-    if set(path) & set(':,"'):
+def _refuse(path: str, marks: str) -> None:
+    if set(path) & set(marks):
         raise RecipeError(
-            f"--lora {path}: llama-server takes no such path", hint="without : and , and quotes"
+            f"--lora {path}: llama-server takes no such path",
+            hint="rename the file or its directory: the path may not contain a colon, comma or double quote",
         )
-    return path
 
 
 def attributes(settings: ServerSettings) -> Iterator[tuple[str, Value]]:
