@@ -18,6 +18,7 @@ import pytest
 from forge import report
 from forge.cli import sweep as command
 from forge.cli.main import run_command
+from forge.commands import sweep as sweeping
 from forge.errors import CheckError, ForgeError, InterruptedByUserError, RecipeError, StageError
 from forge.recipe.load import Loaded
 from forge.recipe.sweep import Sweep, load_sweep, shipped_sweeps
@@ -342,7 +343,9 @@ def test_ctrl_c_stops_it_and_says_how_to_go_on(stop: BaseException, swept: Calla
 
     fields, said, begun = swept(ship, code=130)
     assert begun == ["s-r4", "s-r8"]
-    assert fields["error"]["message"] == "the sweep was stopped in s-r8; 1 of 3 runs are done"
+    assert fields["error"]["message"] == (
+        "the sweep was stopped; 1 of 3 runs are done; not finished: s-r8, s-r16"
+    )
     assert "what is finished comes from the store" in fields["error"]["hint"] and "Traceback" not in said
     assert [one["outcome"] for one in fields["runs"]] == ["shipped", None, None]
     kept = json.loads(Path("runs/s.sweep.json").read_text(encoding="utf-8"))
@@ -427,6 +430,22 @@ def test_runs_are_spread_over_gpus(workshop: Workshop, monkeypatch: pytest.Monke
     assert {"5", "7"} <= set((workshop.directory / "gpus.txt").read_text().split())
 
 
+def test_ctrl_c_behind_the_last_run_has_nothing_to_name(
+    swept: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweeping._keep
+
+    def keep(result: sweeping.SweepResult) -> None:
+        real(result)
+        if all(run.outcome for run in result.runs) and not Path("stopped").exists():
+            Path("stopped").touch()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("forge.commands.sweep._keep", keep)
+    fields, _, _ = swept(finish, code=130)
+    assert fields["error"]["message"] == "the sweep was stopped; 3 of 3 runs are done"
+
+
 @pytest.mark.parametrize(
     ("devices", "code", "message"),
     [
@@ -438,5 +457,6 @@ def test_gpus_that_are_not_there(
     devices: str, code: int, message: str, swept: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    fields, _, begun = swept(finish, "--devices", devices, code=code)
-    assert fields["error"]["message"] == message and begun == []
+    for more in ((), ("--plan",)):
+        fields, _, begun = swept(finish, "--devices", devices, *more, code=code)
+        assert fields["error"]["message"] == message and begun == []

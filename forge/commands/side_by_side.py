@@ -90,4 +90,6 @@ def ship_side_by_side(combinations: Sequence[Combination], gpus: Sequence[int], 
             done = ended.get()
             free.append(done.gpu)
             left -= 1
-            yield done.number, done.failure()
+            failure = done.failure()
+            done.child.stop()
+            yield done.number, failure

@@ -78,6 +78,8 @@ class SweepOptions:
 
 def plan_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     """Show the runs of a sweep and what each would run; nothing is written. Raises as `run_sweep`."""
+    if options.devices:
+        gpus_named(options.devices)
     sweep = _load(path, options)
     plans = _plans(sweep)
     rows = []
@@ -195,10 +197,8 @@ def _recorded(combination: Combination, failure: ForgeError | None) -> SweepRun:
 def _stopped(result: SweepResult) -> InterruptedByUserError:
     left = [run.name for run in result.runs if run.outcome is None]
     done = f"{len(result.runs) - len(left)} of {len(result.runs)} runs are done"
-    stop = InterruptedByUserError(
-        f"the sweep was stopped in {left[0]}; {done}",
-        hint=_AGAIN,
-    )
+    rest = f"; not finished: {', '.join(left)}" if left else ""
+    stop = InterruptedByUserError(f"the sweep was stopped; {done}{rest}", hint=_AGAIN)
     stop.fields = to_plain(result)
     return stop
 
