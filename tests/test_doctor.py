@@ -6,9 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import httpx
 import pytest
 
 from forge.cli.main import run_command
+from forge.commands.doctor import _surroundings
 from forge.errors import StageError
 from tests.json_fields import check_fields
 from tests.test_diagnosis import KNOWN, UNKNOWN
@@ -57,6 +59,30 @@ def test_what_every_ship_needs_is_exit_3(
     assert any(check["detail"] == "not asked (offline)" for check in told["checks"])  # type: ignore[attr-defined]
     assert "converters" in told["error"]["message"] and "forge setup" in told["error"]["hint"]  # type: ignore[index]
     assert any(not check["ok"] and check["needed"] for check in told["checks"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SSL_CERT_FILE", "/nonexistent"), ("HTTPS_PROXY", "foo://x"), ("ALL_PROXY", "foo://x")],
+)
+def test_settings_that_no_request_can_be_made_with_are_no_bug(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://127.0.0.1:9")
+    monkeypatch.setattr("forge.commands.doctor.is_offline", lambda: False)
+    monkeypatch.setenv(name, value)
+    (hub,) = [check for check in _surroundings() if check.name == "hub"]
+    assert not hub.ok and "does not answer: " in hub.detail
+
+
+@pytest.mark.parametrize(("status", "ok"), [(200, True), (404, True), (407, False), (503, False)])
+def test_a_proxy_that_answers_for_the_hub_is_not_the_hub(
+    status: int, ok: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("forge.commands.doctor.is_offline", lambda: False)
+    monkeypatch.setattr(httpx, "head", lambda *_, **__: httpx.Response(status))
+    (hub,) = [check for check in _surroundings() if check.name == "hub"]
+    assert hub.ok is ok
 
 
 def test_a_message_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,10 +226,12 @@ def _hub() -> Check:
     if is_offline():
         return Check("hub", True, "not asked (offline)")
     try:
-        httpx.head(endpoint(), timeout=_PATIENCE)
-    except (httpx.HTTPError, httpx.InvalidURL) as failure:
+        status = httpx.head(endpoint(), timeout=_PATIENCE).status_code
+        if status == httpx.codes.PROXY_AUTHENTICATION_REQUIRED or status >= 500:
+            raise OSError(f"status {status}")
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, ImportError) as failure:
         hint = "only for bases and data by a hub's name: check network and proxy, or HF_ENDPOINT of a mirror"
-        return Check("hub", False, f"{endpoint()} does not answer: {failure or 'no answer'}", hint)
+        return Check("hub", False, f"{endpoint()} does not answer: {str(failure) or 'no answer'}", hint)
     return Check("hub", True, f"{endpoint()} answers")
 
 
