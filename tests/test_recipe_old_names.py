@@ -326,6 +326,14 @@ def test_every_other_old_name_says_why_not() -> None:
     assert [fields_in(old.why) for old in answered.values()] == [[]] * len(answered)
 
 
+def test_an_answer_to_the_name_of_a_field_names_that_field() -> None:
+    """At the top level or in another section: `revision: main` is base.revision."""
+    fields = {name.rpartition(".")[2]: name for name in sorted(all_names(), reverse=True)}
+    answers = {name: old.why for name, old in OLD_NAMES.items() if not old.new and name in fields}
+    assert {name: why for name, why in answers.items() if fields[name] not in why} == {}
+    assert "base.revision" in answers["revision"]
+
+
 def test_no_name_has_two_answers() -> None:
     table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
     lines = [*table["renamed"].values(), *(entry["names"] for entry in table["valued"] + table["answered"])]
