@@ -82,6 +82,7 @@ def test_the_recipe_s_own_word_stays(tmp_path: Path) -> None:
             "train.lora.rslora",
             "with patterns cannot be converted",
         ),
+        ("{lora: {rank_pattern: {'(?i)q_proj': 4}}}", "train.lora.rank_pattern.(?i)q_proj", "global flags"),
         ("{lora: {init: orthogonal, rank_pattern: {q_proj: 5}}}", "train.lora.init", "not 5"),
         ("{method: int8, lora: {dora: true}}", "train.lora.dora", "8-bit weights"),
         (

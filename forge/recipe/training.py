@@ -13,10 +13,10 @@ from forge.recipe.words import (
     BatchSize,
     Devices,
     Fraction,
+    ModulePattern,
     NotNegative,
     NotNegativeInteger,
     Optimizer,
-    Pattern,
     Place,
     Positive,
     Reporters,
@@ -45,10 +45,10 @@ class Lora(Section):
         description="the matrices of a mixture's experts too, with factors for each expert (peft's "
         "`target_parameters`); wants `method: lora` and `dropout: 0`; exported merged only",
     )
-    rank_pattern: dict[Pattern, Positive] = Field(
+    rank_pattern: dict[ModulePattern, Positive] = Field(
         {}, description="ranks of their own: module name or regular expression to rank"
     )
-    alpha_pattern: dict[Pattern, Positive] = Field(
+    alpha_pattern: dict[ModulePattern, Positive] = Field(
         {}, description="alphas of their own: module name or regular expression to alpha"
     )
     layers: tuple[NotNegativeInteger, ...] = Field(

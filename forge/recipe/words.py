@@ -95,6 +95,13 @@ def _pattern(value: str) -> str:
     return value
 
 
+def _module_pattern(value: str) -> str:
+    """As peft compiles it: the whole name, or what is behind a dot, so that flags cannot stand in it."""
+    _pattern(value)
+    _pattern(rf"(.*\.)?({value})$")
+    return value
+
+
 def _evaluation(value: Any) -> float | int | str:
     if isinstance(value, str):
         return _place(value)
@@ -222,6 +229,7 @@ Name = Annotated[str, AfterValidator(_name)]
 Pattern = Annotated[str, AfterValidator(_pattern)]
 Place = Annotated[str, AfterValidator(_place)]
 Host = Annotated[str, AfterValidator(_host)]
+ModulePattern = Annotated[str, AfterValidator(_module_pattern)]
 Positive = Annotated[int, Field(ge=1, le=_MOST)]
 NotNegativeInteger = Annotated[int, Field(ge=0, le=_MOST)]
 AboveZero = Annotated[float, Field(gt=0, le=_LARGEST)]
