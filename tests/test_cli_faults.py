@@ -444,3 +444,19 @@ def test_a_store_that_cannot_be_written(place: Place, monkeypatch: pytest.Monkey
     monkeypatch.setenv("FORGE_HOME", str(place.directory / "file" / "home"))
     error = place.fail("ship", "recipe.yaml")
     assert error["code"] == 2 and "cannot be written" in error["message"] and "FORGE_HOME" in error["hint"]
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (["export", "r.yaml", "--split-size", "5M"], "--split-size"),
+        (["export", "r.yaml", "--quant", "q8_0", "--plain"], "--quant, --plain"),
+        (["modelfile", "r.yaml", "--from", "phi3:mini", "--adapter", "x.gguf"], "--adapter, --from"),
+        (["modelfile", "r.yaml", "--jinja"], "--jinja"),
+    ],
+)
+def test_an_option_that_a_recipe_says_itself_is_refused(
+    call: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(call) == 2
+    assert f"{named}: not beside a recipe" in capsys.readouterr().err

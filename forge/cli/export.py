@@ -14,6 +14,7 @@ from forge.cli.options import (
     merge_base_option,
     optional_recipe,
     overrides_option,
+    refuse_beside_recipe,
 )
 from forge.errors import RecipeError
 
@@ -75,6 +76,7 @@ def command(
     if recipe is not None:
         from forge.ship.drive import ship_until
 
+        refuse_beside_recipe()
         report.result(ship_until(recipe, overrides, "export"))
         return
     if gguf is not None and out is not None and not base:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from forge import report
-from forge.cli.options import common, overrides_option
+from forge.cli.options import common, overrides_option, refuse_beside_recipe
 
 
 @click.command()
@@ -44,6 +44,7 @@ def command(
     if target.suffix in (".yaml", ".yml"):
         from forge.ship.drive import ship_until
 
+        refuse_beside_recipe()
         report.result(ship_until(target, overrides, "modelfile"))
         return
     from forge.commands.modelfile import write_modelfile

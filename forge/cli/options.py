@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import click
+from click.core import ParameterSource
+
+from forge.errors import RecipeError
 
 Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
@@ -42,6 +45,23 @@ merge_base_option = click.option(
 overrides_option = click.option(
     "-o", "overrides", multiple=True, metavar="KEY=VALUE", help="Set a field of the recipe for this call."
 )
+
+
+def refuse_beside_recipe() -> None:
+    """Raise `RecipeError` for an option of the other uses of a command: it would do nothing."""
+    context = click.get_current_context()
+    named = [
+        parameter.opts[-1]
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+        and parameter.name not in ("overrides", "verbose", "offline", "as_json")
+        and context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    ]
+    if named:
+        raise RecipeError(
+            f"{', '.join(named)}: not beside a recipe, which says it itself",
+            hint="leave it out, or set a field of the recipe with -o",
+        )
 
 
 def named_files(
