@@ -105,7 +105,8 @@ def test_a_bill_of_materials_has_base_packages_and_files(
         "files": {"model.gguf": {"sha256": "a" * 64, "bytes": 3}},
     }  # fmt: skip
     base = {"spec": "org/tiny", "revision": "c" * 40, "licence": "apache-2.0", "digest": "d1"}
-    write_run("yoda", base=base, data={"digest": "d2"}, artifacts={"export": made})
+    trained = {**made, "recorded": {"torch": "2.12.0", "bitsandbytes": "not installed"}, "files": {}}
+    write_run("yoda", base=base, data={"digest": "d2"}, artifacts={"train": trained, "export": made})
     for name in ("one.json", "two.json"):
         assert run_command(["show", "yoda", "--bom", name]) == 0
     text = Path("one.json").read_text(encoding="utf-8")
@@ -116,7 +117,8 @@ def test_a_bill_of_materials_has_base_packages_and_files(
     )  # fmt: skip
     by_name = {part["name"]: part for part in bom["components"]}
     assert by_name["org/tiny"]["licenses"] == [{"license": {"name": "apache-2.0"}}]
-    assert by_name["torch"]["purl"] == "pkg:pypi/torch@2.13.0"
+    torch = [part["purl"] for part in bom["components"] if part["name"] == "torch"]
+    assert torch == ["pkg:pypi/torch@2.12.0", "pkg:pypi/torch@2.13.0"] and "bitsandbytes" not in by_name
     assert by_name["llama.cpp"]["type"] == "application" and by_name["training rows"]["type"] == "data"
     assert by_name["export/model.gguf"]["hashes"] == [{"alg": "SHA-256", "content": "a" * 64}]
     assert {"type": "top1", "value": "0.97"} in bom["metadata"]["component"]["modelCard"][

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from forge import report
 from forge.files import write_text
+from forge.resolve.stage import NOT_INSTALLED
 from forge.runs.manifest import Manifest, read_manifest
 from forge.ship.lock import packages_of
 
@@ -66,11 +67,13 @@ def _components(manifest: Manifest) -> Iterator[dict[str, object]]:
     yield made | _digest(base.digest)
     if manifest.data:
         yield _named("data", "training rows", None, "data") | _digest(manifest.data.digest)
-    for name, version in packages_of(manifest)[0].items():
-        if name in _PROGRAMS:
-            yield _named("application", name, version)
-        elif version:
-            yield _named("library", name, version, f"pypi/{name}") | {"purl": f"pkg:pypi/{name}@{version}"}
+    for name, versions in packages_of(manifest).items():
+        for version in versions:
+            if name in _PROGRAMS:
+                yield _named("application", name, version)
+            elif version and version != NOT_INSTALLED:
+                named = f"{name}@{version}"
+                yield _named("library", name, version, f"pypi/{named}") | {"purl": f"pkg:pypi/{named}"}
     for stage, artifact in manifest.artifacts.items():
         for name, file in artifact.files.items():
             yield _named("file", f"{stage}/{name}", None) | _hash(file.sha256)

@@ -13,6 +13,8 @@ from forge.resolve.resolved import Resolved
 from forge.runs.files import of_type
 from forge.tools.llama_cpp import LLAMA_CPP_COMMIT, find_converters
 
+NOT_INSTALLED = "not installed"
+
 
 class OfShip:
     """A stage of one ship: it knows the resolved recipe, and its section lies beside its file."""
@@ -80,4 +82,4 @@ def installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED

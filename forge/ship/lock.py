@@ -104,7 +104,8 @@ def write_lock(ship: Resolved, manifest: Manifest) -> None:
     makes them all.
     """
     path = ship.run_directory / LOCK
-    packages, mixed = packages_of(manifest)
+    packages = packages_of(manifest)
+    mixed = [f"{name} {' and '.join(several)}" for name, several in packages.items() if len(several) > 1]
     if mixed:
         path.unlink(missing_ok=True)
         report.warning(f"no {LOCK}: its stages were made with {'; '.join(mixed)}")
@@ -115,7 +116,7 @@ def write_lock(ship: Resolved, manifest: Manifest) -> None:
         recipe=values(ship.recipe),
         pins=manifest.pins,
         inputs=_inputs(ship),
-        packages=packages,
+        packages={name: several[0] for name, several in packages.items()},
         system=_system(),
         trained_on=TrainedOn(trained.device, trained.compute, trained.processor, trained.threads),
         files=_files(manifest),
@@ -210,16 +211,15 @@ def _inputs(ship: Resolved) -> Mapping[str, str]:
     return digests
 
 
-def packages_of(manifest: Manifest) -> tuple[Mapping[str, str], list[str]]:
-    """Each package's version, and those of which there are several, in words."""
+def packages_of(manifest: Manifest) -> Mapping[str, Sequence[str]]:
+    """Each package's version, or its versions where stages were made with several."""
     basis = (manifest.certificate or {}).get("basis")
     computed = from_plain(Basis, basis, is_strict=False).versions if basis else {}
     seen: dict[str, dict[str, str]] = {}
     for name, version in _versions(manifest, computed):
         seen.setdefault(name, {})[version] = version
-    mixed = [f"{name} {' and '.join(several)}" for name, several in seen.items() if len(several) > 1]
-    first = {"forge-ship": manifest.forge or "", "python": manifest.machine.get("python", "")}
-    return {**first, **{name: next(iter(several)) for name, several in sorted(seen.items())}}, mixed
+    first = {"forge-ship": (manifest.forge or "",), "python": (manifest.machine.get("python", ""),)}
+    return {**first, **{name: tuple(several) for name, several in sorted(seen.items())}}
 
 
 def _versions(manifest: Manifest, computed: Mapping[str, str]) -> Iterator[tuple[str, str]]:
