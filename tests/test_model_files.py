@@ -187,6 +187,16 @@ def test_a_link_to_nothing_says_so(tmp_path: Path) -> None:
     assert refusal(tmp_path) == ["model.safetensors: a link to ../../blobs/1234, which is not there"]
 
 
+@pytest.mark.parametrize("broken", ["model.safetensors.index.json", ONE])
+def test_a_link_to_nothing_among_shards_says_so(broken: str, tmp_path: Path) -> None:
+    (tmp_path / ONE).touch()
+    index = json.dumps({"weight_map": {"a.weight": ONE}})
+    (tmp_path / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    (tmp_path / broken).unlink()
+    (tmp_path / broken).symlink_to("../../blobs/1234")
+    assert refusal(tmp_path) == [f"{broken}: a link to ../../blobs/1234, which is not there"]
+
+
 def test_no_directory(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none") == [".: no such directory"]
 

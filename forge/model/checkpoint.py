@@ -86,9 +86,10 @@ def broken_link(path: Path) -> DataError | None:
 
 
 def _no_weights(directory: Path) -> DataError:
-    if dangling := broken_link(directory / SINGLE):
-        return dangling
     names = sorted(path.name for path in directory.iterdir())
+    weights = [name for name in names if name == INDEX or name.endswith(".safetensors")]
+    if dangling := next(filter(None, (broken_link(directory / name) for name in weights)), None):
+        return dangling
     ends = {Path(name).suffix for name in names}
     shards = [name for name in names if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
     if shards:
@@ -131,6 +132,8 @@ def _open_sharded(directory: Path, index: Path) -> Checkpoint:
         try:
             shards[name] = read_header(directory / name)
         except TensorFileError as error:
+            if dangling := broken_link(error.path):
+                raise dangling from error
             missing = not error.path.exists()
             reason = f"missing: {INDEX} names this shard" if missing else error.reason
             problems.append(Problem(reason, file=str(error.path)))
