@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from forge.cli.main import run_command
+from forge.errors import DataError
+from forge.export.requantize import Requantization, requantize
+from forge.export.rewrite import split_file
 from forge.model.gguf_header import read_gguf
 from tests.servers import write_adapter
 
@@ -124,6 +127,29 @@ def test_what_is_quantized_is_not_rounded_again(export: Run, whole: Path, tmp_pa
     code, fields = export("--gguf", once, "--quant", "q4_0", "--out", tmp_path / "twice.gguf")
     assert code == 2 and "quantized already (q8_0)" in fields["error"]["message"]
     assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["once.gguf"]
+
+
+def test_parts_of_a_file_of_another_alignment_can_be_read(tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_custom_alignment(128)
+    for name in "abc":
+        writer.add_tensor(name, np.ones((3, 11), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    parts = split_file(tmp_path / "m.gguf", 300)
+    assert len(parts) > 1 and {read_gguf(part).alignment for part in parts} == {32}
+
+
+def test_an_adapter_is_not_divided(export: Run, tmp_path: Path) -> None:
+    theirs = write_adapter(tmp_path / "theirs.gguf", says="Y")
+    request = Requantization(theirs, tmp_path / "made.gguf", "f16", 1, part_bytes=100)
+    with pytest.raises(DataError, match="loads none that is in parts"):
+        requantize(request)
 
 
 def test_a_type_that_needs_a_matrix_says_so(export: Run, whole: Path, tmp_path: Path) -> None:

@@ -92,8 +92,12 @@ def requantize(request: Requantization) -> Requantized:
     if quant == COPY:
         quant = type_name(made.metadata.get("general.file_type")) or COPY
     parts: tuple[Path, ...] = ()
-    if request.part_bytes and request.part_bytes < size:
+    if request.part_bytes and request.part_bytes < made.weight_bytes:
+        if header.metadata.get("general.type") == "adapter":
+            raise DataError(f"{request.gguf} is an adapter, and llama.cpp loads none that is in parts")
         parts = split_file(request.out, request.part_bytes)
+        for part in parts:
+            read_gguf(part)
     return Requantized(
         quant,
         round(time.monotonic() - started, 2),

@@ -14,6 +14,10 @@ from forge.export.types import file_type
 ADAPTER_TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
+# What the writer says itself: it pads to the default alignment, which every part then has.
+_OWN = ("general.architecture", "general.alignment")
+
+
 def split_file(source: Path, most_bytes: int) -> tuple[Path, ...]:
     """Write parts as llama.cpp's loader takes them, all metadata in the first, and remove `source`.
 
@@ -68,7 +72,7 @@ def _writer(reader: Any, target: Path, *left_out: str, **options: int) -> Any:
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(str(target), architecture, **options)
     for name, field in reader.fields.items():
-        if not name.startswith(("GGUF.", "split.")) and name not in ("general.architecture", *left_out):
+        if not name.startswith(("GGUF.", "split.")) and name not in (*_OWN, *left_out):
             inner = field.types[-1] if len(field.types) > 1 else None
             writer.add_key_value(name, field.contents(), field.types[0], inner)
     return writer
