@@ -69,7 +69,7 @@ from pathlib import Path
 from forge.serve import front_server
 from forge.serve.embedded_server import start
 from forge.serve.behind import Behind
-from forge.serve.options import attributes
+from forge.serve.options import attributes, scales
 from forge.serve.runtime import ServerSettings
 
 here = Path(__file__).parent.parent
@@ -84,7 +84,10 @@ with front_server.bound(settings) as listener:
     server = start(
         {{
             "model": str(settings.model),
-            "adapters": [(str(path), 1.0) for path in settings.loaded_adapters],
+            "adapters": [
+                (str(path), scale)
+                for path, scale in zip(settings.loaded_adapters, scales(settings), strict=True)
+            ],
             "attributes": [*attributes(settings), *behind],
         }}
     )
