@@ -128,7 +128,8 @@ def test_what_the_recipe_says_is_no_choice(llama: Configuration) -> None:
         (CPU, {"device": "cuda"}, "train.device: cuda is a GPU"),
         (CPU, {"attention": "flash_attention_2"}, "flash_attention_2 runs on a GPU"),
         (T4, {"attention": "flash_attention_2"}, "needs a GPU from Ampere on, not Tesla T4"),
-        (GPU, {"attention": "flash_attention_3"}, "pip install flash-attn"),
+        (GPU, {"attention": "flash_attention_2"}, "pip install flash-attn"),
+        (GPU, {"attention": "flash_attention_3"}, "build hopper/"),
         (GPU, {"optimizer": "schedule_free_adamw"}, "pip install schedulefree"),
     ],
 )
@@ -137,6 +138,13 @@ def test_what_cannot_be_had_is_refused(
 ) -> None:
     with pytest.raises(MissingToolError, match=words):
         require_available(Train.model_validate(changes), llama, device)
+
+
+def test_flash_attention_2_is_not_3(llama: Configuration, packages: Path) -> None:
+    _package(packages, "flash_attn")
+    require_available(Train.model_validate({"attention": "flash_attention_2"}), llama, GPU)
+    with pytest.raises(MissingToolError, match="build hopper/"):
+        require_available(Train.model_validate({"attention": "flash_attention_3"}), llama, GPU)
 
 
 def test_a_family_without_kernels_is_refused(llama: Configuration, packages: Path) -> None:

@@ -117,14 +117,23 @@ def _impossible(train: Train, family: str, device: Device) -> Iterator[Problem]:
             )
 
 
+_FLASH = {
+    "flash_attention_2": ("flash_attn", "pip install flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "build hopper/ of flash-attention's repository"),
+}
+"""The package that transformers asks for, and how to get it."""
+
+
 def _no_flash(train: Train, device: Device) -> Iterator[Problem]:
     """H1: which GPU and which package a named FlashAttention needs."""
     if device.kind != "cuda":
         yield Problem(f"train.attention: {train.attention} runs on a GPU, and {_NO_GPU}")
     elif not device.has_bfloat16:
         yield Problem(f"train.attention: {train.attention} needs a GPU from Ampere on, not {device.name}")
-    elif not any(map(_is_installed, ("flash_attn", "flash_attn_interface", "kernels"))):
-        yield Problem("train.attention: the package is not installed: pip install flash-attn, or kernels")
+    else:
+        package, way = _FLASH[train.attention]
+        if not _is_installed(package) and not _is_installed("kernels"):
+            yield Problem(f"train.attention: the package is not installed: {way}, or pip install kernels")
 
 
 def _no_liger(train: Train, family: str, *, has_gpu: bool) -> str:
