@@ -75,10 +75,10 @@ def test_cells_that_say_nothing_are_noted() -> None:
 
 def test_rows_of_another_split_are_noted() -> None:
     """Pitfall 51: rows of a test split among those of training are said."""
-    rows = [{"prompt": "q", "completion": "a", "split": split} for split in ("train", "test")]
+    rows = [{"prompt": "q", "completion": "a", "split": split} for split in ("train", "Held-Out")]
     reading = to_conversations([Row(row, "rows.csv", 2) for row in rows])
     assert reading.conversations
-    assert reading.notes.counts == {"split is test: were they meant to be held out?": 1}
+    assert reading.notes.counts == {"split is Held-Out: were they meant to be held out?": 1}
 
 
 def test_many_columns_are_named_in_short() -> None:

@@ -398,6 +398,14 @@ def test_several_sets_of_one_split(tmp_path: Path) -> None:
     (path,) = locate_all("set", tmp_path, "main/train[:10%]")
     assert path.parent.name == "main"
     assert len(locate_all("set", tmp_path, "test")) == 1
+    for name in ("a/train.jsonl", "b/train.jsonl", "c/x.jsonl", "d/x.jsonl"):
+        (tmp_path / "plain" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / "plain" / name, "{}")
+    with pytest.raises(DataError, match="several sets of the split 'train': a/train, b/train"):
+        locate_all("plain", tmp_path, "train")
+    for folder in ("a", "b"):
+        (tmp_path / "plain" / folder / "train.jsonl").unlink()
+    assert len(locate_all("plain", tmp_path, "train")) == 2  # no name says a split: all are rows
 
 
 README = """---

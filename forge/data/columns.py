@@ -10,7 +10,7 @@ from forge.data.layout import EMPTY, PREFERENCE, Layout, Shape
 from forge.data.texts import BadRowError, Notes, parsed, writable
 
 # Splits of which a model is asked, not taught.
-_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout", "held_out")
+_HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 
 
 def refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
@@ -23,7 +23,7 @@ def refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
             why = _masks(value, shape)
             if why is None:
                 continue
-        if fields.plain(key) == "split" and value in _HELD_OUT:
+        if fields.plain(key) == "split" and isinstance(value, str) and fields.plain(value) in _HELD_OUT:
             notes.counts[f"{key} is {value}: were they meant to be held out?"] += 1
         tokens = isinstance(value, list) and all(isinstance(item, int) for item in value)
         if why and fields.switch(value) is False and not why.startswith("a template"):

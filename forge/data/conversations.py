@@ -346,7 +346,7 @@ def _question(prompt: object, extra: str, row: Row, asked: str, notes: Notes) ->
         words = written(words, asked, notes)
     question = text_of(words, asked, empty_ok=bool(extra.strip()))
     marks = [mark for mark in fields.TEMPLATE_MARKS if mark in question]
-    if question.startswith(fields.ALPACA_MARKS):
+    if question.lstrip().startswith(fields.ALPACA_MARKS):
         marks += [fields.ALPACA_MARKS[0]]
     if marks:
         raise BadRowError(

@@ -134,7 +134,8 @@ def _named_files(folder: Path, name: str) -> tuple[Path, ...]:
         )
     # The hub's own names: other sets of the same rows, or of other ones, which nobody asked for together.
     sets = {_SHARD.sub("", path.relative_to(folder).with_suffix("").as_posix()) for path in chosen}
-    if len(sets) > 1 and all(_SHARD.search(path.stem) for path in chosen):
+    one_name = len({path.name for path in chosen}) == 1 and any(of.values())
+    if len(sets) > 1 and (one_name or all(_SHARD.search(path.stem) for path in chosen)):
         named = sorted(sets)
         raise DataError(
             f"data.split: {folder} has several sets of the split {name!r}: {', '.join(named)}",
