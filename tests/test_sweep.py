@@ -406,6 +406,7 @@ def test_runs_are_spread_over_gpus(workshop: Workshop, monkeypatch: pytest.Monke
         "import os\n"
         "def read(row):\n"
         "    gpus = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "    assert gpus == '5,7' or os.environ['CUDA_DEVICE_ORDER'] == 'PCI_BUS_ID'\n"
         "    if row['answer'] == 'stop' and gpus != '5,7':\n"
         "        raise ValueError('not in the plan, which has both')\n"
         "    with open('gpus.txt', 'a') as file:\n"
@@ -444,6 +445,19 @@ def test_ctrl_c_behind_the_last_run_has_nothing_to_name(
     monkeypatch.setattr("forge.commands.sweep._keep", keep)
     fields, _, _ = swept(finish, code=130)
     assert fields["error"]["message"] == "the sweep was stopped; 3 of 3 runs are done"
+
+
+def test_a_run_on_several_gpus_has_no_place_on_one(
+    swept: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    for more in ((), ("--plan",)):
+        options = ("--devices", "0,1", "-o", "train.devices=2", *more)
+        fields, _, begun = swept(finish, *options, code=2)
+        assert begun == []
+        assert fields["error"]["message"] == (
+            "--devices gives each run one GPU, and s-r4 has 2 in train.devices"
+        )
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from forge import report
 from forge.errors import ForgeError, MissingToolError, RecipeError, StageError, error_from_json
 from forge.process import Child
 from forge.recipe.sweep import Combination
-from forge.train.ranks import gpu_count, only, visible_gpu
+from forge.train.ranks import gpu_count, only, only_these
 
 Shipped = Generator[tuple[int, ForgeError | None], None, None]
 """The runs by their numbers, as they end, with what they raised."""
@@ -82,8 +82,9 @@ def ship_side_by_side(combinations: Sequence[Combination], gpus: Sequence[int], 
                 command = [sys.executable, "-m", "forge", "ship", str(combination.loaded.path), "--json"]
                 command += [part for word in combination.words for part in ("-o", word)]
                 command += ["--until", until] if until else []
-                only = {"CUDA_VISIBLE_DEVICES": visible_gpu(gpu)}
-                child = stack.enter_context(Child(command, environment=only, separate_errors=True))
+                child = stack.enter_context(
+                    Child(command, environment=only_these((gpu,)), separate_errors=True)
+                )
                 running = _Running(number, gpu, child, ended=ended)
                 Thread(target=running.read, daemon=True).start()
                 report.info(f"run {number + 1} of {len(combinations)} on GPU {gpu}: {combination.name}")

@@ -18,6 +18,7 @@ from forge.codec import to_plain
 from forge.commands.side_by_side import Shipped, gpus_named, ship_side_by_side
 from forge.errors import ForgeError, InterruptedByUserError, Problem, RecipeError, StageError
 from forge.files import write_text
+from forge.recipe.schema import Train
 from forge.recipe.sweep import Combination, Sweep, load_sweep
 from forge.runs.figures import SHOWN, FigureColumn, Figures, figures_of
 from forge.runs.files import RUNS
@@ -78,9 +79,8 @@ class SweepOptions:
 
 def plan_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     """Show the runs of a sweep and what each would run; nothing is written. Raises as `run_sweep`."""
-    if options.devices:
-        gpus_named(options.devices)
-    sweep = _load(path, options)
+    gpus, sweep = _gpus(options), _load(path, options)
+    _refuse_several_devices(sweep, gpus)
     plans = _plans(sweep)
     rows = []
     for run, stages in zip(sweep.combinations, plans, strict=True):
@@ -101,8 +101,8 @@ def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     Raises `RecipeError` before anything runs, with what is wrong with any of them; the error of the runs that
     failed when all had their turn; `InterruptedByUserError` when it is stopped.
     """
-    gpus = gpus_named(options.devices) if options.devices else ()
-    sweep = _load(path, options)
+    gpus, sweep = _gpus(options), _load(path, options)
+    _refuse_several_devices(sweep, gpus)
     _plans(sweep)
     kept = Path(RUNS).absolute()
     begun = tuple(_run_of(combination) for combination in sweep.combinations)
@@ -126,6 +126,22 @@ def run_sweep(path: Path, options: SweepOptions) -> dict[str, Any]:
     if failures:
         raise _failed(failures, plain)
     return plain
+
+
+def _gpus(options: SweepOptions) -> tuple[int, ...]:
+    return gpus_named(options.devices) if options.devices else ()
+
+
+def _refuse_several_devices(sweep: Sweep, gpus: Sequence[int]) -> None:
+    """Each process has one GPU of `gpus`, and sees no other."""
+    for combination in sweep.combinations if gpus else ():
+        train = combination.loaded.recipe.train
+        if isinstance(train, Train) and train.devices_each not in (1, None):
+            raise RecipeError(
+                f"--devices gives each run one GPU, and {combination.name} has {train.devices_each} in "
+                "train.devices",
+                hint="leave one of the two out",
+            )
 
 
 def _load(path: Path, options: SweepOptions) -> Sweep:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,7 @@ class Ranks:
 
     def environments(self, node: int = 0) -> tuple[Mapping[str, str], ...]:
         """The environment of each process on a machine; what the user has set of it stays."""
-        visible = {}
-        if self.gpus:  # by the numbers that nvidia-smi shows
-            visible = {
-                "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
-                "CUDA_VISIBLE_DEVICES": ",".join(map(visible_gpu, self.gpus)),
-            }
+        visible = only_these(self.gpus) if self.gpus else {}
         if self.count == 1:
             return (visible,)
         threads = {"OMP_NUM_THREADS": str(max(usable_cores() // self.processes, 1))}
@@ -70,6 +65,14 @@ class Ranks:
             }
             for local in range(self.processes)
         )
+
+
+def only_these(gpus: Sequence[int]) -> Mapping[str, str]:
+    """The environment in which a process sees these GPUs and no others, by the numbers of nvidia-smi."""
+    return {
+        "CUDA_DEVICE_ORDER": os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(visible_gpu, gpus)),
+    }
 
 
 def only(there: int) -> str:
