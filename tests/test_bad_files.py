@@ -183,7 +183,7 @@ def test_a_plan_refuses_what_a_ship_would(case: str, place: Path, capsys: pytest
 
 DORA: dict[str, tuple[str, str]] = {
     "embedding": ("q_proj, embed_tokens", "embed_tokens is an embedding, not a linear layer"),
-    "Conv1D": ("q_proj", "the layers of GPT-2 are Conv1D, not linear"),
+    "Conv1D": ("q_proj", "the layers of gpt2 are Conv1D, not linear"),
 }
 
 

@@ -204,6 +204,7 @@ def test_a_gpu_by_its_number_is_one_device(rest: str, tmp_path: Path) -> None:
         ("{keep: last}", "train.keep: is not used"),
         ("{warmup_steps: 3, warmup_fraction: 0.1}", "train.warmup_fraction: is not used"),
         ("{schedule: constant, warmup_steps: 3}", "train.warmup_steps: is not used"),
+        ("{schedule: constant, warmup_fraction: 0.1}", "train.warmup_fraction: is not used"),
         ("{learning_rate: 0.5}", "train.learning_rate: 0.5 is high"),
     ],
 )

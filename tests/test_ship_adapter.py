@@ -174,7 +174,7 @@ def test_what_names_the_base_alone_says_so(
 @pytest.mark.parametrize(
     ("base", "lora", "said"),
     [
-        ("gpt2", {}, "the layers of GPT-2 are Conv1D"),
+        ("gpt2", {}, "the layers of gpt2 are Conv1D"),
         ("llama", {"targets": ["embed_tokens"]}, "is an embedding"),
     ],
 )

@@ -262,18 +262,22 @@ def _of_preferences(train: Train, data: Data | None) -> Iterator[Finding]:
 
 def unused(train: Train) -> Mapping[str, tuple[bool, str]]:
     """Fields of a training that others leave without effect, and why."""
-    is_whole, other = train.method not in ("qlora", "auto"), f"train.method is {train.method}"
+    has_no_4_bits, other = train.method not in ("qlora", "auto"), f"train.method is {train.method}"
+    is_constant, without_warmup = train.schedule == "constant", "constant has none; constant_with_warmup has"
     return {
         "epochs": (train.max_steps is not None, "train.max_steps decides"),
         "lora": (
             train.continue_from is not None or train.method == "full",
             other if train.method == "full" else "train.continue_from has its own shape",
         ),
-        "four_bit_type": (is_whole, other),
-        "double_quantization": (is_whole, other),
-        "quant_storage": (is_whole, other),
+        "four_bit_type": (has_no_4_bits, other),
+        "double_quantization": (has_no_4_bits, other),
+        "quant_storage": (has_no_4_bits, other),
         "beta": (not train.compares, f"train.objective is {train.objective}"),
         "keep": (not train.evaluation_steps, "without train.evaluation_steps there is one adapter to keep"),
-        "warmup_fraction": (train.warmup_steps is not None, "train.warmup_steps decides"),
-        "warmup_steps": (train.schedule == "constant", "constant has none; constant_with_warmup has"),
+        "warmup_fraction": (
+            train.warmup_steps is not None or is_constant,
+            without_warmup if is_constant else "train.warmup_steps decides",
+        ),
+        "warmup_steps": (is_constant, without_warmup),
     }

@@ -193,7 +193,7 @@ def check_linear(ship: Resolved) -> None:
         return
     problems = []
     if ship.configuration.model_type in CONV1D_FAMILIES:
-        problems.append("the layers of GPT-2 are Conv1D, not linear")
+        problems.append(f"the layers of {ship.configuration.model_type} are Conv1D, not linear")
     named = () if isinstance(lora.targets, str) else lora.targets
     problems += [
         f"{target} is an embedding, not a linear layer"

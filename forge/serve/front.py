@@ -97,7 +97,7 @@ class Front:
         if len(hosts) != 1:
             raise RefusedRequestError(400, "a request has one Host header")
         if twice := [name for name in _SINGLE if len(request.headers.getlist(name)) > 1]:
-            raise RefusedRequestError(400, f"a request has one {twice[0]} header")
+            raise RefusedRequestError(400, f"send the header {twice[0]} only once")
         self.rules.check_host(hosts[0], (scope.get("server") or ("",))[0])
         origin = request.headers.get("origin")
         if self.rules.check_origin(origin, hosts[0]) and origin is not None:
