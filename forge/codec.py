@@ -1,4 +1,6 @@
-"""Frozen dataclasses to plain JSON values and back: at the worker's pipe, the store and a run's manifest.
+"""JSON: frozen dataclasses to plain values and back, and objects in which no key stands twice.
+
+The former are at the worker's pipe, the store and a run's manifest.
 
 Fields may be str, int, float, bool, None, `Path`, `Literal`, other dataclasses, sections of a recipe
 (pydantic models), unions of these, tuples, `Sequence`, `Mapping[str, ...]` and `Any` or `object` (JSON as it
@@ -22,6 +24,27 @@ from typing import Any, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 T = TypeVar("T")
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object that has two values for one key; `begins` is how it begins."""
+
+    def __init__(self, key: str, begins: str) -> None:
+        super().__init__(f"{json.dumps(key)} stands twice in one object; keep the value that is meant")
+        self.begins = begins
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(repeated, json.dumps(values)[:80])
+    return values
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object)
+"""Reads what people wrote; `json.loads` keeps the last of two values without a word."""
 
 
 def to_plain(value: object) -> Any:

@@ -571,7 +571,7 @@ def test_two_values_of_one_key(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_rows(path)
     (problem,) = caught.value.problems
-    assert str(problem) == 'rows.jsonl:2: "b" stands twice in one object; keep the value to learn'
+    assert str(problem) == 'rows.jsonl:2: "b" stands twice in one object; keep the value that is meant'
 
 
 def test_lines_that_do_not_fit_the_header(tmp_path: Path) -> None:

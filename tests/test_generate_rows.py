@@ -38,7 +38,7 @@ def test_rows_are_checked_before_anything_is_sent(tmp_path: Path) -> None:
     assert messages[0] == "the id 1 stands on line 1 already"
     assert messages[1] == "no id"
     assert "unknown role 'human'" in messages[10]
-    assert "the key 'id' stands twice" in messages[13]
+    assert '"id" stands twice' in messages[13]
     assert "system is not read from such a row" in messages[14]
     assert server.asked == []
     assert not (tmp_path / "out.jsonl").exists()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from forge import report
+from forge.codec import JSON, RepeatedKeyError
 from forge.data.conversation import Row, Rows, RowsOf
 from forge.data.fields import MESSAGES, ROLE, ROW_FIELDS, TEXT, message_part, plain
 from forge.data.problems import BadRows
-from forge.data.texts import JSON, RepeatedKeyError
 from forge.errors import DataError, Problem
 
 _PIECE = 4_000_000  # characters of a list that are read at once

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from forge.codec import JSON, RepeatedKeyError
 from forge.data import fields
 
 TOO_DEEP = "is nested too deeply"
@@ -25,27 +26,6 @@ class BadRowError(Exception):
         super().__init__(message)
         self.message = message
         self.field = field
-
-
-class RepeatedKeyError(ValueError):
-    """A JSON object that has two values for one key; `begins` is how it begins."""
-
-    def __init__(self, key: str, begins: str) -> None:
-        super().__init__(f"{json.dumps(key)} stands twice in one object; keep the value to learn")
-        self.begins = begins
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise RepeatedKeyError(repeated, json.dumps(values)[:80])
-    return values
-
-
-JSON = json.JSONDecoder(object_pairs_hook=_object)
-"""Reads JSON as `json.loads` does, which keeps the last of two values without a word."""
 
 
 @dataclass

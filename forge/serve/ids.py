@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from forge.codec import JSON, RepeatedKeyError
 from forge.errors import StageError
 
 Id = str | int
@@ -91,22 +92,15 @@ def is_stream(path: Path) -> bool:
 def parse_object(line: bytes) -> dict[str, Any]:
     """The object in a line; raises ValueError where it is none, or has a key twice."""
     try:
-        fields = json.loads(line, object_pairs_hook=_with_each_key_once)
+        fields = JSON.decode(line.decode(json.detect_encoding(line)))
+    except RepeatedKeyError:
+        raise
     except RecursionError as wrong:
         raise ValueError("not JSON that can be read: nested too deep") from wrong
     except ValueError as wrong:
         raise ValueError(f"not JSON: {wrong}") from wrong
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
-    return fields
-
-
-def _with_each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [key for key, _ in pairs]
-        twice = next(key for key in fields if names.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
     return fields
 
 
