@@ -19,7 +19,8 @@ from forge.export.run import _choose
 from forge.export.tokenizer import repair_tokenizer
 from forge.export.upstream import Choices
 from forge.model.gguf_header import read_gguf
-from forge.model.tokenizer_files import read_tokenizer
+from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
+from forge.verify.vocabulary import check_vocabulary
 from tests.specimens import rewrite
 from tests.vocabularies import HUB, converters, home_made_tokenizer, write_tokenizer
 from tests.vocabulary_gguf import vocabulary_gguf
@@ -158,6 +159,23 @@ def test_no_answer_ends_at_a_word(tmp_path: Path) -> None:
     ends_at_a_word = rewrite(file, tmp_path / "word.gguf", tokenizer__ggml__eos_token_id=3)
     with pytest.raises(CheckError, match="would end an answer at '!', in the middle of a text"):
         proof.compare_ids(directory, ends_at_a_word, tried, end_of_turn=end)
+
+
+def test_what_llama_cpp_ends_at_by_itself_is_no_fault_of_a_file(tmp_path: Path) -> None:
+    """Qwen's vocabulary has `</s>` as a word, and llama.cpp ends answers at that text in every file."""
+    directory = directory_of(tmp_path / "base", "qwen2")
+    end = read_tokenizer(directory).ids["eos"]
+    file = convert(directory, end_of_turn=end)
+    with proof.ServedVocabulary(file) as served:
+        words = set(served.ending()) - set(open_tokenizer(directory).get_added_tokens_decoder())
+    assert len(words) == 1
+    template = template_of(directory)
+    asked = [[{"role": "user", "content": "Hello"}]]
+    assert (
+        proof.compare_ids(directory, file, proof.cases(template, ["Hello"], []), end_of_turn=end).texts == 1
+    )
+    checked = check_vocabulary(file, directory, None, asked, end)
+    assert checked.stops.ok and checked.tokens.ok, checked
 
 
 def test_a_wrong_pre_tokenizer_is_caught(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from forge.chat.difference import first_difference
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, DataError, Problem
 from forge.export.types import last_words, listening
+from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -124,12 +125,19 @@ def compare_ids(
     if end_of_turn is not None and end_of_turn not in ending:
         raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
     ends = {end_of_turn, *read_tokenizer(directory).eos_ids, *reference.get_added_tokens_decoder()}
-    if words := [repr(reference.id_to_token(token)) for token in sorted(ending - ends)]:
+    # Others it ends at by their text, whatever a file says: `</s>`, which Qwen's vocabulary has as a word.
+    named = _named_ends(vocabulary)
+    if words := [repr(reference.id_to_token(token)) for token in sorted((ending & named) - ends)]:
         raise CheckError(
             f"llama.cpp would end an answer at {', '.join(words[:3])}, in the middle of a text",
             hint="config.json or generation_config.json names that token as an end: compare it with the hub's",
         )
     return ComparedIds(len(compared), limits)
+
+
+def _named_ends(vocabulary: Path) -> set[object]:
+    metadata = read_gguf(vocabulary).metadata
+    return {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
 
 
 def _difference(case: Case, reference: Tokenizer, served: ServedVocabulary) -> Problem | None:

@@ -83,16 +83,18 @@ def check_vocabulary(
 def _words_that_end(
     ending: Sequence[int], header: GgufHeader, reference: Tokenizer, ends: AbstractSet[int | None]
 ) -> tuple[str, ...]:
-    """Tokens at which llama.cpp ends a reply and nobody else does: of plain text, or special ones of a turn.
+    """Tokens that the file names as ends of a reply and nobody else does: of plain text, or special ones of a
+    turn.
 
-    It ends replies at some special tokens by their names, whatever the file says.
+    llama.cpp ends replies at some tokens by their text, whatever the file says: special ones, and `</s>`,
+    which Qwen's vocabulary has as a word.
     """
     named = {header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     special = reference.get_added_tokens_decoder()
     words = []
-    for number in sorted(set(ending) - ends):
+    for number in sorted((set(ending) & named) - ends):
         text = str(reference.id_to_token(number))
-        if number not in special or (number in named and not _ENDS.search(text)):
+        if number not in special or not _ENDS.search(text):
             words.append(text)
     return tuple(words)
 
