@@ -27,7 +27,16 @@ from forge.train.run import train, with_fewer_rows, within_memory
 from forge.verify.loader import Weights
 from forge.verify.reference import logits
 from forge.verify.sample import Sample
-from tests.models import PEFT_WARNS, SIZES, evaluation, load, make_model, prepare_rows
+from tests.models import (
+    PEFT_WARNS,
+    SIZES,
+    change_json,
+    evaluation,
+    load,
+    make_adapter,
+    make_model,
+    prepare_rows,
+)
 from tests.test_train import arguments
 
 pytestmark = [
@@ -107,6 +116,16 @@ def test_training_goes_on_from_an_adapter(method: str, base: Path, data: Path, t
     assert twice.after < once.after < twice.before
     log = (out / "logs" / "training.jsonl").read_text().splitlines()
     assert json.loads(log[0])["loss"] < (once.after + once.before) / 2
+
+
+def test_an_adapter_whose_file_lacks_a_whole_module_is_no_start(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    first = make_adapter(base, tmp_path / "first", target_modules=["q_proj"])
+    change_json(first / "adapter_config.json", modules_to_save=["up_proj"])
+    with pytest.raises(DataError, match=r"train\.continue_from: .*fit") as refused:
+        trained(base, data, tmp_path / "out", max_steps=1, continue_from=str(first))
+    assert refused.value.hint
 
 
 def test_an_adapter_of_another_base_is_no_start(base: Path, data: Path, tmp_path: Path) -> None:
