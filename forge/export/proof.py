@@ -27,7 +27,6 @@ from forge.chat.difference import first_difference
 from forge.chat.template import ChatTemplate, Message
 from forge.errors import CheckError, DataError, Problem
 from forge.export.types import last_words, listening
-from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import open_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def compare_ids(
     try:
         kept, limits = _without_limits(tried, directory / "tokenizer.json", reference, served)
         compared = [_difference(case, reference, served) for case in kept]
-        ending = set() if end_of_turn is None else set(served.ending())
+        ending = {} if end_of_turn is None else served.ending()
     finally:
         served.close()
     problems = list(filter(None, compared))
@@ -125,19 +124,13 @@ def compare_ids(
     if end_of_turn is not None and end_of_turn not in ending:
         raise CheckError(f"llama.cpp does not take token {end_of_turn} for the end of a reply")
     ends = {end_of_turn, *read_tokenizer(directory).eos_ids, *reference.get_added_tokens_decoder()}
-    # Others it ends at by their text, whatever a file says: `</s>`, which Qwen's vocabulary has as a word.
-    named = _named_ends(vocabulary)
-    if words := [repr(reference.id_to_token(token)) for token in sorted((ending & named) - ends)]:
+    wrong = [token for token, is_control in ending.items() if token not in ends and not is_control]
+    if words := [repr(reference.id_to_token(token)) for token in wrong]:
         raise CheckError(
             f"llama.cpp would end an answer at {', '.join(words[:3])}, in the middle of a text",
             hint="config.json or generation_config.json names that token as an end: compare it with the hub's",
         )
     return ComparedIds(len(compared), limits)
-
-
-def _named_ends(vocabulary: Path) -> set[object]:
-    metadata = read_gguf(vocabulary).metadata
-    return {metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
 
 
 def _difference(case: Case, reference: Tokenizer, served: ServedVocabulary) -> Problem | None:
@@ -202,15 +195,19 @@ class ServedVocabulary:
 
         return bool(llama_cpp.llama_vocab_is_eog(self._vocabulary, token))
 
-    def ending(self) -> list[int]:
-        """Every token at which llama.cpp ends a reply."""
+    def ending(self) -> dict[int, bool]:
+        """Every token at which llama.cpp ends a reply, and whether it takes that for a control token.
+
+        It does of each that it knows by its text, such as `</s>`, which Qwen's vocabulary has as a word; not
+        of a word that the file's ids name, or that it falls back to where they name none.
+        """
         import llama_cpp
 
-        return [
-            token
+        return {
+            token: bool(llama_cpp.llama_vocab_is_control(self._vocabulary, token))
             for token in range(llama_cpp.llama_vocab_n_tokens(self._vocabulary))
             if self.ends_reply(token)
-        ]
+        }
 
     def __enter__(self) -> ServedVocabulary:
         return self

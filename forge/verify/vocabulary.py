@@ -81,20 +81,20 @@ def check_vocabulary(
 
 
 def _words_that_end(
-    ending: Sequence[int], header: GgufHeader, reference: Tokenizer, ends: AbstractSet[int | None]
+    ending: Mapping[int, bool], header: GgufHeader, reference: Tokenizer, ends: AbstractSet[int | None]
 ) -> tuple[str, ...]:
-    """Tokens that the file names as ends of a reply and nobody else does: of plain text, or special ones of a
-    turn.
+    """Tokens at which llama.cpp ends a reply and nobody else does: of plain text, or special ones of a turn.
 
-    llama.cpp ends replies at some tokens by their text, whatever the file says: special ones, and `</s>`,
-    which Qwen's vocabulary has as a word.
+    It ends replies at some tokens by their text, whatever the file says, and takes those for control tokens:
+    special ones, and `</s>`, which Qwen's vocabulary has as a word.
     """
     named = {header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
     special = reference.get_added_tokens_decoder()
     words = []
-    for number in sorted((set(ending) & named) - ends):
+    for number in sorted(ending.keys() - ends):
         text = str(reference.id_to_token(number))
-        if number not in special or not _ENDS.search(text):
+        is_turn = number in special and number in named and not _ENDS.search(text)
+        if is_turn or (number not in special and not ending[number]):
             words.append(text)
     return tuple(words)
 
