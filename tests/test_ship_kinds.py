@@ -48,7 +48,8 @@ def test_a_mixture_of_experts_ships_with_the_default_targets(workshop: Workshop,
     make_model(workshop.directory / "base", architecture, "home-made")
     workshop.recipe(base="./base", export={"quant": "f16"})
     answer = workshop.ship("--until", "export")
-    assert "train.lora.targets: auto means attention beside experts: peft adapts" in answer.said
+    assert "train.lora.targets: auto means attention beside experts: a router that" in answer.said
+    assert "train.method: qlora leaves experts in 32 bits" in answer.said
     layers = read_adapter(workshop.run / "adapter").layers
     assert sorted(layers) == [f"model.layers.{n}.self_attn.{one}_proj" for n in range(2) for one in "koqv"]
     assert workshop.manifest()["facts"]["validate"]["ok"]
