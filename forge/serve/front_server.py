@@ -150,8 +150,8 @@ def bound(settings: ServerSettings) -> Iterator[socket.socket]:
 
 
 def _reason(wrong: OSError) -> str:
-    """Without the address, which `create_server` repeats."""
-    if isinstance(wrong, socket.gaierror):
+    """Without the address, which `create_server` repeats: it raises an error of its own for the real one."""
+    if isinstance(wrong, socket.gaierror) or isinstance(wrong.__context__, socket.gaierror):
         return "there is no such host"  # its numbers are those of no other error, and differ by system
     return str(wrong) if wrong.errno is None else os.strerror(wrong.errno)
 
