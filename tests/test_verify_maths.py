@@ -13,6 +13,7 @@ from forge.codec import from_plain
 from forge.errors import DataError
 from forge.model.gguf_header import GgufHeader, GgufTensor
 from forge.model.safetensors_header import TensorSpec
+from forge.verify.beside import compare_tensors
 from forge.verify.compare import (
     compare,
     converts,
@@ -392,6 +393,33 @@ def test_an_adapter_that_rounding_hides_is_there_as_often_as_in_a_sound_file(
     assert words is None or found["verdict"].startswith(words.format(whose))
 
 
+def test_what_another_tool_may_write_otherwise_is_no_fault(tmp_path: Path) -> None:
+    """A router in 16 bits of a file whose types are its own, and a head that is the embedding again."""
+    import gguf
+    import numpy as np
+
+    values = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+
+    def written(name: str, **tensors: Any) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        for tensor, array in tensors.items():
+            writer.add_tensor(f"{tensor}.weight", array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    half, other = values.astype(np.float16), (values * 2).astype(np.float16)
+    file = written("file.gguf", token_embd=half, router=half)
+    tied = written("tied.gguf", token_embd=half, router=values, output=half)
+    apart = written("apart.gguf", token_embd=half, router=values, output=other)
+    beside = compare_tensors(file, tied, tied, same_types=False)
+    assert (beside.worse, beside.missing) == ({}, ())
+    assert beside.other_types == {"router.weight": ("F16", "F32")}
+    assert compare_tensors(file, apart, apart, same_types=False).missing == ("output.weight",)
+
+
 @pytest.mark.parametrize(
     ("worse", "missing", "stage", "words"),
     [
@@ -409,7 +437,7 @@ def test_an_adapter_that_rounding_hides_is_there_as_often_as_in_a_sound_file(
             "quantize",
             "b and 1 more is",
         ),
-        ({}, ["c"], "convert", "1 tensors are missing from the file, such as c"),
+        ({}, ["c"], "convert", "the file lacks c"),
     ],
 )
 def test_a_tensor_that_is_worse_than_llama_cpps_own_is_a_fault(

@@ -56,9 +56,12 @@ def settle_reading(directory: Path, conversations: Sequence[Sequence[Message]] =
     """Have `AutoTokenizer` read a checkpoint as its tokenizer.json says; warn where it will not."""
     if not misreading(directory, conversations):
         return
-    change_fields(directory / "tokenizer_config.json", tokenizer_class=_AS_WRITTEN)
+    path = directory / "tokenizer_config.json"
+    before = path.read_bytes() if path.is_file() else None
+    change_fields(path, tokenizer_class=_AS_WRITTEN)
     left = misreading(directory, conversations)
     if left:
+        path.unlink() if before is None else path.write_bytes(before)
         report.warning(f"the merged checkpoint: {left}")
 
 

@@ -75,12 +75,18 @@ def requantize(request: Requantization) -> Requantized:
         raise DataError(
             f"llama.cpp makes no files of type {request.quant}", hint=f"it makes {', '.join(known)}"
         )
+    is_adapter = header.metadata.get("general.type") == "adapter"
+    if is_adapter and request.part_bytes:
+        raise DataError(
+            f"{request.gguf} is an adapter, and llama.cpp loads none that is in parts",
+            hint="leave out --split-size",
+        )
     if request.quant == COPY:
         report.info(f"copying {request.gguf.name}")
     else:
         _refuse_quantized(header)
         report.info(f"quantizing {request.gguf.name} to {request.quant}")
-    if header.metadata.get("general.type") == "adapter":
+    if is_adapter:
         _round_adapter(request)
     else:
         quantize_file(request.gguf, request.out, request.quant, request.threads, request.imatrix)
@@ -93,8 +99,6 @@ def requantize(request: Requantization) -> Requantized:
         quant = type_name(made.metadata.get("general.file_type")) or COPY
     parts: tuple[Path, ...] = ()
     if request.part_bytes and request.part_bytes < made.weight_bytes:
-        if header.metadata.get("general.type") == "adapter":
-            raise DataError(f"{request.gguf} is an adapter, and llama.cpp loads none that is in parts")
         parts = split_file(request.out, request.part_bytes)
         for part in parts:
             read_gguf(part)

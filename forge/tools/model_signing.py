@@ -46,7 +46,7 @@ def check_signature(target: Path, key: Path, signature: Path) -> None:
 def _run(verb: str, target: Path, signature: Path, option: str, key: Path) -> str | None:
     """What the program has against it."""
     if not key.is_file():
-        raise DataError(f"{key}: there is no such key")
+        raise DataError(f"{key}: there is no such key", hint="name a file in PEM format")
     beside = Path(sys.executable).with_name(_PROGRAM)
     program = str(beside) if beside.is_file() else shutil.which(_PROGRAM)
     if program is None:

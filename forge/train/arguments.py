@@ -101,18 +101,15 @@ def _of_objective(request: TrainRequest) -> tuple[Any, Mapping[str, object]]:
     import trl
 
     settings = request.settings
-    beside: dict[str, object] = {"activation_offloading": settings.offload_activations is True}
-    if settings.method != "full":
-        # A router that is not trained has no balance to learn, whatever the family's configuration says.
-        beside["router_aux_loss_coef"] = 0.0
+    offload = {"activation_offloading": settings.offload_activations is True}
     order = {"train_sampling_strategy": "group_by_length" if settings.length_groups else "random"}
     match settings.objective:
         case "dpo":
-            return trl.DPOConfig, {"beta": settings.beta, "max_length": None, **beside, **order}
+            return trl.DPOConfig, {"beta": settings.beta, "max_length": None, **offload, **order}
         case "kto":
             # The answer that each is compared with is of the same rows, which keep their order for that.
             own = {"beta": settings.beta, "max_length": None, "train_sampling_strategy": "sequential"}
-            return trl.KTOConfig, {**own, **beside}
+            return trl.KTOConfig, {**own, **offload}
         case "orpo":
             # The rows are ids already, and cut to no length; without a number trl warns.
             own = {"beta": settings.beta, "max_length": request.max_length, "remove_unused_columns": False}
@@ -121,7 +118,7 @@ def _of_objective(request: TrainRequest) -> tuple[Any, Mapping[str, object]]:
         "max_length": request.max_length if settings.packing else None,
         "packing": settings.packing,
         "eval_packing": False if settings.evaluation_steps else None,
-        **beside,
+        **offload,
         **order,
     }
 

@@ -76,6 +76,17 @@ def with_lora(model: Any, lora: Lora, *, quantized: bool, checkpointing: bool) -
     return made
 
 
+def without_balance(model: Any, lora: Lora) -> None:
+    """Add no loss for the balance of a mixture's experts: a router that is not trained has none to learn.
+
+    trl adds it to the loss of every mixture, whatever the family's configuration says.
+    """
+    config = model.config.get_text_config()
+    is_trained = any(name.rpartition(".")[2] in ("gate", "router") for name in lora.modules_to_save)
+    if hasattr(config, "output_router_logits") and not is_trained:
+        config.output_router_logits, config.router_aux_loss_coef = False, 0.0
+
+
 def continued(model: Any, adapter: Path, *, quantized: bool, checkpointing: bool) -> Any:
     """The model with the adapter in the directory `adapter`, to be trained further in its own shape.
 

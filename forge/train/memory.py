@@ -253,7 +253,8 @@ def choose_method(
     if needed <= device.usable:
         return "lora", f"16-bit LoRA takes {sizes}"
     if estimate_of(replace(job, method="qlora"), tensors, configuration, device).total >= needed:
-        return "lora", f"16-bit LoRA takes {sizes}, and experts, which stay as they are, more with QLoRA"
+        what = "its experts" if expert_tensors(tensors) else "the embedding"
+        return "lora", f"16-bit LoRA takes {sizes}, and QLoRA more: {what} would be held in 32 bits"
     return "qlora", f"16-bit LoRA would take {sizes}"
 
 

@@ -33,6 +33,7 @@ from forge.train.lora import (
     trainable_to_float32,
     whole_model,
     with_lora,
+    without_balance,
 )
 from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
@@ -304,6 +305,7 @@ def _model(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> An
         add_rows(model, request.rows)
     if request.settings.method == "full":
         return whole_model(model)
+    without_balance(model, request.settings.lora)
     lora, quantized = request.settings.lora, request.loading.is_quantized
     if request.continue_from:
         return continued(model, request.continue_from, quantized=quantized, checkpointing=checkpointing)

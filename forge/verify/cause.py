@@ -125,6 +125,8 @@ def wrong_share(measured: Measurement) -> list[Cause]:
         else:
             continue
         remedy = "check alpha, r and the patterns in adapter_config.json; merge it again"
+        if more < 0:
+            remedy += ", in float32: a merge in 16 bits loses small changes"
         return [Cause("merge", words, remedy)]
     return []
 
@@ -140,7 +142,7 @@ def worse_tensors(measured: Measurement) -> list[Cause]:
     """Tensors that keep less than llama.cpp's own, too few to show in the logits; or that are missing."""
     beside = measured.weights.beside
     if missing := beside.missing:
-        words = f"{len(missing)} tensors are missing from the file, such as {missing[0]}"
+        words = f"the file lacks {missing[0]}{f' and {len(missing) - 1} more tensors' if missing[1:] else ''}"
         return [Cause("convert", words, "convert the same checkpoint again, with forge export")]
     if not beside.worse:
         return []

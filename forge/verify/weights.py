@@ -290,7 +290,7 @@ def _fit(
         scale = float((error * added).sum() / (added * added).sum()) if _any(added) else None
         rest = error - scale * added if scale is not None else error
         fits.append((float(rest.norm() / norm), layout, scale, arranged))
-        if fits[-1][0] < _FITS:
+        if weight.dim() > 1 and fits[-1][0] < _FITS:
             break
     if not fits:
         return None
