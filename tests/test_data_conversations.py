@@ -561,11 +561,6 @@ FAULTS: Mapping[str, tuple[Row, str]] = {
         "input_ids: the row is tokenized already; give its text or its messages; "
         "data.ignore: [input_ids] leaves it out of account",
     ),
-    "a template of its own": (
-        row(messages=[USER, ANSWER], chat_template_kwargs={"enable_thinking": False}),
-        "chat_template_kwargs: a template's variables are the same for every row; "
-        "set train.template_variables; data.ignore: [chat_template_kwargs] leaves it out of account",
-    ),
     "half a character": (
         row(messages=[{**USER, "content": "Hi \ud83d"}, ANSWER]),
         "messages[0].content: has half a character (lone surrogate)",
@@ -662,6 +657,37 @@ def test_a_setting_that_the_rows_contradict(shape: Shape, message: str, hint: st
         to_conversations([row(messages=[USER, ANSWER]), row(2, messages=[USER, ANSWER])], shape)
     assert hint in caught.value.hint
     assert caught.value.problems == ()
+
+
+def test_columns_inside_of_others() -> None:
+    """E8: a path names what stands inside; what stands beside it is listed by its own path."""
+    task = row(data={"q": "Hi", "id": 3}, annotations=[{"result": [{"text": ["Hello."]}]}], note="n")
+    shape = Shape(
+        columns={"prompt": "data.q", "completion": "annotations.0.result.0.text.0"}, ignore=("Note",)
+    )
+    reading = to_conversations([task], shape)
+    assert reading.conversations[0].messages() == [USER, ANSWER]
+    assert reading.notes.unused == {"data.id": 1}
+    dotted = Row({"in.put": "Hi", "out.put": "Hello."}, "rows.jsonl", 1)
+    reading = to_conversations([dotted], Shape(columns={"prompt": "in.put", "completion": "out.put"}))
+    assert reading.conversations[0].messages() == [USER, ANSWER]
+
+
+def test_messages_beside_others_in_one_column() -> None:
+    """Pitfall 51: what stands beside messages in a column that the recipe names is not left out unheard."""
+    shape = Shape(columns={"messages": "log"})
+    with pytest.raises(DataError) as caught:
+        to_conversations([row(log={"system": "Be kind.", "messages": [USER, ANSWER]})], shape)
+    assert caught.value.problems[0].message.endswith("beside its messages; name the column log.messages")
+
+
+def test_files_of_two_shapes_in_one() -> None:
+    """E2: of columns that could each be the prompt no row has two, so each row says which it is."""
+    rows = [row(1, instruction="Hi", output="Hello."), row(2, question="Hi", answer="Hello.")]
+    reading = to_conversations(rows)
+    assert [made.messages() for made in reading.conversations] == [[USER, ANSWER]] * 2
+    with pytest.raises(DataError, match="both instruction and question could be the prompt"):
+        to_conversations([*rows, row(3, instruction="Hi", question="Hi", output="Hello.")])
 
 
 def test_formats_are_told_apart_or_refused() -> None:

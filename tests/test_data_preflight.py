@@ -12,6 +12,7 @@ import pytest
 from forge import report
 from forge.cli.main import run_command
 from forge.recipe.load import load
+from forge.recipe.schema import Train
 from forge.ship.drive import plan, ship
 from tests.conftest import copy_of_tiny
 
@@ -141,6 +142,26 @@ def test_the_first_recipe_of_a_base_without_a_chat_template(place: Path) -> None
     assert "chat_template" not in (place / "third.yaml").read_text()
 
 
+def test_the_first_recipe_of_rows_with_variables(place: Path) -> None:
+    """A variable of the template that every row has alike is the recipe's."""
+    base = copy_of_tiny(place / "base")
+    template = base / "chat_template.jinja"
+    source = template.read_text()
+    template.unlink()
+    template.write_text("{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}" + source)
+    rows = [
+        {"messages": [{**USER, "content": f"Hi {n}"}, ANSWER], "enable_thinking": False} for n in range(12)
+    ]
+    write(place / "rows.jsonl", rows)
+    assert run_command(["init", "first", "--base", "./base", "--data", "rows.jsonl"]) == 0
+    training = load(place / "first.yaml").recipe.train
+    assert isinstance(training, Train)
+    assert training.template_variables == {"enable_thinking": False}
+    ship(place / "first.yaml", until="data")
+    write(place / "rows.jsonl", [{**rows[0], "enable_thinking": True}, *rows[1:]])
+    assert run_command(["init", "second", "--base", "./base", "--data", "rows.jsonl"]) == 2
+
+
 def test_the_first_recipe_elsewhere(place: Path) -> None:
     """The data's path is the recipe's; conversations become messages; an odd text is quoted."""
     odd = 'a "quote" # and: more\nlines'
@@ -180,6 +201,12 @@ def test_init_sets_what_there_is_of_the_data(text: str, place: Path) -> None:
     assert run_command(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl", "-o", text]) == 2
     assert run_command(["init", "first", "-o", text]) == 2
     assert not (place / "first.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["data.ignore=[topic]", "data.roles={kunde: user}"])
+def test_init_refuses_names_that_no_row_has(text: str, place: Path) -> None:
+    write(place / "rows.jsonl", [{"messages": [USER, ANSWER]}])
+    assert run_command(["init", "first", "--base", "builtin:tiny", "--data", "rows.jsonl", "-o", text]) == 2
 
 
 def test_init_wants_both(place: Path) -> None:

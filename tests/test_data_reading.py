@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from forge import report
+from forge.chat.template import ChatTemplate
 from forge.data.conversation import Conversation, Place, Turn
 from forge.data.files import read_file
-from forge.data.prepare import Settings, read_all
+from forge.data.prepare import Settings, prepare, read_all
+from forge.data.prompt_format import prompt_format
 from forge.data.reading import Source, reader_named
 from forge.data.split import weighted
 from forge.errors import DataError
 from forge.recipe.load import load
 from forge.resolve.sources import data_sources
 from tests.hub_stand_in import Hub, StandInRepository
+from tests.makers.tokenizer import CHATML
 from tests.told_sink import Told
+from tests.vocabularies import home_made_tokenizer
 
 RECIPE = "name: a\nbase: builtin:tiny\ndata:\n"
 
@@ -67,6 +72,46 @@ def test_held_out_rows_have_no_weight(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(*(exchange(f"a{n}") for n in range(10))))
     rows = read_all(Settings(sources_of(tmp_path, "  source: [{source: a.jsonl, weight: 3}]\n"), 2))
     assert (len(rows.training), len(rows.heldout)) == (24, 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("ignore", "[idd]", "data.ignore: no row has a column 'idd'; did you mean ID?"),
+        ("ignore", "[topic]", "data.ignore: no row has a column 'topic'"),
+        (
+            "roles",
+            "{kunde: user, kundin: user}",
+            "data.roles: nobody speaks under the name 'kundin'; did you mean Kunde?",
+        ),
+        (
+            "columns",
+            "{history: ID}",
+            "data.columns.history: rows of the format sharegpt have no history",
+        ),
+    ],
+)
+def test_a_setting_that_names_what_no_row_has(field: str, value: str, message: str, tmp_path: Path) -> None:
+    """Pitfall 51: a name that is misspelt changes nothing, and nobody would know."""
+    turns = [{"from": "Kunde", "value": "q"}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "a.jsonl").write_bytes(lines({"ID": 1, "conversations": turns}))
+    (tmp_path / "b.jsonl").write_bytes(lines({"conversations": turns}))
+
+    def settings(source: str, **more: str) -> Settings:
+        fields = {"source": source, "roles": "{kunde: user}", "ignore": "[Id]", **more}
+        text = "".join(f"  {name}: {written}\n" for name, written in fields.items())
+        return Settings(sources_of(tmp_path, text), 0)
+
+    for make in (read_all, prepared_of):
+        make(settings("[a.jsonl, b.jsonl]"))
+        with pytest.raises(DataError) as caught:
+            make(settings("a.jsonl", **{"ignore": "[]", field: value}))
+        assert caught.value.message == message
+
+
+def prepared_of(settings: Settings) -> object:
+    form = prompt_format(ChatTemplate(CHATML), Tokenizer.from_str(json.dumps(home_made_tokenizer())))
+    return prepare(settings, form, None, settings.sources[0].files[0].parent)
 
 
 def test_a_weight_that_is_no_whole_number() -> None:

@@ -7,16 +7,22 @@ import csv
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from forge.data.conversation import Row
+from forge.data.conversations import to_conversations
 from forge.data.files import read_file, read_rows, slice_of
+from forge.data.layout import Shape
 from forge.data.problems import BadRows, refuse
 from forge.data.sources import BUILTIN, files_of_split, locate, locate_all
-from forge.errors import DataError, Problem
+from forge.errors import DataError, Problem, RecipeError
+from forge.recipe.load import load
 
 ROWS = [
     {"prompt": "There is bacon.", "completion": "Bacon, there is."},
@@ -310,8 +316,75 @@ def test_files_that_hold_no_rows_are_named(start: bytes, message: str, tmp_path:
 def test_a_packed_file_that_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}' * 1000)[:-20])
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="cannot read") as caught:
         read_file(path)
+    assert caught.value.hint == "the packed file is damaged: copy or download it again"
+
+
+def test_lines_of_json_in_json(tmp_path: Path) -> None:
+    """E1: a text in each line that is a JSON object."""
+    path = write(tmp_path / "rows.jsonl", "\n".join(json.dumps(json.dumps(row)) for row in ROWS))
+    assert [row.values for row in read_file(path).rows] == ROWS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("# my rows", "a comment, which JSON does not have"),
+        ("// my rows", "a comment, which JSON does not have"),
+        ("\0" * 50, "null characters: the file was not written to its end, or is damaged"),
+    ],
+)
+def test_a_line_that_is_no_json_says_what_it_is(line: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", "\n".join([*map(json.dumps, ROWS), line]))
+    with pytest.raises(DataError) as caught:
+        read_file(path)
+    assert [problem.message for problem in caught.value.problems] == [message]
+
+
+@pytest.mark.training
+def test_values_of_a_table_that_json_has_not(tmp_path: Path) -> None:
+    """E2: bytes that are UTF-8 are text, numbers and dates are written; a name that stands twice is none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {
+        "prompt": [b"Why?", b"When?"],
+        "completion": [Decimal("1.50"), Decimal("2")],
+        "day": [date(2025, 1, 2)] * 2,
+        "raw": [b"\xff"] * 2,
+    }
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    rows = read_file(path).rows
+    for answer, written in (("completion", "1.50"), ("day", "2025-01-02")):
+        reading = to_conversations(rows, Shape(columns={"prompt": "prompt", "completion": answer}))
+        assert reading.conversations[0].messages()[0]["content"] == "Why?"
+        assert reading.conversations[0].messages()[1]["content"] == written
+    with pytest.raises(DataError, match="2 of 2 rows cannot be used") as caught:
+        to_conversations(rows, Shape(columns={"prompt": "prompt", "completion": "raw"}))
+    assert "raw: is bytes, not text; data.format: module:function makes one of it" in str(
+        caught.value.problems[0]
+    )
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, path)
+    with pytest.raises(DataError, match=r"rows\.parquet: two columns are called 'text'"):
+        read_file(path)
+
+
+def test_paths_that_lead_to_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "rows.zip").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"set has no data file; in it is: rows\.zip"):
+        locate_all("set", tmp_path, "train")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="is neither a file nor a directory"):
+        locate_all("pipe.jsonl", tmp_path, "train")
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    text = "name: a\nbase: builtin:tiny\ndata: link.jsonl\n"
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path / "r.yaml", text=text)
+    assert caught.value.problems[0].message == "link.jsonl is a link to nothing: gone.jsonl"
 
 
 def test_bad_lines_are_left_out_where_the_recipe_allows_it(tmp_path: Path) -> None:

@@ -92,6 +92,35 @@ def chat(*contents: str | Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def test_a_row_s_own_variables(prepared: Callable[..., Shown]) -> None:
+    """Pitfall 17: learned where they write the prompt that serving sends, refused with the setting else."""
+    off = {**chat("Hi", "Hello."), "chat_template_kwargs": {"enable_thinking": False, "tools_in": None}}
+    on = {
+        **chat("Hi", "<think>\nhm\n</think>\n\nHello."),
+        "chat_template_kwargs": '{"enable_thinking": true}',
+    }
+    facts, (shown,), _ = prepared(form_of(QWEN3, enable_thinking=False), [off])
+    assert "<think>\n\n</think>" in shown
+    assert facts.notes["have variables of the chat template, which write what the model is served with"] == 1
+    assert facts.unused == {}
+    prepared(form_of(QWEN3), [on])
+    error = refused(prepared, form_of(QWEN3), on, off)
+    assert error.problems[0].line == 2
+    assert error.problems[0].message == (
+        "chat_template_kwargs (enable_thinking: false) prompts otherwise than the model is served"
+    )
+    assert error.hint.startswith("train.template_variables: {enable_thinking: false} trains and serves")
+    assert "data.ignore: [chat_template_kwargs]" in error.hint
+    alone = {**chat("Hi", "Hello."), "enable_thinking": False}
+    refused(prepared, form_of(QWEN3), alone)
+    prepared(form_of("chatml"), [alone])  # its template has no thinking to switch
+    words = {**chat("Hi", "Hello."), "chat_template_kwargs": {"custom_instructions": "Be kind."}}
+    error = refused(prepared, form_of(QWEN3), words)
+    assert error.problems[0].message == (
+        "chat_template_kwargs has custom_instructions, which the chat template does not read"
+    )
+
+
 def refused(prepared: Callable[..., Shown], form: PromptFormat, *rows: Mapping[str, Any]) -> DataError:
     with pytest.raises(DataError) as caught:
         prepared(form, rows)

@@ -7,6 +7,7 @@ Not covered: documents are passed as None.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,6 +106,11 @@ class ChatTemplate:
         variables = {name: value for name, value in self.variables.items() if name != DAY_VARIABLE}
         values = {"documents": None, **self.special_tokens, **variables}
         return renderer.render(self.source, self.day, values, prompts)
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """Those of the variables that it reads."""
+        return frozenset(self.variables_read())
 
     def variables_read(self) -> tuple[str, ...]:
         """Names that the template reads beyond what every template is given."""

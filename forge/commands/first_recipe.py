@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from forge.chat.template import ChatTemplate
@@ -18,7 +18,7 @@ from forge.data.conversation import Conversation
 from forge.data.layout import TEXT
 from forge.data.problems import BadRows
 from forge.data.prompt_format import prompt_format
-from forge.data.reading import Read, read
+from forge.data.reading import Read, read, refuse_absent, refuse_unheard
 from forge.data.split import split
 from forge.data.tokens import encode_all
 from forge.errors import DataError
@@ -50,6 +50,8 @@ class RowsFit:
     supervise: str
     chat_template: str = ""
     why: str = ""
+    variables: Mapping[str, Json] = field(default_factory=dict)
+    """Those of the template that every row has alike."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,10 @@ def _rows(data: str, directory: Path, overrides: Sequence[str]) -> _Rows:
     assert chosen is not None
     (its_source,), heldout = data_sources(asked, offline=False, fetch=True)
     rows = read(its_source, limit=chosen.limit, bad=BadRows(chosen.skip_bad_rows))
+    refuse_absent([rows])
     settings = {**chosen.model_dump(mode="json", exclude_unset=True), "source": _named(data, directory)}
     usual, why = _held_out(len(rows.conversations))
+    refuse_unheard([rows])
     share = heldout if "eval" in settings else usual
     evaluation: tuple[float | str, str] = usual, why
     if "eval" in settings:
@@ -135,6 +139,8 @@ def _fit(base: ResolvedBase, rows: Sequence[Conversation], *, is_text: bool) -> 
         name, why = _missing_template(files)
         text = template_text(name, Path(), files.templates)
     template = ChatTemplate(text, files.template_tokens)
+    variables = _alike(rows, template)
+    template = replace(template, variables=variables)
     form = prompt_format(template, open_tokenizer(files.directory))
     some = rows[:_ENCODED]
     try:
@@ -145,7 +151,18 @@ def _fit(base: ResolvedBase, rows: Sequence[Conversation], *, is_text: bool) -> 
         except DataError:
             raise every from None
     longest = max(len(row.input_ids) for row in encoded)
-    return RowsFit(parameters, configuration.max_positions, longest, supervise, name, why)
+    return RowsFit(parameters, configuration.max_positions, longest, supervise, name, why, variables)
+
+
+def _alike(rows: Sequence[Conversation], template: ChatTemplate) -> dict[str, Json]:
+    """The template's variables that every row has, and with one value."""
+    each = [row.variables.values if row.variables else {} for row in rows]
+    first = each[0] if each else {}
+    return {
+        name: first[name]
+        for name in sorted(template.names & first.keys())
+        if isinstance(first[name], (str, int, float)) and all(row.get(name) == first[name] for row in each)
+    }
 
 
 def _missing_template(files: TokenizerFiles) -> tuple[str, str]:
@@ -203,6 +220,8 @@ def _training(count: int, fit: RowsFit | None) -> Iterator[str]:
     yield f"  method: {'lora' if small else 'qlora'}  # {reason}"
     yield f"  epochs: {epochs}  # {count * epochs // batch:,} steps or so of {batch} rows"
     yield f"  batch_size: {batch}"
+    if fit and fit.variables:
+        yield f"  template_variables: {json.dumps(fit.variables, ensure_ascii=False)}  # as every row has it"
     if fit and fit.supervise == "last":
         yield "  supervise: last  # the template writes earlier answers otherwise than it prompts for them"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from forge.data import fields
-from forge.data.conversation import Row, Turn
+from forge.data.conversation import Row, RowVariables, Turn
 from forge.data.layout import EMPTY, PREFERENCE, Layout, Shape
 from forge.data.texts import BadRowError, Notes, parsed, writable
 
@@ -16,7 +16,7 @@ _HELD_OUT = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
 def refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
     for key in layout.unused:
         value = row.values.get(key)
-        if value in EMPTY or key in shape.ignore:
+        if value in EMPTY or shape.ignores(key):
             continue
         why = fields.ROW_REFUSED.get(fields.plain(key))
         if fields.plain(key) == "mask" and isinstance(value, str):
@@ -26,7 +26,7 @@ def refuse_keys(row: Row, layout: Layout, shape: Shape, notes: Notes) -> None:
         if fields.plain(key) == "split" and isinstance(value, str) and fields.plain(value) in _HELD_OUT:
             notes.counts[f"{key} is {value}: were they meant to be held out?"] += 1
         tokens = isinstance(value, list) and all(isinstance(item, int) for item in value)
-        if why and fields.switch(value) is False and not why.startswith("a template"):
+        if why and fields.switch(value) is False:
             continue
         if why and (tokens or not why.startswith("the row is tokenized")):
             raise BadRowError(f"{why}; data.ignore: [{key}] leaves it out of account", key)
@@ -51,7 +51,7 @@ def _refuse_of_prompt(row: Row, layout: Layout, shape: Shape, turns: Sequence[Tu
     asked = turns[: answers[-1]] if answers else turns
     for key in layout.unused:
         value = row.values.get(key)
-        if fields.plain(key) not in fields.OF_PROMPT or value in EMPTY or key in shape.ignore:
+        if fields.plain(key) not in fields.OF_PROMPT or value in EMPTY or shape.ignores(key):
             continue
         words = value if isinstance(value, list) else [value]
         if all(
@@ -74,7 +74,7 @@ def _refuse_thinking(row: Row, layout: Layout, shape: Shape, turns: Sequence[Tur
     for key in layout.unused:
         value = row.values.get(key)
         texts = [value] if isinstance(value, str) else value
-        if fields.thinker(key) is None or key in shape.ignore or not isinstance(texts, list):
+        if fields.thinker(key) is None or shape.ignores(key) or not isinstance(texts, list):
             continue
         words = "\n".join(text for turn in turns for text in (turn.content, turn.reasoning))
         # A word by itself says how the row was made.
@@ -134,6 +134,20 @@ def refuse_two_columns(row: Row, layout: Layout, notes: Notes) -> None:
                     "out of account",
                     column,
                 )
+
+
+def variables_of(row: Row, layout: Layout) -> RowVariables | None:
+    """The chat template's variables that a row has: in one object, or `enable_thinking` by itself."""
+    column, value = layout.value(row, fields.VARIABLES)
+    value = parsed(value)
+    if value in EMPTY:
+        return None
+    if isinstance(value, Mapping):
+        return RowVariables(column, {str(name): item for name, item in value.items() if item is not None})
+    on = fields.switch(value)
+    if on is None or fields.plain(column) != fields.plain(fields.ENABLE_THINKING):
+        raise BadRowError(f"is {value!r}; it can be an object of variables, enable_thinking a switch", column)
+    return RowVariables(column, {fields.ENABLE_THINKING: on})
 
 
 def left_out(row: Row, layout: Layout, notes: Notes, *, labels: bool = False) -> str | None:

@@ -116,6 +116,14 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class RowVariables:
+    """Values of the chat template's variables that a row has in one of its columns (`enable_thinking`)."""
+
+    column: str
+    values: Mapping[str, Json]
+
+
+@dataclass(frozen=True)
 class Conversation:
     """The turns of one row, ending with an assistant's; or, with no turns, `text` that is learned whole.
 
@@ -132,6 +140,7 @@ class Conversation:
     """Of a preference pair: the same turns with the answer that was rejected."""
     desirable: bool | None = None
     """Of a single answer with a label: whether it is good."""
+    variables: RowVariables | None = None
 
     def messages(self) -> list[dict[str, Json]]:
         """What a chat template is given."""

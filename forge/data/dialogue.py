@@ -10,9 +10,12 @@ from typing import TypeGuard
 
 from forge.codec import Json
 from forge.data.conversation import Conversation, Place, Turn
+from forge.data.fields import role_of
 from forge.data.texts import BadRowError, Notes, text_of
 from forge.data.turns import calls_of, finished, tools_of
 
+# A line of a messenger's log begins with its time, another log's with who speaks.
+_LOG = re.compile(r"\s*\[?\d{1,4}[./-]\d{1,2}[./-]\d{1,4},? \d{1,2}:\d\d|[\s#*\[]*(\w+)[*\] ]*:")
 _DIALOGUE = re.compile(r"(?:(?:^|\n)\s*(?=[HAS])|### ?)(Human|Assistant|System):[ \t]?")
 
 
@@ -21,6 +24,9 @@ def of_text(text: str, column: str, place: Place, notes: Notes, before: Sequence
     if "### Human:" in text and "### Assistant:" in text:
         notes.counts["texts of ### Human: and ### Assistant:, read as conversations"] += 1
         return Conversation(finished([*before, *dialogue(text, column)], notes), place)
+    speaker = _LOG.match(text)
+    if speaker and (speaker[1] is None or role_of(speaker[1], {})):
+        notes.counts["texts that begin as a log of a chat, learned whole: messages teach answers only"] += 1
     return Conversation((), place, text=text)
 
 

@@ -1,4 +1,6 @@
-"""Rows as services export them: ChatGPT, Claude, OpenAssistant's trees; logs of APIs are in `logs`.
+"""Rows as services export them: ChatGPT, Claude, Open WebUI, AI Studio, OpenAssistant's trees.
+
+Logs of APIs are in `logs`, exports that do not say what is to be learned in `unclear`.
 
 Each becomes a row of messages. What of it plays no part stays as a column, so that it is listed as unused; a
 row that cannot be learned from holds the reason in place of its messages (`conversations` raises it). Not
@@ -139,12 +141,17 @@ def _claude_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"role": message.get("sender"), "content": content or message.get("text")}
 
 
-def _of_data(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A row inside of one."""
-    inside = values["data"]
-    if not isinstance(inside, Mapping) or not isinstance(inside.get(_MESSAGES), list):
-        return None
-    return {**without(values, "data"), **inside}
+def _within(key: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """A row inside of one, under this key: what both have keeps the path of the inner one."""
+
+    def of(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        inside = values[key]
+        if not isinstance(inside, Mapping) or _MESSAGES not in inside or _MESSAGES in values:
+            return None
+        row = without(values, key)
+        return row | {f"{key}.{name}" if name in row else name: value for name, value in inside.items()}
+
+    return of
 
 
 def _of_tree(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -171,12 +178,99 @@ def _rank(reply: Mapping[str, Any]) -> float:
     return rank if isinstance(rank, (int, float)) else float("inf")
 
 
-def _of_input(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """`input` holds the messages and their tools, as OpenAI's preference pairs do."""
-    value = values["input"]
-    if not isinstance(value, Mapping) or _MESSAGES not in value:
+def _of_chat(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Open WebUI's: a tree of messages, of which the path to `currentId` stands in `messages` as well."""
+    chat = values["chat"]
+    history = chat.get("history") if isinstance(chat, Mapping) else None
+    nodes = history.get(_MESSAGES) if isinstance(history, Mapping) else None
+    if not isinstance(history, Mapping) or not isinstance(nodes, Mapping):
+        return _within("chat")(values)
+    path = _path(nodes, history.get("currentId"), "parentId")
+    row = without(values, "chat")
+    row |= {f"chat.{key}": value for key, value in chat.items() if key not in ("history", _MESSAGES)}
+    if others := [key for key in nodes if key not in path]:
+        row["chat (other branches)"] = others
+    params = chat.get("params")
+    if isinstance(params, Mapping) and params.get("system"):
+        row["system"] = params["system"]
+        row["chat.params"] = without(params, "system")
+    try:
+        row[_MESSAGES] = [_open_webui_message(nodes[key]) for key in path]
+    except BadRowError as wrong:
+        row[_MESSAGES] = wrong
+    return row
+
+
+_OWN_MARKS = '<details type="'
+
+
+def _open_webui_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = message.get("content")
+    for key in ("files", "sources", "error"):
+        if message.get(key):
+            raise BadRowError(f"a message has {key}, which the text does not show; leave the row out", "chat")
+    if message.get("done") is False:
+        raise BadRowError("an answer was cut off (done: false); leave the row out", "chat")
+    if isinstance(content, str) and _OWN_MARKS in content:
+        kind = content.partition(_OWN_MARKS)[2].partition('"')[0]
+        raise BadRowError(
+            f"holds Open WebUI's own marks of {kind} (<details>), which no template writes; leave the row "
+            "out, or data.format: module:function makes messages of it",
+            "chat",
+        )
+    return {"role": message.get("role"), "content": content}
+
+
+def _of_ai_studio(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Google AI Studio's prompt as Drive keeps it: chunks of texts and of the model's thinking."""
+    prompt = values["chunkedPrompt"]
+    chunks = prompt.get("chunks") if isinstance(prompt, Mapping) else None
+    if not isinstance(chunks, list) or not all(isinstance(chunk, Mapping) for chunk in chunks):
         return None
-    return {**without(values, "input"), **value}
+    row = without(values, "chunkedPrompt")
+    try:
+        row[_MESSAGES] = list(_ai_studio_messages(chunks))
+    except BadRowError as wrong:
+        row[_MESSAGES] = wrong
+    return row
+
+
+_OF_CHUNK = {
+    "text", "parts", "role", "tokenCount", "isThought", "finishReason", "thinkingBudget", "createTime",
+    "thoughtSignatures", "isEdited", "id",
+}  # fmt: skip
+
+
+def _ai_studio_messages(chunks: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    thought, before = "", ""
+    for number, chunk in enumerate(chunks):
+        place, role, text = f"chunkedPrompt.chunks[{number}]", chunk.get("role"), chunk.get("text")
+        if others := [key for key in chunk if key not in _OF_CHUNK and chunk[key]]:
+            raise BadRowError(f"has {', '.join(others)}; only text can be learned here", place)
+        if not isinstance(text, str):
+            raise BadRowError("has no text", place)
+        if role != "model":
+            yield {"role": role, "content": text}
+        elif chunk.get("isThought"):
+            thought += text
+        elif before == role:
+            raise BadRowError("an answer goes on in another chunk; leave the row out", place)
+        elif (reason := chunk.get("finishReason", "STOP")) != "STOP":
+            raise BadRowError(f"the answer was cut off ({reason}); leave the row out", place)
+        else:
+            yield {"role": role, "content": text, "reasoning_content": thought}
+            thought = ""
+        before = before if chunk.get("isThought") else str(role)
+    if thought:
+        raise BadRowError("ends with thinking without an answer; leave the row out", "chunkedPrompt")
+
+
+def _of_prodigy(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Prodigy's `answer` is the annotator's verdict on the task, not what is to be learned."""
+    verdict = values.get("answer")
+    if verdict not in ("accept", "reject", "ignore"):
+        return None
+    return {**without(values, "answer"), "train": verdict == "accept"}
 
 
 def _of_swift(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -196,7 +290,9 @@ _KINDS: Mapping[str, Callable[[Mapping[str, Any]], Mapping[str, Any] | None]] = 
     "chat_messages": _of_claude,
     **dict.fromkeys(("choices", "candidates", "response", "body", "request", "message", "object"), of_call),
     "prompt": _of_tree,
-    "input": _of_input,
-    "data": _of_data,
+    "chat": _of_chat,
+    **{key: _within(key) for key in ("input", "data", "conversation", "conversations", "dialogue", "dialog")},
     "rejected_response": _of_swift,
+    "chunkedPrompt": _of_ai_studio,
+    "_task_hash": _of_prodigy,
 }

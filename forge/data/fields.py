@@ -13,7 +13,8 @@ from collections.abc import Mapping
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 SYSTEM, INPUT, HISTORY, TOOLS = "system", "input", "history", "tools"
 CHOSEN, REJECTED, REASONING, TEXT, TRAINED = "chosen", "rejected", "reasoning", "text", "trained"
-WEIGHT, LABEL, MASKED, CALLS = "weight", "label", "masked", "calls"
+WEIGHT, LABEL, MASKED, CALLS, VARIABLES = "weight", "label", "masked", "calls", "variables"
+ENABLE_THINKING = "enable_thinking"
 
 
 @functools.lru_cache(4096)
@@ -51,6 +52,7 @@ ROW_FIELDS: Mapping[str, tuple[str, ...]] = {
     TRAINED: _names("train training trainable"),
     WEIGHT: _names("weight"),
     LABEL: _names("label kto_tag"),
+    VARIABLES: _names(f"chat_template_kwargs {ENABLE_THINKING}"),
 }  # fmt: skip
 # What would change the prompt or the loss and is not supported: refused where it holds something.
 ROW_REFUSED: Mapping[str, str] = {
@@ -60,10 +62,6 @@ ROW_REFUSED: Mapping[str, str] = {
         "the row is tokenized already; give its text or its messages",
     ),
     **dict.fromkeys(_names("train_on_input train_on_inputs train_on_prompt"), "prompts carry no loss here"),
-    **dict.fromkeys(
-        _names("chat_template_kwargs enable_thinking"),
-        "a template's variables are the same for every row; set train.template_variables",
-    ),
     **dict.fromkeys(_names("chat_template"), "the template is the base's, the same for every row"),
     **dict.fromkeys(
         _names("roles_to_train train_on_eos train_on_eot"),
@@ -87,12 +85,13 @@ OF_PROMPT = _names(
 # What may be the answer to a text beside it: refused where the text would be learned whole without it.
 OF_ANSWER = _names("summary highlights abstract headline translation sentiment intent emotion code sql")
 
-ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID = (
-    "role", "content", "name", "tool_calls", "function_call", "tool_call_id",
+ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID, IS_USER = (
+    "role", "content", "name", "tool_calls", "function_call", "tool_call_id", "is_user",
 )  # fmt: skip
 MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {
     ROLE: _names("role from speaker sender author"),
-    CONTENT: _names("content value text parts message"),
+    IS_USER: _names("is_user is_human"),
+    CONTENT: _names("content value text parts message mes"),
     NAME: _names("name"),
     TOOL_CALLS: _names("tool_calls function_calls"),
     FUNCTION_CALL: _names("function_call tool_call"),
@@ -106,6 +105,7 @@ MESSAGE_FIELDS: Mapping[str, tuple[str, ...]] = {
 }
 MESSAGE_REFUSED: Mapping[str, str] = {
     **dict.fromkeys(_names("images image videos video audios audio"), "only text can be learned here"),
+    **dict.fromkeys(_names("is_system"), "a message that the model was not shown; leave it out"),
     **dict.fromkeys(_names("refusal"), "a refusal beside the content is not shown; put it into content"),
     **dict.fromkeys(
         _names("train_detail training_detail loss_mask mask"), "loss is set for a whole turn (weight: 0)"

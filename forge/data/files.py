@@ -100,7 +100,11 @@ def read_file(
             rows, kind = _text_rows(data, name, inner, encoding, split, bad)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"data.source: cannot read {path}: {why}") from error
+        is_damaged = isinstance(error, (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile))
+        raise DataError(
+            f"data.source: cannot read {path}: {why}",
+            hint="the packed file is damaged: copy or download it again" if is_damaged else "",
+        ) from error
     if not len(rows):
         raise DataError(f"data.source: {path} has no rows", hint="training needs at least a few hundred")
     return FileRows(rows, kind)
@@ -229,6 +233,9 @@ def _arrow_rows(path: Path, data: bytes, name: str, kind: str) -> Rows:
                     yield Row({key: _without_nulls(value) for key, value in values.items()}, name, number)
 
     try:
+        names = [column for batch in islice(batches(), 1) for column in batch.schema.names]
+        if repeated := next((column for column in names if names.count(column) > 1), None):
+            raise DataError(f"data.source: {name}: two columns are called {repeated!r}", hint="rename one")
         return RowsOf(sum(map(len, batches())), rows)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
@@ -237,9 +244,17 @@ def _arrow_rows(path: Path, data: bytes, name: str, kind: str) -> Rows:
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without the keys that a table filled with null because another row has them."""
+    """`value` without the keys that a table filled with null because another row has them.
+
+    Bytes that are UTF-8 are a text: what some programs write has no other.
+    """
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 

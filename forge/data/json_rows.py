@@ -12,19 +12,26 @@ from typing import Any
 from forge import report
 from forge.codec import JSON, RepeatedKeyError
 from forge.data.conversation import Row, Rows, RowsOf
+from forge.data.exports import plain_row
 from forge.data.fields import MESSAGES, ROLE, ROW_FIELDS, TEXT, message_part, plain
 from forge.data.problems import BadRows
+from forge.data.texts import parsed
 from forge.errors import DataError, Problem
 
 _PIECE = 4_000_000  # characters of a list that are read at once
 _BEFORE_FIRST, _BEFORE_NEXT = re.compile(r"\s*(\]?)"), re.compile(r"\s*([,\]])\s*")
 _NO_OBJECT = "not an object in braces"
+# How a line begins that is no JSON -> what it is.
+_NO_JSON: Mapping[str, str] = {
+    **dict.fromkeys(("#", "//", "/*"), "a comment, which JSON does not have"),
+    "\0": "null characters: the file was not written to its end, or is damaged",
+}
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "eval")
 
 
 def is_json_line(text: str) -> bool:
     try:
-        return isinstance(json.loads(text.lstrip().partition("\n")[0]), (dict, list))
+        return isinstance(parsed(json.loads(text.lstrip().partition("\n")[0])), (dict, list))
     except (ValueError, RecursionError):
         return False
 
@@ -169,7 +176,8 @@ def _items(whole: object, name: str, split: str) -> tuple[Sequence[Mapping[str, 
                 f"data.source: {name}: its columns do not have the same length: {lengths}",
                 hint="each column needs a value for each row",
             )
-        if not of_rows and any(isinstance(value, str) for value in whole.values()):
+        is_row = any(isinstance(value, str) for value in whole.values()) or plain_row(whole) is not whole
+        if not of_rows and is_row:
             return [whole], "one JSON object"
     raise DataError(f"data.source: {name}: not a list of objects", hint='expected [{"prompt": ...}, ...]')
 
@@ -226,12 +234,14 @@ def _of_line(
     try:
         values = decode(line.removeprefix("\ufeff"))  # files put one after the other keep their marks
     except json.JSONDecodeError as error:
-        return Problem(f"not JSON: {error.msg}", "", name, number) if line.strip() else None
+        what = next((what for mark, what in _NO_JSON.items() if line.lstrip().startswith(mark)), "")
+        message = what or f"not JSON: {error.msg}"
+        return Problem(message, "", name, number) if line.strip() else None
     except RepeatedKeyError as error:
         return Problem(str(error), "", name, number)
     except (ValueError, RecursionError) as error:
         return Problem(f"not JSON: {error}", "", name, number)
-    row = _row(values)
+    row = _row(parsed(values))
     return Problem(_NO_OBJECT, "", name, number) if row is None else Row(row, name, number)
 
 

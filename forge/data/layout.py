@@ -6,8 +6,9 @@ that the rows contradict, is one `DataError` with the setting that is right.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from forge import report
 from forge.data import fields
 from forge.data.conversation import Row, Rows
+from forge.data.paths import texts_inside
 from forge.data.texts import parsed
 from forge.errors import DataError
 
@@ -37,6 +39,8 @@ _PAIRS: Mapping[str, tuple[str, str, str]] = {
     "question": ("question", "context", "answer"),
 }
 _MOST_NAMES, _LONGEST_NAME = 30, 30
+# A sign between two names of columns that are known.
+_ELSE_BETWEEN = re.compile(r"^\w+ ?([^\w .-]) ?\w+$")
 EMPTY: tuple[object, ...] = (None, "", [], {}, ())
 
 
@@ -54,6 +58,9 @@ class Shape:
     labels: bool = False
     """Whether single answers with a label, good or bad, are read too."""
 
+    def ignores(self, column: str) -> bool:
+        return fields.plain(column) in map(fields.plain, self.ignore)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -62,6 +69,10 @@ class Layout:
     format: str
     parts: Mapping[str, tuple[str, ...]]
     unused: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        return [*dict.fromkeys([key for keys in self.parts.values() for key in keys]), *self.unused]
 
     def value(self, row: Row, part: str) -> tuple[str, Any]:
         """The column of `part` and what it holds: the first that is not empty."""
@@ -106,8 +117,7 @@ def layout_of(rows: Rows, shape: Shape) -> Layout:
     _require_columns(sorted(counts), shape)
     first = next(iter(rows))
     where = f"{first.file}:{first.line}"
-    ignored = {fields.plain(name) for name in shape.ignore}
-    columns = [key for key, filled in counts.items() if fields.plain(key) not in ignored]
+    columns = [key for key in counts if not shape.ignores(key)]
     taken = set(shape.columns.values())
     parts: dict[str, list[str]] = {part: [column] for part, column in shape.columns.items()}
     for part, names in fields.ROW_FIELDS.items():
@@ -125,7 +135,10 @@ def layout_of(rows: Rows, shape: Shape) -> Layout:
         parts[fields.PROMPT], parts[fields.MESSAGES] = parts[fields.MESSAGES], []
     form = shape.format if shape.format != AUTO else _detect(parts, shape, columns, rows)
     _require_format(form, parts, shape, columns, rows)
-    chosen = {part: tuple(keys) for part, keys in _of_format(form, parts, shape, where).items() if keys}
+    apart = {part for part, keys in parts.items() if _are_apart(rows, counts, keys)}
+    chosen = {
+        part: tuple(keys) for part, keys in _of_format(form, parts, shape, where, apart).items() if keys
+    }
     if form in (MESSAGES, SHAREGPT):
         form = _spelling(rows, chosen[fields.MESSAGES], form)
     elif form == PROMPT:
@@ -134,6 +147,11 @@ def layout_of(rows: Rows, shape: Shape) -> Layout:
         thinking = _thinking_of(chosen.get(fields.COMPLETION, ("",))[0], columns)
         chosen |= {fields.REASONING: thinking} if thinking else {}
     used = {key for keys in chosen.values() for key in keys}
+    if idle := [part for part, column in shape.columns.items() if column not in used]:
+        raise DataError(
+            f"data.columns.{idle[0]}: rows of the format {form} have no {idle[0]}",
+            hint=f"leave it out; they have: {', '.join(chosen)}",
+        )
     return Layout(form, chosen, tuple(key for key in counts if key not in used))
 
 
@@ -264,10 +282,19 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         and (isinstance(first.values.get(key), list) or fields.plain(key) != "labels")
     ]:
         hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
+    elif len(columns) == 1 and (mark := _ELSE_BETWEEN.search(columns[0])):
+        hint = f"where {mark[1]!r} parts its columns: write the table with commas, tabs, semicolons or bars"
     elif turns := _unknown_turns(columns, first):
         hint = f"where {turns} has the turns of a conversation: data.columns: {{messages: {turns}}}"
     elif pair := _near_pair(parts, columns, first):
         hint = pair
+    elif not columns:
+        raise DataError(f"{where}: the rows have no columns", hint="training needs texts or conversations")
+    elif inside := texts_inside({key: first.values.get(key) for key in columns}):
+        hint = (
+            f"data.columns takes what is inside, too, such as {', '.join(inside)}: {{prompt: ..., "
+            "completion: ...}; data.format: module:function reads any other row"
+        )
     raise DataError(
         f"{where}: cannot tell the data's format from its columns: {in_short(columns)}",
         hint=f"{hint}; a table needs a line of column names first",
@@ -312,11 +339,21 @@ def _require_format(
         )
 
 
+def _are_apart(rows: Rows, counts: Mapping[str, int], keys: Sequence[str]) -> bool:
+    """Whether no row has two of these columns: files of several shapes in one."""
+    if len(keys) < 2 or sum(counts[key] for key in keys) > len(rows):
+        return False
+    return all(sum(row.values.get(key) not in EMPTY for key in keys) < 2 for row in rows)
+
+
 def _of_format(
-    form: str, parts: Mapping[str, Sequence[str]], shape: Shape, where: str
+    form: str, parts: Mapping[str, Sequence[str]], shape: Shape, where: str, apart: Collection[str]
 ) -> dict[str, list[str]]:
-    """The parts that the format uses; raises `DataError` where two columns could be one."""
-    always = (fields.SYSTEM, fields.TOOLS, fields.TRAINED, fields.WEIGHT, fields.LABEL)
+    """The parts that the format uses; raises `DataError` where two columns could be one.
+
+    Of the parts that are `apart` each row has one column at most.
+    """
+    always = (fields.SYSTEM, fields.TOOLS, fields.TRAINED, fields.WEIGHT, fields.LABEL, fields.VARIABLES)
     own = {
         MESSAGES: (fields.MESSAGES, fields.REASONING),
         SHAREGPT: (fields.MESSAGES, fields.REASONING),
@@ -337,7 +374,7 @@ def _of_format(
     )
     for part, named in named_parts.items():
         exact = [key for key in chosen.get(part, ()) if fields.plain(key) == named]
-        if exact and is_whole and part not in shape.columns:
+        if exact and is_whole and part not in shape.columns and part not in apart:
             chosen[part] = exact
     if fields.PROMPT not in chosen and fields.PROMPT in own and fields.INPUT in chosen:
         first, *beside = chosen.pop(fields.INPUT)
@@ -345,7 +382,7 @@ def _of_format(
         if beside:
             chosen[fields.INPUT] = beside
     for part in (fields.PROMPT, fields.COMPLETION, fields.CHOSEN, fields.TEXT, fields.INPUT):
-        if len(chosen.get(part, ())) > 1:
+        if len(chosen.get(part, ())) > 1 and part not in apart:
             first, second = chosen[part][:2]
             raise DataError(
                 f"{where}: both {first} and {second} could be the {part}",

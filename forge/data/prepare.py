@@ -25,7 +25,7 @@ from forge.data.overlong import Fit
 from forge.data.pairs import encode_pairs
 from forge.data.problems import BadRows, grouped
 from forge.data.prompt_format import PromptFormat
-from forge.data.reading import Read, Source, read
+from forge.data.reading import Read, Source, read, refuse_absent, refuse_unheard
 from forge.data.split import held_out, refuse_overlap, refuse_same, split, times, weighted
 from forge.data.spool import Spool
 from forge.data.texts import Notes
@@ -243,6 +243,7 @@ def _encode(settings: Settings, form: PromptFormat, spool: Spool) -> tuple[Seque
     if isinstance(settings.heldout, Path):
         reads.append(_read_heldout(settings, settings.heldout, bad))
         parts.append(islice(reads[-1], None))
+    refuse_absent(reads)
     total = sum(len(part.reading.rows) for part in reads)
     ends: list[int] = []
 
@@ -253,6 +254,7 @@ def _encode(settings: Settings, form: PromptFormat, spool: Spool) -> tuple[Seque
 
     for conversation, rows in report.track("encode rows", encoded(), total):
         spool.add(conversation, rows)
+    refuse_unheard(reads)
     return reads, bad, ends[0]
 
 
@@ -399,6 +401,7 @@ def read_all(settings: Settings) -> ReadRows:
     """What reading the rows gives, without a tokenizer; raises `DataError` as `prepare` would."""
     bad = BadRows(settings.skip_bad_rows)
     reads = [read(source, limit=settings.limit, bad=bad) for source in settings.sources]
+    refuse_absent(reads)
     rows = [conversation for part in reads for conversation in part.conversations][: settings.limit]
     if isinstance(settings.heldout, Path):
         reads.append(_read_heldout(settings, settings.heldout, bad))
@@ -406,6 +409,7 @@ def read_all(settings: Settings) -> ReadRows:
         refuse_overlap(rows, heldout)
     else:
         training, heldout = split(rows, settings.heldout, settings.seed)
+    refuse_unheard(reads)
     return ReadRows(weighted(training, settings.seed), heldout, reads, bad)
 
 

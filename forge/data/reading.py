@@ -7,14 +7,16 @@ import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from forge.data.conversation import Conversation, Row, RowsOf
 from forge.data.conversations import Reading, understand
+from forge.data.fields import plain, role_of
 from forge.data.files import read_file, slice_of
-from forge.data.layout import Reader, Shape
+from forge.data.layout import Reader, Shape, in_short
 from forge.data.problems import BadRows
 from forge.data.sources import in_few_words
 from forge.errors import DataError
@@ -74,6 +76,32 @@ def read(source: Source, *, limit: int | None = None, bad: BadRows | None = None
 
     reading = understand(RowsOf(len(places), rows), source.shape, bad)
     return Read(reading, source, list(dict.fromkeys(file.kind for file in files)))
+
+
+def refuse_absent(reads: Sequence[Read]) -> None:
+    """Raise `DataError` for a column of `data.ignore` that no source has."""
+    there = {plain(column): column for part in reads for column in part.reading.layout.columns}
+    for name in dict.fromkeys(name for part in reads for name in part.source.shape.ignore):
+        if plain(name) not in there:
+            near = get_close_matches(plain(name), there, 1)
+            meant = f"; did you mean {there[near[0]]}?" if near else ""
+            raise DataError(
+                f"data.ignore: no row has a column {name!r}{meant}",
+                hint=f"the columns are: {in_short(list(there.values()))}",
+            )
+
+
+def refuse_unheard(reads: Sequence[Read]) -> None:
+    """Raise `DataError` for a name of `data.roles` under which nobody speaks; all rows were gone through."""
+    heard = {plain(name): name for part in reads for name in part.reading.notes.roles}
+    for name in dict.fromkeys(name for part in reads for name in part.source.shape.roles):
+        if plain(name) not in heard and role_of(name, {}) is None:
+            near = get_close_matches(plain(name), heard, 1)
+            meant = f"; did you mean {heard[near[0]]}?" if near else ""
+            raise DataError(
+                f"data.roles: nobody speaks under the name {name!r}{meant}",
+                hint=f"names other than user and assistant are: {', '.join(heard.values()) or 'none'}",
+            )
 
 
 def reader_named(name: str, directory: Path) -> Reader:

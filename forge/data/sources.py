@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from forge.data.configurations import configured_files
-from forge.data.files import SUFFIXES, is_data_file
+from forge.data.files import PACKED, SUFFIXES, is_data_file
 from forge.data.json_rows import SPLITS
 from forge.errors import DataError
 
@@ -87,6 +87,11 @@ def _files_of(source: str, directory: Path, split: str, field: str) -> tuple[Pat
         if files:
             return tuple(files)
         raise DataError(f"{field}: no file matches {source}", hint=f"looked in {directory}")
+    if path.exists():
+        raise DataError(
+            f"{field}: {path} is neither a file nor a directory, and rows are read more than once",
+            hint="write what comes out of it into a file",
+        )
     raise DataError(
         f"{field}: {path} does not exist",
         hint=f"name a file ({', '.join(SUFFIXES)}), a directory or a pattern",
@@ -119,6 +124,12 @@ def _named_files(folder: Path, name: str) -> tuple[Path, ...]:
     files = [path for path in files if path.suffix.lower() not in (".txt", ".md")] or [
         path for path in files if not path.stem.lower().startswith(("readme", "license", "licence"))
     ]
+    if not files:
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
+        raise DataError(
+            f"data.source: {folder} has no data file; in it is: {inside}",
+            hint=f"forge reads {', '.join(SUFFIXES)}, packed too ({', '.join(PACKED)})",
+        )
     of = {path: _split_of(path.relative_to(folder)) for path in files}
     wanted = _SAME_SPLIT.get(name, name)
     chosen = [
@@ -127,7 +138,7 @@ def _named_files(folder: Path, name: str) -> tuple[Path, ...]:
     if not chosen and (not any(of.values()) or len(files) == 1) and name == "train":
         chosen = files
     if not chosen:
-        names = ", ".join(path.relative_to(folder).as_posix() for path in files[:20]) or "none"
+        names = ", ".join(path.relative_to(folder).as_posix() for path in files[:20])
         raise DataError(
             f"data.split: {folder} has no data file of the split {name!r}; its data files are: {names}",
             hint="set data.split, or name the file you want as data.source",

@@ -10,6 +10,8 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 from forge.codec import JSON, RepeatedKeyError
@@ -50,9 +52,10 @@ def text_of(value: object, place: str, *, empty_ok: bool = False) -> str:
     if isinstance(value, list):
         raise BadRowError("is a list, not one text; data.format: module:function makes one of it", place)
     if not isinstance(value, str):
-        raise BadRowError(f"is {type(value).__name__}, not text", place)
-    if has_half_a_character(value):
-        raise BadRowError("has half a character (lone surrogate)", place)
+        kind = type(value).__name__
+        raise BadRowError(f"is {kind}, not text; data.format: module:function makes one of it", place)
+    if why := unwritable(value):
+        raise BadRowError(f"has {why}", place)
     if not value.strip() and not empty_ok:
         raise BadRowError("is empty", place)
     return value
@@ -72,8 +75,10 @@ def written(value: object, place: str, notes: Notes) -> object:
     """A number or an object as JSON writes it: a class to learn, or what is to be taken out of a text."""
     if isinstance(value, bool):
         what = "booleans"
-    elif isinstance(value, (int, float)) and value == value:
+    elif isinstance(value, (int, float, Decimal)) and value == value:
         what = "numbers"
+    elif isinstance(value, (date, time)):
+        what = "dates"
     elif isinstance(value, Mapping) and _is_data(value):
         what = "objects"
         text_of(json.dumps(value, ensure_ascii=False), place)
@@ -81,7 +86,7 @@ def written(value: object, place: str, notes: Notes) -> object:
         return value
     ways = "written as JSON; data.format: module:function gives other words"
     notes.counts[f"{what} in {place}, {ways}"] += 1
-    return json.dumps(value, ensure_ascii=False)
+    return str(value) if isinstance(value, (Decimal, date, time)) else json.dumps(value, ensure_ascii=False)
 
 
 def _is_data(value: Mapping[str, Any]) -> bool:
@@ -93,11 +98,14 @@ def _is_data(value: Mapping[str, Any]) -> bool:
     return len(texts) != 1 or not _BESIDE_TEXT.issuperset(beside)
 
 
-def has_half_a_character(text: str) -> bool:
+def unwritable(text: str) -> str:
+    """What a text has that no text has: "" for nothing."""
     try:
-        return not text.isascii() and not text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
-        return True
+        return "half a character (lone surrogate)"
+    return "a null character, at which programs in C end a text" if "\0" in text else ""
 
 
 _TEXTS = ("text", "input_text", "output_text")
@@ -167,10 +175,12 @@ def thoughts(content: object) -> tuple[str, object]:
 
 def parsed(value: object) -> object:
     """`value`, or what it says where it is JSON or a Python literal in a text (tables hold lists so)."""
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{", '"[', '"{')):
         return value
     try:
-        return JSON.decode(value)
+        made = JSON.decode(value)
+        inner = parsed(made) if isinstance(made, str) else made  # JSON in JSON
+        return value if isinstance(inner, str) else inner
     except RepeatedKeyError:
         return value
     except (ValueError, RecursionError):

@@ -10,6 +10,7 @@ what the row holds is in the text (`shown`).
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +30,7 @@ _ONE_EACH = (
     "and a server prompts each answer so"
 )
 _IN_TWO_PIECES = "whose answer merges with the prompt's end: encoded in two pieces, as a server has them"
+_SAME_PROMPT = "have variables of the chat template, which write what the model is served with"
 _BATCH_ROWS, _BATCH_CHARACTERS = 256, 4_000_000
 _CUT_THINKING = "the template leaves out the thinking of earlier answers, as it does when the model is served"
 
@@ -237,6 +239,7 @@ def _drafts(asked: Asked, texts: Texts, form: PromptFormat) -> Sequence[_Draft]:
         raise asked.error
     if not conversation.turns:
         return []
+    notes = _of_variables(conversation, texts, form)
     whole = texts.of(len(conversation.turns), False)
     learned = [_answer(conversation, index, texts, form) for index in asked.looked_at]
     shown.check_prompt(conversation, whole, texts.without_tools)
@@ -245,13 +248,43 @@ def _drafts(asked: Asked, texts: Texts, form: PromptFormat) -> Sequence[_Draft]:
         whole.startswith(answer.text) and not control.in_answer(conversation.turns[answer.index], form)
         for answer in learned
     ):
-        return [_draft(conversation, learned, form)]
-    return _one_each(conversation, learned, form)
+        return [_draft(conversation, learned, form, *notes)]
+    return _one_each(conversation, learned, form, *notes)
 
 
-def _one_each(conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat) -> list[_Draft]:
+def _of_variables(conversation: Conversation, texts: Texts, form: PromptFormat) -> list[str]:
+    """What is to be said of the template's variables that a row has: a server has the recipe's, always."""
+    variables = conversation.variables
+    if variables is None:
+        return []
+    without = f"data.ignore: [{variables.column}]"
+    unread = [
+        name
+        for name, value in variables.values.items()
+        if value and not isinstance(value, bool) and name not in form.template.names
+    ]
+    if unread:
+        raise DataError(
+            f"{variables.column} has {', '.join(unread)}, which the chat template does not read",
+            hint=f"{without} trains without it",
+        )
+    if texts.own:
+        own = ", ".join(f"{name}: {json.dumps(value)}" for name, value in texts.own.items())
+        raise DataError(
+            f"{variables.column} ({own}) prompts otherwise than the model is served",
+            hint=f"train.template_variables: {{{own}}} trains and serves the model so, and rows that have it "
+            f"otherwise are another model's; {without} renders every row as the model is served",
+        )
+    return [_SAME_PROMPT]
+
+
+def _one_each(
+    conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat, *notes: str
+) -> list[_Draft]:
     """Each answer as a row of its own."""
-    return [_draft(_up_to(conversation, answer.index), [answer], form, _ONE_EACH) for answer in learned]
+    return [
+        _draft(_up_to(conversation, answer.index), [answer], form, *notes, _ONE_EACH) for answer in learned
+    ]
 
 
 def _draft(conversation: Conversation, learned: Sequence[_Answer], form: PromptFormat, *notes: str) -> _Draft:

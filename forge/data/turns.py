@@ -18,11 +18,11 @@ from forge.data.conversation import ToolCall, Turn
 from forge.data.texts import (
     BadRowError,
     Notes,
-    has_half_a_character,
     is_words,
     parsed,
     text_of,
     thoughts,
+    unwritable,
     writable,
 )
 
@@ -33,6 +33,9 @@ def _as_list(value: object, place: str) -> Sequence[Any]:
     """The messages in `value`: a list, a list in a text, or one list a key (a struct of lists)."""
     value = parsed(value)
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
+        if beside := [key for key in value if key != "messages" and value[key] not in _EMPTY]:
+            names = ", ".join(map(writable, beside))
+            raise BadRowError(f"has {names} beside its messages; name the column {place}.messages", place)
         value = value["messages"]
     if isinstance(value, Mapping):
         columns = {key: items for key, items in value.items() if isinstance(items, list)}
@@ -152,7 +155,7 @@ def _is_usual(message: object) -> bool:
         and isinstance(text := message.get("content"), str)
         and not text.isspace()
         and text != ""
-        and not has_half_a_character(text)
+        and not unwritable(text)
         and not _is_all_thinking(text)
     )
 
@@ -260,6 +263,8 @@ def _role(
     key, speaker = parts.get(fields.ROLE, ("role", None))
     if speaker is None and "parts" in message:  # Gemini's user need not say so
         speaker = "user"
+    if speaker is None and (is_user := fields.switch(parts.get(fields.IS_USER, ("", None))[1])) is not None:
+        speaker = "user" if is_user else "assistant"
     if isinstance(speaker, Mapping):  # ChatGPT's export
         speaker = speaker.get("role", speaker.get("name"))
     role = fields.role_of(speaker, roles) if isinstance(speaker, str) else None

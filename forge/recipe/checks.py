@@ -70,6 +70,8 @@ def _missing(field: str, named: str, directory: Path, *, kind: str) -> Iterator[
         return
     if kind == "directory" and _is(path, Path.is_file):
         yield field, f"must be a directory, not a file: {named}"
+    elif _is(path, Path.is_symlink) and not _is(path, Path.exists):
+        yield field, f"{named} is a link to nothing: {path.readlink()}"
     elif not _is(path, Path.exists):
         meant = nearest(path.name, _beside(path))
         asked = f"; did you mean {meant}?" if meant else f" (looked in {path.parent.resolve()})"

@@ -71,7 +71,7 @@ class Base(Section):
 
 
 class Columns(Section):
-    """Which columns of the data play which part; unnamed ones are found by their usual names."""
+    """Which columns play which part (`translation.en`: inside of another); others are found by name."""
 
     prompt: Text | None = Field(None, description="column of the prompt")
     completion: Text | None = Field(None, description="column of the wanted answer")

@@ -12,7 +12,8 @@ from pathlib import Path
 from forge import report
 from forge.chat.stops import require
 from forge.codec import Json
-from forge.data.conversations import LABELLED, PAIRS
+from forge.data.conversations import LABELLED
+from forge.data.exchange import PAIRS
 from forge.data.prepare import (
     TRAIN_FILE,
     Account,
@@ -42,7 +43,7 @@ class DataStage(ShipStage):
 
     name = DATA_STAGE
     rank = 40
-    version = 9
+    version = 10
 
     def params(self) -> Mapping[str, Json]:
         data, training = self.ship.recipe.data, self.ship.training
