@@ -681,6 +681,31 @@ def test_messages_beside_others_in_one_column() -> None:
     assert caught.value.problems[0].message.endswith("beside its messages; name the column log.messages")
 
 
+def test_odd_calls_are_noted() -> None:
+    """Pitfall 51: a template writes them all the same."""
+    called = [{"id": number, "name": "look", "arguments": {}} for number in ("1", "2")]
+    answers = [{"role": "tool", "content": "x", "tool_call_id": number} for number in ("2", "1")]
+    turns = [USER, {"role": "assistant", "tool_calls": called}, *answers, ANSWER]
+    look, other = [{"name": "look"}], [{"name": "find"}]
+    order = "answers of tools in another order than their calls, whose ids most templates do not write"
+    for row_of, notes in (
+        (row(messages=turns, tools=look), {order}),
+        (row(messages=[*turns[:2], *answers[::-1], ANSWER], tools=look), set()),
+        (
+            row(messages=turns[:2], tools=other),
+            {"calls of a function that the row's tools do not list: look"},
+        ),
+        (
+            row(messages=turns[:2]),
+            {"calls of a row without tools: a server's model is shown what it may call"},
+        ),
+        (row(messages=[USER, answers[0], ANSWER]), {"an answer of a tool that nothing called"}),
+    ):
+        reading = to_conversations([row_of])
+        assert reading.conversations
+        assert set(reading.notes.counts) == notes
+
+
 def test_files_of_two_shapes_in_one() -> None:
     """E2: of columns that could each be the prompt no row has two, so each row says which it is."""
     rows = [row(1, instruction="Hi", output="Hello."), row(2, question="Hi", answer="Hello.")]

@@ -321,6 +321,27 @@ def test_a_packed_file_that_is_cut(tmp_path: Path) -> None:
     assert caught.value.hint == "the packed file is damaged: copy or download it again"
 
 
+def test_spaces_behind_delimiters(tmp_path: Path) -> None:
+    """E2: they are no part of a value, and a quote may follow them."""
+    table = ' prompt , completion\n"a, b", "c"\nd, e\n'
+    rows = read_file(write(tmp_path / "rows.csv", table)).rows
+    assert [row.values for row in rows] == [
+        {"prompt": "a, b", "completion": "c"},
+        {"prompt": "d", "completion": "e"},
+    ]
+    rows = read_file(write(tmp_path / "rows.csv", "prompt,completion\nd, e\n")).rows
+    assert next(iter(rows)).values["completion"] == " e"
+
+
+def test_tables_put_one_after_the_other(tmp_path: Path) -> None:
+    """Pitfall 51: the names of the columns are no row."""
+    with pytest.raises(DataError) as caught:
+        read_file(write(tmp_path / "rows.csv", "prompt,completion\na,b\n" * 2))
+    assert [str(problem) for problem in caught.value.problems] == [
+        "rows.csv:3: names of columns again: tables were put one after the other"
+    ]
+
+
 def test_lines_of_json_in_json(tmp_path: Path) -> None:
     """E1: a text in each line that is a JSON object."""
     path = write(tmp_path / "rows.jsonl", "\n".join(json.dumps(json.dumps(row)) for row in ROWS))

@@ -121,6 +121,15 @@ def test_a_row_s_own_variables(prepared: Callable[..., Shown]) -> None:
     )
 
 
+def test_two_answers_in_a_row(prepared: Callable[..., Shown]) -> None:
+    """Pitfall 50: the template does not begin the second one as it prompts for it."""
+    error = refused(prepared, form_of(QWEN3), chat("Hi", "Hello.", {"role": "assistant", "content": "Yes?"}))
+    assert error.problems[0].message == (
+        "message 2 (assistant) follows another answer: no server is asked for a second"
+    )
+    assert error.hint.startswith("join the answers, or leave these rows out")
+
+
 def refused(prepared: Callable[..., Shown], form: PromptFormat, *rows: Mapping[str, Any]) -> DataError:
     with pytest.raises(DataError) as caught:
         prepared(form, rows)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from forge.codec import Json
 from forge.data import fields
+from forge.data.called import note_calls
 from forge.data.columns import left_out, refuse_beside, refuse_keys, refuse_two_columns, variables_of
 from forge.data.conversation import Conversation, Row, Rows, RowsOf, Turn
 from forge.data.dialogue import chat_turns, is_chat, of_text, with_functions
@@ -222,6 +223,7 @@ def _conversation(row: Row, layout: Layout, shape: Shape, notes: Notes) -> Conve
         rejected = finished([*_system(row, layout), *asked], Notes())
         _refuse_no_pair(done, rejected, layout)
     _refuse_tools_twice(row, layout, done, tools)
+    note_calls(done, tools, notes)
     if all(turn.trained is False for turn in done if turn.role == "assistant"):
         notes.counts["left out: no answer carries loss, says the row"] += 1
         return None

@@ -202,15 +202,19 @@ def _refuse_single_messages(rows: Rows, columns: Sequence[str]) -> None:
         )
 
 
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
 def _unknown_turns(columns: Sequence[str], row: Row) -> str:
     """A column that has another name than turns have and may hold some; texts where only it does."""
     lists = {key: value for key in columns if _may_be_turns(value := parsed(row.values.get(key)))}
     spoken = [key for key, value in lists.items() if isinstance(value, list) and _speaker(value[0])]
-    texts = [
-        key
-        for key in lists
-        if fields.plain(key).removesuffix("s") not in _OF_PAIRS and fields.plain(key) not in fields.OF_PROMPT
-    ]
+    texts = (
+        []
+        if any(map(_is_of_pair, columns))
+        else [key for key in lists if fields.plain(key) not in fields.OF_PROMPT]
+    )
     return spoken[0] if spoken else texts[0] if len(texts) == 1 else ""
 
 
@@ -226,6 +230,10 @@ def _near_pair(parts: Mapping[str, Sequence[str]], columns: Sequence[str], row: 
     ways = [f"data.columns: {{prompt: {asked[0]}, completion: {key}}} learns {key}" for key in near[:3]]
     ways = ways or [f"data.columns: {{prompt: {asked[0]}, completion: ...}} names the answer"]
     return "; ".join([*ways, "data.format: module:function reads any other row"])
+
+
+def _is_of_pair(column: str) -> bool:
+    return fields.plain(column).removesuffix("s") in _OF_PAIRS
 
 
 _OF_PAIRS = (*fields.ROW_FIELDS[fields.PROMPT], *fields.ROW_FIELDS[fields.COMPLETION])
@@ -279,7 +287,7 @@ def _detect(parts: Mapping[str, Sequence[str]], shape: Shape, columns: Sequence[
         key
         for key in columns
         if fields.plain(key) in fields.ROW_REFUSED
-        and (isinstance(first.values.get(key), list) or fields.plain(key) != "labels")
+        and (fields.plain(key) != "labels" or _are_numbers(first.values.get(key)))
     ]:
         hint = f"{refused[0]}: {fields.ROW_REFUSED[fields.plain(refused[0])]}"
     elif len(columns) == 1 and (mark := _ELSE_BETWEEN.search(columns[0])):

@@ -10,6 +10,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from forge import report
@@ -98,13 +99,21 @@ def _settled(records: Iterable[Row | Problem], name: str, bad: BadRows) -> Itera
     bad.settle(
         problems,
         f"{name}: {len(problems)} lines do not fit the header",
-        "quote values that hold the delimiter",
+        "quote values that hold the delimiter, and keep one line of names",
     )
 
 
 def _records(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Row | Problem]:
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    head, lines = [], iter(lines)
+    for text in lines:
+        head.append(text)
+        if text.strip():
+            break
+    # A space behind every delimiter is no part of a value, and a quote may follow it.
+    is_spaced = 0 < head[-1].count(delimiter) == head[-1].count(f"{delimiter} ") if head else False
+    reader = csv.reader(chain(head, lines), delimiter=delimiter, strict=True, skipinitialspace=is_spaced)
     header: list[str] = []
+    names: list[str] = []
     line = 1
     try:
         for record in reader:
@@ -112,6 +121,7 @@ def _records(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Row | 
             if not record:
                 continue
             if not header:
+                names = record
                 # Excel writes columns without a name where cells were once filled.
                 header = [column.strip() or f"column {at}" for at, column in enumerate(record, start=1)]
                 if repeated := next((column for column in header if header.count(column) > 1), None):
@@ -119,6 +129,8 @@ def _records(lines: Iterable[str], delimiter: str, name: str) -> Iterator[Row | 
                         f"data.source: {name}: two columns are called {repeated!r}",
                         hint="rename one of them in its first line",
                     )
+            elif record == names:
+                yield Problem("names of columns again: tables were put one after the other", "", name, start)
             elif len(record) != len(header):
                 many = "more" if len(record) > len(header) else "fewer"
                 yield Problem(f"{many} values than columns", "", name, start)

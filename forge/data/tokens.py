@@ -380,6 +380,11 @@ def _answer(conversation: Conversation, index: int, texts: Texts, form: PromptFo
     if not follows:
         shown.check_prompt(conversation, text, texts.without_tools)
         shown.check_turn(turns[index], index, text, form.template)
+        if index and turns[index - 1].role == "assistant":
+            raise DataError(
+                f"message {index} (assistant) follows another answer: no server is asked for a second",
+                hint="join the answers, or leave these rows out",
+            )
         raise DataError(
             "the prompt is not a prefix of the conversation: the template begins an answer otherwise than "
             "its generation prompt",

@@ -365,7 +365,8 @@ def tools_of(value: object, place: str) -> tuple[Mapping[str, Json], ...]:
 
 def _tool(tool: object, place: str) -> Mapping[str, Json]:
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    if not isinstance(tool, Mapping) or not isinstance(function, Mapping) or not function.get("name"):
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(tool, Mapping) or not isinstance(name, str) or not name:
         raise BadRowError(
             "a tool needs a name: {type: function, function: {name: ..., parameters: ...}}", place
         )
