@@ -683,7 +683,7 @@ def test_messages_beside_others_in_one_column() -> None:
 
 def test_odd_calls_are_noted() -> None:
     """Pitfall 51: a template writes them all the same."""
-    called = [{"id": number, "name": "look", "arguments": {}} for number in ("1", "2")]
+    called: list[dict[str, Json]] = [{"id": number, "name": "look", "arguments": {}} for number in ("1", "2")]
     answers = [{"role": "tool", "content": "x", "tool_call_id": number} for number in ("2", "1")]
     turns = [USER, {"role": "assistant", "tool_calls": called}, *answers, ANSWER]
     look, other = [{"name": "look"}], [{"name": "find"}]

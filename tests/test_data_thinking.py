@@ -17,7 +17,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from forge.chat.template import ChatTemplate
-from forge.data.prepare import TRAIN_FILE, Prepared, Settings, prepare
+from forge.data.account import Prepared
+from forge.data.prepare import TRAIN_FILE, Settings, prepare
 from forge.data.prompt_format import PromptFormat, prompt_format
 from forge.data.reading import Source
 from forge.data.tokens import IGNORED

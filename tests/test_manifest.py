@@ -11,7 +11,7 @@ import pytest
 
 from forge import report
 from forge.cli.main import run_command
-from forge.data.prepare import Prepared
+from forge.data.account import Prepared
 from forge.runs.manifest import Learned, Manifest, Pins, RunView, manifest_of, read_manifest
 from forge.stages.deploy import DeployFacts
 from forge.stages.export import ExportFacts

@@ -21,7 +21,8 @@ from forge.adapter.status import Validated
 from forge.chat.hand_over import LeftOut
 from forge.chat.same_prompts import ComparedPrompts
 from forge.codec import to_plain
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared
+from forge.data.account import Prepared
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import CheckError, MissingToolError
 from forge.export.checkpoint import Merged
 from forge.export.rehearsal import Rehearsed

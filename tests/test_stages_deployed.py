@@ -17,7 +17,8 @@ from forge import report
 from forge.chat.stops import StopContract
 from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
-from forge.data.prepare import HELDOUT_FILE, Prepared, Shown
+from forge.data.account import Prepared, Shown
+from forge.data.prepare import HELDOUT_FILE
 from forge.errors import CheckError, MissingToolError
 from forge.export.run import GGUF_FILE
 from forge.pipeline.stage import Result

@@ -12,8 +12,9 @@ import pytest
 
 from forge.adapter.status import ValidateRequest, validate_adapter
 from forge.chat.template import ChatTemplate
+from forge.data.account import Prepared
 from forge.data.layout import Shape
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared, Settings, prepare
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.prompt_format import prompt_format
 from forge.data.reading import Source
 from forge.errors import DataError, InterruptedByUserError

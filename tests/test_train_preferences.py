@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from forge.adapter.status import ValidateRequest, validate_adapter
+from forge.data.account import Prepared
 from forge.data.layout import Shape
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE
 from forge.errors import DataError, InterruptedByUserError, OutOfMemoryError
 from forge.model.checkpoint import open_checkpoint
 from forge.model.config import read_configuration

@@ -9,32 +9,29 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from itertools import chain, groupby, islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from forge import report
 from forge.codec import Json
+from forge.data.account import KeptRows, Looked, Prepared, account_of, shown_row
 from forge.data.conversation import Conversation
 from forge.data.overlong import Fit
 from forge.data.pairs import encode_pairs
-from forge.data.problems import BadRows, grouped
+from forge.data.problems import BadRows
 from forge.data.prompt_format import PromptFormat
 from forge.data.reading import Read, Source, read, refuse_absent, refuse_unheard
 from forge.data.split import held_out, refuse_overlap, refuse_same, split, times, weighted
 from forge.data.spool import Spool
-from forge.data.texts import Notes
 from forge.data.tokens import Encoded, encode_each
 from forge.errors import DataError
 
 TRAIN_FILE = "train.jsonl"
 HELDOUT_FILE = "heldout.jsonl"
-_FEW_ROWS = 50
 _BETWEEN_COLLECTIONS = 50_000
 _LOOKED_AT = 200
 
@@ -73,16 +70,6 @@ class ReadRows:
     bad: BadRows
 
 
-def notes_of(reads: Sequence[Read]) -> Notes:
-    """Of all sources together."""
-    together = Notes()
-    for part in reads:
-        together.counts.update(part.reading.notes.counts)
-        together.unused.update(part.reading.notes.unused)
-        together.roles.update(part.reading.notes.roles)
-    return together
-
-
 class PreparedRow(TypedDict):
     """A line of both files: ids, labels (-100 where nothing is learned) and the messages that they are of.
 
@@ -99,70 +86,6 @@ class PreparedRow(TypedDict):
     rejected_ids: NotRequired[Sequence[int]]
     rejected_labels: NotRequired[Sequence[int]]
     desirable: NotRequired[bool]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A row as the model sees it, with ⟦what carries loss⟧, and only that."""
-
-    text: str
-    masked: str
-    supervised: str
-
-
-@dataclass(frozen=True)
-class Account:
-    """What was read, and the figures of the rows to train on; `notes` and `unused` count rows."""
-
-    rows: int
-    heldout_rows: int
-    longest_tokens: int
-    shortest_tokens: int
-    median_tokens: int
-    mean_tokens: float
-    tokens: int
-    supervised_tokens: int
-    texts: int
-    duplicates: int
-    read: tuple[str, ...]
-    notes: Mapping[str, int]
-    roles: Mapping[str, str]
-    unused: Mapping[str, int]
-    bad_rows: tuple[str, ...]
-    first_row: Shown
-
-
-@dataclass(frozen=True)
-class Looked(Account):
-    """An account of which the tokens are those of the first `looked_at` rows only."""
-
-    looked_at: int
-
-
-@dataclass(frozen=True)
-class Prepared(Account):
-    """What the two files hold: no row is longer than `max_length` tokens."""
-
-    overlong_rows: int
-    max_length: int
-    end_of_turn: str
-    end_of_turn_id: int
-
-
-@dataclass
-class _Kept:
-    """The figures of the rows of a file."""
-
-    lengths: array[int] = field(default_factory=lambda: array("Q"))
-    supervised: int = 0
-    texts: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-
-    def add(self, tokens: int, supervised: int, is_text: bool, notes: Sequence[str]) -> None:
-        self.lengths.append(tokens)
-        self.supervised += supervised
-        self.texts += is_text
-        self.notes.update(notes)
 
 
 def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Path) -> Prepared:
@@ -204,13 +127,13 @@ def prepare(settings: Settings, form: PromptFormat, context: int | None, out: Pa
         trained = [mark for mark, count in zip(spool.marks, repeats, strict=True) if count]
     with (out / TRAIN_FILE).open(encoding="utf-8") as stream:
         first: PreparedRow = json.loads(stream.readline())
-    account = _account(
+    account = account_of(
         reads,
         bad,
         kept,
         heldout=held_rows,
         duplicates=len(trained) - len(set(trained)),
-        first=_shown(first["input_ids"], first["labels"], form),
+        first=shown_row(first["input_ids"], first["labels"], form),
     )
     return Prepared(
         **vars(account),
@@ -304,9 +227,9 @@ def _require_both(spool: Spool, repeats: Sequence[int | None]) -> None:
 
 def _write(
     spool: Spool, repeats: Sequence[int | None], fits: tuple[Fit, Fit], out: Path
-) -> tuple[_Kept, int]:
+) -> tuple[KeptRows, int]:
     """Write both files; the figures of the first, and the rows of the other."""
-    kept, held_rows = _Kept(), 0
+    kept, held_rows = KeptRows(), 0
     with (out / TRAIN_FILE).open("wb") as training, (out / HELDOUT_FILE).open("wb") as heldout:
         for lines, count in report.track("write rows", zip(spool, repeats, strict=True), len(repeats)):
             if count is None:
@@ -320,56 +243,6 @@ def _write(
     return kept, held_rows
 
 
-def _account(
-    reads: Sequence[Read], bad: BadRows, kept: _Kept, *, heldout: int, duplicates: int, first: Shown
-) -> Account:
-    """The account of what was read, and the figures of the rows that are `kept`."""
-    lengths = sorted(kept.lengths)
-    notes = notes_of(reads)
-    notes.counts.update(kept.notes)
-    return Account(
-        rows=len(lengths),
-        heldout_rows=heldout,
-        longest_tokens=lengths[-1],
-        shortest_tokens=lengths[0],
-        median_tokens=lengths[len(lengths) // 2],
-        mean_tokens=round(sum(lengths) / len(lengths), 1),
-        tokens=sum(lengths),
-        supervised_tokens=kept.supervised,
-        texts=kept.texts,
-        duplicates=duplicates,
-        read=tuple(part.line for part in reads),
-        notes=dict(notes.counts),
-        roles=notes.roles,
-        unused=dict(notes.unused),
-        bad_rows=tuple(str(problem) for problem in grouped(bad.skipped)),
-        first_row=first,
-    )
-
-
-def lines_of(account: Account) -> Iterator[str]:
-    """What was read and made of it, in a few lines."""
-    yield from (f"read {line}" for line in account.read)
-    same = f", {account.duplicates:,} of them the same as another" if account.duplicates else ""
-    yield f"rows: {account.rows:,} to train on{same}; {account.heldout_rows:,} held out"
-    share = account.supervised_tokens / account.tokens
-    yield (
-        f"tokens a row: {account.shortest_tokens:,} to {account.longest_tokens:,}, "
-        f"median {account.median_tokens:,}; {share:.0%} of {account.tokens:,} carry loss"
-    )
-    if account.texts:
-        yield "plain text is learned whole: it teaches to go on with such a text, not to answer in a chat"
-    if isinstance(account, Looked) and account.looked_at < account.rows:
-        yield f"(tokens are those of the first {account.looked_at} rows)"
-    yield from (f"{number:,} rows: {note}" for note, number in account.notes.items())
-    if account.roles:
-        yield "roles: " + ", ".join(f"{name} is the {role}" for name, role in account.roles.items())
-    if account.unused:
-        yield "not used: " + ", ".join(account.unused)
-    if account.rows < _FEW_ROWS:
-        yield f"under {_FEW_ROWS} rows teach a format or a tone at most; some hundred good ones teach a task"
-
-
 def look_at_data(settings: Settings, form: PromptFormat) -> Looked:
     """What was read and the first row as the model will see it, for a plan: writes nothing.
 
@@ -380,16 +253,16 @@ def look_at_data(settings: Settings, form: PromptFormat) -> Looked:
     some = [row for _, made in _encoded(looked, form, settings, rows.bad) for row in made]
     if not some:
         raise DataError("no row is left to train on", hint="see what was left out above")
-    kept = _Kept()
+    kept = KeptRows()
     for row in some:
         kept.add(row.tokens, row.supervised, not row.conversation.turns, row.notes)
-    account = _account(
+    account = account_of(
         rows.reads,
         rows.bad,
         kept,
         heldout=len(rows.heldout),
         duplicates=len({id(row) for row in rows.training}) - len({row.fingerprint for row in rows.training}),
-        first=_shown(some[0].input_ids, some[0].labels, form),
+        first=shown_row(some[0].input_ids, some[0].labels, form),
     )
     # A conversation may become several rows, and of those that were not looked at as many are expected.
     expected = round(len(rows.training) * len(some) / len(looked))
@@ -411,17 +284,3 @@ def read_all(settings: Settings) -> ReadRows:
         training, heldout = split(rows, settings.heldout, settings.seed)
     refuse_unheard(reads)
     return ReadRows(weighted(training, settings.seed), heldout, reads, bad)
-
-
-def _shown(ids: Sequence[int], labels: Sequence[int], form: PromptFormat) -> Shown:
-    """The first row as the model sees it, and the part that carries loss (requirement F9)."""
-    decode = form.tokenizer.decode
-    pieces = []
-    for learned, run in groupby(zip(ids, labels, strict=True), lambda pair: pair[1] >= 0):
-        text = decode([number for number, _ in run], skip_special_tokens=False)
-        pieces.append(f"⟦{text}⟧" if learned else text)
-    return Shown(
-        text=decode(list(ids), skip_special_tokens=False),
-        masked="".join(pieces),
-        supervised=decode([label for label in labels if label >= 0], skip_special_tokens=False),
-    )

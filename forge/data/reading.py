@@ -12,6 +12,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from forge import report
 from forge.data.conversation import Conversation, Row, RowsOf
 from forge.data.conversations import Reading, understand
 from forge.data.fields import plain, role_of
@@ -51,7 +52,7 @@ class Read:
 
     @functools.cached_property
     def conversations(self) -> tuple[Conversation, ...]:
-        return tuple(self)
+        return tuple(report.track("read rows", self, len(self.reading.rows)))
 
     @property
     def line(self) -> str:

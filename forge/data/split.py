@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from heapq import nsmallest
 
+from forge import report
 from forge.data.conversation import Conversation, Place
 from forge.data.problems import refuse
 from forge.errors import DataError
@@ -21,7 +22,8 @@ def split(
     seed only, so adding a row to the data moves no other row by chance of order. Raises `DataError`
     when no row is left to train on.
     """
-    held = held_out([bytes.fromhex(conversation.fingerprint) for conversation in conversations], share, seed)
+    each = report.track("compare rows", conversations, len(conversations))
+    held = held_out([bytes.fromhex(conversation.fingerprint) for conversation in each], share, seed)
     training = [row for row in conversations if bytes.fromhex(row.fingerprint) not in held]
     return training, [row for row in conversations if bytes.fromhex(row.fingerprint) in held]
 

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from forge import report
 from forge.data import control, shown
 from forge.data.conversation import Conversation
 from forge.data.problems import BadRows
@@ -72,7 +73,7 @@ def encode_all(
 ) -> list[Encoded]:
     """The rows of all conversations; raises as `encode_each` does."""
     each = encode_each(conversations, form, supervise=supervise, bad=bad)
-    return [row for _, rows in each for row in rows]
+    return [row for _, rows in report.track("encode rows", each, len(conversations)) for row in rows]
 
 
 def encode_each(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from forge.codec import Json
-from forge.data.prepare import Prepared
+from forge.data.account import Prepared
 from forge.recipe.quants import BUDGETED
 from forge.recipe.schema import Train
 from forge.resolve.resolved import Resolved

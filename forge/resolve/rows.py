@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge.data.account import Prepared
 from forge.data.conversations import to_conversations
 from forge.data.files import read_rows
 from forge.data.layout import Shape
-from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Prepared, Settings, prepare
+from forge.data.prepare import HELDOUT_FILE, TRAIN_FILE, Settings, prepare
 from forge.data.reading import Source
 from forge.data.sources import locate
 from forge.errors import DataError

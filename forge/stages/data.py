@@ -12,18 +12,10 @@ from pathlib import Path
 from forge import report
 from forge.chat.stops import require
 from forge.codec import Json
+from forge.data.account import Account, Prepared, lines_of
 from forge.data.conversations import LABELLED
 from forge.data.exchange import PAIRS
-from forge.data.prepare import (
-    TRAIN_FILE,
-    Account,
-    Prepared,
-    Settings,
-    lines_of,
-    look_at_data,
-    prepare,
-    read_all,
-)
+from forge.data.prepare import TRAIN_FILE, Settings, look_at_data, prepare, read_all
 from forge.data.reading import Source
 from forge.recipe.schema import Data
 from forge.resolve.derived import prompt_params

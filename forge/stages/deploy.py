@@ -14,7 +14,7 @@ from forge.chat.difference import difference_of, first_difference
 from forge.chat.hand_over import MODELFILE_JINJA, read_modelfile
 from forge.chat.modelfile import Modelfile
 from forge.codec import from_plain
-from forge.data.prepare import Prepared
+from forge.data.account import Prepared
 from forge.errors import CheckError, ForgeError
 from forge.export.run import GGUF_FILE
 from forge.model.gguf_header import read_gguf

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from forge import report, worker
 from forge.codec import Json
-from forge.data.prepare import Prepared
+from forge.data.account import Prepared
 from forge.errors import CheckError, ForgeError
 from forge.pipeline.stage import Result
 from forge.resolve.stage import ShipStage, installed

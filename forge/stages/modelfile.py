@@ -21,7 +21,7 @@ from forge.chat.hand_over import (
 from forge.chat.same_prompts import ComparedPrompts, compare_prompts
 from forge.chat.stops import require
 from forge.codec import Json
-from forge.data.prepare import Prepared
+from forge.data.account import Prepared
 from forge.export.run import GGUF_FILE
 from forge.model.gguf_header import read_gguf
 from forge.pipeline.stage import Result

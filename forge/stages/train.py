@@ -11,7 +11,7 @@ from pathlib import Path
 from forge import report, worker
 from forge.adapter.vocabulary import saved_whole
 from forge.codec import Json
-from forge.data.prepare import Prepared
+from forge.data.account import Prepared
 from forge.errors import MissingToolError, require_each
 from forge.model.estimate import lora_parameters
 from forge.pipeline.stage import Result
