@@ -668,6 +668,9 @@ def test_columns_inside_of_others() -> None:
     reading = to_conversations([task], shape)
     assert reading.conversations[0].messages() == [USER, ANSWER]
     assert reading.notes.unused == {"data.id": 1}
+    packed = row(data=json.dumps({"q": "Hi"}), answer="Hello.")
+    reading = to_conversations([packed], Shape(columns={"prompt": "data.q", "completion": "answer"}))
+    assert reading.conversations[0].messages() == [USER, ANSWER]
     dotted = Row({"in.put": "Hi", "out.put": "Hello."}, "rows.jsonl", 1)
     reading = to_conversations([dotted], Shape(columns={"prompt": "in.put", "completion": "out.put"}))
     assert reading.conversations[0].messages() == [USER, ANSWER]

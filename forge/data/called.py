@@ -16,7 +16,8 @@ _OTHER_ORDER = "answers of tools in another order than their calls, whose ids mo
 
 def note_calls(turns: Sequence[Turn], tools: Sequence[Mapping[str, Json]], notes: Notes) -> None:
     """Count the row once for each thing that is odd about its calls."""
-    notes.counts.update({*_of_names(turns, tools), *_of_answers(turns)})
+    if any(turn.tool_calls or turn.role == "tool" for turn in turns):
+        notes.counts.update({*_of_names(turns, tools), *_of_answers(turns)})
 
 
 def _of_names(turns: Sequence[Turn], tools: Sequence[Mapping[str, Json]]) -> Iterator[str]:

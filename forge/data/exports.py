@@ -21,6 +21,8 @@ _MESSAGES = "messages"
 
 def plain_row(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row that an export's record is; any other row as it is."""
+    if _KINDS.keys().isdisjoint(values):
+        return values
     for mark, kind in _KINDS.items():
         if mark in values and (made := kind(values)) is not None:
             return made
@@ -179,23 +181,30 @@ def _rank(reply: Mapping[str, Any]) -> float:
 
 
 def _of_chat(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Open WebUI's: a tree of messages, of which the path to `currentId` stands in `messages` as well."""
+    """Open WebUI's: messages, which may be a tree, of which the path to `currentId` was seen last."""
     chat = values["chat"]
-    history = chat.get("history") if isinstance(chat, Mapping) else None
+    if not isinstance(chat, Mapping) or _MESSAGES in values:
+        return None
+    history = chat.get("history")
     nodes = history.get(_MESSAGES) if isinstance(history, Mapping) else None
-    if not isinstance(history, Mapping) or not isinstance(nodes, Mapping):
-        return _within("chat")(values)
-    path = _path(nodes, history.get("currentId"), "parentId")
+    nodes = nodes if isinstance(nodes, Mapping) else {}
+    path = _path(nodes, history.get("currentId"), "parentId") if isinstance(history, Mapping) else []
+    messages = [nodes[key] for key in path] or chat.get(_MESSAGES)
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        return None
     row = without(values, "chat")
-    row |= {f"chat.{key}": value for key, value in chat.items() if key not in ("history", _MESSAGES)}
-    if others := [key for key in nodes if key not in path]:
+    row |= {
+        f"chat.{key}" if key in row else key: chat[key] for key in chat if key not in ("history", _MESSAGES)
+    }
+    if others := [key for key in nodes if key not in path and path]:
         row["chat (other branches)"] = others
     params = chat.get("params")
     if isinstance(params, Mapping) and params.get("system"):
-        row["system"] = params["system"]
-        row["chat.params"] = without(params, "system")
+        row |= {"system": params["system"], "params": without(params, "system")}
     try:
-        row[_MESSAGES] = [_open_webui_message(nodes[key]) for key in path]
+        for message in messages:
+            _refuse_hidden(message)
+        row[_MESSAGES] = messages
     except BadRowError as wrong:
         row[_MESSAGES] = wrong
     return row
@@ -204,7 +213,8 @@ def _of_chat(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
 _OWN_MARKS = '<details type="'
 
 
-def _open_webui_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def _refuse_hidden(message: Mapping[str, Any]) -> None:
+    """Refuse a message of Open WebUI's whose text is not all of it."""
     content = message.get("content")
     for key in ("files", "sources", "error"):
         if message.get(key):
@@ -218,7 +228,6 @@ def _open_webui_message(message: Mapping[str, Any]) -> Mapping[str, Any]:
             "out, or data.format: module:function makes messages of it",
             "chat",
         )
-    return {"role": message.get("role"), "content": content}
 
 
 def _of_ai_studio(values: Mapping[str, Any]) -> Mapping[str, Any] | None:

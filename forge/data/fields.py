@@ -83,7 +83,9 @@ OF_PROMPT = _names(
     "instructions input inputs history chat_history choices options answer_choices"
 )
 # What may be the answer to a text beside it: refused where the text would be learned whole without it.
-OF_ANSWER = _names("summary highlights abstract headline translation sentiment intent emotion code sql")
+OF_ANSWER = _names(
+    "summary highlights abstract headline translation sentiment intent emotion code sql accept"
+)
 
 ROLE, CONTENT, NAME, TOOL_CALLS, FUNCTION_CALL, TOOL_CALL_ID, IS_USER = (
     "role", "content", "name", "tool_calls", "function_call", "tool_call_id", "is_user",

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from forge.data.texts import parsed
+
 _DEEPEST, _MOST_HINTS = 8, 4
 
 
@@ -44,6 +46,7 @@ def _texts(path: str, value: object, depth: int) -> Iterator[tuple[str, str]]:
 
 
 def _items(value: object) -> Mapping[str, Any]:
+    value = parsed(value)
     if isinstance(value, Mapping):
         return value
     return {str(at): item for at, item in enumerate(value)} if isinstance(value, list) else {}

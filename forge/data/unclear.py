@@ -38,11 +38,11 @@ _EXPORTS = (
     _Export("an export of Telegram", ("messages.0.from_id",), _BETWEEN_PEOPLE, True),
     _Export("an export of Telegram", ("chats.list",), _BETWEEN_PEOPLE),
     _Export("an export of Messenger", ("participants", "messages.0.timestamp_ms"), _BETWEEN_PEOPLE),
-    _Export("an export of Slack", ("type", "ts", "text"), _BETWEEN_PEOPLE),
+    _Export("an export of Slack", ("type", "user", "ts", "text"), _BETWEEN_PEOPLE),
     _Export("an export of Teams", ("messageType", "body.contentType"), _BETWEEN_PEOPLE),
     _Export(
         "an export of Google Takeout",
-        ("header", "title", "time", "products"),
+        ("header", "title", "time", "products.0"),
         f"{_ROWS}: a prompt is its title without the first word, an answer is HTML in safeHtmlItem",
     ),
     _Export(
@@ -50,7 +50,7 @@ _EXPORTS = (
         ("annotations.0.result", "data"),
         "export JSON-MIN, which has a column for each label; or " + _INSIDE,
     ),
-    _Export("an export of Argilla", ("fields", "responses"), _INSIDE),
+    _Export("an export of Argilla", ("fields", "suggestions", "responses"), _INSIDE),
     _Export(
         "an export of feedback of Open WebUI",
         ("snapshot.chat", "data.rating"),
