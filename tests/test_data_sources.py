@@ -382,6 +382,8 @@ def test_values_of_a_table_that_json_has_not(tmp_path: Path) -> None:
         reading = to_conversations(rows, Shape(columns={"prompt": "prompt", "completion": answer}))
         assert reading.conversations[0].messages()[0]["content"] == "Why?"
         assert reading.conversations[0].messages()[1]["content"] == written
+        (note,) = reading.notes.counts
+        assert note.startswith(f"{'dates' if answer == 'day' else 'numbers'} in {answer}, written as")
     with pytest.raises(DataError, match="2 of 2 rows cannot be used") as caught:
         to_conversations(rows, Shape(columns={"prompt": "prompt", "completion": "raw"}))
     assert "raw: is bytes, not text; data.format: module:function makes one of it" in str(

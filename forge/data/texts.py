@@ -84,7 +84,8 @@ def written(value: object, place: str, notes: Notes) -> object:
         text_of(json.dumps(value, ensure_ascii=False), place)
     else:
         return value
-    ways = "written as JSON; data.format: module:function gives other words"
+    form = "ISO 8601 has them" if what == "dates" else "JSON"
+    ways = f"written as {form}; data.format: module:function gives other words"
     notes.counts[f"{what} in {place}, {ways}"] += 1
     return str(value) if isinstance(value, (Decimal, date, time)) else json.dumps(value, ensure_ascii=False)
 
