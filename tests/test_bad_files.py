@@ -179,6 +179,8 @@ def test_a_plan_refuses_what_a_ship_would(case: str, place: Path, capsys: pytest
         [problem] = error["problems"]
         assert (problem["file"], problem["line"]) == ("recipe.yaml", 4)
         assert "q_proj" in error["hint"]
+    if case == "experts":
+        assert error["hint"] == "leave train.lora.experts out for its default, or take another base"
 
 
 DORA: dict[str, tuple[str, str]] = {

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _TOWER = re.compile(r"(^|\.)(vision|visual|audio)")
 _HEAD = "lm_head"
 _OF_LAYERS = ("targets", "_pattern", "modules_to_save")
-_AGAIN = "correct it and run again"
 
 
 def located(loaded: Loaded, field: str, message: str) -> Problem:
@@ -58,7 +57,11 @@ def check_shape(ship: Resolved) -> None:
         others = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
         raise RecipeError(
             f"{field}: {message}{others}",
-            hint=f"its linear layers are {', '.join(linear)}" if field.endswith(_OF_LAYERS) else _AGAIN,
+            hint=(
+                f"its linear layers are {', '.join(linear)}"
+                if field.endswith(_OF_LAYERS)
+                else f"leave {field} out for its default, or take another base"
+            ),
             problems=[located(ship.loaded, *finding) for finding in findings],
         )
 
