@@ -80,7 +80,7 @@ def ship_side_by_side(combinations: Sequence[Combination], gpus: Sequence[int], 
             while waiting and free:
                 (number, combination), gpu = waiting.pop(0), free.pop(0)
                 command = [sys.executable, "-m", "forge", "ship", str(combination.loaded.path), "--json"]
-                command += [part for word in combination.words for part in ("-o", word)]
+                command += [part for override in combination.overrides for part in ("-o", override)]
                 command += ["--until", until] if until else []
                 child = stack.enter_context(
                     Child(command, environment=only_these((gpu,)), separate_errors=True)

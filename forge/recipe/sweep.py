@@ -37,12 +37,12 @@ _LONGEST_NAME = 64
 class Combination:
     """One run: its recipe, and what of it is another than in other runs, by dotted field.
 
-    `words` are the overrides that make the recipe's file this run's.
+    `overrides` are those that make the recipe's file this run's.
     """
 
     loaded: Loaded
     values: Mapping[str, Any]
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -235,13 +235,13 @@ def _combinations(file: Path, draft: _Draft) -> tuple[Combination, ...]:
     seen: dict[str, str] = {}
     for name, values in zip(names, chosen, strict=True):
         own = {key: value for key, value in values.items() if key not in (_RECIPE, "name")}
-        words = tuple(f"{key}={json.dumps(value)}" for key, value in ({"name": name} | own).items())
+        overrides = tuple(f"{key}={json.dumps(value)}" for key, value in ({"name": name} | own).items())
         try:
-            made = load(Path(values[_RECIPE]), words)
+            made = load(Path(values[_RECIPE]), overrides)
         except RecipeError as failure:
             problems += [_at_its_line(problem, draft.places) for problem in failure.problems]
             continue
-        loaded.append((made, words, values))
+        loaded.append((made, overrides, values))
         content = _content(made)
         if content in seen:
             problems.append(Problem(f"two runs are the same: {seen[content]} and {name}", file=str(file)))
@@ -251,8 +251,8 @@ def _combinations(file: Path, draft: _Draft) -> tuple[Combination, ...]:
     if problems:
         raise _failure(file, problems)
     return tuple(
-        Combination(made, {key: value for key, value in values.items() if key in varied}, words)
-        for made, words, values in loaded
+        Combination(made, {key: value for key, value in values.items() if key in varied}, overrides)
+        for made, overrides, values in loaded
     )
 
 
