@@ -579,6 +579,13 @@ def test_a_split_that_no_readme_names(split: str, message: str, hint: str, tmp_p
         ("- config_name: a\n  data_files: none-*.jsonl", "names none-[*].jsonl for train, and no such file"),
         ("- config_name: [a", "its configs cannot be read"),
         ("- data_files: a.jsonl", "its configs cannot be read"),
+        ("- config_name: a\n  data_files: ['']", "its configs cannot be read"),
+        ("- config_name: a\n  data_files: .", "a pattern that forge does not read"),
+        ("- config_name: a\n  data_dir: ../other", "names files elsewhere: ../other"),
+        (
+            "- config_name: a\n  data_files: [{split: train, path: a.jsonl}, {split: train, path: b.jsonl}]",
+            "name the files of a/train twice",
+        ),
     ],
 )
 def test_a_readme_that_names_no_files(written: str, message: str, tmp_path: Path) -> None:
@@ -586,6 +593,44 @@ def test_a_readme_that_names_no_files(written: str, message: str, tmp_path: Path
     write(tmp_path / "README.md", f"---\nconfigs:\n{written}\n---\n")
     with pytest.raises(DataError, match=message):
         files_of_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("written", "files"),
+    [
+        ("configs:\n- config_name: a\n  data_files: '*'", ["a.jsonl", "b.jsonl"]),
+        ("configs:\n- config_name: a\n  data_files: '**'", ["a.jsonl", "b.jsonl", "x/c.jsonl"]),
+        ("configs:\n- config_name: a\n  data_files: '**.jsonl'", ["a.jsonl", "b.jsonl", "x/c.jsonl"]),
+        ("configs:\n- config_name: a\n  data_files: _kept.jsonl", ["_kept.jsonl"]),
+        ("configs: [{config_name: a, data_files: b.jsonl}]", ["b.jsonl"]),
+        ("configs: # sets\n- config_name: a\n  data_files: b.jsonl", ["b.jsonl"]),
+        ('"configs":\n- config_name: a\n  data_files: b.jsonl', ["b.jsonl"]),
+        (
+            "configs:\n- config_name: a\n  data_files: a.jsonl\n# more\n"
+            "- config_name: b\n  default: true\n  data_files: b.jsonl",
+            ["b.jsonl"],
+        ),
+    ],
+)
+def test_the_ways_to_write_a_readme(written: str, files: list[str], tmp_path: Path) -> None:
+    """What a pattern matches beside rows (this README, hidden files) is not of the set."""
+    for name in ("a.jsonl", "b.jsonl", "x/c.jsonl", ".cache/d.jsonl", "_kept.jsonl", "dataset_infos.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "{}")
+    write(tmp_path / "README.md", f"---\n{written}\n---\n")
+    assert [path.relative_to(tmp_path).as_posix() for path in files_of_split(tmp_path, "train")] == files
+
+
+def test_a_split_of_another_set_than_the_default(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", "{}")
+    write(
+        tmp_path / "README.md",
+        "---\nconfigs:\n- config_name: a\n  default: true\n  data_files: a.jsonl\n"
+        "- config_name: b\n  data_files: {test: b.jsonl}\n---\n",
+    )
+    with pytest.raises(DataError, match="names no split 'test' of a, its default") as caught:
+        files_of_split(tmp_path, "test")
+    assert caught.value.hint == "data.split: b/test takes that one"
 
 
 def test_columns_without_a_name_are_kept_apart(tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from forge.data.files import lies_among_rows
 from forge.errors import DataError
 from forge.recipe.tree import Reader
 
 _README = "README.md"
 _FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?\n)---[ \t]*\r?(\n|$)", re.DOTALL)
-_CONFIGURATIONS = re.compile(r"^configs:[ \t]*\r?\n([ \t-].*\n|[ \t]*\r?\n)+", re.MULTILINE)
+# The key with all of its lines: more of the front matter need not be YAML that forge reads.
+_CONFIGURATIONS = re.compile(r"^([\"']?)configs\1[ \t]*:.*\n([ \t#}\]-].*\n|\r?\n)*", re.MULTILINE)
 _NAMES_IT = "name the files you want as data.source"
 
 
@@ -48,6 +50,8 @@ def configurations(folder: Path) -> Sequence[Subset]:
         return tuple(map(_configuration, node.plain()["configs"] or ()))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{folder / _README}: its configs cannot be read", hint=_NAMES_IT) from error
+    except ValueError as error:
+        raise DataError(f"{folder / _README}: {error}", hint=_NAMES_IT) from error
 
 
 def _configuration(value: Mapping[str, Any]) -> Subset:
@@ -55,7 +59,12 @@ def _configuration(value: Mapping[str, Any]) -> Subset:
     if isinstance(files, Mapping):
         splits = {str(split): _patterns(paths) for split, paths in files.items()}
     elif isinstance(files, tuple) and files and isinstance(files[0], Mapping):
-        splits = {str(part.get("split", "train")): _patterns(part["path"]) for part in files}
+        splits = {}
+        for part in files:
+            split = str(part.get("split", "train"))
+            if split in splits:
+                raise ValueError(f"its configs name the files of {value['config_name']}/{split} twice")
+            splits[split] = _patterns(part["path"])
     else:
         splits = {"train": _patterns(files)} if files else {}
     directory = str(value.get("data_dir") or "")
@@ -67,7 +76,10 @@ def _configuration(value: Mapping[str, Any]) -> Subset:
 
 
 def _patterns(paths: Any) -> tuple[str, ...]:
-    return tuple(map(str, paths)) if isinstance(paths, tuple) else (str(paths),)
+    patterns: tuple[Any, ...] = paths if isinstance(paths, tuple) else (paths,)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise TypeError(f"{patterns} are no names of files")
+    return patterns
 
 
 def configured_files(folder: Path, split: str) -> tuple[Path, ...] | Path | None:
@@ -94,13 +106,16 @@ def configured_files(folder: Path, split: str) -> tuple[Path, ...] | Path | None
         )
     if not fitting:
         known = [part if is_only else f"{each.name}/{part}" for each in every for part in each.splits]
+        of_default = f" of {usual[0].name}, its default" if usual and not is_only else ""
+        likely = next((name for name in known if name.endswith(f"/{wanted}")), known[0])
         raise DataError(
-            f"data.split: the README of {folder} names no split {wanted!r}; its splits are: "
+            f"data.split: the README of {folder} names no split {wanted!r}{of_default}; its splits are: "
             f"{', '.join(known)}",
-            hint=f"data.split: {known[0]} takes that one",
+            hint=f"data.split: {likely} takes that one",
         )
     (chosen,) = fitting
     if not chosen.splits:
+        _require_inside(folder, chosen.directory)
         return folder / chosen.directory if chosen.directory else None
     files = {path: None for pattern in chosen.splits[wanted] for path in _matching(folder, pattern)}
     if not files:
@@ -112,10 +127,27 @@ def configured_files(folder: Path, split: str) -> tuple[Path, ...] | Path | None
     return tuple(files)
 
 
-def _matching(folder: Path, pattern: str) -> Iterator[Path]:
+def _require_inside(folder: Path, pattern: str) -> None:
     if "://" in pattern or pattern.startswith("/") or ".." in PurePosixPath(pattern).parts:
         raise DataError(
             f"data.split: the README of {folder} names files elsewhere: {pattern}", hint=_NAMES_IT
         )
-    pattern = f"{pattern}/*" if pattern.endswith("**") else pattern
-    yield from sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
+def _matching(folder: Path, pattern: str) -> Iterator[Path]:
+    """What `pattern` names; of what a pattern matches only files of rows, for `*` matches the README, too."""
+    _require_inside(folder, pattern)
+    is_named = (folder / pattern).is_file()
+    try:
+        # `**` goes through directories wherever it stands, as in `**.parquet`; Path takes it between slashes.
+        matched = sorted(folder.glob(re.sub(r"\*\*(?!/)", "**/*", pattern)))
+    except (ValueError, IndexError) as error:  # Path of Python 3.11 raises the second for "."
+        raise DataError(
+            f"data.split: the README of {folder} has a pattern that forge does not read: {pattern}",
+            hint=_NAMES_IT,
+        ) from error
+    yield from (
+        path
+        for path in matched
+        if path.is_file() and (is_named or (path.name != _README and lies_among_rows(path, folder)))
+    )

@@ -62,10 +62,23 @@ class FileRows:
     kind: str
 
 
+# What lies beside rows and holds none.
+_NOT_ROWS = {
+    "dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json", "package.json",
+    "config.json",
+}  # fmt: skip
+
+
 def is_data_file(name: str) -> bool:
     """Whether a file of this name can hold rows."""
     path = PurePath(name.lower())
     return (path.with_suffix("") if path.suffix in PACKED else path).suffix in SUFFIXES
+
+
+def lies_among_rows(path: Path, folder: Path) -> bool:
+    """Whether a file that nobody named may hold rows of the set in `folder`."""
+    is_hidden = any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    return is_data_file(path.name) and path.name not in _NOT_ROWS and not is_hidden
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:

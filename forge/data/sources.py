@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from forge.data.configurations import configured_files
-from forge.data.files import PACKED, SUFFIXES, is_data_file
+from forge.data.files import PACKED, SUFFIXES, lies_among_rows
 from forge.data.json_rows import SPLITS
 from forge.errors import DataError
 
@@ -18,11 +18,6 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 BUILTIN = Path(__file__).parent / "builtin"
 BUILTIN_PREFIX = "builtin:"
 _BUILTIN_FILES = {name: f"{name}.jsonl" for name in ("yoda", "yoda_heldout", "sentiment", "code", "medical")}
-# What lies beside rows and holds none.
-_NOT_ROWS = {
-    "dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json", "package.json",
-    "config.json",
-}  # fmt: skip
 _SAME_SPLIT = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
 
 
@@ -112,14 +107,7 @@ def files_of_split(folder: Path, split: str) -> tuple[Path, ...]:
 
 
 def _named_files(folder: Path, name: str) -> tuple[Path, ...]:
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and is_data_file(path.name)
-        and path.name not in _NOT_ROWS
-        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
-    )
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and lies_among_rows(path, folder))
     # Texts count only where they are all there is: a README is no row.
     files = [path for path in files if path.suffix.lower() not in (".txt", ".md")] or [
         path for path in files if not path.stem.lower().startswith(("readme", "license", "licence"))
