@@ -51,8 +51,13 @@ def of_items(items: Sequence[Any], place: str) -> Sequence[Any]:
             answer |= thought
             thought = {}
             call = {"id": item.get("call_id"), "name": item.get("name"), "arguments": item.get("arguments")}
-            answer["tool_calls"] = [*answer.get("tool_calls", ()), call]
+            calls = answer.get("tool_calls") or []
+            if not isinstance(calls, list):
+                raise BadRowError("is a call behind a message whose tool_calls are no list", where)
+            answer["tool_calls"] = [*calls, call]
         elif isinstance(item, Mapping) and item.get("role") == "assistant":
+            if _THOUGHT in thought and item.get(_THOUGHT):
+                raise BadRowError("has thinking of its own, and thinking as an item before it", where)
             answer = {**without(item, "status", "type"), **thought}
             thought = {}
             messages.append(answer)
@@ -109,12 +114,12 @@ def _is_message(item: Mapping[str, Any]) -> bool:
 def _thought(item: Mapping[str, Any]) -> Mapping[str, Any]:
     """An item of reasoning: its text where there is one, not the summary, which is other words."""
     content = item.get("content")
-    parts = content if isinstance(content, list) else []
-    texts = [
+    parts: list[Any] = content if isinstance(content, list) else [{"text": content}]
+    text = "".join(
         part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-    ]
+    )
     beside = {f"reasoning.{key}": item[key] for key in ("summary", "encrypted_content") if item.get(key)}
-    return {**({_THOUGHT: "".join(texts)} if texts else {}), **beside}
+    return {**({_THOUGHT: text} if text else {}), **beside}
 
 
 def plain_messages(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
