@@ -145,3 +145,16 @@ def test_second_process_on_one_output_is_refused(tmp_path: Path) -> None:
     prompts, out = write_prompts(tmp_path, 1), tmp_path / "out.jsonl"
     with AnswerFile(out), pytest.raises(StageError, match="another process is writing"):
         answer_rows(Endpoint("http://127.0.0.1:9", "m"), prompts, out)
+
+
+@pytest.mark.parametrize("asked", ['"functions": [{"name": "f"}]', '"audio": {"voice": "x"}', '"best_of": 3'])
+def test_a_body_that_no_server_of_texts_answers(asked: str, tmp_path: Path) -> None:
+    """llama-server leaves it out in silence, and the answer would be another one."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        f'{{"custom_id": "a", "body": {{"messages": [{{"role": "user", "content": "q"}}], {asked}}}}}'
+    )
+    with StandIn() as server, pytest.raises(DataError) as caught:
+        answer_rows(server.endpoint, prompts, tmp_path / "out.jsonl")
+    (problem,) = caught.value.problems
+    assert problem.message.startswith(asked.split('"')[1])

@@ -21,6 +21,7 @@ from forge.chat.modelfile import OLLAMA_PARAMETERS
 from forge.errors import DataError, Problem, StageError
 from forge.serve import wire
 from forge.serve.endpoint import ROLES, Turn
+from forge.serve.front_asks import not_done
 from forge.serve.ids import MOST_PROBLEMS, Id, Ids, is_id, is_stream, parse_object
 
 
@@ -257,6 +258,8 @@ def _batch_row(fields: Mapping[str, Any], raw: bool) -> PromptRow:
         raise ValueError(f"method must be POST and url one of {', '.join(_BATCH_PATHS)}")
     if body.get("stream"):
         raise ValueError("an answer in a file cannot be streamed; leave stream out of the body")
+    if reason := not_done(body):
+        raise ValueError(reason)
     if path == wire.CHAT:
         body = body | {"messages": _messages(body.get("messages"))}
     unread = _beside(fields, "custom_id", "method", "url", "body")
