@@ -476,6 +476,21 @@ def test_a_quantized_file_may_be_a_fifth_further_than_the_vendors_own(beyond: fl
 
 
 @pytest.mark.parametrize(
+    ("error", "scale", "stage"), [(0.1, 1.0, None), (0.01, 1.0, "quantize"), (0.1, 0.0, "merge")]
+)
+def test_where_so_few_positions_say_further_by_chance_the_weights_decide(
+    error: float, scale: float, stage: str | None
+) -> None:
+    """A sound q8_0 of a few held-out tokens was 1.3 times as far as llama.cpp's own."""
+    measured = _measurement(file_against_f16=_leg(nmse=2.6e-3))
+    measured["legs"]["beyond"] = {"mean": 0.1, "error": error}
+    measured["weights"]["file"] = measured["weights"]["file"] | {"scale": scale}
+    found = _judged(measured, Gates())
+    assert (found["ok"], found["broken_stage"]) == (stage is None, stage)
+    assert found["handovers"][-1]["beyond_vendor"] == pytest.approx(1.3)
+
+
+@pytest.mark.parametrize(
     ("share", "nmse", "ok"),
     [
         (4.8e-4, 1.0, True),  # rounding alone, however much it moves
