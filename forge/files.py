@@ -10,11 +10,13 @@ Not covered: file systems that lie about fsync, and those without flock.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from forge import report
 from forge.errors import DataError
 
 _CHUNK = 1 << 20
+_MOST_SMALL = 16 << 20
 
 
 def sync(path: Path) -> None:
@@ -50,10 +53,27 @@ def write_text(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def no_pipe(path: Path) -> Path:
+    """The path itself; raises `OSError` for a pipe or a device, on which a reader would wait for ever."""
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return path
+    raise OSError(errno.EINVAL, "it is a pipe or a device, no file", str(path))
+
+
+def small_text(path: Path) -> str:
+    """The text of a file that somebody names, or of a pipe; raises `OSError` too where it does not end."""
+    with path.open("rb") as stream:
+        content = stream.read(_MOST_SMALL + 1)
+    if len(content) > _MOST_SMALL:
+        raise OSError(errno.EFBIG, f"larger than {_MOST_SMALL >> 20} MB", str(path))
+    return content.decode("utf-8-sig")
+
+
 def kept_json(path: Path) -> Any:
     """What a JSON file of forge's own holds; raises `OSError`, or `ValueError` for what is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return json.loads(no_pipe(path).read_text(encoding="utf-8-sig"))
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -83,7 +103,7 @@ def open_lock(path: Path) -> IO[bytes]:
     """Open the lock file `path`, which is made; raises `DataError` where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("ab")
+        return (no_pipe(path) if path.exists() else path).open("ab")
     except OSError as error:
         raise DataError(
             f"{path} cannot be locked: {error.strerror}",
@@ -102,7 +122,7 @@ def is_locked(path: Path) -> bool:
 
 def chunks_of(path: Path, label: str) -> Iterator[bytes]:
     """The file's bytes in pieces, with the progress shown as `label`."""
-    total, done = path.stat().st_size, 0
+    total, done = no_pipe(path).stat().st_size, 0
     with path.open("rb") as stream:
         while chunk := stream.read(_CHUNK):
             yield chunk
@@ -117,7 +137,7 @@ def sha256_of(path: Path, label: str = "") -> str:
         for chunk in chunks_of(path, label):
             digest.update(chunk)
         return digest.hexdigest()
-    with path.open("rb") as stream:
+    with no_pipe(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

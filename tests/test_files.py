@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 
 from forge.errors import DataError
-from forge.files import is_locked, lock_file, sha256_of, work_beside, write_text
+from forge.files import (
+    is_locked,
+    kept_json,
+    lock_file,
+    open_lock,
+    sha256_of,
+    small_text,
+    work_beside,
+    write_text,
+)
+from forge.model.gguf_header import read_gguf
+from forge.store.artifacts import Store
 from tests.conftest import tree
 
 
@@ -80,3 +91,25 @@ def test_a_working_directory_is_of_one_process_and_goes_with_it(tmp_path: Path) 
             with work_beside(out):
                 pass
     assert not any(tmp_path.iterdir())
+
+
+def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(tmp_path: Path) -> None:
+    """Of each kind that the store reads or locks: nobody ever writes into it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for read in (kept_json, sha256_of):
+        with pytest.raises(OSError, match="a pipe or a device"):
+            read(pipe)
+    with pytest.raises(DataError, match="a pipe or a device"):
+        open_lock(pipe)
+    os.mkfifo(tmp_path / "FORMAT")
+    with pytest.raises(DataError, match="FORMAT: cannot be read: it is a pipe or a device"):
+        Store(tmp_path)
+    (tmp_path / "model.gguf").symlink_to(pipe)
+    with pytest.raises(DataError, match="a pipe or a device"):
+        read_gguf(tmp_path / "model.gguf")
+
+
+def test_a_device_that_never_ends_is_not_read_for_ever() -> None:
+    with pytest.raises(OSError, match="larger than 16 MB"):
+        small_text(Path("/dev/zero"))

@@ -14,6 +14,7 @@ from forge import report
 from forge.chat.format_check import unseen_bos
 from forge.chat.template import ChatTemplate
 from forge.errors import DataError
+from forge.files import small_text
 from forge.model.gguf_header import read_gguf
 from forge.model.tokenizer_files import read_tokenizer
 
@@ -85,7 +86,7 @@ def _of_gguf(path: Path) -> tuple[str, dict[str, str], bool]:
 
 def _of_file(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return small_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{path}: cannot be read: {error}", hint="give a model's directory, a .jinja or a .gguf file"

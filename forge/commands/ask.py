@@ -12,6 +12,7 @@ from typing import Any
 
 from forge import report
 from forge.errors import CheckError, DataError, RecipeError
+from forge.files import small_text
 from forge.resolve.queries import queries_in
 from forge.runs.find import find_run
 from forge.runs.manifest import read_manifest
@@ -159,7 +160,7 @@ def _schema(path: Path | None) -> Mapping[str, Any] | None:
     if path is None:
         return None
     try:
-        schema = json.loads(path.read_text(encoding="utf-8-sig"))
+        schema = json.loads(small_text(path))
     except (OSError, ValueError) as wrong:
         raise RecipeError(f"--json-schema: {path} cannot be used: {wrong}") from wrong
     if not isinstance(schema, dict):

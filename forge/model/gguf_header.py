@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from forge.errors import DataError
+from forge.files import no_pipe
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -182,7 +183,7 @@ class _Reader:
         self.position = 0
 
     def __enter__(self) -> _Reader:
-        with self.path.open("rb") as stream:
+        with no_pipe(self.path).open("rb") as stream:
             self.size = self.path.stat().st_size
             if self.size < 24:
                 self.fail(f"truncated: {self.size} bytes are too few for a GGUF")

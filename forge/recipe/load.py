@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from forge import report
 from forge.errors import Problem, RecipeError
+from forge.files import small_text
 from forge.recipe import checks, presets, translate
 from forge.recipe.explain import problems_of
 from forge.recipe.fields import sections, values
@@ -90,7 +91,7 @@ def _unreadable(path: Path, message: str, hint: str = _EXAMPLE) -> RecipeError:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return small_text(path)
     except FileNotFoundError:
         raise _unreadable(path, "no such recipe") from None
     except IsADirectoryError:

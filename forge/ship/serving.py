@@ -11,6 +11,7 @@ from pathlib import Path
 
 from forge import report
 from forge.errors import RecipeError
+from forge.files import small_text
 from forge.model.gguf_header import read_gguf
 from forge.runs.find import find_model, find_run
 from forge.runs.manifest import RunView, read_manifest, read_run_modelfile
@@ -107,7 +108,7 @@ def read_key(path: Path | None) -> str | None:
     if path is None:
         return None
     try:
-        key = path.read_text(encoding="utf-8").strip()
+        key = small_text(path).strip()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--api-key-file: {path}: {getattr(error, 'strerror', 'not text')}") from error
     # llama-server takes a line that begins with # for a comment, and would then ask for no key.

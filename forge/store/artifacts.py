@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from forge.codec import Json, from_plain
 from forge.errors import DataError
-from forge.files import kept_json, write_text
+from forge.files import kept_json, no_pipe, write_text
 from forge.store.digest import DigestCache, digest, names_digest
 from forge.store.lock import hold_lock
 from forge.store.publication import (
@@ -180,11 +180,12 @@ def _check_format(root: Path) -> None:
     if root.exists() and not root.is_dir():
         raise DataError(f"the store {root} is not a directory", hint="set FORGE_HOME to a directory of yours")
     try:
-        text = (root / "FORMAT").read_text(encoding="utf-8").strip()
+        text = no_pipe(root / "FORMAT").read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError):
         return
     except (OSError, UnicodeDecodeError) as failure:
-        raise DataError(f"{root / 'FORMAT'}: cannot be read: {failure}") from failure
+        reason = getattr(failure, "strerror", None) or failure
+        raise DataError(f"{root / 'FORMAT'}: cannot be read: {reason}") from failure
     if not text.isdecimal():
         raise DataError(f"{root / 'FORMAT'}: not a number: {text[:40]!r}", hint="is this a store of forge?")
     if int(text) > FORMAT:

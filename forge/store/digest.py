@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 from forge.codec import Json
 from forge.errors import DataError
-from forge.files import sha256_of, write_text
+from forge.files import no_pipe, sha256_of, write_text
 
 # A file changed again within the clock's resolution keeps its modification time; what is younger
 # than this is not remembered. Two seconds is the coarsest clock of a file system in use (FAT).
@@ -108,12 +108,14 @@ class DigestCache:
             # Only a cache: a full or read-only disk is reported by whoever writes what matters.
             with contextlib.suppress(OSError):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                if self.path.exists():
+                    no_pipe(self.path)
                 with self.path.open("ab", buffering=0) as stream:
                     stream.write(_line(real, identity, sha256))
 
     def _load(self) -> dict[str, tuple[_Identity, str]]:
         try:
-            lines = self.path.read_bytes().splitlines()
+            lines = no_pipe(self.path).read_bytes().splitlines()
         except OSError:
             return {}
         known: dict[str, tuple[_Identity, str]] = {}
