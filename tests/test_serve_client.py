@@ -197,6 +197,13 @@ def test_a_redirection_says_where_to() -> None:
     assert caught.value.hint == f"it redirects to {place}: if that is the server, give its URL"
 
 
+def test_an_answer_that_is_not_packed_as_it_says() -> None:
+    failure = Failure(200, headers=(("Content-Encoding", "gzip"),), body=b"{}")
+    with StandIn(failures=[failure]) as server, Client(server.endpoint) as client:
+        with pytest.raises(StageError, match="not compressed as it says"):
+            client.chat(QUESTION)
+
+
 def test_line_separators_of_unicode_do_not_break_a_stream() -> None:
     with StandIn(suffix="a\u2028b\x85c") as server, Client(server.endpoint) as client:
         assert "".join(client.stream_chat(QUESTION)).endswith("a\u2028b\x85c")

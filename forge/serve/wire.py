@@ -176,6 +176,10 @@ def failures_of(endpoint: Endpoint) -> Iterator[None]:
         raise RefusedError(f"what is asked is no text in UTF-8: {wrong.reason}", status=400) from wrong
     except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as late:
         raise BusyError(f"{endpoint.url} gave no answer within {TIMEOUT.read:.0f} seconds") from late
+    except httpx.DecodingError as wrong:
+        raise GarbledError(
+            f"{endpoint.url} answered with what is not compressed as it says: {wrong}"
+        ) from wrong
     except httpx.TransportError as broken:
         if end := _end_of(endpoint):
             raise GoneError(end) from broken
