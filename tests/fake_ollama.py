@@ -62,6 +62,7 @@ class FakeOllama:
     def __post_init__(self) -> None:
         self.loaded: dict[tuple[str, str | None, int], str] = {}
         self.awake: set[str] = set()
+        self.leaving: set[str] = set()
         self.lock = threading.Lock()
         self.kept = ""
         self.honours_go = False
@@ -143,7 +144,7 @@ class FakeOllama:
             model = self._of_gguf(next(iter(fields["files"].values())), fields.get("quantize"))
         adapters = list(fields.get("adapters", {}).values())
         if len(adapters) > 1:
-            raise RefusedError(200, "only one adapter is supported")
+            raise RefusedError(200, "only one adapter is currently supported")
         for digest in adapters:
             model.adapter, model.adapter_architecture = digest, read_gguf(self._there(digest)).architecture
         model.template = fields.get("template") or model.template
@@ -212,16 +213,20 @@ class FakeOllama:
         told = self._answer(body)
         self.awake.add(tagged(body["model"]))
         if body.get("keep_alive") == 0:
-            self.awake.discard(tagged(body["model"]))
-            self.kept = ""
+            self.leaving.add(tagged(body["model"]))
         return told
 
     def _answer(self, body: Mapping[str, Any]) -> dict[str, Any]:
         model = self.find(body["model"])
         for asked in ("tools", "think"):
-            if body.get(asked) and not (self.has_jinja and model.uses_jinja and model.has_more_than_go):
-                what = "thinking" if asked == "think" else "tools"
-                raise RefusedError(400, f'"{body["model"]}" does not support {what}')
+            kind = "thinking" if asked == "think" else asked
+            can = model.jinja_can if self.has_jinja and model.uses_jinja else set()
+            if body.get(asked) and kind not in can:
+                whole = f"registry.ollama.ai/library/{tagged(body['model'])}"
+                why = f"{whole} does not support tools"
+                raise RefusedError(
+                    400, f'"{body["model"]}" does not support thinking' if asked == "think" else why
+                )
         options = {**model.parameters, **(body.get("options") or {})}
         check_options(options)
         messages = body.get("messages") or []
@@ -284,8 +289,12 @@ class FakeOllama:
         }
 
     def awake_names(self) -> list[str]:
-        """The names that `/api/ps` lists."""
-        return sorted({self.first_name(name) for name in self.awake if name in self.models})
+        """The names that `/api/ps` lists; one that was unloaded is still there at the first look."""
+        listed = sorted({self.first_name(name) for name in self.awake if name in self.models})
+        if self.leaving:
+            self.awake -= self.leaving
+            self.leaving, self.kept = set(), ""
+        return listed
 
     def first_name(self, name: str) -> str:
         """The name under which `/api/ps` shows a model: the first of those that one manifest has."""
@@ -314,8 +323,9 @@ class FakeOllama:
 
 
 def tagged(name: str) -> str:
-    """`latest` is the tag of a name without one."""
-    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    """`latest` is the tag of a name without one; what every name has is not listed."""
+    whole = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    return whole.removeprefix("registry.ollama.ai/").removeprefix("library/")
 
 
 def main() -> None:

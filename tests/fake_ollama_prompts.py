@@ -55,10 +55,18 @@ class Model:
         return self.jinja is not None and (self.template is None or self.has_more_than_go)
 
     @property
+    def jinja_can(self) -> set[str]:
+        """What its Jinja is taken to know: words are looked for, remarks included."""
+        jinja = self.jinja or ""
+        can = {"tools"} if any(word in jinja for word in ("tools", "tool_call")) else set()
+        cuts = any(f"content.split({mark}</think>{mark})" in jinja for mark in "'\"")
+        cuts &= not any(word in jinja for word in ("reasoning_content", "<SPECIAL_12>"))
+        return can | ({"thinking"} if cuts or all(tag in jinja for tag in ("<think>", "</think>")) else set())
+
+    @property
     def has_more_than_go(self) -> bool:
-        """Whether its Jinja knows tools or thinking: an explicit TEMPLATE is then ignored."""
-        bare = re.sub(r"\{#.*?#\}", "", self.jinja or "", flags=re.DOTALL)
-        return bool(re.search(r"\btools\b|thinking|<think>", bare))
+        """Whether an explicit TEMPLATE is ignored. Not covered: Go that knows tools or thinking."""
+        return bool(self.jinja_can)
 
     def detect(self) -> None:
         """A Jinja near to a known one brings its Go template, unless one was given, and its stops."""
@@ -85,16 +93,21 @@ def is_near(one: str, other: str) -> bool:
 
 def collate(model: Model, messages: Messages) -> tuple[str, list[dict[str, Any]]]:
     """The system text, and the messages with neighbours of one role merged (not those of tools)."""
-    whole = [*model.messages, *messages]
-    if model.system and messages[0]["role"] != "system":
-        whole.insert(0, {"role": "system", "content": model.system})
     merged: list[dict[str, Any]] = []
-    for message in whole:
+    for message in _in_front(model, messages):
         if merged and merged[-1]["role"] == message["role"] != "tool":
             merged[-1]["content"] += "\n\n" + message["content"]
         else:
             merged.append(dict(message))
     return "\n\n".join(one["content"] for one in merged if one["role"] == "system"), merged
+
+
+def _in_front(model: Model, messages: Messages) -> list[Mapping[str, Any]]:
+    """The messages behind the model's own."""
+    whole = [*model.messages, *messages]
+    if model.system and messages[0]["role"] != "system":
+        whole.insert(0, {"role": "system", "content": model.system})
+    return whole
 
 
 def prompt_of(
@@ -109,7 +122,7 @@ def prompt_of(
     """The text that goes to the tokenizer; `honours_go` is OLLAMA_GO_TEMPLATE=1."""
     system, merged = collate(model, messages)
     if has_jinja and (model.template is None or (model.has_more_than_go and not honours_go)):
-        return _of_jinja(model, merged, tools)
+        return _of_jinja(model, _in_front(model, messages), tools)
     template = model.template or "{{ .Prompt }}"
     if ".Messages" not in template:
         text = _legacy(template, merged, go)
@@ -119,7 +132,7 @@ def prompt_of(
 
 
 def _of_jinja(model: Model, messages: Messages, tools: Sequence[Mapping[str, Any]]) -> str:
-    """llama-server's way: ChatML where there is none; one BOS, whoever writes it."""
+    """llama-server's way: no message is merged; ChatML where there is none; one BOS, whoever writes it."""
     names = {"thinking": "reasoning_content", "tool_name": "name"}
     messages = [{names.get(key, key): value for key, value in one.items()} for one in messages]
     source = model.jinja if model.jinja is not None else CHATML

@@ -12,7 +12,7 @@ from forge.model.gguf_header import GgufHeader
 QUANTIZE = ("F32", "F16", "BF16", "Q8_0", "Q4_K_S", "Q4_K_M")
 # general.file_type of F32, F16 and BF16.
 _WHOLE = (0, 1, 32)
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+_NAME = re.compile(r"(([\w.-]+(:\d+)?/)?\w[\w-]*/)?\w[\w.-]*(:\w[\w.-]*)?", re.ASCII)
 _FLOATS = ("temperature", "top_p", "min_p", "repeat_penalty")
 _INTEGERS = ("num_ctx", "num_predict", "top_k", "seed")
 
@@ -27,11 +27,10 @@ class RefusedError(Exception):
 
 def check_create(fields: Mapping[str, Any]) -> None:
     """The early errors of /api/create."""
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in fields.get("files", {})):
+        raise RefusedError(400, "file path must be relative")
     if not _NAME.fullmatch(fields.get("model") or fields.get("name") or ""):
         raise RefusedError(400, "invalid model name")
-    files = {**fields.get("files", {}), **fields.get("adapters", {})}
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-        raise RefusedError(400, "file path must be relative")
     if not fields.get("from") and not fields.get("files"):
         raise RefusedError(400, "neither 'from' or 'files' was specified")
 
@@ -39,7 +38,9 @@ def check_create(fields: Mapping[str, Any]) -> None:
 def check_quantize(header: GgufHeader, kind: str) -> None:
     """A late one: the kinds that it can make, from what is not quantized."""
     if kind.upper() not in QUANTIZE:
-        raise RefusedError(200, f"unsupported quantization type {kind}")
+        raise RefusedError(
+            200, f"unsupported quantization type {kind.upper()} - supported types are F32, F16, ..."
+        )
     if header.metadata.get("general.file_type") not in _WHOLE:
         raise RefusedError(200, "quantization is only supported for F16, BF16 and F32 models")
 
@@ -49,5 +50,5 @@ def check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if name in _FLOATS and not isinstance(value, int | float):
             raise RefusedError(500, f'option "{name}" must be of type float32')
-        if name in _INTEGERS and not (isinstance(value, int | float) and float(value).is_integer()):
+        if name in _INTEGERS and not isinstance(value, int | float):
             raise RefusedError(500, f'option "{name}" must be of type integer')

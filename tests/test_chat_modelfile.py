@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge.chat.hand_over import HandOver, LeftOut, hand_over, licences_of, sampling_of, write_modelfiles
+from forge.chat.hand_over import (
+    HandOver,
+    LeftOut,
+    hand_over,
+    licences_of,
+    prefers_jinja,
+    sampling_of,
+    write_modelfiles,
+)
 from forge.chat.modelfile import Modelfile, ModelfileError, modelfile_text, parse_modelfile
 from forge.chat.template import ChatTemplate
 from tests.makers.tokenizer import CHATML
@@ -190,3 +198,20 @@ def test_sampling_and_licence_are_the_bases(tmp_path: Path) -> None:
     assert facts.left_out == LeftOut()
     hard = replace(given, licences=("a\u00a0b",))
     assert write_modelfiles(tmp_path / "out", file="m.gguf", handed=hard).left_out.licences == ("a\u00a0b",)
+
+
+@pytest.mark.parametrize(
+    ("source", "wins"),
+    [
+        ("{{ messages }}", False),
+        ("{% if enable_thinking %}<think>{% endif %}", False),
+        ("<think></think>", True),
+        ("{# tools #}", True),
+        ("{% if message.tool_calls %}", True),
+        ("{{ content.split('</think>')[-1] }}", True),
+        ("{{ content.split('</think>')[-1] }}{{ reasoning_content }}", False),
+    ],
+)
+def test_whether_a_servers_rule_prefers_the_jinja(source: str, wins: bool) -> None:
+    """As server/images.go of Ollama 0.33 reads it."""
+    assert prefers_jinja(source) is wins

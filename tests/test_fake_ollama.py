@@ -94,7 +94,7 @@ def test_keep_alive_0_unloads(
     make(ollama_client, model_name, tiny_gguf, template=GO, parameters={"num_ctx": 512})
     ollama_client.chat(model_name, USER, options={"num_predict": 1})
     assert f"{model_name}:latest" in [one.model for one in client.ps().models]
-    ollama_client.unload(model_name)
+    ollama_client.unload(model_name)  # which waits until it is gone
     assert f"{model_name}:latest" not in [one.model for one in client.ps().models]
 
 

@@ -87,7 +87,7 @@ def test_where_jinja_differs_go_is_taken(fake_ollama: FakeOllama, tmp_path: Path
     """
     thinking = (
         CHATML
-        + "{% if add_generation_prompt and enable_thinking is defined %}<think>{% endif %}{# "
+        + "{% if add_generation_prompt and enable_thinking is defined %}<think>{% endif %}{# </think> "
         + "x " * 200
         + "#}"
     )
@@ -108,13 +108,28 @@ def test_a_date_is_kept_by_a_template(fake_ollama: FakeOllama, tmp_path: Path) -
         assert import_model(server, "yoda", path, hand_over_of(path)).way == "go"
 
 
-@pytest.mark.parametrize("name", ["", "a b", "/x", "x:", "a/b/c/d", "ü", "-x", "x" * 90])
+@pytest.mark.parametrize("name", ["", "a b", "/x", "x:", "a/b/c/d", "ü", "-x", "x" * 90, "me.you/yoda"])
 def test_bad_names_are_refused_before_anything_is_sent(
     fake_ollama: FakeOllama, pinned_gguf: Path, name: str
 ) -> None:
     with Ollama(fake_ollama.url) as server, pytest.raises(RecipeError, match="takes no model of the name"):
         import_model(server, name, pinned_gguf, hand_over_of(pinned_gguf))
     assert fake_ollama.asked == []
+
+
+@pytest.mark.parametrize("name", ["yoda:cloud", "yoda:8b-cloud", "me/yoda:Local"])
+def test_names_that_send_chats_elsewhere_are_refused(
+    fake_ollama: FakeOllama, pinned_gguf: Path, name: str
+) -> None:
+    with Ollama(fake_ollama.url) as server, pytest.raises(RecipeError, match="runs elsewhere"):
+        import_model(server, name, pinned_gguf, hand_over_of(pinned_gguf))
+    assert fake_ollama.asked == []
+
+
+@pytest.mark.parametrize("name", ["library/yoda", "registry.ollama.ai/library/Yoda:latest"])
+def test_a_name_is_found_however_it_is_written(fake_ollama: FakeOllama, pinned_gguf: Path, name: str) -> None:
+    with Ollama(fake_ollama.url) as server:
+        assert import_model(server, name, pinned_gguf, hand_over_of(pinned_gguf)).digest
 
 
 def test_texts_that_nobody_writes_choose_no_way(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,6 +131,19 @@ class HandOverFacts:
 def day_in(template: ChatTemplate) -> str | None:
     """The day that a template is given; None when it asks for none."""
     return template.day if "strftime_now" in template.source else None
+
+
+def prefers_jinja(source: str) -> bool:
+    """Whether Ollama since 0.30 renders this Jinja and ignores a TEMPLATE that knows no tools, as ours.
+
+    It looks for words, remarks included. https://github.com/ollama/ollama, server/images.go.
+    """
+    if "tools" in source or "tool_call" in source:
+        return True
+    if "<think>" in source and "</think>" in source:
+        return True
+    cuts_thinking = re.search(r"""content\.split\((['"])</think>\1\)""", source)
+    return bool(cuts_thinking) and not any(word in source for word in ("reasoning_content", "<SPECIAL_12>"))
 
 
 def hand_over(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from forge import report
 from forge.chat import same_prompts
 from forge.chat.format_check import limit_names
-from forge.chat.hand_over import HandOver, Way, hand_over_of, without_unwritable
+from forge.chat.hand_over import HandOver, Way, hand_over_of, prefers_jinja, without_unwritable
 from forge.chat.modelfile import modelfile_text, parse_modelfile
 from forge.chat.template import ChatTemplate
 from forge.codec import to_plain
@@ -175,7 +174,7 @@ def _remarks(handed: HandOver, way: Way, *, of_directory: bool, is_pinned: bool)
     proved += [f"not claimed: {limit}" for limit in facts.limits]
     if is_pinned:
         proved.append("Ollama 0.30 may render the GGUF's own template instead: pinned, it writes the same")
-    elif re.search("tools|think", handed.template.source):
+    elif prefers_jinja(handed.template.source):
         proved.append(
             "since 0.30 Ollama renders the GGUF's own template instead, as this one knows tools or thinking: "
             "TEMPLATE holds for older servers, and with OLLAMA_GO_TEMPLATE=1; "

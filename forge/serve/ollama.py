@@ -136,6 +136,11 @@ def import_model(
             f"Ollama takes no model of the name {name!r}",
             hint="letters, digits, dots, dashes and underscores, such as yoda, me/yoda or yoda:q4",
         )
+    if _PLACE.fullmatch(name):
+        raise RecipeError(
+            f"Ollama takes {name!r} for a model that runs elsewhere: chats would go there, not to this one",
+            hint="another tag, such as yoda:q4",
+        )
     # Ollama checks neither: a wrong one fails when it is loaded, without a reason.
     ready.check_kinds(gguf, read_whole_gguf(gguf), [adapter] if adapter else [])
     _check_bos(gguf, handed)
@@ -212,7 +217,10 @@ _IGNORED = (
     "OLLAMA_GO_TEMPLATE=1, where the server starts, makes it honour one"
 )
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
-_NAME = re.compile(rf"({_PART}(:\d+)?/)?({_PART}/)?{_PART}(:{_PART})?")
+_SPACE = _PART.replace(".", "", 1)  # a namespace has no dots
+_NAME = re.compile(rf"(({_PART}(:\d+)?/)?{_SPACE}/)?{_PART}(:{_PART})?")
+# Tags that say where a model runs: a chat with such a name goes to Ollama's cloud, or to another model.
+_PLACE = re.compile(r".*:(cloud|local|.*-cloud)", re.IGNORECASE)
 _MARK = "forge asks whether TEMPLATE is used: "
 
 

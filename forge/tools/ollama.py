@@ -142,11 +142,11 @@ class Ollama:
 
     def digest(self, name: str) -> str | None:
         """The digest of the manifest of `name`, or None where there is no such model."""
-        tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
         asked = _past_races(lambda: self._ask("GET", "/api/tags", doing="listed its models"))
         listed = asked.get("models") or []
         with _as_expected("listed its models"):
-            return next((str(model["digest"]) for model in listed if model["name"] == tagged), None)
+            names = {_listed(str(model["name"])): str(model["digest"]) for model in listed}
+        return names.get(_listed(name))
 
     def prompt(self, name: str, messages: Sequence[Mapping[str, Any]], **fields: Any) -> str:
         """The text that it would give to the model, by `_debug_render_only` (0.11.5 and later)."""
@@ -165,8 +165,20 @@ class Ollama:
         return self._ask("POST", "/api/chat", body, doing=f"answered as {name}")
 
     def unload(self, name: str) -> None:
-        """Take the model out of memory, and what it kept of earlier prompts."""
+        """Take the model out of memory, and what it kept of earlier prompts.
+
+        The server answers before it is gone, and a request that comes too early meets it still there.
+        """
+        digest = self.digest(name)
         self.chat(name, [], keep_alive=0)
+        for _ in range(_LOOKS_UNTIL_UNLOADED):
+            asked = self._ask("GET", "/api/ps", doing="listed what is loaded")
+            with _as_expected("listed what is loaded"):
+                # One runner for all names of a manifest, listed under one of them.
+                loaded = {str(model.get("digest")) for model in asked.get("models") or []}
+            if digest not in loaded:
+                return
+            time.sleep(_SECONDS_BETWEEN_TRIES)
 
     def copy(self, source: str, destination: str) -> None:
         """Give `source` a second name; one that is taken is replaced."""
@@ -195,7 +207,7 @@ class Ollama:
             raise MissingToolError(f"no Ollama server answers at {self.url}", hint=_SERVE) from away
         except httpx.TimeoutException as late:
             raise OllamaError(f"Ollama at {self.url} gave no answer in time while it {doing}") from late
-        except httpx.TransportError as broken:
+        except (httpx.TransportError, httpx.DecodingError) as broken:
             raise OllamaError(
                 f"Ollama at {self.url} broke off while it {doing} ({broken})",
                 hint="its own log says more; a full disk and too little memory are common reasons",
@@ -205,6 +217,7 @@ class Ollama:
 # What it says where another import makes or deletes a model at the same time (measured on 0.33).
 _RACES = ("no such file", "model is required")
 _TRIES, _SECONDS_BETWEEN_TRIES = 6, 0.2
+_LOOKS_UNTIL_UNLOADED = 50
 
 
 def _past_races(ask: Callable[[], Result]) -> Result:
@@ -217,6 +230,12 @@ def _past_races(ask: Callable[[], Result]) -> Result:
                 raise
             time.sleep(_SECONDS_BETWEEN_TRIES)
     return ask()
+
+
+def _listed(name: str) -> str:
+    """How a model is listed: with its tag, without what all names have, in any case."""
+    tagged = name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+    return tagged.lower().removeprefix("registry.ollama.ai/").removeprefix("library/")
 
 
 @contextlib.contextmanager
