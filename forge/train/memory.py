@@ -182,6 +182,7 @@ def estimate_of(
         batch=job.batch * (2 if job.train.objective in ("dpo", "orpo") else 1),  # both answers of a pair
         sequence=min(job.length, configuration.max_positions or job.length),
         dora=job.train.lora.dora,
+        dropout=job.train.lora.dropout > 0,
         targets=job.train.lora.targets,
         experts=expert_tensors(tensors).values() if job.train.lora.experts else (),
         optimizer=job.train.optimizer,

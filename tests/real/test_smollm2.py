@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from forge.model.smollm2 import packaged_gguf
+from tests.shipping import Workshop
 
 pytestmark = [pytest.mark.training, pytest.mark.slow]
 
@@ -42,3 +44,21 @@ def test_its_tokenizer_gives_the_ids_of_llama_cpp(smollm2: Path) -> None:
         assert ours.encode(text).ids == theirs.tokenize(text.encode(), add_bos=False, special=True), text
         assert ours.decode(ours.encode(text).ids) == text
     theirs.close()
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize("train", [{"batch_size": 2}, {"batch_size": 3, "gradient_checkpointing": True}])
+def test_its_training_takes_the_memory_that_was_planned(
+    train: dict[str, Any], smollm2: Path, workshop: Workshop
+) -> None:
+    """B4, B7: within a quarter, on the processor, of rows of some 500 tokens."""
+    words = " ".join(f"{number} green bottles on the wall," for number in range(70))
+    rows = [{"prompt": f"Part {number}?", "completion": f"{number}: {words}"} for number in range(6)]
+    (workshop.directory / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"method": "lora", "max_steps": 1, **train}
+    recipe = {"name": "long", "base": str(smollm2), "data": {"source": "long.jsonl", "eval": 0}}
+    (workshop.directory / "long.yaml").write_text(json.dumps({**recipe, "train": settings}))  # JSON is YAML
+    planned = workshop.forge("plan", "long.yaml").fields["memory"]
+    trained = workshop.forge("train", "long.yaml").fields
+    assert planned["length"] > 400
+    assert planned["train_bytes"] == pytest.approx(trained["peak_memory_bytes"], rel=0.25)
