@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from forge.adapter.read import read_adapter
+from forge.model.safetensors_header import read_header
 from forge.train.run import train
 from tests.models import PEFT_WARNS, make_model, prepare_rows
 from tests.test_export_merge import assert_equal
@@ -67,6 +68,19 @@ def test_a_named_model_trains(name: str, tmp_path: Path) -> None:
     assert modules <= facts.modules.keys()
     adapter = read_adapter(out)
     assert len(adapter.layers) == sum(facts.modules.values())
+
+
+def test_a_mixture_is_trained_whole_with_its_routers(tmp_path: Path) -> None:
+    """G8: trl balances what routers choose, and looks for a number that Granite names otherwise."""
+    base = make_model(tmp_path / "base", "granitemoe", "home-made", tie_word_embeddings=False)
+    data = tmp_path / "data"
+    data.mkdir()
+    prepare_rows(base, data)
+    out = tmp_path / "out"
+    facts = train(arguments(base, data, out, method="full", max_steps=2))
+    assert facts.steps == 2
+    saved = read_header(out / "adapter_model.safetensors")
+    assert sum("router" in name for name in saved) == 2
 
 
 @pytest.mark.parametrize("family", ["mixtral", "granitemoe"])

@@ -13,7 +13,7 @@ from typing import Any
 
 from forge.adapter.experts import JOINED
 from forge.errors import DataError
-from forge.recipe.training import Lora
+from forge.recipe.training import Lora, Train
 
 _HEAD = "lm_head"
 # What peft.utils.constants.EMBEDDING_LAYER_NAMES has.
@@ -76,14 +76,23 @@ def with_lora(model: Any, lora: Lora, *, quantized: bool, checkpointing: bool) -
     return made
 
 
-def without_balance(model: Any, lora: Lora) -> None:
-    """Add no loss for the balance of a mixture's experts: a router that is not trained has none to learn.
+def balance_experts(model: Any, train: Train) -> None:
+    """Add the loss for the balance of a mixture's experts where its routers are trained, else none.
 
-    trl adds it to the loss of every mixture, whatever the family's configuration says.
+    trl adds it to the loss of every family that knows it, whatever the configuration says, and reads the
+    number of the experts by one name alone, which Granite's lacks.
     """
     config = model.config.get_text_config()
-    is_trained = any(name.rpartition(".")[2] in ("gate", "router") for name in lora.modules_to_save)
-    if hasattr(config, "output_router_logits") and not is_trained:
+    if not hasattr(config, "output_router_logits"):
+        return
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    saved = train.lora.modules_to_save
+    has_routers = train.method == "full" or any(
+        name.rpartition(".")[2] in ("gate", "router") for name in saved
+    )
+    if experts and has_routers:
+        config.num_experts = experts
+    else:
         config.output_router_logits, config.router_aux_loss_coef = False, 0.0
 
 

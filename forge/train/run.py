@@ -28,12 +28,12 @@ from forge.train.log import LOG_FILE, Step, read_log
 from forge.train.lora import (
     adapted_modules,
     add_rows,
+    balance_experts,
     continued,
     keep_initial,
     trainable_to_float32,
     whole_model,
     with_lora,
-    without_balance,
 )
 from forge.train.model import arithmetic_of, load_base
 from forge.train.packing import refuse_leaks
@@ -303,9 +303,9 @@ def _model(request: TrainRequest, hardware: Hardware, checkpointing: bool) -> An
     model = load_base(request.base, hardware, request.loading)
     if request.rows:
         add_rows(model, request.rows)
+    balance_experts(model, request.settings)
     if request.settings.method == "full":
         return whole_model(model)
-    without_balance(model, request.settings.lora)
     lora, quantized = request.settings.lora, request.loading.is_quantized
     if request.continue_from:
         return continued(model, request.continue_from, quantized=quantized, checkpointing=checkpointing)
