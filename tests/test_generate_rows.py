@@ -147,6 +147,7 @@ def test_second_process_on_one_output_is_refused(tmp_path: Path) -> None:
         answer_rows(Endpoint("http://127.0.0.1:9", "m"), prompts, out)
 
 
+@pytest.mark.timeout(30)  # without the refusal it would ask the stand-in again and again
 @pytest.mark.parametrize("asked", ['"functions": [{"name": "f"}]', '"audio": {"voice": "x"}', '"best_of": 3'])
 def test_a_body_that_no_server_of_texts_answers(asked: str, tmp_path: Path) -> None:
     """llama-server leaves it out in silence, and the answer would be another one."""
