@@ -650,6 +650,8 @@ _IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
             "image",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "document", "source": {}}]}]}, "not document"),
+        ({"messages": [{"role": "user", "content": _IMAGE}]}, "not image_url"),
+        ({"messages": [{"role": "user", "content": [{"type": "profile", "text": "a"}]}]}, ""),
         ({"input": ["image", 1], "messages": "file", "store": True, "metadata": {"a": "b"}}, ""),
     ],
 )

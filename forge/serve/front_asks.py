@@ -7,7 +7,6 @@ know them calls none.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ _INSTEAD: Mapping[str, str] = {
     "suffix": "/infill writes what stands between two texts",
     "output_format": "/v1/chat/completions and /v1/responses hold an answer to a schema",
 }
-_OTHER_THAN_TEXT = re.compile("image|audio|video|file|document")
+_OTHER_THAN_TEXT = {"image", "audio", "video", "file", "document"}
 
 
 def not_done(fields: Mapping[str, Any]) -> str:
@@ -39,7 +38,7 @@ def not_done(fields: Mapping[str, Any]) -> str:
     if is_forced(fields) and not fields.get("tools"):
         return "tool_choice: there are no tools to choose from"
     for kind in _kinds([fields.get("messages"), fields.get("input")]):
-        if _OTHER_THAN_TEXT.search(kind):
+        if not _OTHER_THAN_TEXT.isdisjoint(kind.split("_")):
             return f"this server reads text only, not {kind}"
     return ""
 
@@ -54,7 +53,7 @@ def is_forced(fields: Mapping[str, Any]) -> bool:
 
 def _kinds(contents: object) -> Iterator[str]:
     """The types of the parts of messages, also inside what a tool has answered."""
-    for part in contents if isinstance(contents, list) else ():
+    for part in contents if isinstance(contents, list) else [contents]:
         if isinstance(part, list):
             yield from _kinds(part)
         elif isinstance(part, dict):
