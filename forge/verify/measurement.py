@@ -202,7 +202,8 @@ class FitsOfFiles:
     """Those of the file, of llama.cpp's own f16, and of its own file of the same type.
 
     `numbers`: where the file's metadata says another model's shape or rotation than llama.cpp's own;
-    `unmatched`: what only one of the two says, which may be what the other takes for granted.
+    `unmatched`: what only one of the two says, which may be what the other takes for granted;
+    `padding`: a PAD that is another.
     """
 
     file: Fits
@@ -211,6 +212,7 @@ class FitsOfFiles:
     beside: Beside = field(default=Beside(), kw_only=True)
     numbers: tuple[str, ...] = field(default=(), kw_only=True)
     unmatched: tuple[str, ...] = field(default=(), kw_only=True)
+    padding: str | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

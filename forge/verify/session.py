@@ -32,7 +32,8 @@ from forge.verify.measurement import (
 from forge.verify.pretokenizers import other_pre_tokenizer
 from forge.verify.tuned import open_model
 
-_SPECIAL = re.compile(r"tokenizer\.ggml\.(?!eos_|eot_|eom_)\w+_token_id")
+_PADDING = "tokenizer.ggml.padding_token_id"
+_SPECIAL = re.compile(r"tokenizer\.ggml\.(?!eos_|eot_|eom_|padding_)\w+_token_id")
 DIRECT = ("f16", "bf16", "f32")
 """Types that only convert: everything else is judged by llama.cpp's own file of that type."""
 
@@ -145,7 +146,8 @@ class Yardsticks:
         numbers, unmatched = other_numbers(header, own)
         if splits := other_pre_tokenizer(header, own, request.tokenizer):
             numbers = (*numbers, splits)
-        return replace(made, beside=beside, numbers=numbers, unmatched=unmatched)
+        padding = other_padding(header, own)
+        return replace(made, beside=beside, numbers=numbers, unmatched=unmatched, padding=padding)
 
     def _beside(self, file: FileFacts) -> Beside:
         """A file that does not say its type is held to one of its kind, whose mixture is another."""
@@ -186,6 +188,14 @@ def other_numbers(file: GgufHeader, own: GgufHeader) -> tuple[tuple[str, ...], t
         elif theirs != expected:
             numbers.append(f"{name} is {theirs}, the base's is {expected}")
     return tuple(numbers), tuple(unmatched)
+
+
+def other_padding(file: GgufHeader, own: GgufHeader) -> str | None:
+    """PAD where it is not llama.cpp's own: in what the library generates it plays no part."""
+    theirs, expected = (_shown(header, _PADDING) for header in (file, own))
+    if theirs == expected:
+        return None
+    return f"{_PADDING} is {theirs or 'missing'}, the base's is {expected or 'none'}"
 
 
 def _shown(header: GgufHeader, name: str) -> str | None:

@@ -291,6 +291,8 @@ def _warnings(measured: Measurement) -> list[str]:
     norm = _norm(measured)
     if norm and norm.worse:
         remarks.append(f"{norm.words}; small models lose more")
+    if other := measured.weights.padding:
+        remarks.append(f"{other}: no answer depends on it; who trains the model further should know")
     remarks += [f"not compared: {limit}" for limit in measured.tokens.limits]
     if measured.prompt.compared and measured.prompt.reason:
         remarks.append(measured.prompt.reason)
