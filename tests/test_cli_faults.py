@@ -453,6 +453,9 @@ def test_a_store_that_cannot_be_written(place: Place, monkeypatch: pytest.Monkey
         (["export", "r.yaml", "--quant", "q8_0", "--plain"], "--quant, --plain"),
         (["modelfile", "r.yaml", "--from", "phi3:mini", "--adapter", "x.gguf"], "--adapter, --from"),
         (["modelfile", "r.yaml", "--jinja"], "--jinja"),
+        (["validate", "r.yaml", "--base", "b", "--adapter", "a"], "--base, --adapter"),
+        (["verify", "r.yaml", "--max-kl", "1", "--certificate", "c.json"], "--max-kl, --certificate"),
+        (["estimate", "r.yaml", "--method", "full"], "--method"),
     ],
 )
 def test_an_option_that_a_recipe_says_itself_is_refused(
@@ -460,3 +463,20 @@ def test_an_option_that_a_recipe_says_itself_is_refused(
 ) -> None:
     assert run_command(call) == 2
     assert f"{named}: not beside a recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["estimate", "--base", "builtin:tiny"],
+        ["validate", "--base", "b", "--adapter", "a"],
+        ["verify", "--base", "b", "--gguf", "g.gguf"],
+        ["export", "--base", "b", "--out", "o.gguf"],
+        ["modelfile", "m.gguf"],
+    ],
+)
+def test_a_field_of_a_recipe_without_one_is_refused(
+    call: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command([*call, "-o", "train.epochs=1"]) == 2
+    assert "-o train.epochs=1: sets a field of a recipe, and none is named" in capsys.readouterr().err

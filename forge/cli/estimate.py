@@ -6,7 +6,7 @@ from typing import Literal
 import click
 
 from forge import report
-from forge.cli.options import common, overrides_option
+from forge.cli.options import common, overrides_option, refuse_idle
 
 
 @click.command()
@@ -43,6 +43,7 @@ def command(
 
     if (recipe is None) == (base is None):
         raise click.UsageError("name a recipe or --base")
+    refuse_idle(recipe, overrides)
     if base is not None:
         report.result(estimate_base(base, method=method, length=length, batch=batch, rank=rank))
     else:

@@ -14,7 +14,7 @@ from forge.cli.options import (
     merge_base_option,
     optional_recipe,
     overrides_option,
-    refuse_beside_recipe,
+    refuse_idle,
 )
 from forge.errors import RecipeError
 
@@ -73,10 +73,10 @@ def command(
 
     A GGUF in several parts is named by its first; `--quant copy` joins them, or divides a file.
     """
+    refuse_idle(recipe, overrides)
     if recipe is not None:
         from forge.ship.drive import ship_until
 
-        refuse_beside_recipe()
         report.result(ship_until(recipe, overrides, "export"))
         return
     if gguf is not None and out is not None and not base:

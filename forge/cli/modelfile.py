@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from forge import report
-from forge.cli.options import common, overrides_option, refuse_beside_recipe
+from forge.cli.options import common, overrides_option, refuse_idle
 
 
 @click.command()
@@ -41,11 +41,12 @@ def command(
     With a Go TEMPLATE where one is proved; else, or with --jinja, with the GGUF's own template. A file of
     others is safer with --guard: its copy keeps the dates, the thinking and the guesses of a server off.
     """
-    if target.suffix in (".yaml", ".yml"):
+    recipe = target if target.suffix in (".yaml", ".yml") else None
+    refuse_idle(recipe, overrides)
+    if recipe is not None:
         from forge.ship.drive import ship_until
 
-        refuse_beside_recipe()
-        report.result(ship_until(target, overrides, "modelfile"))
+        report.result(ship_until(recipe, overrides, "modelfile"))
         return
     from forge.commands.modelfile import write_modelfile
 

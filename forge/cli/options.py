@@ -47,8 +47,15 @@ overrides_option = click.option(
 )
 
 
-def refuse_beside_recipe() -> None:
-    """Raise `RecipeError` for an option of the other uses of a command: it would do nothing."""
+def refuse_idle(recipe: Path | None, overrides: tuple[str, ...]) -> None:
+    """Raise `RecipeError` for an option that would do nothing: of files beside a recipe, `-o` without one."""
+    if recipe is None:
+        if overrides:
+            raise RecipeError(
+                f"-o {overrides[0]}: sets a field of a recipe, and none is named",
+                hint="name the recipe, or use the command's own options",
+            )
+        return
     context = click.get_current_context()
     named = [
         parameter.opts[-1]

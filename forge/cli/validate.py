@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from forge import report
-from forge.cli.options import base_option, common, optional_recipe, overrides_option
+from forge.cli.options import base_option, common, optional_recipe, overrides_option, refuse_idle
 from forge.errors import RecipeError
 
 
@@ -21,6 +21,7 @@ def command(recipe: Path | None, overrides: tuple[str, ...], base: str | None, a
     peft's own status on a base without weights, and the numbers in the file: irregular, inactive,
     not finite, zero or not fitting is exit 5 or 2, with the layers' names.
     """
+    refuse_idle(recipe, overrides)
     if recipe is not None:
         from forge.ship.drive import ship_until
 

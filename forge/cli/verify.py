@@ -14,6 +14,7 @@ from forge.cli.options import (
     merge_base_option,
     optional_recipe,
     overrides_option,
+    refuse_idle,
 )
 from forge.errors import RecipeError
 
@@ -65,8 +66,7 @@ def command(
     conversion and quantization. Exit 5 when they differ by more than that explains.
     """
     if recheck is not None:
-        from forge.commands.recheck import Elsewhere
-        from forge.commands.recheck import recheck as measure_again
+        from forge.commands import recheck as again
 
         places = {name: options.pop(name) for name in ("adapter", "lora", "merged", "imatrix")}
         if recipe or overrides or options.pop("merge_base") != "original" or any(options.values()):
@@ -74,8 +74,9 @@ def command(
                 "--recheck repeats what the certificate says",
                 hint="beside it only --base, --gguf, --adapter, --lora, --merged and --imatrix are taken",
             )
-        measure_again(recheck, Elsewhere(base, gguf, **places))
+        again.recheck(recheck, again.Elsewhere(base, gguf, **places))
         return
+    refuse_idle(recipe, overrides)
     if recipe is not None:
         from forge.ship.drive import ship_until
 
