@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench import data, export, front, kernels, serve, ship, startup, training, validate, verify
+from bench import data, export, front, gpu, kernels, serve, ship, startup, training, validate, verify
 from bench.measure import BenchmarkError, Outcome
 from bench.workplace import Workplace, workplace
 from forge.process import signals_as_interrupt
@@ -40,6 +40,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "front": front.measure,
     "busy": front.measure_busy,
     "kernels": kernels.measure,
+    "gpu": gpu.measure,
 }
 PAIRS = 5
 _PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "llama-cpp-python", "xllamacpp")
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in options.names or BENCHMARKS:
         print(f"{name} ...", flush=True)
         try:
-            with workplace() as place:
+            with workplace(small=options.small) as place:
                 for outcome in BENCHMARKS[name](place, options.pairs):
                     print("  " + row(outcome), flush=True)
                     outcomes.append(outcome)
@@ -91,6 +92,8 @@ def finish(facts: Facts, outcomes: Sequence[Outcome], failures: Mapping[str, str
 
 def row(outcome: Outcome) -> str:
     """One line of the table: whether it held, what, how much of how much allowed, and how it was found."""
+    if outcome.value is None:
+        return f"none     {outcome.name:36} {'':10}  {'':14} {outcome.note}".rstrip()
     verdict = "told" if outcome.limit is None else "ok" if outcome.ok else "MISSED"
     limit = "" if outcome.limit is None else f"limit {outcome.limit:g} {outcome.unit}"
     value = f"{outcome.value:.3f} {outcome.unit}"
@@ -137,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pairs", type=_positive, default=PAIRS, metavar="N", help=f"pairs of a comparison ({PAIRS})"
     )
+    parser.add_argument("--small", action="store_true", help="gpu: a tiny model on the processor")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
     parser.add_argument("--list", action="store_true", help="say what there is and measure nothing")
     return parser

@@ -49,10 +49,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a benchmark found; `limit` is None for a figure that is only told. `unit` is s, x or nothing."""
+    """What a benchmark found; `limit` is None for a figure that is only told. `unit` is s, x or nothing.
+
+    `value` is None for what this machine cannot measure; `note` says why.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     limit: float | None = None
     samples: Sequence[float] = ()
@@ -60,7 +63,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        return self.limit is None or self.value <= self.limit
+        return self.limit is None or self.value is None or self.value <= self.limit
 
 
 def run(command: Sequence[str], *, directory: Path, environment: Mapping[str, str] | None = None) -> Run:

@@ -1,7 +1,8 @@
-"""A Llama of random weights and a LoRA adapter for it: `python -m bench.random_model DIR SIZE`.
+"""A Llama of random weights and a LoRA adapter for it: `python -m bench.random_model DIR SIZE [TOKENIZER]`.
 
 A program of its own, so that the measuring process stays small. bfloat16, one file, the vocabulary and
-the pre-tokenizer of GPT-2, which llama.cpp's converter knows. Written slab by slab, so memory is small.
+the pre-tokenizer of GPT-2, which llama.cpp's converter knows, or the files in the directory TOKENIZER, which
+need no download, with as many rows. Written slab by slab, so memory is small.
 Of 7B the base's weights are a hole in a sparse file: for what reads its headers alone.
 """
 
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forge.adapter.tokenizer import copy_tokenizer
 from forge.export.tensors import LazyTensor, write_safetensors
 
 RANK = 16
+_ROWS = 50304  # of GPT-2's vocabulary, a multiple of 64
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,23 @@ SIZES = {
     "0.5B": Size(1280, 3584, 20, 20),
     "2B": Size(2048, 5632, 40, 32),
     "7B": Size(4096, 12288, 32, 32, sparse=True),
+    "1B": Size(2048, 8192, 16, 32),
+    "tiny": Size(256, 512, 2, 4),
 }
 
 
-def main(directory: Path, name: str) -> None:
+def main(directory: Path, name: str, tokenizer: Path | None = None) -> None:
     """Write `directory/base` and `directory/adapter`."""
-    from tests.vocabularies import write_tokenizer
-
     size, base, adapter = SIZES[name], directory / "base", directory / "adapter"
     adapter.mkdir(parents=True)
-    rows = -(-write_tokenizer(base, "gpt-2") // 64) * 64
+    rows = _ROWS
+    if tokenizer:
+        base.mkdir()
+        copy_tokenizer(tokenizer, base)
+    else:
+        from tests.vocabularies import write_tokenizer
+
+        rows = -(-write_tokenizer(base, "gpt-2") // 64) * 64
     (base / "config.json").write_text(json.dumps(_configuration(size, rows), indent=1))
     tensors = [random_tensor(tensor, "BF16", shape) for tensor, shape in _tensors(size, rows)]
     if size.sparse:
@@ -128,4 +138,4 @@ def random_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> LazyTensor:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], *map(Path, sys.argv[3:]))

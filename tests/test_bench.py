@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as bench
-from bench import measure
+from bench import gpu, measure
 from bench.measure import BenchmarkError, Outcome, best_of, interleaved, median_ratio, peak_of, run
 from bench.measure import Run as Measured
 from bench.training import RECIPE, Trained, refuse_other_work
-from bench.workplace import Workplace
+from bench.workplace import Workplace, workplace
 from forge.recipe.load import load
 
 ROOT = Path(__file__).parent.parent
@@ -218,3 +218,42 @@ def test_the_recipe_that_is_measured_is_sound(tmp_path: Path) -> None:
     loaded = load(path, ())
     assert loaded.warnings == ()
     assert loaded.recipe.deploy.runtime == "none"
+
+
+PLANNED = {"base": 900, "activations": 100, "CUDA context": 600}
+
+
+@pytest.mark.parametrize(
+    ("peak", "ratio", "ok"), [(1000, 1.0, True), (1250, 1.25, False), (800, 1.25, False)]
+)
+def test_b7_memory_on_a_gpu_is_held_to_what_was_planned(peak: int, ratio: float, ok: bool) -> None:
+    trained = {"seconds": 2.0, "peak_memory_bytes": peak, "compute": "bfloat16"}
+    speed, memory = gpu.outcomes("LoRA", 512, PLANNED, trained, has_gpu=True)
+    assert (speed.value, speed.limit) == (256.0, None)
+    assert memory.value == pytest.approx(ratio)
+    assert memory.ok is ok
+
+
+def test_what_a_machine_lacks_is_not_measured_and_what_fails_is_told() -> None:
+    lacks = BenchmarkError("status 3: forge train\nerror: train.liger: no GPU\nhint: leave it out")
+    outcome = gpu.not_measured("Liger", lacks)
+    assert (outcome.value, outcome.note, outcome.ok) == (None, "train.liger: no GPU", True)
+    assert bench.row(outcome).split() == ["none", "Liger", "train.liger:", "no", "GPU"]
+    with pytest.raises(BenchmarkError, match="out of memory"):
+        gpu.not_measured("LoRA", BenchmarkError("status 4: forge train\nerror: out of memory"))
+
+
+@pytest.mark.slow
+@pytest.mark.programs
+@pytest.mark.training
+def test_the_gpu_s_benchmark_runs_on_a_processor(forge_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {name: gpu.METHODS[name] for name in ("LoRA, 16 bits", "LoRA, packing", "LoRA, Liger")}
+    monkeypatch.setattr(gpu, "METHODS", methods)
+    monkeypatch.setattr(gpu, "TABLE", ("eager",))
+    with workplace(small=True) as place:
+        measured = {outcome.name: outcome for outcome in gpu.measure(place, 1)}
+    assert measured["LoRA, Liger"].value is None and measured["LoRA, Liger"].note.startswith("train.liger: ")
+    plain, packed = (measured[f"LoRA, {name}: tokens a second"] for name in ("16 bits", "packing"))
+    assert plain.note.split()[0] == packed.note.split()[0]
+    assert {"eager, short: memory", "eager, long, checkpointing: tokens a second"} <= measured.keys()
+    assert all(outcome.limit is None for outcome in measured.values())
