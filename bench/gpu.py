@@ -54,47 +54,62 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
 TABLE = ("eager", "sdpa")
 
 
+@dataclass(frozen=True)
+class Training:
+    """One training: how many rows, at once and of how many sentences, and its fields of `train`."""
+
+    name: str
+    rows: int
+    batch: int
+    sentences: int
+    settings: Mapping[str, Any]
+
+
+def trainings(shape: Shape) -> Iterator[Training]:
+    """The methods, all on the same rows, and then the table."""
+    for name, settings in METHODS.items():
+        yield Training(name, shape.rows, shape.batch, shape.sentences, settings)
+    for length, sentences in zip(("short", "long"), shape.lengths, strict=True):
+        for attention in TABLE:
+            for again in (False, True):
+                name = f"{attention}, {length}{', checkpointing' if again else ''}"
+                own = {"method": "lora", "attention": attention, "gradient_checkpointing": again}
+                yield Training(name, 2, 1, sentences, own)
+
+
 def measure(place: Workplace, pairs: int) -> Iterator[Outcome]:
     """Everything once; `pairs` has no say here."""
     has_gpu = training_device("auto").kind == "cuda" and not place.small
     shape, device = (BILLION, "cuda") if has_gpu else (TINY, "cpu")
     base = random_model(place, shape.model, resolve("builtin:tiny").directory)[0] / "base"
-    plan: dict[str, tuple[int, int, int, Mapping[str, Any]]] = {
-        name: (shape.rows, shape.batch, shape.sentences, settings) for name, settings in METHODS.items()
-    }
-    for sentences in shape.lengths:
-        for attention in TABLE:
-            for again in (False, True):
-                name = f"{attention}, {'long' if sentences == shape.lengths[1] else 'short'}"
-                own = {"method": "lora", "attention": attention, "gradient_checkpointing": again}
-                plan[name + (", checkpointing" if again else "")] = (2, 1, sentences, own)
     lengths: dict[int, int] = {}
-    for number, (name, (rows, batch, sentences, settings)) in enumerate(plan.items()):
-        recipe = place.directory / f"{number}.yaml"
-        write_rows(place.directory / f"{number}.jsonl", rows, sentences)
-        train = {"epochs": 1, "batch_size": batch, "device": device, "max_length": 2048, **settings}
-        data = {"source": f"{number}.jsonl", "eval": 0}
-        recipe.write_text(
-            json.dumps({"name": f"gpu-{number}", "base": str(base), "data": data, "train": train})
-        )
+    for number, training in enumerate(trainings(shape)):
+        write_rows(place.directory / f"{number}.jsonl", training.rows, training.sentences)
+        own = {"batch_size": training.batch, "device": device, "max_length": 2048, **training.settings}
+        recipe = {"name": f"gpu-{number}", "base": str(base), "train": {"epochs": 1, **own}}
+        recipe["data"] = {"source": f"{number}.jsonl", "eval": 0}
+        path = place.directory / f"{number}.yaml"
+        path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
         try:
-            planned = _fields(_forge(place, "plan", str(recipe)))["memory"]
-            trained = _fields(_forge(place, "train", str(recipe)))
+            planned = _fields(_forge(place, "plan", str(path)))["memory"]
+            trained = _fields(_forge(place, "train", str(path)))
         except BenchmarkError as error:
-            yield not_measured(name, error)
+            yield not_measured(training.name, error)
             continue
-        # With packing the plan's is that of several rows together.
-        tokens = rows * lengths.setdefault(sentences, planned["length"])
-        yield from outcomes(name, tokens, planned["breakdown"], trained, has_gpu=has_gpu)
-    ship = (str(QUICKSTART), *(() if has_gpu else ("--until", "data")))
+        # With packing the plan's length is that of several rows together.
+        tokens = training.rows * lengths.setdefault(training.sentences, planned["length"])
+        yield from outcomes(training.name, tokens, planned["breakdown"], trained, has_gpu=has_gpu)
+    yield _ship(place, has_gpu=has_gpu)
+
+
+def _ship(place: Workplace, *, has_gpu: bool) -> Outcome:
+    """The quickstart from nothing; without a GPU, where `bench ship` measures it, only that it begins."""
+    name = "ship of the quickstart"
     try:
-        shipped = _forge(place, "ship", *ship)
+        shipped = _forge(place, "ship", str(QUICKSTART), *(() if has_gpu else ("--until", "data")))
     except BenchmarkError as error:
-        yield not_measured("ship of the quickstart", error)
-    else:
-        yield Outcome(
-            "ship of the quickstart", shipped.seconds, "s", note="" if has_gpu else "its data alone"
-        )
+        return not_measured(name, error)
+    return Outcome(name, shipped.seconds, "s", note="" if has_gpu else "its data alone")
 
 
 def outcomes(
