@@ -151,6 +151,7 @@ def think(turns: list[Turn], row: Row, layout: Layout, notes: Notes) -> None:
 
 
 def filled(value: object, row: Row, column: str) -> object:
+    """The value of a column that a row cannot be read without; raises `BadRowError` where it has none."""
     if column not in row.values:
         raise BadRowError("there is no such column", column)
     if value is None:
