@@ -90,6 +90,21 @@ def test_parts_are_made_taken_and_joined(export: Run, whole: Path, tmp_path: Pat
     assert not (tmp_path / "less.gguf").exists()
 
 
+def test_a_part_that_cannot_be_read_is_noticed(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk lost its end."""
+
+    def damaged(source: Path, most_bytes: int) -> tuple[Path, ...]:
+        parts = split_file(source, most_bytes)
+        parts[1].write_bytes(parts[1].read_bytes()[:-4096])
+        return parts
+
+    monkeypatch.setattr("forge.export.requantize.split_file", damaged)
+    with pytest.raises(DataError, match="-00002-of-00003"):
+        requantize(Requantization(whole, tmp_path / "apart.gguf", "copy", 1, part_bytes=3_000_000))
+
+
 @pytest.mark.parametrize(
     ("quant", "kinds", "moved"),
     [("f16", {"F16": 2}, 1e-3), ("bf16", {"BF16": 2}, 1e-2), ("q8_0", {"Q8_0": 1, "F16": 1}, 1e-2)],

@@ -11,6 +11,7 @@ import pytest
 
 from forge import worker
 from forge.errors import DataError
+from forge.export.checkpoint import MergeRequest, merge
 from forge.export.reading import settle_reading
 from forge.export.run import export_gguf
 from forge.export.tokenizer import MODEL, repair_tokenizer
@@ -133,3 +134,8 @@ def test_a_sentencepiece_base_as_transformers_5_saves_it_is_exported(tmp_path: P
         assert read_otherwise(out / "merged") == []
         tokens = read_gguf(out / "model.gguf").array("tokenizer.ggml.tokens")
         assert list(tokens)[32000:32002] == ["<|im_start|>", "<|im_end|>"]
+    # As `export: none` writes the same model.
+    (tmp_path / "none").mkdir()
+    template = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    merge(MergeRequest(base, adapter, adapter, template, tmp_path / "none"))
+    assert read_otherwise(tmp_path / "none" / "merged") == []
